@@ -1,0 +1,345 @@
+"""The command line: settings from flags and environment, exit codes. Nothing else reads the environment.
+
+Exit codes: 0 finished; 1 finished, but no trial completed; 2 the user must change something; 130 stopped, resumable.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from hpo.errors import HpoError, SettingError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from hpo.search import Slots
+    from hpo.space import Space
+    from storage.database import Database
+    from storage.studies import Study
+
+RUNS_DIR = Path("runs")
+DEFAULT_STORAGE = f"sqlite:///{RUNS_DIR}/hpo.db"
+DEFAULT_TRAINABLE = "hpo.train:train"
+PACKAGES = ("torch", "torchvision", "optuna", "sqlalchemy", "ray", "numpy")
+MAX_PROBES = 6  # shapes of training steps that are measured before a search without a GPU
+LONG_SECONDS = 900.0  # a search on the CPU beyond this gets the advice to start with a shorter one
+
+
+def main(prefix: Sequence[str] = ()) -> NoReturn:
+    """Run a verb of the command line and exit.
+
+    Args:
+        prefix: put before the arguments, so that `python -m hpo.report STUDY` is `hpo report STUDY`.
+    """
+    arguments = _parser().parse_args([*prefix, *sys.argv[1:]])
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    try:
+        sys.exit(command(arguments))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if isinstance(error, HpoError) or _is_storage_error(error):
+            print(f"hpo: {error}", file=sys.stderr)
+            sys.exit(2)
+        raise
+
+
+def _is_storage_error(error: Exception) -> bool:
+    # The command line starts in a moment because it imports the database late: if it never did, it is no such error.
+    module = sys.modules.get("storage.database")
+    return module is not None and isinstance(error, module.StorageError)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hpo", description="Hyperparameter search: Ray Tune trials, Optuna storage.")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    storage = argparse.ArgumentParser(add_help=False)
+    storage.add_argument(
+        "--storage",
+        default=os.environ.get("HPO_STORAGE", DEFAULT_STORAGE),
+        metavar="URL",
+        help=f"an SQLAlchemy URL (HPO_STORAGE, else {DEFAULT_STORAGE})",
+    )
+    data = argparse.ArgumentParser(add_help=False)
+    data.add_argument(
+        "--data-dir",
+        default=os.environ.get("HPO_DATA_DIR", "data"),
+        metavar="DIR",
+        help="where the data sets lie or are downloaded to (HPO_DATA_DIR, else data)",
+    )
+
+    run = verbs.add_parser("run", parents=[storage, data], help="run a search, or go on with it")
+    run.add_argument("space", metavar="SPACE", help="a file name in search_spaces/ without its ending, or a path")
+    run.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="override a key, for example max_epochs=1 or parameters.lr=0.02; may be repeated",
+    )
+    run.set_defaults(command=_run)
+
+    report = verbs.add_parser("report", parents=[storage], help="show the trials of a study")
+    report.add_argument("study", metavar="STUDY")
+    report.set_defaults(command=_report)
+
+    dashboard = verbs.add_parser("dashboard", parents=[storage], help="serve optuna-dashboard on 127.0.0.1")
+    dashboard.add_argument("--port", type=int, default=8080)
+    dashboard.set_defaults(command=_dashboard)
+    return parser
+
+
+# --- hpo run --------------------------------------------------------------------------------------------------------
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from hpo.space import load_space
+
+    space = load_space(arguments.space, arguments.overrides)  # before the slow imports: a typing mistake shows at once
+
+    console = _console()
+    runs_dir, data_dir = _make_runs_dir(), Path(arguments.data_dir).resolve()
+    database, study = _open_study(arguments.storage, space)
+    provenance = _provenance() | _check_trainable(space, data_dir)
+
+    from hpo import search
+    from hpo.progress import Progress
+
+    with search.cluster(os.environ.get("RAY_ADDRESS")):
+        before = Counter(trial.state.name for trial in study.trials())
+        total = _total_trials(space)
+        ended = before["COMPLETE"] + before["PRUNED"] + before["FAIL"]
+        left = None if total is None else max(0, total - ended)
+        slots = search.plan_slots(space, left)
+        _announce(console, space, study, before, slots)
+        if slots.device == "cpu" and left and space.trainable == DEFAULT_TRAINABLE:
+            _announce_cpu(console, space, slots, left, data_dir)
+        with Progress(
+            console, metric=space.metric, direction=space.direction, total=total, slots=slots.count, before=before
+        ) as view:
+            logging.getLogger("hpo").addHandler(_Notes(view.note))
+            outcome = search.search(
+                space,
+                study,
+                slots,
+                provenance=provenance,
+                data_dir=data_dir,
+                checkpoints=runs_dir / "checkpoints",
+                view=view,
+            )
+    return _conclude(console, study, arguments, outcome)
+
+
+class _Notes(logging.Handler):
+    """Shows the warnings of our own loggers in the view."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._show = show
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._show(record.getMessage())
+
+
+def _make_runs_dir() -> Path:
+    try:
+        RUNS_DIR.mkdir(exist_ok=True)
+        probe = RUNS_DIR / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise SettingError(
+            f"cannot write to {RUNS_DIR.resolve()}: {error.strerror}. Everything a run writes lies there: make it a "
+            "writable folder, or start from another one"
+        ) from None
+    return RUNS_DIR.resolve()
+
+
+def _open_study(url: str, space: Space) -> tuple[Database, Study]:
+    from storage.database import open_database
+    from storage.studies import open_study
+
+    database = open_database(url)
+    study = open_study(
+        database,
+        space.name,
+        direction=space.direction,
+        fingerprint=space.fingerprint,
+        settings=space.model_dump(mode="json"),
+    )
+    return database, study
+
+
+def _check_trainable(space: Space, data_dir: Path) -> dict[str, Any]:
+    """Fail before anything is spent; for our own trainable fetch the data, and return its hash."""
+    from hpo.search import load_trainable
+
+    load_trainable(space.trainable)
+    if space.trainable != DEFAULT_TRAINABLE:
+        return {}
+    from hpo import train
+    from hpo.data import load
+
+    for name, value in space.examples():
+        train.read_params({name: value})
+    return {"data_sha256": load(**_data_settings(space, data_dir)).sha256}
+
+
+def _data_settings(space: Space, data_dir: Path) -> dict[str, Any]:
+    return {**space.data.model_dump(), "data_dir": str(data_dir)}
+
+
+def _total_trials(space: Space) -> int | None:
+    if space.sampler.name != "grid":
+        return space.budget.trials
+    points = sum(1 for _ in space.grid() or ())
+    return points if space.budget.trials is None else min(points, space.budget.trials)
+
+
+def _announce(console: Console, space: Space, study: Study, before: Mapping[str, int], slots: Slots) -> None:
+    console.print(f"[bold]{study.name}[/]: {space.description or space.trainable}")
+    if study.name != space.name:
+        console.print(f"The space is not the one of study {space.name}: its results go to the revision {study.name}.")
+    if before:
+        states = ", ".join(f"{count} {state}" for state, count in sorted(before.items()))
+        console.print(f"Going on with what storage holds: {states}.")
+    share = f"{slots.gpu:g} GPU" if slots.gpu else f"{slots.threads} CPU thread{'s' if slots.threads > 1 else ''}"
+    trials = "trial" if slots.count == 1 else "trials"
+    console.print(f"{slots.count} {trials} at a time, {share} each. Storage: {study.database.url}")
+
+
+def _announce_cpu(console: Console, space: Space, slots: Slots, left: int, data_dir: Path) -> None:
+    from hpo.progress import format_seconds
+
+    with console.status("measuring this CPU") if console.is_terminal else nullcontext():
+        seconds, speeds = _estimate_cpu_seconds(space, slots, left, data_dir)
+    measured = ", ".join(f"{speed:,.0f} at {name}" for name, speed in speeds.items())
+    console.print(
+        f"No GPU: this search takes about {format_seconds(seconds)} on this CPU "
+        f"(measured, images/s of one trial: {measured})."
+    )
+    if seconds > LONG_SECONDS:
+        console.print(
+            "Shorter: `python -m hpo.run quick` (a small sample, about a minute), or\n"
+            f"  python -m hpo.run {space.name} --set max_epochs=2 --set data.train_samples=2048"
+        )
+
+
+def _estimate_cpu_seconds(space: Space, slots: Slots, left: int, data_dir: Path) -> tuple[float, dict[str, float]]:
+    """Return the seconds that `left` trials take, and the measured images per second of each shape of training step."""
+    from hpo.data import load
+    from hpo.train import measure_speed
+
+    data = _data_settings(space, data_dir)
+    images = load(**data)
+    # Only these parameters change how much arithmetic a step is.
+    shapes = {name: p.grid() or [p.low, p.high] for name, p in space.parameters.items() if name in {"batch_size", "stem"}}
+    speeds: dict[str, float] = {}
+    for params in _combinations(shapes)[:MAX_PROBES]:
+        name = ", ".join(f"{key} {value}" for key, value in params.items()) or "the defaults"
+        speeds[name] = measure_speed(params, data=data, device="cpu", threads=slots.threads)
+    # Evaluation is the forward third of the arithmetic; the test images are scored once.
+    epoch_images = len(images.train) + len(images.validation) / 3
+    trial_images = space.max_epochs * epoch_images + len(images.test) / 3
+    trial_seconds = sum(trial_images / speed for speed in speeds.values()) / len(speeds)
+    return -(-left // slots.count) * trial_seconds, speeds
+
+
+def _combinations(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = [{}]
+    for name, column in values.items():
+        found = [{**params, name: value} for params in found for value in column]
+    return found
+
+
+def _provenance() -> dict[str, Any]:
+    """Return what is needed, beside a trial's own settings, to run it again."""
+    code = metadata.version("hpo")
+    folder = Path(__file__).parent
+    git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+    described = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "command": shlex.join(["hpo", *sys.argv[1:]]),
+        "code": f"{code}+{described}" if described else code,
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.node(),
+    }
+
+
+def _conclude(console: Console, study: Study, arguments: argparse.Namespace, outcome: Any) -> int:
+    _print_study(console, study)
+    trials = study.trials()
+    if outcome.stopped:
+        console.print(f"Stopped: {outcome.stopped}. The same command goes on where it stopped.", style="yellow")
+    option = "" if arguments.storage == DEFAULT_STORAGE else " --storage URL"
+    console.print(f"Watch it: python -m hpo.dashboard{option}    Again: python -m hpo.report {study.name}{option}")
+    if outcome.interrupted:
+        return 130
+    return 0 if any(trial.state.name == "COMPLETE" for trial in trials) else 1
+
+
+def _print_study(console: Console, study: Study) -> None:
+    from hpo.report import failures, trial_table
+
+    console.print(trial_table(study))
+    for line in failures(study):
+        console.print(line, style="red", soft_wrap=True, markup=False)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    # A log file has no width of its own; 80 columns would fold the table.
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+
+
+# --- the other verbs ------------------------------------------------------------------------------------------------
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    study = _existing_study(arguments)
+    _print_study(_console(), study)
+    return 0
+
+
+def _existing_study(arguments: argparse.Namespace) -> Study:
+    from hpo.errors import nearest
+    from storage.database import open_database
+    from storage.studies import find_study, study_names
+
+    database = open_database(arguments.storage)
+    study = find_study(database, arguments.study)
+    if study is None:
+        names = study_names(database)
+        hint = nearest(arguments.study, names) if names else "it has none yet"
+        raise SettingError(f"there is no study {arguments.study!r} in {database.url}: {hint}")
+    return study
+
+
+def _dashboard(arguments: argparse.Namespace) -> int:
+    from hpo.dashboard import serve
+    from storage.database import open_database
+
+    database = open_database(arguments.storage)
+    print(f"http://127.0.0.1:{arguments.port}/ shows {database.url}; Ctrl-C ends it", flush=True)
+    serve(database, arguments.port)
+    return 0
+
+
+if __name__ == "__main__":
+    main(["run"])

@@ -1,0 +1,690 @@
+"""Ray Tune driving trials, the bridge to the Optuna study. The only module that imports ray.
+
+    Tune asks Asker for a trial -> the run claims one in storage -> a TrialWorker iterates the trainable, saves checkpoints
+    and returns a Message an epoch -> Referee hands it to the Bridge -> the Bridge stores it and says stop or go on.
+
+Ray's own files are scratch. What a search knows is in SQL and in the checkpoints, so a run that is killed at any moment is
+resumed by starting another one. Workers get the trial and the place of its checkpoints, never the database's URL.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib
+import inspect
+import logging
+import math
+import os
+import signal
+import tempfile
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+# Before ray is imported. Its uv hook would start every worker through `uv run`, its usage report wants a network, its
+# loggers write files that nobody reads, and this process handles Ctrl-C itself.
+os.environ.update(
+    RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+    RAY_AIR_NEW_OUTPUT="0",
+    RAY_CHDIR_TO_TRIAL_DIR="0",
+    TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
+    TUNE_DISABLE_SIGINT_HANDLER="1",
+    TUNE_DISABLE_STRICT_METRIC_CHECKING="1",
+    TUNE_PRINT_ALL_TRIAL_ERRORS="0",
+    TUNE_GLOBAL_CHECKPOINT_S="86400",
+)
+
+import ray
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from hpo.errors import SettingError, TrainableError, nearest
+from hpo.space import Space
+
+if TYPE_CHECKING:  # workers import this module too, and have no use for a database
+    from optuna.pruners import BasePruner
+    from optuna.samplers import BaseSampler
+
+    from hpo.train import Trainable
+    from storage.studies import Claim, Run, Study
+
+OBJECT_STORE_BYTES = 100 * 2**20  # messages are small; data sets are read by the workers themselves
+HANG_FILE = "hang.txt"
+POLL_SECONDS = 1.0  # between looks for work while other runs hold the rest of it
+
+
+class View(Protocol):
+    """Who is told what happens, as it happens."""
+
+    def trial_started(self, number: int, params: Mapping[str, Any], epoch: int, max_epochs: int) -> None:
+        """A trial starts, or goes on after an epoch."""
+
+    def epoch_ended(self, number: int, epoch: int, metrics: Mapping[str, float]) -> None:
+        """A trial has finished an epoch, and storage holds it."""
+
+    def trial_ended(self, number: int, state: str, text: str) -> None:
+        """A trial is COMPLETE, PRUNED, FAIL, or WAITING to be resumed; the text says why."""
+
+    def note(self, text: str) -> None:
+        """Something that the user should know."""
+
+
+@dataclass(frozen=True)
+class Slots:
+    """How trials share the machine: `count` at a time, each with so many cores and GPUs."""
+
+    count: int
+    cpu: float
+    gpu: float
+
+    @property
+    def threads(self) -> int:
+        """Torch's threads in one trial."""
+        return max(1, int(self.cpu))
+
+    @property
+    def device(self) -> str:
+        """The device of a trial."""
+        return "cuda" if self.gpu > 0 else "cpu"
+
+
+# --- in the worker --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """All that a worker is told of a trial: plain values.
+
+    Attributes:
+        stored_epoch: the last epoch that storage holds; later ones found in a checkpoint are reported again.
+        folder: where the trial's checkpoints lie, a path that every worker can reach.
+        timeout: seconds without an epoch after which the worker counts as hung; None for no limit.
+    """
+
+    trainable: str
+    params: dict[str, Any]
+    data: dict[str, Any]
+    seed: int
+    max_epochs: int
+    stored_epoch: int
+    folder: str
+    checkpoint_every: int
+    device: str
+    threads: int
+    timeout: float | None
+
+
+@dataclass(frozen=True)
+class Message:
+    """What a worker says after each epoch, or instead of one."""
+
+    epoch: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    recalled: bool = False  # read from a checkpoint, not trained just now
+    failure: str = ""
+    traceback: str = ""
+    warning: str = ""
+    provenance: Mapping[str, Any] | None = None
+
+
+class TrialWorker(tune.Trainable):  # type: ignore[misc] # ray has no type information
+    """A Ray actor that runs one trial after another: torch is imported once per worker, not once per trial."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """Take the first trial. Nothing here may fail: Tune would not say of which trial."""
+        self._assignment = Assignment(**config["assignment"])
+        self._messages: Iterator[Message] | None = None
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take the next trial."""
+        self.setup(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Run one epoch."""
+        if self._messages is None:
+            self._messages = run_trial(self._assignment)
+        with _watchdog(self._assignment):
+            return {"message": next(self._messages)}
+
+
+@contextmanager
+def _watchdog(assignment: Assignment) -> Iterator[None]:
+    """Kill this process if the epoch takes too long, leaving every thread's traceback in the trial's folder."""
+    if assignment.timeout is None:
+        yield
+        return
+    folder = Path(assignment.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / HANG_FILE).open("w") as file:
+        # Runs in C without Python's lock: a hang inside a library is caught too.
+        faulthandler.dump_traceback_later(assignment.timeout, exit=True, file=file)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+
+def run_trial(assignment: Assignment) -> Iterator[Message]:
+    """Yield a message an epoch, from the newest checkpoint on; a message with `failure` is the last one."""
+    from hpo.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+
+    folder = Path(assignment.folder)
+    try:
+        import torch
+
+        torch.set_num_threads(assignment.threads)
+        checkpoint = load_checkpoint(folder)
+        history = dict(checkpoint.history) if checkpoint else {}
+        provenance: Mapping[str, Any] | None = _provenance(assignment)
+        for epoch in sorted(history):
+            if epoch > assignment.stored_epoch:
+                yield Message(epoch, history[epoch], recalled=True, provenance=provenance)
+                provenance = None
+        reports = load_trainable(assignment.trainable)(
+            assignment.params,
+            data=assignment.data,
+            seed=assignment.seed,
+            max_epochs=assignment.max_epochs,
+            device=assignment.device,
+            checkpoint=checkpoint.state if checkpoint else None,
+        )
+        started = time.perf_counter()
+        for report in reports:
+            metrics = {str(name): float(value) for name, value in report.metrics.items()}
+            metrics["epoch_seconds"] = time.perf_counter() - started
+            history[report.epoch] = metrics
+            warning = ""
+            if report.epoch % assignment.checkpoint_every == 0 or report.epoch == assignment.max_epochs:
+                try:
+                    # Before the epoch is reported: what storage holds can be gone on from.
+                    save_checkpoint(folder, Checkpoint(report.epoch, history, report.state()))
+                except OSError as error:
+                    warning = f"no checkpoint after epoch {report.epoch}: {error}"
+            yield Message(report.epoch, metrics, warning=warning, provenance=provenance)
+            provenance = None
+            started = time.perf_counter()
+        yield Message(failure=f"the trainable ended after epoch {max(history, default=0)} of {assignment.max_epochs}")
+    except Exception as error:  # noqa: BLE001 # whatever a trainable raises is the trial's failure, not the worker's
+        reason = "out of memory" if "OutOfMemory" in type(error).__name__ or isinstance(error, MemoryError) else ""
+        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        yield Message(failure=f"{reason}: {text}" if reason else text, traceback=traceback.format_exc())
+
+
+def _provenance(assignment: Assignment) -> dict[str, Any]:
+    import torch
+
+    device = torch.cuda.get_device_name() if assignment.device == "cuda" else _processor()
+    return {"device": assignment.device, "device_name": device, "threads": assignment.threads, "pid": os.getpid()}
+
+
+def _processor() -> str:
+    with suppress(OSError), Path("/proc/cpuinfo").open() as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return "cpu"
+
+
+def load_trainable(name: str) -> Trainable:
+    """Import a trainable.
+
+    Args:
+        name: `module:function`.
+
+    Raises:
+        TrainableError: no such module or function, or it is not a generator function of the right signature.
+    """
+    module_name, _, function_name = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_name.startswith(error.name):
+            raise  # the module exists; something that it imports does not
+        raise TrainableError(
+            f"trainable: no module {module_name!r}; it is looked for in the folder that the command runs in and among "
+            "the installed packages"
+        ) from None
+    function = getattr(module, function_name, None)
+    if function is None:
+        names = [n for n, value in vars(module).items() if inspect.isgeneratorfunction(value)]
+        raise TrainableError(f"trainable: {module_name} has no function {function_name!r}, {nearest(function_name, names)}")
+    wanted = {"data", "seed", "max_epochs", "device", "checkpoint"}
+    if not inspect.isgeneratorfunction(function) or not wanted <= set(inspect.signature(function).parameters):
+        raise TrainableError(
+            f"trainable: {name} must be a generator function "
+            "(params, *, data, seed, max_epochs, device, checkpoint=None) that yields EpochReports"
+        )
+    return function  # type: ignore[no-any-return] # checked above
+
+
+# --- in the driver --------------------------------------------------------------------------------------------------
+
+
+class Bridge:
+    """What every message means for the study. Tune calls it; it never lets an error pass into Tune's loop."""
+
+    def __init__(self, space: Space, run: Run, slots: Slots, *, data_dir: Path, checkpoints: Path, view: View) -> None:
+        self._space = space
+        self._run = run
+        self._slots = slots
+        self._data_dir = data_dir
+        self._checkpoints = checkpoints
+        self._view = view
+        self._claims: dict[str, Claim] = {}
+        self._epochs: dict[str, int] = {}
+        self._deadline = math.inf
+        self._next_look = 0.0
+        self.stopping = ""  # why no new work is taken; empty while there is no reason
+        self.error: Exception | None = None
+
+    def stop_at(self, deadline: float) -> None:
+        """Stop cleanly at a time of the monotonic clock."""
+        self._deadline = deadline
+
+    def stop(self, why: str) -> None:
+        """Let each trial finish its epoch, then give it back."""
+        self.stopping = self.stopping or why
+
+    def next_assignment(self, tune_id: str) -> Assignment | None:
+        """Claim a trial; None for not now, or for never again (`stopping` or the run's `finished`)."""
+        if self._is_over() or time.monotonic() < self._next_look:
+            return None
+        with self._guarded():
+            claim = self._run.claim()
+            if claim is None:
+                self._next_look = time.monotonic() + POLL_SECONDS
+                return None
+            self._claims[tune_id] = claim
+            self._epochs[tune_id] = claim.epoch
+            self._view.trial_started(claim.number, claim.params, claim.epoch, self._space.max_epochs)
+            return Assignment(
+                trainable=self._space.trainable,
+                params=claim.params,
+                data={**self._space.data.model_dump(), "data_dir": str(self._data_dir)},
+                seed=self._space.seed,
+                max_epochs=self._space.max_epochs,
+                stored_epoch=claim.epoch,
+                folder=str(self._checkpoints / str(claim.number)),
+                checkpoint_every=self._space.checkpoint_every,
+                device=self._slots.device,
+                threads=self._slots.threads,
+                timeout=self._space.trial_timeout,
+            )
+        return None
+
+    @property
+    def nothing_left(self) -> bool:
+        """Whether no trial will ever be given out again by this run."""
+        return self._is_over() or self._run.finished
+
+    def retries_left(self, tune_id: str) -> int:
+        """Return how many more workers may die over a trial."""
+        return max(0, self._space.max_failures - self._claims[tune_id].crashes)
+
+    def on_message(self, tune_id: str, message: Message) -> bool:
+        """Store what a worker said; return whether its trial ends here."""
+        claim = self._claims.get(tune_id)
+        if claim is None:
+            return True
+        with self._guarded(lost=tune_id):
+            if message.provenance is not None:
+                self._run.record_provenance(claim, message.provenance)
+            if message.warning:
+                self._view.note(f"trial {claim.number}: {message.warning}")
+            if message.failure:
+                return self._fail(tune_id, message.failure, message.traceback)
+            return self._on_epoch(tune_id, claim, message)
+        return True
+
+    def _on_epoch(self, tune_id: str, claim: Claim, message: Message) -> bool:
+        epoch, metrics = message.epoch, message.metrics
+        value = metrics.get(self._space.metric)
+        if value is None:
+            hint = nearest(self._space.metric, metrics)
+            return self._fail(tune_id, f"the trainable reported no metric {self._space.metric!r}, {hint}")
+        if epoch > self._epochs[tune_id] or not message.recalled:  # else the worker before this one has told it
+            self._run.report(claim, epoch, metrics, value)
+            self._epochs[tune_id] = epoch
+            self._view.epoch_ended(claim.number, epoch, metrics)
+        bad = [name for name, number in metrics.items() if not math.isfinite(number)]
+        if bad:
+            return self._fail(tune_id, f"{bad[0]} is {metrics[bad[0]]} after epoch {epoch}")
+        if epoch >= self._space.max_epochs:
+            attrs = {name: metrics[name] for name in ("test_accuracy", "test_loss") if name in metrics}
+            self._run.complete(claim, value, attrs)
+            return self._end(tune_id, "COMPLETE", "")
+        if self._space.scheduler.name != "none" and self._run.should_prune(claim):
+            self._run.prune(claim)
+            return self._end(tune_id, "PRUNED", f"stopped by {self._space.scheduler.name} after epoch {epoch}")
+        if self._is_over():
+            self._run.release(claim)
+            return self._end(tune_id, "WAITING", f"interrupted after epoch {epoch}, resumable")
+        return False
+
+    def on_crash(self, tune_id: str, error: BaseException | None) -> None:
+        """Count a worker that died; Tune starts the trial again unless `on_gone` follows."""
+        claim = self._claims.get(tune_id)
+        if claim is None:
+            return
+        with self._guarded(lost=tune_id):
+            self._run.record_crash(claim)
+            reason, _ = self._crash_reason(claim, error)
+            self._view.note(f"trial {claim.number}: {reason}")
+
+    def on_gone(self, tune_id: str, error: BaseException | None) -> None:
+        """End a trial over which too many workers died."""
+        claim = self._claims.get(tune_id)
+        if claim is None:
+            return
+        with self._guarded(lost=tune_id):
+            reason, details = self._crash_reason(claim, error)
+            self._fail(tune_id, f"{reason} ({self._space.max_failures} retries)", details)
+
+    def release_all(self) -> None:
+        """Give every trial back that has not ended: the run stops here and now."""
+        for tune_id, claim in list(self._claims.items()):
+            with self._guarded(lost=tune_id):
+                self._run.release(claim)
+                self._end(tune_id, "WAITING", f"interrupted after epoch {self._epochs[tune_id]}, resumable")
+
+    def release(self, tune_id: str) -> None:
+        """Give one trial back that has not started yet."""
+        claim = self._claims.get(tune_id)
+        if claim is not None:
+            with self._guarded(lost=tune_id):
+                self._run.release(claim)
+                self._end(tune_id, "WAITING", f"interrupted after epoch {claim.epoch}, resumable")
+
+    def _fail(self, tune_id: str, reason: str, details: str = "") -> bool:
+        self._run.fail(self._claims[tune_id], reason, details)
+        return self._end(tune_id, "FAIL", reason)
+
+    def _end(self, tune_id: str, state: str, text: str) -> bool:
+        claim = self._claims.pop(tune_id)
+        del self._epochs[tune_id]
+        self._next_look = 0.0
+        self._view.trial_ended(claim.number, state, text)
+        return True
+
+    def _is_over(self) -> bool:
+        if time.monotonic() >= self._deadline:
+            self.stop("the time budget is spent")
+        return bool(self.stopping)
+
+    def _crash_reason(self, claim: Claim, error: BaseException | None) -> tuple[str, str]:
+        with suppress(OSError):
+            hang = self._checkpoints / str(claim.number) / HANG_FILE
+            text = hang.read_text()
+            if text:
+                hang.write_text("")
+                return f"no epoch within trial_timeout {self._space.trial_timeout:g} s, worker killed", text
+        name = type(error).__name__
+        reason = "out of memory: Ray killed the worker" if "OutOfMemory" in name else "the worker died"
+        return f"{reason} ({name})", str(error)
+
+    @contextmanager
+    def _guarded(self, lost: str | None = None) -> Iterator[None]:
+        """Keep errors of storage out of Tune's loop: the run ends in order, and `search` raises the error."""
+        from storage.database import StorageError
+        from storage.studies import LostTrialError
+
+        try:
+            yield
+        except LostTrialError as error:
+            if lost is not None:
+                self._claims.pop(lost, None)
+            self._view.note(str(error))
+        except StorageError as error:
+            self.error = self.error or error
+            self.stop("storage failed")
+
+
+class Asker(Searcher):  # type: ignore[misc]
+    """Tune's way of asking for trials."""
+
+    def __init__(self, bridge: Bridge) -> None:
+        super().__init__()
+        self._bridge = bridge
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """Return the configuration of a Tune trial."""
+        assignment = self._bridge.next_assignment(trial_id)
+        if assignment is None:
+            return Searcher.FINISHED if self._bridge.nothing_left else None
+        return {"assignment": vars(assignment)}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Nothing: Referee has heard of it, with more detail."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: SQL holds all that is to be resumed from."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: see save."""
+
+
+class Referee(FIFOScheduler):  # type: ignore[misc]
+    """Tune's way of telling results, and of being told which trials go on."""
+
+    def __init__(self, bridge: Bridge) -> None:
+        super().__init__()
+        self._bridge = bridge
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """Set how often a trial may be started again: crashes of earlier runs count too."""
+        if trial.num_failures == 0:
+            trial.max_failures = self._bridge.retries_left(trial.trial_id)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Store an epoch and decide."""
+        ended = self._bridge.on_message(trial.trial_id, result["message"])
+        return str(TrialScheduler.STOP if ended else TrialScheduler.CONTINUE)
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """Hear that a worker died; Tune has counted the failure already."""
+        error = trial.get_pickled_error() or trial.get_error()
+        self._bridge.on_crash(trial.trial_id, error)
+        if not trial.should_recover():
+            self._bridge.on_gone(trial.trial_id, error)
+
+    def choose_trial_to_run(self, tune_controller: Any, **_: Any) -> Any:
+        """Give back, when stopping, the trials that wait for their worker to start."""
+        if self._bridge.stopping:
+            for trial in list(tune_controller.get_trials()):
+                if trial.status == trial.PENDING:
+                    self._bridge.release(trial.trial_id)
+                    tune_controller.stop_trial(trial)
+        return super().choose_trial_to_run(tune_controller)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a search ended.
+
+    Attributes:
+        stopped: why it ended before its work was done; empty if it was done.
+        interrupted: whether that was Ctrl-C or SIGTERM.
+    """
+
+    stopped: str
+    interrupted: bool
+
+
+@contextmanager
+def cluster(address: str | None) -> Iterator[None]:
+    """Join the Ray cluster at an address, or start Ray inside this machine."""
+    logging.getLogger("ray").setLevel(logging.CRITICAL)
+    here: dict[str, Any] = {} if address else {"object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
+    try:
+        ray.init(address=address or "local", logging_level=logging.CRITICAL, log_to_driver=False, **here)
+    except ConnectionError as error:
+        raise SettingError(f"no Ray cluster answers at RAY_ADDRESS {address}: {error}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def plan_slots(space: Space, trials: int | None) -> Slots:
+    """Divide what the cluster has among trials.
+
+    Args:
+        space: its `resources` are honoured; `auto` is one GPU a trial where there are GPUs, else an equal share of the
+            cores, at least one.
+        trials: how many there are to run, None if not known.
+
+    Raises:
+        SettingError: a trial asks for more than the cluster has.
+    """
+    have = ray.cluster_resources()
+    cores, gpus = have.get("CPU", 1.0), have.get("GPU", 0.0)
+    gpu = (1.0 if gpus else 0.0) if space.resources.gpu == "auto" else space.resources.gpu
+    if gpu > gpus:
+        raise SettingError(
+            f"resources.gpu is {gpu:g}, but there {'is' if gpus == 1 else 'are'} {gpus:g} here: lower it, or leave it auto"
+        )
+    # A fraction of a GPU never spans two: 0.15 on 8 GPUs is 8 x 6.
+    by_gpu = math.inf if gpu == 0 else (gpus * (1 / gpu // 1) if gpu < 1 else gpus // gpu)
+    if space.resources.cpu == "auto":
+        count = int(min(by_gpu, cores, trials or math.inf))
+        return Slots(max(1, count), float(max(1, cores // max(1, count))), gpu)
+    if space.resources.cpu > cores:
+        raise SettingError(f"resources.cpu is {space.resources.cpu:g}, but there are {cores:g} cores here")
+    return Slots(int(min(by_gpu, cores // space.resources.cpu)), space.resources.cpu, gpu)
+
+
+def search(
+    space: Space, study: Study, slots: Slots, *, provenance: Mapping[str, Any], data_dir: Path, checkpoints: Path, view: View
+) -> Outcome:
+    """Run the trials that a study still lacks. Needs an open `cluster`.
+
+    Args:
+        space: the search.
+        study: where results go, and what earlier runs left.
+        slots: how many trials run at a time, and on what.
+        provenance: of this run: versions, command.
+        data_dir: handed to the trainable.
+        checkpoints: a folder that all workers can reach.
+        view: is told what happens.
+
+    Raises:
+        StorageError: the database failed for good; the trials in flight are resumable.
+    """
+    from storage.studies import Run
+
+    distributions = space.distributions()
+    is_grid = space.sampler.name == "grid"
+    study.optuna.pruner = build_pruner(space)
+    run = Run(
+        study,
+        key_of=space.key,
+        provenance=provenance,
+        distributions=None if is_grid else distributions,
+        max_trials=space.budget.trials,
+    )
+    with run:
+        if is_grid:
+            run.enqueue(space.grid() or (), distributions)
+        else:
+            study.optuna.sampler = build_sampler(space, run.run)
+        bridge = Bridge(space, run, slots, data_dir=data_dir, checkpoints=checkpoints / study.name, view=view)
+        if space.budget.time is not None:
+            bridge.stop_at(time.monotonic() + space.budget.time - run.spent_seconds())
+        try:
+            with _signals(bridge, view):
+                _drive(bridge, slots)
+        except KeyboardInterrupt:
+            bridge.stop("interrupted")
+        finally:
+            bridge.release_all()
+        if bridge.error is not None:
+            raise bridge.error
+        return Outcome(bridge.stopping, bridge.stopping == "interrupted")
+
+
+def _drive(bridge: Bridge, slots: Slots) -> None:
+    with tempfile.TemporaryDirectory(prefix="hpo-ray-") as scratch:
+        tune.run(
+            TrialWorker,
+            name="trials",
+            storage_path=scratch,
+            search_alg=Asker(bridge),
+            scheduler=Referee(bridge),
+            num_samples=-1,
+            # Never more claimed than can run: a trial that waits in a driver is a trial that no other driver can take.
+            max_concurrent_trials=slots.count,
+            resources_per_trial={"cpu": slots.cpu, "gpu": slots.gpu},
+            reuse_actors=True,
+            raise_on_failed_trial=False,
+            verbose=0,
+        )
+
+
+@contextmanager
+def _signals(bridge: Bridge, view: View) -> Iterator[None]:
+    """Ctrl-C or SIGTERM once: stop after the epochs in flight. Twice: stop now."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, _frame: object) -> None:
+        if bridge.stopping == "interrupted":
+            raise KeyboardInterrupt
+        bridge.stop("interrupted")
+        view.note("stopping after the epochs in flight; Ctrl-C again stops at once. Both are resumable")
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def build_sampler(space: Space, run: int) -> BaseSampler:
+    """Return Optuna's sampler. Each run draws from a seed of its own: two drivers must not ask for the same points."""
+    from optuna import samplers
+
+    seed = (space.seed if space.sampler.seed is None else space.sampler.seed) * 1_000_003 + run
+    match space.sampler.name:
+        case "random":
+            return samplers.RandomSampler(seed=seed)
+        case "qmc":
+            # One scrambling for all runs: they take turns in one sequence, which storage counts.
+            return samplers.QMCSampler(seed=seed - run, warn_independent_sampling=False)
+        case "nsga2":
+            return samplers.NSGAIISampler(seed=seed)
+        case _:
+            return samplers.TPESampler(seed=seed)
+
+
+def build_pruner(space: Space) -> BasePruner:
+    """Return Optuna's pruner. It decides from what storage holds, so a resumed search decides as if never stopped."""
+    from optuna import pruners
+
+    scheduler = space.scheduler
+    match scheduler.name:
+        case "asha":
+            return pruners.SuccessiveHalvingPruner(
+                min_resource=scheduler.grace_period, reduction_factor=scheduler.reduction_factor
+            )
+        case "hyperband":
+            return pruners.HyperbandPruner(
+                min_resource=scheduler.grace_period,
+                max_resource=space.max_epochs,
+                reduction_factor=scheduler.reduction_factor,
+            )
+        case "median":
+            return pruners.MedianPruner(n_warmup_steps=scheduler.grace_period)
+        case _:
+            return pruners.NopPruner()
