@@ -69,7 +69,7 @@ class Dataset:
         for part in (self.train, self.validation, self.test):
             for tensor in (part.images, part.labels):
                 digest.update(str(tuple(tensor.shape)).encode())
-                digest.update(tensor.contiguous().cpu().numpy())
+                digest.update(tensor.contiguous().cpu().numpy().data)
         return digest.hexdigest()
 
 
@@ -147,16 +147,19 @@ def _read_idx(kind: str) -> Images:
 
 
 def _read_fashion_mnist(data_dir: Path) -> tuple[Images, Images]:
-    from torchvision.datasets import FashionMNIST  # late: half a second that a search on the sample does not need
+    from torchvision.datasets import FashionMNIST
 
     raw = data_dir / "FashionMNIST" / "raw"
     chatter = io.StringIO()  # torchvision prints what it downloads
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        with contextlib.redirect_stdout(chatter), contextlib.redirect_stderr(chatter):
-            # Trials and drivers that start together must not unpack into each other's files.
-            with FileLock(data_dir / ".fashion_mnist.lock"):
-                parts = [FashionMNIST(str(data_dir), train=train, download=True) for train in (True, False)]
+        # The lock: drivers that start together must not unpack into each other's files.
+        with (
+            contextlib.redirect_stdout(chatter),
+            contextlib.redirect_stderr(chatter),
+            FileLock(data_dir / ".fashion_mnist.lock"),
+        ):
+            parts = [FashionMNIST(str(data_dir), train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         names = "\n".join(f"  {name}" for name, _ in FashionMNIST.resources)
         raise DataError(
@@ -170,4 +173,4 @@ def _read_fashion_mnist(data_dir: Path) -> tuple[Images, Images]:
 
 
 def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(":")

@@ -22,7 +22,7 @@ def build_model(*, stem: str = "imagenet", classes: int = 10) -> nn.Module:
     """
     if stem not in STEMS:
         raise ValueError(f"stem is one of {', '.join(STEMS)}, got {stem!r}")
-    model = resnet18(num_classes=classes)
+    model: nn.Module = resnet18(num_classes=classes)
     if stem == "imagenet":
         model.conv1 = nn.Conv2d(1, 64, kernel_size=7, stride=2, padding=3, bias=False)
     else:

@@ -161,7 +161,9 @@ class Progress:
 
 
 def _format_params(params: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in params.items())
+    return ", ".join(
+        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in params.items()
+    )
 
 
 def format_seconds(seconds: float | None) -> str:

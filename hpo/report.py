@@ -19,8 +19,18 @@ def trial_table(study: Study, *, last: int = 50) -> Table:
     """
     trials, metrics = study.trials(), study.metrics()
     names = sorted({name for trial in trials for name in trial.params}, key=_first_seen(trials))
-    columns = ["state", "epochs", f"last\n{study.metric}", f"best\n{study.metric}", "\ntest_accuracy", "seconds", "images/s"]
-    table = Table(box=box.SIMPLE_HEAD, title=f"{study.name}: {len(trials)} trials", title_justify="left", pad_edge=False)
+    columns = [
+        "state",
+        "epochs",
+        f"last\n{study.metric}",
+        f"best\n{study.metric}",
+        "\ntest_accuracy",
+        "seconds",
+        "images/s",
+    ]
+    table = Table(
+        box=box.SIMPLE_HEAD, title=f"{study.name}: {len(trials)} trials", title_justify="left", pad_edge=False
+    )
     for column in ("trial", *names, *columns):
         table.add_column(column, justify="left" if column == "state" else "right", vertical="bottom")
     sign = -1 if study.optuna.direction.name == "MAXIMIZE" else 1
@@ -28,7 +38,10 @@ def trial_table(study: Study, *, last: int = 50) -> Table:
     for trial in ranked[:last]:
         row = _row(metrics.get(trial.number, {}), study.metric, study.optuna.direction.name)
         table.add_row(
-            str(trial.number), *(_text(trial.params.get(name, "")) for name in names), trial.state.name, *map(_text, row)
+            str(trial.number),
+            *(_text(trial.params.get(name, "")) for name in names),
+            trial.state.name,
+            *map(_text, row),
         )
     if len(ranked) > last:
         table.caption = f"and {len(ranked) - last} more"

@@ -24,9 +24,8 @@ from hpo.errors import HpoError, SettingError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from hpo.search import Slots
+    from hpo.search import Outcome, Slots
     from hpo.space import Space
-    from storage.database import Database
     from storage.studies import Study
 
 RUNS_DIR = Path("runs")
@@ -110,21 +109,37 @@ def _run(arguments: argparse.Namespace) -> int:
 
     space = load_space(arguments.space, arguments.overrides)  # before the slow imports: a typing mistake shows at once
 
+    from storage.database import open_database
+    from storage.studies import find_revision, open_study
+
     console = _console()
     runs_dir, data_dir = _make_runs_dir(), Path(arguments.data_dir).resolve()
-    database, study = _open_study(arguments.storage, space)
+    database = open_database(arguments.storage)
+    study = find_revision(database, space.name, space.fingerprint)
+    total = _total_trials(space)
+    if study is not None and _trials_left(study, total) == 0:
+        _announce(console, space, study)
+        console.print("Nothing is left to do.")
+        return _conclude(console, study, arguments)
     provenance = _provenance() | _check_trainable(space, data_dir)
+    study = open_study(
+        database,
+        space.name,
+        direction=space.direction,
+        fingerprint=space.fingerprint,
+        settings=space.model_dump(mode="json"),
+    )
+    _announce(console, space, study)
 
     from hpo import search
     from hpo.progress import Progress
 
+    left = _trials_left(study, total)
+    before = Counter(trial.state.name for trial in study.trials())
     with search.cluster(os.environ.get("RAY_ADDRESS")):
-        before = Counter(trial.state.name for trial in study.trials())
-        total = _total_trials(space)
-        ended = before["COMPLETE"] + before["PRUNED"] + before["FAIL"]
-        left = None if total is None else max(0, total - ended)
         slots = search.plan_slots(space, left)
-        _announce(console, space, study, before, slots)
+        share = f"{slots.gpu:g} GPU" if slots.gpu else f"{slots.threads} CPU thread{'s' if slots.threads > 1 else ''}"
+        console.print(f"{slots.count} {'trial' if slots.count == 1 else 'trials'} at a time, {share} each.")
         if slots.device == "cpu" and left and space.trainable == DEFAULT_TRAINABLE:
             _announce_cpu(console, space, slots, left, data_dir)
         with Progress(
@@ -168,29 +183,18 @@ def _make_runs_dir() -> Path:
     return RUNS_DIR.resolve()
 
 
-def _open_study(url: str, space: Space) -> tuple[Database, Study]:
-    from storage.database import open_database
-    from storage.studies import open_study
-
-    database = open_database(url)
-    study = open_study(
-        database,
-        space.name,
-        direction=space.direction,
-        fingerprint=space.fingerprint,
-        settings=space.model_dump(mode="json"),
-    )
-    return database, study
+def _trials_left(study: Study, total: int | None) -> int | None:
+    """Return how many of `total` trials have not ended; None where there is no end to count to."""
+    return None if total is None else total - sum(trial.state.is_finished() for trial in study.trials())
 
 
 def _check_trainable(space: Space, data_dir: Path) -> dict[str, Any]:
     """Fail before anything is spent; for our own trainable fetch the data, and return its hash."""
-    from hpo.search import load_trainable
+    from hpo import train
 
-    load_trainable(space.trainable)
+    train.load_trainable(space.trainable)
     if space.trainable != DEFAULT_TRAINABLE:
         return {}
-    from hpo import train
     from hpo.data import load
 
     for name, value in space.examples():
@@ -209,16 +213,13 @@ def _total_trials(space: Space) -> int | None:
     return points if space.budget.trials is None else min(points, space.budget.trials)
 
 
-def _announce(console: Console, space: Space, study: Study, before: Mapping[str, int], slots: Slots) -> None:
-    console.print(f"[bold]{study.name}[/]: {space.description or space.trainable}")
+def _announce(console: Console, space: Space, study: Study) -> None:
+    console.print(f"[bold]{study.name}[/]: {space.description or space.trainable}. Storage: {study.database.url}")
     if study.name != space.name:
         console.print(f"The space is not the one of study {space.name}: its results go to the revision {study.name}.")
-    if before:
-        states = ", ".join(f"{count} {state}" for state, count in sorted(before.items()))
+    states = ", ".join(f"{n} {state}" for state, n in sorted(Counter(t.state.name for t in study.trials()).items()))
+    if states:
         console.print(f"Going on with what storage holds: {states}.")
-    share = f"{slots.gpu:g} GPU" if slots.gpu else f"{slots.threads} CPU thread{'s' if slots.threads > 1 else ''}"
-    trials = "trial" if slots.count == 1 else "trials"
-    console.print(f"{slots.count} {trials} at a time, {share} each. Storage: {study.database.url}")
 
 
 def _announce_cpu(console: Console, space: Space, slots: Slots, left: int, data_dir: Path) -> None:
@@ -246,7 +247,10 @@ def _estimate_cpu_seconds(space: Space, slots: Slots, left: int, data_dir: Path)
     data = _data_settings(space, data_dir)
     images = load(**data)
     # Only these parameters change how much arithmetic a step is.
-    shapes = {name: p.grid() or [p.low, p.high] for name, p in space.parameters.items() if name in {"batch_size", "stem"}}
+    shapes: dict[str, list[Any]] = {}
+    for name, value in space.examples():
+        if name in {"batch_size", "stem"}:
+            shapes.setdefault(name, []).append(value)
     speeds: dict[str, float] = {}
     for params in _combinations(shapes)[:MAX_PROBES]:
         name = ", ".join(f"{key} {value}" for key, value in params.items()) or "the defaults"
@@ -281,14 +285,14 @@ def _provenance() -> dict[str, Any]:
     }
 
 
-def _conclude(console: Console, study: Study, arguments: argparse.Namespace, outcome: Any) -> int:
+def _conclude(console: Console, study: Study, arguments: argparse.Namespace, outcome: Outcome | None = None) -> int:
     _print_study(console, study)
     trials = study.trials()
-    if outcome.stopped:
+    if outcome is not None and outcome.stopped:
         console.print(f"Stopped: {outcome.stopped}. The same command goes on where it stopped.", style="yellow")
     option = "" if arguments.storage == DEFAULT_STORAGE else " --storage URL"
     console.print(f"Watch it: python -m hpo.dashboard{option}    Again: python -m hpo.report {study.name}{option}")
-    if outcome.interrupted:
+    if outcome is not None and outcome.interrupted:
         return 130
     return 0 if any(trial.state.name == "COMPLETE" for trial in trials) else 1
 

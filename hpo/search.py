@@ -10,8 +10,6 @@ resumed by starting another one. Workers get the trial and the place of its chec
 from __future__ import annotations
 
 import faulthandler
-import importlib
-import inspect
 import logging
 import math
 import os
@@ -20,7 +18,6 @@ import tempfile
 import threading
 import time
 import traceback
-from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -47,14 +44,14 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from hpo.errors import SettingError, TrainableError, nearest
+from hpo.checkpoints import Checkpoint, load_checkpoint, save_checkpoint, trim_checkpoints
+from hpo.errors import SettingError, nearest
 from hpo.space import Space
 
 if TYPE_CHECKING:  # workers import this module too, and have no use for a database
     from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
 
-    from hpo.train import Trainable
     from storage.studies import Claim, Run, Study
 
 OBJECT_STORE_BYTES = 100 * 2**20  # messages are small; data sets are read by the workers themselves
@@ -136,7 +133,7 @@ class Message:
     provenance: Mapping[str, Any] | None = None
 
 
-class TrialWorker(tune.Trainable):  # type: ignore[misc] # ray has no type information
+class TrialWorker(tune.Trainable):
     """A Ray actor that runs one trial after another: torch is imported once per worker, not once per trial."""
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -176,12 +173,12 @@ def _watchdog(assignment: Assignment) -> Iterator[None]:
 
 def run_trial(assignment: Assignment) -> Iterator[Message]:
     """Yield a message an epoch, from the newest checkpoint on; a message with `failure` is the last one."""
-    from hpo.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+    import torch
+
+    from hpo.train import load_trainable
 
     folder = Path(assignment.folder)
     try:
-        import torch
-
         torch.set_num_threads(assignment.threads)
         checkpoint = load_checkpoint(folder)
         history = dict(checkpoint.history) if checkpoint else {}
@@ -235,38 +232,6 @@ def _processor() -> str:
     return "cpu"
 
 
-def load_trainable(name: str) -> Trainable:
-    """Import a trainable.
-
-    Args:
-        name: `module:function`.
-
-    Raises:
-        TrainableError: no such module or function, or it is not a generator function of the right signature.
-    """
-    module_name, _, function_name = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not module_name.startswith(error.name):
-            raise  # the module exists; something that it imports does not
-        raise TrainableError(
-            f"trainable: no module {module_name!r}; it is looked for in the folder that the command runs in and among "
-            "the installed packages"
-        ) from None
-    function = getattr(module, function_name, None)
-    if function is None:
-        names = [n for n, value in vars(module).items() if inspect.isgeneratorfunction(value)]
-        raise TrainableError(f"trainable: {module_name} has no function {function_name!r}, {nearest(function_name, names)}")
-    wanted = {"data", "seed", "max_epochs", "device", "checkpoint"}
-    if not inspect.isgeneratorfunction(function) or not wanted <= set(inspect.signature(function).parameters):
-        raise TrainableError(
-            f"trainable: {name} must be a generator function "
-            "(params, *, data, seed, max_epochs, device, checkpoint=None) that yields EpochReports"
-        )
-    return function  # type: ignore[no-any-return] # checked above
-
-
 # --- in the driver --------------------------------------------------------------------------------------------------
 
 
@@ -314,7 +279,7 @@ class Bridge:
                 seed=self._space.seed,
                 max_epochs=self._space.max_epochs,
                 stored_epoch=claim.epoch,
-                folder=str(self._checkpoints / str(claim.number)),
+                folder=str(self._folder(claim)),
                 checkpoint_every=self._space.checkpoint_every,
                 device=self._slots.device,
                 threads=self._slots.threads,
@@ -412,9 +377,14 @@ class Bridge:
     def _end(self, tune_id: str, state: str, text: str) -> bool:
         claim = self._claims.pop(tune_id)
         del self._epochs[tune_id]
+        if state != "WAITING":
+            trim_checkpoints(self._folder(claim))
         self._next_look = 0.0
         self._view.trial_ended(claim.number, state, text)
         return True
+
+    def _folder(self, claim: Claim) -> Path:
+        return self._checkpoints / str(claim.number)
 
     def _is_over(self) -> bool:
         if time.monotonic() >= self._deadline:
@@ -423,7 +393,7 @@ class Bridge:
 
     def _crash_reason(self, claim: Claim, error: BaseException | None) -> tuple[str, str]:
         with suppress(OSError):
-            hang = self._checkpoints / str(claim.number) / HANG_FILE
+            hang = self._folder(claim) / HANG_FILE
             text = hang.read_text()
             if text:
                 hang.write_text("")
@@ -449,14 +419,16 @@ class Bridge:
             self.stop("storage failed")
 
 
-class Asker(Searcher):  # type: ignore[misc]
+class Asker(Searcher):
     """Tune's way of asking for trials."""
 
     def __init__(self, bridge: Bridge) -> None:
         super().__init__()
         self._bridge = bridge
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(
+        self, trial_id: str
+    ) -> Any:  # a dict, None, or Searcher.FINISHED: ray's own annotation forgets the last
         """Return the configuration of a Tune trial."""
         assignment = self._bridge.next_assignment(trial_id)
         if assignment is None:
@@ -473,11 +445,11 @@ class Asker(Searcher):  # type: ignore[misc]
         """Nothing: see save."""
 
 
-class Referee(FIFOScheduler):  # type: ignore[misc]
+class Referee(FIFOScheduler):
     """Tune's way of telling results, and of being told which trials go on."""
 
     def __init__(self, bridge: Bridge) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._bridge = bridge
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
@@ -564,7 +536,14 @@ def plan_slots(space: Space, trials: int | None) -> Slots:
 
 
 def search(
-    space: Space, study: Study, slots: Slots, *, provenance: Mapping[str, Any], data_dir: Path, checkpoints: Path, view: View
+    space: Space,
+    study: Study,
+    slots: Slots,
+    *,
+    provenance: Mapping[str, Any],
+    data_dir: Path,
+    checkpoints: Path,
+    view: View,
 ) -> Outcome:
     """Run the trials that a study still lacks. Needs an open `cluster`.
 
@@ -597,7 +576,7 @@ def search(
             run.enqueue(space.grid() or (), distributions)
         else:
             study.optuna.sampler = build_sampler(space, run.run)
-        bridge = Bridge(space, run, slots, data_dir=data_dir, checkpoints=checkpoints / study.name, view=view)
+        bridge = Bridge(space, run, slots, data_dir=data_dir, checkpoints=checkpoints / study.unique_name, view=view)
         if space.budget.time is not None:
             bridge.stop_at(time.monotonic() + space.budget.time - run.spent_seconds())
         try:

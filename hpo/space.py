@@ -308,7 +308,9 @@ class Space(_Strict):
     def examples(self) -> Iterator[tuple[str, Scalar]]:
         """Yield (name, value) for each choice and each end of a range: what a trainable must be able to take."""
         for name, parameter in self.parameters.items():
-            values = [parameter.low, parameter.high] if isinstance(parameter, IntRange | FloatRange) else parameter.grid()
+            values = (
+                [parameter.low, parameter.high] if isinstance(parameter, IntRange | FloatRange) else parameter.grid()
+            )
             yield from ((name, value) for value in values)
 
     def grid(self) -> Iterator[Params] | None:
@@ -457,11 +459,16 @@ class _Document:
     def _allowed_beside(self, path: _Path) -> list[str]:
         model: type[BaseModel] = Space
         if len(path) == 3 and path[0] == "parameters":
-            kind = self.data["parameters"][path[1]].get("type")
-            model = {"int": IntRange, "float": FloatRange}.get(kind, Choices)
+            kinds: dict[str, type[BaseModel]] = {"int": IntRange, "float": FloatRange}
+            model = kinds.get(self.data["parameters"][path[1]].get("type"), Choices)
         elif len(path) == 2:
-            section = {"sampler": Sampler, "scheduler": Scheduler, "data": Data, "budget": Budget}
-            model = section.get(str(path[0]), Resources)
+            sections: dict[str, type[BaseModel]] = {
+                "sampler": Sampler,
+                "scheduler": Scheduler,
+                "data": Data,
+                "budget": Budget,
+            }
+            model = sections.get(str(path[0]), Resources)
         return [name for name in model.model_fields if name != "name" or model is not Space]
 
     def position(self, path: _Path) -> str:

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
+import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -61,6 +63,40 @@ class Trainable(Protocol):
         ...
 
 
+def load_trainable(name: str) -> Trainable:
+    """Import a trainable.
+
+    Args:
+        name: `module:function`.
+
+    Raises:
+        TrainableError: no such module or function, or it is not a generator function of the right signature.
+    """
+    module_name, _, function_name = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_name.startswith(error.name):
+            raise  # the module exists; something that it imports does not
+        raise TrainableError(
+            f"trainable: no module {module_name!r}; it is looked for in the folder that the command runs in and among "
+            "the installed packages"
+        ) from None
+    function = getattr(module, function_name, None)
+    if function is None:
+        names = [n for n, value in vars(module).items() if inspect.isgeneratorfunction(value)]
+        raise TrainableError(
+            f"trainable: {module_name} has no function {function_name!r}, {nearest(function_name, names)}"
+        )
+    wanted = {"data", "seed", "max_epochs", "device", "checkpoint"}
+    if not inspect.isgeneratorfunction(function) or not wanted <= set(inspect.signature(function).parameters):
+        raise TrainableError(
+            f"trainable: {name} must be a generator function "
+            "(params, *, data, seed, max_epochs, device, checkpoint=None) that yields EpochReports"
+        )
+    return function  # type: ignore[no-any-return] # checked above
+
+
 @dataclass(frozen=True)
 class TrainParams:
     """The hyperparameters that `train` knows, with the values of the documented grid as defaults."""
@@ -88,10 +124,12 @@ def read_params(params: Mapping[str, Any]) -> TrainParams:
     Raises:
         TrainableError: a name that `train` does not know, a value of the wrong type or outside its choices.
     """
-    known = {field.name: field.type for field in fields(TrainParams)}
+    known = {field.name: str(field.type) for field in fields(TrainParams)}
     for name, value in params.items():
         if name not in known:
-            raise TrainableError(f"parameters.{name}: hpo.train:train has no parameter {name!r}, {nearest(name, known)}")
+            raise TrainableError(
+                f"parameters.{name}: hpo.train:train has no parameter {name!r}, {nearest(name, known)}"
+            )
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not {"int": isinstance(value, int) and number, "float": number, "str": isinstance(value, str)}[known[name]]:
             raise TrainableError(f"parameters.{name} must be of type {known[name]}, got {value!r}")

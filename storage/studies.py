@@ -21,12 +21,13 @@ import os
 import platform
 import threading
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 import psutil
@@ -110,6 +111,11 @@ class Study:
         return settings
 
     @property
+    def unique_name(self) -> str:
+        """A name that no other study has, in this database or any other: what lies on disk is kept under it."""
+        return f"{self.name}-{self.optuna.user_attrs['hpo:id']}"
+
+    @property
     def metric(self) -> str:
         """The name of the metric that the study optimizes."""
         return str(self.settings.get("metric", "value"))
@@ -123,16 +129,38 @@ def study_names(database: Database) -> list[str]:
 
 def find_study(database: Database, name: str) -> Study | None:
     """Return a study by name, or None. A name without a revision means the latest one."""
-    names = study_names(database)
-    revisions = [known for known in names if known == name or known.partition("@")[0] == name]
-    if not revisions:
-        return None
-    latest = name if "@" in name else max(revisions, key=_revision)
-    return _load(database, latest)
+    revisions = _revisions(database, name.partition("@")[0])
+    if "@" in name:
+        return _load(database, name) if name in revisions else None
+    return _load(database, revisions[-1]) if revisions else None
+
+
+def find_revision(database: Database, name: str, fingerprint: str) -> Study | None:
+    """Return the revision of a study that has this fingerprint, or None.
+
+    Raises:
+        StorageError: the name is taken by a study of another program.
+    """
+    for known in _revisions(database, name):
+        study = _load(database, known)
+        found = study.optuna.user_attrs.get("hpo:fingerprint")
+        if found is None and study.trials():
+            raise StorageError(
+                f"the study {known!r} in {database.url} was made by another program; rename the search space, or name "
+                "another database by --storage"
+            )
+        if found in {None, fingerprint}:
+            return study
+    return None
 
 
 def open_study(
-    database: Database, name: str, *, direction: str, fingerprint: str, settings: Mapping[str, Any]
+    database: Database,
+    name: str,
+    *,
+    direction: Literal["maximize", "minimize"],
+    fingerprint: str,
+    settings: Mapping[str, Any],
 ) -> Study:
     """Return the revision of a study that has this fingerprint; create it where there is none.
 
@@ -145,22 +173,23 @@ def open_study(
 
     def open_or_create() -> Study:
         with database.lock(f"study {name}"):
-            revision = 0
-            for known in sorted((n for n in study_names(database) if n.partition("@")[0] == name), key=_revision):
-                study = _load(database, known)
-                revision = _revision(known)
-                if study.optuna.user_attrs.get("hpo:fingerprint") == fingerprint:
-                    return study
-                if "hpo:fingerprint" not in study.optuna.user_attrs:
-                    if study.trials():
-                        raise StorageError(
-                            f"the study {known!r} in {database.url} was made by another program; rename the search "
-                            "space, or name another database by --storage"
-                        )
-                    return _describe(study, fingerprint, settings)  # its creator died before it had said what it is
-            new = name if revision == 0 else f"{name}@{revision + 1}"
-            optuna.create_study(storage=database.optuna, study_name=new, direction=direction)
-            return _describe(_load(database, new), fingerprint, settings)
+            study = find_revision(database, name, fingerprint)
+            if study is None:
+                revisions = _revisions(database, name)
+                new = f"{name}@{_revision(revisions[-1]) + 1}" if revisions else name
+                optuna.create_study(storage=database.optuna, study_name=new, direction=direction)
+                study = _load(database, new)
+            if (
+                "hpo:fingerprint" not in study.optuna.user_attrs
+            ):  # new, or its creator died before it had said what it is
+                study.optuna.set_user_attr("hpo:settings", dict(settings))
+                study.optuna.set_user_attr("hpo:id", uuid.uuid4().hex[:12])
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                    # The axis of the dashboard's plots.
+                    study.optuna.set_metric_names([str(settings.get("metric", "value"))])
+                study.optuna.set_user_attr("hpo:fingerprint", fingerprint)  # last: with it, the study is complete
+            return study
 
     return patiently(database, open_or_create)
 
@@ -170,13 +199,8 @@ def _load(database: Database, name: str) -> Study:
     return Study(database, name, study._study_id, study)
 
 
-def _describe(study: Study, fingerprint: str, settings: Mapping[str, Any]) -> Study:
-    study.optuna.set_user_attr("hpo:settings", dict(settings))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        study.optuna.set_metric_names([str(settings.get("metric", "value"))])  # the axis of the dashboard's plots
-    study.optuna.set_user_attr("hpo:fingerprint", fingerprint)  # last: with it, the study is complete
-    return study
+def _revisions(database: Database, name: str) -> list[str]:
+    return sorted((known for known in study_names(database) if known.partition("@")[0] == name), key=_revision)
 
 
 def _revision(name: str) -> int:
@@ -290,9 +314,7 @@ class Run:
     def should_prune(self, claim: Claim) -> bool:
         """Ask the study's pruner whether to stop a trial after its latest report."""
         study = self.study.optuna
-        return patiently(
-            self.database, lambda: study.pruner.prune(study, self.database.optuna.get_trial(claim.trial))
-        )
+        return patiently(self.database, lambda: study.pruner.prune(study, self.database.optuna.get_trial(claim.trial)))
 
     def record_provenance(self, claim: Claim, provenance: Mapping[str, Any]) -> None:
         """Store where and on what a trial runs."""
@@ -406,7 +428,7 @@ class Run:
         if row.host == _host():
             # On this machine the process itself can be looked at; no need to wait for the lease.
             try:
-                return abs(psutil.Process(row.pid).create_time() - row.process_started) > 1.0
+                return bool(abs(psutil.Process(row.pid).create_time() - row.process_started) > 1.0)
             except psutil.NoSuchProcess:
                 return True
         return bool(row.lease_until < row.now) and time.monotonic() >= self._no_takeover_before
@@ -444,9 +466,7 @@ class Run:
                 ).rowcount
             if taken and self.database.optuna.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
                 self._held.add(trial._trial_id)
-                return Claim(
-                    trial._trial_id, trial.number, trial.params, dict(trial.intermediate_values), row.crashes
-                )
+                return Claim(trial._trial_id, trial.number, trial.params, dict(trial.intermediate_values), row.crashes)
         return None
 
     def _claim_sampled(self, distributions: Mapping[str, BaseDistribution]) -> Claim | None:
@@ -524,11 +544,13 @@ class Run:
         table = records.runs
         while not self._ended.wait(self.lease_seconds / 6):
             # The database may be away; the next beat tries again, and trials wait on their own in `patiently`.
-            with contextlib.suppress(Exception), self.database.engine.begin() as connection:  # noqa: BLE001
+            with contextlib.suppress(Exception), self.database.engine.begin() as connection:
                 now = self.database.seconds()
                 mine = table.c.run == self.run
                 lapsed = connection.scalar(sa.select(table.c.lease_until < now).where(mine))
-                connection.execute(table.update().where(mine).values(last_heard=now, lease_until=now + self.lease_seconds))
+                connection.execute(
+                    table.update().where(mine).values(last_heard=now, lease_until=now + self.lease_seconds)
+                )
                 if lapsed:
                     # After an outage all leases have run out; let the other living runs renew theirs first.
                     self._no_takeover_before = time.monotonic() + self.lease_seconds
