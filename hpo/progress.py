@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -24,17 +25,18 @@ class _Row:
 
     params: Mapping[str, Any]
     epoch: int
-    first_epoch: int
     max_epochs: int
     started: float = field(default_factory=time.monotonic)
+    epoch_seconds: list[float] = field(default_factory=list)
     value: float | None = None
     best: float | None = None
     speed: float | None = None
 
     @property
     def seconds_left(self) -> float | None:
-        done = self.epoch - self.first_epoch
-        return (time.monotonic() - self.started) / done * (self.max_epochs - self.epoch) if done else None
+        if not self.epoch_seconds:
+            return None
+        return statistics.median(self.epoch_seconds) * (self.max_epochs - self.epoch)
 
 
 class Progress:
@@ -73,7 +75,7 @@ class Progress:
 
     def trial_started(self, number: int, params: Mapping[str, Any], epoch: int, max_epochs: int) -> None:
         """Show a trial that starts, or goes on after an epoch."""
-        self._running[number] = _Row(params, epoch, epoch, max_epochs)
+        self._running[number] = _Row(params, epoch, max_epochs)
         if epoch or not self._console.is_terminal:
             verb = f"goes on after epoch {epoch}" if epoch else "starts"
             self._print(f"trial {number} {verb}: {_format_params(params)}")
@@ -85,6 +87,7 @@ class Progress:
         row.epoch, row.value = epoch, value
         row.best = value if row.best is None else self._better(row.best, value)
         row.speed = metrics.get("images_per_second")
+        row.epoch_seconds.append(metrics["epoch_seconds"])
         if self._best is None or self._better(self._best[0], value) != self._best[0]:
             self._best = (value, number)
         if not self._console.is_terminal:

@@ -57,6 +57,11 @@ def failures(study: Study) -> list[str]:
     ]
 
 
+def is_timing(metric: str) -> bool:
+    """Tell the metrics that say how fast a trial ran, and differ each time, from those that say how good it is."""
+    return metric.endswith(("_seconds", "_per_second"))
+
+
 def _row(epochs: Metrics, metric: str, direction: str) -> list[Any]:
     values = [values[metric] for values in epochs.values() if metric in values]
     if not values:

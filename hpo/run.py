@@ -12,6 +12,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -42,6 +43,10 @@ def main(prefix: Sequence[str] = ()) -> NoReturn:
     Args:
         prefix: put before the arguments, so that `python -m hpo.report STUDY` is `hpo report STUDY`.
     """
+    # As with `python -m`: a trainable of the user's own is looked for in the folder that the command runs in.
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
     arguments = _parser().parse_args([*prefix, *sys.argv[1:]])
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
@@ -94,6 +99,11 @@ def _parser() -> argparse.ArgumentParser:
     report = verbs.add_parser("report", parents=[storage], help="show the trials of a study")
     report.add_argument("study", metavar="STUDY")
     report.set_defaults(command=_report)
+
+    replay = verbs.add_parser("replay", parents=[storage, data], help="run a trial again and compare its metrics")
+    replay.add_argument("study", metavar="STUDY")
+    replay.add_argument("number", metavar="NUMBER", type=int)
+    replay.set_defaults(command=_replay)
 
     dashboard = verbs.add_parser("dashboard", parents=[storage], help="serve optuna-dashboard on 127.0.0.1")
     dashboard.add_argument("--port", type=int, default=8080)
@@ -190,11 +200,12 @@ def _trials_left(study: Study, total: int | None) -> int | None:
 
 def _check_trainable(space: Space, data_dir: Path) -> dict[str, Any]:
     """Fail before anything is spent; for our own trainable fetch the data, and return its hash."""
-    from hpo import train
+    from hpo.space import load_trainable
 
-    train.load_trainable(space.trainable)
+    load_trainable(space.trainable)
     if space.trainable != DEFAULT_TRAINABLE:
         return {}
+    from hpo import train
     from hpo.data import load
 
     for name, value in space.examples():
@@ -319,6 +330,55 @@ def _report(arguments: argparse.Namespace) -> int:
     study = _existing_study(arguments)
     _print_study(_console(), study)
     return 0
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    """Run a trial again from its first epoch on and compare; 0 if every metric is equal to the last digit, else 1."""
+    study = _existing_study(arguments)
+    trials = {trial.number: trial for trial in study.trials()}
+    stored = study.metrics().get(arguments.number)
+    if not stored:
+        with_epochs = ", ".join(str(number) for number, epochs in study.metrics().items() if epochs) or "none"
+        raise SettingError(f"study {study.name} has no trial {arguments.number} with epochs; it has: {with_epochs}")
+    recorded, settings = study.provenance(arguments.number), study.settings
+    console = _console()
+    for name, now in _provenance().items():
+        if name in {"code", "packages", "python"} and recorded.get(name) != now:
+            console.print(f"{name}: {recorded.get(name)} then, {now} now", style="yellow")
+
+    from hpo.report import is_timing
+    from hpo.search import Assignment, run_trial
+
+    equal = True
+    with tempfile.TemporaryDirectory(prefix="hpo-replay-") as folder:
+        assignment = Assignment(
+            trainable=settings["trainable"],
+            params=trials[arguments.number].params,
+            data={**settings["data"], "data_dir": str(Path(arguments.data_dir).resolve())},
+            seed=settings["seed"],
+            max_epochs=settings["max_epochs"],
+            stored_epoch=0,
+            folder=folder,
+            checkpoint_every=settings["max_epochs"] + 1,
+            device=recorded.get("device", "cpu"),
+            threads=recorded.get("threads", 1),
+            timeout=None,
+        )
+        for message in run_trial(assignment):
+            if message.failure:
+                raise SettingError(f"the trial failed this time: {message.failure}\n{message.traceback}")
+            then = stored[message.epoch]
+            names = [name for name in message.metrics if name in then and not is_timing(name)]
+            unlike = [
+                f"{name} {then[name]!r} then, {message.metrics[name]!r} now"
+                for name in names
+                if then[name] != message.metrics[name]
+            ]
+            equal = equal and not unlike
+            console.print(f"epoch {message.epoch}: " + ("; ".join(unlike) or f"{len(names)} metrics equal"))
+            if message.epoch == max(stored):
+                break
+    return 0 if equal else 1
 
 
 def _existing_study(arguments: argparse.Namespace) -> Study:

@@ -32,6 +32,7 @@ os.environ.update(
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
     RAY_AIR_NEW_OUTPUT="0",
     RAY_CHDIR_TO_TRIAL_DIR="0",
+    RAY_DEDUP_LOGS_SKIP_REGEX=".",  # log_to_driver=False still lets "(raylet) A worker died" through
     TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
     TUNE_DISABLE_SIGINT_HANDLER="1",
     TUNE_DISABLE_STRICT_METRIC_CHECKING="1",
@@ -41,12 +42,13 @@ os.environ.update(
 
 import ray
 from ray import tune
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from hpo.checkpoints import Checkpoint, load_checkpoint, save_checkpoint, trim_checkpoints
 from hpo.errors import SettingError, nearest
-from hpo.space import Space
+from hpo.space import Space, load_trainable
 
 if TYPE_CHECKING:  # workers import this module too, and have no use for a database
     from optuna.pruners import BasePruner
@@ -174,8 +176,6 @@ def _watchdog(assignment: Assignment) -> Iterator[None]:
 def run_trial(assignment: Assignment) -> Iterator[Message]:
     """Yield a message an epoch, from the newest checkpoint on; a message with `failure` is the last one."""
     import torch
-
-    from hpo.train import load_trainable
 
     folder = Path(assignment.folder)
     try:
@@ -336,24 +336,18 @@ class Bridge:
             return self._end(tune_id, "WAITING", f"interrupted after epoch {epoch}, resumable")
         return False
 
-    def on_crash(self, tune_id: str, error: BaseException | None) -> None:
-        """Count a worker that died; Tune starts the trial again unless `on_gone` follows."""
+    def on_crash(self, tune_id: str, details: str, *, retried: bool) -> None:
+        """Count a worker that died; end its trial if that was one too many."""
         claim = self._claims.get(tune_id)
         if claim is None:
             return
         with self._guarded(lost=tune_id):
             self._run.record_crash(claim)
-            reason, _ = self._crash_reason(claim, error)
-            self._view.note(f"trial {claim.number}: {reason}")
-
-    def on_gone(self, tune_id: str, error: BaseException | None) -> None:
-        """End a trial over which too many workers died."""
-        claim = self._claims.get(tune_id)
-        if claim is None:
-            return
-        with self._guarded(lost=tune_id):
-            reason, details = self._crash_reason(claim, error)
-            self._fail(tune_id, f"{reason} ({self._space.max_failures} retries)", details)
+            reason, details = self._crash_reason(claim, details)
+            if retried:
+                self._view.note(f"trial {claim.number}: {reason}; starting it again from its last checkpoint")
+            else:
+                self._fail(tune_id, f"{reason} (max_failures {self._space.max_failures})", details)
 
     def release_all(self) -> None:
         """Give every trial back that has not ended: the run stops here and now."""
@@ -391,16 +385,16 @@ class Bridge:
             self.stop("the time budget is spent")
         return bool(self.stopping)
 
-    def _crash_reason(self, claim: Claim, error: BaseException | None) -> tuple[str, str]:
+    def _crash_reason(self, claim: Claim, details: str) -> tuple[str, str]:
+        hang = self._folder(claim) / HANG_FILE
         with suppress(OSError):
-            hang = self._folder(claim) / HANG_FILE
-            text = hang.read_text()
-            if text:
-                hang.write_text("")
-                return f"no epoch within trial_timeout {self._space.trial_timeout:g} s, worker killed", text
-        name = type(error).__name__
-        reason = "out of memory: Ray killed the worker" if "OutOfMemory" in name else "the worker died"
-        return f"{reason} ({name})", str(error)
+            stacks = hang.read_text()
+            if stacks:
+                hang.unlink()
+                return f"no epoch within trial_timeout {self._space.trial_timeout:g} s, worker killed", stacks
+        if "OutOfMemory" in details or "running low on memory" in details:
+            return "out of memory: Ray killed the worker", details
+        return "the worker process died", details
 
     @contextmanager
     def _guarded(self, lost: str | None = None) -> Iterator[None]:
@@ -463,11 +457,11 @@ class Referee(FIFOScheduler):
         return str(TrialScheduler.STOP if ended else TrialScheduler.CONTINUE)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """Hear that a worker died; Tune has counted the failure already."""
-        error = trial.get_pickled_error() or trial.get_error()
-        self._bridge.on_crash(trial.trial_id, error)
-        if not trial.should_recover():
-            self._bridge.on_gone(trial.trial_id, error)
+        """Hear that a worker died. Tune has counted the failure already, and written Ray's account of it."""
+        details = ""
+        with suppress(OSError):
+            details = Path(trial.error_file).read_text().rpartition("Failure # ")[2]
+        self._bridge.on_crash(trial.trial_id, details, retried=trial.should_recover())
 
     def choose_trial_to_run(self, tune_controller: Any, **_: Any) -> Any:
         """Give back, when stopping, the trials that wait for their worker to start."""
@@ -477,6 +471,16 @@ class Referee(FIFOScheduler):
                     self._bridge.release(trial.trial_id)
                     tune_controller.stop_trial(trial)
         return super().choose_trial_to_run(tune_controller)
+
+
+class Silence(TrialProgressCallback):
+    """Takes the place of Tune's own printing, which verbose=0 does not wholly stop."""
+
+    def log_result(self, *_: Any, **__: Any) -> None:
+        """Print nothing."""
+
+    def on_trial_complete(self, *_: Any, **__: Any) -> None:
+        """Print nothing."""
 
 
 @dataclass(frozen=True)
@@ -494,17 +498,25 @@ class Outcome:
 
 @contextmanager
 def cluster(address: str | None) -> Iterator[None]:
-    """Join the Ray cluster at an address, or start Ray inside this machine."""
+    """Join the Ray cluster at an address, or start Ray inside this machine.
+
+    Raises:
+        SettingError: no cluster answers at the address.
+    """
     logging.getLogger("ray").setLevel(logging.CRITICAL)
-    here: dict[str, Any] = {} if address else {"object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
-    try:
-        ray.init(address=address or "local", logging_level=logging.CRITICAL, log_to_driver=False, **here)
-    except ConnectionError as error:
-        raise SettingError(f"no Ray cluster answers at RAY_ADDRESS {address}: {error}") from None
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with tempfile.TemporaryDirectory(prefix="hpo-ray-", ignore_cleanup_errors=True) as scratch:
+        options: dict[str, Any] = {"address": address}
+        if address is None:
+            options = {"address": "local", "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
+            options["_temp_dir"] = scratch
+        try:
+            ray.init(logging_level=logging.CRITICAL, log_to_driver=False, **options)
+        except ConnectionError as error:
+            raise SettingError(f"no Ray cluster answers at RAY_ADDRESS {address}: {error}") from None
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def plan_slots(space: Space, trials: int | None) -> Slots:
@@ -605,6 +617,7 @@ def _drive(bridge: Bridge, slots: Slots) -> None:
             resources_per_trial={"cpu": slots.cpu, "gpu": slots.gpu},
             reuse_actors=True,
             raise_on_failed_trial=False,
+            callbacks=[Silence()],
             verbose=0,
         )
 

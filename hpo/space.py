@@ -7,11 +7,13 @@ with file, line, column and key path.
 from __future__ import annotations
 
 import hashlib
+import importlib
+import inspect
 import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -30,7 +32,7 @@ from pydantic import (
     model_validator,
 )
 
-from hpo.errors import SettingError, SpaceError, nearest
+from hpo.errors import SettingError, SpaceError, TrainableError, nearest
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -325,6 +327,44 @@ class Space(_Strict):
 def _digest(identity: object) -> str:
     text = json.dumps(identity, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# --- the trainable ------------------------------------------------------------------------------------------------
+
+
+def load_trainable(name: str) -> Callable[..., Iterator[Any]]:
+    """Import a trainable, see `hpo.train.Trainable`.
+
+    Args:
+        name: `module:function`.
+
+    Raises:
+        TrainableError: no such module or function, or it is not a generator function of the right signature.
+    """
+    module_name, _, function_name = name.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_name.startswith(error.name):
+            raise  # the module exists; something that it imports does not
+        raise TrainableError(
+            f"trainable: no module {module_name!r}; it is looked for in the folder that the command runs in and among "
+            "the installed packages"
+        ) from None
+    function = getattr(module, function_name, None)
+    if function is None:
+        names = [n for n, value in vars(module).items() if inspect.isgeneratorfunction(value)]
+        raise TrainableError(
+            f"trainable: {module_name} has no function {function_name!r}, {nearest(function_name, names)}"
+        )
+    wanted = {"data", "seed", "max_epochs", "device", "checkpoint"}
+    if not inspect.isgeneratorfunction(function) or not wanted <= set(inspect.signature(function).parameters):
+        raise TrainableError(
+            f"trainable: {name} must be a generator function "
+            "(params, *, data, seed, max_epochs, device, checkpoint=None) that yields EpochReports"
+        )
+    checked: Callable[..., Iterator[Any]] = function
+    return checked
 
 
 # --- reading a file -----------------------------------------------------------------------------------------------

@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -61,40 +59,6 @@ class Trainable(Protocol):
     ) -> Iterator[EpochReport]:
         """Yield a report for each epoch after the checkpoint's, the last one for epoch `max_epochs`."""
         ...
-
-
-def load_trainable(name: str) -> Trainable:
-    """Import a trainable.
-
-    Args:
-        name: `module:function`.
-
-    Raises:
-        TrainableError: no such module or function, or it is not a generator function of the right signature.
-    """
-    module_name, _, function_name = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not module_name.startswith(error.name):
-            raise  # the module exists; something that it imports does not
-        raise TrainableError(
-            f"trainable: no module {module_name!r}; it is looked for in the folder that the command runs in and among "
-            "the installed packages"
-        ) from None
-    function = getattr(module, function_name, None)
-    if function is None:
-        names = [n for n, value in vars(module).items() if inspect.isgeneratorfunction(value)]
-        raise TrainableError(
-            f"trainable: {module_name} has no function {function_name!r}, {nearest(function_name, names)}"
-        )
-    wanted = {"data", "seed", "max_epochs", "device", "checkpoint"}
-    if not inspect.isgeneratorfunction(function) or not wanted <= set(inspect.signature(function).parameters):
-        raise TrainableError(
-            f"trainable: {name} must be a generator function "
-            "(params, *, data, seed, max_epochs, device, checkpoint=None) that yields EpochReports"
-        )
-    return function  # type: ignore[no-any-return] # checked above
 
 
 @dataclass(frozen=True)

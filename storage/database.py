@@ -55,6 +55,17 @@ class Database:
             return sa.cast((sa.func.julianday("now") - 2440587.5) * 86400.0, sa.Float)
         return sa.cast(sa.extract("epoch", sa.func.clock_timestamp()), sa.Float)
 
+    def close(self) -> None:
+        """Close all connections."""
+        self.engine.dispose()
+        self.optuna.engine.dispose()
+
+    def __enter__(self) -> Database:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:
         """Hold a lock that at most one process holds at a time; it goes with the process that dies."""
@@ -80,18 +91,49 @@ def open_database(url: str) -> Database:
         engine = sa.create_engine(parsed, **options)
         if engine.dialect.name == "sqlite":
             sa.event.listen(engine, "connect", _tune_sqlite)
-        with _lock(engine, "schema"):
-            _check_ours(engine, shown)
-            optuna.logging.set_verbosity(optuna.logging.WARNING)  # "A new study created" is not news to anyone
-            storage = RDBStorage(parsed.render_as_string(hide_password=False), engine_kwargs=options)
-            if engine.dialect.name == "sqlite":
-                sa.event.listen(storage.engine, "connect", _tune_sqlite)
-                storage.engine.dispose()  # the connections it opened while creating its tables were not tuned
-            metadata.create_all(engine)
-            with engine.begin() as connection:
-                if connection.scalar(sa.select(schema.c.version)) is None:
-                    connection.execute(schema.insert().values(version=SCHEMA_VERSION))
-    return Database(shown, engine, storage)
+        try:
+            if not _is_ready(engine, shown):
+                with _lock(engine, "schema"):
+                    if not _is_ready(engine, shown):  # nobody was faster
+                        return Database(shown, engine, _create_tables(parsed, engine, options))
+            return Database(shown, engine, _open_optuna(parsed, options, shown))
+        except BaseException:
+            engine.dispose()
+            raise
+
+
+def _create_tables(url: sa.URL, engine: sa.Engine, options: dict[str, Any]) -> RDBStorage:
+    metadata.create_all(engine)  # first: where it may not, Optuna's storage would leave its connections open
+    storage = _rdb_storage(url, options, skip_table_creation=False)
+    with engine.begin() as connection:
+        connection.execute(schema.insert().values(version=SCHEMA_VERSION))  # last: with it, the tables are complete
+    return storage
+
+
+def _open_optuna(url: sa.URL, options: dict[str, Any], shown: str) -> RDBStorage:
+    storage = _rdb_storage(url, options, skip_table_creation=True)
+    found, wanted = storage.get_current_version(), storage.get_head_version()
+    if found != wanted:
+        storage.engine.dispose()
+        raise StorageError(
+            f"{shown} was written by another version of Optuna (tables {found}, this one reads {wanted}); back it up and "
+            "run `optuna storage upgrade --storage URL`, or name another database"
+        )
+    return storage
+
+
+def _rdb_storage(url: sa.URL, options: dict[str, Any], *, skip_table_creation: bool) -> RDBStorage:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # "A new study created" is not news to anyone
+    storage = RDBStorage(
+        url.render_as_string(hide_password=False),
+        engine_kwargs=options,
+        skip_compatibility_check=True,  # it would leave its connections open where it fails
+        skip_table_creation=skip_table_creation,
+    )
+    if storage.engine.dialect.name == "sqlite":
+        sa.event.listen(storage.engine, "connect", _tune_sqlite)
+        storage.engine.dispose()  # the connections that it has opened were not tuned
+    return storage
 
 
 metadata = sa.MetaData()
@@ -103,11 +145,11 @@ def _parse_url(url: str) -> sa.URL:
     try:
         parsed = sa.make_url(url)
         parsed.get_dialect()
+    except (NoSuchModuleError, ImportError):
+        raise StorageError(f"no driver for {parsed.drivername}:// databases; {examples}") from None
     except ArgumentError:
         # The text may hold a password that a typing mistake made unrecognisable: it is not repeated.
         raise StorageError(f"the storage is not a database URL; write one, {examples}") from None
-    except (NoSuchModuleError, ImportError):
-        raise StorageError(f"no driver for {parsed.drivername}:// databases; {examples}") from None
     if parsed.get_backend_name() not in {"sqlite", "postgresql"}:
         raise StorageError(f"{parsed.get_backend_name()} is not supported; {examples}")
     if parsed.get_backend_name() == "sqlite" and parsed.database in {None, "", ":memory:"}:
@@ -143,21 +185,28 @@ def _tune_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     connection.execute("PRAGMA synchronous=NORMAL")
 
 
-def _check_ours(engine: sa.Engine, shown: str) -> None:
+def _is_ready(engine: sa.Engine, shown: str) -> bool:
+    """Tell whether the tables are there; False for an empty database, or one of Optuna's.
+
+    Raises:
+        StorageError: the database is another program's, or of another version.
+    """
     tables = set(sa.inspect(engine).get_table_names())
-    if tables and "studies" not in tables:
+    if tables and not tables & {"studies", "hpo_schema"}:
         raise StorageError(
             f"{shown} belongs to another program (it has the tables {', '.join(sorted(tables)[:3])}, ...); "
             "name an empty database or one of Optuna's"
         )
-    if "hpo_schema" in tables:
-        with engine.connect() as connection:
-            version = connection.scalar(sa.select(schema.c.version))
-        if version not in {None, SCHEMA_VERSION}:
-            raise StorageError(
-                f"{shown} was written by another version of hpo (tables of version {version}, this one reads "
-                f"{SCHEMA_VERSION}); use that version, or name another database"
-            )
+    if "hpo_schema" not in tables:
+        return False
+    with engine.connect() as connection:
+        version = connection.scalar(sa.select(schema.c.version))
+    if version not in {None, SCHEMA_VERSION}:
+        raise StorageError(
+            f"{shown} was written by another version of hpo (tables of version {version}, this one reads "
+            f"{SCHEMA_VERSION}); use that version, or name another database"
+        )
+    return version is not None
 
 
 @contextlib.contextmanager
@@ -189,10 +238,8 @@ def explained(shown: str) -> Iterator[None]:
         yield
     except StorageError:
         raise
-    except RuntimeError as error:  # Optuna's own check of its tables' version
-        if "optuna storage upgrade" not in str(error) and "version" not in str(error):
-            raise
-        raise StorageError(f"{shown} was written by another version of Optuna: {_first_line(error)}") from None
+    except OSError as error:  # of a lock file
+        raise StorageError(f"{shown}: {error.strerror}: {error.filename}; make its folder writable") from None
     except (DBAPIError, StorageInternalError, sqlite3.Error) as error:
         raise StorageError(f"{shown}: {_remedy(_driver_error(error))}") from None
 

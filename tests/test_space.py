@@ -1,0 +1,651 @@
+"""The search-space file: what it means, and that every mistake is named with its place and its remedy."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+from hpo.errors import SettingError, SpaceError, TrainableError
+from hpo.space import MAX_FILE_BYTES, Space, known_spaces, load_space, load_trainable
+
+ROOT = Path(__file__).parent.parent
+HEAD = "sampler: grid\nmax_epochs: 2\nparameters:\n"
+VALID = HEAD + "  batch_size: [64, 256]\n  lr: 0.01\n"
+
+Write = Callable[[str], Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Write a search space; its name is `space`."""
+
+    def write(text: str) -> Path:
+        path = tmp_path / "space.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def error_of(path: Path | str, *overrides: str) -> str:
+    with pytest.raises(SpaceError) as caught:
+        load_space(str(path), overrides)
+    return str(caught.value)
+
+
+def unmark(text: str) -> tuple[str, str]:
+    """Take out the mark » and return the text and the `line:column` where it stood, both counted from 1."""
+    before, mark, after = text.partition("»")
+    assert mark, "the case has no mark"
+    line, column = before.count("\n") + 1, len(before.rpartition("\n")[2]) + 1
+    return before + after, f"{line}:{column}"
+
+
+# --- what a file means --------------------------------------------------------------------------------------------
+
+
+def test_the_documented_grid_is_exactly_its_three_configurations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    space = load_space("grid")
+    grid = space.grid()
+    assert grid is not None
+    assert list(grid) == [{"batch_size": size, "lr": 0.01} for size in (64, 256, 512)]
+    assert (space.name, space.max_epochs, space.sampler.name, space.scheduler.name) == ("grid", 50, "grid", "none")
+    assert space.data.dataset == "fashion_mnist"
+    assert space.trainable == "hpo.train:train"
+    assert (space.metric, space.direction) == ("val_accuracy", "maximize")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "search_spaces").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_search_space_that_ships_loads(path: Path) -> None:
+    space = load_space(str(path))
+    assert space.name == path.stem
+    assert list(space.distributions()) == list(space.parameters)
+
+
+def test_grid_and_quick_ship(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert {"grid", "quick"} <= set(known_spaces())
+
+
+def test_a_scalar_is_fixed_a_list_is_choices_a_mapping_is_a_range(write: Write) -> None:
+    path = write(
+        "sampler: tpe\nmax_epochs: 2\nbudget: {trials: 5}\nparameters:\n"
+        "  stem: cifar\n"
+        "  optimizer: [sgd, adam]\n"
+        "  activation: {type: categorical, choices: [relu, gelu]}\n"
+        "  batch_size: {type: int, low: 16, high: 1024, log: true}\n"
+        "  layers: {type: int, low: 2, high: 8, step: 2}\n"
+        "  lr: {type: float, low: 1e-4, high: 1, log: true}\n"
+        "  momentum: {type: float, low: 0, high: 0.75, step: 0.25}\n"
+    )
+    assert load_space(str(path)).distributions() == {
+        "stem": CategoricalDistribution(["cifar"]),
+        "optimizer": CategoricalDistribution(["sgd", "adam"]),
+        "activation": CategoricalDistribution(["relu", "gelu"]),
+        "batch_size": IntDistribution(16, 1024, log=True),
+        "layers": IntDistribution(2, 8, step=2),
+        "lr": FloatDistribution(1e-4, 1.0, log=True),
+        "momentum": FloatDistribution(0.0, 0.75, step=0.25),
+    }
+
+
+def test_a_grid_is_the_product_of_its_columns_the_last_parameter_fastest(write: Write) -> None:
+    path = write(
+        HEAD + "  a: [x, y]\n  b: {type: int, low: 1, high: 5, step: 2}\n"
+        "  c: {type: float, low: 0, high: 0.5, step: 0.25}\n  d: 7\n"
+    )
+    grid = load_space(str(path)).grid()
+    assert grid is not None
+    columns = itertools.product(["x", "y"], [1, 3, 5], [0.0, 0.25, 0.5], [7])
+    assert list(grid) == [dict(zip("abcd", point, strict=True)) for point in columns]
+
+
+def test_a_continuous_space_has_no_grid(write: Write) -> None:
+    path = write(
+        "sampler: random\nmax_epochs: 2\nbudget: {trials: 5}\nparameters: {lr: {type: float, low: 0, high: 1}}\n"
+    )
+    assert load_space(str(path)).grid() is None
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1.0e-4", 1e-4),
+        ("0.0001", 1e-4),
+        ("1E3", 1e3),
+        (".5", 0.5),
+        ("-2", -2),
+        ("+3", 3),
+        ("010", 10),
+        ("true", True),
+        ("null", None),
+        ("on", "on"),
+        ("off", "off"),
+        ("yes", "yes"),
+        ("no", "no"),
+        ("y", "y"),
+        ("1:30", "1:30"),
+        ("2024-01-01", "2024-01-01"),
+        ("'1e-4'", "1e-4"),
+        ("!!str 5", "5"),
+    ],
+)
+def test_a_scalar_is_what_the_user_wrote(write: Write, written: str, value: object) -> None:
+    path = write(HEAD + f"  p: {written}\n  q: [{written}, other]\n")
+    grid = load_space(str(path)).grid()
+    assert grid is not None
+    points = list(grid)
+    assert [point["q"] for point in points] == [value, "other"]
+    for point in points:
+        assert point["p"] == value
+        assert type(point["p"]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("written", "seconds"),
+    [
+        ("90s", 90),
+        ("30m", 30 * 60),
+        ("4h", 4 * 60 * 60),
+        ("1d12h", 36 * 60 * 60),
+        ("1h1m1s", 60 * 60 + 60 + 1),
+        ("2.5", 2.5),
+    ],
+)
+def test_a_time_is_read_with_its_units_and_a_bare_number_is_seconds(write: Write, written: str, seconds: float) -> None:
+    path = write(f"sampler: tpe\nmax_epochs: 2\nparameters: {{lr: 1}}\nbudget: {{time: {written}}}\n")
+    assert load_space(str(path)).budget.time == seconds
+
+
+def test_a_yaml_anchor_is_the_value_it_stands_for(write: Write) -> None:
+    path = write(HEAD + "  a: &sizes [1, 2]\n  b: *sizes\n")
+    grid = load_space(str(path)).grid()
+    assert grid is not None
+    assert list(grid) == [{"a": a, "b": b} for a in (1, 2) for b in (1, 2)]
+
+
+def test_the_examples_are_every_choice_and_both_ends_of_each_range(write: Write) -> None:
+    path = write(HEAD + "  a: 5\n  b: [x, y]\n  c: {type: int, low: 2, high: 9}\n")
+    assert list(load_space(str(path)).examples()) == [("a", 5), ("b", "x"), ("b", "y"), ("c", 2), ("c", 9)]
+
+
+def test_a_space_cannot_be_changed_after_it_was_checked(write: Write) -> None:
+    space = load_space(str(write(VALID)))
+    with pytest.raises(ValueError, match="frozen"):
+        space.max_epochs = 3
+
+
+# --- mistakes -----------------------------------------------------------------------------------------------------
+
+# » stands where the message must point to.
+MISTAKES = {
+    "a key twice": (HEAD + "  lr: 1\n  »lr: 2\n", ["'lr'", "twice"]),
+    "a section twice": ("sampler: grid\n»sampler: tpe\n", ["'sampler'", "twice"]),
+    "an unknown key": (VALID + "»metrc: val_loss\n", ["metrc: unknown key", "did you mean metric?"]),
+    "an unknown key of data": (
+        VALID + "data: {»train_sample: 4}\n",
+        ["data.train_sample: unknown key", "did you mean train_samples?"],
+    ),
+    "an unknown key of sampler": (
+        "sampler: {name: grid, »sed: 1}\nmax_epochs: 2\nparameters: {lr: 1}\n",
+        ["sampler.sed: unknown key", "did you mean seed?"],
+    ),
+    "an unknown key of scheduler": (
+        VALID + "scheduler: {name: none, »grace_perod: 1}\n",
+        ["scheduler.grace_perod: unknown key", "did you mean grace_period?"],
+    ),
+    "an unknown key of budget": (VALID + "budget: {»trial: 1}\n", ["budget.trial: unknown key", "mean trials?"]),
+    "an unknown key of resources": (VALID + "resources: {»gpus: 1}\n", ["resources.gpus: unknown key", "mean gpu?"]),
+    "an unknown key of a range": (
+        HEAD + "  lr: {type: float, low: 1, high: 2, step: 1, »lgoo: true}\n",
+        ["parameters.lr.lgoo: unknown key", "allowed: type, low, high, log, step"],
+    ),
+    "a key that belongs to another type of range": (
+        HEAD + "  lr: {type: categorical, choices: [1], »low: 1}\n",
+        ["parameters.lr.low: unknown key", "allowed: type, choices"],
+    ),
+    "a missing key": ("»sampler: grid\nparameters: {lr: 1}\n", ["'max_epochs'", "missing"]),
+    "a missing end of a range": (HEAD + "  »lr: {type: int, low: 1}\n", ["parameters.lr", "'high'", "missing"]),
+    "a word for a number": (
+        "sampler: grid\n»max_epochs: many\nparameters: {lr: 1}\n",
+        ["max_epochs: ", "integer", "'many'"],
+    ),
+    "a fraction for a whole number": (
+        "sampler: grid\n»max_epochs: 2.5\nparameters: {lr: 1}\n",
+        ["max_epochs: ", "integer", "2.5"],
+    ),
+    "a truth value for a number": (
+        "sampler: grid\n»max_epochs: true\nparameters: {lr: 1}\n",
+        ["max_epochs: ", "integer", "True"],
+    ),
+    "a number for a text": (VALID + "»description: 5\n", ["description: ", "string", "5"]),
+    "no epochs": ("sampler: grid\n»max_epochs: 0\nparameters: {lr: 1}\n", ["max_epochs: ", "greater than 0"]),
+    "an unknown sampler": ("»sampler: grd\nmax_epochs: 2\nparameters: {lr: 1}\n", ["sampler: ", "'grid'", "'grd'"]),
+    "low above high": (
+        HEAD + "  »lr: {type: int, low: 5, high: 3}\n",
+        ["parameters.lr: ", "low must not be above high", "low 5", "high 3"],
+    ),
+    "the logarithm of zero": (
+        HEAD + "  »lr: {type: float, low: 0, high: 3, log: true}\n",
+        ["parameters.lr: ", "log needs low > 0"],
+    ),
+    "the logarithm of a negative number": (
+        HEAD + "  »lr: {type: int, low: -1, high: 3, log: true}\n",
+        ["parameters.lr: ", "log needs low > 0", "low -1"],
+    ),
+    "log with a step": (
+        HEAD + "  »lr: {type: int, low: 1, high: 9, step: 2, log: true}\n",
+        ["parameters.lr: ", "log and step exclude each other"],
+    ),
+    "a step that does not divide": (
+        HEAD + "  »lr: {type: int, low: 0, high: 10, step: 3}\n",
+        ["parameters.lr: ", "step 3 does not divide the range from 0 to 10"],
+    ),
+    "a fractional step that does not divide": (
+        HEAD + "  »lr: {type: float, low: 0, high: 1, step: 0.3}\n",
+        ["parameters.lr: ", "step 0.3 does not divide"],
+    ),
+    "a step of zero": (
+        HEAD + "  lr: {type: float, low: 0, high: 1, »step: 0}\n",
+        ["parameters.lr.step: ", "greater than 0"],
+    ),
+    "an infinite end": (
+        HEAD + "  lr: {type: float, low: 0, »high: .inf, step: 1}\n",
+        ["parameters.lr.high: ", "finite", "inf"],
+    ),
+    "no choices": (HEAD + "  »lr: []\n", ["parameters.lr: ", "at least 1"]),
+    "no choices in a mapping": (
+        HEAD + "  lr: {type: categorical, »choices: []}\n",
+        ["parameters.lr.choices: ", "at least 1"],
+    ),
+    "a choice twice": (HEAD + "  »lr: [1e-4, 0.0001]\n", ["parameters.lr: ", "the choice 0.0001 appears twice"]),
+    "a range without a type": (
+        HEAD + "  »lr: {low: 1, high: 2}\n",
+        ["parameters.lr: ", "`type:`", "int, float or categorical"],
+    ),
+    "an unknown type of range": (
+        HEAD + "  »lr: {type: floot, low: 1, high: 2}\n",
+        ["parameters.lr: ", "int, float or categorical", "'floot'"],
+    ),
+    "no parameters": ("sampler: grid\nmax_epochs: 2\n»parameters: {}\n", ["parameters: ", "at least 1"]),
+    "parameters as a list": ("sampler: grid\nmax_epochs: 2\n»parameters: [lr]\n", ["parameters: ", "dictionary"]),
+    "a trainable without its function": (VALID + "»trainable: my_module\n", ["trainable: ", "module:function"]),
+    "a duration in words": (
+        VALID + "budget: {»time: 4 hours}\n",
+        ["budget.time: ", "90s, 30m, 4h or 1d12h"],
+    ),
+    "a name": ("»name: other\n" + VALID, ["name: ", "named after its file", "'space'"]),
+    "an indentation by tabs": ("sampler: grid\nparameters:\n»\tlr: 1\n", ["not YAML"]),
+    "a bracket left open": ("sampler: [grid\nmax_epochs»: 3\n", ["not YAML", "','", "']'"]),
+    "two colons": ("sampler: grid»: x\n", ["not YAML"]),
+    "two documents": ("sampler: grid\n»---\nsampler: tpe\n", ["not YAML", "another document"]),
+    "an alias of nothing": (HEAD + "  lr: »*rates\n", ["not YAML", "undefined alias"]),
+    "a key of several words": (HEAD + "  »[a, b]: 1\n", ["a key is a single word"]),
+    "a list alone": ("»- a\n- b\n", ["a search space is a mapping"]),
+    "a word alone": ("»hello\n", ["a search space is a mapping"]),
+    "a python object": (
+        HEAD + "  lr: »!!python/name:os.system x\n",
+        ["the tag", "python/name:os.system", "not allowed"],
+    ),
+    "a tag of someone's own": (HEAD + "  lr: »!rate x\n", ["the tag !rate is not allowed"]),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_with_file_line_column_and_remedy(write: Write, name: str) -> None:
+    marked, fragments = MISTAKES[name]
+    text, place = unmark(marked)
+    path = write(text)
+    error = error_of(path)
+    assert error.startswith(f"{path}:{place}: ")
+    assert "\n" not in error
+    for fragment in fragments:
+        assert fragment in error
+
+
+# Rules about several keys have no one place: the file and a line are enough.
+RULES = {
+    "a grid over a continuous range": (
+        HEAD + "  lr: {type: float, low: 0, high: 1}\n",
+        ["parameters.lr is continuous", "give a list or a step", "sampler random or tpe"],
+    ),
+    "a sampler without an end": (
+        "sampler: tpe\nmax_epochs: 2\nparameters: {lr: 1}\n",
+        ["sampler tpe never ends", "budget.trials or budget.time"],
+    ),
+    "a grace period as long as the training": (
+        VALID + "scheduler: {name: asha, grace_period: 2}\n",
+        ["grace_period 2 must be below max_epochs 2"],
+    ),
+    "a parameter's name that is none": (HEAD + "  batch-size: 1\n", ["Python identifier", "'batch-size'"]),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_broken_rule_is_one_line_with_file_and_remedy(write: Write, name: str) -> None:
+    text, fragments = RULES[name]
+    path = write(text)
+    error = error_of(path)
+    assert re.match(re.escape(str(path)) + r":\d+:\d+: ", error)
+    assert "\n" not in error
+    for fragment in fragments:
+        assert fragment in error
+
+
+def test_all_mistakes_of_a_file_are_reported_at_once(write: Write) -> None:
+    lines = [
+        "sampler: grd",
+        "max_epochs: -2",
+        "metrc: val_loss",
+        "parameters:",
+        "  a: {type: int, low: 5, high: 3}",
+        "  b: []",
+    ]
+    path = write("\n".join(lines) + "\n")
+    found = dict(re.findall(re.escape(str(path)) + r":(\d+):\d+: ([\w.]+): ", error_of(path)))
+    keys = ["sampler", "max_epochs", "metrc", "parameters.a", "parameters.b"]
+    assert found == {"1": keys[0], "2": keys[1], "3": keys[2], "5": keys[3], "6": keys[4]}
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "# only a remark\n", "---\n"])
+def test_an_empty_file_is_told_what_it_needs(write: Write, text: str) -> None:
+    path = write(text)
+    error = error_of(path)
+    assert error.startswith(f"{path}: ")
+    for fragment in ("empty", "sampler", "max_epochs", "parameters"):
+        assert fragment in error
+
+
+def test_a_binary_file_is_not_read_as_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "model.yaml"
+    path.write_bytes(bytes(range(256)))
+    error = error_of(path)
+    assert error.startswith(f"{path}: ")
+    assert "UTF-8" in error
+
+
+def test_a_control_character_is_not_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_bytes(VALID.encode() + b"description: \x00\n")
+    error = error_of(path)
+    assert error.startswith(f"{path}:")
+    assert "not YAML" in error
+
+
+def test_a_file_may_have_the_size_limit_and_not_a_byte_more(write: Write) -> None:
+    filler = "#" * (MAX_FILE_BYTES - len(VALID))
+    assert load_space(str(write(VALID + filler))).max_epochs == 2
+    path = write(VALID + filler + "#")
+    error = error_of(path)
+    assert error.startswith(f"{path}: {MAX_FILE_BYTES + 1} bytes")
+    assert f"at most {MAX_FILE_BYTES}" in error
+
+
+def test_a_yaml_bomb_is_refused_before_it_goes_off(write: Write) -> None:
+    # Nine levels of ten aliases each: a thousand million values out of a few hundred bytes.
+    lines = ["a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    for inner, outer in itertools.pairwise("abcdefghi"):
+        lines.append(f"{outer}: &{outer} [{', '.join([f'*{inner}'] * 10)}]")
+    path = write("\n".join(lines) + "\n")
+    error = error_of(path)
+    assert re.match(re.escape(str(path)) + r":\d+:\d+: ", error)
+    assert "expands to more than" in error
+
+
+@pytest.mark.parametrize("text", [HEAD + "  lr: &x »[1, *x]\n", "sampler: grid\nparameters: &x\n  lr: »*x\n"])
+def test_an_alias_that_contains_itself_is_refused(write: Write, text: str) -> None:
+    path = write(unmark(text)[0])
+    error = error_of(path)
+    assert re.match(re.escape(str(path)) + r":\d+:\d+: ", error)
+    assert "expands to more than" in error
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "absent.yaml"
+    with pytest.raises(SettingError, match=re.escape(str(path))):
+        load_space(str(path))
+
+
+def test_a_folder_is_not_a_search_space(tmp_path: Path) -> None:
+    path = tmp_path / "folder.yaml"
+    path.mkdir()
+    with pytest.raises(SettingError, match=re.escape(str(path))):
+        load_space(str(path))
+
+
+def test_an_unknown_name_gets_the_nearest_or_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "search_spaces"
+    folder.mkdir()
+    for name in ("wide", "deep"):
+        (folder / f"{name}.yaml").write_text(VALID)
+    with pytest.raises(SettingError, match=r"'wde'.*did you mean wide\?"):
+        load_space("wde")
+    with pytest.raises(SettingError, match=r"'zzz'.*deep, wide"):
+        load_space("zzz")
+
+
+def test_a_folder_without_search_spaces_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingError, match=r"'grid'.*none here"):
+        load_space("grid")
+
+
+# --- overrides ----------------------------------------------------------------------------------------------------
+
+
+def test_an_override_reaches_a_dotted_path_and_is_read_as_yaml(write: Write) -> None:
+    path = str(write(VALID))
+    space = load_space(
+        path,
+        ["max_epochs=1", "parameters.lr=1e-3", "parameters.batch_size=[8, 16]", "data.train_samples=2048", "metric=no"],
+    )
+    grid = space.grid()
+    assert grid is not None
+    assert list(grid) == [{"batch_size": 8, "lr": 1e-3}, {"batch_size": 16, "lr": 1e-3}]
+    assert (space.max_epochs, space.data.train_samples, space.metric) == (1, 2048, "no")
+    assert load_space(path).max_epochs == 2
+
+
+def test_the_last_of_two_overrides_of_a_key_holds(write: Write) -> None:
+    assert load_space(str(write(VALID)), ["seed=1", "seed=2"]).seed == 2
+
+
+def test_an_override_adds_a_parameter_or_changes_a_part_of_a_range(write: Write) -> None:
+    path = write(HEAD + "  lr: {type: int, low: 1, high: 3}\n")
+    space = load_space(str(path), ["parameters.lr.high=2", "parameters.stem=cifar"])
+    assert space.distributions() == {"lr": IntDistribution(1, 2), "stem": CategoricalDistribution(["cifar"])}
+
+
+def test_a_sampler_given_by_name_grows_into_a_mapping(write: Write) -> None:
+    path = write("sampler: tpe\nmax_epochs: 2\nbudget: {trials: 5}\nparameters: {lr: 1}\n")
+    sampler = load_space(str(path), ["sampler.seed=3"]).sampler
+    assert (sampler.name, sampler.seed) == ("tpe", 3)
+
+
+def test_an_override_repairs_a_mistake_of_the_file(write: Write) -> None:
+    path = write(VALID.replace("max_epochs: 2", "max_epochs: many"))
+    assert load_space(str(path), ["max_epochs=4"]).max_epochs == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "fragments"),
+    [
+        ("max_epoch=1", ["max_epoch: unknown key", "did you mean max_epochs?"]),
+        ("data.train_sample=4", ["data.train_sample: unknown key", "did you mean train_samples?"]),
+        ("max_epochs=many", ["max_epochs: ", "integer", "'many'"]),
+        ("max_epochs=", ["max_epochs: ", "integer", "None"]),
+        ("parameters.lr={type: int, low: 2, high: 1}", ["parameters.lr: ", "low must not be above high"]),
+        ("parameters.lr=[1", ["not YAML"]),
+        ("parameters.lr=!!python/name:os.system x", ["the tag", "not allowed"]),
+        ("name=other", ["name: ", "named after its file"]),
+    ],
+)
+def test_a_mistake_in_an_override_names_the_override(write: Write, override: str, fragments: list[str]) -> None:
+    error = error_of(write(VALID), override)
+    assert error.startswith(f"--set {override}: ")
+    assert "\n" not in error
+    for fragment in fragments:
+        assert fragment in error
+
+
+@pytest.mark.parametrize("override", ["max_epochs", "=1", "data.=1", ".lr=1", "max_epochs.low=1", "data.dataset.x.y=1"])
+def test_an_override_that_has_no_place_is_a_setting_error(write: Write, override: str) -> None:
+    path = write(VALID + "data: {dataset: [a]}\n")
+    with pytest.raises(SettingError, match=re.escape(f"--set {override}: ")):
+        load_space(str(path), [override])
+
+
+def test_mistakes_of_file_and_override_come_together(write: Write) -> None:
+    path = write(VALID + "metrc: val_loss\n")
+    lines = error_of(path, "seed=-1").splitlines()
+    assert len(lines) == 2
+    assert sum(line.startswith("--set seed=-1: seed: ") for line in lines) == 1
+    assert sum(line.startswith(f"{path}:6:1: metrc: ") for line in lines) == 1
+
+
+# --- identity -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def space_with(write: Write) -> Callable[..., Space]:
+    path = write(VALID)
+    return lambda *overrides: load_space(str(path), overrides)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "description=another text",
+        "budget.trials=7",
+        "budget.time=4h",
+        "resources.cpu=2",
+        "resources.gpu=0.5",
+        "max_failures=0",
+        "sampler=random",
+    ],
+)
+def test_the_fingerprint_is_the_same_after_a_change_of(space_with: Callable[..., Space], override: str) -> None:
+    assert space_with("budget.trials=5", override).fingerprint == space_with().fingerprint
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "parameters.lr=0.02",
+        "parameters.batch_size=[64, 128]",
+        "parameters.batch_size=64",
+        "parameters.momentum=0.9",
+        "parameters.batch_size={type: int, low: 64, high: 256}",
+        "max_epochs=3",
+        "data.dataset=fashion_mnist_sample",
+        "data.train_samples=100",
+        "data.val_samples=100",
+        "metric=val_loss",
+        "direction=minimize",
+        "trainable=my_module:train",
+        "seed=1",
+    ],
+)
+def test_the_fingerprint_is_another_after_a_change_of(space_with: Callable[..., Space], override: str) -> None:
+    assert space_with(override).fingerprint != space_with().fingerprint
+
+
+def test_the_fingerprint_is_of_the_meaning_not_of_the_spelling(write: Write) -> None:
+    one = load_space(str(write(VALID))).fingerprint
+    other = load_space(str(write("parameters: {lr: 1e-2, batch_size: [64, 0256]}\nmax_epochs: 2\nsampler: grid\n")))
+    assert other.fingerprint == one
+
+
+PARAMS = {"batch_size": 64, "lr": 0.01}
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["max_epochs=3", "parameters.batch_size=[64, 512]", "metric=val_loss", "budget.trials=7", "max_failures=0"],
+)
+def test_a_configuration_keeps_its_key_after_a_change_of(space_with: Callable[..., Space], override: str) -> None:
+    assert space_with(override).key(PARAMS) == space_with().key(PARAMS)
+
+
+@pytest.mark.parametrize(
+    "override", ["seed=1", "data.train_samples=100", "data.val_samples=100", "trainable=my_module:train"]
+)
+def test_a_configuration_has_another_key_after_a_change_of(space_with: Callable[..., Space], override: str) -> None:
+    assert space_with(override).key(PARAMS) != space_with().key(PARAMS)
+
+
+def test_a_key_is_of_the_parameters_in_any_order(space_with: Callable[..., Space]) -> None:
+    space = space_with()
+    assert space.key({"lr": 0.01, "batch_size": 64}) == space.key(PARAMS)
+    keys = {space.key(params) for params in (PARAMS, {**PARAMS, "lr": 0.02}, {"lr": 0.01}, {**PARAMS, "stem": "cifar"})}
+    assert len(keys) == 4
+
+
+# --- the trainable ------------------------------------------------------------------------------------------------
+
+OWN_TRAINABLE = """
+from hpo.train import EpochReport
+
+def train(params, *, data, seed, max_epochs, device, checkpoint=None):
+    for epoch in range(1, max_epochs + 1):
+        yield EpochReport(epoch, {"val_accuracy": params["x"] * epoch}, dict)
+
+def evaluate(params, *, data, seed, max_epochs, device, checkpoint=None):
+    return []
+
+def train_short(params, *, data):
+    yield from []
+
+SIZE = 3
+"""
+
+
+def test_the_default_trainable_is_the_training_loop() -> None:
+    from hpo.train import train
+
+    assert load_trainable(Space.model_fields["trainable"].default) is train
+
+
+def test_a_function_of_the_users_own_is_a_trainable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_trainable_a.py").write_text(OWN_TRAINABLE)
+    monkeypatch.syspath_prepend(tmp_path)
+    own = load_trainable("own_trainable_a:train")
+    reports = list(own({"x": 0.25}, data={}, seed=0, max_epochs=2, device="cpu"))
+    assert [report.metrics["val_accuracy"] for report in reports] == [0.25, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "fragments"),
+    [
+        ("own_trainable_absent:train", ["no module 'own_trainable_absent'", "folder that the command runs in"]),
+        ("own_trainable_b.absent:train", ["no module 'own_trainable_b.absent'"]),
+        ("own_trainable_b:trian", ["own_trainable_b has no function 'trian'", "did you mean train?"]),
+        ("own_trainable_b:evaluate", ["own_trainable_b:evaluate must be a generator function", "checkpoint=None"]),
+        ("own_trainable_b:train_short", ["must be a generator function", "(params, *, data, seed, max_epochs, device"]),
+        ("own_trainable_b:SIZE", ["own_trainable_b:SIZE must be a generator function"]),
+    ],
+)
+def test_a_trainable_that_is_none_is_told_why(
+    name: str, fragments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_trainable_b.py").write_text(OWN_TRAINABLE)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(TrainableError) as caught:
+        load_trainable(name)
+    for fragment in fragments:
+        assert fragment in str(caught.value)
+
+
+def test_a_trainable_whose_own_import_fails_says_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_trainable_c.py").write_text("import a_package_that_is_not_installed\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_installed"):
+        load_trainable("own_trainable_c:train")
