@@ -12,6 +12,7 @@ import pickle
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -39,7 +40,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
     Raises:
         OSError: it could not be written (disk full, no rights); the earlier checkpoints stand.
+        TypeError: the state holds something that could not be loaded again.
     """
+    _check_plain(checkpoint.state, "state")
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"epoch-{checkpoint.epoch:06d}.pt"
     # Named after the process: a worker that outlived its driver for a moment may write the same epoch.
@@ -60,8 +63,13 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
     """Return the newest checkpoint that can be read, None if there is none. A damaged one is set aside."""
+    for leftover in folder.glob("*.tmp"):  # of a worker that was killed while it wrote
+        leftover.unlink(missing_ok=True)
     for path in _newest_first(folder):
         try:
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:  # torch itself does not look at the checksums
+                    raise zipfile.BadZipFile(path.name)
             # weights_only: tensors and plain values, nothing that runs code.
             found = torch.load(path, map_location="cpu", weights_only=True)
             return Checkpoint(found["epoch"], found["history"], found["state"])
@@ -76,6 +84,20 @@ def trim_checkpoints(folder: Path) -> None:
     """Keep only the newest checkpoint of a finished trial."""
     for old in _newest_first(folder)[1:]:
         old.unlink(missing_ok=True)
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """Refuse, while the trial's author can still read it, what weights_only would refuse at the next start."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_plain(key, f"a key of {where}")
+            _check_plain(item, f"{where}[{key!r}]")
+    elif isinstance(value, list | tuple | set):
+        for i, item in enumerate(value):
+            _check_plain(item, f"{where}[{i}]")
+    elif not isinstance(value, torch.Tensor) and type(value) not in {NoneType, bool, int, float, complex, str, bytes}:
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise TypeError(f"a checkpoint holds tensors and plain values, but {where} is a {kind}")
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -160,11 +160,17 @@ def _read_fashion_mnist(data_dir: Path) -> tuple[Images, Images]:
             FileLock(data_dir / ".fashion_mnist.lock"),
         ):
             parts = [FashionMNIST(str(data_dir), train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError) as error:
-        names = "\n".join(f"  {name}" for name, _ in FashionMNIST.resources)
+    except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
+        names = [name for name, _ in FashionMNIST.resources]
+        if all((raw / name.removesuffix(".gz")).exists() for name in names):
+            raise DataError(
+                f"Fashion-MNIST in {raw} is damaged ({_first_line(error)}). Delete the unpacked files there, those "
+                "without .gz, and start again"
+            ) from None
+        listed = "\n".join(f"  {name}" for name in names)
         raise DataError(
             f"Fashion-MNIST is not in {raw} and could not be fetched ({_first_line(error)}).\n"
-            f"Put these four files there, from a machine with a network or another copy:\n{names}\n"
+            f"Put these four files there, from a machine with a network or another copy:\n{listed}\n"
             "or name a writable folder that has them by --data-dir. "
             "Without them, `python -m hpo.run quick` runs the same search on the small sample that ships with the code."
         ) from None

@@ -16,7 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-MAX_ROWS = 20  # of running trials; a screen holds no more
+MAX_ROWS = 18  # of running trials: with heading and study line they fit a screen of 24 lines
 
 
 @dataclass
@@ -117,7 +117,7 @@ class Progress:
     def _render(self) -> RenderableType:
         table = Table(box=None, pad_edge=False, header_style="bold")
         for name in ("trial", "parameters", "epoch", "", self._metric, "best", "images/s", "left"):
-            table.add_column(name, no_wrap=name != "parameters")
+            table.add_column(name, no_wrap=True, overflow="ellipsis")
         rows = list(self._running.items())
         for number, row in rows[:MAX_ROWS]:
             table.add_row(

@@ -220,7 +220,7 @@ def _data_settings(space: Space, data_dir: Path) -> dict[str, Any]:
 def _total_trials(space: Space) -> int | None:
     if space.sampler.name != "grid":
         return space.budget.trials
-    points = sum(1 for _ in space.grid() or ())
+    points = sum(1 for _ in space.grid())
     return points if space.budget.trials is None else min(points, space.budget.trials)
 
 

@@ -585,7 +585,7 @@ def search(
     )
     with run:
         if is_grid:
-            run.enqueue(space.grid() or (), distributions)
+            run.enqueue(space.grid(), distributions)
         else:
             study.optuna.sampler = build_sampler(space, run.run)
         bridge = Bridge(space, run, slots, data_dir=data_dir, checkpoints=checkpoints / study.unique_name, view=view)

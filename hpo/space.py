@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 SPACES_DIR = Path("search_spaces")
 MAX_FILE_BYTES = 100_000  # a search space is ten lines; anything near this is the wrong file
 MAX_YAML_NODES = 20_000  # after aliases are expanded: stops YAML bombs
+MAX_YAML_DEPTH = 20  # of collections inside each other; the parser itself recurses
+MAX_GRID = 100_000  # configurations
 
 Scalar = int | float | str | bool | None
 Params = dict[str, Scalar]
@@ -52,10 +54,16 @@ class _Strict(BaseModel):
 # --- parameters: a scalar is fixed, a list is choices, a mapping is a range ---------------------------------------
 
 
+def _finite(value: Scalar) -> Scalar:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"a value must be finite, got {value}")
+    return value
+
+
 class Fixed(_Strict):
     """A parameter with one value."""
 
-    value: Scalar
+    value: Annotated[Scalar, AfterValidator(_finite)]
 
     def distribution(self) -> BaseDistribution:
         """Return a categorical distribution of the one value, so that storage and dashboard show it."""
@@ -63,18 +71,22 @@ class Fixed(_Strict):
 
         return CategoricalDistribution([self.value])
 
+    @property
+    def count(self) -> int:
+        """How many values there are in a grid."""
+        return 1
+
     def grid(self) -> Sequence[Scalar]:
         """Return the values of this parameter in a grid."""
         return [self.value]
 
 
 def _distinct(choices: list[Scalar]) -> list[Scalar]:
-    seen: set[str] = set()
-    for choice in choices:
-        text = json.dumps(choice)
-        if text in seen:
-            raise ValueError(f"the choice {choice!r} appears twice")
-        seen.add(text)
+    seen: dict[Scalar, Scalar] = {}
+    for choice in map(_finite, choices):
+        if choice in seen:  # equal is the same: Optuna does not tell 1, 1.0 and true apart
+            raise ValueError(f"the choices {seen[choice]!r} and {choice!r} are the same")
+        seen[choice] = choice
     return choices
 
 
@@ -89,6 +101,11 @@ class Choices(_Strict):
         from optuna.distributions import CategoricalDistribution
 
         return CategoricalDistribution(self.choices)
+
+    @property
+    def count(self) -> int:
+        """How many values there are in a grid."""
+        return len(self.choices)
 
     def grid(self) -> Sequence[Scalar]:
         """Return the choices in the order of the file."""
@@ -115,7 +132,12 @@ class IntRange(_Strict):
 
         return IntDistribution(self.low, self.high, log=self.log, step=self.step)
 
-    def grid(self) -> Sequence[Scalar]:
+    @property
+    def count(self) -> int:
+        """How many values there are in a grid."""
+        return len(self.grid())
+
+    def grid(self) -> range:
         """Return every integer of the range."""
         return range(self.low, self.high + 1, self.step)
 
@@ -140,11 +162,16 @@ class FloatRange(_Strict):
 
         return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
 
-    def grid(self) -> Sequence[Scalar] | None:
-        """Return the values of a stepped range, None for a continuous one."""
-        if self.step is None:
-            return None
-        return [self.low + i * self.step for i in range(round((self.high - self.low) / self.step) + 1)]
+    @property
+    def count(self) -> int | None:
+        """How many values there are in a grid, None for a continuous range."""
+        return None if self.step is None else round((self.high - self.low) / self.step) + 1
+
+    def grid(self) -> Sequence[Scalar]:
+        """Return the values of a stepped range; of a continuous one its ends."""
+        if self.step is None or self.count is None:
+            return [self.low, self.high]
+        return [min(self.high, self.low + i * self.step) for i in range(self.count)]
 
 
 def _check_range(low: float, high: float, log: bool, step: float | None) -> None:
@@ -156,7 +183,7 @@ def _check_range(low: float, high: float, log: bool, step: float | None) -> None
         raise ValueError("log and step exclude each other")
     if step is not None:
         steps = (high - low) / step
-        if not math.isclose(steps, round(steps), abs_tol=1e-9):
+        if not math.isfinite(steps) or not math.isclose(steps, round(steps), abs_tol=1e-9):
             raise ValueError(f"step {step} does not divide the range from {low} to {high}")
 
 
@@ -209,7 +236,7 @@ class Data(_Strict):
     """Which images are trained and validated on; `hpo.data` knows the data sets."""
 
     dataset: str = "fashion_mnist"
-    train_samples: PositiveInt | None = None
+    train_samples: Annotated[int, Field(ge=2)] | None = None  # batch norm cannot train on one
     val_samples: PositiveInt = 5000
 
 
@@ -248,7 +275,7 @@ class Space(_Strict):
 
     name: str
     description: str = ""
-    trainable: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] = "hpo.train:train"
+    trainable: Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$")] = "hpo.train:train"
     metric: str = "val_accuracy"
     direction: Literal["maximize", "minimize"] = "maximize"
     sampler: Annotated[Sampler, BeforeValidator(_named)]
@@ -274,12 +301,19 @@ class Space(_Strict):
     @model_validator(mode="after")
     def _check_together(self) -> Space:
         if self.sampler.name == "grid":
+            points = 1
             for name, parameter in self.parameters.items():
-                if parameter.grid() is None:
+                if parameter.count is None:
                     raise ValueError(
                         f"sampler grid needs finitely many values, but parameters.{name} is continuous: "
                         "give a list or a step, or take sampler random or tpe"
                     )
+                points *= parameter.count
+            if points > MAX_GRID:
+                raise ValueError(
+                    f"this grid has {points} configurations, more than {MAX_GRID}: give fewer values, or take sampler "
+                    "random or tpe"
+                )
         elif self.budget.trials is None and self.budget.time is None:
             raise ValueError(f"sampler {self.sampler.name} never ends by itself: give budget.trials or budget.time")
         if self.scheduler.name != "none" and self.scheduler.grace_period >= self.max_epochs:
@@ -310,17 +344,14 @@ class Space(_Strict):
     def examples(self) -> Iterator[tuple[str, Scalar]]:
         """Yield (name, value) for each choice and each end of a range: what a trainable must be able to take."""
         for name, parameter in self.parameters.items():
-            values = (
-                [parameter.low, parameter.high] if isinstance(parameter, IntRange | FloatRange) else parameter.grid()
-            )
-            yield from ((name, value) for value in values)
+            if isinstance(parameter, IntRange | FloatRange):
+                yield from ((name, parameter.low), (name, parameter.high))
+            else:
+                yield from ((name, value) for value in parameter.grid())
 
-    def grid(self) -> Iterator[Params] | None:
-        """Yield every configuration, the last parameter fastest; None where a parameter is continuous."""
-        values = [parameter.grid() for parameter in self.parameters.values()]
-        if any(column is None for column in values):
-            return None
-        points = itertools.product(*(column for column in values if column is not None))
+    def grid(self) -> Iterator[Params]:
+        """Yield every configuration, the last parameter fastest; of a continuous range only the ends."""
+        points = itertools.product(*(parameter.grid() for parameter in self.parameters.values()))
         return (dict(zip(self.parameters, point, strict=True)) for point in points)
 
 
@@ -345,7 +376,7 @@ def load_trainable(name: str) -> Callable[..., Iterator[Any]]:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        if error.name is None or not module_name.startswith(error.name):
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module exists; something that it imports does not
         raise TrainableError(
             f"trainable: no module {module_name!r}; it is looked for in the folder that the command runs in and among "
@@ -421,6 +452,12 @@ for _tag, _pattern, _first in (
 _Path = tuple[str | int, ...]
 
 
+def _merge(details: list[dict[str, Any]]) -> dict[str, Any]:
+    """Make one of the complaints that the members of a union have about one value."""
+    messages = dict.fromkeys(detail["msg"].removeprefix("Input should be ").partition(",")[0] for detail in details)
+    return details[0] if len(details) == 1 else details[0] | {"msg": "Input should be " + " or ".join(messages)}
+
+
 class _Document:
     """A YAML mapping as plain data that remembers where each value was written."""
 
@@ -464,7 +501,13 @@ class _Document:
 
     def explain(self, error: ValidationError) -> str:
         """Return a line for each mistake: where, which key, what is allowed, what was got."""
-        return "\n".join(self._explain_one(dict(detail)) for detail in error.errors(include_url=False))
+        groups: dict[_Path, list[dict[str, Any]]] = {}
+        for detail in error.errors(include_url=False):
+            path = self._real_path(detail["loc"])
+            if detail["type"] in {"missing", "extra_forbidden"}:
+                path += detail["loc"][-1:]
+            groups.setdefault(path, []).append(dict(detail))
+        return "\n".join(self._explain_one(_merge(details)) for details in groups.values())
 
     def _explain_one(self, detail: dict[str, Any]) -> str:
         path = self._real_path(detail["loc"])
@@ -519,11 +562,18 @@ class _Document:
 
     def _parse(self, text: str, where: str, prefix: _Path = ()) -> Any:
         try:
+            depth = 0
+            for event in yaml.parse(text, Loader=_Loader):
+                depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+                if depth > MAX_YAML_DEPTH:
+                    raise SpaceError(f"{where} more than {MAX_YAML_DEPTH} lists or mappings inside each other")
             node = yaml.compose(text, Loader=_Loader)
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark
             at = f"{mark.line + 1}:{mark.column + 1}: " if mark and where.endswith(f"{self.path}:") else ""
-            hint = "; YAML is indented by spaces, not by tabs" if "\\t" in str(error.problem) else ""
+            line = text.splitlines()[mark.line] if mark and mark.line < len(text.splitlines()) else ""
+            is_tab = "\t" in line[: len(line) - len(line.lstrip())]
+            hint = "; YAML is indented by spaces, not by tabs" if is_tab else ""
             raise SpaceError(f"{where}{at}not YAML: {error.problem}{hint}") from None
         except yaml.YAMLError as error:
             raise SpaceError(f"{where} not YAML: {error}") from None
@@ -531,15 +581,18 @@ class _Document:
 
     def _plain(self, node: yaml.Node, path: _Path, where: str, parents: tuple[int, ...]) -> Any:
         self._nodes += 1
-        at = f"{where}{node.start_mark.line + 1}:{node.start_mark.column + 1}: " if where[-1:] == ":" else where
+        at = _at(where, node)
         if self._nodes > MAX_YAML_NODES or id(node) in parents:
             raise SpaceError(f"{at}the file expands to more than {MAX_YAML_NODES} values")
+        kind = {"map": yaml.MappingNode, "seq": yaml.SequenceNode}.get(node.tag.rpartition(":")[2], yaml.ScalarNode)
+        if not node.tag.startswith("tag:yaml.org,2002:") or not isinstance(node, kind):
+            raise SpaceError(f"{at}the tag {node.tag} is not allowed")
         parents = (*parents, id(node))
         self._where.setdefault(path, at)
         if isinstance(node, yaml.MappingNode):
             mapping: dict[str, Any] = {}
             for key_node, value_node in node.value:
-                key_at = f"{where}{key_node.start_mark.line + 1}:{key_node.start_mark.column + 1}: "
+                key_at = _at(where, key_node)
                 if not isinstance(key_node, yaml.ScalarNode):
                     raise SpaceError(f"{key_at}a key is a single word")
                 key = str(key_node.value)
@@ -551,15 +604,24 @@ class _Document:
         if isinstance(node, yaml.SequenceNode):
             return [self._plain(item, (*path, i), where, parents) for i, item in enumerate(node.value)]
         text = str(node.value)
-        match node.tag.rpartition(":")[2]:
-            case "null":
-                return None
-            case "bool":
-                return text.lower() == "true"
-            case "int":
-                return int(text)
-            case "float":
-                return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
-            case "str":
-                return text
+        try:
+            match node.tag.rpartition(":")[2]:
+                case "null":
+                    return None
+                case "bool":
+                    return {"true": True, "false": False}[text.lower()]
+                case "int":
+                    return int(text)
+                case "float":
+                    return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+                case "str":
+                    return text
+        except (ValueError, KeyError):
+            raise SpaceError(f"{at}{text[:40]!r} is not what the tag {node.tag} says") from None
         raise SpaceError(f"{at}the tag {node.tag} is not allowed")
+
+
+def _at(where: str, node: yaml.Node) -> str:
+    """Return `file:line:column: ` of a node in a file; an override has no lines."""
+    mark = node.start_mark
+    return f"{where}{mark.line + 1}:{mark.column + 1}: " if where.endswith(":") else where

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -75,6 +76,11 @@ class TrainParams:
     def __post_init__(self) -> None:
         if self.batch_size < 2:
             raise TrainableError(f"parameters.batch_size must be at least 2 (batch norm), got {self.batch_size}")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise TrainableError(f"parameters.lr must be above 0, got {self.lr}")
+        for name in ("momentum", "weight_decay"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise TrainableError(f"parameters.{name} must be at least 0, got {getattr(self, name)}")
         for name, known in (("optimizer", list(OPTIMIZERS)), ("stem", list(STEMS))):
             if getattr(self, name) not in known:
                 raise TrainableError(

@@ -109,6 +109,13 @@ def test_every_prefix_of_the_order_has_the_classes_in_balance_within_one_image()
     assert int((so_far.max(1).values - so_far.min(1).values).max()) <= 1
 
 
+def test_every_prefix_of_the_order_has_unequal_classes_in_their_proportions_within_one_image() -> None:
+    labels = torch.tensor([0] * 30 + [1] * 70)
+    so_far = (labels[stratified_order(labels)] == 0).cumsum(0)
+    share = 0.3 * torch.arange(1, 101)
+    assert float((so_far - share).abs().max()) <= 1
+
+
 def test_the_order_within_a_class_is_shuffled() -> None:
     labels = torch.zeros(100, dtype=torch.int64)
     assert stratified_order(labels).tolist() != list(range(100))
@@ -212,6 +219,7 @@ def test_missing_files_and_no_network_are_one_error_with_folder_files_and_the_sa
     assert "--data-dir" in text
     assert "hpo.run quick" in text
     # `from None`: the user sees this text, not torchvision's and urllib's below it.
+    assert caught.value.__cause__ is None
     assert caught.value.__suppress_context__
 
 

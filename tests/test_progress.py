@@ -114,7 +114,7 @@ def test_words_in_brackets_are_printed_as_they_are() -> None:
         view.trial_ended(0, "FAIL", "KeyError: [/bold]")
         view.note("see [/docs]")
     text = screen.paper.getvalue()
-    assert "[red]" in text
+    assert text.count("[red]") == 2  # as it starts and as it ends
     assert "trial 0 FAIL: KeyError: [/bold]" in text
     assert "see [/docs]" in text
 

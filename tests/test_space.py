@@ -106,11 +106,21 @@ def test_a_grid_is_the_product_of_its_columns_the_last_parameter_fastest(write: 
     assert list(grid) == [dict(zip("abcd", point, strict=True)) for point in columns]
 
 
-def test_a_continuous_space_has_no_grid(write: Write) -> None:
+def test_the_grid_of_a_continuous_range_is_its_ends(write: Write) -> None:
     path = write(
         "sampler: random\nmax_epochs: 2\nbudget: {trials: 5}\nparameters: {lr: {type: float, low: 0, high: 1}}\n"
     )
-    assert load_space(str(path)).grid() is None
+    assert list(load_space(str(path)).grid()) == [{"lr": 0.0}, {"lr": 1.0}]
+
+
+def test_the_grid_of_a_stepped_float_never_leaves_its_range(write: Write) -> None:
+    path = write("sampler: grid\nmax_epochs: 2\nparameters: {x: {type: float, low: 0, high: 0.3, step: 0.1}}\n")
+    space = load_space(str(path))
+    points = [point["x"] for point in space.grid()]
+    assert points == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    assert max(points) <= 0.3
+    distribution = space.distributions()["x"]
+    assert all(distribution._contains(distribution.to_internal_repr(point)) for point in points)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +275,29 @@ MISTAKES = {
         HEAD + "  lr: {type: categorical, »choices: []}\n",
         ["parameters.lr.choices: ", "at least 1"],
     ),
-    "a choice twice": (HEAD + "  »lr: [1e-4, 0.0001]\n", ["parameters.lr: ", "the choice 0.0001 appears twice"]),
+    "a choice twice": (
+        HEAD + "  »lr: [1e-4, 0.0001]\n",
+        ["parameters.lr: ", "the choices 0.0001 and 0.0001 are the same"],
+    ),
+    "choices that are one to Optuna": (
+        HEAD + "  »x: [1, 1.0, true]\n",
+        ["parameters.x: ", "1 and 1.0 are the same"],
+    ),
+    "a choice that is a list": (
+        HEAD + "  x: [»[1, 2], 3]\n",
+        ["parameters.x.0: ", "a valid integer or a valid number"],
+    ),
+    "a value that is not finite": (HEAD + "  »x: .nan\n", ["parameters.x: ", "must be finite"]),
+    "a step so small that the grid has no end": (
+        "»" + HEAD + "  x: {type: float, low: 0, high: 1, step: 1e-12}\n",
+        ["more than 100000"],
+    ),
+    "a range so wide that its steps overflow": (
+        HEAD + "  »x: {type: float, low: -1e308, high: 1e308, step: 1}\n",
+        ["parameters.x: ", "does not divide"],
+    ),
+    "a tag on a list": (HEAD + "  x: »!!python/object/apply:os.system ['echo hi']\n", ["tag", "not allowed"]),
+    "a number that is none": (HEAD + "  x: »!!int abc\n", ["'abc' is not what the tag"]),
     "a range without a type": (
         HEAD + "  »lr: {low: 1, high: 2}\n",
         ["parameters.lr: ", "`type:`", "int, float or categorical"],

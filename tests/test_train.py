@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from hpo.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
-from hpo.data import Images
+from hpo.data import Images, load
 from hpo.errors import DataError, TrainableError
 from hpo.model import build_model
 from hpo.train import EpochReport, TrainParams, evaluate, read_params, train
 
-SMALL = {"dataset": "fashion_mnist_sample", "train_samples": 96, "val_samples": 100}
-ADAM = {"batch_size": 32, "lr": 0.001}
-SGD = {"batch_size": 32, "lr": 0.01, "optimizer": "sgd", "momentum": 0.9, "weight_decay": 1e-4}
+SMALL = {"dataset": "fashion_mnist_sample", "train_samples": 64, "val_samples": 100}
+ADAM = {"batch_size": 24, "lr": 0.001}
+SGD = {"batch_size": 24, "lr": 0.01, "optimizer": "sgd", "momentum": 0.9, "weight_decay": 1e-4}
 CHANCE = 0.1  # ten classes in balance
 
 Metrics = list[tuple[int, dict[str, float]]]
@@ -39,29 +41,52 @@ def run(params: dict[str, Any], max_epochs: int, seed: int = 0, data: dict[str, 
     return train(params, data=data, seed=seed, max_epochs=max_epochs, device="cpu")
 
 
-def timeless(reports: Iterator[EpochReport]) -> Metrics:
+def timeless(reports: Iterable[EpochReport]) -> Metrics:
     """Epochs and metrics without what a clock measured."""
     clocks = ("_seconds", "_per_second")
     return [(r.epoch, {name: x for name, x in r.metrics.items() if not name.endswith(clocks)}) for r in reports]
 
 
+def first_epoch(params: dict[str, Any], seed: int = 0, data: dict[str, Any] = SMALL) -> Metrics:
+    """The first of more epochs, which is spared the 500 test images."""
+    return timeless(itertools.islice(run(params, 2, seed=seed, data=data), 1))
+
+
+@dataclass
+class Straight:
+    """A run without a stop, and what was on disk after each of its epochs."""
+
+    params: dict[str, Any]
+    metrics: Metrics = field(default_factory=list)
+    checkpoints: dict[int, Checkpoint] = field(default_factory=dict)
+
+
 @pytest.fixture(scope="module")
-def straight(one_thread: None) -> dict[str, Metrics]:
-    """Three epochs without a stop, by optimizer."""
-    return {"adam": timeless(run(ADAM, 3)), "sgd": timeless(run(SGD, 3))}
+def straight(one_thread: None) -> dict[str, Straight]:
+    """Three epochs by optimizer."""
+    runs = {"adam": Straight(ADAM), "sgd": Straight(SGD)}
+    for one in runs.values():
+        for report in run(one.params, 3):
+            one.metrics += timeless([report])
+            with tempfile.TemporaryDirectory() as folder:
+                save_checkpoint(Path(folder), Checkpoint(report.epoch, {report.epoch: report.metrics}, report.state()))
+                found = load_checkpoint(Path(folder))
+            assert found is not None
+            one.checkpoints[report.epoch] = found
+    return runs
 
 
 # --- learning -----------------------------------------------------------------------------------------------------
 
 
 def test_it_learns() -> None:
-    data = {"dataset": "fashion_mnist_sample", "train_samples": 384, "val_samples": 100}
+    data = {"dataset": "fashion_mnist_sample", "train_samples": 256, "val_samples": 100}
     params = {"batch_size": 16, "lr": 0.01, "optimizer": "sgd"}
     metrics = [report.metrics for report in run(params, 3, data=data)]
     losses = [epoch["train_loss"] for epoch in metrics]
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < math.log(10) / 2  # log(10): the loss of knowing nothing
-    # Measured with 4 seeds: 0.74 to 0.79 on training, 0.68 to 0.75 on validation, 0.68 to 0.70 on test images.
+    # Measured with 4 seeds: 0.66 to 0.75 on training, 0.58 to 0.74 on validation, 0.58 to 0.69 on test images.
     for part in ("train", "val", "test"):
         assert metrics[-1][f"{part}_accuracy"] > 4 * CHANCE
 
@@ -81,8 +106,6 @@ def test_train_loss_and_accuracy_are_of_every_image_as_the_weights_moved() -> No
     # One batch: the weights do not move before its loss is known, so it is the loss of the fresh network.
     data = {"dataset": "fashion_mnist_sample", "train_samples": 50, "val_samples": 100}
     report = next(run({"batch_size": 50}, 2, seed=3, data=data))
-    from hpo.data import load
-
     images = load(**data).train
     torch.manual_seed(3)
     model = build_model()
@@ -113,36 +136,35 @@ def test_an_evaluation_changes_nothing_in_the_network() -> None:
 def test_a_last_batch_of_one_image_is_trained_with_the_batch_before() -> None:
     data = {"dataset": "fashion_mnist_sample", "train_samples": 33, "val_samples": 100}
     # 32 + 1 images become one batch of 33; were the last image dropped, the numbers would be others.
-    assert timeless(run({"batch_size": 32}, 2, data=data)) == timeless(run({"batch_size": 33}, 2, data=data))
+    assert first_epoch({"batch_size": 32}, data=data) == first_epoch({"batch_size": 33}, data=data)
 
 
 def test_a_last_batch_of_two_images_stays_a_batch_of_its_own() -> None:
     data = {"dataset": "fashion_mnist_sample", "train_samples": 34, "val_samples": 100}
-    assert timeless(run({"batch_size": 32}, 1, data=data)) != timeless(run({"batch_size": 34}, 1, data=data))
+    assert first_epoch({"batch_size": 32}, data=data) != first_epoch({"batch_size": 34}, data=data)
 
 
 def test_a_batch_larger_than_the_data_set_is_the_data_set() -> None:
     data = {"dataset": "fashion_mnist_sample", "train_samples": 40, "val_samples": 100}
-    assert timeless(run({"batch_size": 1000}, 1, data=data)) == timeless(run({"batch_size": 40}, 1, data=data))
+    assert first_epoch({"batch_size": 1000}, data=data) == first_epoch({"batch_size": 40}, data=data)
 
 
 # --- the same numbers ---------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_repeated_to_the_last_bit_from_its_seed(straight: dict[str, Metrics]) -> None:
+def test_a_run_is_repeated_to_the_last_bit_from_its_seed(straight: dict[str, Straight]) -> None:
     torch.manual_seed(12345)  # what was drawn before must not matter
-    assert timeless(run(ADAM, 3)) == straight["adam"]
+    assert timeless(run(ADAM, 3)) == straight["adam"].metrics
 
 
-def test_another_seed_has_other_weights_and_another_order(straight: dict[str, Metrics]) -> None:
-    # Whole data set in one batch: the order cannot matter, so a difference is one of the weights.
-    whole = {**ADAM, "batch_size": 96}
-    assert timeless(run(whole, 1, seed=1)) != timeless(run(whole, 1, seed=0))
-    first_of_one = timeless(itertools.islice(run(ADAM, 3, seed=1), 1))
-    assert first_of_one[0] != straight["adam"][0]
+def test_another_seed_has_other_weights() -> None:
+    # The whole data set in one batch: beyond rounding, its loss before the first step is one of the weights alone.
+    whole = {**ADAM, "batch_size": 64}
+    (_, one), (_, other) = first_epoch(whole, seed=1) + first_epoch(whole, seed=0)
+    assert one["train_loss"] != pytest.approx(other["train_loss"], rel=1e-3)
 
 
-def test_each_epoch_has_an_order_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_epoch_of_each_seed_has_an_order_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     orders: list[list[int]] = []
     take = Images.take
 
@@ -154,7 +176,7 @@ def test_each_epoch_has_an_order_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
     next(run({"batch_size": 20}, 2, data=data))  # the data set is read now, and kept
     monkeypatch.setattr(Images, "take", watched)
     for seed in (0, 1):
-        list(run({"batch_size": 20}, 2, seed=seed, data=data))
+        list(itertools.islice(run({"batch_size": 20}, 3, seed=seed, data=data), 2))
     assert len(orders) == 4
     assert all(sorted(order) == list(range(20)) for order in orders)
     assert len({tuple(order) for order in orders}) == 4
@@ -163,28 +185,26 @@ def test_each_epoch_has_an_order_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("name", ["adam", "sgd"])
 @pytest.mark.parametrize("stopped_after", [1, 2])
 def test_going_on_from_a_checkpoint_gives_the_numbers_of_the_run_without_a_stop(
-    name: str, stopped_after: int, straight: dict[str, Metrics], tmp_path: Path
+    name: str, stopped_after: int, straight: dict[str, Straight]
 ) -> None:
-    params = {"adam": ADAM, "sgd": SGD}[name]
-    for report in itertools.islice(run(params, 3), stopped_after):
-        save_checkpoint(tmp_path, Checkpoint(report.epoch, {report.epoch: report.metrics}, report.state()))
-    found = load_checkpoint(tmp_path)
-    assert found is not None
+    whole = straight[name]
+    state = whole.checkpoints[stopped_after].state
     torch.manual_seed(12345)
-    rest = train(params, data=SMALL, seed=0, max_epochs=3, device="cpu", checkpoint=found.state)
-    assert timeless(rest) == straight[name][stopped_after:]
+    rest = train(whole.params, data=SMALL, seed=0, max_epochs=3, device="cpu", checkpoint=state)
+    assert timeless(rest) == whole.metrics[stopped_after:]
 
 
-def test_a_finished_run_goes_on_to_more_epochs_as_if_they_had_been_asked_for(straight: dict[str, Metrics]) -> None:
+def test_a_finished_run_goes_on_to_more_epochs_as_if_they_had_been_asked_for(straight: dict[str, Straight]) -> None:
     *_, last = run(ADAM, 1)
     assert "test_accuracy" in last.metrics
-    rest = train(ADAM, data=SMALL, seed=0, max_epochs=3, device="cpu", checkpoint=last.state())
-    assert timeless(rest) == straight["adam"][1:]
+    rest = train(ADAM, data=SMALL, seed=0, max_epochs=2, device="cpu", checkpoint=last.state())
+    (_, metrics), (_, expected) = *timeless(rest), straight["adam"].metrics[1]
+    assert {name: metrics[name] for name in expected} == expected
 
 
-def test_a_checkpoint_of_the_last_epoch_leaves_nothing_to_do() -> None:
-    *_, last = run(ADAM, 1)
-    assert list(train(ADAM, data=SMALL, seed=0, max_epochs=1, device="cpu", checkpoint=last.state())) == []
+def test_a_checkpoint_of_the_last_epoch_leaves_nothing_to_do(straight: dict[str, Straight]) -> None:
+    state = straight["adam"].checkpoints[3].state
+    assert list(train(ADAM, data=SMALL, seed=0, max_epochs=3, device="cpu", checkpoint=state)) == []
 
 
 # --- mistakes in the parameters -----------------------------------------------------------------------------------
