@@ -37,15 +37,15 @@ class Postgres:
         self.folder = folder / "data"
         self.password = password or secrets.token_hex(8)
         self.port = port or _free_port()
-        self._bin = Path(POSTGRES_VERSIONS[TARGET_POSTGRES_VERSION])
+        self.programs = Path(POSTGRES_VERSIONS[TARGET_POSTGRES_VERSION])
         self._user: str | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
         if os.geteuid() == 0:
             self._user = SYSTEM_USER
             ensure_user_exists(SYSTEM_USER)
             ensure_prefix_permissions(self.folder)
-            ensure_prefix_permissions(self._bin)
-            for part in (self._bin, self._bin.parent / "lib", self._bin.parent / "share"):
+            ensure_prefix_permissions(self.programs)
+            for part in (self.programs, self.programs.parent / "lib", self.programs.parent / "share"):
                 ensure_folder_permissions(part, 0o055)
             os.chown(self.folder, pwd.getpwnam(SYSTEM_USER).pw_uid, pwd.getpwnam(SYSTEM_USER).pw_gid)
         password_file = self.folder.parent / "password"
@@ -79,7 +79,7 @@ class Postgres:
 
     def _call(self, program: str, *arguments: str) -> None:
         subprocess.run(
-            [str(self._bin / program), *arguments],
+            [str(self.programs / program), *arguments],
             check=True,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from storage.database import Database
 
 
-def serve(database: Database, port: int) -> None:
-    """Serve the dashboard on 127.0.0.1 until interrupted. It has no authentication: whoever reaches it can delete studies.
+def serve(database: Database, host: str, port: int) -> None:
+    """Serve the dashboard until interrupted. It has no authentication: whoever reaches it can delete studies.
 
     Raises:
         SettingError: the port is taken.
@@ -19,9 +19,9 @@ def serve(database: Database, port: int) -> None:
     from optuna_dashboard import run_server
 
     try:
-        run_server(database.optuna, host="127.0.0.1", port=port)
+        run_server(database.optuna, host=host, port=port)
     except OSError as error:
-        raise SettingError(f"cannot listen on 127.0.0.1:{port}: {error.strerror}; name another --port") from None
+        raise SettingError(f"cannot listen on {host}:{port}: {error.strerror}; name another --port") from None
 
 
 if __name__ == "__main__":

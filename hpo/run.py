@@ -48,6 +48,7 @@ def main(prefix: Sequence[str] = ()) -> NoReturn:
     if here not in sys.path:
         sys.path.insert(0, here)
     arguments = _parser().parse_args([*prefix, *sys.argv[1:]])
+    _hide_password(arguments.storage)
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
         sys.exit(command(arguments))
@@ -60,6 +61,21 @@ def main(prefix: Sequence[str] = ()) -> NoReturn:
         raise
 
 
+def _hide_password(url: str) -> None:
+    """Start again with the storage URL in the environment, if it stands on the command line and holds a password.
+
+    The command line is for everyone to read: `ps` shows it, and Ray keeps it as the name of its job.
+    """
+    given = [i for i, argument in enumerate(sys.orig_argv) if url in argument]
+    if not given or "@" not in url or ":" not in url.partition("://")[2].partition("@")[0]:
+        return
+    place = given[0]
+    start = place if sys.orig_argv[place].startswith("--storage=") else place - 1
+    rest = [*sys.orig_argv[1:start], *sys.orig_argv[place + 1 :]]
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, *rest], os.environ | {"HPO_STORAGE": url})
+
+
 def _is_storage_error(error: Exception) -> bool:
     # The command line starts in a moment because it imports the database late: if it never did, it is no such error.
     module = sys.modules.get("storage.database")
@@ -70,9 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hpo", description="Hyperparameter search: Ray Tune trials, Optuna storage.")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     storage = argparse.ArgumentParser(add_help=False)
+    # Taken out of the environment: Ray's processes, which inherit it, have no use for the database's password.
+    storage.set_defaults(password=os.environ.pop("PGPASSWORD", None))
     storage.add_argument(
         "--storage",
-        default=os.environ.get("HPO_STORAGE", DEFAULT_STORAGE),
+        default=os.environ.pop("HPO_STORAGE", DEFAULT_STORAGE),
         metavar="URL",
         help=f"an SQLAlchemy URL (HPO_STORAGE, else {DEFAULT_STORAGE})",
     )
@@ -105,7 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("number", metavar="NUMBER", type=int)
     replay.set_defaults(command=_replay)
 
-    dashboard = verbs.add_parser("dashboard", parents=[storage], help="serve optuna-dashboard on 127.0.0.1")
+    dashboard = verbs.add_parser("dashboard", parents=[storage], help="serve optuna-dashboard on the storage")
+    dashboard.add_argument("--host", default="127.0.0.1", help="127.0.0.1; it has no password, so keep it there")
     dashboard.add_argument("--port", type=int, default=8080)
     dashboard.set_defaults(command=_dashboard)
     return parser
@@ -124,7 +143,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     console = _console()
     runs_dir, data_dir = _make_runs_dir(), Path(arguments.data_dir).resolve()
-    database = open_database(arguments.storage)
+    database = open_database(arguments.storage, arguments.password)
     study = find_revision(database, space.name, space.fingerprint)
     total = _total_trials(space)
     if study is not None and _trials_left(study, total) == 0:
@@ -386,7 +405,7 @@ def _existing_study(arguments: argparse.Namespace) -> Study:
     from storage.database import open_database
     from storage.studies import find_study, study_names
 
-    database = open_database(arguments.storage)
+    database = open_database(arguments.storage, arguments.password)
     study = find_study(database, arguments.study)
     if study is None:
         names = study_names(database)
@@ -399,9 +418,11 @@ def _dashboard(arguments: argparse.Namespace) -> int:
     from hpo.dashboard import serve
     from storage.database import open_database
 
-    database = open_database(arguments.storage)
-    print(f"http://127.0.0.1:{arguments.port}/ shows {database.url}; Ctrl-C ends it", flush=True)
-    serve(database, arguments.port)
+    database = open_database(arguments.storage, arguments.password)
+    if arguments.host not in {"127.0.0.1", "::1", "localhost"}:
+        print(f"hpo: whoever reaches {arguments.host}:{arguments.port} can delete studies", file=sys.stderr, flush=True)
+    print(f"http://{arguments.host}:{arguments.port}/ shows {database.url}; Ctrl-C ends it", flush=True)
+    serve(database, arguments.host, arguments.port)
     return 0
 
 

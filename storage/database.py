@@ -73,16 +73,19 @@ class Database:
             yield
 
 
-def open_database(url: str) -> Database:
+def open_database(url: str, password: str | None = None) -> Database:
     """Open a database and create what tables it lacks. Safe for many processes at once.
 
     Args:
         url: an SQLAlchemy URL: `sqlite:///path/to/file.db` or `postgresql://user:password@host/name`.
+        password: for a URL without one.
 
     Raises:
         StorageError: the URL is wrong, or the database is away, forbidden, not ours or of another version.
     """
     parsed = _parse_url(url)
+    if parsed.get_backend_name() == "postgresql" and parsed.password is None:
+        parsed = parsed.set(password=password)
     shown = parsed.render_as_string(hide_password=True)
     with explained(shown):
         if parsed.get_backend_name() == "sqlite":

@@ -1,0 +1,13 @@
+# The runner and the dashboard of docker-compose.yml. On a GPU host, `--gpus all` (or compose's device reservation) is all it
+# needs: torch's wheel brings CUDA along.
+FROM python:3.12-slim
+RUN pip install --no-cache-dir uv && useradd --create-home hpo
+WORKDIR /app
+COPY pyproject.toml README.md LICENSE ./
+COPY hpo hpo
+COPY storage storage
+COPY search_spaces search_spaces
+RUN uv sync --no-dev --no-cache && mkdir -p runs data && chown -R hpo:hpo runs data
+USER hpo
+ENV PATH=/app/.venv/bin:$PATH
+ENTRYPOINT ["hpo"]
