@@ -104,7 +104,7 @@ class Assignment:
     """All that a worker is told of a trial: plain values.
 
     Attributes:
-        stored_epoch: the last epoch that storage holds; later ones found in a checkpoint are reported again.
+        stored_epoch: the last epoch that storage holds; it and later ones found in a checkpoint are reported again.
         folder: where the trial's checkpoints lie, a path that every worker can reach.
         timeout: seconds without an epoch after which the worker counts as hung; None for no limit.
     """
@@ -184,7 +184,8 @@ def run_trial(assignment: Assignment) -> Iterator[Message]:
         history = dict(checkpoint.history) if checkpoint else {}
         provenance: Mapping[str, Any] | None = _provenance(assignment)
         for epoch in sorted(history):
-            if epoch > assignment.stored_epoch:
+            # The last stored one too: the driver may have died before it had acted on it.
+            if epoch >= assignment.stored_epoch:
                 yield Message(epoch, history[epoch], recalled=True, provenance=provenance)
                 provenance = None
         reports = load_trainable(assignment.trainable)(
@@ -651,9 +652,6 @@ def build_sampler(space: Space, run: int) -> BaseSampler:
     match space.sampler.name:
         case "random":
             return samplers.RandomSampler(seed=seed)
-        case "qmc":
-            # One scrambling for all runs: they take turns in one sequence, which storage counts.
-            return samplers.QMCSampler(seed=seed - run, warn_independent_sampling=False)
         case "nsga2":
             return samplers.NSGAIISampler(seed=seed)
         case _:

@@ -220,7 +220,7 @@ def _named(raw: object) -> object:
 class Sampler(_Strict):
     """Which points are tried: Optuna's samplers, and every point of a grid."""
 
-    name: Literal["grid", "random", "qmc", "tpe", "nsga2"]
+    name: Literal["grid", "random", "tpe", "nsga2"]
     seed: Annotated[int, Field(ge=0)] | None = None
 
 

@@ -1,0 +1,345 @@
+"""The bridge between Tune and storage, and the worker's side of a trial, without a cluster."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from optuna.distributions import CategoricalDistribution
+
+from benchmarks.toy import expected_value
+from hpo.errors import SettingError
+from hpo.search import Assignment, Bridge, Message, Slots, build_pruner, build_sampler, plan_slots, run_trial
+from hpo.space import Space, load_space
+from storage.database import StorageError, open_database
+from storage.studies import Run, Study, open_study
+
+
+class Notes:
+    """A view that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[Any, ...]] = []
+
+    def trial_started(self, number: int, params: Any, epoch: int, max_epochs: int) -> None:
+        self.told.append(("started", number, epoch))
+
+    def epoch_ended(self, number: int, epoch: int, metrics: Any) -> None:
+        self.told.append(("epoch", number, epoch))
+
+    def trial_ended(self, number: int, state: str, text: str) -> None:
+        self.told.append((state, number, text))
+
+    def note(self, text: str) -> None:
+        self.told.append(("note", text))
+
+
+def space_of(folder: Path, **changes: Any) -> Space:
+    path = folder / "toy.yaml"
+    default = {
+        "sampler": "grid",
+        "trainable": "benchmarks.toy:chain",
+        "metric": "value",
+        "max_epochs": 3,
+        "parameters": {"x": [1, 2]},
+    }
+    path.write_text(json.dumps(default | changes))
+    return load_space(str(path))
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Iterator[Study]:
+    with open_database(f"sqlite:///{tmp_path}/hpo.db") as database:
+        yield open_study(database, "toy", direction="maximize", fingerprint="f", settings={"metric": "value"})
+
+
+def run_of(study: Study, space: Space) -> Run:
+    return Run(study, key_of=space.key, provenance={})
+
+
+def bridge_of(space: Space, run: Run, folder: Path, view: Notes) -> Bridge:
+    run.enqueue(space.grid(), space.distributions())
+    return Bridge(space, run, Slots(1, 1.0, 0.0), data_dir=folder, checkpoints=folder / "checkpoints", view=view)
+
+
+def states(study: Study) -> list[str]:
+    return [trial.state.name for trial in study.trials()]
+
+
+# --- the worker's side
+
+
+def assignment_of(folder: Path, **changes: Any) -> Assignment:
+    defaults = {
+        "trainable": "benchmarks.toy:chain",
+        "params": {"x": 1},
+        "data": {},
+        "seed": 0,
+        "max_epochs": 4,
+        "stored_epoch": 0,
+        "folder": str(folder / "trial"),
+        "checkpoint_every": 1,
+        "device": "cpu",
+        "threads": 1,
+        "timeout": None,
+    }
+    return Assignment(**(defaults | changes))
+
+
+def take(assignment: Assignment, count: int) -> list[Message]:
+    messages = run_trial(assignment)
+    return [next(messages) for _ in range(count)]
+
+
+def test_a_trial_reports_each_epoch_once_with_its_provenance_first(tmp_path: Path) -> None:
+    messages = take(assignment_of(tmp_path), 4)
+    assert [message.epoch for message in messages] == [1, 2, 3, 4]
+    assert [message.metrics["value"] for message in messages] == [expected_value({"x": 1}, 0, e) for e in (1, 2, 3, 4)]
+    assert all(message.metrics["epoch_seconds"] >= 0 for message in messages)
+    assert [message.provenance is not None for message in messages] == [True, False, False, False]
+
+
+def test_a_trial_goes_on_from_its_checkpoint_with_the_same_numbers(tmp_path: Path) -> None:
+    take(assignment_of(tmp_path), 2)
+    rest = take(assignment_of(tmp_path, stored_epoch=2), 3)
+    assert [(message.epoch, message.recalled) for message in rest] == [(2, True), (3, False), (4, False)]
+    assert [message.metrics["value"] for message in rest] == [expected_value({"x": 1}, 0, e) for e in (2, 3, 4)]
+
+
+def test_epochs_that_storage_never_heard_of_are_told_from_the_checkpoint(tmp_path: Path) -> None:
+    take(assignment_of(tmp_path), 3)  # the driver died before it stored epochs 2 and 3
+    rest = take(assignment_of(tmp_path, stored_epoch=1), 4)
+    assert [(message.epoch, message.recalled) for message in rest] == [(1, True), (2, True), (3, True), (4, False)]
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_and_computes_again(tmp_path: Path) -> None:
+    take(assignment_of(tmp_path), 3)
+    newest = max((tmp_path / "trial").glob("*.pt"))
+    newest.write_bytes(newest.read_bytes()[:50])
+    rest = take(assignment_of(tmp_path, stored_epoch=3), 2)
+    assert [(message.epoch, message.recalled) for message in rest] == [(3, False), (4, False)]
+    assert rest[-1].metrics["value"] == expected_value({"x": 1}, 0, 4)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_a_warning_and_training_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "trial").touch()  # a file where the folder should be
+    messages = take(assignment_of(tmp_path), 4)
+    assert [message.epoch for message in messages] == [1, 2, 3, 4]
+    assert all("no checkpoint after epoch" in message.warning for message in messages)
+
+
+def test_checkpoints_are_written_as_often_as_the_space_says_and_at_the_end(tmp_path: Path) -> None:
+    written = []
+    for message in run_trial(assignment_of(tmp_path, checkpoint_every=3, max_epochs=4)):
+        if message.failure:
+            break
+        written.append(sorted(path.name for path in (tmp_path / "trial").glob("*.pt")))
+    assert [len(names) for names in written] == [0, 0, 1, 2]
+
+
+# --- what a message means
+
+
+def test_the_last_epoch_stored_but_not_acted_on_still_completes_the_trial(study: Study, tmp_path: Path) -> None:
+    space, view = space_of(tmp_path), Notes()
+    with run_of(study, space) as run:
+        bridge = bridge_of(space, run, tmp_path, view)
+        assignment = bridge.next_assignment("a")
+        assert assignment is not None
+        for message in take(assignment, 2):
+            assert not bridge.on_message("a", message)
+        claim = bridge._claims["a"]
+        last = take(assignment, 3)[-1]
+        run.report(claim, 3, last.metrics, last.metrics["value"])  # kill -9 here
+        run.release(claim)
+    with run_of(study, space) as run:
+        bridge = bridge_of(space, run, tmp_path, view)
+        assignment = bridge.next_assignment("b")
+        assert assignment is not None
+        assert assignment.stored_epoch == 3
+        assert bridge.on_message("b", take(assignment, 1)[0])
+    assert states(study) == ["COMPLETE", "WAITING"]
+    assert study.trials()[0].value == expected_value({"x": 1}, 0, 3)
+
+
+def test_a_stop_gives_the_trial_back_after_its_epoch_and_asks_for_no_more(study: Study, tmp_path: Path) -> None:
+    space, view = space_of(tmp_path), Notes()
+    with run_of(study, space) as run:
+        bridge = bridge_of(space, run, tmp_path, view)
+        assignment = bridge.next_assignment("a")
+        assert assignment is not None
+        bridge.stop("interrupted")
+        assert bridge.on_message("a", take(assignment, 1)[0])
+        assert bridge.next_assignment("b") is None
+        assert bridge.nothing_left
+    assert states(study) == ["WAITING", "WAITING"]
+    assert study.trials()[0].intermediate_values == {1: expected_value({"x": 1}, 0, 1)}
+
+
+def test_the_end_of_the_time_budget_gives_trials_back(study: Study, tmp_path: Path) -> None:
+    space, view = space_of(tmp_path), Notes()
+    with run_of(study, space) as run:
+        bridge = bridge_of(space, run, tmp_path, view)
+        assignment = bridge.next_assignment("a")
+        assert assignment is not None
+        bridge.stop_at(0.0)
+        assert bridge.on_message("a", take(assignment, 1)[0])
+    assert bridge.stopping == "the time budget is spent"
+    assert states(study) == ["WAITING", "WAITING"]
+
+
+def test_a_trial_that_another_run_took_is_dropped_without_a_word_to_storage(study: Study, tmp_path: Path) -> None:
+    space, view = space_of(tmp_path), Notes()
+    with run_of(study, space) as run, run_of(study, space) as thief:
+        bridge = bridge_of(space, run, tmp_path, view)
+        assignment = bridge.next_assignment("a")
+        assert assignment is not None
+        run._give_back(bridge._claims["a"].trial, run.run)
+        taken = thief.claim()
+        assert taken is not None
+        assert taken.number == 0
+        assert bridge.on_message("a", take(assignment, 1)[0])
+        assert bridge.error is None
+        assert states(study)[0] == "RUNNING"
+        assert not study.trials()[0].intermediate_values
+        assert ("note", "trial 0 was taken over by another run") in view.told
+
+
+def test_a_storage_that_fails_ends_the_run_in_order(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space, view = space_of(tmp_path), Notes()
+
+    def fail(*_: object) -> None:
+        raise StorageError("the disk is full")
+
+    with run_of(study, space) as run:
+        bridge = bridge_of(space, run, tmp_path, view)
+        assignment = bridge.next_assignment("a")
+        assert assignment is not None
+        monkeypatch.setattr(run, "report", fail)
+        assert bridge.on_message("a", take(assignment, 1)[0]), "Tune hears that the trial is over, not of an error"
+        assert isinstance(bridge.error, StorageError)
+        assert bridge.nothing_left
+
+
+# --- resources, samplers, pruners
+
+
+@pytest.mark.parametrize(
+    ("cores", "gpus", "resources", "trials", "expected"),
+    [
+        (2, 0, {}, 3, Slots(2, 1, 0)),
+        (8, 0, {}, 3, Slots(3, 2, 0)),
+        (8, 0, {}, None, Slots(8, 1, 0)),
+        (16, 2, {}, 3, Slots(2, 8, 1)),
+        (64, 8, {"gpu": 0.15}, 1000, Slots(48, 1, 0.15)),
+        (64, 8, {"gpu": 0.5, "cpu": 2}, 1000, Slots(16, 2, 0.5)),
+        (64, 8, {"gpu": 2}, 1000, Slots(4, 16, 2)),
+        (4, 0, {"cpu": 2}, 10, Slots(2, 2, 0)),
+        (1, 0, {}, 1, Slots(1, 1, 0)),
+    ],
+)
+def test_the_machine_is_divided_among_trials(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cores: int,
+    gpus: int,
+    resources: dict[str, Any],
+    trials: int | None,
+    expected: Slots,
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(cores), "GPU": float(gpus)})
+    assert plan_slots(space_of(tmp_path, resources=resources), trials) == expected
+
+
+@pytest.mark.parametrize(
+    ("resources", "said"), [({"gpu": 1}, "resources.gpu is 1"), ({"cpu": 4}, "resources.cpu is 4")]
+)
+def test_more_than_the_machine_has_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resources: dict[str, Any], said: str
+) -> None:
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    with pytest.raises(SettingError, match=said):
+        plan_slots(space_of(tmp_path, resources=resources), None)
+
+
+@pytest.mark.parametrize("name", ["random", "tpe", "nsga2"])
+def test_two_runs_draw_different_points_and_the_same_run_the_same(study: Study, tmp_path: Path, name: str) -> None:
+    space = space_of(
+        tmp_path,
+        sampler={"name": name, "seed": 3},
+        budget={"trials": 9},
+        parameters={"x": {"type": "float", "low": 0.0, "high": 1.0}},
+    )
+
+    def draw(run: int) -> list[float]:
+        study.optuna.sampler = build_sampler(space, run)
+        asked = []
+        for _ in range(3):
+            trial = study.optuna.ask(space.distributions())
+            study.optuna.tell(trial, 0.5)
+            asked.append(trial.params["x"])
+        return asked
+
+    assert not set(draw(1)) & set(draw(2))
+
+
+def test_pruners_take_the_schedulers_numbers(tmp_path: Path) -> None:
+    def pruner_of(scheduler: dict[str, Any]) -> Any:
+        return build_pruner(space_of(tmp_path, scheduler=scheduler, max_epochs=27))
+
+    asha = pruner_of({"name": "asha", "grace_period": 2, "reduction_factor": 4})
+    assert (asha._min_resource, asha._reduction_factor) == (2, 4)
+    hyperband = pruner_of({"name": "hyperband", "grace_period": 1, "reduction_factor": 3})
+    assert (hyperband._min_resource, hyperband._max_resource, hyperband._reduction_factor) == (1, 27, 3)
+    assert type(pruner_of({"name": "none"})).__name__ == "NopPruner"
+
+
+def test_a_resumed_search_prunes_as_one_that_was_never_stopped(study: Study, tmp_path: Path) -> None:
+    """Decisions come from what storage holds: a run that is new for every trial decides like a single one."""
+    space = space_of(
+        tmp_path,
+        scheduler={"name": "asha", "grace_period": 1, "reduction_factor": 2},
+        max_epochs=8,
+        parameters={"x": list(range(1, 13))},
+    )
+
+    def decide(study: Study, runs: int) -> dict[int, tuple[str, int]]:
+        study.optuna.pruner = build_pruner(space)
+        left = 12
+        for _ in range(runs):
+            with run_of(study, space) as run:
+                run.enqueue(space.grid(), {"x": CategoricalDistribution(list(range(1, 13)))})
+                for _ in range(12 // runs):
+                    claim = run.claim()
+                    assert claim is not None
+                    for epoch in range(1, 9):
+                        value = expected_value(claim.params, 0, epoch)
+                        run.report(claim, epoch, {"value": value}, value)
+                        if epoch == 8:
+                            run.complete(claim, value)
+                        elif run.should_prune(claim):
+                            run.prune(claim)
+                            break
+                    left -= 1
+        assert left == 0
+        return {trial.number: (trial.state.name, trial.last_step) for trial in study.trials()}  # type: ignore[misc]
+
+    with open_database(f"sqlite:///{tmp_path}/other.db") as database:
+        other = open_study(database, "toy", direction="maximize", fingerprint="f", settings={"metric": "value"})
+        decisions = decide(study, 1)
+        assert decide(other, 12) == decisions
+    assert {state for state, _ in decisions.values()} == {"COMPLETE", "PRUNED"}
+
+
+def test_workers_import_no_database() -> None:
+    code = "import sys, hpo.search; print(*[m for m in ('optuna', 'sqlalchemy', 'storage') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
