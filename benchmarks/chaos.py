@@ -61,7 +61,6 @@ class Round:
             time.sleep(0.05)
             for i, driver in enumerate(self.drivers):
                 if driver.poll() not in {None, 0}:
-                    self.events.append(f"exit {driver.returncode}")
                     if driver.returncode in {1, 2}:
                         return [f"a driver gave up with {driver.returncode}:\n{self._output()}"]
                     self.drivers[i] = self._start(path)
@@ -69,7 +68,7 @@ class Round:
                 extra = len(log.read_text().splitlines()) - len(POINTS) * MAX_EPOCHS
                 # A kill may cost each trial in flight one epoch; a machine of two cores runs two trials in each driver.
                 if extra > 2 * self.driver_count * len(self.events):
-                    return [f"{extra} epochs were computed again, after {len(self.events)} events"]
+                    return [f"{extra} epochs were computed again, after {len(self.events)} kills"]
                 return violations(self.url, POINTS, MAX_EPOCHS)
             if kills and time.monotonic() > next_kill:
                 kills -= 1

@@ -10,6 +10,7 @@ resumed by starting another one. Workers get the trial and the place of its chec
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import logging
 import math
 import os
@@ -142,6 +143,11 @@ class TrialWorker(tune.Trainable):
         """Take the first trial. Nothing here may fail: Tune would not say of which trial."""
         self._assignment = Assignment(**config["assignment"])
         self._messages: Iterator[Message] | None = None
+        # Here, where no epoch is timed, what takes seconds to import. `step` meets the same error again, and reports it.
+        with suppress(Exception):
+            import torch  # noqa: F401
+
+            load_trainable(self._assignment.trainable)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next trial."""
@@ -586,7 +592,7 @@ def search(
     )
     with run:
         if is_grid:
-            run.enqueue(space.grid(), distributions)
+            run.enqueue(itertools.islice(space.grid(), space.budget.trials), distributions)
         else:
             study.optuna.sampler = build_sampler(space, run.run)
         bridge = Bridge(space, run, slots, data_dir=data_dir, checkpoints=checkpoints / study.unique_name, view=view)

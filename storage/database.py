@@ -215,8 +215,15 @@ def _is_ready(engine: sa.Engine, shown: str) -> bool:
 @contextlib.contextmanager
 def _lock(engine: sa.Engine, name: str) -> Iterator[None]:
     if engine.dialect.name == "sqlite":
-        with FileLock(f"{engine.url.database}.{zlib.crc32(name.encode()):08x}.lock"):
+        lock = FileLock(f"{engine.url.database}.{zlib.crc32(name.encode()):08x}.lock")
+        try:
+            lock.acquire()
+        except OSError as error:
+            raise StorageError(f"cannot write {lock.lock_file}: {error.strerror}") from None
+        try:
             yield
+        finally:
+            lock.release()
         return
     number = zlib.crc32(f"hpo/{name}".encode())
     # A connection of its own, without a transaction: the lock lives as long as the connection, or until released.
@@ -241,8 +248,6 @@ def explained(shown: str) -> Iterator[None]:
         yield
     except StorageError:
         raise
-    except OSError as error:  # of a lock file
-        raise StorageError(f"{shown}: {error.strerror}: {error.filename}; make its folder writable") from None
     except (DBAPIError, StorageInternalError, sqlite3.Error) as error:
         raise StorageError(f"{shown}: {_remedy(_driver_error(error))}") from None
 

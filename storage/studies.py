@@ -90,6 +90,11 @@ class Study:
     study: int
     optuna: optuna.Study
 
+    @property
+    def attrs(self) -> dict[str, Any]:
+        """The attributes that the study was made with."""
+        return patiently(self.database, lambda: self.optuna.user_attrs)
+
     def trials(self) -> list[FrozenTrial]:
         """Return all trials by number."""
         return patiently(self.database, lambda: self.optuna.get_trials(deepcopy=False))
@@ -107,13 +112,13 @@ class Study:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that the study was opened with."""
-        settings: dict[str, Any] = self.optuna.user_attrs.get("hpo:settings", {})
+        settings: dict[str, Any] = self.attrs.get("hpo:settings", {})
         return settings
 
     @property
     def unique_name(self) -> str:
         """A name that no other study has, in this database or any other: what lies on disk is kept under it."""
-        return f"{self.name}-{self.optuna.user_attrs['hpo:id']}"
+        return f"{self.name}-{self.attrs['hpo:id']}"
 
     @property
     def metric(self) -> str:
@@ -143,7 +148,7 @@ def find_revision(database: Database, name: str, fingerprint: str) -> Study | No
     """
     for known in _revisions(database, name):
         study = _load(database, known)
-        found = study.optuna.user_attrs.get("hpo:fingerprint")
+        found = study.attrs.get("hpo:fingerprint")
         if found is None and study.trials():
             raise StorageError(
                 f"the study {known!r} in {database.url} was made by another program; rename the search space, or name "
@@ -195,7 +200,7 @@ def open_study(
 
 
 def _load(database: Database, name: str) -> Study:
-    study = optuna.load_study(study_name=name, storage=database.optuna)
+    study = patiently(database, lambda: optuna.load_study(study_name=name, storage=database.optuna))
     return Study(database, name, study._study_id, study)
 
 
@@ -390,7 +395,6 @@ class Run:
     def _claim(self) -> Claim | None:
         with self._lock():
             elsewhere = self._take_over()
-            self._register_strays()
             claim = self._claim_waiting()
             if claim is None and self.distributions is not None and not self._budget_is_spent():
                 claim = self._claim_sampled(self.distributions)
@@ -441,23 +445,24 @@ class Run:
                 table.update().where(table.c.trial == trial, table.c.run.is_not_distinct_from(owner)).values(run=None)
             )
 
-    def _register_strays(self) -> None:
-        """Give a row to queued trials that have none: their maker died in between, or they were queued by hand."""
+    def _waiting(self) -> list[tuple[FrozenTrial, Any]]:
+        """Return the queued trials, each with its row.
+
+        A trial without one gets it here: its maker died in between. A trial that was queued by hand, through Optuna, has
+        no parameters yet and is left to `ask`.
+        """
         waiting = self._trials(TrialState.WAITING)
         rows = self._rows(trial._trial_id for trial in waiting)
         for trial in waiting:
             if trial._trial_id not in rows and trial.params and "fixed_params" not in trial.system_attrs:
                 self._register_or_fail(trial, self.key_of(trial.params), run=None)
+                rows |= self._rows([trial._trial_id])
+        return [(trial, rows[trial._trial_id]) for trial in waiting if trial._trial_id in rows]
 
     def _claim_waiting(self) -> Claim | None:
-        waiting = self._trials(TrialState.WAITING)
-        rows = self._rows(trial._trial_id for trial in waiting)
         table = records.trials
         # Interrupted trials first: they are nearest to a result.
-        for trial in sorted(waiting, key=lambda t: (not t.intermediate_values, t.number)):
-            row = rows.get(trial._trial_id)
-            if row is None:
-                continue
+        for trial, row in sorted(self._waiting(), key=lambda pair: (not pair[0].intermediate_values, pair[0].number)):
             with self.database.engine.begin() as connection:
                 taken = connection.execute(
                     table.update()
@@ -505,7 +510,7 @@ class Run:
             return int(connection.execute(query).scalar_one()) >= self.max_trials
 
     def _known_keys(self) -> set[str]:
-        self._register_strays()
+        self._waiting()
         table = records.trials
         with self.database.engine.connect() as connection:
             return set(connection.scalars(sa.select(table.c.key).where(table.c.study == self.study.study)))

@@ -1,0 +1,125 @@
+"""The command line's own parts, without a process for each."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from optuna.trial import TrialState, create_trial
+from rich.console import Console
+
+from hpo import run
+from hpo.errors import TrainableError
+from hpo.search import Outcome, Slots
+from hpo.space import load_space
+from storage.database import open_database
+from storage.studies import Study, open_study
+
+ROOT = Path(__file__).parent.parent
+ARGUMENTS = argparse.Namespace(storage=run.DEFAULT_STORAGE)
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Iterator[Study]:
+    with open_database(f"sqlite:///{tmp_path}/hpo.db") as database:
+        yield open_study(database, "s", direction="maximize", fingerprint="f", settings={"metric": "m"})
+
+
+@pytest.mark.parametrize(
+    ("states", "outcome", "code"),
+    [
+        (["COMPLETE", "FAIL"], Outcome("", interrupted=False), 0),
+        (["COMPLETE"], None, 0),
+        (["FAIL", "FAIL"], Outcome("", interrupted=False), 1),
+        (["PRUNED"], Outcome("", interrupted=False), 1),
+        (["COMPLETE", "WAITING"], Outcome("interrupted", interrupted=True), 130),
+        (["COMPLETE", "WAITING"], Outcome("the time budget is spent", interrupted=False), 0),
+    ],
+)
+def test_exit_codes(study: Study, states: list[str], outcome: Outcome | None, code: int) -> None:
+    for state in states:
+        value = 0.5 if state == "COMPLETE" else None
+        attrs = {"fail_reason": "its reason"} if state == "FAIL" else {}
+        study.optuna.add_trial(create_trial(state=TrialState[state], value=value, user_attrs=attrs))
+    shown = io.StringIO()
+    assert run._conclude(Console(file=shown, width=140), study, ARGUMENTS, outcome) == code
+    assert shown.getvalue().count("failed: its reason") == states.count("FAIL")
+    assert ("goes on where it stopped" in shown.getvalue()) == bool(outcome and outcome.stopped)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("parameters.optimizer=adm", "no optimizer 'adm', did you mean adam"),
+        ("parameters.learning_rate=0.1", "has no parameter 'learning_rate'"),
+        ("parameters.optimizer=[adam, sdg]", "no optimizer 'sdg', did you mean sgd"),
+        ("parameters.lr=[0.1, -1]", "lr must be above 0"),
+        ("parameters.batch_size=big", "batch_size must be of type int"),
+    ],
+)
+def test_what_the_trainable_cannot_take_is_refused_before_anything_is_spent(
+    tmp_path: Path, override: str, said: str
+) -> None:
+    space = load_space(str(ROOT / "search_spaces/quick.yaml"), [override])
+    with pytest.raises(TrainableError, match=said):
+        run._check_trainable(space, tmp_path)
+
+
+def test_a_cpu_search_is_announced_with_its_measured_length_and_a_long_one_with_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = load_space(str(ROOT / "search_spaces/quick.yaml"), ["data.train_samples=600", "max_epochs=1"])
+    shown = io.StringIO()
+    console = Console(file=shown, width=200)
+    run._announce_cpu(console, space, Slots(2, 1.0, 0.0), 3, tmp_path)
+    assert "No GPU: this search takes about" in shown.getvalue()
+    for batch_size in (64, 256, 512):
+        assert f"at batch_size {batch_size}" in shown.getvalue()
+    assert "quick" not in shown.getvalue()
+    monkeypatch.setattr(run, "LONG_SECONDS", 0.0)
+    run._announce_cpu(console, space, Slots(2, 1.0, 0.0), 3, tmp_path)
+    assert "python -m hpo.run quick" in shown.getvalue()
+    assert "--set data.train_samples=" in shown.getvalue()
+
+
+def test_the_estimate_grows_with_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import hpo.train
+
+    monkeypatch.setattr(hpo.train, "measure_speed", lambda params, **_: 1000.0 / params["batch_size"])
+    space = load_space(str(ROOT / "search_spaces/quick.yaml"))
+    two, speeds = run._estimate_cpu_seconds(space, Slots(2, 1.0, 0.0), 3, tmp_path)
+    one, _ = run._estimate_cpu_seconds(space, Slots(1, 1.0, 0.0), 3, tmp_path)
+    assert one == pytest.approx(two * 3 / 2)
+    assert speeds == {f"batch_size {size}": 1000.0 / size for size in (64, 256, 512)}
+    images = 5 * (1600 + 400 / 3) + 500 / 3
+    assert one == pytest.approx(sum(images * size / 1000.0 for size in (64, 256, 512)))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--storage", "postgresql://me:secret@host/db"],
+        ["--storage=postgresql://me:secret@host/db"],
+    ],
+)
+def test_a_password_on_the_command_line_moves_into_the_environment(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    called: list[tuple[list[str], dict[str, str]]] = []
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "hpo.run", "grid", *arguments, "--data-dir", "d"])
+    monkeypatch.setattr(run.os, "execve", lambda _, argv, env: called.append((argv, env)))
+    run._hide_password("postgresql://me:secret@host/db")
+    ((argv, environment),) = called
+    assert argv[1:] == ["-m", "hpo.run", "grid", "--data-dir", "d"]
+    assert environment["HPO_STORAGE"] == "postgresql://me:secret@host/db"
+
+
+@pytest.mark.parametrize("url", ["sqlite:///runs/hpo.db", "postgresql://me@host/db", "postgresql://host:5432/db"])
+def test_a_command_line_without_a_password_is_left_alone(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "hpo.run", "grid", "--storage", url])
+    monkeypatch.setattr(run.os, "execve", lambda *_: pytest.fail("started again"))
+    run._hide_password(url)
