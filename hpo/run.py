@@ -214,7 +214,7 @@ def _make_runs_dir() -> Path:
 
 def _trials_left(study: Study, total: int | None) -> int | None:
     """Return how many of `total` trials have not ended; None where there is no end to count to."""
-    return None if total is None else total - sum(trial.state.is_finished() for trial in study.trials())
+    return None if total is None else max(0, total - study.count_ended())
 
 
 def _check_trainable(space: Space, data_dir: Path) -> dict[str, Any]:

@@ -95,10 +95,10 @@ def open_database(url: str, password: str | None = None) -> Database:
         if engine.dialect.name == "sqlite":
             sa.event.listen(engine, "connect", _tune_sqlite)
         try:
-            if not _is_ready(engine, shown):
-                with _lock(engine, "schema"):
-                    if not _is_ready(engine, shown):  # nobody was faster
-                        return Database(shown, engine, _create_tables(parsed, engine, options))
+            # The first look is under the lock too: it turns WAL on, for which SQLite waits for nobody.
+            with _lock(engine, "schema"):
+                if not _is_ready(engine, shown):
+                    return Database(shown, engine, _create_tables(parsed, engine, options))
             return Database(shown, engine, _open_optuna(parsed, options, shown))
         except BaseException:
             engine.dispose()
@@ -184,7 +184,8 @@ def _engine_options(url: sa.URL) -> dict[str, Any]:
 def _tune_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     # WAL: readers and the one writer do not wait for each other. NORMAL: a power cut may undo the last commits but
     # never harms the file; a killed process loses nothing.
-    connection.execute("PRAGMA journal_mode=WAL")
+    if connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
+        connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=NORMAL")
 
 

@@ -41,6 +41,7 @@ from storage import records
 from storage.database import Database, StorageError, patiently
 
 LEASE_SECONDS = 60.0
+DUPLICATE = "duplicate of an earlier trial"
 MAX_DUPLICATES = 20  # samples in a row that were all tried before: the space is taken to be exhausted
 
 Params = dict[str, Any]
@@ -98,6 +99,10 @@ class Study:
     def trials(self) -> list[FrozenTrial]:
         """Return all trials by number."""
         return patiently(self.database, lambda: self.optuna.get_trials(deepcopy=False))
+
+    def count_ended(self) -> int:
+        """Return how many trials have ended; a duplicate, which was never run, is none."""
+        return sum(t.state.is_finished() and t.user_attrs.get("fail_reason") != DUPLICATE for t in self.trials())
 
     def metrics(self) -> dict[int, records.Metrics]:
         """Return {trial number: {epoch: {name: value}}}."""
@@ -432,7 +437,9 @@ class Run:
         if row.host == _host():
             # On this machine the process itself can be looked at; no need to wait for the lease.
             try:
-                return bool(abs(psutil.Process(row.pid).create_time() - row.process_started) > 1.0)
+                process = psutil.Process(row.pid)
+                is_other = abs(process.create_time() - row.process_started) > 1.0  # the number was given out again
+                return is_other or bool(process.status() == psutil.STATUS_ZOMBIE)
             except psutil.NoSuchProcess:
                 return True
         return bool(row.lease_until < row.now) and time.monotonic() >= self._no_takeover_before
@@ -448,13 +455,14 @@ class Run:
     def _waiting(self) -> list[tuple[FrozenTrial, Any]]:
         """Return the queued trials, each with its row.
 
-        A trial without one gets it here: its maker died in between. A trial that was queued by hand, through Optuna, has
-        no parameters yet and is left to `ask`.
+        A trial without one gets it here: its maker died in between. One that lacks parameters, since its maker died while
+        it drew them or since it was queued by hand through Optuna, is left to `ask`.
         """
         waiting = self._trials(TrialState.WAITING)
         rows = self._rows(trial._trial_id for trial in waiting)
         for trial in waiting:
-            if trial._trial_id not in rows and trial.params and "fixed_params" not in trial.system_attrs:
+            is_whole = trial.params and set(self.distributions or ()) <= set(trial.params)
+            if trial._trial_id not in rows and is_whole:
                 self._register_or_fail(trial, self.key_of(trial.params), run=None)
                 rows |= self._rows([trial._trial_id])
         return [(trial, rows[trial._trial_id]) for trial in waiting if trial._trial_id in rows]
@@ -487,7 +495,7 @@ class Run:
     def _register_or_fail(self, trial: FrozenTrial, key: str, run: int | None) -> bool:
         if self._register(trial._trial_id, key, run):
             return True
-        self.database.optuna.set_trial_user_attr(trial._trial_id, "fail_reason", "duplicate of an earlier trial")
+        self.database.optuna.set_trial_user_attr(trial._trial_id, "fail_reason", DUPLICATE)
         self.database.optuna.set_trial_state_values(trial._trial_id, TrialState.FAIL)
         return False
 

@@ -390,7 +390,7 @@ def test_pruned_trials_are_stored_as_pruned_with_all_their_values(tmp_path: Path
         "sampler": {"name": "random", "seed": 1},
         "scheduler": {"name": "asha", "grace_period": 1, "reduction_factor": 2},
         "budget": {"trials": 12},
-        "parameters": {"x": {"type": "int", "low": 1, "high": 1000}},
+        "parameters": {"x": {"type": "float", "low": 0.0, "high": 1.0}},
     }
     done = hpo(tmp_path, "run", write_space(tmp_path, "asha", space))
     assert done.returncode == 0, done.stdout + done.stderr

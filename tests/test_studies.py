@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -10,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import optuna
+import psutil
 import pytest
 import sqlalchemy as sa
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
@@ -293,6 +296,34 @@ def test_a_trial_made_by_a_run_that_died_asking_is_not_lost(study: Study) -> Non
     assert all(claim is not None and set(claim.params) == {"x", "n"} for claim in claims)
 
 
+def test_a_trial_whose_maker_died_while_drawing_is_drawn_to_the_end(study: Study) -> None:
+    half = study.optuna.ask()
+    half.suggest_float("x", 0, 1)  # and kill -9 before "n"
+    with sampled_run(study, max_trials=1) as run:
+        claim = run.claim()
+    assert claim is not None
+    assert claim.number == half.number
+    assert claim.params["x"] == half.params["x"]
+    assert claim.params["n"] in {1, 2, 3}
+
+
+def test_a_driver_that_died_but_was_not_reaped_is_dead(study: Study) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", "pass"])
+    started = psutil.Process(dead.pid).create_time()
+    while psutil.Process(dead.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    with grid_run(study) as zombie, grid_run(study) as run:
+        zombie.enqueue(POINTS[:1], GRID)
+        assert zombie.claim() is not None
+        table = studies.records.runs
+        with run.database.engine.begin() as connection:
+            connection.execute(
+                table.update().where(table.c.run == zombie.run).values(pid=dead.pid, process_started=started)
+            )
+        assert run.claim() is not None
+    dead.wait()
+
+
 def test_a_claim_whose_answer_was_lost_is_claimed_again(study: Study) -> None:
     with grid_run(study) as run:
         run.enqueue(POINTS[:1], GRID)
@@ -364,6 +395,8 @@ def test_no_configuration_is_given_out_twice_and_an_exhausted_space_ends(study: 
     assert sorted(given) == [1, 2, 3]
     duplicates = [trial for trial in study.trials() if trial.state.name == "FAIL"]
     assert all("duplicate" in trial.user_attrs["fail_reason"] for trial in duplicates)
+    assert duplicates, "three values drawn at random until none is new"
+    assert study.count_ended() == 3
 
 
 def test_a_trial_enqueued_through_optuna_is_run(study: Study) -> None:
