@@ -319,7 +319,8 @@ def _conclude(console: Console, study: Study, arguments: argparse.Namespace, out
     _print_study(console, study)
     trials = study.trials()
     if outcome is not None and outcome.stopped:
-        console.print(f"Stopped: {outcome.stopped}. The same command goes on where it stopped.", style="yellow")
+        remedy = "The same command" if outcome.interrupted else "With a larger budget.time, the same command"
+        console.print(f"Stopped: {outcome.stopped}. {remedy} goes on where it stopped.", style="yellow")
     option = "" if arguments.storage == DEFAULT_STORAGE else " --storage URL"
     console.print(f"Watch it: python -m hpo.dashboard{option}    Again: python -m hpo.report {study.name}{option}")
     if outcome is not None and outcome.interrupted:

@@ -427,10 +427,8 @@ class Asker(Searcher):
         super().__init__()
         self._bridge = bridge
 
-    def suggest(
-        self, trial_id: str
-    ) -> Any:  # a dict, None, or Searcher.FINISHED: ray's own annotation forgets the last
-        """Return the configuration of a Tune trial."""
+    def suggest(self, trial_id: str) -> Any:
+        """Return the configuration of a Tune trial, None for not now, or Searcher.FINISHED."""
         assignment = self._bridge.next_assignment(trial_id)
         if assignment is None:
             return Searcher.FINISHED if self._bridge.nothing_left else None
