@@ -443,7 +443,7 @@ def test_no_password_reaches_a_process_or_a_file_of_ray(tmp_path: Path, postgres
             assert postgres.password.encode() not in file.read_bytes(), file
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
-    assert process.returncode == 130
+    assert process.returncode in {0, 130}, output  # looking at every file may take longer than the search
     assert postgres.password not in output
     stored = rows(url, "SELECT CAST(provenance AS TEXT) FROM hpo_runs")
     assert len(stored) == 1
