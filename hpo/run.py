@@ -6,6 +6,7 @@ Exit codes: 0 finished; 1 finished, but no trial completed; 2 the user must chan
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import os
 import platform
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
@@ -282,7 +283,8 @@ def _estimate_cpu_seconds(space: Space, slots: Slots, left: int, data_dir: Path)
         if name in {"batch_size", "stem"}:
             shapes.setdefault(name, []).append(value)
     speeds: dict[str, float] = {}
-    for params in _combinations(shapes)[:MAX_PROBES]:
+    for values in itertools.islice(itertools.product(*shapes.values()), MAX_PROBES):
+        params = dict(zip(shapes, values, strict=True))
         name = ", ".join(f"{key} {value}" for key, value in params.items()) or "the defaults"
         speeds[name] = measure_speed(params, data=data, device="cpu", threads=slots.threads)
     # Evaluation is the forward third of the arithmetic; the test images are scored once.
@@ -290,13 +292,6 @@ def _estimate_cpu_seconds(space: Space, slots: Slots, left: int, data_dir: Path)
     trial_images = space.max_epochs * epoch_images + len(images.test) / 3
     trial_seconds = sum(trial_images / speed for speed in speeds.values()) / len(speeds)
     return -(-left // slots.count) * trial_seconds, speeds
-
-
-def _combinations(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = [{}]
-    for name, column in values.items():
-        found = [{**params, name: value} for params in found for value in column]
-    return found
 
 
 def _provenance() -> dict[str, Any]:

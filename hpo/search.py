@@ -339,8 +339,7 @@ class Bridge:
             self._run.prune(claim)
             return self._end(tune_id, "PRUNED", f"stopped by {self._space.scheduler.name} after epoch {epoch}")
         if self._is_over():
-            self._run.release(claim)
-            return self._end(tune_id, "WAITING", f"interrupted after epoch {epoch}, resumable")
+            return self._give_back(tune_id)
         return False
 
     def on_crash(self, tune_id: str, details: str, *, retried: bool) -> None:
@@ -358,18 +357,18 @@ class Bridge:
 
     def release_all(self) -> None:
         """Give every trial back that has not ended: the run stops here and now."""
-        for tune_id, claim in list(self._claims.items()):
-            with self._guarded(lost=tune_id):
-                self._run.release(claim)
-                self._end(tune_id, "WAITING", f"interrupted after epoch {self._epochs[tune_id]}, resumable")
+        for tune_id in list(self._claims):
+            self.release(tune_id)
 
     def release(self, tune_id: str) -> None:
-        """Give one trial back that has not started yet."""
-        claim = self._claims.get(tune_id)
-        if claim is not None:
+        """Give one trial back, if it has not ended."""
+        if tune_id in self._claims:
             with self._guarded(lost=tune_id):
-                self._run.release(claim)
-                self._end(tune_id, "WAITING", f"interrupted after epoch {claim.epoch}, resumable")
+                self._give_back(tune_id)
+
+    def _give_back(self, tune_id: str) -> bool:
+        self._run.release(self._claims[tune_id])
+        return self._end(tune_id, "WAITING", f"interrupted after epoch {self._epochs[tune_id]}, resumable")
 
     def _fail(self, tune_id: str, reason: str, details: str = "") -> bool:
         self._run.fail(self._claims[tune_id], reason, details)

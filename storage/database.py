@@ -247,8 +247,6 @@ def explained(shown: str) -> Iterator[None]:
     """Turn the errors of database drivers into a StorageError that names the remedy."""
     try:
         yield
-    except StorageError:
-        raise
     except (DBAPIError, StorageInternalError, sqlite3.Error) as error:
         raise StorageError(f"{shown}: {_remedy(_driver_error(error))}") from None
 

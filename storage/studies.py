@@ -189,9 +189,8 @@ def open_study(
                 new = f"{name}@{_revision(revisions[-1]) + 1}" if revisions else name
                 optuna.create_study(storage=database.optuna, study_name=new, direction=direction)
                 study = _load(database, new)
-            if (
-                "hpo:fingerprint" not in study.optuna.user_attrs
-            ):  # new, or its creator died before it had said what it is
+            # New, or its creator died before it had said what it is.
+            if "hpo:fingerprint" not in study.attrs:
                 study.optuna.set_user_attr("hpo:settings", dict(settings))
                 study.optuna.set_user_attr("hpo:id", uuid.uuid4().hex[:12])
                 with warnings.catch_warnings():
