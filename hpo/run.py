@@ -362,7 +362,7 @@ def _replay(arguments: argparse.Namespace) -> int:
             console.print(f"{name}: {recorded.get(name)} then, {now} now", style="yellow")
 
     from hpo.report import is_timing
-    from hpo.search import Assignment, run_trial
+    from hpo.worker import Assignment, run_trial
 
     equal = True
     with tempfile.TemporaryDirectory(prefix="hpo-replay-") as folder:

@@ -9,7 +9,6 @@ resumed by starting another one. Workers get the trial and the place of its chec
 
 from __future__ import annotations
 
-import faulthandler
 import itertools
 import logging
 import math
@@ -18,10 +17,9 @@ import signal
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -47,9 +45,10 @@ from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from hpo.checkpoints import Checkpoint, load_checkpoint, save_checkpoint, trim_checkpoints
+from hpo.checkpoints import trim_checkpoints
 from hpo.errors import SettingError, nearest
 from hpo.space import Space, load_trainable
+from hpo.worker import HANG_FILE, Assignment, Message, run_trial, watchdog
 
 if TYPE_CHECKING:  # workers import this module too, and have no use for a database
     from optuna.pruners import BasePruner
@@ -58,7 +57,6 @@ if TYPE_CHECKING:  # workers import this module too, and have no use for a datab
     from storage.studies import Claim, Run, Study
 
 OBJECT_STORE_BYTES = 100 * 2**20  # messages are small; data sets are read by the workers themselves
-HANG_FILE = "hang.txt"
 POLL_SECONDS = 1.0  # between looks for work while other runs hold the rest of it
 
 
@@ -100,42 +98,6 @@ class Slots:
 # --- in the worker --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Assignment:
-    """All that a worker is told of a trial: plain values.
-
-    Attributes:
-        stored_epoch: the last epoch that storage holds; it and later ones found in a checkpoint are reported again.
-        folder: where the trial's checkpoints lie, a path that every worker can reach.
-        timeout: seconds without an epoch after which the worker counts as hung; None for no limit.
-    """
-
-    trainable: str
-    params: dict[str, Any]
-    data: dict[str, Any]
-    seed: int
-    max_epochs: int
-    stored_epoch: int
-    folder: str
-    checkpoint_every: int
-    device: str
-    threads: int
-    timeout: float | None
-
-
-@dataclass(frozen=True)
-class Message:
-    """What a worker says after each epoch, or instead of one."""
-
-    epoch: int = 0
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    recalled: bool = False  # read from a checkpoint, not trained just now
-    failure: str = ""
-    traceback: str = ""
-    warning: str = ""
-    provenance: Mapping[str, Any] | None = None
-
-
 class TrialWorker(tune.Trainable):
     """A Ray actor that runs one trial after another: torch is imported once per worker, not once per trial."""
 
@@ -158,85 +120,8 @@ class TrialWorker(tune.Trainable):
         """Run one epoch."""
         if self._messages is None:
             self._messages = run_trial(self._assignment)
-        with _watchdog(self._assignment):
+        with watchdog(self._assignment):
             return {"message": next(self._messages)}
-
-
-@contextmanager
-def _watchdog(assignment: Assignment) -> Iterator[None]:
-    """Kill this process if the epoch takes too long, leaving every thread's traceback in the trial's folder."""
-    if assignment.timeout is None:
-        yield
-        return
-    folder = Path(assignment.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / HANG_FILE).open("w") as file:
-        # Runs in C without Python's lock: a hang inside a library is caught too.
-        faulthandler.dump_traceback_later(assignment.timeout, exit=True, file=file)
-        try:
-            yield
-        finally:
-            faulthandler.cancel_dump_traceback_later()
-
-
-def run_trial(assignment: Assignment) -> Iterator[Message]:
-    """Yield a message an epoch, from the newest checkpoint on; a message with `failure` is the last one."""
-    import torch
-
-    folder = Path(assignment.folder)
-    try:
-        torch.set_num_threads(assignment.threads)
-        checkpoint = load_checkpoint(folder)
-        history = dict(checkpoint.history) if checkpoint else {}
-        provenance: Mapping[str, Any] | None = _provenance(assignment)
-        for epoch in sorted(history):
-            # The last stored one too: the driver may have died before it had acted on it.
-            if epoch >= assignment.stored_epoch:
-                yield Message(epoch, history[epoch], recalled=True, provenance=provenance)
-                provenance = None
-        reports = load_trainable(assignment.trainable)(
-            assignment.params,
-            data=assignment.data,
-            seed=assignment.seed,
-            max_epochs=assignment.max_epochs,
-            device=assignment.device,
-            checkpoint=checkpoint.state if checkpoint else None,
-        )
-        started = time.perf_counter()
-        for report in reports:
-            metrics = {str(name): float(value) for name, value in report.metrics.items()}
-            metrics["epoch_seconds"] = time.perf_counter() - started
-            history[report.epoch] = metrics
-            warning = ""
-            if report.epoch % assignment.checkpoint_every == 0 or report.epoch == assignment.max_epochs:
-                try:
-                    # Before the epoch is reported: what storage holds can be gone on from.
-                    save_checkpoint(folder, Checkpoint(report.epoch, history, report.state()))
-                except OSError as error:
-                    warning = f"no checkpoint after epoch {report.epoch}: {error}"
-            yield Message(report.epoch, metrics, warning=warning, provenance=provenance)
-            provenance = None
-            started = time.perf_counter()
-        yield Message(failure=f"the trainable ended after epoch {max(history, default=0)} of {assignment.max_epochs}")
-    except Exception as error:  # noqa: BLE001 # whatever a trainable raises is the trial's failure, not the worker's
-        reason = "out of memory" if "OutOfMemory" in type(error).__name__ or isinstance(error, MemoryError) else ""
-        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        yield Message(failure=f"{reason}: {text}" if reason else text, traceback=traceback.format_exc())
-
-
-def _provenance(assignment: Assignment) -> dict[str, Any]:
-    import torch
-
-    device = torch.cuda.get_device_name() if assignment.device == "cuda" else _processor()
-    return {"device": assignment.device, "device_name": device, "threads": assignment.threads, "pid": os.getpid()}
-
-
-def _processor() -> str:
-    with suppress(OSError), Path("/proc/cpuinfo").open() as lines:
-        for line in lines:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return "cpu"
 
 
 # --- in the driver --------------------------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ from optuna.distributions import CategoricalDistribution
 
 from benchmarks.toy import expected_value
 from hpo.errors import SettingError
-from hpo.search import Assignment, Bridge, Message, Slots, build_pruner, build_sampler, plan_slots, run_trial
+from hpo.search import Bridge, Slots, build_pruner, build_sampler, plan_slots
 from hpo.space import Space, load_space
+from hpo.worker import Assignment, Message, run_trial
 from storage.database import StorageError, open_database
 from storage.studies import Run, Study, open_study
 
