@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from hpo.data import Images, load
 from hpo.errors import TrainableError, nearest
+from hpo.fast_conv import use_fast_convolutions
 from hpo.model import STEMS, build_model
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -25,6 +27,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,
 }
+PRECISIONS = ("auto", "fp32", "bf16")
 EVAL_BATCH_CPU = 100  # measured fastest on two cores: the activations stay in the cache
 EVAL_BATCH_GPU = 2500  # divides 5,000 and 10,000: no odd shape for the kernels to be chosen for again
 
@@ -72,6 +75,7 @@ class TrainParams:
     momentum: float = 0.0
     weight_decay: float = 0.0
     stem: str = "imagenet"
+    precision: str = "auto"
 
     def __post_init__(self) -> None:
         if self.batch_size < 2:
@@ -81,7 +85,7 @@ class TrainParams:
         for name in ("momentum", "weight_decay"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise TrainableError(f"parameters.{name} must be at least 0, got {getattr(self, name)}")
-        for name, known in (("optimizer", list(OPTIMIZERS)), ("stem", list(STEMS))):
+        for name, known in (("optimizer", list(OPTIMIZERS)), ("stem", list(STEMS)), ("precision", PRECISIONS)):
             if getattr(self, name) not in known:
                 raise TrainableError(
                     f"parameters.{name}: no {name} {getattr(self, name)!r}, {nearest(str(getattr(self, name)), known)}"
@@ -137,21 +141,20 @@ def train(
         DataError: the data set is not there.
     """
     settings = read_params(params)
+    precision = choose_precision(settings.precision, device)
     dataset = load(**data, device=device)
     torch.manual_seed(seed)
-    model = build_model(stem=settings.stem).to(device)
-    optimizer = _build_optimizer(settings, model)
+    learner = _Learner(settings, precision, dataset.train)
     done = 0
     if checkpoint is not None:
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        learner.restore(checkpoint)
         done = checkpoint["epoch"]
 
     for epoch in range(done + 1, max_epochs + 1):
         started = time.perf_counter()
-        loss, accuracy = _train_epoch(model, optimizer, dataset.train, settings.batch_size, _epoch_seed(seed, epoch))
+        loss, accuracy = learner.train_epoch(_epoch_seed(seed, epoch))
         seconds = time.perf_counter() - started
-        val_loss, val_accuracy = evaluate(model, dataset.validation)
+        val_loss, val_accuracy = evaluate(learner.model, dataset.validation, precision)
         metrics = {
             "train_loss": loss,
             "train_accuracy": accuracy,
@@ -162,19 +165,12 @@ def train(
         }
         if epoch == max_epochs:
             # Scored once, when nothing can be decided by it any more.
-            metrics["test_loss"], metrics["test_accuracy"] = evaluate(model, dataset.test)
+            metrics["test_loss"], metrics["test_accuracy"] = evaluate(learner.model, dataset.test, precision)
 
         def state(epoch: int = epoch) -> dict[str, Any]:
-            return {"epoch": epoch, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            return {"epoch": epoch, **learner.state()}
 
         yield EpochReport(epoch, metrics, state)
-
-
-def _build_optimizer(settings: TrainParams, model: nn.Module) -> torch.optim.Optimizer:
-    options: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay}
-    if settings.optimizer == "sgd":
-        options["momentum"] = settings.momentum
-    return OPTIMIZERS[settings.optimizer](model.parameters(), **options)
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:
@@ -182,48 +178,166 @@ def _epoch_seed(seed: int, epoch: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{epoch}".encode()).digest()[:8], "big") >> 1
 
 
+def choose_precision(precision: str, device: str) -> str:
+    """Return what `auto` stands for on a device: bf16 where the hardware multiplies in it, else fp32.
+
+    That is a GPU of compute capability 8.0 (Ampere) or later, or a CPU with AVX512-BF16 or AMX.
+    """
+    if precision != "auto":
+        return precision
+    if device == "cpu":
+        capable = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        capable = torch.cuda.get_device_capability() >= (8, 0)
+    return "bf16" if capable else "fp32"
+
+
+def _autocast(device: torch.device, precision: str) -> torch.autocast:
+    # No cache: each weight is cast once a step anyway, and a CUDA graph must not find casts of an earlier step.
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+
+
 def _as_input(images: Tensor) -> Tensor:
-    """Turn uint8 (N, 28, 28) into float (N, 1, 28, 28) in [0, 1]."""
-    return images.unsqueeze(1).float().div_(255)
+    """Turn uint8 (N, 28, 28) into float (N, 1, 28, 28) in [0, 1], in the memory order of the network's weights."""
+    return images.unsqueeze(1).float().div_(255).contiguous(memory_format=torch.channels_last)
 
 
-def _train_epoch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, images: Images, batch_size: int, seed: int
-) -> tuple[float, float]:
-    """Train every image once; return the mean loss and the accuracy over the epoch."""
-    model.train()
-    device = images.labels.device
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).to(device)
-    # Summed on the device, read once at the end: reading each step would make the device wait for Python.
-    loss_sum = torch.zeros((), device=device)
-    correct = torch.zeros((), dtype=torch.int64, device=device)
-    batches = list(order.split(batch_size))
-    if len(batches) > 1 and len(batches[-1]) == 1:
-        # Batch norm cannot train on one image whose maps are 1x1: the last image joins the batch before it.
-        batches[-2:] = [torch.cat(batches[-2:])]
-    for indices in batches:
-        batch = images.take(indices)
-        logits = model(_as_input(batch.images))
-        loss = F.cross_entropy(logits, batch.labels)
-        optimizer.zero_grad(set_to_none=True)
+def _channels_last(parameter: Tensor) -> Tensor:
+    """Return a weight of shape (D, C, H, W), which lies in memory as (D, H, W, C), in just this order; others as is."""
+    return parameter.permute(0, 2, 3, 1) if parameter.dim() == 4 else parameter
+
+
+class _Learner:
+    """A network with its optimizer and its data, on one device.
+
+    Weights are fp32; under bf16 the multiplications of a step, not its sums, are in bf16 (autocast). The optimizer sees
+    each weight in the order of memory: the fused kernel of the CPU would copy any other one there and back, each step.
+    """
+
+    def __init__(self, settings: TrainParams, precision: str, images: Images) -> None:
+        self._images = images
+        self._device = images.labels.device
+        self._precision = precision
+        self._batch_size = min(settings.batch_size, len(images))
+        self.model = build_model(stem=settings.stem).to(self._device).to(memory_format=torch.channels_last)
+        if precision == "bf16":
+            use_fast_convolutions(self.model)
+        self._weights = list(self.model.parameters())
+        self._views = [nn.Parameter(_channels_last(weight.detach())) for weight in self._weights]
+        options: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay, "fused": True}
+        if settings.optimizer == "sgd":
+            options["momentum"] = settings.momentum
+        elif self._device.type == "cuda":
+            options["capturable"] = True
+        self.optimizer = OPTIMIZERS[settings.optimizer](self._views, **options)
+        # Summed on the device, read once an epoch: reading each step would make the device wait for Python.
+        self._loss_sum = torch.zeros((), device=self._device)
+        self._correct = torch.zeros((), dtype=torch.int64, device=self._device)
+        self._step = _GraphedStep(self._train_batch, self._batch_size) if images.labels.is_cuda else self._train_batch
+
+    def state(self) -> dict[str, Any]:
+        """Return weights and the optimizer's memory."""
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` returned, here or on another device."""
+        self.model.load_state_dict(state["model"])
+        options = self.optimizer.state_dict()["param_groups"]  # this device's, not those of the device that saved
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": options})
+
+    def train_epoch(self, seed: int) -> tuple[float, float]:
+        """Train every image once, in an order drawn from the seed; return the mean loss and the accuracy."""
+        self.model.train()
+        order = torch.randperm(len(self._images), generator=torch.Generator().manual_seed(seed)).to(self._device)
+        batches = list(order.split(self._batch_size))
+        if len(batches) > 1 and len(batches[-1]) == 1:
+            # Batch norm cannot train on one image whose maps are 1x1: the last image joins the batch before it.
+            batches[-2:] = [torch.cat(batches[-2:])]
+        self._loss_sum.zero_()
+        self._correct.zero_()
+        for indices in batches:
+            self._step(indices)
+        return float(self._loss_sum) / len(order), float(self._correct) / len(order)
+
+    def _train_batch(self, indices: Tensor) -> None:
+        """Take one step on the images at some positions, int64 of shape (B,)."""
+        batch = self._images.take(indices)
+        with _autocast(self._device, self._precision):
+            logits = self.model(_as_input(batch.images))
+            loss = F.cross_entropy(logits, batch.labels)
+        for weight in self._weights:
+            weight.grad = None
         loss.backward()
-        optimizer.step()
-        loss_sum += loss.detach() * len(batch)
-        correct += (logits.detach().argmax(1) == batch.labels).sum()
-    return float(loss_sum) / len(images), float(correct) / len(images)
+        for weight, view in zip(self._weights, self._views, strict=True):
+            view.grad = None if weight.grad is None else _channels_last(weight.grad)
+        self.optimizer.step()
+        self._loss_sum += loss.detach() * len(indices)
+        self._correct += (logits.detach().argmax(1) == batch.labels).sum()
+
+
+class _GraphedStep:
+    """Replays a step as one CUDA graph: launching its some 300 kernels one by one takes longer than running them.
+
+    The first steps run as they are, which is the warm-up that a capture wants; so does any batch of another size. Where
+    the capture fails, all do.
+    """
+
+    WARM_UP = 3
+
+    def __init__(self, step: Callable[[Tensor], None], batch_size: int) -> None:
+        self._step = step
+        self._indices = torch.zeros(batch_size, dtype=torch.int64, device="cuda")
+        self._stream = torch.cuda.Stream()
+        self._steps = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, indices: Tensor) -> None:
+        """Take one step."""
+        if len(indices) != len(self._indices):
+            self._step(indices)
+            return
+        self._steps += 1
+        if self._steps == self.WARM_UP + 1:
+            self._graph = self._capture()
+        if self._graph is not None:
+            self._indices.copy_(indices)
+            self._graph.replay()
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*capturable=True.*")  # not captured yet
+            self._step(indices)
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def _capture(self) -> torch.cuda.CUDAGraph | None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self._stream):
+                self._step(self._indices)
+        except RuntimeError as error:
+            warnings.warn(f"no CUDA graph of the training step, it runs eagerly: {error}", stacklevel=2)
+            return None
+        return graph
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: Images) -> tuple[float, float]:
-    """Return the mean loss and the accuracy of a model over all images."""
+def evaluate(model: nn.Module, images: Images, precision: str = "fp32") -> tuple[float, float]:
+    """Return the mean loss and the accuracy of a model over all images.
+
+    Args:
+        model: from float images of shape (N, 1, 28, 28) to logits of shape (N, classes).
+        images: on the model's device.
+        precision: fp32 or bf16, of the multiplications.
+    """
     model.eval()
     device = images.labels.device
     batch_size = EVAL_BATCH_CPU if device.type == "cpu" else EVAL_BATCH_GPU
     loss_sum = torch.zeros((), device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
     for pixels, labels in zip(images.images.split(batch_size), images.labels.split(batch_size), strict=True):
-        logits = model(_as_input(pixels))
-        loss_sum += F.cross_entropy(logits, labels, reduction="sum")
+        with _autocast(device, precision):
+            logits = model(_as_input(pixels))
+            loss_sum += F.cross_entropy(logits, labels, reduction="sum")
         correct += (logits.argmax(1) == labels).sum()
     return float(loss_sum) / len(images), float(correct) / len(images)
 
@@ -238,18 +352,17 @@ def measure_speed(params: Mapping[str, Any], *, data: Mapping[str, Any], device:
         threads: torch's threads on the CPU.
     """
     settings = read_params(params)
-    dataset = load(**data, device=device)
+    images = load(**data, device=device).train
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        model = build_model(stem=settings.stem).to(device)
-        optimizer = _build_optimizer(settings, model)
-        step = dataset.train.take(torch.arange(min(settings.batch_size, len(dataset.train))))
+        batch = images.take(torch.arange(min(settings.batch_size, len(images))))
+        learner = _Learner(settings, choose_precision(settings.precision, device), batch)
         seconds = []
         for _ in range(3):
             started = time.perf_counter()
-            _train_epoch(model, optimizer, step, settings.batch_size, seed=0)
+            learner.train_epoch(seed=0)
             seconds.append(time.perf_counter() - started)
-        return len(step) / min(seconds[1:])
+        return len(batch) / min(seconds[1:])
     finally:
         torch.set_num_threads(before)

@@ -18,7 +18,7 @@ from hpo.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from hpo.data import Images, load
 from hpo.errors import DataError, TrainableError
 from hpo.model import build_model
-from hpo.train import EpochReport, TrainParams, evaluate, read_params, train
+from hpo.train import EpochReport, TrainParams, _epoch_seed, choose_precision, evaluate, read_params, train
 
 SMALL = {"dataset": "fashion_mnist_sample", "train_samples": 64, "val_samples": 100}
 ADAM = {"batch_size": 24, "lr": 0.001}
@@ -105,7 +105,7 @@ def test_every_epoch_is_reported_once_with_its_metrics_and_the_test_only_at_the_
 def test_train_loss_and_accuracy_are_of_every_image_as_the_weights_moved() -> None:
     # One batch: the weights do not move before its loss is known, so it is the loss of the fresh network.
     data = {"dataset": "fashion_mnist_sample", "train_samples": 50, "val_samples": 100}
-    report = next(run({"batch_size": 50}, 2, seed=3, data=data))
+    report = next(run({"batch_size": 50, "precision": "fp32"}, 2, seed=3, data=data))
     images = load(**data).train
     torch.manual_seed(3)
     model = build_model()
@@ -207,6 +207,68 @@ def test_a_checkpoint_of_the_last_epoch_leaves_nothing_to_do(straight: dict[str,
     assert list(train(ADAM, data=SMALL, seed=0, max_epochs=3, device="cpu", checkpoint=state)) == []
 
 
+# --- precision and speed ------------------------------------------------------------------------------------------
+
+
+def plain_losses(params: dict[str, Any], data: dict[str, Any], seed: int) -> list[float]:
+    """The loss of one epoch and of the next, by the loop of a tutorial in fp32, over the orders that `train` draws."""
+    images = load(**data).train
+    torch.manual_seed(seed)
+    model = build_model().train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=params["lr"])
+    losses = []
+    for epoch in (1, 2):
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(_epoch_seed(seed, epoch)))
+        total = 0.0
+        for indices in order.split(params["batch_size"]):
+            loss = F.cross_entropy(model(images.images[indices, None] / 255), images.labels[indices])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(indices)
+        losses.append(total / len(images))
+    return losses
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-3), ("bf16", 0.05)])
+def test_the_losses_are_those_of_a_plain_loop_in_fp32(precision: str, tolerance: float) -> None:
+    params = {"batch_size": 16, "lr": 1e-4}
+    reports = run({**params, "precision": precision}, 3, seed=5)
+    losses = [report.metrics["train_loss"] for report in itertools.islice(reports, 2)]
+    assert losses == pytest.approx(plain_losses(params, SMALL, seed=5), rel=tolerance)
+
+
+def test_auto_is_bf16_where_the_processor_multiplies_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    for native, chosen in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
+        assert choose_precision("auto", "cpu") == chosen
+    assert choose_precision("bf16", "cpu") == "bf16"  # asked for: slow, but what the user wants
+    for capability, chosen in (((7, 5), "fp32"), ((9, 0), "bf16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        assert choose_precision("auto", "cuda") == chosen
+
+
+def test_each_precision_gives_numbers_of_its_own() -> None:
+    fp32, bf16 = (first_epoch({**ADAM, "precision": precision}) for precision in ("fp32", "bf16"))
+    assert fp32 != bf16
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_steps_replayed_as_a_graph_are_the_steps_one_by_one(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = {**SMALL, "train_samples": 200}
+    params = {"batch_size": 16, "optimizer": optimizer, "lr": 1e-3}
+
+    def losses() -> list[float]:
+        reports = train(params, data=data, seed=0, max_epochs=3, device="cuda")
+        return [report.metrics["train_loss"] for report in reports]
+
+    graphed = losses()
+    monkeypatch.setattr("hpo.train._GraphedStep.WARM_UP", 10**9)
+    assert graphed == pytest.approx(losses(), rel=0.02)
+
+
 # --- mistakes in the parameters -----------------------------------------------------------------------------------
 
 
@@ -223,6 +285,7 @@ def test_the_defaults_are_the_documented_recipe() -> None:
         ({"optimizer": "adm"}, ["parameters.optimizer: ", "'adm'", "did you mean adam?"]),
         ({"optimizer": "lion"}, ["parameters.optimizer: ", "'lion'", "allowed: adam, adamw, sgd"]),
         ({"stem": "cifr"}, ["parameters.stem: ", "'cifr'", "did you mean cifar?"]),
+        ({"precision": "fp16"}, ["parameters.precision: ", "'fp16'", "did you mean bf16?"]),
         ({"batch_size": 64.0}, ["parameters.batch_size must be of type int", "64.0"]),
         ({"batch_size": True}, ["parameters.batch_size must be of type int", "True"]),
         ({"batch_size": "64"}, ["parameters.batch_size must be of type int", "'64'"]),
