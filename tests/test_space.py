@@ -11,7 +11,8 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from hpo.errors import SettingError, SpaceError, TrainableError
-from hpo.space import MAX_FILE_BYTES, Space, known_spaces, load_space, load_trainable
+from hpo.document import MAX_FILE_BYTES
+from hpo.space import Space, known_spaces, load_space, load_trainable
 
 ROOT = Path(__file__).parent.parent
 HEAD = "sampler: grid\nmax_epochs: 2\nparameters:\n"
