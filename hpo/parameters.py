@@ -103,20 +103,18 @@ def _distinct(choices: list[Scalar]) -> list[Scalar]:
     return choices
 
 
-class _Conditional(Strict):
-    """What all mappings have in common."""
-
-    when: Annotated[dict[str, Scalar | Annotated[list[Scalar], Field(min_length=1)]], Field(min_length=1)] | None = None
-    """Active only if each parameter named here has this value, or one of this list of values: `{optimizer: sgd}`."""
+When = Annotated[dict[str, Scalar | Annotated[list[Scalar], Field(min_length=1)]], Field(min_length=1)] | None
 
 
-class Choices(_Conditional):
+class Choices(Strict):
     """A parameter that takes one of a list of values."""
 
     type: Literal["categorical"] = "categorical"
     """One of a list of values."""
     choices: Annotated[list[Scalar], Field(min_length=1), AfterValidator(_distinct)]
     """The values."""
+    when: When = None
+    """Active only if each parameter named here has this value, or one of this list of values: `{optimizer: sgd}`."""
     default: Scalar = None
     """The value that earlier trials, made before this parameter was there, implicitly used. It takes effect with the import
     of earlier trials, which is not built yet."""
@@ -159,7 +157,7 @@ _ExactInt = Annotated[int, Field(ge=-MAX_EXACT_INT, le=MAX_EXACT_INT)]
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class IntRange(_Conditional):
+class IntRange(Strict):
     """An integer from low to high, both included."""
 
     type: Literal["int"]
@@ -172,6 +170,8 @@ class IntRange(_Conditional):
     """Whether values are drawn on a logarithmic scale."""
     step: PositiveInt = 1
     """The distance of values from each other."""
+    when: When = None
+    """Active only if each parameter named here has this value, or one of this list of values: `{optimizer: sgd}`."""
     default: _ExactInt | None = None
     """The value that earlier trials, made before this parameter was there, implicitly used. It takes effect with the import
     of earlier trials, which is not built yet."""
@@ -215,7 +215,7 @@ class IntRange(_Conditional):
         return int(value) in self.grid()
 
 
-class FloatRange(_Conditional):
+class FloatRange(Strict):
     """A real number from low to high."""
 
     type: Literal["float"]
@@ -228,6 +228,8 @@ class FloatRange(_Conditional):
     """Whether values are drawn on a logarithmic scale."""
     step: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """The distance of values from each other; without it the range is continuous."""
+    when: When = None
+    """Active only if each parameter named here has this value, or one of this list of values: `{optimizer: sgd}`."""
     default: _Finite | None = None
     """The value that earlier trials, made before this parameter was there, implicitly used. It takes effect with the import
     of earlier trials, which is not built yet."""

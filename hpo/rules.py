@@ -7,6 +7,7 @@ are told all at once: those of single keys and those of keys that do not go toge
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -81,16 +82,20 @@ def broken_rules(draft: Draft) -> list[Problem]:
 def _grid_is_finite(draft: Draft) -> Iterator[Problem]:
     if draft["sampler"].name != "grid":
         return
-    upper = 1
-    for name, parameter in draft["parameters"].items():
-        if parameter.count is None:
+    counts = {name: parameter.count for name, parameter in draft["parameters"].items()}
+    for name, count in counts.items():
+        if count is None:
             yield (
                 ("parameters", name),
                 "sampler grid needs finitely many values, and this range is continuous: give a list or a step, or take "
                 "sampler random or tpe",
             )
-        upper *= parameter.count or 1
-    if upper > MAX_GRID and sum(1 for _ in itertools.islice(expand(draft.all_parameters()), MAX_GRID + 1)) > MAX_GRID:
+    points = math.prod(count or 1 for count in counts.values())
+    if points > MAX_GRID and max(count or 1 for count in counts.values()) <= MAX_GRID:
+        parameters = draft.all_parameters()
+        if any(parameter.when for parameter in parameters.values()):  # then there are fewer
+            points = sum(1 for _ in itertools.islice(expand(parameters), MAX_GRID + 1))
+    if points > MAX_GRID:
         yield (
             ("parameters",),
             f"this grid has more than {MAX_GRID} configurations: give fewer values, or take sampler random or tpe",
@@ -100,7 +105,7 @@ def _grid_is_finite(draft: Draft) -> Iterator[Problem]:
 def _search_ends(draft: Draft) -> Iterator[Problem]:
     sampler, budget = draft["sampler"], draft["budget"]
     if sampler.name != "grid" and budget.trials is None and budget.time is None and budget.gpu_hours is None:
-        yield ("sampler",), f"{sampler.name} never ends by itself: give budget.trials or budget.time"
+        yield ("sampler",), f"sampler {sampler.name} never ends by itself: give budget.trials or budget.time"
 
 
 def _sampler_fits(draft: Draft) -> Iterator[Problem]:

@@ -15,7 +15,7 @@ import json
 import random
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -246,21 +246,29 @@ def _what_is_well(data: Mapping[str, Any]) -> dict[str, Any]:
     for name, field in Space.model_fields.items():
         if name in data and name != "parameters":
             try:
-                section: TypeAdapter[Any] = TypeAdapter(field.rebuild_annotation())
-                given[name] = section.validate_python(data[name], strict=True)
+                given[name] = _section_adapter(name).validate_python(data[name], strict=True)
             except ValidationError:
                 continue
         elif name not in data and not field.is_required():
             given[name] = field.get_default(call_default_factory=True)
     if isinstance(data.get("parameters"), Mapping):
-        parameter: TypeAdapter[Parameter] = TypeAdapter(Parameter)
         given["parameters"] = {}
         for name, raw in list(data["parameters"].items())[:MAX_PARAMETERS]:
             try:
-                given["parameters"][name] = parameter.validate_python(raw)
+                given["parameters"][name] = _parameter_adapter().validate_python(raw)
             except ValidationError:
                 continue
     return given
+
+
+@cache
+def _section_adapter(name: str) -> TypeAdapter[Any]:
+    return TypeAdapter(Space.model_fields[name].rebuild_annotation())
+
+
+@cache
+def _parameter_adapter() -> TypeAdapter[Parameter]:
+    return TypeAdapter(Parameter)
 
 
 def space_schema() -> dict[str, Any]:
