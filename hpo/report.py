@@ -17,7 +17,7 @@ def trial_table(study: Study, *, last: int = 50) -> Table:
 
     Columns: parameters, state, epochs, the objective's last and best value, test accuracy, seconds, images per second.
     """
-    trials, metrics = study.trials(), study.metrics()
+    trials, metrics = study.run_trials(), study.metrics()
     names = sorted({name for trial in trials for name in trial.params}, key=_first_seen(trials))
     columns = [
         "state",
@@ -52,7 +52,7 @@ def failures(study: Study) -> list[str]:
     """Return a line for each failed trial: its number and the reason."""
     return [
         f"trial {trial.number} failed: {trial.user_attrs.get('fail_reason', 'for an unknown reason')}"
-        for trial in study.trials()
+        for trial in study.run_trials()
         if trial.state.name == "FAIL"
     ]
 

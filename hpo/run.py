@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from hpo.errors import HpoError, SettingError
+from hpo.errors import HpoError, SettingError, TrainableError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 RUNS_DIR = Path("runs")
 DEFAULT_STORAGE = f"sqlite:///{RUNS_DIR}/hpo.db"
-DEFAULT_TRAINABLE = "hpo.train:train"
 PACKAGES = ("torch", "torchvision", "optuna", "sqlalchemy", "ray", "numpy")
 MAX_PROBES = 6  # shapes of training steps that are measured before a search without a GPU
 LONG_SECONDS = 900.0  # a search on the CPU beyond this gets the advice to start with a shorter one
@@ -124,6 +123,9 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("number", metavar="NUMBER", type=int)
     replay.set_defaults(command=_replay)
 
+    schema = verbs.add_parser("schema", help="print the JSON Schema of search spaces, for editors")
+    schema.set_defaults(command=_schema, storage="")
+
     dashboard = verbs.add_parser("dashboard", parents=[storage], help="serve optuna-dashboard on the storage")
     dashboard.add_argument("--host", default="127.0.0.1", help="127.0.0.1; it has no password, so keep it there")
     dashboard.add_argument("--port", type=int, default=8080)
@@ -165,12 +167,12 @@ def _run(arguments: argparse.Namespace) -> int:
     from hpo.progress import Progress
 
     left = _trials_left(study, total)
-    before = Counter(trial.state.name for trial in study.trials())
+    before = Counter(trial.state.name for trial in study.run_trials())
     with search.cluster(os.environ.get("RAY_ADDRESS")):
         slots = search.plan_slots(space, left)
         share = f"{slots.gpu:g} GPU" if slots.gpu else f"{slots.threads} CPU thread{'s' if slots.threads > 1 else ''}"
         console.print(f"{slots.count} {'trial' if slots.count == 1 else 'trials'} at a time, {share} each.")
-        if slots.device == "cpu" and left and space.trainable == DEFAULT_TRAINABLE:
+        if slots.device == "cpu" and left and space.is_default_trainable:
             _announce_cpu(console, space, slots, left, data_dir)
         with Progress(
             console, metric=space.metric, direction=space.direction, total=total, slots=slots.count, before=before
@@ -220,16 +222,29 @@ def _trials_left(study: Study, total: int | None) -> int | None:
 
 def _check_trainable(space: Space, data_dir: Path) -> dict[str, Any]:
     """Fail before anything is spent; for our own trainable fetch the data, and return its hash."""
+    from hpo.command import check_program
     from hpo.space import load_trainable
 
-    load_trainable(space.trainable)
-    if space.trainable != DEFAULT_TRAINABLE:
+    if space.command is not None:
+        with space.blaming("command"):
+            check_program(space.command)
+        return {}
+    with space.blaming("trainable"):
+        load_trainable(space.trainable)
+    if not space.is_default_trainable:
         return {}
     from hpo import train
     from hpo.data import load
 
+    mistakes: dict[str, None] = {}
     for name, value in space.examples():
-        train.read_params({name: value})
+        try:
+            with space.blaming("derived" if name in space.derived else "parameters", name):
+                train.read_params({name: value})
+        except TrainableError as error:
+            mistakes[str(error)] = None
+    if mistakes:
+        raise TrainableError("\n".join(mistakes))
     return {"data_sha256": load(**_data_settings(space, data_dir)).sha256}
 
 
@@ -248,7 +263,7 @@ def _announce(console: Console, space: Space, study: Study) -> None:
     console.print(f"[bold]{study.name}[/]: {space.description or space.trainable}. Storage: {study.database.url}")
     if study.name != space.name:
         console.print(f"The space is not the one of study {space.name}: its results go to the revision {study.name}.")
-    states = ", ".join(f"{n} {state}" for state, n in sorted(Counter(t.state.name for t in study.trials()).items()))
+    states = ", ".join(f"{n} {state}" for state, n in sorted(Counter(t.state.name for t in study.run_trials()).items()))
     if states:
         console.print(f"Going on with what storage holds: {states}.")
 
@@ -368,7 +383,8 @@ def _replay(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="hpo-replay-") as folder:
         assignment = Assignment(
             trainable=settings["trainable"],
-            params=trials[arguments.number].params,
+            command=settings.get("command"),
+            params={**trials[arguments.number].params, **trials[arguments.number].user_attrs.get("derived", {})},
             data={**settings["data"], "data_dir": str(Path(arguments.data_dir).resolve())},
             seed=settings["seed"],
             max_epochs=settings["max_epochs"],
@@ -408,6 +424,15 @@ def _existing_study(arguments: argparse.Namespace) -> Study:
         hint = nearest(arguments.study, names) if names else "it has none yet"
         raise SettingError(f"there is no study {arguments.study!r} in {database.url}: {hint}")
     return study
+
+
+def _schema(arguments: argparse.Namespace) -> int:
+    import json
+
+    from hpo.space import space_schema
+
+    print(json.dumps(space_schema(), indent=2))
+    return 0
 
 
 def _dashboard(arguments: argparse.Namespace) -> int:

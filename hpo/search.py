@@ -17,7 +17,8 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,17 +105,23 @@ class TrialWorker(tune.Trainable):
     def setup(self, config: dict[str, Any]) -> None:
         """Take the first trial. Nothing here may fail: Tune would not say of which trial."""
         self._assignment = Assignment(**config["assignment"])
-        self._messages: Iterator[Message] | None = None
+        self._messages: Generator[Message, None, None] | None = None
         # Here, where no epoch is timed, what takes seconds to import. `step` meets the same error again, and reports it.
         with suppress(Exception):
             import torch  # noqa: F401
 
-            load_trainable(self._assignment.trainable)
+            if self._assignment.command is None:
+                load_trainable(self._assignment.trainable)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next trial."""
         self.setup(new_config)
         return True
+
+    def end(self) -> None:
+        """Stop what the trial has running, such as a script."""
+        if self._messages is not None:
+            self._messages.close()
 
     def step(self) -> dict[str, Any]:
         """Run one epoch."""
@@ -141,6 +148,7 @@ class Bridge:
         self._epochs: dict[str, int] = {}
         self._deadline = math.inf
         self._next_look = 0.0
+        self._told_exhausted = False
         self.stopping = ""  # why no new work is taken; empty while there is no reason
         self.error: Exception | None = None
 
@@ -158,15 +166,22 @@ class Bridge:
             return None
         with self._guarded():
             claim = self._run.claim()
+            if self._run.exhausted and not self._told_exhausted:
+                self._told_exhausted = True
+                self._view.note(f"no new trials: {self._run.exhausted}")
             if claim is None:
                 self._next_look = time.monotonic() + POLL_SECONDS
                 return None
             self._claims[tune_id] = claim
             self._epochs[tune_id] = claim.epoch
             self._view.trial_started(claim.number, claim.params, claim.epoch, self._space.max_epochs)
+            derived = self._space.derive(claim.params)
+            if derived:
+                self._run.record_attr(claim, "derived", derived)
             return Assignment(
                 trainable=self._space.trainable,
-                params=claim.params,
+                command=self._space.command,
+                params=claim.params | derived,
                 data={**self._space.data.model_dump(), "data_dir": str(self._data_dir)},
                 seed=self._space.seed,
                 max_epochs=self._space.max_epochs,
@@ -343,6 +358,9 @@ class Referee(FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Store an epoch and decide."""
         ended = self._bridge.on_message(trial.trial_id, result["message"])
+        if ended and trial.temporary_state.ray_actor is not None:
+            # Its actor may get no other trial for a while, and what this one has running must not go on.
+            trial.temporary_state.ray_actor.end.remote()
         return str(TrialScheduler.STOP if ended else TrialScheduler.CONTINUE)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
@@ -462,19 +480,18 @@ def search(
     """
     from storage.studies import Run
 
-    distributions = space.distributions()
     is_grid = space.sampler.name == "grid"
     study.optuna.pruner = build_pruner(space)
     run = Run(
         study,
         key_of=space.key,
         provenance=provenance,
-        distributions=None if is_grid else distributions,
+        draw=None if is_grid else space.draw,
         max_trials=space.budget.trials,
     )
     with run:
         if is_grid:
-            run.enqueue(itertools.islice(space.grid(), space.budget.trials), distributions)
+            run.enqueue(itertools.islice(space.grid(), space.budget.trials), space.distributions())
         else:
             study.optuna.sampler = build_sampler(space, run.run)
         bridge = Bridge(space, run, slots, data_dir=data_dir, checkpoints=checkpoints / study.unique_name, view=view)
@@ -534,16 +551,33 @@ def _signals(bridge: Bridge, view: View) -> Iterator[None]:
 
 def build_sampler(space: Space, run: int) -> BaseSampler:
     """Return Optuna's sampler. Each run draws from a seed of its own: two drivers must not ask for the same points."""
+    import optuna
     from optuna import samplers
 
-    seed = (space.seed if space.sampler.seed is None else space.sampler.seed) * 1_000_003 + run
-    match space.sampler.name:
-        case "random":
-            return samplers.RandomSampler(seed=seed)
-        case "nsga2":
-            return samplers.NSGAIISampler(seed=seed)
-        case _:
-            return samplers.TPESampler(seed=seed)
+    base = space.seed if space.sampler.seed is None else space.sampler.seed
+    seed = (base * 1_000_003 + run) % 2**32
+    options = space.sampler.options
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        match space.sampler.name:
+            case "qmc":
+                # All runs share one sequence, whose place storage keeps; but not what precedes it.
+                first = samplers.RandomSampler(seed=seed)
+                return samplers.QMCSampler(
+                    seed=base, independent_sampler=first, warn_independent_sampling=False, **options
+                )
+            case "tpe":
+                if options.get("multivariate") is not False and any(p.when for p in space.parameters.values()):
+                    options = {"group": True} | options
+                return samplers.TPESampler(seed=seed, **options)
+            case "gp":
+                return samplers.GPSampler(seed=seed, warn_independent_sampling=False, **options)
+            case "cmaes":
+                return samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False, **options)
+            case "nsga2":
+                return samplers.NSGAIISampler(seed=seed, **options)
+            case _:
+                return samplers.RandomSampler(seed=seed)
 
 
 def build_pruner(space: Space) -> BasePruner:

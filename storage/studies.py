@@ -42,10 +42,15 @@ from storage.database import Database, StorageError, patiently
 
 LEASE_SECONDS = 60.0
 DUPLICATE = "duplicate of an earlier trial"
-MAX_DUPLICATES = 20  # samples in a row that were all tried before: the space is taken to be exhausted
+REJECTED = "breaks a constraint"
+NEVER_RUN = {DUPLICATE, REJECTED}  # what a sampler drew, and no one was given
+MAX_DUPLICATES = 20  # draws in a row that were all tried before: the space is taken to be exhausted
+MAX_REJECTED = 500  # draws in a row that were all refused
 
 Params = dict[str, Any]
 KeyOf = Callable[[Mapping[str, Any]], str]
+# Draws a configuration for a trial, or the rest of one; returns why it must not be run, empty if it may.
+Draw = Callable[[optuna.Trial], str]
 
 
 class LostTrialError(Exception):
@@ -100,9 +105,13 @@ class Study:
         """Return all trials by number."""
         return patiently(self.database, lambda: self.optuna.get_trials(deepcopy=False))
 
+    def run_trials(self) -> list[FrozenTrial]:
+        """Return the trials that were run or are to be: without draws that were duplicates or broke a constraint."""
+        return [trial for trial in self.trials() if trial.user_attrs.get("fail_reason") not in NEVER_RUN]
+
     def count_ended(self) -> int:
-        """Return how many trials have ended; a duplicate, which was never run, is none."""
-        return sum(t.state.is_finished() and t.user_attrs.get("fail_reason") != DUPLICATE for t in self.trials())
+        """Return how many trials have ended."""
+        return sum(trial.state.is_finished() for trial in self.run_trials())
 
     def metrics(self) -> dict[int, records.Metrics]:
         """Return {trial number: {epoch: {name: value}}}."""
@@ -226,19 +235,21 @@ class Run:
     Attributes:
         study: the study.
         key_of: the identity of a configuration.
-        distributions: what to sample from when the queue is empty; None for a grid, which is all queue.
-        max_trials: the study holds at most so many trials, duplicates not counted.
+        draw: what fills a new trial when the queue is empty; None for a grid, which is all queue.
+        max_trials: the study holds at most so many trials, those never run not counted.
         lease_seconds: how long the run is trusted to be alive after it was last heard of.
         finished: set by `claim`: nothing is left to do, here or in any other run.
+        exhausted: set by `claim`: why no more trials are drawn, though there is budget; empty while they are.
     """
 
     study: Study
     key_of: KeyOf
     provenance: Mapping[str, Any]
-    distributions: Mapping[str, BaseDistribution] | None = None
+    draw: Draw | None = None
     max_trials: int | None = None
     lease_seconds: float = LEASE_SECONDS
     finished: bool = False
+    exhausted: str = ""
     run: int = field(default=-1, init=False)
     _held: set[int] = field(default_factory=set, init=False)
     _ended: threading.Event = field(default_factory=threading.Event, init=False)
@@ -289,9 +300,8 @@ class Run:
                     key = self.key_of(point)
                     if key in known:
                         continue
-                    template = create_trial(
-                        state=TrialState.WAITING, params=point, distributions=dict(distributions), user_attrs={}
-                    )
+                    active = {name: distributions[name] for name in point}
+                    template = create_trial(state=TrialState.WAITING, params=point, distributions=active, user_attrs={})
                     trial = self.database.optuna.create_new_trial(self.study.study, template)
                     self._register(trial, key, run=None)
 
@@ -335,6 +345,16 @@ class Run:
                 connection.execute(
                     table.update().where(table.c.trial == claim.trial).values(provenance=dict(provenance))
                 )
+
+        patiently(self.database, write)
+
+    def record_attr(self, claim: Claim, name: str, value: Any) -> None:
+        """Store an attribute of a trial, for people and for a replay."""
+
+        def write() -> None:
+            with self.database.engine.begin() as connection:
+                self._check_owner(connection, claim)
+            self.database.optuna.set_trial_user_attr(claim.trial, name, value)
 
         patiently(self.database, write)
 
@@ -400,8 +420,8 @@ class Run:
         with self._lock():
             elsewhere = self._take_over()
             claim = self._claim_waiting()
-            if claim is None and self.distributions is not None and not self._budget_is_spent():
-                claim = self._claim_sampled(self.distributions)
+            if claim is None and self.draw is not None and not self.exhausted and not self._budget_is_spent():
+                claim = self._claim_sampled(self.draw)
             self.finished = claim is None and not elsewhere
             return claim
 
@@ -454,14 +474,13 @@ class Run:
     def _waiting(self) -> list[tuple[FrozenTrial, Any]]:
         """Return the queued trials, each with its row.
 
-        A trial without one gets it here: its maker died in between. One that lacks parameters, since its maker died while
-        it drew them or since it was queued by hand through Optuna, is left to `ask`.
+        A trial of a grid without one gets it here: its maker died in between. One that was being drawn when its maker died,
+        or that was queued by hand through Optuna, may lack parameters, and is left to `ask`.
         """
         waiting = self._trials(TrialState.WAITING)
         rows = self._rows(trial._trial_id for trial in waiting)
         for trial in waiting:
-            is_whole = trial.params and set(self.distributions or ()) <= set(trial.params)
-            if trial._trial_id not in rows and is_whole:
+            if trial._trial_id not in rows and self.draw is None and trial.params:
                 self._register_or_fail(trial, self.key_of(trial.params), run=None)
                 rows |= self._rows([trial._trial_id])
         return [(trial, rows[trial._trial_id]) for trial in waiting if trial._trial_id in rows]
@@ -481,22 +500,38 @@ class Run:
                 return Claim(trial._trial_id, trial.number, trial.params, dict(trial.intermediate_values), row.crashes)
         return None
 
-    def _claim_sampled(self, distributions: Mapping[str, BaseDistribution]) -> Claim | None:
-        for _ in range(MAX_DUPLICATES):
+    def _claim_sampled(self, draw: Draw) -> Claim | None:
+        duplicates = rejected = 0
+        while duplicates < MAX_DUPLICATES and rejected < MAX_REJECTED:
             # Half-made trials of the dead, and trials queued by hand, are WAITING without a row: ask() takes them first.
-            trial = self.study.optuna.ask(dict(distributions))
+            trial = self.study.optuna.ask()
+            broken = draw(trial)
+            if broken:
+                self.database.optuna.set_trial_user_attr(trial._trial_id, "constraint", broken)
+                self._fail_unrun(trial._trial_id, REJECTED)
+                rejected += 1
+                continue
             frozen = self.database.optuna.get_trial(trial._trial_id)
             if self._register_or_fail(frozen, self.key_of(trial.params), run=self.run):
                 self._held.add(trial._trial_id)
                 return Claim(trial._trial_id, trial.number, trial.params, {}, 0)
+            duplicates += 1
+        self.exhausted = (
+            f"{duplicates} draws in a row were all tried before"
+            if duplicates == MAX_DUPLICATES
+            else f"{rejected} draws in a row broke a constraint"
+        )
         return None
 
     def _register_or_fail(self, trial: FrozenTrial, key: str, run: int | None) -> bool:
         if self._register(trial._trial_id, key, run):
             return True
-        self.database.optuna.set_trial_user_attr(trial._trial_id, "fail_reason", DUPLICATE)
-        self.database.optuna.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        self._fail_unrun(trial._trial_id, DUPLICATE)
         return False
+
+    def _fail_unrun(self, trial: int, reason: str) -> None:
+        self.database.optuna.set_trial_user_attr(trial, "fail_reason", reason)
+        self.database.optuna.set_trial_state_values(trial, TrialState.FAIL)
 
     def _register(self, trial: int, key: str, run: int | None) -> bool:
         """Insert the trial's row; False if the study has that configuration already."""

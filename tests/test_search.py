@@ -79,6 +79,7 @@ def states(study: Study) -> list[str]:
 def assignment_of(folder: Path, **changes: Any) -> Assignment:
     defaults = {
         "trainable": "benchmarks.toy:chain",
+        "command": None,
         "params": {"x": 1},
         "data": {},
         "seed": 0,
@@ -284,7 +285,8 @@ def test_two_runs_draw_different_points_and_the_same_run_the_same(study: Study, 
         study.optuna.sampler = build_sampler(space, run)
         asked = []
         for _ in range(3):
-            trial = study.optuna.ask(space.distributions())
+            trial = study.optuna.ask()
+            assert not space.draw(trial)
             study.optuna.tell(trial, 0.5)
             asked.append(trial.params["x"])
         return asked

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
+from hpo.document import MAX_FILE_BYTES
 from hpo.errors import SettingError, SpaceError, TrainableError
-from hpo.space import MAX_FILE_BYTES, Space, known_spaces, load_space, load_trainable
+from hpo.space import Space, known_spaces, load_space, load_trainable
 
 ROOT = Path(__file__).parent.parent
 HEAD = "sampler: grid\nmax_epochs: 2\nparameters:\n"
@@ -215,11 +216,11 @@ MISTAKES = {
     "an unknown key of resources": (VALID + "resources: {»gpus: 1}\n", ["resources.gpus: unknown key", "mean gpu?"]),
     "an unknown key of a range": (
         HEAD + "  lr: {type: float, low: 1, high: 2, step: 1, »lgoo: true}\n",
-        ["parameters.lr.lgoo: unknown key", "allowed: type, low, high, log, step"],
+        ["parameters.lr.lgoo: unknown key", "allowed: type, low, high, log, step, when, default"],
     ),
     "a key that belongs to another type of range": (
         HEAD + "  lr: {type: categorical, choices: [1], »low: 1}\n",
-        ["parameters.lr.low: unknown key", "allowed: type, choices"],
+        ["parameters.lr.low: unknown key", "allowed: type, choices, when, default"],
     ),
     "a missing key": ("»sampler: grid\nparameters: {lr: 1}\n", ["'max_epochs'", "missing"]),
     "a missing end of a range": (HEAD + "  »lr: {type: int, low: 1}\n", ["parameters.lr", "'high'", "missing"]),
@@ -237,7 +238,10 @@ MISTAKES = {
     ),
     "a number for a text": (VALID + "»description: 5\n", ["description: ", "string", "5"]),
     "no epochs": ("sampler: grid\n»max_epochs: 0\nparameters: {lr: 1}\n", ["max_epochs: ", "greater than 0"]),
-    "an unknown sampler": ("»sampler: grd\nmax_epochs: 2\nparameters: {lr: 1}\n", ["sampler: ", "'grid'", "'grd'"]),
+    "an unknown sampler": (
+        "»sampler: grd\nmax_epochs: 2\nparameters: {lr: 1}\n",
+        ["sampler: there is no sampler 'grd'", "did you mean grid?"],
+    ),
     "low above high": (
         HEAD + "  »lr: {type: int, low: 5, high: 3}\n",
         ["parameters.lr: ", "low must not be above high", "low 5", "high 3"],
@@ -289,7 +293,7 @@ MISTAKES = {
     ),
     "a value that is not finite": (HEAD + "  »x: .nan\n", ["parameters.x: ", "must be finite"]),
     "a step so small that the grid has no end": (
-        "»" + HEAD + "  x: {type: float, low: 0, high: 1, step: 1e-12}\n",
+        HEAD.replace("parameters", "»parameters") + "  x: {type: float, low: 0, high: 1, step: 1e-12}\n",
         ["more than 100000"],
     ),
     "a range so wide that its steps overflow": (
@@ -342,33 +346,213 @@ def test_a_mistake_is_one_line_with_file_line_column_and_remedy(write: Write, na
         assert fragment in error
 
 
-# Rules about several keys have no one place: the file and a line are enough.
+DRAWN = "sampler: tpe\nmax_epochs: 2\nbudget: {trials: 5}\nparameters:\n"
+CONDITIONAL = DRAWN + "  optimizer: [sgd, adam]\n  momentum: {type: float, low: 0, high: 0.9, when: {optimizer: sgd}}\n"
+
+# What does not go together; » stands at the key that the message names.
 RULES = {
     "a grid over a continuous range": (
-        HEAD + "  lr: {type: float, low: 0, high: 1}\n",
-        ["parameters.lr is continuous", "give a list or a step", "sampler random or tpe"],
+        HEAD + "  »lr: {type: float, low: 0, high: 1}\n",
+        ["parameters.lr: ", "is continuous", "give a list or a step", "sampler random or tpe"],
     ),
     "a sampler without an end": (
-        "sampler: tpe\nmax_epochs: 2\nparameters: {lr: 1}\n",
+        "»sampler: tpe\nmax_epochs: 2\nparameters: {lr: 1}\n",
         ["sampler tpe never ends", "budget.trials or budget.time"],
     ),
     "a grace period as long as the training": (
-        VALID + "scheduler: {name: asha, grace_period: 2}\n",
-        ["grace_period 2 must be below max_epochs 2"],
+        VALID + "scheduler: {name: asha, »grace_period: 2}\n",
+        ["scheduler.grace_period: ", "grace_period 2 must be below max_epochs 2"],
     ),
-    "a parameter's name that is none": (HEAD + "  batch-size: 1\n", ["Python identifier", "'batch-size'"]),
+    "a scheduler over one epoch": (
+        VALID.replace("max_epochs: 2", "max_epochs: 1") + "»scheduler: asha\n",
+        ["scheduler: asha stops trials between epochs, but max_epochs is 1"],
+    ),
+    "a factor that median does not have": (
+        VALID + "scheduler: {name: median, »reduction_factor: 2}\n",
+        ["scheduler.reduction_factor: median has no reduction_factor"],
+    ),
+    "a parameter's name that is none": (HEAD + "  »batch-size: 1\n", ["Python identifier", "'batch-size'"]),
+    "an option of another sampler": (
+        DRAWN.replace("tpe", "{name: random, »n_startup_trials: 3}") + "  lr: 1\n",
+        ["sampler.n_startup_trials: unknown key, allowed: name, seed"],
+    ),
+    "a misspelled option of a sampler": (
+        DRAWN.replace("tpe", "{name: tpe, »multivariat: true}") + "  lr: 1\n",
+        ["sampler.multivariat: unknown key, did you mean multivariate?"],
+    ),
+    "an unknown name among a sampler's options": (
+        DRAWN.replace("tpe", "{»name: tpee, seed: 1}") + "  lr: 1\n",
+        ["sampler.name: there is no sampler 'tpee', did you mean tpe?"],
+    ),
+    "a sampler without a name": (
+        DRAWN.replace("sampler: tpe", "»sampler: {seed: 1}") + "  lr: 1\n",
+        ["sampler: write a name"],
+    ),
+    "group without multivariate": (
+        DRAWN.replace("tpe", "{name: tpe, multivariate: false, »group: true}") + "  lr: 1\n",
+        ["sampler.group: group is a kind of multivariate"],
+    ),
+    "cmaes over choices alone": (
+        "»" + DRAWN.replace("tpe", "cmaes") + "  lr: [1, 2]\n",
+        ["sampler: cmaes learns int and float ranges", "take sampler tpe"],
+    ),
+    "qmc with a condition": (
+        "»" + CONDITIONAL.replace("tpe", "qmc"),
+        ["sampler: qmc draws all parameters jointly", "momentum", "`when`", "tpe, random or nsga2"],
+    ),
+    "cmaes with a condition": ("»" + CONDITIONAL.replace("tpe", "cmaes"), ["sampler: cmaes draws all", "momentum"]),
+    "gp with a condition": ("»" + CONDITIONAL.replace("tpe", "gp"), ["sampler: gp draws all", "momentum"]),
+    "a condition on an unknown parameter": (
+        CONDITIONAL.replace("{optimizer: sgd}", "{»optimiser: sgd}"),
+        ["parameters.momentum.when.optimiser: there is no parameter 'optimiser', did you mean optimizer?"],
+    ),
+    "a condition on a value that is never taken": (
+        CONDITIONAL.replace("{optimizer: sgd}", "{»optimizer: sdg}"),
+        ["parameters.momentum.when.optimizer: optimizer is never 'sdg', did you mean sgd?"],
+    ),
+    "a condition on a value outside a range": (
+        DRAWN + "  n: {type: int, low: 1, high: 3}\n  x: {choices: [1], when: {»n: [3, 4]}}\n",
+        ["parameters.x.when.n: n is never 4, it lies from 1 to 3"],
+    ),
+    "a condition of no value": (
+        CONDITIONAL.replace("{optimizer: sgd}", "{»optimizer: []}"),
+        ["parameters.momentum.when.optimizer: ", "at least 1"],
+    ),
+    "conditions in a circle": (
+        DRAWN
+        + "  a: {choices: [1], »when: {b: 1}}\n  b: {choices: [1], when: {c: 1}}\n  c: {choices: [1], when: {a: 1}}\n",
+        ["parameters.a.when: in a circle each depends on the next: a -> b -> c -> a"],
+    ),
+    "a condition on itself": (
+        DRAWN + "  a: {choices: [1], »when: {a: 1}}\n",
+        ["parameters.a.when: in a circle", "a -> a"],
+    ),
+    "a constraint on an unknown parameter": (
+        DRAWN + "  lr: [1, 2]\nconstraints: [»lr < batchsize]\n",
+        ["constraints.0: there is no parameter 'batchsize', allowed: lr, max_epochs"],
+    ),
+    "a constraint that is no comparison": (
+        DRAWN + "  lr: [1, 2]\nconstraints: [»lr + 1]\n",
+        ["constraints.0: a constraint is a comparison", "'lr + 1'"],
+    ),
+    "a constraint that cannot be read": (
+        DRAWN + "  lr: [1, 2]\nconstraints: [»lr <= ]\n",
+        ["constraints.0: 'lr <=' is not an expression"],
+    ),
+    "a constraint that calls out": (
+        DRAWN + "  lr: [1, 2]\nconstraints: [»open('x') == 1]\n",
+        ["constraints.0: ", "no function 'open'", "sqrt"],
+    ),
+    "a constraint that looks into objects": (
+        DRAWN + "  lr: [1, 2]\nconstraints: [»lr.__class__ == 1]\n",
+        ["constraints.0: ", "only arithmetic"],
+    ),
+    "a constraint too long": (
+        DRAWN + "  lr: [1, 2]\nconstraints: [»" + "lr + " * 50 + "1 > 0]\n",
+        ["constraints.0: ", "at most 200 characters"],
+    ),
+    "a constraint that no sample meets": (
+        DRAWN + "  lr: {type: float, low: 0, high: 1}\nconstraints: [lr > 0.1, »lr > 2]\n",
+        ["constraints.1: none of 1000 random configurations is possible with it: lr > 2"],
+    ),
+    "constraints that no sample meets together": (
+        DRAWN + "  lr: {type: float, low: 0, high: 1}\n»constraints: [lr > 0.5, lr < 0.5]\n",
+        ["constraints: none of 1000 random configurations meets all of them together"],
+    ),
+    "a constraint that removes the whole grid": (
+        VALID + "constraints: [»lr * batch_size > 100]\n",
+        ["constraints.0: no configuration of the grid is possible with it"],
+    ),
+    "a derived value that never has a value": (
+        VALID + "»derived: {x: 1 / (lr - lr)}\n",
+        ["derived: no configuration of the grid is possible with it", "1 / (lr - lr) cannot be computed", "zero"],
+    ),
+    "a derived value of an unknown name": (
+        VALID + "derived: {»x: 0.05 * max_epoch}\n",
+        ["derived.x: there is no parameter 'max_epoch', did you mean max_epochs?"],
+    ),
+    "a derived value that has the name of a parameter": (
+        VALID + "derived: {»lr: 2 * 3}\n",
+        ["derived.lr: another value has this name already"],
+    ),
+    "derived values in a circle": (
+        VALID + "derived: {»a: b + 1, b: a + 1}\n",
+        ["derived.a: in a circle each is derived from the next: a -> b -> a"],
+    ),
+    "a derived value that is a number already": (VALID + "derived: {»a: 3}\n", ["derived.a: ", "string", "3"]),
+    "a default that is no choice": (
+        HEAD + "  lr: {type: categorical, choices: [1, 2], »default: 3}\n",
+        ["parameters.lr.default: 3 is none of the choices [1, 2]"],
+    ),
+    "a default outside its range": (
+        DRAWN + "  lr: {type: float, low: 0, high: 1, »default: 2}\n",
+        ["parameters.lr.default: 2.0 is not in the range from 0.0 to 1.0"],
+    ),
+    "a default between the steps": (
+        DRAWN + "  n: {type: int, low: 0, high: 10, step: 5, »default: 4}\n",
+        ["parameters.n.default: 4 is not in the range from 0 to 10 in steps of 5"],
+    ),
+    "a command and a trainable": (
+        VALID + "trainable: my_module:train\n»command: python train.py --lr {lr}\n",
+        ["command: give either command or trainable"],
+    ),
+    "a placeholder of an unknown value": (
+        VALID + "»command: python train.py --lr {lrr}\n",
+        ["command: there is no value {lrr}, did you mean lr?"],
+    ),
+    "a placeholder with a format": (
+        VALID + "»command: python train.py --lr {lr:.3f}\n",
+        ["command: write {lr} without ':.3f'"],
+    ),
+    "a quote left open in a command": (
+        VALID + "»command: python 'train.py\n",
+        ["command: cannot be split into arguments", "quotation"],
+    ),
+    "a command of nothing": (VALID + "»command: ''\n", ["command: names no program"]),
+    "a program by placeholder": (VALID + "»command: '{lr} x'\n", ["command: the program cannot be a placeholder"]),
+    # What comes later is refused, never ignored.
+    "several objectives": (
+        VALID + "»objectives: [{metric: a, direction: minimize}, {metric: b}]\n",
+        ["objectives: ", "not built yet"],
+    ),
+    "a warm start": (VALID + "»warm_start: [grid]\n", ["warm_start: ", "not built yet"]),
+    "replicates": (VALID + "»replicates: 3\n", ["replicates: ", "not built yet"]),
+    "a budget of GPU-hours": (VALID + "budget: {»gpu_hours: 8}\n", ["budget.gpu_hours: ", "not built yet"]),
+    "population-based training": (VALID + "»scheduler: pbt\n", ["scheduler: pbt is not built yet"]),
 }
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_broken_rule_is_one_line_with_file_and_remedy(write: Write, name: str) -> None:
-    text, fragments = RULES[name]
+def test_a_broken_rule_is_one_line_with_file_line_column_and_remedy(write: Write, name: str) -> None:
+    marked, fragments = RULES[name]
+    text, place = unmark(marked)
     path = write(text)
     error = error_of(path)
-    assert re.match(re.escape(str(path)) + r":\d+:\d+: ", error)
+    assert error.startswith(f"{path}:{place}: ")
     assert "\n" not in error
     for fragment in fragments:
         assert fragment in error
+
+
+def test_rules_and_single_keys_are_told_together(write: Write) -> None:
+    """A section with a mistake of its own hides no other, and no rule is guessed about it."""
+    path = write(
+        "sampler: cmaes\nmax_epochs: many\nbudgett: {trials: 3}\nparameters:\n"
+        "  lr: {type: float, low: 5, high: 3}\n  m: {choices: [1, 2], when: {lrr: 1}}\n"
+        "constraints: [zzz > 1, lr > 1]\nderived: {w: 1 +}\nwarm_start: [grid]\n"
+    )
+    found = re.findall(re.escape(str(path)) + r":(\d+):\d+: ([\w.]+): ", error_of(path))
+    assert found == [
+        ("1", "sampler"),  # cmaes and `when`
+        ("1", "sampler"),  # no end
+        ("2", "max_epochs"),
+        ("3", "budgett"),
+        ("5", "parameters.lr"),
+        ("6", "parameters.m.when.lrr"),
+        ("7", "constraints.0"),
+        ("8", "derived.w"),
+        ("9", "warm_start"),
+    ]
 
 
 def test_all_mistakes_of_a_file_are_reported_at_once(write: Write) -> None:

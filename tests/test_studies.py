@@ -15,11 +15,11 @@ import optuna
 import psutil
 import pytest
 import sqlalchemy as sa
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from storage import studies
 from storage.database import Database, StorageError, open_database
-from storage.studies import LostTrialError, Run, Study, find_study, open_study
+from storage.studies import Draw, LostTrialError, Run, Study, find_study, open_study
 
 GRID = {"a": CategoricalDistribution([1, 2]), "b": CategoricalDistribution(["x", "y"])}
 POINTS = [{"a": a, "b": b} for a in (1, 2) for b in ("x", "y")]
@@ -48,9 +48,14 @@ def grid_run(study: Study, **options: Any) -> Run:
     return Run(study, key_of=key_of, provenance={"code": "test"}, **options)
 
 
-def sampled_run(study: Study, **options: Any) -> Run:
-    distributions = {"x": FloatDistribution(0, 1), "n": IntDistribution(1, 3)}
-    return grid_run(study, distributions=distributions, **options)
+def draw_both(trial: optuna.Trial) -> str:
+    trial.suggest_float("x", 0, 1)
+    trial.suggest_int("n", 1, 3)
+    return ""
+
+
+def sampled_run(study: Study, draw: Draw = draw_both, **options: Any) -> Run:
+    return grid_run(study, draw=draw, **options)
 
 
 def die(run: Run) -> None:
@@ -385,18 +390,80 @@ def test_runs_share_the_budget_of_trials(study: Study) -> None:
 
 def test_no_configuration_is_given_out_twice_and_an_exhausted_space_ends(study: Study) -> None:
     study.optuna.sampler = optuna.samplers.RandomSampler(seed=0)
-    distributions = {"n": IntDistribution(1, 3)}
-    with grid_run(study, distributions=distributions, max_trials=50) as run:
+
+    def draw(trial: optuna.Trial) -> str:
+        trial.suggest_int("n", 1, 3)
+        return ""
+
+    with sampled_run(study, draw, max_trials=50) as run:
         given = []
         while (claim := run.claim()) is not None:
             given.append(claim.params["n"])
             run.complete(claim, 0.5)
         assert run.finished
+        assert "tried before" in run.exhausted
     assert sorted(given) == [1, 2, 3]
     duplicates = [trial for trial in study.trials() if trial.state.name == "FAIL"]
     assert all("duplicate" in trial.user_attrs["fail_reason"] for trial in duplicates)
     assert duplicates, "three values drawn at random until none is new"
     assert study.count_ended() == 3
+
+
+def draw_conditionally(trial: optuna.Trial) -> str:
+    """`m` is there only with `a`; below one half it is refused."""
+    if trial.suggest_categorical("kind", ["a", "b"]) == "a":
+        return "" if trial.suggest_float("m", 0, 1) >= 0.5 else "m >= 0.5"
+    return ""
+
+
+def test_a_draw_that_breaks_a_constraint_is_never_given_out_and_counts_for_nothing(study: Study) -> None:
+    study.optuna.sampler = optuna.samplers.RandomSampler(seed=1)
+    with sampled_run(study, draw_conditionally, max_trials=8) as run:
+        given = []
+        while (claim := run.claim()) is not None:
+            given.append(claim.params)
+            run.complete(claim, 0.5)
+    assert all(params["kind"] == "b" or params["m"] >= 0.5 for params in given)
+    assert {"kind": "b"} in given, "what is inactive is absent"
+    refused = [trial for trial in study.trials() if trial.user_attrs.get("fail_reason") == "breaks a constraint"]
+    assert refused, "half of the draws of m"
+    assert all(trial.state.name == "FAIL" and trial.params["m"] < 0.5 for trial in refused)
+    assert {trial.user_attrs["constraint"] for trial in refused} == {"m >= 0.5"}
+    assert study.count_ended() == len(study.run_trials()) == len(given)
+
+
+def test_conditional_trials_whose_maker_died_are_drawn_to_the_end_and_checked(study: Study) -> None:
+    """Whole or half-made: what a dead run left of a draw is taken up where it stood."""
+    kind, m = CategoricalDistribution(["a", "b"]), FloatDistribution(0, 1)
+    study.optuna.enqueue_trial({"kind": "a", "m": 0.25})
+    study.optuna.ask({"kind": kind, "m": m})  # whole, but not to be run
+    study.optuna.enqueue_trial({"kind": "a", "m": 0.75})
+    study.optuna.ask({"kind": kind, "m": m})  # whole
+    study.optuna.enqueue_trial({"kind": "b"})
+    study.optuna.ask({"kind": kind})  # whole: `m` is inactive
+    study.optuna.enqueue_trial({"kind": "a", "m": 0.5})
+    study.optuna.ask({"kind": kind})  # and kill -9 before `m`
+    with sampled_run(study, draw_conditionally, max_trials=3) as run:
+        claims = [run.claim() for _ in range(4)]
+    assert [claim and (claim.number, claim.params) for claim in claims] == [
+        (1, {"kind": "a", "m": 0.75}),
+        (2, {"kind": "b"}),
+        (3, {"kind": "a", "m": 0.5}),
+        None,
+    ]
+    assert study.trials()[0].user_attrs["fail_reason"] == "breaks a constraint"
+
+
+def test_a_space_that_refuses_every_draw_ends_and_says_so(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(studies, "MAX_REJECTED", 7)
+    with sampled_run(study, lambda _: "never") as run, sampled_run(study, lambda _: "never") as other:
+        assert run.claim() is None
+        assert run.finished
+        assert run.exhausted == "7 draws in a row broke a constraint"
+        assert run.claim() is None
+        assert len(study.trials()) == 7, "it is not tried again"
+        assert other.claim() is None
+    assert study.run_trials() == []
 
 
 def test_a_trial_enqueued_through_optuna_is_run(study: Study) -> None:
