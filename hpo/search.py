@@ -55,7 +55,9 @@ if TYPE_CHECKING:  # workers import this module too, and have no use for a datab
     from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
 
-    from storage.studies import Claim, Run, Study
+    from storage.runs import Run
+    from storage.studies import Study
+    from storage.writer import Claim
 
 OBJECT_STORE_BYTES = 100 * 2**20  # messages are small; data sets are read by the workers themselves
 POLL_SECONDS = 1.0  # between looks for work while other runs hold the rest of it
@@ -68,7 +70,7 @@ class View(Protocol):
         """A trial starts, or goes on after an epoch."""
 
     def epoch_ended(self, number: int, epoch: int, metrics: Mapping[str, float]) -> None:
-        """A trial has finished an epoch, and storage holds it."""
+        """A trial has finished an epoch; its checkpoint is saved, and storage holds it or will in a moment."""
 
     def trial_ended(self, number: int, state: str, text: str) -> None:
         """A trial is COMPLETE, PRUNED, FAIL, or WAITING to be resumed; the text says why."""
@@ -177,7 +179,7 @@ class Bridge:
             self._view.trial_started(claim.number, claim.params, claim.epoch, self._space.max_epochs)
             derived = self._space.derive(claim.params)
             if derived:
-                self._run.record_attr(claim, "derived", derived)
+                self._run.record(claim, {"derived": derived})
             return Assignment(
                 trainable=self._space.trainable,
                 command=self._space.command,
@@ -210,7 +212,7 @@ class Bridge:
             return True
         with self._guarded(lost=tune_id):
             if message.provenance is not None:
-                self._run.record_provenance(claim, message.provenance)
+                self._run.record(claim, {}, message.provenance)
             if message.warning:
                 self._view.note(f"trial {claim.number}: {message.warning}")
             if message.failure:
@@ -256,7 +258,9 @@ class Bridge:
                 self._fail(tune_id, f"{reason} (max_failures {self._space.max_failures})", details)
 
     def release_all(self) -> None:
-        """Give every trial back that has not ended: the run stops here and now."""
+        """Store what was told, and give every trial back that has not ended: the run stops here and now."""
+        with self._guarded():
+            self._run.flush()
         for tune_id in list(self._claims):
             self.release(tune_id)
 
@@ -306,7 +310,7 @@ class Bridge:
     def _guarded(self, lost: str | None = None) -> Iterator[None]:
         """Keep errors of storage out of Tune's loop: the run ends in order, and `search` raises the error."""
         from storage.database import StorageError
-        from storage.studies import LostTrialError
+        from storage.writer import LostTrialError
 
         try:
             yield
@@ -478,7 +482,7 @@ def search(
     Raises:
         StorageError: the database failed for good; the trials in flight are resumable.
     """
-    from storage.studies import Run
+    from storage.runs import Run
 
     is_grid = space.sampler.name == "grid"
     study.optuna.pruner = build_pruner(space)

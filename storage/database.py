@@ -73,12 +73,13 @@ class Database:
             yield
 
 
-def open_database(url: str, password: str | None = None) -> Database:
+def open_database(url: str, password: str | None = None, *, create: bool = True) -> Database:
     """Open a database and create what tables it lacks. Safe for many processes at once.
 
     Args:
         url: an SQLAlchemy URL: `sqlite:///path/to/file.db` or `postgresql://user:password@host/name`.
         password: for a URL without one.
+        create: False for those who only read: a SQLite file that is not there is not made.
 
     Raises:
         StorageError: the URL is wrong, or the database is away, forbidden, not ours or of another version.
@@ -89,6 +90,11 @@ def open_database(url: str, password: str | None = None) -> Database:
     shown = parsed.render_as_string(hide_password=True)
     with explained(shown):
         if parsed.get_backend_name() == "sqlite":
+            if not create and not Path(str(parsed.database)).exists():
+                raise StorageError(
+                    f"there is no database {shown} yet: `hpo run SPACE` makes it; or name another one by --storage or "
+                    "HPO_STORAGE"
+                )
             _make_folder(parsed, shown)
         options = _engine_options(parsed)
         engine = sa.create_engine(parsed, **options)

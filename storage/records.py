@@ -9,8 +9,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import sqlalchemy as sa
@@ -61,12 +62,15 @@ metrics = sa.Table(
 )
 
 
-def write_metrics(connection: sa.Connection, trial: int, epoch: int, values: Mapping[str, float]) -> None:
-    """Write the metrics of one epoch; written twice, the later values stand."""
+def write_metrics(connection: sa.Connection, epochs: Iterable[tuple[int, int, Mapping[str, float]]]) -> None:
+    """Write (trial, epoch, {name: value}) of any number of epochs; written twice, the later values stand."""
     rows = [
         {"trial": trial, "epoch": epoch, "name": name, "value": None if math.isnan(value) else value}
+        for trial, epoch, values in epochs
         for name, value in values.items()
     ]
+    if not rows:
+        return
     insert = (sqlite if connection.dialect.name == "sqlite" else postgresql).insert(metrics)
     connection.execute(
         insert.on_conflict_do_update(
@@ -76,19 +80,46 @@ def write_metrics(connection: sa.Connection, trial: int, epoch: int, values: Map
     )
 
 
-def read_metrics(database: Database, study: int) -> dict[int, Metrics]:
-    """Return {trial: {epoch: {name: value}}} of a study, epochs in order."""
+def read_metrics(database: Database, study: int, only: Collection[int] | None = None) -> dict[int, Metrics]:
+    """Return {trial: {epoch: {name: value}}} of a study, epochs in order; of all its trials, or only of some."""
     query = (
         sa.select(metrics.c.trial, metrics.c.epoch, metrics.c.name, metrics.c.value)
         .join(trials, trials.c.trial == metrics.c.trial)
         .where(trials.c.study == study)
         .order_by(metrics.c.trial, metrics.c.epoch)
     )
+    if only is not None:
+        query = query.where(metrics.c.trial.in_(only))
     found: dict[int, Metrics] = {}
     with database.engine.connect() as connection:
         for trial, epoch, name, value in connection.execute(query):
             found.setdefault(trial, {}).setdefault(epoch, {})[name] = math.nan if value is None else value
     return found
+
+
+def count_ended(database: Database, study: int) -> int:
+    """Return how many trials of a study have ended, without reading them as Optuna does to count them."""
+    table = sa.table("trials", sa.column("study_id"), sa.column("state", sa.String))  # Optuna's own
+    ended = sa.cast(table.c.state, sa.String).in_(["COMPLETE", "PRUNED", "FAIL"])
+    query = sa.select(sa.func.count()).select_from(table).where(table.c.study_id == study, ended)
+    with database.engine.connect() as connection:
+        return int(connection.execute(query).scalar_one())
+
+
+def write_study_attrs(database: Database, study: int, attrs: Mapping[str, Any]) -> None:
+    """Write system attributes of an Optuna study, all of them or none.
+
+    Optuna writes each in a transaction of its own: a plot of a hundred parts could be read half-written.
+    """
+    table = sa.table("study_system_attributes", sa.column("study_id"), sa.column("key"), sa.column("value_json"))
+    rows = [{"study_id": study, "key": key, "value_json": json.dumps(value)} for key, value in attrs.items()]
+    with database.engine.begin() as connection:
+        insert = (sqlite if connection.dialect.name == "sqlite" else postgresql).insert(table)
+        statement = insert.on_conflict_do_update(
+            index_elements=["study_id", "key"], set_={"value_json": insert.excluded.value_json}
+        )
+        if rows:
+            connection.execute(statement, rows)
 
 
 def read_provenance(database: Database, trial: int) -> dict[str, Any]:
@@ -101,3 +132,37 @@ def read_provenance(database: Database, trial: int) -> dict[str, Any]:
     with database.engine.connect() as connection:
         row = connection.execute(query).one_or_none()
     return {**(row[1] or {}), **(row[0] or {})} if row else {}
+
+
+def read_provenances(database: Database, study: int) -> dict[int, dict[str, Any]]:
+    """Return {trial: what is needed to run it again, but for what its run says} of a study."""
+    query = sa.select(trials.c.trial, trials.c.provenance).where(trials.c.study == study)
+    with database.engine.connect() as connection:
+        return {trial: provenance or {} for trial, provenance in connection.execute(query)}
+
+
+def count_trials(database: Database) -> list[Any]:
+    """Return rows (study, state, trials, last), last being when one of them last started or ended; of all studies."""
+    trial = sa.table(
+        "trials",  # Optuna's own
+        sa.column("study_id"),
+        sa.column("state", sa.String),
+        sa.column("datetime_start", sa.DateTime),
+        sa.column("datetime_complete", sa.DateTime),
+    )
+    last = sa.func.max(sa.func.coalesce(trial.c.datetime_complete, trial.c.datetime_start))
+    query = sa.select(
+        trial.c.study_id.label("study"),
+        sa.cast(trial.c.state, sa.String).label("state"),
+        sa.func.count().label("trials"),
+        sa.type_coerce(last, sa.DateTime).label("last"),
+    ).group_by(trial.c.study_id, trial.c.state)
+    with database.engine.connect() as connection:
+        return list(connection.execute(query))
+
+
+def read_runs(database: Database, study: int) -> list[Any]:
+    """Return the rows of a study's runs, oldest first, each with `now`, the database's time."""
+    query = sa.select(runs, database.seconds().label("now")).where(runs.c.study == study).order_by(runs.c.started)
+    with database.engine.connect() as connection:
+        return list(connection.execute(query))

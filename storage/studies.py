@@ -1,84 +1,31 @@
-"""Open and resume studies; share their trials between runs.
+"""Open and resume studies; read them.
 
-Who may do what at the same time:
-
-- A `Run` is one driver at work. Any number of runs, on any number of machines, may work on one study.
-- A trial belongs to at most one run. It is taken by a compare-and-set on hpo_trials.run, so two runs never both get it,
-  even where the lock below was lost with the database server.
-- Asking for a trial happens under a lock of the study: budgets are exact, and half-made trials are the traces of the dead.
-- A run holds a lease and renews it from a thread. Trials of a run whose lease has run out, or whose process is known to be
-  dead, go back to WAITING with all they have reported, and the next run goes on with them.
-- A run that lost a trial (it slept through its lease) is told so by LostTrialError and must write nothing more about it.
-
-States: WAITING is queued or interrupted and resumable; RUNNING belongs to a run; COMPLETE reached its last epoch;
-PRUNED was stopped by the pruner; FAIL carries the user attribute `fail_reason`.
+What writes into a study is a `storage.runs.Run`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
-import threading
-import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import optuna
 import psutil
-import sqlalchemy as sa
-from optuna.distributions import BaseDistribution
-from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy.exc import IntegrityError
+from optuna.trial import FrozenTrial, TrialState
 
 from storage import records
 from storage.database import Database, StorageError, patiently
 
-LEASE_SECONDS = 60.0
 DUPLICATE = "duplicate of an earlier trial"
 REJECTED = "breaks a constraint"
 NEVER_RUN = {DUPLICATE, REJECTED}  # what a sampler drew, and no one was given
-MAX_DUPLICATES = 20  # draws in a row that were all tried before: the space is taken to be exhausted
-MAX_REJECTED = 500  # draws in a row that were all refused
 
 Params = dict[str, Any]
-KeyOf = Callable[[Mapping[str, Any]], str]
-# Draws a configuration for a trial, or the rest of one; returns why it must not be run, empty if it may.
-Draw = Callable[[optuna.Trial], str]
-
-
-class LostTrialError(Exception):
-    """Another run has taken the trial over; whatever this one knows of it is no longer wanted."""
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A trial that belongs to this run.
-
-    Attributes:
-        trial: Optuna's trial_id, unique in the database.
-        number: its number in the study.
-        params: the configuration.
-        values: {epoch: value} of the objective, as reported before an interruption.
-        crashes: how many workers have died over it.
-    """
-
-    trial: int
-    number: int
-    params: Params
-    values: dict[int, float]
-    crashes: int
-
-    @property
-    def epoch(self) -> int:
-        """The last epoch that storage holds; 0 for a fresh trial."""
-        return max(self.values, default=0)
 
 
 @dataclass(frozen=True)
@@ -113,15 +60,39 @@ class Study:
         """Return how many trials have ended."""
         return sum(trial.state.is_finished() for trial in self.run_trials())
 
-    def metrics(self) -> dict[int, records.Metrics]:
-        """Return {trial number: {epoch: {name: value}}}."""
+    def metrics(self, trials: Iterable[FrozenTrial] | None = None) -> dict[int, records.Metrics]:
+        """Return {trial number: {epoch: {name: value}}} of all trials, or of these, which are then not read again."""
         by_trial = patiently(self.database, lambda: records.read_metrics(self.database, self.study))
-        return {trial.number: by_trial.get(trial._trial_id, {}) for trial in self.trials()}
+        trials = self.trials() if trials is None else trials
+        return {trial.number: by_trial.get(trial._trial_id, {}) for trial in trials}
+
+    def provenances(self, trials: Iterable[FrozenTrial]) -> dict[int, dict[str, Any]]:
+        """Return {trial number: where and on what it ran} of these trials."""
+        by_trial = patiently(self.database, lambda: records.read_provenances(self.database, self.study))
+        return {trial.number: by_trial.get(trial._trial_id, {}) for trial in trials}
+
+    def runs(self) -> list[Any]:
+        """Return the rows of all runs on the study, oldest first."""
+        return patiently(self.database, lambda: records.read_runs(self.database, self.study))
 
     def provenance(self, number: int) -> dict[str, Any]:
         """Return what is needed to run a trial again."""
         trial = self.trials()[number]._trial_id
         return patiently(self.database, lambda: records.read_provenance(self.database, trial))
+
+    def metrics_of(self, trials: Iterable[FrozenTrial]) -> dict[int, records.Metrics]:
+        """Return {trial number: {epoch: {name: value}}} of some trials, without reading the others'."""
+        numbers = {trial._trial_id: trial.number for trial in trials}
+        found = patiently(self.database, lambda: records.read_metrics(self.database, self.study, list(numbers)))
+        return {number: found.get(trial, {}) for trial, number in numbers.items()}
+
+    def system_attrs(self) -> dict[str, Any]:
+        """Return what Optuna and its dashboard keep with the study."""
+        return patiently(self.database, lambda: self.database.optuna.get_study_system_attrs(self.study))
+
+    def set_system_attrs(self, attrs: Mapping[str, Any]) -> None:
+        """Set some of the `system_attrs`, all at once."""
+        patiently(self.database, lambda: records.write_study_attrs(self.database, self.study, attrs))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -144,6 +115,85 @@ def study_names(database: Database) -> list[str]:
     """Return the names of all studies, oldest first."""
     summaries = patiently(database, lambda: database.optuna.get_all_studies())
     return [summary.study_name for summary in summaries]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A study in a line.
+
+    Attributes:
+        state: see `state_of`.
+        counts: {state: trials}, what was never run left out.
+        metric: the objective's name.
+        best: the best value of a completed trial; None without one, and with several objectives.
+        last_activity: when anything last happened, in seconds since 1970; None if nothing ever has.
+    """
+
+    name: str
+    state: str
+    counts: dict[str, int]
+    metric: str
+    best: float | None
+    last_activity: float | None
+
+
+def summarize(database: Database) -> list[Summary]:
+    """Return a line on each study, oldest first, without reading their trials."""
+    counts: dict[int, dict[str, int]] = {}
+    last: dict[int, float] = {}
+    for row in patiently(database, lambda: records.count_trials(database)):
+        counts.setdefault(row.study, {})[row.state] = row.trials
+        if row.last is not None:  # Optuna writes the local time, without saying so
+            last[row.study] = max(last.get(row.study, 0.0), row.last.timestamp())
+    known = patiently(database, lambda: database.optuna.get_all_studies())
+    return [_summary(database, each, counts.get(each._study_id, {}), last.get(each._study_id)) for each in known]
+
+
+def _summary(database: Database, known: Any, counts: dict[str, int], last: float | None) -> Summary:
+    storage, study = database.optuna, known._study_id
+    if "FAIL" in counts:
+        failed = patiently(database, lambda: storage.get_all_trials(study, deepcopy=False, states=(TrialState.FAIL,)))
+        counts["FAIL"] = sum(trial.user_attrs.get("fail_reason") not in NEVER_RUN for trial in failed)
+    best = None
+    if len(known.directions) == 1 and "COMPLETE" in counts:
+        best = patiently(database, lambda: storage.get_best_trial(study)).value
+    runs = patiently(database, lambda: records.read_runs(database, study))
+    settings = known.user_attrs.get("hpo:settings", {})
+    heard = [run.last_heard for run in runs]
+    return Summary(
+        known.study_name,
+        state_of(known.user_attrs, counts, runs),
+        {state: count for state, count in counts.items() if count},
+        str(settings.get("metric", "value")),
+        best,
+        max([*heard, *([] if last is None else [last])], default=None),
+    )
+
+
+def state_of(attrs: Mapping[str, Any], counts: Mapping[str, int], runs: Iterable[Any]) -> str:
+    """Return what a study is: `running` while a run is alive, `finished`, or `resumable`; empty for another program's.
+
+    Args:
+        attrs: the study's, see `Study.attrs`.
+        counts: {state: trials}.
+        runs: rows of `records.read_runs`.
+    """
+    if "hpo:settings" not in attrs:
+        return ""
+    here = host()
+    for run in runs:
+        if run.ended is None and run.lease_until >= run.now and not (run.host == here and process_is_gone(run)):
+            return "running"
+    ended = sum(counts.get(state, 0) for state in ("COMPLETE", "PRUNED", "FAIL"))
+    # Of a grid the points that are there, of a search by a sampler its budget.
+    wanted = attrs.get("hpo:points", attrs["hpo:settings"].get("budget", {}).get("trials"))
+    left = counts.get("WAITING", 0) + counts.get("RUNNING", 0)
+    return "finished" if ended and not left and ended >= (wanted or 0) else "resumable"
+
+
+def all_studies(database: Database) -> list[Study]:
+    """Return all studies, every revision, oldest first."""
+    return [_load(database, name) for name in study_names(database)]
 
 
 def find_study(database: Database, name: str) -> Study | None:
@@ -225,393 +275,29 @@ def _revision(name: str) -> int:
     return int(name.partition("@")[2] or 1)
 
 
-# --- a run: one driver at work --------------------------------------------------------------------------------------
+# --- runs, as far as they concern a reader ---------------------------------------------------------------------------
 
 
-@dataclass
-class Run:
-    """One driver at work on a study. A context manager: the lease lives inside the `with`.
+def spent_seconds(runs: Iterable[Any]) -> float:
+    """Return for how much time any of these runs, oldest first, has been at work; runs side by side count once."""
+    spent, covered = 0.0, 0.0
+    for run in runs:
+        spent += max(0.0, run.last_heard - max(run.started, covered))
+        covered = max(covered, run.last_heard)
+    return spent
 
-    Attributes:
-        study: the study.
-        key_of: the identity of a configuration.
-        draw: what fills a new trial when the queue is empty; None for a grid, which is all queue.
-        max_trials: the study holds at most so many trials, those never run not counted.
-        lease_seconds: how long the run is trusted to be alive after it was last heard of.
-        finished: set by `claim`: nothing is left to do, here or in any other run.
-        exhausted: set by `claim`: why no more trials are drawn, though there is budget; empty while they are.
-    """
 
-    study: Study
-    key_of: KeyOf
-    provenance: Mapping[str, Any]
-    draw: Draw | None = None
-    max_trials: int | None = None
-    lease_seconds: float = LEASE_SECONDS
-    finished: bool = False
-    exhausted: str = ""
-    run: int = field(default=-1, init=False)
-    _held: set[int] = field(default_factory=set, init=False)
-    _ended: threading.Event = field(default_factory=threading.Event, init=False)
-    _no_takeover_before: float = field(default=0.0, init=False)
-
-    def __enter__(self) -> Run:
-        database = self.database
-
-        def start() -> int:
-            now = database.seconds()
-            row = sa.insert(records.runs).values(
-                study=self.study.study,
-                host=_host(),
-                pid=os.getpid(),
-                process_started=psutil.Process().create_time(),
-                started=now,
-                last_heard=now,
-                lease_until=now + self.lease_seconds,
-                provenance=dict(self.provenance),
-            )
-            with database.engine.begin() as connection:
-                return int(connection.execute(row.returning(records.runs.c.run)).scalar_one())
-
-        self.run = patiently(database, start)
-        threading.Thread(target=self._keep_lease, name="hpo-lease", daemon=True).start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._ended.set()
-        # A short patience: the lease runs out by itself where the database is away.
-        with contextlib.suppress(StorageError):
-            patiently(self.database, self._end, patience=5.0)
-
-    @property
-    def database(self) -> Database:
-        """The study's database."""
-        return self.study.database
-
-    def enqueue(self, points: Iterable[Params], distributions: Mapping[str, BaseDistribution]) -> None:
-        """Queue the configurations that the study does not have yet."""
-
-        def enqueue() -> None:
-            with self._lock():
-                known = self._known_keys()
-                for point in points:
-                    key = self.key_of(point)
-                    if key in known:
-                        continue
-                    active = {name: distributions[name] for name in point}
-                    template = create_trial(state=TrialState.WAITING, params=point, distributions=active, user_attrs={})
-                    trial = self.database.optuna.create_new_trial(self.study.study, template)
-                    self._register(trial, key, run=None)
-
-        points = list(points)
-        patiently(self.database, enqueue)
-
-    def claim(self) -> Claim | None:
-        """Return a trial to work on: an interrupted one, a queued one, or a new one; None if there is none now.
-
-        With None, `finished` says whether there ever will be one.
-        """
-        return patiently(self.database, self._claim)
-
-    def report(self, claim: Claim, epoch: int, metrics: Mapping[str, float], value: float) -> None:
-        """Store one finished epoch. May be repeated.
-
-        Raises:
-            LostTrialError: the trial belongs to another run by now.
-        """
-
-        def write() -> None:
-            with self.database.engine.begin() as connection:
-                self._check_owner(connection, claim)
-                records.write_metrics(connection, claim.trial, epoch, metrics)
-            self.database.optuna.set_trial_intermediate_value(claim.trial, epoch, value)
-
-        patiently(self.database, write)
-
-    def should_prune(self, claim: Claim) -> bool:
-        """Ask the study's pruner whether to stop a trial after its latest report."""
-        study = self.study.optuna
-        return patiently(self.database, lambda: study.pruner.prune(study, self.database.optuna.get_trial(claim.trial)))
-
-    def record_provenance(self, claim: Claim, provenance: Mapping[str, Any]) -> None:
-        """Store where and on what a trial runs."""
-        table = records.trials
-
-        def write() -> None:
-            with self.database.engine.begin() as connection:
-                self._check_owner(connection, claim)
-                connection.execute(
-                    table.update().where(table.c.trial == claim.trial).values(provenance=dict(provenance))
-                )
-
-        patiently(self.database, write)
-
-    def record_attr(self, claim: Claim, name: str, value: Any) -> None:
-        """Store an attribute of a trial, for people and for a replay."""
-
-        def write() -> None:
-            with self.database.engine.begin() as connection:
-                self._check_owner(connection, claim)
-            self.database.optuna.set_trial_user_attr(claim.trial, name, value)
-
-        patiently(self.database, write)
-
-    def record_crash(self, claim: Claim) -> None:
-        """Count one more worker that died over a trial."""
-        table = records.trials
-
-        def write() -> None:
-            with self.database.engine.begin() as connection:
-                connection.execute(
-                    table.update().where(table.c.trial == claim.trial).values(crashes=table.c.crashes + 1)
-                )
-
-        patiently(self.database, write)
-
-    def complete(self, claim: Claim, value: float, attrs: Mapping[str, Any] | None = None) -> None:
-        """Finish a trial that reached its last epoch."""
-        self._finish(claim, TrialState.COMPLETE, value, attrs or {})
-
-    def prune(self, claim: Claim, attrs: Mapping[str, Any] | None = None) -> None:
-        """Finish a trial that the pruner stopped; its value is its last reported one."""
-        self._finish(claim, TrialState.PRUNED, None, attrs or {})
-
-    def fail(self, claim: Claim, reason: str, traceback: str = "") -> None:
-        """Finish a trial that failed, with the reason in one line."""
-        attrs = {"fail_reason": reason} | ({"traceback": traceback[-2000:]} if traceback else {})
-        self._finish(claim, TrialState.FAIL, None, attrs)
-
-    def release(self, claim: Claim) -> None:
-        """Give an unfinished trial back; any run may go on with it."""
-
-        def write() -> None:
-            with contextlib.suppress(UpdateFinishedTrialError):
-                with self.database.engine.begin() as connection:
-                    self._check_owner(connection, claim)
-                self._give_back(claim.trial, self.run)
-
-        self._held.discard(claim.trial)
-        with contextlib.suppress(LostTrialError):
-            patiently(self.database, write)
-
-    def spent_seconds(self) -> float:
-        """Return for how much time any run has been at work on the study; runs side by side count once."""
-        table = records.runs
-        query = sa.select(table.c.started, table.c.last_heard).where(table.c.study == self.study.study)
-
-        def read() -> list[Any]:
-            with self.database.engine.connect() as connection:
-                return list(connection.execute(query.order_by(table.c.started)))
-
-        spent, covered = 0.0, 0.0
-        for started, last_heard in patiently(self.database, read):
-            spent += max(0.0, last_heard - max(started, covered))
-            covered = max(covered, last_heard)
-        return spent
-
-    # --- below: called under the study's lock unless said otherwise
-
-    def _lock(self) -> contextlib.AbstractContextManager[None]:
-        return self.database.lock(f"study {self.study.name.partition('@')[0]}")
-
-    def _claim(self) -> Claim | None:
-        with self._lock():
-            elsewhere = self._take_over()
-            claim = self._claim_waiting()
-            if claim is None and self.draw is not None and not self.exhausted and not self._budget_is_spent():
-                claim = self._claim_sampled(self.draw)
-            self.finished = claim is None and not elsewhere
-            return claim
-
-    def _take_over(self) -> bool:
-        """Give back the trials of dead runs; return whether living runs still work on others."""
-        running = self._trials(TrialState.RUNNING)
-        if not running:
-            return False
-        table, owners = records.trials, records.runs
-        now = self.database.seconds()
-        query = (
-            sa.select(table.c.trial, owners, now.label("now"))
-            .join(owners, owners.c.run == table.c.run)
-            .where(table.c.trial.in_([trial._trial_id for trial in running]))
-        )
-        with self.database.engine.connect() as connection:
-            rows = {row.trial: row for row in connection.execute(query)}
-        elsewhere = False
-        for trial in running:
-            row = rows.get(trial._trial_id)
-            if trial._trial_id in self._held:
-                continue
-            if row is not None and row.run != self.run and not self._is_dead(row):
-                elsewhere = True
-                continue
-            # A dead run's; or nobody's: its maker died, or lost the database, before it had said whose it is.
-            with contextlib.suppress(UpdateFinishedTrialError):
-                self._give_back(trial._trial_id, row.run if row is not None else None)
-        return elsewhere
-
-    def _is_dead(self, row: Any) -> bool:
-        if row.host == _host():
-            # On this machine the process itself can be looked at; no need to wait for the lease.
-            try:
-                process = psutil.Process(row.pid)
-                is_other = abs(process.create_time() - row.process_started) > 1.0  # the number was given out again
-                return is_other or bool(process.status() == psutil.STATUS_ZOMBIE)
-            except psutil.NoSuchProcess:
-                return True
-        return bool(row.lease_until < row.now) and time.monotonic() >= self._no_takeover_before
-
-    def _give_back(self, trial: int, owner: int | None) -> None:
-        self.database.optuna.set_trial_state_values(trial, TrialState.WAITING)
-        table = records.trials
-        with self.database.engine.begin() as connection:
-            connection.execute(
-                table.update().where(table.c.trial == trial, table.c.run.is_not_distinct_from(owner)).values(run=None)
-            )
-
-    def _waiting(self) -> list[tuple[FrozenTrial, Any]]:
-        """Return the queued trials, each with its row.
-
-        A trial of a grid without one gets it here: its maker died in between. One that was being drawn when its maker died,
-        or that was queued by hand through Optuna, may lack parameters, and is left to `ask`.
-        """
-        waiting = self._trials(TrialState.WAITING)
-        rows = self._rows(trial._trial_id for trial in waiting)
-        for trial in waiting:
-            if trial._trial_id not in rows and self.draw is None and trial.params:
-                self._register_or_fail(trial, self.key_of(trial.params), run=None)
-                rows |= self._rows([trial._trial_id])
-        return [(trial, rows[trial._trial_id]) for trial in waiting if trial._trial_id in rows]
-
-    def _claim_waiting(self) -> Claim | None:
-        table = records.trials
-        # Interrupted trials first: they are nearest to a result.
-        for trial, row in sorted(self._waiting(), key=lambda pair: (not pair[0].intermediate_values, pair[0].number)):
-            with self.database.engine.begin() as connection:
-                taken = connection.execute(
-                    table.update()
-                    .where(table.c.trial == trial._trial_id, table.c.run.is_not_distinct_from(row.run))
-                    .values(run=self.run)
-                ).rowcount
-            if taken and self.database.optuna.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
-                self._held.add(trial._trial_id)
-                return Claim(trial._trial_id, trial.number, trial.params, dict(trial.intermediate_values), row.crashes)
-        return None
-
-    def _claim_sampled(self, draw: Draw) -> Claim | None:
-        duplicates = rejected = 0
-        while duplicates < MAX_DUPLICATES and rejected < MAX_REJECTED:
-            # Half-made trials of the dead, and trials queued by hand, are WAITING without a row: ask() takes them first.
-            trial = self.study.optuna.ask()
-            broken = draw(trial)
-            if broken:
-                self.database.optuna.set_trial_user_attr(trial._trial_id, "constraint", broken)
-                self._fail_unrun(trial._trial_id, REJECTED)
-                rejected += 1
-                continue
-            frozen = self.database.optuna.get_trial(trial._trial_id)
-            if self._register_or_fail(frozen, self.key_of(trial.params), run=self.run):
-                self._held.add(trial._trial_id)
-                return Claim(trial._trial_id, trial.number, trial.params, {}, 0)
-            duplicates += 1
-        self.exhausted = (
-            f"{duplicates} draws in a row were all tried before"
-            if duplicates == MAX_DUPLICATES
-            else f"{rejected} draws in a row broke a constraint"
-        )
-        return None
-
-    def _register_or_fail(self, trial: FrozenTrial, key: str, run: int | None) -> bool:
-        if self._register(trial._trial_id, key, run):
-            return True
-        self._fail_unrun(trial._trial_id, DUPLICATE)
-        return False
-
-    def _fail_unrun(self, trial: int, reason: str) -> None:
-        self.database.optuna.set_trial_user_attr(trial, "fail_reason", reason)
-        self.database.optuna.set_trial_state_values(trial, TrialState.FAIL)
-
-    def _register(self, trial: int, key: str, run: int | None) -> bool:
-        """Insert the trial's row; False if the study has that configuration already."""
-        row = records.trials.insert().values(trial=trial, study=self.study.study, key=key, run=run)
-        try:
-            with self.database.engine.begin() as connection:
-                connection.execute(row)
-        except IntegrityError:
-            return False
+def process_is_gone(row: Any) -> bool:
+    """Tell whether a run of this machine has no process any more."""
+    try:
+        process = psutil.Process(row.pid)
+        is_other = abs(process.create_time() - row.process_started) > 1.0  # the number was given out again
+        return is_other or bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
         return True
 
-    def _budget_is_spent(self) -> bool:
-        if self.max_trials is None:
-            return False
-        table = records.trials
-        query = sa.select(sa.func.count()).where(table.c.study == self.study.study)
-        with self.database.engine.connect() as connection:
-            return int(connection.execute(query).scalar_one()) >= self.max_trials
 
-    def _known_keys(self) -> set[str]:
-        self._waiting()
-        table = records.trials
-        with self.database.engine.connect() as connection:
-            return set(connection.scalars(sa.select(table.c.key).where(table.c.study == self.study.study)))
-
-    def _trials(self, state: TrialState) -> list[FrozenTrial]:
-        return self.database.optuna.get_all_trials(self.study.study, deepcopy=False, states=(state,))
-
-    def _rows(self, trials: Iterable[int]) -> dict[int, Any]:
-        table = records.trials
-        query = sa.select(table).where(table.c.trial.in_(list(trials)))
-        with self.database.engine.connect() as connection:
-            return {row.trial: row for row in connection.execute(query)}
-
-    # --- without the lock
-
-    def _finish(self, claim: Claim, state: TrialState, value: float | None, attrs: Mapping[str, Any]) -> None:
-        def write() -> None:
-            with self.database.engine.begin() as connection:
-                self._check_owner(connection, claim)
-            with contextlib.suppress(UpdateFinishedTrialError):  # written before, but the answer was lost
-                for name, attr in attrs.items():
-                    self.database.optuna.set_trial_user_attr(claim.trial, name, attr)
-                self.study.optuna.tell(claim.number, value, state=state, skip_if_finished=True)
-
-        patiently(self.database, write)
-        self._held.discard(claim.trial)
-
-    def _check_owner(self, connection: sa.Connection, claim: Claim) -> None:
-        table = records.trials
-        owner = connection.scalar(sa.select(table.c.run).where(table.c.trial == claim.trial).with_for_update())
-        if owner != self.run:
-            self._held.discard(claim.trial)
-            raise LostTrialError(f"trial {claim.number} was taken over by another run")
-
-    def _keep_lease(self) -> None:
-        table = records.runs
-        while not self._ended.wait(self.lease_seconds / 6):
-            # The database may be away; the next beat tries again, and trials wait on their own in `patiently`.
-            with contextlib.suppress(Exception), self.database.engine.begin() as connection:
-                now = self.database.seconds()
-                mine = table.c.run == self.run
-                lapsed = connection.scalar(sa.select(table.c.lease_until < now).where(mine))
-                connection.execute(
-                    table.update().where(mine).values(last_heard=now, lease_until=now + self.lease_seconds)
-                )
-                if lapsed:
-                    # After an outage all leases have run out; let the other living runs renew theirs first.
-                    self._no_takeover_before = time.monotonic() + self.lease_seconds
-
-    def _end(self) -> None:
-        table = records.runs
-        now = self.database.seconds()
-        with self.database.engine.begin() as connection:
-            connection.execute(
-                table.update().where(table.c.run == self.run).values(ended=now, last_heard=now, lease_until=now)
-            )
-
-
-def _host() -> str:
+def host() -> str:
     """Return this machine's identity: host name, boot, and the space in which its process numbers hold."""
     parts = [platform.node()]
     for source in (Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")):

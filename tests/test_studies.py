@@ -17,9 +17,11 @@ import pytest
 import sqlalchemy as sa
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-from storage import studies
+from storage import runs
 from storage.database import Database, StorageError, open_database
-from storage.studies import Draw, LostTrialError, Run, Study, find_study, open_study
+from storage.runs import Draw, Run
+from storage.studies import Study, find_study, open_study
+from storage.writer import LostTrialError
 
 GRID = {"a": CategoricalDistribution([1, 2]), "b": CategoricalDistribution(["x", "y"])}
 POINTS = [{"a": a, "b": b} for a in (1, 2) for b in ("x", "y")]
@@ -61,7 +63,8 @@ def sampled_run(study: Study, draw: Draw = draw_both, **options: Any) -> Run:
 def die(run: Run) -> None:
     """Leave a run as kill -9 leaves it: nothing is said, and its process is another one from now on."""
     run._ended.set()
-    table = studies.records.runs
+    run._writer.close()
+    table = runs.records.runs
     with run.database.engine.begin() as connection:
         connection.execute(table.update().where(table.c.run == run.run).values(process_started=0.0))
 
@@ -130,19 +133,35 @@ def test_a_grid_is_given_out_point_by_point_and_ends(study: Study) -> None:
 def test_a_grid_enqueued_again_and_extended_gets_only_what_it_lacks(study: Study) -> None:
     with grid_run(study) as run:
         run.enqueue(POINTS[:3], GRID)
+        first = [run.claim(), run.claim()]
         run.enqueue(POINTS, GRID)
+        rest = [run.claim(), run.claim(), run.claim()]
+    assert [claim and claim.params for claim in [*first, *rest]] == [*POINTS, None]
+    assert study.attrs["hpo:points"] == 4
     assert [trial.params for trial in study.trials()] == POINTS
 
 
-def test_a_queued_trial_without_a_row_is_found_and_not_doubled(study: Study, database: Database) -> None:
+def test_a_point_whose_maker_died_before_it_had_said_whose_it_is_is_run_once(study: Study, database: Database) -> None:
     with grid_run(study) as run:
         run.enqueue(POINTS, GRID)
+        run.claim()
     with database.engine.begin() as connection:  # its maker died between Optuna's table and ours
-        connection.execute(sa.text("DELETE FROM hpo_trials WHERE trial = (SELECT max(trial) FROM hpo_trials)"))
+        connection.execute(sa.text("DELETE FROM hpo_trials"))
     with grid_run(study) as run:
         run.enqueue(POINTS, GRID)
-    assert len(study.trials()) == 4
-    assert len(sql(database, "SELECT * FROM hpo_trials")) == 4
+        given = [run.claim() for _ in range(5)]
+    assert [claim and claim.params for claim in given] == [*POINTS, None]
+    assert len(study.trials()) == len(sql(database, "SELECT * FROM hpo_trials")) == 4
+
+
+def test_a_grid_of_thousands_is_no_heavier_than_a_small_one(study: Study, database: Database) -> None:
+    values = list(range(20_000))
+    with grid_run(study) as run:
+        run.enqueue([{"a": a} for a in values], {"a": CategoricalDistribution(values)})
+        assert study.trials() == [], "nothing is written of what nobody works on"
+        claim = run.claim()
+    assert claim is not None
+    assert claim.params == {"a": 0}
 
 
 # --- reports and states
@@ -209,6 +228,7 @@ def test_a_dead_runs_trials_go_on_from_what_they_reported(study: Study) -> None:
     dead.report(done, 1, {"m": 0.9}, 0.9)
     dead.complete(done, 0.9)
     dead.report(cut, 1, {"m": 0.1}, 0.1)
+    dead.flush()
     die(dead)
     assert states(study) == ["COMPLETE", "RUNNING"]
     with grid_run(study) as run:
@@ -243,6 +263,7 @@ def test_a_living_runs_trials_are_not_taken_and_its_end_is_waited_for(study: Stu
         assert two.claim() is None
         assert not two.finished
         one.complete(claim, 0.5)
+        one.flush()
         assert two.claim() is None
         assert two.finished
 
@@ -251,7 +272,7 @@ def test_a_run_on_another_machine_is_believed_until_its_lease_is_over(
     study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(studies, "_host", lambda: "another machine")
+        patch.setattr(runs, "host", lambda: "another machine")
         far = grid_run(study, lease_seconds=2.0).__enter__()
     far.enqueue(POINTS[:1], GRID)
     claim = far.claim()
@@ -265,8 +286,12 @@ def test_a_run_on_another_machine_is_believed_until_its_lease_is_over(
             assert time.monotonic() < deadline
             time.sleep(0.1)
         assert taken.number == claim.number
+        far.report(claim, 1, {"m": 0.1}, 0.1)  # it has not heard yet
+        far.flush()
         with pytest.raises(LostTrialError):
-            far.report(claim, 1, {"m": 0.1}, 0.1)
+            far.report(claim, 2, {"m": 0.1}, 0.1)
+        with pytest.raises(LostTrialError):
+            far.should_prune(claim)
         with pytest.raises(LostTrialError):
             far.complete(claim, 0.1)
         far.release(claim)  # says nothing, changes nothing
@@ -278,7 +303,7 @@ def test_a_run_on_another_machine_is_believed_until_its_lease_is_over(
 
 def test_after_an_outage_the_others_may_renew_their_lease_first(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(studies, "_host", lambda: "another machine")
+        patch.setattr(runs, "host", lambda: "another machine")
         far = grid_run(study).__enter__()
     far.enqueue(POINTS[:1], GRID)
     assert far.claim() is not None
@@ -320,7 +345,7 @@ def test_a_driver_that_died_but_was_not_reaped_is_dead(study: Study) -> None:
     with grid_run(study) as zombie, grid_run(study) as run:
         zombie.enqueue(POINTS[:1], GRID)
         assert zombie.claim() is not None
-        table = studies.records.runs
+        table = runs.records.runs
         with run.database.engine.begin() as connection:
             connection.execute(
                 table.update().where(table.c.run == zombie.run).values(pid=dead.pid, process_started=started)
@@ -455,7 +480,7 @@ def test_conditional_trials_whose_maker_died_are_drawn_to_the_end_and_checked(st
 
 
 def test_a_space_that_refuses_every_draw_ends_and_says_so(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(studies, "MAX_REJECTED", 7)
+    monkeypatch.setattr(runs, "MAX_REJECTED", 7)
     with sampled_run(study, lambda _: "never") as run, sampled_run(study, lambda _: "never") as other:
         assert run.claim() is None
         assert run.finished
@@ -493,6 +518,6 @@ def test_provenance_of_run_and_trial_are_read_together(study: Study) -> None:
         run.enqueue(POINTS[:1], GRID)
         claim = run.claim()
         assert claim is not None
-        run.record_provenance(claim, {"device": "cpu", "threads": 2})
+        run.record(claim, {}, {"device": "cpu", "threads": 2})
         run.complete(claim, 0.5)
     assert study.provenance(0) == {"code": "test", "device": "cpu", "threads": 2}

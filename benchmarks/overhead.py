@@ -1,0 +1,205 @@
+"""What the service costs around the training: no-op trials of five reports, wall time and CPU of the driver a trial.
+
+    python -m benchmarks.overhead
+
+Contestants, each in a process of its own, one after another, over and over:
+
+    hpo             the whole service: Tune, our workers, leases, checkpoints and every metric in SQLite
+    tune            Ray Tune alone, actors reused: random search, no database
+    tune+optuna     Ray Tune with OptunaSearch on SQLite, actors reused
+    tune+optuna-new the same without reuse: each trial starts a worker, which imports torch as ours do
+    optuna          plain Optuna on SQLite in one process, no workers at all
+
+A contestant's cost a trial is the slope from the end of its trial number `skip` to its last: starting Ray and the workers
+is not counted. Prints a table and, as its last line, one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+REPORTS = 5
+SLOTS = 2  # trials at a time
+SKIP = {"hpo": 20, "tune": 20, "tune+optuna": 20, "tune+optuna-new": 2, "optuna": 20}
+TRIALS = {"hpo": 200, "tune": 200, "tune+optuna": 200, "tune+optuna-new": 8, "optuna": 200}
+Mark = Callable[[], None]  # called as each trial ends
+
+
+# --- the contestants ----------------------------------------------------------------------------------------------
+
+
+def run_hpo(trials: int, folder: Path, mark: Mark) -> None:
+    """The service as `hpo run` uses it."""
+    from hpo import search
+    from hpo.space import load_space
+    from storage.database import open_database
+    from storage.studies import open_study
+
+    class View:
+        def trial_started(self, *_: Any) -> None: ...
+        def epoch_ended(self, *_: Any) -> None: ...
+        def trial_ended(self, *_: Any) -> None:
+            mark()
+
+        def note(self, text: str) -> None:
+            print(text, file=sys.stderr)
+
+    path = folder / "noop.yaml"
+    path.write_text(
+        "trainable: benchmarks.toy:noop\nmetric: value\nsampler: random\n"
+        f"max_epochs: {REPORTS}\nbudget: {{trials: {trials}}}\nresources: {{cpu: 1}}\n"
+        "parameters: {x: {type: float, low: 0.0, high: 1.0}}\n"
+    )
+    space = load_space(str(path))
+    database = open_database(f"sqlite:///{folder}/hpo.db")
+    study = open_study(
+        database,
+        space.name,
+        direction=space.direction,
+        fingerprint=space.fingerprint,
+        settings=space.model_dump(mode="json"),
+    )
+    with search.cluster(None):
+        slots = search.plan_slots(space, None)
+        search.search(
+            space, study, slots, provenance={}, data_dir=folder, checkpoints=folder / "checkpoints", view=View()
+        )
+
+
+def run_tune(trials: int, folder: Path, mark: Mark, *, optuna: bool = False, reuse: bool = True) -> None:
+    """Ray Tune by itself, or with its OptunaSearch."""
+    os.environ |= {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ |= {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+    import ray
+    from ray import tune
+
+    class Noop(tune.Trainable):
+        def setup(self, config: dict[str, Any]) -> None:
+            import torch  # noqa: F401  # what a trial of this field needs anyway
+
+            self.x, self.epoch = config["x"], 0
+
+        def reset_config(self, new_config: dict[str, Any]) -> bool:
+            self.x, self.epoch = new_config["x"], 0
+            return True
+
+        def step(self) -> dict[str, Any]:
+            self.epoch += 1
+            return {"value": self.x * self.epoch}
+
+    class Clock(tune.Callback):
+        def on_trial_complete(self, *_: Any, **__: Any) -> None:
+            mark()
+
+    search = None
+    if optuna:
+        from optuna.samplers import RandomSampler
+        from optuna.storages import RDBStorage
+        from ray.tune.search.optuna import OptunaSearch
+
+        search = OptunaSearch(
+            metric="value", mode="max", sampler=RandomSampler(), storage=RDBStorage(f"sqlite:///{folder}/optuna.db"),
+            study_name="noop",
+        )  # fmt: skip
+    options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.CRITICAL}
+    ray.init(address="local", object_store_memory=100 * 2**20, **options)
+    tune.run(
+        Noop, config={"x": tune.uniform(0.0, 1.0)}, search_alg=search, num_samples=trials,
+        stop={"training_iteration": REPORTS}, max_concurrent_trials=SLOTS, resources_per_trial={"cpu": 1}, reuse_actors=reuse, storage_path=str(folder),
+        callbacks=[Clock()], verbose=0,
+    )  # fmt: skip
+    ray.shutdown()
+
+
+def run_optuna(trials: int, folder: Path, mark: Mark) -> None:
+    """Optuna's own loop."""
+    import optuna
+
+    def objective(trial: optuna.Trial) -> float:
+        x = trial.suggest_float("x", 0.0, 1.0)
+        for epoch in range(1, REPORTS + 1):
+            trial.report(x * epoch, epoch)
+            trial.should_prune()
+        return x * REPORTS
+
+    optuna.logging.disable_default_handler()
+    study = optuna.create_study(
+        storage=f"sqlite:///{folder}/optuna.db", direction="maximize", sampler=optuna.samplers.RandomSampler()
+    )
+    study.optimize(objective, n_trials=trials, callbacks=[lambda *_: mark()])
+
+
+CONTESTANTS: dict[str, Callable[[int, Path, Mark], None]] = {
+    "hpo": run_hpo,
+    "tune": run_tune,
+    "tune+optuna": lambda trials, folder, mark: run_tune(trials, folder, mark, optuna=True),
+    "tune+optuna-new": lambda trials, folder, mark: run_tune(trials, folder, mark, optuna=True, reuse=False),
+    "optuna": run_optuna,
+}
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------
+
+
+def measure_here(name: str) -> dict[str, float]:
+    """Run a contestant in this process; return the seconds a trial, on the clock and of this process's CPU."""
+    ends: list[tuple[float, float]] = []
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory(prefix="overhead-") as folder:
+        CONTESTANTS[name](TRIALS[name], Path(folder), lambda: ends.append((time.perf_counter(), time.process_time())))
+    (wall, cpu), (wall_end, cpu_end) = ends[SKIP[name] - 1], ends[-1]
+    trials = len(ends) - SKIP[name]
+    return {"wall": (wall_end - wall) / trials, "cpu": (cpu_end - cpu) / trials}
+
+
+def measure(name: str) -> dict[str, float]:
+    """Run a contestant in a new process."""
+    command = [sys.executable, "-m", "benchmarks.overhead", "--here", name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{name} failed:\n{done.stderr[-2000:]}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    """Measure, or with --here be measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=3, help="of each contestant, of which the median is taken")
+    parser.add_argument("--only", nargs="+", default=list(CONTESTANTS), choices=CONTESTANTS)
+    parser.add_argument("--here", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.here:
+        print(json.dumps(measure_here(options.here)))
+        return
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in options.only}
+    for _ in range(options.runs):
+        for name in options.only:
+            runs[name].append(measure(name))
+    print(f"{'':16} {'wall ms a trial':>16} {'driver CPU ms a trial':>22}")
+    middle: dict[str, dict[str, float]] = {}
+    for name, found in runs.items():
+        middle[name] = {what: 1000 * statistics.median(run[what] for run in found) for what in ("wall", "cpu")}
+        print(f"{name:16} {middle[name]['wall']:16.1f} {middle[name]['cpu']:22.1f}")
+    ratios = {
+        f"hpo/{name}": round(middle["hpo"]["wall"] / middle[name]["wall"], 3) for name in middle if "hpo" in middle
+    }
+    print(
+        json.dumps({"ms": {n: {k: round(v, 1) for k, v in m.items()} for n, m in middle.items()}, "wall_ratio": ratios})
+    )
+
+
+if __name__ == "__main__":
+    main()
