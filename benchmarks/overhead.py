@@ -5,7 +5,8 @@
 Contestants, each in a process of its own, one after another, over and over:
 
     hpo             the whole service: Tune, our workers, leases, checkpoints and every metric in SQLite
-    tune            Ray Tune alone, actors reused: random search, no database
+    tune            Ray Tune alone, actors reused: random search, no database, a function that calls `tune.report`
+    tune-bare       the same with a class, and without the loggers that Tune starts by default: the least it can take
     tune+optuna     Ray Tune with OptunaSearch on SQLite, actors reused
     tune+optuna-new the same without reuse: each trial starts a worker, which imports torch as ours do
     optuna          plain Optuna on SQLite in one process, no workers at all
@@ -32,8 +33,8 @@ from typing import Any
 
 REPORTS = 5
 SLOTS = 2  # trials at a time
-SKIP = {"hpo": 20, "tune": 20, "tune+optuna": 20, "tune+optuna-new": 2, "optuna": 20}
-TRIALS = {"hpo": 200, "tune": 200, "tune+optuna": 200, "tune+optuna-new": 8, "optuna": 200}
+SKIP = {"hpo": 20, "tune": 20, "tune-bare": 20, "tune+optuna": 20, "tune+optuna-new": 2, "optuna": 20}
+TRIALS = {"hpo": 200, "tune": 200, "tune-bare": 200, "tune+optuna": 200, "tune+optuna-new": 8, "optuna": 200}
 Mark = Callable[[], None]  # called as each trial ends
 
 
@@ -78,10 +79,13 @@ def run_hpo(trials: int, folder: Path, mark: Mark) -> None:
         )
 
 
-def run_tune(trials: int, folder: Path, mark: Mark, *, optuna: bool = False, reuse: bool = True) -> None:
+def run_tune(
+    trials: int, folder: Path, mark: Mark, *, optuna: bool = False, reuse: bool = True, bare: bool = False
+) -> None:
     """Ray Tune by itself, or with its OptunaSearch."""
-    os.environ |= {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-    os.environ |= {"RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+    os.environ |= {"RAY_AIR_NEW_OUTPUT": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+    if bare:
+        os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     import ray
     from ray import tune
 
@@ -98,6 +102,12 @@ def run_tune(trials: int, folder: Path, mark: Mark, *, optuna: bool = False, reu
         def step(self) -> dict[str, Any]:
             self.epoch += 1
             return {"value": self.x * self.epoch}
+
+    def noop(config: dict[str, Any]) -> None:
+        import torch  # noqa: F401
+
+        for epoch in range(1, REPORTS + 1):
+            tune.report({"value": config["x"] * epoch})
 
     class Clock(tune.Callback):
         def on_trial_complete(self, *_: Any, **__: Any) -> None:
@@ -117,7 +127,8 @@ def run_tune(trials: int, folder: Path, mark: Mark, *, optuna: bool = False, reu
     ray.init(address="local", object_store_memory=100 * 2**20, **options)
     tune.run(
         Noop, config={"x": tune.uniform(0.0, 1.0)}, search_alg=search, num_samples=trials,
-        stop={"training_iteration": REPORTS}, max_concurrent_trials=SLOTS, resources_per_trial={"cpu": 1}, reuse_actors=reuse, storage_path=str(folder),
+        stop={"training_iteration": REPORTS}, max_concurrent_trials=SLOTS, resources_per_trial={"cpu": 1},
+        reuse_actors=reuse, storage_path=str(folder),
         callbacks=[Clock()], verbose=0,
     )  # fmt: skip
     ray.shutdown()
@@ -144,6 +155,7 @@ def run_optuna(trials: int, folder: Path, mark: Mark) -> None:
 CONTESTANTS: dict[str, Callable[[int, Path, Mark], None]] = {
     "hpo": run_hpo,
     "tune": run_tune,
+    "tune-bare": lambda trials, folder, mark: run_tune(trials, folder, mark, bare=True),
     "tune+optuna": lambda trials, folder, mark: run_tune(trials, folder, mark, optuna=True),
     "tune+optuna-new": lambda trials, folder, mark: run_tune(trials, folder, mark, optuna=True, reuse=False),
     "optuna": run_optuna,

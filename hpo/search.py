@@ -492,6 +492,7 @@ def search(
         provenance=provenance,
         draw=None if is_grid else space.draw,
         max_trials=space.budget.trials,
+        learns=space.sampler.name not in {"grid", "random", "qmc"},
     )
     with run:
         if is_grid:

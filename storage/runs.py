@@ -58,6 +58,7 @@ class Run:
         key_of: the identity of a configuration.
         draw: what fills a new trial when the queue is empty; None for a grid, which is all queue.
         max_trials: the study holds at most so many trials, those never run not counted.
+        learns: whether draws depend on results: claims then wait until all that was told is in the database.
         lease_seconds: how long the run is trusted to be alive after it was last heard of.
         finished: set by `claim`: nothing is left to do, here or in any other run.
         exhausted: set by `claim`: why no more trials are drawn, though there is budget; empty while they are.
@@ -68,6 +69,7 @@ class Run:
     provenance: Mapping[str, Any]
     draw: Draw | None = None
     max_trials: int | None = None
+    learns: bool = True
     lease_seconds: float = LEASE_SECONDS
     finished: bool = False
     exhausted: str = ""
@@ -76,6 +78,7 @@ class Run:
     _distributions: Mapping[str, BaseDistribution] = field(default_factory=dict, init=False)
     _known_keys: set[str] = field(default_factory=set, init=False)
     _held: set[int] = field(default_factory=set, init=False)
+    _is_queued: bool = field(default=False, init=False)
     _is_elsewhere: bool = field(default=False, init=False)
     _next_look: float = field(default=0.0, init=False)
     _ended: threading.Event = field(default_factory=threading.Event, init=False)
@@ -141,10 +144,15 @@ class Run:
     def claim(self) -> Claim | None:
         """Return a trial to work on: an interrupted one, a queued one, or a new one; None if there is none now.
 
-        With None, `finished` says whether there ever will be one. Writes what was told before: the sampler learns from it.
+        With None, `finished` says whether there ever will be one.
         """
-        self._writer.flush()
-        return patiently(self.database, self._claim)
+        if self.learns:
+            self._writer.flush()
+        with self._writer.paused():
+            claim = patiently(self.database, self._claim)
+        if claim is None and not self.learns:
+            self._writer.flush()
+        return claim
 
     def flush(self) -> None:
         """Wait until all that was told is in the database."""
@@ -261,9 +269,10 @@ class Run:
         with self.database.engine.connect() as connection:
             rows = {row.trial: row for row in connection.execute(query)}
         elsewhere = False
+        mine = self._held | self._writer.unwritten()
         for trial in running:
             row = rows.get(trial._trial_id)
-            if trial._trial_id in self._held:
+            if trial._trial_id in mine:
                 continue
             if row is not None and row.run != self.run and not self._is_dead(row):
                 elsewhere = True
@@ -299,6 +308,7 @@ class Run:
             if trial._trial_id not in rows and self.draw is None and trial.params:
                 self._register_or_fail(trial._trial_id, self.key_of(trial.params), run=None)
                 rows |= self._rows([trial._trial_id])
+        self._is_queued = any(trial._trial_id not in rows for trial in waiting)
         return [(trial, rows[trial._trial_id]) for trial in waiting if trial._trial_id in rows]
 
     def _claim_waiting(self) -> Claim | None:
@@ -343,8 +353,7 @@ class Run:
     def _claim_drawn(self, draw: Draw) -> Claim | None:
         duplicates = rejected = 0
         while duplicates < MAX_DUPLICATES and rejected < MAX_REJECTED:
-            # Half-made trials of the dead, and trials queued by hand, are WAITING without a row: ask() takes them first.
-            trial = self.study.optuna.ask()
+            trial = self._new_trial()
             row = self._rows([trial._trial_id]).get(trial._trial_id)
             if row is not None:  # WAITING with a row: interrupted since this run last looked
                 claim = self._take(self.database.optuna.get_trial(trial._trial_id), row)
@@ -367,6 +376,16 @@ class Run:
             else f"{rejected} draws in a row broke a constraint"
         )
         return None
+
+    def _new_trial(self) -> optuna.Trial:
+        """Return a trial to draw, one that is queued by hand or left half-made by the dead before a new one.
+
+        `ask` takes what is queued first. It reads the whole study for that: for a sampler that does so anyway, no loss.
+        """
+        study = self.study.optuna
+        if self.learns or self._is_queued:
+            return study.ask()
+        return optuna.Trial(study, self.database.optuna.create_new_trial(self.study.study))
 
     def _register_or_fail(self, trial: int, key: str, run: int | None) -> bool:
         if self._register(trial, key, run):

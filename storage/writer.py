@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,6 +110,16 @@ class Writer:
                 self._told[:0] = told
                 raise
 
+    def unwritten(self) -> set[int]:
+        """Return the trials of which something was told that is not in the database yet."""
+        return {told.claim.trial for told in self._told}
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Write nothing meanwhile: SQLite lets a second writer of the same process wait for longer than need be."""
+        with self._writing:
+            yield
+
     def close(self) -> None:
         """End the thread; what was not flushed stays unwritten."""
         self._closed.set()
@@ -130,15 +140,15 @@ class Writer:
             owners = {row.trial: row.run for row in connection.execute(query.with_for_update())}
             self._lost |= {trial for trial in about if owners.get(trial) != self._owner}
             told = [each for each in told if each.claim.trial not in self._lost]
-            records.write_metrics(connection, [(each.claim.trial, each.epoch, each.metrics) for each in told])
+            epochs = [each for each in told if each.value is not None and each.epoch]
+            records.write_metrics(connection, [(each.claim.trial, each.epoch, each.metrics) for each in epochs])
+            records.write_values(connection, [(each.claim.trial, each.epoch, each.value or 0.0) for each in epochs])
             for each in told:
                 if each.provenance is not None:
                     mine = trials.c.trial == each.claim.trial
                     connection.execute(trials.update().where(mine).values(provenance=dict(each.provenance)))
         for each in told:
             with contextlib.suppress(UpdateFinishedTrialError):  # written before, but the answer was lost
-                if each.epoch and each.value is not None:
-                    storage.set_trial_intermediate_value(each.claim.trial, each.epoch, each.value)
                 for name, attr in each.attrs.items():
                     storage.set_trial_user_attr(each.claim.trial, name, attr)
                 if each.ending is not None:
