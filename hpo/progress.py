@@ -202,14 +202,15 @@ class Progress:
 
     def _seconds_left(self, ended: int) -> float | None:
         """Guess from the running trials and from how long the ended ones took."""
-        known = [row.seconds_left for row in self._running.values() if row.seconds_left is not None]
+        rows = list(self._running.values())  # at once: this runs in the thread that draws, while the driver adds rows
+        known = [row.seconds_left for row in rows if row.seconds_left is not None]
         if self._total is None or not known:
             return None
-        waiting = max(0, self._total - ended - len(self._running))
+        waiting = max(0, self._total - ended - len(rows))
         typical = (
             statistics.fmean(itertools.islice(reversed(self._trial_seconds), 1000))
             if self._trial_seconds
-            else max(known) + time.monotonic() - min(row.started for row in self._running.values())
+            else max(known) + time.monotonic() - min(row.started for row in rows)
         )
         return max(known) + -(-waiting // max(1, self._slots)) * typical
 
