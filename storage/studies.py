@@ -6,6 +6,7 @@ What writes into a study is a `storage.runs.Run`.
 from __future__ import annotations
 
 import contextlib
+import math
 import platform
 import uuid
 import warnings
@@ -125,7 +126,7 @@ class Summary:
         state: see `state_of`.
         counts: {state: trials}, what was never run left out.
         metric: the objective's name.
-        best: the best value of a completed trial; None without one, and with several objectives.
+        best: the best value of a completed trial; None without one, if it is infinite, and with several objectives.
         last_activity: when anything last happened, in seconds since 1970; None if nothing ever has.
     """
 
@@ -156,7 +157,8 @@ def _summary(database: Database, known: Any, counts: dict[str, int], last: float
         counts["FAIL"] = sum(trial.user_attrs.get("fail_reason") not in NEVER_RUN for trial in failed)
     best = None
     if len(known.directions) == 1 and "COMPLETE" in counts:
-        best = patiently(database, lambda: storage.get_best_trial(study)).value
+        value = patiently(database, lambda: storage.get_best_trial(study)).value
+        best = value if value is not None and math.isfinite(value) else None
     runs = patiently(database, lambda: records.read_runs(database, study))
     settings = known.user_attrs.get("hpo:settings", {})
     heard = [run.last_heard for run in runs]
