@@ -6,7 +6,6 @@ Exit codes: 0 finished; 1 finished, but no trial completed; 2 the user must chan
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import logging
 import os
@@ -14,10 +13,9 @@ import platform
 import shlex
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -27,15 +25,15 @@ from hpo.errors import HpoError, SettingError, TrainableError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from hpo.plan import Plan, Slots
     from hpo.results import Results
-    from hpo.search import Outcome, Slots
+    from hpo.search import Outcome
     from hpo.space import Space
     from storage.studies import Study
 
 RUNS_DIR = Path("runs")
 DEFAULT_STORAGE = f"sqlite:///{RUNS_DIR}/hpo.db"
 PACKAGES = ("torch", "torchvision", "optuna", "sqlalchemy", "ray", "numpy")
-MAX_PROBES = 6  # shapes of training steps that are measured before a search without a GPU
 LONG_SECONDS = 900.0  # a search on the CPU beyond this gets the advice to start with a shorter one
 
 
@@ -106,9 +104,9 @@ def _parser() -> argparse.ArgumentParser:
         help="where the data sets lie or are downloaded to (HPO_DATA_DIR, else data)",
     )
 
-    run = verbs.add_parser("run", parents=[storage, data], help="run a search, or go on with it")
-    run.add_argument("space", metavar="SPACE", help="a file name in search_spaces/ without its ending, or a path")
-    run.add_argument(
+    space = argparse.ArgumentParser(add_help=False)
+    space.add_argument("space", metavar="SPACE", help="a file name in search_spaces/ without its ending, or a path")
+    space.add_argument(
         "--set",
         action="append",
         default=[],
@@ -116,7 +114,12 @@ def _parser() -> argparse.ArgumentParser:
         dest="overrides",
         help="override a key, for example max_epochs=1 or parameters.lr=0.02; may be repeated",
     )
+    run = verbs.add_parser("run", parents=[space, storage, data], help="run a search, or go on with it")
+    run.add_argument("--plan", action="store_true", help="only tell what it would take, as `hpo plan`")
     run.set_defaults(command=_run)
+
+    plan = verbs.add_parser("plan", parents=[space, storage, data], help="tell what a search will take")
+    plan.set_defaults(command=_plan)
 
     report = verbs.add_parser("report", parents=[storage], help="show a study: table, page, figures")
     report.add_argument("study", metavar="STUDY")
@@ -147,6 +150,8 @@ def _parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> int:
     from hpo.space import load_space
 
+    if arguments.plan:
+        return _plan(arguments)
     space = load_space(arguments.space, arguments.overrides)  # before the slow imports: a typing mistake shows at once
 
     from storage.database import open_database
@@ -177,11 +182,8 @@ def _run(arguments: argparse.Namespace) -> int:
     left = _trials_left(study, total)
     before = Counter(trial.state.name for trial in study.run_trials())
     with search.cluster(os.environ.get("RAY_ADDRESS")):
-        slots = search.plan_slots(space, left)
-        share = f"{slots.gpu:g} GPU" if slots.gpu else f"{slots.threads} CPU thread{'s' if slots.threads > 1 else ''}"
-        console.print(f"{slots.count} {'trial' if slots.count == 1 else 'trials'} at a time, {share} each.")
-        if slots.device == "cpu" and left and space.is_default_trainable:
-            _announce_cpu(console, space, slots, left, data_dir)
+        slots, plan = _share(console, space, left, data_dir, search.cluster_size())
+        _announce_plan(console, space, slots, plan)
         with Progress(
             console, metric=space.metric, direction=space.direction, total=total, slots=slots.count, before=before
         ) as view:
@@ -196,6 +198,33 @@ def _run(arguments: argparse.Namespace) -> int:
                 view=view,
             )
     return _conclude(console, study, arguments, outcome)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    """Tell what a search will take, and what storage has of it already; nothing is written."""
+    from hpo.space import load_space
+
+    space, data_dir = load_space(arguments.space, arguments.overrides), Path(arguments.data_dir).resolve()
+
+    from hpo import plan
+    from storage.database import StorageError, open_database
+    from storage.studies import find_revision
+
+    console, total, study = _console(), _total_trials(space), None
+    _check_trainable(space, data_dir)
+    with suppress(StorageError):  # none there yet: nothing is stored, and a plan makes no database
+        database = open_database(arguments.storage, arguments.password, create=False)
+        study = find_revision(database, space.name, space.fingerprint)
+    console.print(f"[bold]{space.name}[/]: {space.description or space.trainable}")
+    console.print(plan.configurations(space, total, study))
+    left = total if study is None else _trials_left(study, total)
+    slots, measured = _share(console, space, left, data_dir, plan.machine_size())
+    _announce_plan(console, space, slots, measured)
+    if measured is not None:
+        console.print(plan.speed_table(measured, space))
+    elif left:
+        console.print("No estimate: only steps of hpo.train:train can be measured, on the machine that has the device.")
+    return 0
 
 
 class _Notes(logging.Handler):
@@ -276,45 +305,32 @@ def _announce(console: Console, space: Space, study: Study) -> None:
         console.print(f"Going on with what storage holds: {states}.")
 
 
-def _announce_cpu(console: Console, space: Space, slots: Slots, left: int, data_dir: Path) -> None:
-    from hpo.progress import format_seconds
+def _share(
+    console: Console, space: Space, left: int | None, data_dir: Path, size: tuple[float, float]
+) -> tuple[Slots, Plan | None]:
+    """Divide (cores, GPUs) among trials; by measuring, where the trainable is ours and the device is here."""
+    from hpo.plan import can_measure, measure_plan, plan_slots
 
-    with console.status("measuring this CPU") if console.is_terminal else nullcontext():
-        seconds, speeds = _estimate_cpu_seconds(space, slots, left, data_dir)
-    measured = ", ".join(f"{speed:,.0f} at {name}" for name, speed in speeds.items())
-    console.print(
-        f"No GPU: this search takes about {format_seconds(seconds)} on this CPU "
-        f"(measured, images/s of one trial: {measured})."
-    )
-    if seconds > LONG_SECONDS:
+    slots = plan_slots(space, left, *size)
+    if left == 0 or not space.is_default_trainable or not can_measure(slots):
+        return slots, None
+    with console.status("measuring some training steps") if console.is_terminal else nullcontext():
+        plan = measure_plan(space, slots, left, _data_settings(space, data_dir), size)
+    return plan.slots, plan
+
+
+def _announce_plan(console: Console, space: Space, slots: Slots, plan: Plan | None) -> None:
+    from hpo.plan import describe_slots, describe_time
+
+    console.print(describe_slots(slots, plan))
+    if plan is None:
+        return
+    console.print(describe_time(plan))
+    if slots.device == "cpu" and plan.seconds > LONG_SECONDS:
         console.print(
             "Shorter: `python -m hpo.run quick` (a small sample, about a minute), or\n"
             f"  python -m hpo.run {space.name} --set max_epochs=2 --set data.train_samples=2048"
         )
-
-
-def _estimate_cpu_seconds(space: Space, slots: Slots, left: int, data_dir: Path) -> tuple[float, dict[str, float]]:
-    """Return the seconds that `left` trials take, and the measured images per second of each shape of training step."""
-    from hpo.data import load
-    from hpo.train import measure_speed
-
-    data = _data_settings(space, data_dir)
-    images = load(**data)
-    # Only these parameters change how much arithmetic a step is.
-    shapes: dict[str, list[Any]] = {}
-    for name, value in space.examples():
-        if name in {"batch_size", "stem"}:
-            shapes.setdefault(name, []).append(value)
-    speeds: dict[str, float] = {}
-    for values in itertools.islice(itertools.product(*shapes.values()), MAX_PROBES):
-        params = dict(zip(shapes, values, strict=True))
-        name = ", ".join(f"{key} {value}" for key, value in params.items()) or "the defaults"
-        speeds[name] = measure_speed(params, data=data, device="cpu", threads=slots.threads)
-    # Evaluation is the forward third of the arithmetic; the test images are scored once.
-    epoch_images = len(images.train) + len(images.validation) / 3
-    trial_images = space.max_epochs * epoch_images + len(images.test) / 3
-    trial_seconds = sum(trial_images / speed for speed in speeds.values()) / len(speeds)
-    return -(-left // slots.count) * trial_seconds, speeds
 
 
 def _provenance() -> dict[str, Any]:
@@ -404,53 +420,11 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _replay(arguments: argparse.Namespace) -> int:
-    """Run a trial again from its first epoch on and compare; 0 if every metric is equal to the last digit, else 1."""
-    study = _existing_study(arguments)
-    trials = {trial.number: trial for trial in study.trials()}
-    stored = study.metrics().get(arguments.number)
-    if not stored:
-        with_epochs = ", ".join(str(number) for number, epochs in study.metrics().items() if epochs) or "none"
-        raise SettingError(f"study {study.name} has no trial {arguments.number} with epochs; it has: {with_epochs}")
-    recorded, settings = study.provenance(arguments.number), study.settings
-    console = _console()
-    for name, now in _provenance().items():
-        if name in {"code", "packages", "python"} and recorded.get(name) != now:
-            console.print(f"{name}: {recorded.get(name)} then, {now} now", style="yellow")
+    """Run a trial again and compare; 0 if every metric is equal to the last digit, else 1."""
+    from hpo.replay import replay
 
-    from hpo.results import is_timing
-    from hpo.worker import Assignment, run_trial
-
-    equal = True
-    with tempfile.TemporaryDirectory(prefix="hpo-replay-") as folder:
-        assignment = Assignment(
-            trainable=settings["trainable"],
-            command=settings.get("command"),
-            params={**trials[arguments.number].params, **trials[arguments.number].user_attrs.get("derived", {})},
-            data={**settings["data"], "data_dir": str(Path(arguments.data_dir).resolve())},
-            seed=settings["seed"],
-            max_epochs=settings["max_epochs"],
-            stored_epoch=0,
-            folder=folder,
-            checkpoint_every=settings["max_epochs"] + 1,
-            device=recorded.get("device", "cpu"),
-            threads=recorded.get("threads", 1),
-            timeout=None,
-        )
-        for message in run_trial(assignment):
-            if message.failure:
-                raise SettingError(f"the trial failed this time: {message.failure}\n{message.traceback}")
-            then = stored[message.epoch]
-            names = [name for name in message.metrics if name in then and not is_timing(name)]
-            unlike = [
-                f"{name} {then[name]!r} then, {message.metrics[name]!r} now"
-                for name in names
-                if then[name] != message.metrics[name]
-            ]
-            equal = equal and not unlike
-            console.print(f"epoch {message.epoch}: " + ("; ".join(unlike) or f"{len(names)} metrics equal"))
-            if message.epoch == max(stored):
-                break
-    return 0 if equal else 1
+    study, data_dir = _existing_study(arguments), Path(arguments.data_dir).resolve()
+    return 0 if replay(study, arguments.number, _console(), data_dir=data_dir, now=_provenance()) else 1
 
 
 def _existing_study(arguments: argparse.Namespace) -> Study:

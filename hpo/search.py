@@ -48,6 +48,7 @@ from ray.tune.search import Searcher
 
 from hpo.checkpoints import trim_checkpoints
 from hpo.errors import SettingError, nearest
+from hpo.plan import Slots
 from hpo.space import Space, load_trainable
 from hpo.worker import HANG_FILE, Assignment, Message, run_trial, watchdog
 
@@ -77,25 +78,6 @@ class View(Protocol):
 
     def note(self, text: str) -> None:
         """Something that the user should know."""
-
-
-@dataclass(frozen=True)
-class Slots:
-    """How trials share the machine: `count` at a time, each with so many cores and GPUs."""
-
-    count: int
-    cpu: float
-    gpu: float
-
-    @property
-    def threads(self) -> int:
-        """Torch's threads in one trial."""
-        return max(1, int(self.cpu))
-
-    @property
-    def device(self) -> str:
-        """The device of a trial."""
-        return "cuda" if self.gpu > 0 else "cpu"
 
 
 # --- in the worker --------------------------------------------------------------------------------------------------
@@ -430,32 +412,10 @@ def cluster(address: str | None) -> Iterator[None]:
             ray.shutdown()
 
 
-def plan_slots(space: Space, trials: int | None) -> Slots:
-    """Divide what the cluster has among trials.
-
-    Args:
-        space: its `resources` are honoured; `auto` is one GPU a trial where there are GPUs, else an equal share of the
-            cores, at least one.
-        trials: how many there are to run, None if not known.
-
-    Raises:
-        SettingError: a trial asks for more than the cluster has.
-    """
+def cluster_size() -> tuple[float, float]:
+    """Return the cores and the GPUs of the cluster that is open."""
     have = ray.cluster_resources()
-    cores, gpus = have.get("CPU", 1.0), have.get("GPU", 0.0)
-    gpu = (1.0 if gpus else 0.0) if space.resources.gpu == "auto" else space.resources.gpu
-    if gpu > gpus:
-        raise SettingError(
-            f"resources.gpu is {gpu:g}, but there {'is' if gpus == 1 else 'are'} {gpus:g} here: lower it, or leave it auto"
-        )
-    # A fraction of a GPU never spans two: 0.15 on 8 GPUs is 8 x 6.
-    by_gpu = math.inf if gpu == 0 else (gpus * (1 / gpu // 1) if gpu < 1 else gpus // gpu)
-    if space.resources.cpu == "auto":
-        count = int(min(by_gpu, cores, trials or math.inf))
-        return Slots(max(1, count), float(max(1, cores // max(1, count))), gpu)
-    if space.resources.cpu > cores:
-        raise SettingError(f"resources.cpu is {space.resources.cpu:g}, but there are {cores:g} cores here")
-    return Slots(int(min(by_gpu, cores // space.resources.cpu)), space.resources.cpu, gpu)
+    return have.get("CPU", 1.0), have.get("GPU", 0.0)
 
 
 def search(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import math
+import resource
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -360,29 +361,40 @@ def evaluate(model: nn.Module, images: Images, precision: str = "fp32") -> tuple
     return float(loss_sum) / len(images), float(correct) / len(images)
 
 
-def measure_speed(params: Mapping[str, Any], *, data: Mapping[str, Any], device: str, threads: int) -> float:
-    """Return the images per second of a few training steps, the first one left out.
+class Probe:
+    """Some training steps of one configuration, to see how fast they are and what memory they take.
 
     Args:
         params: hyperparameters, see TrainParams.
         data: what `hpo.data.load` takes, but for the device.
         device: `cpu` or `cuda`.
-        threads: torch's threads on the CPU.
     """
-    settings = read_params(params)
-    images = load(**data, device=device).train
-    if device == "cpu":
-        _keep_freed_memory()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        batch = images.take(torch.arange(min(settings.batch_size, len(images))))
-        learner = _Learner(settings, choose_precision(settings.precision, device), batch)
-        seconds = []
-        for _ in range(3):
-            started = time.perf_counter()
-            learner.train_epoch(seed=0)
-            seconds.append(time.perf_counter() - started)
-        return len(batch) / min(seconds[1:])
-    finally:
-        torch.set_num_threads(before)
+
+    STEPS = 6  # on a GPU: past the warm-up, most of them replayed as a graph
+
+    def __init__(self, params: Mapping[str, Any], *, data: Mapping[str, Any], device: str) -> None:
+        settings = read_params(params)
+        images = load(**data, device=device).train
+        if device == "cpu":
+            _keep_freed_memory()
+        steps = 1 if device == "cpu" else self.STEPS
+        self._images = images.take(torch.arange(min(steps * settings.batch_size, len(images))))
+        self._learner = _Learner(settings, choose_precision(settings.precision, device), self._images)
+        self._learner.train_epoch(seed=0)
+
+    def measure(self, seconds: float) -> tuple[float, int]:
+        """Train for at least so long; return images per second and the peak of memory in bytes.
+
+        That is the memory of the GPU that tensors took, or all that this process ever took where there is none.
+        """
+        started, trained = time.perf_counter(), 0
+        while (elapsed := time.perf_counter() - started) < seconds:
+            self._learner.train_epoch(seed=0)
+            trained += len(self._images)
+        if self._images.labels.is_cuda:
+            return trained / elapsed, torch.cuda.max_memory_reserved()
+        return trained / elapsed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint of the configuration would hold."""
+        return self._learner.state()

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from hpo import run
 from hpo.errors import TrainableError
-from hpo.search import Outcome, Slots
+from hpo.search import Outcome
 from hpo.space import load_space
 from storage.database import open_database
 from storage.studies import Study, open_study
@@ -67,36 +67,6 @@ def test_what_the_trainable_cannot_take_is_refused_before_anything_is_spent(
     space = load_space(str(ROOT / "search_spaces/quick.yaml"), [override])
     with pytest.raises(TrainableError, match=said):
         run._check_trainable(space, tmp_path)
-
-
-def test_a_cpu_search_is_announced_with_its_measured_length_and_a_long_one_with_advice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    space = load_space(str(ROOT / "search_spaces/quick.yaml"), ["data.train_samples=600", "max_epochs=1"])
-    shown = io.StringIO()
-    console = Console(file=shown, width=200)
-    run._announce_cpu(console, space, Slots(2, 1.0, 0.0), 3, tmp_path)
-    assert "No GPU: this search takes about" in shown.getvalue()
-    for batch_size in (64, 256, 512):
-        assert f"at batch_size {batch_size}" in shown.getvalue()
-    assert "quick" not in shown.getvalue()
-    monkeypatch.setattr(run, "LONG_SECONDS", 0.0)
-    run._announce_cpu(console, space, Slots(2, 1.0, 0.0), 3, tmp_path)
-    assert "python -m hpo.run quick" in shown.getvalue()
-    assert "--set data.train_samples=" in shown.getvalue()
-
-
-def test_the_estimate_grows_with_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import hpo.train
-
-    monkeypatch.setattr(hpo.train, "measure_speed", lambda params, **_: 1000.0 / params["batch_size"])
-    space = load_space(str(ROOT / "search_spaces/quick.yaml"))
-    two, speeds = run._estimate_cpu_seconds(space, Slots(2, 1.0, 0.0), 3, tmp_path)
-    one, _ = run._estimate_cpu_seconds(space, Slots(1, 1.0, 0.0), 3, tmp_path)
-    assert one == pytest.approx(two * 3 / 2)
-    assert speeds == {f"batch_size {size}": 1000.0 / size for size in (64, 256, 512)}
-    images = 5 * (1600 + 400 / 3) + 500 / 3
-    assert one == pytest.approx(sum(images * size / 1000.0 for size in (64, 256, 512)))
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 from optuna.distributions import CategoricalDistribution
 
 from benchmarks.toy import expected_value
-from hpo.errors import SettingError
-from hpo.search import Bridge, Slots, build_pruner, build_sampler, plan_slots
+from hpo.plan import Slots
+from hpo.search import Bridge, build_pruner, build_sampler
 from hpo.space import Space, load_space
 from hpo.worker import Assignment, Message, run_trial
 from storage.database import StorageError, open_database
@@ -235,45 +234,7 @@ def test_a_storage_that_fails_ends_the_run_in_order(
         assert bridge.nothing_left
 
 
-# --- resources, samplers, pruners
-
-
-@pytest.mark.parametrize(
-    ("cores", "gpus", "resources", "trials", "expected"),
-    [
-        (2, 0, {}, 3, Slots(2, 1, 0)),
-        (8, 0, {}, 3, Slots(3, 2, 0)),
-        (8, 0, {}, None, Slots(8, 1, 0)),
-        (16, 2, {}, 3, Slots(2, 8, 1)),
-        (64, 8, {"gpu": 0.15}, 1000, Slots(48, 1, 0.15)),
-        (64, 8, {"gpu": 0.5, "cpu": 2}, 1000, Slots(16, 2, 0.5)),
-        (64, 8, {"gpu": 2}, 1000, Slots(4, 16, 2)),
-        (4, 0, {"cpu": 2}, 10, Slots(2, 2, 0)),
-        (1, 0, {}, 1, Slots(1, 1, 0)),
-    ],
-)
-def test_the_machine_is_divided_among_trials(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    cores: int,
-    gpus: int,
-    resources: dict[str, Any],
-    trials: int | None,
-    expected: Slots,
-) -> None:
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": float(cores), "GPU": float(gpus)})
-    assert plan_slots(space_of(tmp_path, resources=resources), trials) == expected
-
-
-@pytest.mark.parametrize(
-    ("resources", "said"), [({"gpu": 1}, "resources.gpu is 1"), ({"cpu": 4}, "resources.cpu is 4")]
-)
-def test_more_than_the_machine_has_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resources: dict[str, Any], said: str
-) -> None:
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
-    with pytest.raises(SettingError, match=said):
-        plan_slots(space_of(tmp_path, resources=resources), None)
+# --- samplers, pruners
 
 
 @pytest.mark.parametrize("name", ["random", "tpe", "nsga2"])

@@ -1,0 +1,455 @@
+"""What a search will take, measured before anything is spent on it.
+
+    shapes of training steps -> some steps of each, trials side by side -> how many at a time -> seconds, GPU-hours, memory
+
+The steps are trained in processes of their own, as many at the same time as trials would be: what they share, they share
+in the measurement too.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import multiprocessing
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hpo.errors import SettingError, TrainableError
+from hpo.parameters import Params
+from hpo.space import Space
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+    from storage.studies import Study
+
+SHAPE_PARAMS = ("batch_size", "stem", "precision", "optimizer")  # those that change what a training step computes
+MAX_SHAPES = 6  # that are measured; the others count as the nearest batch size
+MAX_ROWS = 50  # of a grid that is listed
+MAX_TRIALS_A_GPU = 8
+PROBE_SECONDS = 1.5
+WORTH_SECONDS = 60.0  # a search shorter than this takes the first way to share the machine
+GROWTH = 1.05  # more trials side by side must raise the throughput by this much to be worth it
+GPU_MARGIN = 1.25  # of the measured peak: allocators fragment
+CONTEXT_BYTES = 2**30  # that a process takes of a GPU for CUDA itself, generously
+
+
+@dataclass(frozen=True)
+class Slots:
+    """How trials share the machine: `count` at a time, each with so many cores and GPUs."""
+
+    count: int
+    cpu: float
+    gpu: float
+
+    @property
+    def threads(self) -> int:
+        """Torch's threads in one trial."""
+        return max(1, int(self.cpu))
+
+    @property
+    def device(self) -> str:
+        """The device of a trial."""
+        return "cuda" if self.gpu > 0 else "cpu"
+
+
+def plan_slots(space: Space, trials: int | None, cores: float, gpus: float) -> Slots:
+    """Divide a machine or a cluster among trials, without measuring.
+
+    Args:
+        space: its `resources` are honoured; `auto` is one GPU a trial where there are GPUs, else an equal share of the
+            cores, at least one.
+        trials: how many there are to run, None if not known.
+        cores: of the whole cluster.
+        gpus: likewise.
+
+    Raises:
+        SettingError: a trial asks for more than there is.
+    """
+    gpu = (1.0 if gpus else 0.0) if space.resources.gpu == "auto" else space.resources.gpu
+    if gpu > gpus:
+        raise SettingError(
+            f"resources.gpu is {gpu:g}, but there {'is' if gpus == 1 else 'are'} {gpus:g} here: lower it, or leave it auto"
+        )
+    # A fraction of a GPU never spans two: 0.15 on 8 GPUs is 8 x 6.
+    by_gpu = math.inf if gpu == 0 else (gpus * (1 / gpu // 1) if gpu < 1 else gpus // gpu)
+    if space.resources.cpu == "auto":
+        count = max(1, int(min(by_gpu, cores, trials or math.inf)))
+        return Slots(count, float(max(1, cores // count)), gpu)
+    if space.resources.cpu > cores:
+        raise SettingError(f"resources.cpu is {space.resources.cpu:g}, but there are {cores:g} cores here")
+    return Slots(int(min(by_gpu, cores // space.resources.cpu)), space.resources.cpu, gpu)
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a probe of one shape found.
+
+    Attributes:
+        images_per_second: of one trial, beside the others.
+        memory_bytes: the peak of one trial: of the GPU, or of the process where there is none.
+        checkpoint_seconds: to write one.
+    """
+
+    images_per_second: float
+    memory_bytes: int
+    checkpoint_seconds: float
+
+
+class Probes:
+    """Processes that train some steps at the same time, as trials side by side would."""
+
+    def __init__(self, data: Mapping[str, Any], device: str) -> None:
+        self._data = dict(data)
+        self._device = device
+        self._context = multiprocessing.get_context("spawn")
+        self._children: list[tuple[Any, Connection]] = []
+        self.start_seconds = 0.0  # of one process: imports and data
+
+    def measure(self, shape: Params, slots: Slots) -> Speed | None:
+        """Train steps of a shape in as many processes as share a device; None where their memory does not suffice.
+
+        Raises:
+            TrainableError: the trainable cannot be given this shape.
+        """
+        started, count = time.perf_counter(), _beside(slots)
+        while len(self._children) < count:
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_answer_probes, args=(theirs, self._data, self._device), daemon=True)
+            process.start()
+            theirs.close()
+            self._children.append((process, ours))
+        chosen = [pipe for _, pipe in self._children[:count]]
+        for pipe in chosen:
+            pipe.send((shape, slots.threads))
+        ready = [self._hear(pipe) for pipe in chosen]
+        self.start_seconds = self.start_seconds or time.perf_counter() - started
+        if not all(ready):
+            return None
+        for pipe in chosen:
+            pipe.send("go")
+        speeds = [speed for pipe in chosen if (speed := self._hear(pipe)) is not None]
+        if len(speeds) < count:
+            return None
+        return Speed(
+            sum(speed.images_per_second for speed in speeds) / count,
+            max(speed.memory_bytes for speed in speeds),
+            max(speed.checkpoint_seconds for speed in speeds),
+        )
+
+    def _hear(self, pipe: Connection) -> Any:
+        try:
+            answer = pipe.recv()
+        except EOFError:
+            raise SettingError(
+                "a probe died; give resources.cpu and resources.gpu yourself to go without probes"
+            ) from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        """End the processes."""
+        for process, pipe in self._children:
+            pipe.close()
+            process.kill()
+            process.join()
+        self._children.clear()
+
+
+def _answer_probes(pipe: Connection, data: dict[str, Any], device: str) -> None:
+    """Prepare a shape, say so, wait for `go`, train, answer; again and again."""
+    import torch
+
+    from hpo.train import Probe
+
+    with suppress(EOFError, KeyboardInterrupt):
+        while True:
+            shape, threads = pipe.recv()
+            try:
+                torch.set_num_threads(threads)
+                probe = Probe(shape, data=data, device=device)
+                pipe.send("ready")
+                pipe.recv()
+                speed, memory = probe.measure(PROBE_SECONDS)
+                pipe.send(Speed(speed, memory, _checkpoint_seconds(probe.state())))
+                del probe
+            except (torch.OutOfMemoryError, MemoryError):
+                pipe.send(None)
+            except Exception as error:  # noqa: BLE001 # whatever it is, the process that asked must hear of it
+                pipe.send(TrainableError(f"a probe of {shape} failed: {type(error).__name__}: {error}"))
+
+
+def _checkpoint_seconds(state: Mapping[str, Any]) -> float:
+    from hpo.checkpoints import Checkpoint, save_checkpoint
+
+    with tempfile.TemporaryDirectory(prefix="hpo-probe-", dir=".") as folder:
+        started = time.perf_counter()
+        save_checkpoint(Path(folder), Checkpoint(1, {}, dict(state)))
+        return time.perf_counter() - started
+
+
+@contextmanager
+def probes(data: Mapping[str, Any], device: str) -> Iterator[Probes]:
+    """Open probes, and end their processes in the end."""
+    opened = Probes(data, device)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+# --- from measurements to a plan ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a search will take.
+
+    Attributes:
+        slots: how trials share the machine.
+        speeds: what was measured, by shape.
+        tried: {trials side by side: images per second of all together}, of every way that was tried.
+        trials: how many are to be run.
+        seconds: from the start of the first trial to the end of the last; an upper bound where a scheduler stops trials.
+        trial_seconds: of all trials together.
+    """
+
+    slots: Slots
+    speeds: dict[str, Speed]
+    tried: dict[int, float]
+    trials: int | None
+    seconds: float
+    trial_seconds: float
+
+    @property
+    def gpu_hours(self) -> float:
+        """What the trials take of GPUs."""
+        return self.trial_seconds * self.slots.gpu / 3600
+
+
+def measure_plan(
+    space: Space, slots: Slots, trials: int | None, data: Mapping[str, Any], size: tuple[float, float]
+) -> Plan:
+    """Measure the shapes of a space on this machine, choose how many trials go side by side, and add up.
+
+    Where `resources` says auto: on a GPU as many trials as its memory bears, as long as one more raises the throughput; on
+    the CPU fewer trials with more threads each, if that is faster. A search of a minute is not worth the look.
+
+    Args:
+        slots: what `plan_slots` says; kept where `resources` names numbers.
+        trials: how many are to be run, None if not known.
+        data: what the trainable is given.
+        size: cores and GPUs of the machine or cluster.
+    """
+    from hpo.data import load
+
+    images, shapes = load(**data), _shapes(space)
+    counts = (len(images.train), len(images.validation), len(images.test))
+    middle = list(shapes)[len(shapes) // 2]
+    with probes(data, slots.device) as opened:
+
+        def plan(slots: Slots) -> Plan:
+            speeds = {name: _require(opened.measure(shape, slots), name) for name, shape in shapes.items()}
+            points = _points(space, trials)
+            lengths = [_trial_seconds(space, speeds[_nearest_shape(point, shapes)], counts) for point in points]
+            together = {slots.count: slots.count * speeds[middle].images_per_second}
+            return Plan(
+                slots, speeds, together, trials, _makespan(lengths, slots.count) + opened.start_seconds, sum(lengths)
+            )
+
+        first = best = plan(slots)
+        if first.seconds < WORTH_SECONDS:
+            return first
+        tried = dict(first.tried)
+        for candidate in _candidates(space, slots, trials, *size):
+            speed = opened.measure(shapes[middle], candidate)
+            if speed is None or not _fits(speed, candidate):
+                break
+            tried[candidate.count] = candidate.count * speed.images_per_second
+            if tried[candidate.count] >= GROWTH * tried[best.slots.count]:
+                best = plan(candidate)
+            elif slots.device == "cuda":
+                break
+        return replace(best, tried=tried)
+
+
+def _require(speed: Speed | None, name: str) -> Speed:
+    if speed is None:
+        raise SettingError(
+            f"{name} does not fit into the memory of the GPU: lower it, or give resources.gpu a larger share"
+        )
+    return speed
+
+
+def _beside(slots: Slots) -> int:
+    """Return how many trials share one GPU, or the CPU."""
+    return slots.count if slots.gpu == 0 else max(1, int(1 / slots.gpu))
+
+
+def _fits(speed: Speed, slots: Slots) -> bool:
+    if slots.device == "cpu":
+        return True
+    import torch
+
+    whole: int = torch.cuda.get_device_properties(0).total_memory
+    return _beside(slots) * (GPU_MARGIN * speed.memory_bytes + CONTEXT_BYTES) <= whole
+
+
+def _candidates(space: Space, slots: Slots, trials: int | None, cores: float, gpus: float) -> list[Slots]:
+    """Return the other ways to share the machine that are worth a look."""
+    if slots.device == "cpu":
+        is_free = space.resources.cpu == "auto"
+        fewer = {1, slots.count // 2} - {0, slots.count} if is_free else set()
+        return [Slots(count, float(max(1, cores // count)), 0.0) for count in sorted(fewer, reverse=True)]
+    if space.resources.gpu != "auto":
+        return []
+    most = min(MAX_TRIALS_A_GPU, int(cores // gpus), math.ceil(trials / gpus) if trials else MAX_TRIALS_A_GPU)
+    shares = [(int(k * gpus), 1 / k) for k in range(2, most + 1)]
+    if space.resources.cpu == "auto":
+        return [Slots(count, float(max(1, cores // count)), gpu) for count, gpu in shares]
+    return [Slots(count, slots.cpu, gpu) for count, gpu in shares if count * slots.cpu <= cores]
+
+
+def _shapes(space: Space) -> dict[str, Params]:
+    """Return the distinct shapes of training steps, by a name for people; of a large space some of them."""
+    values: dict[str, list[Any]] = {}
+    for name, value in space.examples():
+        if name in SHAPE_PARAMS and value not in values.setdefault(name, []):
+            values[name].append(value)
+    shapes = [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
+    step = max(1, math.ceil(len(shapes) / MAX_SHAPES))
+    return {_shape_name(shape): shape for shape in shapes[::step]}
+
+
+def _shape_name(shape: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in shape.items()) or "the defaults"
+
+
+def _nearest_shape(point: Mapping[str, Any], shapes: Mapping[str, Params]) -> str:
+    def distance(shape: Params) -> tuple[int, float]:
+        others = sum(shape[name] != point.get(name) for name in shape if name != "batch_size")
+        sizes = [float(each.get("batch_size") or 64) for each in (shape, point)]
+        return others, abs(math.log(sizes[0] / sizes[1]))
+
+    return min(shapes, key=lambda name: distance(shapes[name]))
+
+
+def _points(space: Space, trials: int | None) -> Sequence[Mapping[str, Any]]:
+    """Return the configurations to run: of a grid its own, of a search the shapes in turn."""
+    if space.sampler.name == "grid":
+        return list(itertools.islice(space.grid(), trials))
+    shapes = list(_shapes(space).values())
+    return [shapes[i % len(shapes)] for i in range(trials or 1)]
+
+
+def _trial_seconds(space: Space, speed: Speed, images: tuple[int, int, int]) -> float:
+    train, validation, test = images
+    # Evaluation is the forward third of the arithmetic; the test images are scored once.
+    epoch = (train + validation / 3) / speed.images_per_second
+    checkpoints = math.ceil(space.max_epochs / space.checkpoint_every) * speed.checkpoint_seconds
+    return space.max_epochs * epoch + test / 3 / speed.images_per_second + checkpoints
+
+
+def _makespan(lengths: Sequence[float], slots: int) -> float:
+    """Return when the last trial ends if each starts as soon as a slot is free, in order."""
+    ends = [0.0] * slots
+    for length in lengths:
+        heapq.heapreplace(ends, ends[0] + length)
+    return max(ends)
+
+
+# --- a plan for people --------------------------------------------------------------------------------------------
+
+
+def machine_size() -> tuple[float, float]:
+    """Return the cores and the GPUs of this machine."""
+    import torch
+
+    return float(os.process_cpu_count() if hasattr(os, "process_cpu_count") else len(os.sched_getaffinity(0))), float(
+        torch.cuda.device_count()
+    )
+
+
+def can_measure(slots: Slots) -> bool:
+    """Tell whether this machine has the device of the trials: the driver of a cluster may have none."""
+    if slots.device == "cpu":
+        return True
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def describe_slots(slots: Slots, plan: Plan | None) -> str:
+    """Return how trials share the machine, and what else was tried."""
+    share = f"{slots.gpu:.3g} GPU" if slots.gpu else f"{slots.threads} CPU thread{'s' if slots.threads > 1 else ''}"
+    text = f"{slots.count} {'trial' if slots.count == 1 else 'trials'} at a time, {share} each"
+    if plan is not None and len(plan.tried) > 1:
+        tried = ", ".join(f"{speed:,.0f} with {count}" for count, speed in plan.tried.items())
+        text += f" (measured, images/s of all trials together: {tried} at a time)"
+    return f"{text}."
+
+
+def describe_time(plan: Plan) -> str:
+    """Return how long the search takes."""
+    from hpo.progress import format_seconds
+
+    subject, seconds = ("this search", plan.seconds) if plan.trials is not None else ("a trial", plan.trial_seconds)
+    took = f"{subject} takes about {format_seconds(seconds)}"
+    took = f"{took} and {plan.gpu_hours:.2f} GPU-hours" if plan.slots.gpu else f"No GPU: {took} on this CPU"
+    measured = ", ".join(f"{speed.images_per_second:,.0f} at {name}" for name, speed in plan.speeds.items())
+    return f"{took[0].upper()}{took[1:]} (measured, images/s of one trial: {measured})."
+
+
+def speed_table(plan: Plan, space: Space) -> Table:
+    """Return the table of the shapes that were measured."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("training step", "images/s of one trial", "memory of one trial", "checkpoint"):
+        table.add_column(column, justify="left" if column == "training step" else "right")
+    for name, speed in plan.speeds.items():
+        memory = f"{speed.memory_bytes / 2**30:.2f} GiB{' of the GPU' if plan.slots.gpu else ''}"
+        table.add_row(name, f"{speed.images_per_second:,.0f}", memory, f"{speed.checkpoint_seconds:.2f} s")
+    pruned = "; a scheduler that stops trials makes it shorter" if space.scheduler.name != "none" else ""
+    table.caption = f"{space.max_epochs} epochs a trial{pruned}"
+    return table
+
+
+def configurations(space: Space, total: int | None, study: Study | None) -> RenderableType:
+    """Return what is to be run, and what storage has of it: of a grid the list, with the state of each."""
+    from rich import box
+    from rich.console import Group
+    from rich.table import Table
+
+    trials = [] if study is None else study.run_trials()
+    states = {space.key(trial.params): trial.state.name for trial in trials}
+    counts = ", ".join(f"{n} {state}" for state, n in sorted(Counter(states.values()).items()))
+    stored = f"storage has {counts}" if counts else "storage has none of them"
+    if space.sampler.name != "grid":
+        budget = f"{total} trials" if total is not None else "as many trials as fit into budget.time"
+        return f"{budget}, drawn by {space.sampler.name}; {stored}."
+    points = list(itertools.islice(space.grid(), total))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in [*space.parameters, "state"]:
+        table.add_column(name, justify="left" if name == "state" else "right")
+    for point in points[:MAX_ROWS]:
+        row = [str(point.get(name, "")) for name in space.parameters]
+        table.add_row(*row, states.get(space.key(point), "to be run"))
+    if len(points) > MAX_ROWS:
+        table.caption = f"and {len(points) - MAX_ROWS} more"
+    return Group(f"{len(points)} configurations; {stored}.", table)
