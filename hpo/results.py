@@ -6,11 +6,9 @@ The published results of the documented search are here too, to be held beside t
 from __future__ import annotations
 
 import csv
-import gc
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -219,7 +217,9 @@ class Results:
 
 def read_results(study: Study) -> Results:
     """Read a study, whole and once."""
-    with _no_garbage_collection():
+    from storage.studies import without_garbage_collection
+
+    with without_garbage_collection():
         trials = study.run_trials()
         metrics, provenances = study.metrics(trials), study.provenances(trials)
     names = study.optuna.metric_names or []
@@ -235,18 +235,6 @@ def read_results(study: Study) -> Results:
         study.attrs,
         study.runs(),
     )
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Of a large study come millions of objects that all stay: looking among them for garbage doubles the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _result(trial: FrozenTrial, epochs: Metrics, provenance: Mapping[str, Any], metric: str) -> TrialResult:

@@ -13,7 +13,6 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from importlib import metadata
@@ -180,12 +179,16 @@ def _run(arguments: argparse.Namespace) -> int:
     from hpo.progress import Progress
 
     left = _trials_left(study, total)
-    before = Counter(trial.state.name for trial in study.run_trials())
     with search.cluster(os.environ.get("RAY_ADDRESS")):
         slots, plan = _share(console, space, left, data_dir, search.cluster_size())
         _announce_plan(console, space, slots, plan)
         with Progress(
-            console, metric=space.metric, direction=space.direction, total=total, slots=slots.count, before=before
+            console,
+            metric=space.metric,
+            direction=space.direction,
+            total=total,
+            slots=slots.count,
+            before=study.counts(),
         ) as view:
             logging.getLogger("hpo").addHandler(_Notes(view.note))
             outcome = search.search(
@@ -300,7 +303,7 @@ def _announce(console: Console, space: Space, study: Study) -> None:
     console.print(f"[bold]{study.name}[/]: {space.description or space.trainable}. Storage: {study.database.url}")
     if study.name != space.name:
         console.print(f"The space is not the one of study {space.name}: its results go to the revision {study.name}.")
-    states = ", ".join(f"{n} {state}" for state, n in sorted(Counter(t.state.name for t in study.run_trials()).items()))
+    states = ", ".join(f"{n} {state}" for state, n in sorted(study.counts().items()))
     if states:
         console.print(f"Going on with what storage holds: {states}.")
 

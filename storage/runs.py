@@ -36,7 +36,16 @@ from sqlalchemy.exc import IntegrityError
 
 from storage import records
 from storage.database import Database, StorageError, patiently
-from storage.studies import DUPLICATE, REJECTED, Params, Study, host, process_is_gone, spent_seconds
+from storage.studies import (
+    DUPLICATE,
+    REJECTED,
+    Params,
+    Study,
+    host,
+    process_is_gone,
+    spent_seconds,
+    without_garbage_collection,
+)
 from storage.writer import Claim, Told, Writer
 
 LEASE_SECONDS = 60.0
@@ -148,7 +157,7 @@ class Run:
         """
         if self.learns:
             self._writer.flush()
-        with self._writer.paused():
+        with self._writer.paused(), without_garbage_collection():
             claim = patiently(self.database, self._claim)
         if claim is None and not self.learns:
             self._writer.flush()

@@ -6,18 +6,20 @@ What writes into a study is a `storage.runs.Run`.
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import platform
 import uuid
 import warnings
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import optuna
 import psutil
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from storage import records
 from storage.database import Database, StorageError, patiently
@@ -51,15 +53,24 @@ class Study:
 
     def trials(self) -> list[FrozenTrial]:
         """Return all trials by number."""
-        return patiently(self.database, lambda: self.optuna.get_trials(deepcopy=False))
+        with without_garbage_collection():
+            return patiently(self.database, lambda: self.optuna.get_trials(deepcopy=False))
 
     def run_trials(self) -> list[FrozenTrial]:
         """Return the trials that were run or are to be: without draws that were duplicates or broke a constraint."""
         return [trial for trial in self.trials() if trial.user_attrs.get("fail_reason") not in NEVER_RUN]
 
+    def counts(self) -> Counter[str]:
+        """Return {state: trials} of the `run_trials`, without reading them."""
+        rows = patiently(
+            self.database, lambda: records.count_trials(self.database, without=NEVER_RUN, study=self.study)
+        )
+        return Counter({row.state: row.trials for row in rows})
+
     def count_ended(self) -> int:
         """Return how many trials have ended."""
-        return sum(trial.state.is_finished() for trial in self.run_trials())
+        counts = self.counts()
+        return counts["COMPLETE"] + counts["PRUNED"] + counts["FAIL"]
 
     def metrics(self, trials: Iterable[FrozenTrial] | None = None) -> dict[int, records.Metrics]:
         """Return {trial number: {epoch: {name: value}}} of all trials, or of these, which are then not read again."""
@@ -112,6 +123,18 @@ class Study:
         return str(self.settings.get("metric", "value"))
 
 
+@contextlib.contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Let no collector look over and over through the millions of objects that a large study is read into."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def study_names(database: Database) -> list[str]:
     """Return the names of all studies, oldest first."""
     summaries = patiently(database, lambda: database.optuna.get_all_studies())
@@ -142,7 +165,7 @@ def summarize(database: Database) -> list[Summary]:
     """Return a line on each study, oldest first, without reading their trials."""
     counts: dict[int, dict[str, int]] = {}
     last: dict[int, float] = {}
-    for row in patiently(database, lambda: records.count_trials(database)):
+    for row in patiently(database, lambda: records.count_trials(database, without=NEVER_RUN)):
         counts.setdefault(row.study, {})[row.state] = row.trials
         if row.last is not None:  # Optuna writes the local time, without saying so
             last[row.study] = max(last.get(row.study, 0.0), row.last.timestamp())
@@ -152,9 +175,6 @@ def summarize(database: Database) -> list[Summary]:
 
 def _summary(database: Database, known: Any, counts: dict[str, int], last: float | None) -> Summary:
     storage, study = database.optuna, known._study_id
-    if "FAIL" in counts:
-        failed = patiently(database, lambda: storage.get_all_trials(study, deepcopy=False, states=(TrialState.FAIL,)))
-        counts["FAIL"] = sum(trial.user_attrs.get("fail_reason") not in NEVER_RUN for trial in failed)
     best = None
     if len(known.directions) == 1 and "COMPLETE" in counts:
         value = patiently(database, lambda: storage.get_best_trial(study)).value
