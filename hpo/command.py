@@ -200,7 +200,7 @@ def _started(arguments: Sequence[str], log: IO[str], threads: int) -> Iterator[s
     )
     # Reads from a pipe that only this process holds open: when that breaks, this process is dead.
     guard = subprocess.Popen(
-        ["/bin/sh", "-c", 'read -r _; kill -KILL -- "-$1"', "guard", str(script.pid)],
+        ["/bin/sh", "-c", 'read -r _; kill -s KILL -- "-$1"', "guard", str(script.pid)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
