@@ -90,8 +90,6 @@ class CmaEsSampler(_Sampler):
     """Evolution of a normal distribution, for int and float ranges; choices are drawn at random beside it."""
     n_startup_trials: Annotated[int, Field(ge=0)] = 1
     """Random draws before it starts to learn."""
-    sigma0: Annotated[float, Field(gt=0)] | None = None
-    """The first spread; without it, a sixth of the smallest range."""
     popsize: Annotated[int, Field(ge=5)] | None = None
     """Trials of a generation; without it, by the number of parameters."""
     consider_pruned_trials: bool = False

@@ -52,6 +52,7 @@ LEASE_SECONDS = 60.0
 LOOK_SECONDS = 1.0  # between looks for trials that others left
 MAX_DUPLICATES = 20  # draws in a row that were all tried before: the space is taken to be exhausted
 MAX_REJECTED = 500  # draws in a row that were all refused
+MAX_STUBBORN = 10  # draws in a row, never run, after which a trial is drawn at random
 
 KeyOf = Callable[[Mapping[str, Any]], str]
 # Draws a configuration for a trial, or the rest of one; returns why it must not be run, empty if it may.
@@ -360,6 +361,13 @@ class Run:
         return None
 
     def _claim_drawn(self, draw: Draw) -> Claim | None:
+        sampler = self.study.optuna.sampler
+        try:
+            return self._draw_until_new(draw)
+        finally:
+            self.study.optuna.sampler = sampler
+
+    def _draw_until_new(self, draw: Draw) -> Claim | None:
         duplicates = rejected = 0
         while duplicates < MAX_DUPLICATES and rejected < MAX_REJECTED:
             trial = self._new_trial()
@@ -369,6 +377,9 @@ class Run:
                 if claim is not None:
                     return claim
                 continue
+            if duplicates + rejected == MAX_STUBBORN:
+                # Samplers do not learn from what was never run: one that is sure of its point draws it for ever.
+                self.study.optuna.sampler = optuna.samplers.RandomSampler(seed=trial.number)
             broken = draw(trial)
             if broken:
                 self.database.optuna.set_trial_user_attr(trial._trial_id, "constraint", broken)

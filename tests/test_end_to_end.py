@@ -20,6 +20,7 @@ import sqlalchemy as sa
 
 from benchmarks.chaos import run_rounds, violations
 from benchmarks.postgres import Postgres
+from tests.test_readme import block
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = ("data.dataset=fashion_mnist_sample", "data.val_samples=200", "data.train_samples=512", "max_epochs=2")
@@ -231,7 +232,10 @@ def test_the_report_shows_the_study_again_and_an_unknown_study_is_named(
         (["gird"], "there is no search space 'gird' in search_spaces/: did you mean grid?"),
         (["grid", "--set", "max_epoch=1"], "max_epoch: unknown key, did you mean max_epochs?"),
         (["grid", "--set", "max_epochs=two"], "max_epochs: input should be a valid integer, got 'two'"),
-        (["quick", "--set", "trainable=hpo.train:trian"], "no function 'trian', did you mean train?"),
+        (
+            ["quick", "--set", "trainable=hpo.train:trian"],
+            "--set trainable=hpo.train:trian: trainable: hpo.train has no",
+        ),
         (["quick", "--storage", "mysql://me:do-not-show-me@host/db"], "mysql is not supported"),
     ],
 )
@@ -425,6 +429,81 @@ def test_pruned_trials_are_stored_as_pruned_with_all_their_values(tmp_path: Path
         stored = rows(database, f"SELECT count(*) FROM hpo_metrics WHERE trial = {trial} AND name = 'value'")[0][0]
         assert steps == stored
         assert steps == 6 if state == "COMPLETE" else 1 <= steps < 6
+
+
+TRAIN_PY = """
+import argparse, json, pathlib, signal, sys, time
+parser = argparse.ArgumentParser()
+for name in ("lr", "momentum", "half"):
+    parser.add_argument(f"--{name}", type=float)
+parser.add_argument("--epochs", type=int)
+given = parser.parse_args()
+assert given.half == given.lr / 2
+
+def stop(*_):
+    pathlib.Path(f"stopped-{given.lr}").touch()
+    sys.exit(0)
+
+signal.signal(signal.SIGTERM, stop)
+print("starting with", given, file=sys.stderr)
+for epoch in range(given.epochs):
+    time.sleep(2.0 if epoch == given.epochs - 1 else 0.2)  # long enough to be stopped before its end
+    accuracy = given.lr - (given.momentum or 0) / 10 - 1 / (epoch + 2)
+    print(f"epoch {epoch} is done")
+    print(json.dumps({"accuracy": accuracy}))
+    if accuracy > 0.6:
+        raise ValueError("too good to be true")
+"""
+
+
+def test_a_script_is_searched_over_pruned_killed_logged_and_replayed(tmp_path: Path) -> None:
+    """The README's space over a script, with a scheduler and a derived value beside."""
+    (tmp_path / "train.py").write_text(TRAIN_PY)
+    (tmp_path / "search_spaces").mkdir()
+    (tmp_path / "search_spaces/script.yaml").write_text(block("# search_spaces/script.yaml"))
+    changes = [
+        f"command={sys.executable} train.py --lr {{lr}} --momentum {{momentum}} --epochs {{max_epochs}} --half {{half}}",
+        "derived.half=lr / 2",
+        "parameters.lr={type: float, low: 0.01, high: 1.0}",
+        "constraints=[lr < 0.95]",
+        "sampler={name: random, seed: 3}",
+        "scheduler={name: asha, reduction_factor: 2}",
+        "budget.trials=10",
+    ]
+    done = hpo(tmp_path, "run", "script", *(word for change in changes for word in ("--set", change)))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    database = tmp_path / "runs/hpo.db"
+    trials = rows(database, "SELECT trial_id, number, state FROM trials JOIN hpo_trials ON trial = trial_id ORDER BY 1")
+    assert len(trials) == 10
+    assert {state for _, _, state in trials} >= {"COMPLETE", "PRUNED"}
+    conditional = set()
+    for trial, number, state in trials:
+        params = dict(rows(database, f"SELECT param_name, param_value FROM trial_params WHERE trial_id = {trial}"))
+        attrs = dict(rows(database, f"SELECT key, value_json FROM trial_user_attributes WHERE trial_id = {trial}"))
+        conditional.add("momentum" in params)
+        assert ("momentum" in params) == (params["nesterov"] == 0), "the first choice, true"
+        assert json.loads(attrs["derived"]) == {"half": params["lr"] / 2}
+        values = dict(
+            rows(
+                database, f"SELECT epoch, value FROM hpo_metrics WHERE trial = {trial} AND name = 'accuracy' ORDER BY 1"
+            )
+        )
+        expected = {e: params["lr"] - params.get("momentum", 0) / 10 - 1 / (e + 1) for e in values}
+        assert values == expected
+        (log,) = tmp_path.glob(f"runs/checkpoints/script-*/{number}/log.txt")
+        assert "starting with Namespace" in log.read_text()
+        assert log.read_text().count(" is done") >= len(values)
+        stopped = (tmp_path / f"stopped-{params['lr']}").exists()
+        assert stopped == (state == "PRUNED"), "a script that is pruned is asked to end, no other one"
+        if state == "FAIL":
+            assert "too good to be true" in json.loads(attrs["fail_reason"])
+    assert conditional == {True, False}
+    assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] and "train.py" in p.info["cmdline"]]
+    complete = next(number for _, number, state in trials if state == "COMPLETE")
+    replay = hpo(tmp_path, "replay", "script", str(complete))
+    assert replay.returncode == 0, replay.stdout + replay.stderr
+    assert replay.stdout.endswith("epoch 1: 1 metrics equal\nepoch 2: 1 metrics equal\nepoch 3: 1 metrics equal\n")
 
 
 def test_no_password_reaches_a_process_or_a_file_of_ray(tmp_path: Path, postgres: Postgres) -> None:

@@ -14,31 +14,16 @@ from optuna.distributions import CategoricalDistribution
 
 from benchmarks.toy import expected_value
 from hpo.plan import Slots
+from hpo.report import failures
 from hpo.search import Bridge, build_pruner, build_sampler
 from hpo.space import Space, load_space
 from hpo.worker import Assignment, Message, run_trial
 from storage.database import StorageError, open_database
 from storage.runs import Run
 from storage.studies import Study, open_study
+from tests.driving import Notes, drive
 
-
-class Notes:
-    """A view that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.told: list[tuple[Any, ...]] = []
-
-    def trial_started(self, number: int, params: Any, epoch: int, max_epochs: int) -> None:
-        self.told.append(("started", number, epoch))
-
-    def epoch_ended(self, number: int, epoch: int, metrics: Any) -> None:
-        self.told.append(("epoch", number, epoch))
-
-    def trial_ended(self, number: int, state: str, text: str) -> None:
-        self.told.append((state, number, text))
-
-    def note(self, text: str) -> None:
-        self.told.append(("note", text))
+ROOT = Path(__file__).parent.parent
 
 
 def space_of(folder: Path, **changes: Any) -> Space:
@@ -237,7 +222,7 @@ def test_a_storage_that_fails_ends_the_run_in_order(
 # --- samplers, pruners
 
 
-@pytest.mark.parametrize("name", ["random", "tpe", "nsga2"])
+@pytest.mark.parametrize("name", ["random", "qmc", "tpe", "gp", "cmaes", "nsga2"])
 def test_two_runs_draw_different_points_and_the_same_run_the_same(study: Study, tmp_path: Path, name: str) -> None:
     space = space_of(
         tmp_path,
@@ -256,7 +241,124 @@ def test_two_runs_draw_different_points_and_the_same_run_the_same(study: Study, 
             asked.append(trial.params["x"])
         return asked
 
-    assert not set(draw(1)) & set(draw(2))
+    first = draw(1)
+    assert not set(first) & set(draw(2))
+    with open_database(f"sqlite:///{tmp_path}/same.db") as database:
+        study = open_study(database, "toy", direction="maximize", fingerprint="f", settings={"metric": "value"})
+        assert draw(1) == first
+
+
+CONDITIONAL = {
+    "x": {"type": "float", "low": 0.0, "high": 1.0},
+    "kind": ["a", "b"],
+    "m": {"type": "int", "low": 1, "high": 100, "log": True, "when": {"kind": "a"}},
+    "fixed": 0.5,
+}
+MIXED = {name: CONDITIONAL[name] for name in ("x", "kind", "fixed")} | {"n": {"type": "int", "low": 1, "high": 9}}
+
+
+@pytest.mark.parametrize(
+    ("sampler", "parameters"),
+    [
+        ({"name": "random", "seed": 1}, CONDITIONAL),
+        ({"name": "tpe", "n_startup_trials": 4, "n_ei_candidates": 8}, CONDITIONAL),
+        ({"name": "tpe", "n_startup_trials": 4, "multivariate": False, "constant_liar": False}, CONDITIONAL),
+        ({"name": "nsga2", "population_size": 5, "mutation_prob": 0.5}, CONDITIONAL),
+        ({"name": "qmc", "qmc_type": "halton"}, MIXED),
+        ("qmc", MIXED),
+        ({"name": "gp", "n_startup_trials": 4, "deterministic_objective": True}, MIXED),
+        ({"name": "cmaes", "popsize": 5, "with_margin": True}, MIXED),
+        ({"name": "cmaes", "consider_pruned_trials": True}, {"x": CONDITIONAL["x"]}),
+        ("grid", {"x": [0.5, 0.25, 0.75, 1.0], "kind": ["a", "b"], "m": {"choices": [1, 2, 3], "when": {"kind": "a"}}}),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_every_sampler_draws_what_the_space_allows_and_nothing_else(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], sampler: Any, parameters: Any
+) -> None:
+    """Conditions, constraints and derived values hold in every trial, as storage tells it and as the trainable sees it."""
+    is_grid = sampler == "grid"
+    space = space_of(
+        tmp_path,
+        sampler=sampler,
+        max_epochs=1,
+        budget={} if is_grid else {"trials": 12},
+        parameters=parameters,
+        constraints=["x > 0.2", "x != m - 1.5"] if "m" in parameters else ["x > 0.2"],
+        derived={"epoch_seconds": "0 * x", "twice": "2 * m"} if "m" in parameters else {"epoch_seconds": "0 * x"},
+    )
+    with open_database(f"sqlite:///{tmp_path}/hpo.db") as database:
+        study, view = drive(space, database, tmp_path, side_by_side=2)
+        trials = study.run_trials()
+        assert [trial.state.name for trial in trials] == ["COMPLETE"] * (4 * (3 + 1) - 1 if is_grid else 12)
+        for trial in trials:
+            params = trial.params
+            active = {name for name in parameters if name != "m" or params["kind"] == "a"}
+            assert set(params) == active
+            assert params["x"] > 0.2
+            derived = {"epoch_seconds": 0.0} | ({"twice": 2 * params["m"]} if "m" in params else {})
+            assert trial.user_attrs["derived"] == derived
+            assert trial.value == expected_value(params, 0, 1)
+        assert len(study.trials()) == len(trials) or not is_grid, "of a grid nothing is drawn in vain"
+        assert not [told for told in view.told if told[0] == "FAIL"]
+        assert failures(study) == []
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == "", "Optuna has nothing to warn of"
+
+
+@pytest.mark.parametrize("name", ["asha", "hyperband", "median"])
+def test_every_scheduler_leaves_exact_states_and_every_value(tmp_path: Path, name: str) -> None:
+    space = space_of(
+        tmp_path,
+        sampler={"name": "random", "seed": 5},
+        scheduler={"name": name, "grace_period": 2},
+        max_epochs=9,
+        budget={"trials": 20},
+        parameters={"x": {"type": "float", "low": 0.0, "high": 1.0}},
+    )
+    with open_database(f"sqlite:///{tmp_path}/hpo.db") as database:
+        study, view = drive(space, database, tmp_path, side_by_side=3)
+        metrics = study.metrics()
+        states = {trial.number: trial.state.name for trial in study.trials()}
+        assert set(states.values()) == {"COMPLETE", "PRUNED"}
+        for trial in study.trials():
+            values = {epoch: expected_value(trial.params, 0, epoch) for epoch in range(1, 10)}
+            last = max(trial.intermediate_values)
+            assert trial.intermediate_values == {epoch: values[epoch] for epoch in range(1, last + 1)}
+            assert {epoch: told["value"] for epoch, told in metrics[trial.number].items()} == trial.intermediate_values
+            assert last == 9 if trial.state.name == "COMPLETE" else 2 <= last < 9
+            assert trial.value == values[last]
+        told = {number: state for state, number, *_ in view.told if state in {"COMPLETE", "PRUNED"}}
+        assert told == states
+
+
+def test_a_space_without_a_configuration_left_says_so_and_ends(tmp_path: Path) -> None:
+    space = space_of(
+        tmp_path, sampler="random", budget={"trials": 9}, parameters={"x": [1, 2, 3]}, constraints=["x != 2"]
+    )
+    with open_database(f"sqlite:///{tmp_path}/hpo.db") as database:
+        study, view = drive(space, database, tmp_path)
+        assert sorted(trial.params["x"] for trial in study.run_trials()) == [1, 3]
+        assert [told[1] for told in view.told if told[0] == "note"] == [
+            "no new trials: 20 draws in a row were all tried before"
+        ]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "search_spaces").glob("*.yaml")))
+def test_every_space_that_ships_runs_in_short(tmp_path: Path, name: str) -> None:
+    short = ["data.dataset=fashion_mnist_sample", "data.train_samples=128", "data.val_samples=50", "max_epochs=2"]
+    space = load_space(str(ROOT / f"search_spaces/{name}.yaml"))
+    if space.scheduler.name != "none":
+        short.append("scheduler.grace_period=1")
+    if space.sampler.name != "grid":
+        short.append("budget.trials=3")
+    space = load_space(str(ROOT / f"search_spaces/{name}.yaml"), short)
+    with open_database(f"sqlite:///{tmp_path}/hpo.db") as database:
+        study, _ = drive(space, database, tmp_path)
+        trials = study.run_trials()
+        assert len(trials) == 3
+        assert "COMPLETE" in {trial.state.name for trial in trials} <= {"COMPLETE", "PRUNED"}
+        assert all(0 <= value <= 1 for trial in trials for value in trial.intermediate_values.values())
 
 
 def test_pruners_take_the_schedulers_numbers(tmp_path: Path) -> None:

@@ -479,6 +479,24 @@ def test_conditional_trials_whose_maker_died_are_drawn_to_the_end_and_checked(st
     assert study.trials()[0].user_attrs["fail_reason"] == "breaks a constraint"
 
 
+def test_a_sampler_that_is_sure_of_a_refused_point_does_not_end_the_search(study: Study) -> None:
+    class Stubborn(optuna.samplers.RandomSampler):
+        def sample_independent(self, *_: Any) -> float:
+            return 0.25
+
+    study.optuna.sampler = Stubborn()
+
+    def draw(trial: optuna.Trial) -> str:
+        return "" if trial.suggest_float("m", 0, 1) > 0.5 else "m > 0.5"
+
+    with sampled_run(study, draw, max_trials=3) as run:
+        claims = [run.claim() for _ in range(3)]
+    assert all(claim is not None and claim.params["m"] > 0.5 for claim in claims)
+    assert len({claim.params["m"] for claim in claims if claim is not None}) == 3
+    assert isinstance(study.optuna.sampler, Stubborn)
+    assert sum(trial.params["m"] == 0.25 for trial in study.trials()) == 3 * runs.MAX_STUBBORN
+
+
 def test_a_space_that_refuses_every_draw_ends_and_says_so(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "MAX_REJECTED", 7)
     with sampled_run(study, lambda _: "never") as run, sampled_run(study, lambda _: "never") as other:
