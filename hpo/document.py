@@ -103,11 +103,11 @@ class Document:
         groups: dict[KeyPath, list[dict[str, Any]]] = {}
         for detail in error.errors(include_url=False):
             groups.setdefault(self._written(detail), []).append(dict(detail))
-        # The cap keeps the search for nearest names short where a whole file is wrong.
+        paths = sorted(groups, key=lambda path: self._place(path).order)
         found: list[Problem] = []
-        for path, details in list(groups.items())[: 2 * MAX_PROBLEMS]:
-            found += _explain(path, details, model)
-        return found + [(path, "") for path in list(groups)[2 * MAX_PROBLEMS :]]
+        for path in paths[: MAX_PROBLEMS + 1]:  # more are not told, and nearest names cost time
+            found += _explain(path, groups[path], model)
+        return found + [(path, "is wrong too") for path in paths[MAX_PROBLEMS + 1 :]]
 
     def _written(self, detail: Any) -> KeyPath:
         """Keep of a pydantic location what the user wrote: it also names the tags of unions and the wrapped fields."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpo.command import command_mistakes
-from hpo.document import Problem
+from hpo.document import KeyPath, Problem
 from hpo.errors import nearest
 from hpo.expressions import FUNCTIONS, Expression, ExpressionError, Formulas, find_circle
 from hpo.parameters import FloatRange, IntRange, Parameter, check_when, draw_order, expand, sample
@@ -200,17 +200,19 @@ def _some_configuration_is_left(draft: Draft) -> Iterator[Problem]:
     rng = random.Random(0)
     points = expand(parameters) if is_grid else (sample(parameters, rng) for _ in range(SAMPLES))
     tried = "no configuration of the grid" if is_grid else f"none of {SAMPLES} random configurations"
-    times: Counter[Problem] = Counter()
+    times: Counter[KeyPath] = Counter()
+    texts: dict[KeyPath, str] = {}
     count = 0
     for point in points:
         broken = formulas.broken(point)
         if not broken:
             return
-        times.update(broken)
+        times.update(path for path, _ in broken)
+        texts.update(broken)
         count += 1
-    never = [problem for problem, n in times.items() if n == count]
-    for path, text in never:
-        yield path, f"{tried} is possible with it: {text}"
+    never = [path for path, n in times.items() if n == count]
+    for path in never:
+        yield path, f"{tried} is possible with it: {texts[path]}"
     if not never:
         yield ("constraints",), f"{tried} meets all of them together"
 

@@ -300,7 +300,9 @@ def _total_trials(space: Space) -> int | None:
 
 
 def _announce(console: Console, space: Space, study: Study) -> None:
-    console.print(f"[bold]{study.name}[/]: {space.description or space.trainable}. Storage: {study.database.url}")
+    console.print(
+        f"[bold]{study.name}[/]: {space.description or space.command or space.trainable}. Storage: {study.database.url}"
+    )
     if study.name != space.name:
         console.print(f"The space is not the one of study {space.name}: its results go to the revision {study.name}.")
     states = ", ".join(f"{n} {state}" for state, n in sorted(study.counts().items()))

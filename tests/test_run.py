@@ -70,6 +70,41 @@ def test_what_the_trainable_cannot_take_is_refused_before_anything_is_spent(
 
 
 @pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("trainable: no_such_module:train", "1:1: trainable: no module 'no_such_module'"),
+        ("trainable: hpo.train:trian", "1:1: trainable: hpo.train has no function 'trian', did you mean train?"),
+        (
+            "trainable: hpo.train:evaluate",
+            "1:1: trainable: hpo.train:evaluate must be a generator function (params, *, data",
+        ),
+        ("command: pyhton train.py", "1:1: command: there is no program 'pyhton' on the PATH"),
+        ("derived: {warmup: 2 * lr}", "1:11: parameters.warmup: hpo.train:train has no parameter 'warmup'"),
+    ],
+)
+def test_a_trainable_that_will_not_do_is_told_with_its_place(tmp_path: Path, line: str, said: str) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_text(f"{line}\nsampler: grid\nmax_epochs: 2\nparameters: {{lr: 0.1}}\n")
+    with pytest.raises(TrainableError) as caught:
+        run._check_trainable(load_space(str(path)), tmp_path)
+    assert str(caught.value).startswith(f"{path}:{said}")
+
+
+def test_all_parameters_that_the_trainable_cannot_take_are_told_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_text("sampler: grid\nmax_epochs: 2\nparameters:\n  batchsize: 64\n  lr: [0.1, -1]\n  stem: cifr\n")
+    with pytest.raises(TrainableError) as caught:
+        run._check_trainable(load_space(str(path)), tmp_path)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3
+    for line, number, said in zip(
+        lines, (4, 5, 6), ("did you mean batch_size?", "above 0, got -1", "did you mean cifar?"), strict=True
+    ):
+        assert line.startswith(f"{path}:{number}:3: parameters.")
+        assert said in line
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ["--storage", "postgresql://me:secret@host/db"],

@@ -780,6 +780,64 @@ def test_the_fingerprint_is_of_the_meaning_not_of_the_spelling(write: Write) -> 
     assert other.fingerprint == one
 
 
+# Of every kind of parameter that there was before conditions, constraints and derived values were built.
+WIDE = """\
+sampler: {name: random, seed: 0}
+scheduler: {name: asha, grace_period: 2, reduction_factor: 3}
+max_epochs: 20
+data: {train_samples: 10000}
+parameters:
+  batch_size: {type: int, low: 16, high: 1024, log: true}
+  layers: {type: int, low: 2, high: 8, step: 2}
+  lr: {type: float, low: 1e-4, high: 1, log: true}
+  momentum: {type: float, low: 0, high: 0.75, step: 0.25}
+  optimizer: {type: categorical, choices: [adam, sgd]}
+  stem: [imagenet, cifar]
+  weight_decay: 0
+budget: {trials: 40, time: 4h}
+"""
+
+
+def test_studies_from_before_a_feature_are_found_again_and_none_of_their_trials_is_run_twice(write: Write) -> None:
+    """Literals of version 0.1.0 before `when`: another digest would start every study over."""
+    grid, quick = (load_space(str(ROOT / f"search_spaces/{name}.yaml")) for name in ("grid", "quick"))
+    assert grid.fingerprint == "475886d446719131"
+    assert [grid.key(params) for params in grid.grid()] == ["99058fac81d3300c", "3ec2cfd63f40bab5", "50983ba13ed684c3"]
+    assert quick.fingerprint == "51c3ed6ceba00e43"
+    assert [quick.key(params) for params in quick.grid()] == [
+        "e7b4f8f9687d3c8e",
+        "b3e5a54b3618432b",
+        "e2fefd34cb428f7f",
+    ]
+    wide = load_space(str(write(WIDE)))
+    assert wide.fingerprint == "4768357b85cb7b71"
+    params = {"lr": 0.01, "batch_size": 64, "stem": "cifar", "x": None, "y": True}
+    assert wide.key(params) == "724a0f7eae686d82"
+
+
+@pytest.mark.parametrize(
+    ("override", "is_other", "has_other_keys"),
+    [
+        ("parameters.layers.default=4", False, False),
+        ("constraints=[]", False, False),
+        ("derived={}", False, False),
+        ("replicates=1", False, False),
+        ("sampler=tpe", False, False),
+        ("parameters.layers.when={stem: cifar}", True, False),
+        ("constraints=[lr < 0.5]", True, False),
+        ("derived={twice: 2 * lr}", True, True),
+        ("command=python train.py {lr}", True, True),
+    ],
+)
+def test_what_is_used_of_the_new_features_is_part_of_the_identity(
+    write: Write, override: str, is_other: bool, has_other_keys: bool
+) -> None:
+    path, params = str(write(WIDE)), {"lr": 0.01}
+    one, other = load_space(path), load_space(path, [override])
+    assert (other.fingerprint != one.fingerprint) == is_other
+    assert (other.key(params) != one.key(params)) == has_other_keys
+
+
 PARAMS = {"batch_size": 64, "lr": 0.01}
 
 
