@@ -97,9 +97,8 @@ def test_all_parameters_that_the_trainable_cannot_take_are_told_at_once(tmp_path
         run._check_trainable(load_space(str(path)), tmp_path)
     lines = str(caught.value).splitlines()
     assert len(lines) == 3
-    for line, number, said in zip(
-        lines, (4, 5, 6), ("did you mean batch_size?", "above 0, got -1", "did you mean cifar?"), strict=True
-    ):
+    expected = {4: "did you mean batch_size?", 5: "above 0, got -1", 6: "did you mean cifar?"}
+    for line, (number, said) in zip(lines, expected.items(), strict=True):
         assert line.startswith(f"{path}:{number}:3: parameters.")
         assert said in line
 
