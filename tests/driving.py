@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from hpo.plan import Slots
 from hpo.run import _check_trainable
-from hpo.search import Bridge, Slots, build_pruner, build_sampler
+from hpo.search import Bridge, build_pruner, build_sampler
 from hpo.space import Space
 from hpo.worker import run_trial
 from storage.database import Database
@@ -52,6 +53,7 @@ def drive(space: Space, database: Database, folder: Path, *, side_by_side: int =
         provenance={},
         draw=None if is_grid else space.draw,
         max_trials=space.budget.trials,
+        learns=space.sampler.name not in {"grid", "random", "qmc"},
     )
     with run:
         if is_grid:
