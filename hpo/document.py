@@ -17,7 +17,7 @@ from pydantic import BaseModel, Tag, ValidationError
 from hpo.errors import SettingError, SpaceError, nearest
 
 MAX_FILE_BYTES = 100_000  # a search space is ten lines; anything near this is the wrong file
-MAX_YAML_NODES = 20_000  # after aliases are expanded: stops YAML bombs
+MAX_YAML_NODES = 5_000  # after aliases are expanded: stops YAML bombs, and files that take long
 MAX_YAML_DEPTH = 20  # of collections inside each other; the parser itself recurses
 MAX_PROBLEMS = 50  # told of one file
 MAX_GOT = 60  # characters of a wrong value that are shown
