@@ -133,7 +133,9 @@ class Document:
     def _parse(self, text: str, source: _Source, prefix: KeyPath = ()) -> Any:
         try:
             depth = 0
-            for event in yaml.parse(text, Loader=_Loader):
+            for count, event in enumerate(yaml.parse(text, Loader=_Loader)):
+                if count > 3 * MAX_YAML_NODES:  # a key, a value, and what opens and closes
+                    raise SpaceError(f"{source.place(event.start_mark).text}more than {MAX_YAML_NODES} values")
                 depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
                 if depth > MAX_YAML_DEPTH:
                     place = source.place(event.start_mark)
