@@ -24,8 +24,8 @@ def curve_figures(labels: Mapping[int, str], metrics: Mapping[int, Metrics]) -> 
 
     figures = {}
     for family, names in _families(metrics).items():
-        figure = go.Figure(layout={"title": {"text": f"{family.capitalize()} over epochs"}, "template": "plotly_white"})
-        figure.update_layout(xaxis_title="epoch", yaxis_title=family)
+        figure = go.Figure(layout={"template": "plotly_white"})
+        figure.update_xaxes(title={"text": "epoch"})
         for i, (number, label) in enumerate(labels.items()):
             for name in names:
                 points = [(epoch, values[name]) for epoch, values in metrics[number].items() if name in values]

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import textwrap
 import threading
 import time
 import uuid
@@ -30,12 +31,14 @@ from hpo.curves import curve_figures, curve_image
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
     from plotly.graph_objects import Figure
+    from starlette.applications import Starlette
 
     from storage.database import Database
     from storage.records import Metrics
     from storage.studies import Study
 
 MAX_CURVES = 50  # lines of a plot; of more trials, the best
+MAX_LEGEND = 20  # a longer legend would leave no room for the curves; the mouse shows which is which
 # The dashboard looks through every note for every trial: a thousand notes on 5,000 trials double the time of an answer.
 MAX_NOTES = 200
 MAX_LOG_BYTES = 1_000_000  # the end of a longer log
@@ -62,9 +65,6 @@ def serve(database: Database, host: str, port: int, *, password: str | None, run
     Raises:
         SettingError: an address beyond this machine without a password, or one that cannot be listened on.
     """
-    from optuna.artifacts import FileSystemArtifactStore
-    from optuna_dashboard import wsgi
-
     from hpo import front
     from hpo.errors import SettingError
 
@@ -73,13 +73,7 @@ def serve(database: Database, host: str, port: int, *, password: str | None, run
             f"whoever reaches {host}:{port} could delete studies: set HPO_DASHBOARD_PASSWORD to the password that it is to "
             "ask for, or keep --host 127.0.0.1"
         )
-    artifacts = artifacts_folder(runs_dir)
-    artifacts.mkdir(exist_ok=True)
-    # Another name that leads to this machine is another site's, unless the password shows that it is the user's own.
-    hosts = front.LOOPBACK_NAMES if password is None else ("*",)
-    app = front.build_app(
-        wsgi(database.optuna, artifact_store=FileSystemArtifactStore(artifacts)), password=password, hosts=hosts
-    )
+    app = build_app(database, password=password, runs_dir=runs_dir)
     stopped = threading.Event()
     publisher = threading.Thread(target=_keep_published, args=(database, runs_dir, stopped), daemon=True)
     with front.listen(host, port) as listening:
@@ -89,6 +83,23 @@ def serve(database: Database, host: str, port: int, *, password: str | None, run
         with contextlib.suppress(KeyboardInterrupt):
             front.build_server(app).run(sockets=[listening])
         stopped.set()
+
+
+def build_app(database: Database, *, password: str | None, runs_dir: Path) -> Starlette:
+    """Return the dashboard behind its guards, as an ASGI application."""
+    from optuna.artifacts import FileSystemArtifactStore
+    from optuna.storages import get_storage
+    from optuna_dashboard import wsgi
+
+    from hpo import front
+
+    artifacts = artifacts_folder(runs_dir)
+    artifacts.mkdir(parents=True, exist_ok=True)
+    # Optuna's cache: of 5,000 trials that have ended, an answer takes 2 s with it and 10 s without.
+    dashboard = wsgi(get_storage(database.optuna), artifact_store=FileSystemArtifactStore(artifacts))
+    # Another name that leads to this machine is another site's, unless the password shows that it is the user's own.
+    hosts = front.LOOPBACK_NAMES if password is None else ("*",)
+    return front.build_app(dashboard, password=password, hosts=hosts)
 
 
 def artifacts_folder(runs_dir: Path) -> Path:
@@ -143,7 +154,7 @@ def _publish(study: Study, runs_dir: Path) -> None:
 
     drawn = ranked[:MAX_CURVES]
     metrics = study.metrics_of(drawn)
-    labels = {trial.number: _label(trial) for trial in drawn if metrics[trial.number]}
+    labels = _labels(trial for trial in drawn if metrics[trial.number])
     for name, figure in curve_figures(labels, metrics).items():
         page.plot(name, figure)
     image = curve_image(labels, metrics)
@@ -190,9 +201,17 @@ def _choose(page: _Page, ranked: list[FrozenTrial]) -> list[FrozenTrial]:
     return lacking[:room]
 
 
-def _label(trial: FrozenTrial) -> str:
-    params = ", ".join(f"{name} {_short(value)}" for name, value in trial.params.items())
-    return f"#{trial.number} {params}"
+def _labels(trials: Iterable[FrozenTrial]) -> dict[int, str]:
+    """Return each trial's number and what tells it from the others."""
+    params = {trial.number: {name: _short(value) for name, value in trial.params.items()} for trial in trials}
+    names = dict.fromkeys(name for values in params.values() for name in values)
+    varying = [name for name in names if len({values.get(name) for values in params.values()}) > 1]
+    return {
+        number: " ".join(
+            [f"#{number}", ", ".join(f"{name} {values[name]}" for name in varying if name in values)]
+        ).strip()
+        for number, values in params.items()
+    }
 
 
 def _short(value: Any) -> str:
@@ -233,7 +252,8 @@ def note(study: Study, trial: FrozenTrial, metrics: Metrics) -> str:
     lines.append(f"**Again**: {_code(f'hpo replay {study.name} {trial.number}')}")
     text = "\n".join(f"- {line}" for line in lines)
     if "fail_reason" in trial.user_attrs:
-        text += "\n\nFailed:\n\n" + _code(trial.user_attrs["fail_reason"], block=True)
+        reason = textwrap.wrap(str(trial.user_attrs["fail_reason"]), 80)  # the dashboard does not fold such a block
+        text += "\n\nFailed:\n\n" + _code("\n".join(reason), block=True)
     return text
 
 
@@ -321,6 +341,10 @@ class _Page:
     def plot(self, name: str, figure: Figure) -> None:
         from optuna_dashboard import save_plotly_graph_object
 
+        # A card of the dashboard is half a page wide: beside the legend there would be no room for the curves.
+        legend = {"orientation": "h", "yanchor": "top", "y": -0.2}
+        title = {"text": f"{name[:1].upper()}{name[1:]} over epochs"}
+        figure.update_layout(title=title, legend=legend, showlegend=len(figure.data) <= MAX_LEGEND)
         save_plotly_graph_object(SimpleNamespace(_storage=self, _study_id=self.study), figure, graph_object_id=name)
 
     def has_note(self, trial: int) -> bool:

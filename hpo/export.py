@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torchvision.datasets import FashionMNIST
 
@@ -247,7 +247,7 @@ def _confusion(program: nn.Module, images: Images) -> Tensor:
 
 def _write_files(folder: Path, facts: Mapping[str, Any], model: nn.Module) -> None:
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / "model.safetensors", {"format": "pt", "study": facts["study"]})
+    (folder / "model.safetensors").write_bytes(save(weights, {"format": "pt", "study": facts["study"]}))
     (folder / "classes.json").write_text(json.dumps(facts["classes"]) + "\n")
     (folder / "classify.py").write_text(CLASSIFY)
     (folder / "export.json").write_text(json.dumps(facts, indent=1) + "\n")
