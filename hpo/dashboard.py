@@ -26,6 +26,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from hpo.command import LOG_FILE
 from hpo.curves import curve_figures, curve_image
 
 if TYPE_CHECKING:
@@ -42,7 +43,6 @@ MAX_LEGEND = 20  # a longer legend would leave no room for the curves; the mouse
 # The dashboard looks through every note for every trial: a thousand notes on 5,000 trials double the time of an answer.
 MAX_NOTES = 200
 MAX_LOG_BYTES = 1_000_000  # the end of a longer log
-LOG_FILE = "log.txt"
 PUBLISH_SECONDS = 60.0  # between looks, while the dashboard is served, for studies in which a trial has ended
 PUBLISHED = "hpo:published"  # the study's system attribute: how many trials had ended when it was last published
 # optuna-dashboard's key for an artifact of a trial that has ended, whose own attributes nobody may change any more.
@@ -232,12 +232,13 @@ def note(study: Study, trial: FrozenTrial, metrics: Metrics) -> str:
     seconds = sum(values.get("epoch_seconds", 0.0) for values in metrics.values())
     scores = [f"{name} {last[name]:.4f}" for name in (study.metric, "test_accuracy") if name in last]
     settings = study.settings
+    params = trial.params | trial.user_attrs.get("derived", {})
     lines = [
         f"**{trial.state.name}** after {len(metrics)} of {settings.get('max_epochs', '?')} epochs"
         + (f": {', '.join(scores)}" if scores else ""),
-        "**What**: " + _code(", ".join(f"{name} {_short(value)}" for name, value in trial.params.items()) or "nothing"),
-        f"**How**: {_code(settings.get('trainable', '?'))}, seed {settings.get('seed', '?')}, code "
-        + _code(where.get("code", "?")),
+        "**What**: " + _code(", ".join(f"{name} {_short(value)}" for name, value in params.items()) or "no parameters"),
+        f"**How**: {_code(settings.get('command') or settings.get('trainable', '?'))}, seed {settings.get('seed', '?')}, "
+        f"code {_code(where.get('code', '?'))}",
     ]
     if where:
         device = f"{where.get('device_name', '?')} ({where.get('device', '?')})"

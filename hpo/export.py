@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from hpo.checkpoints import load_checkpoint
 from hpo.data import Dataset, Images, load
 from hpo.errors import SettingError
 from hpo.model import build_model
+from hpo.space import DEFAULT_TRAINABLE
 from hpo.train import evaluate, read_params
 
 if TYPE_CHECKING:
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from storage.studies import Study
 
 FILES = ("README.md", "classes.json", "classify.py", "export.json", "model.pt2", "model.safetensors")
-TRAINABLE = "hpo.train:train"  # the only one whose network is known here
 BATCH = 100  # images: as many as `evaluate` takes at a time on the CPU, so the sums are the same to the last digit
 
 CLASSIFY = '''\
@@ -88,10 +89,11 @@ def export(
     """
     trial = _choose(study, number)
     settings = study.settings
-    if settings.get("trainable") != TRAINABLE:
+    trained_by = settings.get("command") or settings.get("trainable")
+    if trained_by != DEFAULT_TRAINABLE:
         raise SettingError(
-            f"study {study.name} was trained by {settings.get('trainable')}: only the network of {TRAINABLE} is known "
-            f"here. The state that it saved is in {_checkpoints(study, trial, runs_dir)}; torch.load reads it"
+            f"study {study.name} was trained by {trained_by}: only the network of {DEFAULT_TRAINABLE} is known here. What "
+            f"it saved is in {_checkpoints(study, trial, runs_dir)}"
         )
     output = (output or runs_dir / "exports" / f"{study.name}-{trial.number}").absolute()
     _check_replaceable(output)
@@ -105,14 +107,14 @@ def export(
             f"{recorded.get('machine', 'another machine')}: run this there, in the folder that the search was started in, "
             "or copy that folder here"
         )
-    params = read_params(trial.params)
+    params = read_params({**trial.params, **trial.user_attrs.get("derived", {})})
     model = build_model(stem=params.stem)
     model.load_state_dict(checkpoint.state["model"])
     dataset = load(**settings["data"], data_dir=str(data_dir))
 
     stored = study.metrics_of([trial])[trial.number].get(checkpoint.epoch, {})
     scores = {f"{name}_accuracy": evaluate(model, part)[1] for name, part in _scored(dataset).items()}
-    remarks = _compare(checkpoint.epoch, settings, stored, scores, recorded.get("data_sha256"), dataset)
+    remarks = _compare(checkpoint.epoch, settings, stored, scores, recorded, dataset)
     draft = output.with_name(f".{output.name}.{os.getpid()}")
     try:
         draft.mkdir(parents=True)
@@ -122,8 +124,7 @@ def export(
             "study": study.name,
             "study_id": study.unique_name,
             "trial": trial.number,
-            "params": trial.params,
-            "stem": params.stem,
+            "params": asdict(params),
             "seed": settings["seed"],
             "epochs": checkpoint.epoch,
             "data": settings["data"],
@@ -192,19 +193,22 @@ def _compare(
     settings: Mapping[str, Any],
     stored: Mapping[str, float],
     scores: Mapping[str, float],
-    sha256: str | None,
+    recorded: Mapping[str, Any],
     dataset: Dataset,
 ) -> list[str]:
     """Return what is not as storage has it."""
     remarks = []
     if epoch != settings["max_epochs"]:
         remarks.append(f"the newest checkpoint is of epoch {epoch} of {settings['max_epochs']}")
-    if sha256 is not None and sha256 != dataset.sha256:
+    sha256 = recorded.get("data_sha256", dataset.sha256)
+    if sha256 != dataset.sha256:
         remarks.append(f"the data here (sha256 {dataset.sha256}) are not those of the training ({sha256})")
+    where = recorded.get("device_name", "an unknown device")
     for name, score in scores.items():
         if name in stored and stored[name] != score:
             images = round(abs(stored[name] - score) * len(_scored(dataset)[name.removesuffix("_accuracy")]))
-            remarks.append(f"{name} is {score:.4f} here, storage has {stored[name]:.4f} ({images} images differ)")
+            then = f"was {stored[name]:.4f} on {where}: {images} images differ"
+            remarks.append(f"{name} is {score:.4f} here, in fp32 on the CPU, and {then}")
     return remarks
 
 
@@ -287,7 +291,7 @@ Tells apart ten kinds of garments on images of 28x28 grey pixels: {", ".join(cla
 | test accuracy | {facts["accuracy"]["test_accuracy"]:.4f} of {images["test"]:,} images, scored once |
 | validation accuracy | {facts["accuracy"]["val_accuracy"]:.4f} of {images["val"]:,} images, by which it was chosen |
 {remarks}
-Both were measured again for this card, on the CPU.
+Both were measured again for this card, in fp32 on the CPU.
 
 ## Use
 
@@ -310,7 +314,7 @@ from safetensors.torch import load_file
 from torchvision.models import resnet18
 
 model = resnet18(num_classes=10)
-{FIRST_LAYERS[facts["stem"]]}
+{FIRST_LAYERS[facts["params"]["stem"]]}
 model.load_state_dict(load_file("model.safetensors"))
 model.eval()
 ```

@@ -41,7 +41,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export")
     with open_database(f"sqlite:///{folder}/hpo.db") as database:
         study = open_study(database, "search", direction="maximize", fingerprint="f", settings=SETTINGS)
-        points = [{"batch_size": size, "lr": 0.003} for size in (32, 64, 128)]
+        points = [{"batch_size": size, "lr": 0.003, "precision": "fp32"} for size in (32, 64, 128)]
         distributions = {
             name: optuna.distributions.CategoricalDistribution([p[name] for p in points]) for name in points[0]
         }
@@ -55,6 +55,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
             assert failed is not None
             assignment = Assignment(
                 trainable=SETTINGS["trainable"],
+                command=None,
                 params=best.params,
                 data={**DATA, "data_dir": str(folder)},
                 seed=3,
@@ -218,7 +219,9 @@ def test_what_is_not_as_storage_has_it_is_told(study: Study, tmp_path: Path) -> 
     folder, remarks = exported(study, tmp_path)
     assert len(remarks) == 2
     assert "are not those of the training (other)" in remarks[0]
-    assert remarks[1] == f"test_accuracy is {stored:.4f} here, storage has {stored - 0.004:.4f} (2 images differ)"
+    here = f"test_accuracy is {stored:.4f} here, in fp32 on the CPU, and was {stored - 0.004:.4f} on "
+    assert remarks[1].startswith(here)
+    assert remarks[1].endswith(": 2 images differ")
     card = (folder / "README.md").read_text()
     assert all(f"**Note**: {remark}." in card for remark in remarks)
 
@@ -233,7 +236,10 @@ def test_a_trial_that_cannot_be_exported_is_refused_with_what_can(study: Study, 
     ):
         exported(study, tmp_path, 1)
     study.optuna.set_user_attr("hpo:settings", SETTINGS | {"trainable": "mine:train"})
-    with pytest.raises(SettingError, match=r"was trained by mine:train: .* The state that it saved is in .*/0;"):
+    with pytest.raises(SettingError, match=r"was trained by mine:train: .* What it saved is in .*/0$"):
+        exported(study, tmp_path)
+    study.optuna.set_user_attr("hpo:settings", SETTINGS | {"command": "python mine.py"})
+    with pytest.raises(SettingError, match=r"was trained by python mine\.py: "):
         exported(study, tmp_path)
     assert not (tmp_path / "exports").exists()
 
