@@ -26,6 +26,7 @@ def curve_figures(labels: Mapping[int, str], metrics: Mapping[int, Metrics]) -> 
     for family, names in _families(metrics).items():
         figure = go.Figure(layout={"template": "plotly_white"})
         figure.update_xaxes(title={"text": "epoch"})
+        figure.update_yaxes(type="log" if family == "loss" else "linear")
         for i, (number, label) in enumerate(labels.items()):
             for name in names:
                 points = [(epoch, values[name]) for epoch, values in metrics[number].items() if name in values]
@@ -47,6 +48,7 @@ def curve_image(labels: Mapping[int, str], metrics: Mapping[int, Metrics]) -> by
     canvas = Canvas(figsize=(6 * max(1, len(families)), 4), layout="constrained")
     for place, (family, names) in enumerate(families.items(), start=1):
         axes = canvas.add_subplot(1, len(families), place, title=f"{family} over epochs", xlabel="epoch")
+        axes.set_yscale("log" if family == "loss" else "linear")
         for i, (number, label) in enumerate(labels.items()):
             for name in names:
                 points = [(epoch, values[name]) for epoch, values in metrics[number].items() if name in values]
