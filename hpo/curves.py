@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,7 @@ def curve_image(labels: Mapping[int, str], metrics: Mapping[int, Metrics]) -> by
     """Return the same curves as one PNG."""
     from matplotlib.figure import Figure as Canvas
 
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # that it looks through the fonts once is no news to anyone
     families = _families(metrics)
     canvas = Canvas(figsize=(6 * max(1, len(families)), 4), layout="constrained")
     for place, (family, names) in enumerate(families.items(), start=1):

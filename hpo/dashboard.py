@@ -14,6 +14,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import textwrap
 import threading
@@ -155,10 +156,12 @@ def _publish(study: Study, runs_dir: Path) -> None:
     drawn = ranked[:MAX_CURVES]
     metrics = study.metrics_of(drawn)
     labels = _labels(trial for trial in drawn if metrics[trial.number])
-    for name, figure in curve_figures(labels, metrics).items():
+    figures = curve_figures(labels, metrics)
+    for name, figure in figures.items():
         page.plot(name, figure)
-    image = curve_image(labels, metrics)
-    page.attach(_Artifact(study, "curves.png"), partial(_write, image), folder, replace=True)
+    if figures:
+        image = curve_image(labels, metrics)
+        page.attach(_Artifact(study, "curves.png"), partial(_write, image), folder, replace=True)
 
     noted = _choose(page, ranked)
     metrics = study.metrics_of(noted)
@@ -181,23 +184,26 @@ def _publish(study: Study, runs_dir: Path) -> None:
 
 
 def _rank(study: Study) -> list[FrozenTrial]:
-    """Return the trials that have ended: completed ones first, among them the best (by the first objective)."""
+    """Return the trials that were run to some end: completed ones first, among them the best (by the first objective)."""
+    from storage.studies import DUPLICATE
+
     sign = -1 if study.optuna.directions[0].name == "MAXIMIZE" else 1
 
     def place(trial: FrozenTrial) -> tuple[Any, ...]:
         value = trial.values[0] if trial.values else None
         return trial.state.name != "COMPLETE", value is None, sign * (value or 0.0), trial.number
 
-    return sorted((trial for trial in study.trials() if trial.state.is_finished()), key=place)
+    ended = (trial for trial in study.trials() if trial.state.is_finished())
+    return sorted((trial for trial in ended if trial.user_attrs.get("fail_reason") != DUPLICATE), key=place)
 
 
 def _choose(page: _Page, ranked: list[FrozenTrial]) -> list[FrozenTrial]:
-    """Return the trials that get a note: of more than can have one, the best ten, the failed ones, then the next best."""
-    failed = [trial for trial in ranked if trial.state.name == "FAIL"]
-    ordered = dict.fromkeys(trial._trial_id for trial in (*ranked[:10], *failed[: MAX_NOTES // 2], *ranked))
-    by_id = {trial._trial_id: trial for trial in ranked}
-    lacking = [by_id[trial] for trial in ordered if not page.has_note(trial)]
-    room = max(MAX_NOTES - (len(ranked) - len(lacking)), sum(trial in ranked[:10] for trial in lacking))
+    """Return the trials that lack a note and get one: the best ten, failed ones, and the next best while there is room."""
+    first = [*ranked[:10], *[trial for trial in ranked if trial.state.name == "FAIL"][: MAX_NOTES // 2]]
+    ordered = {trial._trial_id: trial for trial in (*first, *ranked)}.values()
+    lacking = [trial for trial in ordered if not page.has_note(trial._trial_id)]
+    wanted = {trial._trial_id for trial in first}
+    room = max(MAX_NOTES - (len(ranked) - len(lacking)), sum(trial._trial_id in wanted for trial in lacking))
     return lacking[:room]
 
 
@@ -346,7 +352,8 @@ class _Page:
         legend = {"orientation": "h", "yanchor": "top", "y": -0.2}
         title = {"text": f"{name[:1].upper()}{name[1:]} over epochs"}
         figure.update_layout(title=title, legend=legend, showlegend=len(figure.data) <= MAX_LEGEND)
-        save_plotly_graph_object(SimpleNamespace(_storage=self, _study_id=self.study), figure, graph_object_id=name)
+        study = SimpleNamespace(_storage=self, _study_id=self.study)
+        save_plotly_graph_object(study, figure, graph_object_id=re.sub(r"[^\w.-]", "_", name, flags=re.ASCII))
 
     def has_note(self, trial: int) -> bool:
         return f"dashboard:{trial}:note_ver" in self.attrs

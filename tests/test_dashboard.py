@@ -9,7 +9,9 @@ import http.client
 import json
 import logging
 import math
+import os
 import re
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,13 +19,15 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.trial import TrialState
 from playwright.sync_api import Browser, Page, expect
 
 from hpo import dashboard, front
+from hpo import run as command_line
 from hpo.dashboard import publish
 from hpo.errors import SettingError
 from storage.database import Database, open_database
-from storage.studies import Run, Study, find_study, open_study
+from storage.studies import DUPLICATE, Run, Study, find_study, open_study
 
 EPOCHS = 5
 PASSWORD = "päss word"
@@ -204,6 +208,18 @@ def test_a_large_study_has_notes_on_the_best_and_the_failed_trials_only(
     assert more == {str(study.trials()[25]._trial_id)}, "a new best one has its note however many there are"
 
 
+def test_a_study_of_nothing_but_failures_has_notes_and_logs_but_no_curves(tmp_path: Path) -> None:
+    with open_database(f"sqlite:///{tmp_path}/hpo.db") as database:
+        study = open_study(database, "failed", direction="minimize", fingerprint="f", settings={})
+        for reason in ("it broke", DUPLICATE):
+            failed = optuna.trial.create_trial(state=TrialState.FAIL, user_attrs={"fail_reason": reason})
+            study.optuna.add_trial(failed)
+        publish(study, tmp_path)
+        assert set(artifacts(study)) == {"log.txt"}
+        assert [key for key in study.system_attrs() if key.endswith(":note_ver")] == ["dashboard:1:note_ver"]
+        assert not any("plot_data" in key for key in study.system_attrs())
+
+
 def test_an_error_is_a_warning_and_not_raised(study: Study, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "artifacts").write_text("a file in the place of the folder")
     with caplog.at_level(logging.WARNING, "hpo"):
@@ -355,6 +371,26 @@ def test_another_address_than_loopback_needs_a_password(study: Study, tmp_path: 
         with pytest.raises(SettingError, match="HPO_DASHBOARD_PASSWORD"):
             dashboard.serve(study.database, host, 0, password=None, runs_dir=tmp_path)
     assert all(front.is_loopback(host) for host in ("127.0.0.1", "127.0.0.2", "::1", "localhost"))
+
+
+def test_the_password_is_taken_out_of_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["hpo", "--host", "0.0.0.0", "--storage", f"sqlite:///{tmp_path}/hpo.db"])
+    for unset in ("", None):
+        if unset is not None:
+            monkeypatch.setenv("HPO_DASHBOARD_PASSWORD", unset)
+        with pytest.raises(SystemExit, match="2"):
+            command_line.main(["dashboard"])
+        assert "set HPO_DASHBOARD_PASSWORD to the password" in capsys.readouterr().err
+    monkeypatch.setenv("HPO_DASHBOARD_PASSWORD", PASSWORD)
+    asked: list[str | None] = []
+    monkeypatch.setattr(dashboard, "serve", lambda *_, password, **__: asked.append(password))
+    with pytest.raises(SystemExit, match="0"):
+        command_line.main(["dashboard"])
+    assert asked == [PASSWORD]
+    assert "HPO_DASHBOARD_PASSWORD" not in os.environ
 
 
 def test_an_address_that_cannot_be_listened_on_is_named(study: Study, tmp_path: Path) -> None:
