@@ -185,16 +185,13 @@ def _publish(study: Study, runs_dir: Path) -> None:
 
 def _rank(study: Study) -> list[FrozenTrial]:
     """Return the trials that were run to some end: completed ones first, among them the best (by the first objective)."""
-    from storage.studies import DUPLICATE
-
     sign = -1 if study.optuna.directions[0].name == "MAXIMIZE" else 1
 
     def place(trial: FrozenTrial) -> tuple[Any, ...]:
         value = trial.values[0] if trial.values else None
         return trial.state.name != "COMPLETE", value is None, sign * (value or 0.0), trial.number
 
-    ended = (trial for trial in study.trials() if trial.state.is_finished())
-    return sorted((trial for trial in ended if trial.user_attrs.get("fail_reason") != DUPLICATE), key=place)
+    return sorted((trial for trial in study.run_trials() if trial.state.is_finished()), key=place)
 
 
 def _choose(page: _Page, ranked: list[FrozenTrial]) -> list[FrozenTrial]:

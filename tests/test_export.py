@@ -26,7 +26,8 @@ from hpo.export import FILES, FIRST_LAYERS, export
 from hpo.model import STEMS, build_model
 from hpo.worker import Assignment, run_trial
 from storage.database import open_database
-from storage.studies import Run, Study, open_study
+from storage.runs import Run
+from storage.studies import Study, open_study
 
 DATA = {"dataset": "fashion_mnist_sample", "train_samples": 128, "val_samples": 50}
 SETTINGS = {"metric": "val_accuracy", "trainable": "hpo.train:train", "seed": 3, "max_epochs": 2, "data": DATA}
