@@ -36,8 +36,17 @@ VERSIONS = {"code": "now", "packages": {"torch": torch.__version__}}
 BLOCKED = "hpo", "storage", "torchvision", "safetensors", "optuna"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Two threads that wait for each other are slow where other processes want the cores too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def searched(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a run leaves: trial 0 COMPLETE with its checkpoint, trial 1 COMPLETE and worse without one, trial 2 FAIL."""
     folder = tmp_path_factory.mktemp("export")
     with open_database(f"sqlite:///{folder}/hpo.db") as database:
@@ -65,7 +74,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 folder=str(folder / "checkpoints" / study.unique_name / "0"),
                 checkpoint_every=1,
                 device="cpu",
-                threads=torch.get_num_threads(),
+                threads=1,
                 timeout=None,
             )
             for message in itertools.islice(run_trial(assignment), 2):  # who reads them stops at the last epoch
