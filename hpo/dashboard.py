@@ -11,16 +11,16 @@ has edited or deleted stays so.
 from __future__ import annotations
 
 import contextlib
+import html
 import json
 import logging
 import os
-import re
 import shutil
 import textwrap
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,19 +28,16 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from hpo.command import LOG_FILE
-from hpo.curves import curve_figures, curve_image
+from hpo.results import Results, TrialResult, format_value, published_beside, read_epochs, read_results
 
 if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
     from plotly.graph_objects import Figure
     from starlette.applications import Starlette
 
     from storage.database import Database
-    from storage.records import Metrics
     from storage.studies import Study
 
-MAX_CURVES = 50  # lines of a plot; of more trials, the best
-MAX_LEGEND = 20  # a longer legend would leave no room for the curves; the mouse shows which is which
+MAX_CURVES = 50  # trials of a plot, the best: what is drawn is kept in SQL
 # The dashboard looks through every note for every trial: a thousand notes on 5,000 trials double the time of an answer.
 MAX_NOTES = 200
 MAX_LOG_BYTES = 1_000_000  # the end of a longer log
@@ -148,98 +145,72 @@ def publish(study: Study, runs_dir: Path, *, always: bool = False) -> None:
 
 
 def _publish(study: Study, runs_dir: Path) -> None:
-    ranked = _rank(study)
+    from hpo import figures
+
+    results = read_results(study, epochs=False)
+    ranked = [trial for trial in results.ranked if trial.has_ended]
     page = _Page(study.study, study.system_attrs())
     folder = artifacts_folder(runs_dir)
     folder.mkdir(parents=True, exist_ok=True)
 
-    drawn = ranked[:MAX_CURVES]
-    metrics = study.metrics_of(drawn)
-    labels = _labels(trial for trial in drawn if metrics[trial.number])
-    figures = curve_figures(labels, metrics)
-    for name, figure in figures.items():
-        page.plot(name, figure)
-    if figures:
-        image = curve_image(labels, metrics)
+    drawn = read_epochs(results, {trial.number for trial in ranked[:MAX_CURVES]})
+    families, selection, published = figures.name_families(drawn), figures.select_trials(drawn), published_beside(drawn)
+    for family in families:
+        figure = figures.plot_curves(drawn, family.metrics, selection, published)
+        styles = figures.describe_styles(family.metrics, published)
+        page.plot(family.name, f"{html.escape(family.title)}<br><sub>{html.escape(styles)}</sub>", figure)
+    if families:
+        image = figures.to_png(figures.draw_families(drawn, families, selection, published))
         page.attach(_Artifact(study, "curves.png"), partial(_write, image), folder, replace=True)
 
-    noted = _choose(page, ranked)
-    metrics = study.metrics_of(noted)
-    for trial in noted:
-        page.note(trial, note(study, trial, metrics[trial.number]))
-        if trial.state.name == "FAIL":
-            log = _log(trial, _trial_folder(study, trial, runs_dir))
-            page.attach(_Artifact(study, LOG_FILE, trial._trial_id), partial(_write, log), folder)
+    chosen = {trial.number for trial in _choose(page, ranked)}
+    noted = read_epochs(results, chosen)
+    for trial in noted.trials:
+        if trial.number in chosen:
+            page.note(trial, note(noted, trial))
+            if trial.state == "FAIL":
+                log = _log(trial, _trial_folder(study, trial, runs_dir))
+                page.attach(_Artifact(study, LOG_FILE, trial.trial_id), partial(_write, log), folder)
 
-    best = ranked[0] if ranked and ranked[0].state.name == "COMPLETE" else None
+    best = results.best
     if best is not None:
         checkpoints = sorted(_trial_folder(study, best, runs_dir).glob("epoch-*.pt"))
         if checkpoints:
-            artifact = _Artifact(study, checkpoints[-1].name, best._trial_id, role="checkpoint")
+            artifact = _Artifact(study, checkpoints[-1].name, best.trial_id, role="checkpoint")
             page.attach(artifact, partial(_link, checkpoints[-1]), folder)
-        page.detach(
-            (_Artifact(study, "", trial._trial_id, role="checkpoint") for trial in ranked if trial is not best), folder
-        )
+        others = (trial.trial_id for trial in ranked if trial is not best)
+        page.detach((_Artifact(study, "", trial, role="checkpoint") for trial in others), folder)
     study.set_system_attrs(page.changes)
 
 
-def _rank(study: Study) -> list[FrozenTrial]:
-    """Return the trials that were run to some end: completed ones first, among them the best (by the first objective)."""
-    sign = -1 if study.optuna.directions[0].name == "MAXIMIZE" else 1
-
-    def place(trial: FrozenTrial) -> tuple[Any, ...]:
-        value = trial.values[0] if trial.values else None
-        return trial.state.name != "COMPLETE", value is None, sign * (value or 0.0), trial.number
-
-    return sorted((trial for trial in study.run_trials() if trial.state.is_finished()), key=place)
-
-
-def _choose(page: _Page, ranked: list[FrozenTrial]) -> list[FrozenTrial]:
+def _choose(page: _Page, ranked: Sequence[TrialResult]) -> list[TrialResult]:
     """Return the trials that lack a note and get one: the best ten, failed ones, and the next best while there is room."""
-    first = [*ranked[:10], *[trial for trial in ranked if trial.state.name == "FAIL"][: MAX_NOTES // 2]]
-    ordered = {trial._trial_id: trial for trial in (*first, *ranked)}.values()
-    lacking = [trial for trial in ordered if not page.has_note(trial._trial_id)]
-    wanted = {trial._trial_id for trial in first}
-    room = max(MAX_NOTES - (len(ranked) - len(lacking)), sum(trial._trial_id in wanted for trial in lacking))
+    first = [*ranked[:10], *[trial for trial in ranked if trial.state == "FAIL"][: MAX_NOTES // 2]]
+    ordered = {trial.trial_id: trial for trial in (*first, *ranked)}.values()
+    lacking = [trial for trial in ordered if not page.has_note(trial.trial_id)]
+    wanted = {trial.trial_id for trial in first}
+    room = max(MAX_NOTES - (len(ranked) - len(lacking)), sum(trial.trial_id in wanted for trial in lacking))
     return lacking[:room]
 
 
-def _labels(trials: Iterable[FrozenTrial]) -> dict[int, str]:
-    """Return each trial's number and what tells it from the others."""
-    params = {trial.number: {name: _short(value) for name, value in trial.params.items()} for trial in trials}
-    names = dict.fromkeys(name for values in params.values() for name in values)
-    varying = [name for name in names if len({values.get(name) for values in params.values()}) > 1]
-    return {
-        number: " ".join(
-            [f"#{number}", ", ".join(f"{name} {values[name]}" for name in varying if name in values)]
-        ).strip()
-        for number, values in params.items()
-    }
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _trial_folder(study: Study, trial: FrozenTrial, runs_dir: Path) -> Path:
+def _trial_folder(study: Study, trial: TrialResult, runs_dir: Path) -> Path:
     return runs_dir / "checkpoints" / study.unique_name / str(trial.number)
 
 
-def note(study: Study, trial: FrozenTrial, metrics: Metrics) -> str:
+def note(results: Results, trial: TrialResult) -> str:
     """Return, in Markdown, what a trial was, where it ran, how long it took, and why it failed if it did."""
     from storage.database import patiently
     from storage.records import read_provenance
 
-    where = patiently(study.database, lambda: read_provenance(study.database, trial._trial_id))
-    last = metrics[max(metrics)] if metrics else {}
-    seconds = sum(values.get("epoch_seconds", 0.0) for values in metrics.values())
-    scores = [f"{name} {last[name]:.4f}" for name in (study.metric, "test_accuracy") if name in last]
-    settings = study.settings
-    params = trial.params | trial.user_attrs.get("derived", {})
+    study, settings, epochs = results.study, results.settings, len(trial.epochs)
+    where = patiently(study.database, lambda: read_provenance(study.database, trial.trial_id))
+    scores = [f"{name} {trial.last[name]:.4f}" for name in (results.metric, "test_accuracy") if name in trial.last]
+    params = trial.params | trial.attrs.get("derived", {})
+    shown = ", ".join(f"{name} {format_value(value)}" for name, value in params.items())
     lines = [
-        f"**{trial.state.name}** after {len(metrics)} of {settings.get('max_epochs', '?')} epochs"
+        f"**{trial.state}** after {epochs} of {settings.get('max_epochs', '?')} epochs"
         + (f": {', '.join(scores)}" if scores else ""),
-        "**What**: " + _code(", ".join(f"{name} {_short(value)}" for name, value in params.items()) or "no parameters"),
+        "**What**: " + _code(shown or "no parameters"),
         f"**How**: {_code(settings.get('command') or settings.get('trainable', '?'))}, seed {settings.get('seed', '?')}, "
         f"code {_code(where.get('code', '?'))}",
     ]
@@ -248,15 +219,16 @@ def note(study: Study, trial: FrozenTrial, metrics: Metrics) -> str:
         lines.append(
             f"**Where**: {_code(where.get('machine', '?'))}, {_code(device)}, Python {where.get('python', '?')}"
         )
-    if seconds:
-        lines.append(f"**How long**: {seconds:,.1f} s, {seconds / len(metrics):,.2f} s an epoch")
-    parent = trial.user_attrs.get("parent")
+    if trial.seconds:
+        an_epoch = f", {trial.seconds / epochs:,.2f} s an epoch" if epochs else ""
+        lines.append(f"**How long**: {trial.seconds:,.1f} s{an_epoch}")
+    parent = trial.attrs.get("parent")
     if parent is not None:
         lines.append(f"**Parent**: [trial {parent}](/dashboard/studies/{study.study}/trials?numbers={parent})")
     lines.append(f"**Again**: {_code(f'hpo replay {study.name} {trial.number}')}")
     text = "\n".join(f"- {line}" for line in lines)
-    if "fail_reason" in trial.user_attrs:
-        reason = textwrap.wrap(str(trial.user_attrs["fail_reason"]), 80)  # the dashboard does not fold such a block
+    if trial.fail_reason:
+        reason = textwrap.wrap(trial.fail_reason, 80)  # the dashboard does not fold such a block
         text += "\n\nFailed:\n\n" + _code("\n".join(reason), block=True)
     return text
 
@@ -270,11 +242,9 @@ def _code(value: object, *, block: bool = False) -> str:
     return f"{fence}\n{text}\n{fence}" if block else f"{fence}{' ' * ('`' in text)}{text}{' ' * ('`' in text)}{fence}"
 
 
-def _log(trial: FrozenTrial, folder: Path) -> bytes:
+def _log(trial: TrialResult, folder: Path) -> bytes:
     """Return all that is known of why a trial failed."""
-    attrs = trial.user_attrs
-    parts = [f"trial {trial.number} failed: {attrs.get('fail_reason', 'for an unknown reason')}"]
-    parts += [str(attrs["traceback"])] if "traceback" in attrs else []
+    parts = [f"trial {trial.number} failed: {trial.fail_reason}", *filter(None, [trial.traceback])]
     text = "\n\n".join(parts).encode()
     with contextlib.suppress(OSError), (folder / LOG_FILE).open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - MAX_LOG_BYTES))
@@ -342,24 +312,23 @@ class _Page:
         if self.attrs.get(key) != value:
             self.attrs[key] = self.changes[key] = value
 
-    def plot(self, name: str, figure: Figure) -> None:
+    def plot(self, name: str, title: str, figure: Figure) -> None:
         from optuna_dashboard import save_plotly_graph_object
 
         # A card of the dashboard is half a page wide: beside the legend there would be no room for the curves.
         legend = {"orientation": "h", "yanchor": "top", "y": -0.2}
-        title = {"text": f"{name[:1].upper()}{name[1:]} over epochs"}
-        figure.update_layout(title=title, legend=legend, showlegend=len(figure.data) <= MAX_LEGEND)
+        figure.update_layout(title={"text": title}, legend=legend)
         study = SimpleNamespace(_storage=self, _study_id=self.study)
-        save_plotly_graph_object(study, figure, graph_object_id=re.sub(r"[^\w.-]", "_", name, flags=re.ASCII))
+        save_plotly_graph_object(study, figure, graph_object_id=name)
 
     def has_note(self, trial: int) -> bool:
         return f"dashboard:{trial}:note_ver" in self.attrs
 
-    def note(self, trial: FrozenTrial, text: str) -> None:
+    def note(self, trial: TrialResult, text: str) -> None:
         from optuna_dashboard import save_note
 
         study = SimpleNamespace(_study_id=self.study)
-        save_note(SimpleNamespace(storage=self, study=study, _trial_id=trial._trial_id), text)
+        save_note(SimpleNamespace(storage=self, study=study, _trial_id=trial.trial_id), text)
 
     def attach(self, artifact: _Artifact, make: Callable[[Path], None], folder: Path, *, replace: bool = False) -> None:
         """Put a file into the dashboard, unless it has been there before: what the user deleted stays deleted."""

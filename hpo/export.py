@@ -26,9 +26,10 @@ from torchvision.datasets import FashionMNIST
 from hpo.checkpoints import load_checkpoint
 from hpo.data import Dataset, Images, load
 from hpo.errors import SettingError
+from hpo.fast_conv import use_fast_convolutions
 from hpo.model import build_model
 from hpo.space import DEFAULT_TRAINABLE
-from hpo.train import evaluate, read_params
+from hpo.train import TrainParams, choose_precision, evaluate, read_params
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from storage.studies import Study
 
 FILES = ("README.md", "classes.json", "classify.py", "export.json", "model.pt2", "model.safetensors")
+FP32_ON_CPU = "in fp32 on the CPU"
 BATCH = 100  # images: as many as `evaluate` takes at a time on the CPU, so the sums are the same to the last digit
 
 CLASSIFY = '''\
@@ -112,9 +114,12 @@ def export(
     model.load_state_dict(checkpoint.state["model"])
     dataset = load(**settings["data"], data_dir=str(data_dir))
 
-    stored = study.metrics_of([trial])[trial.number].get(checkpoint.epoch, {})
-    scores = {f"{name}_accuracy": evaluate(model, part)[1] for name, part in _scored(dataset).items()}
-    remarks = _compare(checkpoint.epoch, settings, stored, scores, recorded, dataset)
+    stored = study.metrics_of([trial._trial_id])[trial._trial_id].get(checkpoint.epoch, {})
+    scores = _score(model, dataset)
+    how, own_scores = _score_as_trained(params, checkpoint.state["model"], recorded, settings["data"], data_dir)
+    if how == FP32_ON_CPU:
+        own_scores = scores
+    remarks = _compare(checkpoint.epoch, settings, stored, own_scores, how, recorded, dataset)
     draft = output.with_name(f".{output.name}.{os.getpid()}")
     try:
         draft.mkdir(parents=True)
@@ -131,6 +136,7 @@ def export(
             "data_sha256": dataset.sha256,
             "images": {name: len(part) for name, part in {"train": dataset.train, **_scored(dataset)}.items()},
             "accuracy": scores,
+            "as_trained": {"how": how, **own_scores},
             "stored": {name: stored[name] for name in scores if name in stored},
             "classes": list(FashionMNIST.classes),
             "confusion": confusion.tolist(),
@@ -188,11 +194,43 @@ def _scored(dataset: Dataset) -> dict[str, Images]:
     return {"val": dataset.validation, "test": dataset.test}
 
 
+def _score(model: nn.Module, dataset: Dataset, precision: str = "fp32") -> dict[str, float]:
+    return {f"{name}_accuracy": evaluate(model, part, precision)[1] for name, part in _scored(dataset).items()}
+
+
+def _score_as_trained(
+    params: TrainParams,
+    weights: Mapping[str, Tensor],
+    recorded: Mapping[str, Any],
+    data: Mapping[str, Any],
+    data_dir: Path,
+) -> tuple[str, dict[str, float]]:
+    """Return how the trial itself was scored, as far as its kind of device is here, and what that gives.
+
+    An equal model then gives an equal number: in bf16, some images fall on the other side than in fp32. The scores are
+    empty where it is fp32 on the CPU, which is how everything here is scored anyway.
+    """
+    device = recorded.get("device", "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        return FP32_ON_CPU, {}
+    precision = choose_precision(params.precision, device)
+    if device == "cpu" and precision == "fp32":
+        return FP32_ON_CPU, {}
+    # As in training: the order of memory and the convolutions decide how sums are rounded.
+    model = build_model(stem=params.stem).to(device).to(memory_format=torch.channels_last)
+    if precision == "bf16":
+        use_fast_convolutions(model)
+    model.load_state_dict(weights)
+    where = "the CPU" if device == "cpu" else torch.cuda.get_device_name()
+    return f"in {precision} on {where}", _score(model, load(**data, data_dir=str(data_dir), device=device), precision)
+
+
 def _compare(
     epoch: int,
     settings: Mapping[str, Any],
     stored: Mapping[str, float],
     scores: Mapping[str, float],
+    how: str,
     recorded: Mapping[str, Any],
     dataset: Dataset,
 ) -> list[str]:
@@ -208,7 +246,7 @@ def _compare(
         if name in stored and stored[name] != score:
             images = round(abs(stored[name] - score) * len(_scored(dataset)[name.removesuffix("_accuracy")]))
             then = f"was {stored[name]:.4f} on {where}: {images} images differ"
-            remarks.append(f"{name} is {score:.4f} here, in fp32 on the CPU, and {then}")
+            remarks.append(f"{name} is {score:.4f} here, {how}, and {then}")
     return remarks
 
 
@@ -281,6 +319,12 @@ def _card(facts: Mapping[str, Any]) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in trained.get("packages", {}).items())
     remarks = "".join(f"\n**Note**: {remark}.\n" for remark in facts["remarks"])
     params = "\n".join(f"| {name} | {value} |" for name, value in facts["params"].items())
+    own = facts["as_trained"]
+    as_trained = ""
+    if own["how"] != FP32_ON_CPU:
+        as_trained = (
+            f" Scored {own['how']}, as in training, they are {own['test_accuracy']:.4f} and {own['val_accuracy']:.4f}."
+        )
     data = facts["data"]
     return f"""# ResNet-18 on {data["dataset"]}: trial {facts["trial"]} of the search {facts["study"]}
 
@@ -291,7 +335,7 @@ Tells apart ten kinds of garments on images of 28x28 grey pixels: {", ".join(cla
 | test accuracy | {facts["accuracy"]["test_accuracy"]:.4f} of {images["test"]:,} images, scored once |
 | validation accuracy | {facts["accuracy"]["val_accuracy"]:.4f} of {images["val"]:,} images, by which it was chosen |
 {remarks}
-Both were measured again for this card, in fp32 on the CPU.
+Both were measured again for this card, {FP32_ON_CPU}.{as_trained}
 
 ## Use
 

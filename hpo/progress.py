@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -16,7 +18,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-MAX_ROWS = 18  # of running trials: with heading and study line they fit a screen of 24 lines
+BAR = ""  # the heading of the column with the bars
+BAR_WIDTH = 12
+GAP = 2  # between columns
+MIN_PARAMS_WIDTH = 12  # of a narrow terminal, the parameters get at least so much
+RECENT_EPOCHS = 20  # that the time left is guessed from
+LINES_BURST = 30  # plain lines at once,
+LINES_PER_SECOND = 5.0  # and then so many; epochs beyond are counted, not printed
 
 
 @dataclass
@@ -27,16 +35,17 @@ class _Row:
     epoch: int
     max_epochs: int
     started: float = field(default_factory=time.monotonic)
-    epoch_seconds: list[float] = field(default_factory=list)
+    recent_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_EPOCHS))
+    seconds_left: float | None = None
     value: float | None = None
     best: float | None = None
     speed: float | None = None
 
-    @property
-    def seconds_left(self) -> float | None:
-        if not self.epoch_seconds:
-            return None
-        return statistics.median(self.epoch_seconds) * (self.max_epochs - self.epoch)
+    def add_epoch(self, epoch: int, seconds: float) -> None:
+        self.epoch = epoch
+        self.recent_seconds.append(seconds)
+        # Here, once an epoch, and not in each frame: a thousand trials are asked four times a second.
+        self.seconds_left = statistics.median(self.recent_seconds) * (self.max_epochs - epoch)
 
 
 class Progress:
@@ -61,6 +70,9 @@ class Progress:
         self._best: tuple[float, int] | None = None
         self._started = time.monotonic()
         self._trial_seconds: list[float] = []
+        self._lines_left = float(LINES_BURST)
+        self._lines_at = self._started
+        self._epochs_unprinted = 0
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Progress:
@@ -72,31 +84,43 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._live.stop()
+        if self._epochs_unprinted:
+            self._print(f"(and {_epochs(self._epochs_unprinted)} more)")
 
     def trial_started(self, number: int, params: Mapping[str, Any], epoch: int, max_epochs: int) -> None:
         """Show a trial that starts, or goes on after an epoch."""
         self._running[number] = _Row(params, epoch, max_epochs)
-        if epoch or not self._console.is_terminal:
-            verb = f"goes on after epoch {epoch}" if epoch else "starts"
+        verb = f"goes on after epoch {epoch}" if epoch else "starts"
+        if self._console.is_terminal:
+            if epoch:
+                self._print(f"trial {number} {verb}: {_format_params(params)}")
+        elif self._may_print():
             self._print(f"trial {number} {verb}: {_format_params(params)}")
 
     def epoch_ended(self, number: int, epoch: int, metrics: Mapping[str, float]) -> None:
         """Show an epoch's metrics."""
         row = self._running[number]
         value = metrics[self._metric]
-        row.epoch, row.value = epoch, value
-        row.best = value if row.best is None else self._better(row.best, value)
+        row.add_epoch(epoch, metrics["epoch_seconds"])
+        row.value = value
         row.speed = metrics.get("images_per_second")
-        row.epoch_seconds.append(metrics["epoch_seconds"])
-        if self._best is None or self._better(self._best[0], value) != self._best[0]:
-            self._best = (value, number)
-        if not self._console.is_terminal:
-            speed = f", {row.speed:,.0f} images/s" if row.speed else ""
-            left = f", {format_seconds(row.seconds_left)} left" if row.seconds_left else ""
-            self._print(
-                f"trial {number} epoch {epoch}/{row.max_epochs}: {self._metric} {value:.4f} (best {row.best:.4f})"
-                f"{speed}{left}"
-            )
+        if math.isfinite(value):
+            row.best = value if row.best is None else self._better(row.best, value)
+            if self._best is None or self._better(self._best[0], value) != self._best[0]:
+                self._best = (value, number)
+        if self._console.is_terminal:
+            return
+        if not self._may_print():
+            self._epochs_unprinted += 1
+            return
+        best = "" if row.best is None else f" (best {row.best:.4f})"
+        speed = f", {row.speed:,.0f} images/s" if row.speed else ""
+        left = f", {format_seconds(row.seconds_left)} left" if row.seconds_left else ""
+        more = f" (and {_epochs(self._epochs_unprinted)} more before it)" if self._epochs_unprinted else ""
+        self._epochs_unprinted = 0
+        self._print(
+            f"trial {number} epoch {epoch}/{row.max_epochs}: {self._metric} {value:.4f}{best}{speed}{left}{more}"
+        )
 
     def trial_ended(self, number: int, state: str, text: str) -> None:
         """Count a trial that ended; print why, where it is not simply done."""
@@ -114,25 +138,53 @@ class Progress:
     def _print(self, text: str | Text) -> None:
         self._console.print(text, soft_wrap=True, highlight=False, markup=False)
 
+    def _may_print(self) -> bool:
+        """Take a line out of the allowance, which grows with time: a log of very short epochs is not flooded."""
+        now = time.monotonic()
+        self._lines_left = min(LINES_BURST, self._lines_left + (now - self._lines_at) * LINES_PER_SECOND)
+        self._lines_at = now
+        if self._lines_left < 1:
+            return False
+        self._lines_left -= 1
+        return True
+
     def _render(self) -> RenderableType:
+        width, height = self._console.size
+        study = Text(self._study_line(), style="bold")
+        # The head of the table, the study's line, and the line that the cursor stands on.
+        room = max(1, height - len(study.wrap(self._console, width)) - 2)
+        running = list(self._running.items())
+        shown = running if len(running) <= room else running[: max(0, room - 1)]
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for name in ("trial", "parameters", "epoch", "", self._metric, "best", "images/s", "left"):
-            table.add_column(name, no_wrap=True, overflow="ellipsis")
-        rows = list(self._running.items())
-        for number, row in rows[:MAX_ROWS]:
-            table.add_row(
-                str(number),
-                _format_params(row.params),
-                f"{row.epoch}/{row.max_epochs}",
-                ProgressBar(total=row.max_epochs, completed=row.epoch, width=12),
-                "" if row.value is None else f"{row.value:.4f}",
-                "" if row.best is None else f"{row.best:.4f}",
-                "" if row.speed is None else f"{row.speed:,.0f}",
-                format_seconds(row.seconds_left),
-            )
-        if len(rows) > MAX_ROWS:
-            table.add_row("", f"... and {len(rows) - MAX_ROWS} more")
-        return Group(table, Text(self._study_line(), style="bold"))
+        columns = self._columns([row for _, row in shown])
+        columns["trial"] = [str(number) for number, _ in shown]
+        # Too narrow a terminal takes from the parameters, then whole columns: the numbers that are there stay whole.
+        widths = {name: max(map(len, [name, *cells])) for name, cells in columns.items()} | {BAR: BAR_WIDTH}
+        names = ["trial", "parameters", "epoch", BAR, self._metric, "best", "images/s", "left"]
+        widths["parameters"] = MIN_PARAMS_WIDTH
+        for name in (BAR, "images/s", "best"):
+            if sum(widths[name] + GAP for name in names) - GAP > width:
+                names.remove(name)
+        others = sum(widths[name] + GAP for name in names if name != "parameters")
+        for name in names:
+            limit = max(MIN_PARAMS_WIDTH, width - others) if name == "parameters" else None
+            table.add_column(name, no_wrap=True, overflow="ellipsis", max_width=limit)
+        for i, (_, row) in enumerate(shown):
+            bar = ProgressBar(total=row.max_epochs, completed=row.epoch, width=BAR_WIDTH)
+            table.add_row(*(bar if name == BAR else Text(columns[name][i]) for name in names))
+        if len(shown) < len(running):
+            return Group(table, Text(f"... and {len(running) - len(shown)} more"), study)
+        return Group(table, study)
+
+    def _columns(self, rows: list[_Row]) -> dict[str, list[str]]:
+        return {
+            "parameters": [_format_params(row.params) for row in rows],
+            "epoch": [f"{row.epoch}/{row.max_epochs}" for row in rows],
+            self._metric: ["" if row.value is None else f"{row.value:.4f}" for row in rows],
+            "best": ["" if row.best is None else f"{row.best:.4f}" for row in rows],
+            "images/s": ["" if row.speed is None else f"{row.speed:,.0f}" for row in rows],
+            "left": [format_seconds(row.seconds_left) for row in rows],
+        }
 
     def _study_line(self) -> str:
         counts = self._counts
@@ -150,17 +202,21 @@ class Progress:
 
     def _seconds_left(self, ended: int) -> float | None:
         """Guess from the running trials and from how long the ended ones took."""
-        running = [row.seconds_left for row in self._running.values()]
-        known = [seconds for seconds in running if seconds is not None]
+        rows = list(self._running.values())  # at once: this runs in the thread that draws, while the driver adds rows
+        known = [row.seconds_left for row in rows if row.seconds_left is not None]
         if self._total is None or not known:
             return None
-        waiting = max(0, self._total - ended - len(running))
+        waiting = max(0, self._total - ended - len(rows))
         typical = (
-            sum(self._trial_seconds) / len(self._trial_seconds)
+            statistics.fmean(itertools.islice(reversed(self._trial_seconds), 1000))
             if self._trial_seconds
-            else max(known) + time.monotonic() - min(row.started for row in self._running.values())
+            else max(known) + time.monotonic() - min(row.started for row in rows)
         )
         return max(known) + -(-waiting // max(1, self._slots)) * typical
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch" if count == 1 else f"{count} epochs"
 
 
 def _format_params(params: Mapping[str, Any]) -> str:

@@ -1,94 +1,384 @@
-"""What people look at when a search has ended. Reads storage only."""
+"""The report of a study: the table in the terminal, the page, and the Markdown file with its figures. Reads storage only."""
 
 from __future__ import annotations
 
+import datetime
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
+from hpo.errors import SettingError
+from hpo.progress import format_seconds
+from hpo.results import STATES, Published, Results, TrialResult, format_value, published_beside
+
 if TYPE_CHECKING:
-    from storage.records import Metrics
-    from storage.studies import Study
+    from storage.studies import Summary
+
+MAX_TABLE_ROWS = 50  # in the terminal
+MAX_PAGE_ROWS = 200
+MAX_FAILURES = 100
+MAX_PARAMS = 8  # columns of parameters; of more, those that are the same for all trials are left out
+UNSAFE = re.compile(r"[^\w.@+-]")
+AXIS_PIXELS = 120  # for each axis of parallel coordinates
+
+Column = tuple[str, Callable[[TrialResult], str]]
 
 
-def trial_table(study: Study, *, last: int = 50) -> Table:
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def trial_table(results: Results) -> Table:
     """Return the table of a study's trials, best objective first; of a large study only the best ones.
 
     Columns: parameters, state, epochs, the objective's last and best value, test accuracy, seconds, images per second.
     """
-    trials, metrics = study.run_trials(), study.metrics()
-    names = sorted({name for trial in trials for name in trial.params}, key=_first_seen(trials))
-    columns = [
-        "state",
-        "epochs",
-        f"last\n{study.metric}",
-        f"best\n{study.metric}",
-        "\ntest_accuracy",
-        "seconds",
-        "images/s",
-    ]
     table = Table(
-        box=box.SIMPLE_HEAD, title=f"{study.name}: {len(trials)} trials", title_justify="left", pad_edge=False
+        box=box.SIMPLE_HEAD,
+        title=escape(f"{results.study.name}: {len(results.trials)} trials"),
+        title_justify="left",
+        pad_edge=False,
     )
-    for column in ("trial", *names, *columns):
-        table.add_column(column, justify="left" if column == "state" else "right", vertical="bottom")
-    sign = -1 if study.optuna.direction.name == "MAXIMIZE" else 1
-    ranked = sorted(trials, key=lambda t: (t.value is None, sign * (t.value or 0.0), t.number))
-    for trial in ranked[:last]:
-        row = _row(metrics.get(trial.number, {}), study.metric, study.optuna.direction.name)
-        table.add_row(
-            str(trial.number),
-            *(_text(trial.params.get(name, "")) for name in names),
-            trial.state.name,
-            *map(_text, row),
-        )
-    if len(ranked) > last:
-        table.caption = f"and {len(ranked) - last} more"
+    columns = trial_columns(results)
+    for name, _ in columns:
+        words = name.split(" ")
+        left = "left" if name == "state" else "right"
+        table.add_column(escape("\n".join(words)), justify=left, vertical="bottom")  # type: ignore[arg-type]
+    for trial in results.ranked[:MAX_TABLE_ROWS]:
+        table.add_row(*(escape(cell(trial)) for _, cell in columns))
+    if len(results.ranked) > MAX_TABLE_ROWS:
+        table.caption = f"and {len(results.ranked) - MAX_TABLE_ROWS} more"
     return table
 
 
-def failures(study: Study) -> list[str]:
-    """Return a line for each failed trial: its number and the reason."""
+def trial_columns(results: Results) -> list[Column]:
+    """Return the columns that compare trials: (heading, the text of a trial) each."""
+    params = results.params if len(results.params) <= MAX_PARAMS else results.varying
+    columns: list[Column] = [("trial", lambda trial: str(trial.number))]
+    columns += [(name, _param_of(name)) for name in params]
+    columns += [("state", lambda trial: trial.state), ("epochs", lambda trial: str(trial.last_epoch or ""))]
+    if len(results.objectives) > 1:
+        columns += [(name, _objective_of(i)) for i, (name, _) in enumerate(results.objectives)]
+    else:
+        columns += [
+            (f"last {results.metric}", lambda trial: _number(trial.last.get(results.metric, _value(trial)))),
+            (f"best {results.metric}", lambda trial: _number(results.best_value(trial))),
+        ]
+    if any("test_accuracy" in trial.last for trial in results.trials):
+        columns.append(("test_accuracy", lambda trial: _number(trial.last.get("test_accuracy"))))
+    columns.append(("seconds", lambda trial: f"{trial.seconds:,.1f}" if trial.seconds else ""))
+    if any(trial.images_per_second for trial in results.trials):
+        columns.append(("images/s", lambda trial: f"{trial.images_per_second:,.0f}" if trial.images_per_second else ""))
+    return columns
+
+
+def _param_of(name: str) -> Callable[[TrialResult], str]:
+    return lambda trial: format_value(trial.params[name]) if name in trial.params else ""
+
+
+def _objective_of(index: int) -> Callable[[TrialResult], str]:
+    return lambda trial: _number(trial.values[index]) if trial.values else ""
+
+
+def _value(trial: TrialResult) -> float | None:
+    return trial.values[0] if trial.values else None
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    is_plain = value == 0 or 1e-3 <= abs(value) < 1e6 or not math.isfinite(value)
+    return f"{value:.4f}" if is_plain else f"{value:.4g}"
+
+
+def study_table(summaries: Sequence[Summary]) -> Table:
+    """Return the table of a storage's studies."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    states = [state for state in STATES if any(state in summary.counts for summary in summaries)]
+    for name in ("study", "state", *states, "best", "metric", "last activity"):
+        left = "left" if name in {"study", "state", "metric", "last activity"} else "right"
+        table.add_column(name, justify=left, overflow="fold")  # type: ignore[arg-type]
+    for each in summaries:
+        table.add_row(
+            escape(each.name),
+            each.state or "another program's",
+            *(f"{each.counts.get(state, 0):,}" for state in states),
+            _number(each.best),
+            escape(each.metric),
+            _ago(each.last_activity),
+        )
+    return table
+
+
+def _ago(then: float | None) -> str:
+    if then is None:
+        return "never"
+    seconds = max(0.0, time.time() - then)
+    return f"{format_seconds(seconds)} ago" if seconds < 2 * 86400 else f"{datetime.date.fromtimestamp(then)}"
+
+
+def failures(results: Results) -> list[str]:
+    """Return a line for each failed trial: its number and the reason; of very many, for the first ones."""
+    lines = [f"trial {trial.number} failed: {trial.fail_reason}" for trial in results.trials if trial.state == "FAIL"]
+    more = len(lines) - MAX_TABLE_ROWS
+    return lines if more <= 0 else [*lines[:MAX_TABLE_ROWS], f"and {more:,} more failed"]
+
+
+# --- the files --------------------------------------------------------------------------------------------------------
+
+
+def report_folder(reports: Path, study: str) -> Path:
+    """Return the folder of a study's report; a name from elsewhere may hold anything, a slash too."""
+    return reports / (UNSAFE.sub("_", study).lstrip(".")[:100] or "_")
+
+
+def write_report(results: Results, reports: Path) -> Path:
+    """Write the page, `report.md` and its figures into a folder of the study's own; return the page.
+
+    Raises:
+        SettingError: the folder cannot be written.
+    """
+    import jinja2
+    from plotly.offline import get_plotlyjs
+
+    from hpo.figures import to_png
+
+    folder = report_folder(reports, results.study.name)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("hpo"),
+        autoescape=jinja2.select_autoescape(["html"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"cell": _markdown_cell, "duration": format_seconds, "number": _number}
+    content = _content(results)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for figure in content["figures"]:
+            _write(folder / f"{figure['name']}.png", to_png(figure.pop("drawn")))
+        markdown = environment.get_template("report.md").render(content)
+        _write(folder / "report.md", markdown.encode())
+        page = environment.get_template("report.html").render(content, plotlyjs=get_plotlyjs())
+        _write(folder / "index.html", page.encode())
+    except OSError as error:
+        raise SettingError(
+            f"cannot write the report to {folder}: {error.strerror}. Make it a writable folder, then `hpo report "
+            f"{results.study.name}`"
+        ) from None
+    return folder / "index.html"
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Put a file in its place at once: a browser may be reading the one before it."""
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    draft.write_bytes(content)
+    draft.replace(path)
+
+
+def _content(results: Results) -> dict[str, Any]:
+    """Return what the templates show: texts, tables, figures."""
+    from storage.studies import state_of
+
+    published = published_beside(results)
+    figures, left_out = _figures(results, published)
+    failed = [trial for trial in results.trials if trial.state == "FAIL"]
+    fixed = {name: _first(results, name) for name in results.params if name not in results.varying}
+    columns = trial_columns(results)
+    shown = results.ranked[:MAX_PAGE_ROWS]
+    return {
+        "name": results.study.name,
+        "description": results.settings.get("description", ""),
+        "state": state_of(results.attrs, results.counts, results.runs),
+        "made": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        "facts": _facts(results),
+        "figures": figures,
+        "left_out": left_out,
+        "columns": [name for name, _ in columns],
+        "rows": [[cell(trial) for _, cell in columns] for trial in shown],
+        "has_best": results.best is not None and len(results.objectives) == 1,
+        "more_rows": len(results.trials) - len(shown),
+        "fixed": ", ".join(f"{name} {format_value(value)}" for name, value in fixed.items()),
+        "published": _published_rows(results, published),
+        "held_out": results.settings.get("data", {}).get("val_samples"),
+        "failed": [(trial, results.label(trial)) for trial in failed[:MAX_FAILURES]],
+        "more_failed": max(0, len(failed) - MAX_FAILURES),
+        "cost": _cost(results),
+        "reproduce": _reproduce(results),
+        "settings": _settings_text(results.settings),
+    }
+
+
+def _first(results: Results, name: str) -> Any:
+    return next(trial.params[name] for trial in results.trials if name in trial.params)
+
+
+def _facts(results: Results) -> list[tuple[str, str, str]]:
+    """Return (what, its number, a remark) for the head of the page."""
+    facts = []
+    best = results.best
+    if best is not None and len(results.objectives) == 1:
+        facts.append((f"best {results.metric}", _number(best.values[0]), results.label(best)))
+        if "test_accuracy" in best.last:
+            facts.append(
+                ("its test_accuracy", _number(best.last["test_accuracy"]), "scored once, after the last epoch")
+            )
+    elif results.front:
+        facts.append(("on the Pareto front", f"{len(results.front):,}", "trials that no other one beats in everything"))
+    states = ", ".join(f"{count:,} {state}" for state, count in results.counts.most_common())
+    facts.append(("trials", f"{len(results.trials):,}", states or "none yet"))
+    remark = "with a run at work" if results.runs else "of all trials together"
+    facts.append(("time", format_seconds(results.wall_seconds) or "0s", remark))
+    return facts
+
+
+def _figures(
+    results: Results, published: Mapping[int, Published]
+) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """Return the figures, and (title, reason) of those that would mean nothing."""
+    from hpo import figures
+
+    selection = figures.select_trials(results)
+    made: list[dict[str, Any]] = []
+    left_out: list[tuple[str, str]] = []
+    families = figures.name_families(results)
+    if len(results.curve_families) > len(families):
+        left_out.append(
+            ("Further curves", f"of {len(results.curve_families)} metrics, those of {len(families)} are drawn")
+        )
+    for family in families:
+        texts = [figures.describe_styles(family.metrics, published), selection.text]
+        made.append(
+            {
+                "name": family.name,
+                "title": family.title,
+                "caption": " ".join(filter(None, texts)),
+                "plotly": figures.plot_curves(results, family.metrics, selection, published).to_json(),
+                "drawn": figures.draw_families(results, [family], selection, published),
+                "is_curve": True,
+                "min_width": 0,
+            }
+        )
+    if not families:
+        left_out.append(("Curves over epochs", "no epoch has been reported yet"))
+    titles = {
+        "plot_parallel_coordinate": ("parallel_coordinates", "Parallel coordinates"),
+        "plot_param_importances": ("importances", "Importance of the parameters"),
+        "plot_pareto_front": ("pareto_front", "Pareto front"),
+    }
+    captions = {
+        "plot_parallel_coordinate": _parallel_caption(results),
+        "plot_param_importances": "What the best trials have in common, by Optuna's PED-ANOVA: it compares the best "
+        "tenth of the completed trials with all of them.",
+        "plot_pareto_front": "In orange the trials that no other one beats in every objective.",
+    }
+    for function, reason in figures.optuna_plots(results).items():
+        name, title = titles[function]
+        try:
+            if not reason:
+                axes = len(results.varying) + len(results.objectives)
+                made.append(
+                    {
+                        "name": name,
+                        "title": title,
+                        "caption": captions[function],
+                        "plotly": figures.plot_optuna(results, function).to_json(),
+                        "drawn": figures.draw_optuna(results, function),
+                        "is_curve": False,
+                        "min_width": AXIS_PIXELS * axes if function == "plot_parallel_coordinate" else 0,
+                    }
+                )
+        except (ValueError, RuntimeError, TypeError) as error:  # trials from elsewhere that Optuna's plot cannot take
+            reason = f"Optuna cannot draw it: {error}"
+        if reason:
+            left_out.append((title, reason))
+    return made, left_out
+
+
+def _parallel_caption(results: Results) -> str:
+    from hpo.figures import MAX_PARALLEL, parallel_trials
+
+    drawn, completed = len(parallel_trials(results)), results.counts["COMPLETE"]
+    text = "A line is a completed trial, from its result to its parameters."
+    if drawn < completed:
+        best = MAX_PARALLEL // 3
+        text += f" {drawn} of {completed:,} are drawn: the best {best}, and others evenly spread over the ranks."
+    return text
+
+
+def _published_rows(results: Results, published: Mapping[int, Published]) -> list[dict[str, Any]]:
+    """Return a row for each trial with a published twin, both at the trial's last epoch."""
+    rows = []
+    for trial in results.trials:
+        twin = published.get(trial.number)
+        if twin is None or trial.last_epoch not in twin.epochs:
+            continue
+        theirs = twin.epochs[trial.last_epoch]
+        is_whole = trial.last_epoch == max(twin.epochs)
+        rows.append(
+            {
+                "label": results.label(trial),
+                "epoch": trial.last_epoch,
+                "train_loss": (trial.last.get("train_loss"), theirs["train_loss"]),
+                "train_accuracy": (trial.last.get("train_accuracy"), theirs["train_accuracy"]),
+                "test_accuracy": (trial.last.get("test_accuracy"), twin.test_accuracy if is_whole else None),
+                "seconds": (trial.seconds, twin.seconds if is_whole else None),
+            }
+        )
+    return rows
+
+
+def _cost(results: Results) -> list[tuple[str, str]]:
+    images = sum(trial.images for trial in results.trials)
+    seconds = sum(trial.seconds for trial in results.trials)
+    devices = ", ".join(f"{name} ({count:,} trials)" for name, count in results.devices.most_common(5))
     return [
-        f"trial {trial.number} failed: {trial.user_attrs.get('fail_reason', 'for an unknown reason')}"
-        for trial in study.run_trials()
-        if trial.state.name == "FAIL"
+        (
+            "wall-clock time with a run at work",
+            format_seconds(results.wall_seconds if results.runs else None) or "none",
+        ),
+        ("time of all trials together", f"{format_seconds(seconds)} ({seconds:,.1f} s)"),
+        ("GPU-hours", f"{results.gpu_hours:.2f}"),
+        ("images trained on, each once an epoch", f"{images:,.0f}" if images else "not told by the trainable"),
+        ("epochs", f"{sum(len(trial.epochs) for trial in results.trials):,}"),
+        ("devices", devices or "not known"),
     ]
 
 
-def is_timing(metric: str) -> bool:
-    """Tell the metrics that say how fast a trial ran, and differ each time, from those that say how good it is."""
-    return metric.endswith(("_seconds", "_per_second"))
+def _reproduce(results: Results) -> list[tuple[str, str]]:
+    """Return what is needed to run the study again: (what, its text)."""
+    said: Sequence[Mapping[str, Any]] = [run.provenance for run in results.runs]
+    last = said[-1] if said else {}
+    commands = list(dict.fromkeys(str(each["command"]) for each in said if "command" in each))
+    pairs = [("command", command) for command in commands[-5:]]
+    pairs += [("a trial again", f"hpo replay {results.study.name} NUMBER")] if said else []
+    pairs += [(name, str(last[name])) for name in ("code", "python", "platform", "data_sha256") if last.get(name)]
+    packages = last.get("packages") or {}
+    pairs += [("packages", ", ".join(f"{name} {version}" for name, version in packages.items()))] if packages else []
+    pairs += [("seed", str(results.settings["seed"]))] if "seed" in results.settings else []
+    versions = {(each.get("code"), str(each.get("packages"))) for each in said}
+    pairs += [("note", f"earlier runs used {len(versions) - 1} other versions")] if len(versions) > 1 else []
+    return [*pairs, ("storage", results.study.database.url)]
 
 
-def _row(epochs: Metrics, metric: str, direction: str) -> list[Any]:
-    values = [values[metric] for values in epochs.values() if metric in values]
-    if not values:
-        return [0, "", "", "", "", ""]
-    last = epochs[max(epochs)]
-    seconds = sum(values.get("epoch_seconds", 0.0) for values in epochs.values())
-    speeds = [values["images_per_second"] for values in epochs.values() if "images_per_second" in values]
-    return [
-        max(epochs),
-        f"{values[-1]:.4f}",
-        f"{max(values) if direction == 'MAXIMIZE' else min(values):.4f}",
-        f"{last['test_accuracy']:.4f}" if "test_accuracy" in last else "",
-        f"{seconds:.1f}",
-        f"{sum(speeds) / len(speeds):,.0f}" if speeds else "",
-    ]
+def _settings_text(settings: Mapping[str, Any]) -> str:
+    import yaml
+
+    kept = {name: value for name, value in settings.items() if name != "name"}
+    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True) if kept else ""
 
 
-def _first_seen(trials: list[Any]) -> Any:
-    order: dict[str, int] = {}
-    for trial in trials:
-        for name in trial.params:
-            order.setdefault(name, len(order))
-    return lambda name: order[name]
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _markdown_cell(text: object) -> str:
+    """Return a text that stays in its cell of a Markdown table, whatever it holds."""
+    escaped = re.sub(r"([\\`*_{}\[\]<>|#~])", r"\\\1", str(text))
+    return " ".join(escaped.split())
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import logging
 import os
 import platform
@@ -26,6 +27,7 @@ from hpo.errors import HpoError, SettingError, TrainableError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from hpo.results import Results
     from hpo.search import Outcome, Slots
     from hpo.space import Space
     from storage.studies import Study
@@ -47,7 +49,9 @@ def main(prefix: Sequence[str] = ()) -> NoReturn:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
-    arguments = _parser().parse_args([*prefix, *sys.argv[1:]])
+    words = [*prefix, *sys.argv[1:]]
+    arguments = _parser().parse_args(words)
+    arguments.typed = shlex.join(["hpo", *words])
     _hide_password(arguments.storage)
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
@@ -115,9 +119,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(command=_run)
 
-    report = verbs.add_parser("report", parents=[storage], help="show the trials of a study")
+    report = verbs.add_parser("report", parents=[storage], help="show a study: table, page, figures")
     report.add_argument("study", metavar="STUDY")
     report.set_defaults(command=_report)
+
+    studies = verbs.add_parser("list", parents=[storage], help="show the studies of a storage")
+    studies.add_argument("--json", action="store_true", help="for scripts")
+    studies.set_defaults(command=_list)
 
     replay = verbs.add_parser("replay", parents=[storage, data], help="run a trial again and compare its metrics")
     replay.add_argument("study", metavar="STUDY")
@@ -162,7 +170,7 @@ def _run(arguments: argparse.Namespace) -> int:
         _announce(console, space, study)
         console.print("Nothing is left to do.")
         return _conclude(console, study, arguments)
-    provenance = _provenance() | _check_trainable(space, data_dir)
+    provenance = {"command": arguments.typed} | _provenance() | _check_trainable(space, data_dir)
     study = open_study(
         database,
         space.name,
@@ -328,7 +336,6 @@ def _provenance() -> dict[str, Any]:
     git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
     described = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
-        "command": shlex.join(["hpo", *sys.argv[1:]]),
         "code": f"{code}+{described}" if described else code,
         "packages": {name: metadata.version(name) for name in PACKAGES},
         "python": platform.python_version(),
@@ -338,24 +345,39 @@ def _provenance() -> dict[str, Any]:
 
 
 def _conclude(console: Console, study: Study, arguments: argparse.Namespace, outcome: Outcome | None = None) -> int:
-    _print_study(console, study)
-    trials = study.trials()
+    from hpo.results import read_results
+
+    results = read_results(study)
+    _print_results(console, results)
     if outcome is not None and outcome.stopped:
         remedy = "The same command" if outcome.interrupted else "With a larger budget.time, the same command"
         console.print(f"Stopped: {outcome.stopped}. {remedy} goes on where it stopped.", style="yellow")
     option = "" if arguments.storage == DEFAULT_STORAGE else " --storage URL"
-    console.print(f"Watch it: python -m hpo.dashboard{option}    Again: python -m hpo.report {study.name}{option}")
+    again = f"python -m hpo.report {shlex.quote(study.name)}{option}"
+    try:
+        _write_report(console, results)
+    except Exception as error:  # noqa: BLE001 # the search is done: whatever keeps a page from being drawn is a remark
+        reason = str(error) if isinstance(error, HpoError) else f"{type(error).__name__}: {error}"
+        console.print(f"No report: {reason}. Try `{again}`", style="yellow", soft_wrap=True, markup=False)
+    console.print(f"Watch it: python -m hpo.dashboard{option}    Again: {again}", markup=False)
     if outcome is not None and outcome.interrupted:
         return 130
-    return 0 if any(trial.state.name == "COMPLETE" for trial in trials) else 1
+    return 0 if results.counts["COMPLETE"] else 1
 
 
-def _print_study(console: Console, study: Study) -> None:
+def _print_results(console: Console, results: Results) -> None:
     from hpo.report import failures, trial_table
 
-    console.print(trial_table(study))
-    for line in failures(study):
+    console.print(trial_table(results))
+    for line in failures(results):
         console.print(line, style="red", soft_wrap=True, markup=False)
+
+
+def _write_report(console: Console, results: Results) -> None:
+    from hpo.report import write_report
+
+    page = write_report(results, RUNS_DIR / "reports")
+    console.print(f"Report: {page}  (report.md beside it has the same figures as PNG)", soft_wrap=True, markup=False)
 
 
 def _console() -> Console:
@@ -369,8 +391,27 @@ def _console() -> Console:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    study = _existing_study(arguments)
-    _print_study(_console(), study)
+    from hpo.results import read_results
+
+    console, results = _console(), read_results(_existing_study(arguments))
+    _print_results(console, results)
+    _write_report(console, results)
+    return 0
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from hpo.report import study_table
+    from storage.database import open_database
+    from storage.studies import summarize
+
+    with open_database(arguments.storage, arguments.password, create=False) as database:
+        summaries = summarize(database)
+        if arguments.json:
+            print(json.dumps([vars(summary) for summary in summaries], indent=2))
+        elif summaries:
+            _console().print(study_table(summaries))
+        else:
+            print(f"{database.url} has no studies yet; `hpo run SPACE` makes one")
     return 0
 
 
@@ -388,7 +429,7 @@ def _replay(arguments: argparse.Namespace) -> int:
         if name in {"code", "packages", "python"} and recorded.get(name) != now:
             console.print(f"{name}: {recorded.get(name)} then, {now} now", style="yellow")
 
-    from hpo.report import is_timing
+    from hpo.results import is_timing
     from hpo.worker import Assignment, run_trial
 
     equal = True
@@ -429,7 +470,7 @@ def _existing_study(arguments: argparse.Namespace) -> Study:
     from storage.database import open_database
     from storage.studies import find_study, study_names
 
-    database = open_database(arguments.storage, arguments.password)
+    database = open_database(arguments.storage, arguments.password, create=False)
     study = find_study(database, arguments.study)
     if study is None:
         names = study_names(database)

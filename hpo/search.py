@@ -212,7 +212,7 @@ class Bridge:
             return True
         with self._guarded(lost=tune_id):
             if message.provenance is not None:
-                self._run.record(claim, {}, message.provenance)
+                self._run.record(claim, {}, {**message.provenance, "gpu": self._slots.gpu})
             if message.warning:
                 self._view.note(f"trial {claim.number}: {message.warning}")
             if message.failure:

@@ -385,7 +385,7 @@ class Run:
         study = self.study.optuna
         if self.learns or self._is_queued:
             return study.ask()
-        return optuna.Trial(study, self.database.optuna.create_new_trial(self.study.study))
+        return optuna.Trial(study, study._storage.create_new_trial(self.study.study))
 
     def _register_or_fail(self, trial: int, key: str, run: int | None) -> bool:
         if self._register(trial, key, run):

@@ -6,10 +6,11 @@ What writes into a study is a `storage.runs.Run`.
 from __future__ import annotations
 
 import contextlib
+import math
 import platform
 import uuid
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -80,11 +81,10 @@ class Study:
         trial = self.trials()[number]._trial_id
         return patiently(self.database, lambda: records.read_provenance(self.database, trial))
 
-    def metrics_of(self, trials: Iterable[FrozenTrial]) -> dict[int, records.Metrics]:
-        """Return {trial number: {epoch: {name: value}}} of some trials, without reading the others'."""
-        numbers = {trial._trial_id: trial.number for trial in trials}
-        found = patiently(self.database, lambda: records.read_metrics(self.database, self.study, list(numbers)))
-        return {number: found.get(trial, {}) for trial, number in numbers.items()}
+    def metrics_of(self, trials: Collection[int]) -> dict[int, records.Metrics]:
+        """Return {trial_id: {epoch: {name: value}}} of some trials, without reading the others'."""
+        found = patiently(self.database, lambda: records.read_metrics(self.database, self.study, trials))
+        return {trial: found.get(trial, {}) for trial in trials}
 
     def system_attrs(self) -> dict[str, Any]:
         """Return what Optuna and its dashboard keep with the study."""
@@ -125,7 +125,7 @@ class Summary:
         state: see `state_of`.
         counts: {state: trials}, what was never run left out.
         metric: the objective's name.
-        best: the best value of a completed trial; None without one, and with several objectives.
+        best: the best value of a completed trial; None without one, if it is infinite, and with several objectives.
         last_activity: when anything last happened, in seconds since 1970; None if nothing ever has.
     """
 
@@ -156,7 +156,8 @@ def _summary(database: Database, known: Any, counts: dict[str, int], last: float
         counts["FAIL"] = sum(trial.user_attrs.get("fail_reason") not in NEVER_RUN for trial in failed)
     best = None
     if len(known.directions) == 1 and "COMPLETE" in counts:
-        best = patiently(database, lambda: storage.get_best_trial(study)).value
+        value = patiently(database, lambda: storage.get_best_trial(study)).value
+        best = value if value is not None and math.isfinite(value) else None
     runs = patiently(database, lambda: records.read_runs(database, study))
     settings = known.user_attrs.get("hpo:settings", {})
     heard = [run.last_heard for run in runs]

@@ -22,10 +22,11 @@ import pytest
 from optuna.trial import TrialState
 from playwright.sync_api import Browser, Page, expect
 
-from hpo import dashboard, front
+from hpo import dashboard, figures, front
 from hpo import run as command_line
 from hpo.dashboard import publish
 from hpo.errors import SettingError
+from hpo.results import Results, read_results
 from storage.database import Database, open_database
 from storage.runs import Run
 from storage.studies import DUPLICATE, Study, find_study, open_study
@@ -117,6 +118,58 @@ def test_the_best_checkpoint_the_failed_trials_log_and_the_curves_are_artifacts(
     assert (folder / found["curves.png"][1]).read_bytes().startswith(b"\x89PNG")
 
 
+def plots(study: Study) -> dict[str, Any]:
+    """{identifier of a plot: plotly's JSON of it}."""
+    parts: dict[str, dict[int, str]] = {}
+    for key, value in study.system_attrs().items():
+        if key.startswith("dashboard:plot_data:"):
+            _, _, name, part = key.split(":")
+            parts.setdefault(name, {})[int(part)] = value
+    return {name: json.loads("".join(found[i] for i in sorted(found))) for name, found in parts.items()}
+
+
+def lines_of_the_report(results: Results, metrics: list[str]) -> Any:
+    figure = figures.plot_curves(results, metrics, figures.select_trials(results), {})
+    return json.loads(figure.to_json())["data"]
+
+
+def test_the_plots_have_the_curves_of_the_report(study: Study, tmp_path: Path) -> None:
+    publish(study, tmp_path)
+    found, results = plots(study), read_results(study)
+    assert set(found) == {"accuracy", "loss"}
+    for name, plot in found.items():
+        assert plot["data"] == lines_of_the_report(results, [f"val_{name}", f"train_{name}"])
+        assert plot["layout"]["title"]["text"].endswith("<sub>Solid: validation. Dashed: training.</sub>")
+
+
+def test_whatever_a_trainable_reports_is_plotted(tmp_path: Path) -> None:
+    with open_database(f"sqlite:///{tmp_path}/hpo.db") as database:
+        settings = {"metric": "f1 <b>", "trainable": "mine:train", "seed": 7, "max_epochs": 2}
+        study = open_study(database, "theirs", direction="maximize", fingerprint="f", settings=settings)
+        with Run(study, key_of=str, provenance={}) as run:
+            run.enqueue([{"x": 0.5}], {"x": optuna.distributions.FloatDistribution(0.0, 1.0)})
+            claim = run.claim()
+            assert claim is not None
+            for epoch in (1, 2):
+                run.report(claim, epoch, {"f1 <b>": epoch / 4, "rmse": 2.0 / epoch}, epoch / 4)
+            run.complete(claim, 0.5)
+        publish(study, tmp_path)
+        found = plots(study)
+        assert [plot["data"][0]["y"] for plot in found.values()] == [[0.25, 0.5], [2.0, 1.0]]
+        assert list(found) == ["curves_0_f1__b_", "curves_1_rmse"]
+        assert found["curves_0_f1__b_"]["layout"]["title"]["text"].startswith("F1 &lt;b&gt; over epochs")
+        assert set(artifacts(study)) == {"curves.png"}
+
+
+def test_of_a_large_study_the_best_trials_are_drawn_and_the_epochs_of_no_others_read(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dashboard, "MAX_CURVES", 2)
+    monkeypatch.setattr(Study, "metrics", lambda *_: pytest.fail("all epochs were read"))
+    publish(study, tmp_path)
+    assert {line["name"] for line in plots(study)["accuracy"]["data"]} == {"#1 lr 0.2", "#2 lr 0.3"}
+
+
 def test_publishing_twice_adds_and_changes_nothing(study: Study, tmp_path: Path) -> None:
     publish(study, tmp_path)
     attrs, files = study.system_attrs(), sorted(path.name for path in (tmp_path / "artifacts").iterdir())
@@ -163,8 +216,8 @@ def test_a_better_trial_takes_the_checkpoints_place(study: Study, tmp_path: Path
 
 
 def test_a_note_says_what_where_and_how_long(study: Study) -> None:
-    trials, metrics = study.trials(), study.metrics()
-    text = dashboard.note(study, trials[2], metrics[2])
+    results = read_results(study)
+    text = dashboard.note(results, results.trials[2])
     score = metrics_of(2, EPOCHS)["val_accuracy"]
     for part in (
         f"**COMPLETE** after 5 of 5 epochs: val_accuracy {score:.4f}",
@@ -176,9 +229,9 @@ def test_a_note_says_what_where_and_how_long(study: Study) -> None:
         "`hpo replay search 2`",
     ):
         assert part in text
-    assert "Parent" not in dashboard.note(study, trials[1], metrics[1])
+    assert "Parent" not in dashboard.note(results, results.trials[1])
     assert "Failed" not in text
-    failed = dashboard.note(study, trials[4], metrics[4])
+    failed = dashboard.note(results, results.trials[4])
     assert "".join(REASON.split()) in "".join(failed.split())
     assert max(map(len, failed.splitlines())) < 100
 
@@ -470,7 +523,9 @@ def test_the_curves_are_plots_of_the_study(site: tuple[str, Path], page: Page) -
     for title in ("Accuracy over epochs", "Loss over epochs"):
         plot = page.locator(".js-plotly-plot", has=page.locator(".gtitle", has_text=title))
         expect(plot).to_have_count(1)
-        expect(plot.locator(".scatterlayer .trace path.js-line")).to_have_count(2 * len(POINTS))
+        # Trial 4 failed after its first epoch: a point is no line.
+        expect(plot.locator(".scatterlayer .trace path.js-line")).to_have_count(2 * (len(POINTS) - 1))
+        expect(plot.locator(".scatterlayer .trace path.point")).to_have_count(2)
         for i in range(len(POINTS)):
             expect(plot.locator(".legendtext", has_text=f"#{i} lr 0.{i + 1}").first).to_be_attached()
         box, card = plot.locator(".nsewdrag").bounding_box(), plot.bounding_box()

@@ -211,9 +211,14 @@ def test_the_report_shows_the_study_again_and_an_unknown_study_is_named(
     grid: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     folder, _ = grid
+    page = folder / "runs/reports/grid/index.html"
+    page.unlink()  # it was written as the run ended
     report = hpo(folder, "report", "grid")
     assert report.returncode == 0
     assert "grid: 3 trials" in report.stdout
+    assert "Report: runs/reports/grid/index.html" in report.stdout
+    assert report.stderr == ""
+    assert "<dd><code>hpo run " in page.read_text(), "the command as it was typed"
     unknown = hpo(folder, "report", "gird")
     assert (unknown.returncode, unknown.stdout) == (2, "")
     assert "there is no study 'gird'" in unknown.stderr

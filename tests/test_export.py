@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -24,6 +25,7 @@ from hpo.data import load
 from hpo.errors import SettingError
 from hpo.export import FILES, FIRST_LAYERS, export
 from hpo.model import STEMS, build_model
+from hpo.train import TrainParams
 from hpo.worker import Assignment, run_trial
 from storage.database import open_database
 from storage.runs import Run
@@ -51,7 +53,7 @@ def searched(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("export")
     with open_database(f"sqlite:///{folder}/hpo.db") as database:
         study = open_study(database, "search", direction="maximize", fingerprint="f", settings=SETTINGS)
-        points = [{"batch_size": size, "lr": 0.003, "precision": "fp32"} for size in (32, 64, 128)]
+        points = [{"batch_size": size, "lr": 0.003, "precision": "bf16"} for size in (32, 64, 128)]
         distributions = {
             name: optuna.distributions.CategoricalDistribution([p[name] for p in points]) for name in points[0]
         }
@@ -72,7 +74,7 @@ def searched(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path
                 max_epochs=2,
                 stored_epoch=0,
                 folder=str(folder / "checkpoints" / study.unique_name / "0"),
-                checkpoint_every=1,
+                checkpoint_every=2,  # only the last: each is 134 MB
                 device="cpu",
                 threads=1,
                 timeout=None,
@@ -89,7 +91,10 @@ def searched(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture
 def study(searched: Path, tmp_path: Path) -> Iterator[Study]:
     """The study, to be changed at will, with the runs' folder in `tmp_path`."""
-    shutil.copytree(searched, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("exports"))
+    shutil.copytree(
+        searched / "checkpoints", tmp_path / "checkpoints", copy_function=os.link
+    )  # nobody writes into them
+    shutil.copy(searched / "hpo.db", tmp_path)
     with open_database(f"sqlite:///{tmp_path}/hpo.db") as database:
         found = optuna.load_study(study_name="search", storage=database.optuna)
         yield Study(database, "search", found._study_id, found)
@@ -202,8 +207,10 @@ def test_the_card_says_how_good_it_is_and_where_it_errs(folder: Path, network: t
     confusion = [[int(((test.labels == true) & (answers == said)).sum()) for said in range(10)] for true in range(10)]
     assert facts["confusion"] == confusion
     right = sum(confusion[i][i] for i in range(10))
-    assert facts["accuracy"]["test_accuracy"] == facts["stored"]["test_accuracy"] == right / len(test)
-    assert facts["accuracy"]["val_accuracy"] == facts["stored"]["val_accuracy"]
+    assert facts["accuracy"]["test_accuracy"] == right / len(test)
+    as_trained = {"how": "in bf16 on the CPU", **facts["stored"]}
+    assert facts["as_trained"] == as_trained, "trained and scored in bf16, the same model gives the same number"
+    assert "Scored in bf16 on the CPU, as in training, they are " in card
     assert f"| test accuracy | {right / len(test):.4f} of 500 images" in card
     for name, row in zip(facts["classes"], confusion, strict=True):
         own = row[facts["classes"].index(name)]
@@ -229,11 +236,21 @@ def test_what_is_not_as_storage_has_it_is_told(study: Study, tmp_path: Path) -> 
     folder, remarks = exported(study, tmp_path)
     assert len(remarks) == 2
     assert "are not those of the training (other)" in remarks[0]
-    here = f"test_accuracy is {stored:.4f} here, in fp32 on the CPU, and was {stored - 0.004:.4f} on "
+    here = f"test_accuracy is {stored:.4f} here, in bf16 on the CPU, and was {stored - 0.004:.4f} on "
     assert remarks[1].startswith(here)
     assert remarks[1].endswith(": 2 images differ")
     card = (folder / "README.md").read_text()
     assert all(f"**Note**: {remark}." in card for remark in remarks)
+
+
+@pytest.mark.parametrize(("precision", "device"), [("fp32", "cpu"), ("bf16", "cuda")])
+def test_a_trial_of_fp32_or_of_a_gpu_that_is_not_here_is_scored_once(
+    searched: Path, precision: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    params = TrainParams(precision=precision)
+    found = export_room._score_as_trained(params, {}, {"device": device}, DATA, searched)
+    assert found == ("in fp32 on the CPU", {})
 
 
 def test_a_trial_that_cannot_be_exported_is_refused_with_what_can(study: Study, tmp_path: Path) -> None:

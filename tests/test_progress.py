@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Mapping
@@ -139,22 +140,104 @@ def test_a_trial_that_goes_on_says_so_and_guesses_from_the_epochs_of_now() -> No
     assert epoch.endswith(f"{format_seconds(9 * EPOCH_SECONDS)} left")
 
 
+def test_a_value_that_is_not_finite_is_never_the_best() -> None:
+    screen = Screen(terminal=True)
+    with screen.view as view:
+        view.trial_started(0, PARAMS, epoch=0, max_epochs=9)
+        for epoch, value in enumerate((math.nan, 0.7, math.inf, math.nan), start=1):
+            view.epoch_ended(0, epoch, metrics_of(value))
+    assert "best 0.7000 (trial 0)" in screen.last_frame[-1]
+    assert "nan" in screen.last_frame[1]
+    assert "0.7000" in screen.last_frame[1]
+
+
+def test_thousands_of_short_epochs_do_not_flood_a_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("hpo.progress.time", SimpleNamespace(monotonic=lambda: now))
+    screen = Screen(terminal=False)
+    with screen.view as view:
+        for number in range(100):
+            view.trial_started(number, PARAMS, epoch=0, max_epochs=100)
+            for epoch in range(1, 101):
+                now += 0.001
+                view.epoch_ended(number, epoch, metrics_of(0.5))
+            view.trial_ended(number, "COMPLETE", "")
+    lines = screen.paper.getvalue().splitlines()
+    assert [line for line in lines if "COMPLETE" in line] == [
+        f"trial {number} COMPLETE: val_accuracy 0.5000  (batch_size 64, lr 0.01)" for number in range(100)
+    ]
+    others = [line for line in lines if "COMPLETE" not in line]
+    # Ten seconds long, at five lines a second, after what is printed at once.
+    assert 60 <= len(others) <= 90
+    epochs = [line for line in others if " epoch " in line]
+    unprinted = [int(count) for line in others for count in re.findall(r"\(and (\d+) epochs? more", line)]
+    assert len(epochs) + sum(unprinted) == 10_000, "each epoch is printed or counted"
+
+
+def test_a_slow_search_prints_each_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("hpo.progress.time", SimpleNamespace(monotonic=lambda: now))
+    screen = Screen(terminal=False)
+    with screen.view as view:
+        view.trial_started(0, PARAMS, epoch=0, max_epochs=200)
+        for epoch in range(1, 201):
+            now += 0.25
+            view.epoch_ended(0, epoch, metrics_of(0.5))
+    assert len(screen.paper.getvalue().splitlines()) == 201
+    assert "more" not in screen.paper.getvalue()
+
+
 # --- on a terminal ------------------------------------------------------------------------------------------------
 
 
-def test_a_thousand_running_trials_fit_on_a_screen_of_24_lines() -> None:
-    screen = Screen(terminal=True, total=2000, slots=1000)
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (120, 50), (60, 10), (200, 5)])
+def test_a_thousand_running_trials_fit_on_the_screen_there_is(width: int, height: int) -> None:
+    screen = Screen(terminal=True, width=width, height=height, total=2000, slots=1000)
+    params = {"batch_size": 512, "lr": 0.012345678, "optimizer": "adamw", "weight_decay": 0.0001}
     with screen.view as view:
         for number in range(1000):
-            view.trial_started(number, PARAMS, epoch=0, max_epochs=50)
+            view.trial_started(number, params, epoch=0, max_epochs=50)
         for number in range(1000):
             view.epoch_ended(number, 1, metrics_of(0.5))
     frame = screen.last_frame
-    assert len(frame) <= 24
+    assert len(frame) < height, "the last line is the cursor's"
+    assert max(map(len, frame)) <= width
     rows = [line for line in frame if re.match(r"\d+ .*\b1/50\b", line)]
-    assert len(rows) >= 10
-    assert any(f"and {1000 - len(rows)} more" in line for line in frame)
-    assert "2000 left" in frame[-1]
+    assert len(rows) >= height - 6, "the room is used"
+    assert f"... and {1000 - len(rows)} more" in frame
+    assert "2000 left" in " ".join(frame)
+    for row in rows:
+        assert re.search(r"0\.5000 .*24m30s$", row), "what does not fit is the parameters, never a number"
+
+
+def test_at_80_columns_a_row_has_its_bar_and_all_numbers() -> None:
+    screen = Screen(terminal=True, width=80)
+    with screen.view as view:
+        view.trial_started(0, {"batch_size": 512, "lr": 0.0123, "optimizer": "adamw"}, epoch=0, max_epochs=50)
+        view.epoch_ended(0, 25, metrics_of(0.9))
+        view.epoch_ended(0, 26, metrics_of(0.8))
+    head, row = screen.last_frame[:2]
+    assert re.findall(r"\S+", head) == ["trial", "parameters", "epoch", "val_accuracy", "best", "images/s", "left"]
+    assert re.search(r"batch_size.*… +26/50 +━+[╺╸]?━+ +0\.8000 +0\.9000 +1,234 +12m00s$", row)
+
+
+def test_a_thousand_running_trials_do_not_slow_the_driver() -> None:
+    """The driver and the drawing share a process: a frame, four times a second, and an epoch's end must be cheap."""
+    screen = Screen(terminal=True, width=80, height=24, total=5000, slots=1000)
+    with screen.view as view:
+        for number in range(1000):
+            view.trial_started(number, PARAMS, epoch=0, max_epochs=1000)
+        started = time.process_time()
+        for epoch in range(1, 31):
+            for number in range(1000):
+                view.epoch_ended(number, epoch, metrics_of(0.5))
+        epoch_seconds = (time.process_time() - started) / 30_000
+        started = time.process_time()
+        for _ in range(20):
+            view._live.refresh()
+        frame_seconds = (time.process_time() - started) / 20
+    assert epoch_seconds < 0.001
+    assert frame_seconds < 0.05
 
 
 def test_a_few_trials_are_all_shown_with_epoch_value_and_best() -> None:

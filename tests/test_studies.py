@@ -17,7 +17,7 @@ import pytest
 import sqlalchemy as sa
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-from storage import runs
+from storage import runs, studies
 from storage.database import Database, StorageError, open_database
 from storage.runs import Draw, Run
 from storage.studies import Study, find_study, open_study
@@ -521,3 +521,79 @@ def test_provenance_of_run_and_trial_are_read_together(study: Study) -> None:
         run.record(claim, {}, {"device": "cpu", "threads": 2})
         run.complete(claim, 0.5)
     assert study.provenance(0) == {"code": "test", "device": "cpu", "threads": 2}
+
+
+# --- a line on each study
+
+
+def test_a_study_is_running_then_resumable_then_finished(study: Study, database: Database) -> None:
+    def line() -> studies.Summary:
+        (summary,) = studies.summarize(database)
+        return summary
+
+    assert (line().state, line().counts, line().best, line().last_activity) == ("resumable", {}, None, None)
+    with grid_run(study) as run:
+        run.enqueue(POINTS, GRID)
+        assert line().state == "running"
+        claim = run.claim()
+        assert claim is not None
+        run.complete(claim, 0.25)
+        run.flush()
+        assert (line().counts, line().best) == ({"COMPLETE": 1}, 0.25)
+    assert line().state == "resumable"
+    with grid_run(study) as run:
+        run.enqueue(POINTS, GRID)
+        while claim := run.claim():
+            run.complete(claim, 0.5)
+    assert (line().state, line().counts, line().best, line().metric) == ("finished", {"COMPLETE": 4}, 0.5, "m")
+    last = line().last_activity
+    assert last is not None
+    assert abs(last - time.time()) < 60
+
+
+def test_a_study_whose_run_was_killed_is_resumable_at_once(study: Study, database: Database) -> None:
+    run = grid_run(study)
+    run.__enter__()
+    run.enqueue(POINTS, GRID)
+    assert run.claim() is not None
+    assert studies.summarize(database)[0].state == "running"
+    die(run)
+    assert studies.summarize(database)[0].state == "resumable"
+
+
+def test_a_sampled_study_is_finished_when_its_budget_of_trials_is(database: Database) -> None:
+    settings = {"metric": "m", "sampler": {"name": "random"}, "budget": {"trials": 2}}
+    study = open_study(database, "s", direction="minimize", fingerprint="f", settings=settings)
+    states = []
+    with sampled_run(study) as run:
+        for value in (0.5, 0.25):
+            claim = run.claim()
+            assert claim is not None
+            run.complete(claim, value)
+            run.flush()
+            states.append(studies.state_of(study.attrs, studies.summarize(database)[0].counts, []))
+    assert states == ["resumable", "finished"]
+    assert studies.summarize(database)[0].best == 0.25
+
+
+def test_a_duplicate_is_not_counted_as_a_failure(study: Study, database: Database) -> None:
+    with grid_run(study) as run:
+        run.enqueue(POINTS[:1], GRID)
+        while claim := run.claim():
+            run.complete(claim, 0.5)
+    add_duplicate = optuna.trial.create_trial(
+        state=optuna.trial.TrialState.FAIL, user_attrs={"fail_reason": studies.DUPLICATE}
+    )
+    study.optuna.add_trial(add_duplicate)
+    assert studies.summarize(database)[0].counts == {"COMPLETE": 1}
+
+
+def test_a_study_of_another_program_has_no_state(database: Database) -> None:
+    foreign = optuna.create_study(study_name="theirs", storage=database.optuna, directions=["minimize", "maximize"])
+    foreign.add_trial(optuna.trial.create_trial(values=[1.0, 2.0]))
+    endless = optuna.create_study(study_name="endless", storage=database.optuna, direction="maximize")
+    endless.add_trial(optuna.trial.create_trial(value=math.inf))
+    line, infinite = studies.summarize(database)
+    assert (line.name, line.state, line.counts, line.best) == ("theirs", "", {"COMPLETE": 1}, None)
+    assert line.last_activity is not None
+    assert infinite.best is None
