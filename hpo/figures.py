@@ -89,14 +89,14 @@ class Family:
 
 def name_families(results: Results) -> list[Family]:
     """Return the figures of curves to draw: of very many metrics, the first."""
-    families = list(results.curve_families.items())[:MAX_FAMILIES]
-    # A metric may have any name, and two that differ in nothing but signs.
-    names = [
-        family if family in {"accuracy", "loss"} else f"curves_{i}_{re.sub(r'[^A-Za-z0-9_.-]', '_', family)[:60]}"
-        for i, (family, _) in enumerate(families)
-    ]
-    titles = [f"{family[:1].upper()}{family[1:]} over epochs" for family, _ in families]
-    return [Family(name, title, metrics) for name, title, (_, metrics) in zip(names, titles, families, strict=True)]
+    families: dict[str, Family] = {}
+    for family, metrics in list(results.curve_families.items())[:MAX_FAMILIES]:
+        # The same name each time, whatever else is drawn then: what was written before is written over.
+        name = family if family in {"accuracy", "loss"} else f"curves_{re.sub(r'[^A-Za-z0-9_.-]', '_', family)[:60]}"
+        while name in families:  # a metric may have any name, and two that differ in nothing but signs
+            name += "_"
+        families[name] = Family(name, f"{family[:1].upper()}{family[1:]} over epochs", metrics)
+    return list(families.values())
 
 
 def select_trials(results: Results) -> Selection:

@@ -151,13 +151,13 @@ def test_whatever_a_trainable_reports_is_plotted(tmp_path: Path) -> None:
             claim = run.claim()
             assert claim is not None
             for epoch in (1, 2):
-                run.report(claim, epoch, {"f1 <b>": epoch / 4, "rmse": 2.0 / epoch}, epoch / 4)
+                run.report(claim, epoch, {"f1 <b>": epoch / 4, "f1 [b]": 1.0, "rmse": 2.0 / epoch}, epoch / 4)
             run.complete(claim, 0.5)
         publish(study, tmp_path)
         found = plots(study)
-        assert [plot["data"][0]["y"] for plot in found.values()] == [[0.25, 0.5], [2.0, 1.0]]
-        assert list(found) == ["curves_0_f1__b_", "curves_1_rmse"]
-        assert found["curves_0_f1__b_"]["layout"]["title"]["text"].startswith("F1 &lt;b&gt; over epochs")
+        assert [plot["data"][0]["y"] for plot in found.values()] == [[0.25, 0.5], [1.0, 1.0], [2.0, 1.0]]
+        assert list(found) == ["curves_f1__b_", "curves_f1__b__", "curves_rmse"]
+        assert found["curves_f1__b_"]["layout"]["title"]["text"].startswith("F1 &lt;b&gt; over epochs")
         assert set(artifacts(study)) == {"curves.png"}
 
 
