@@ -7,7 +7,10 @@ over the ranks, in grey, and a band holds the middle of all: the page of 5,000 t
 from __future__ import annotations
 
 import html
+import io
+import logging
 import math
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +19,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from hpo.results import Published, Results, TrialResult
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure as MatplotlibFigure
     from optuna import Study
     from plotly.graph_objects import Figure as PlotlyFigure
 
 MAX_COLOURED = 10  # more colours are not told apart
 MAX_GREY = 90
+MAX_FAMILIES = 8  # figures of curves; a trainable may report hundreds of metrics
 MAX_POINTS = 400  # of one curve: more than there are pixels for
 MAX_PARALLEL = 300  # Optuna draws a trace for each trial
 MIN_IMPORTANCE_TRIALS = 20  # the importance compares the best tenth with all: two trials with twenty
@@ -66,6 +71,32 @@ class Selection:
             f"{len(self.grey)} of the other {others:,}, evenly spread over the ranks, in grey; the band holds the middle "
             "80 % of all trials."
         )
+
+
+@dataclass(frozen=True)
+class Family:
+    """Metrics that are drawn together.
+
+    Attributes:
+        name: for a file or an HTML id.
+        metrics: validation first.
+    """
+
+    name: str
+    title: str
+    metrics: list[str]
+
+
+def name_families(results: Results) -> list[Family]:
+    """Return the figures of curves to draw: of very many metrics, the first."""
+    families: dict[str, Family] = {}
+    for family, metrics in list(results.curve_families.items())[:MAX_FAMILIES]:
+        # The same name each time, whatever else is drawn then: what was written before is written over.
+        name = family if family in {"accuracy", "loss"} else f"curves_{re.sub(r'[^A-Za-z0-9_.-]', '_', family)[:60]}"
+        while name in families:  # a metric may have any name, and two that differ in nothing but signs
+            name += "_"
+        families[name] = Family(name, f"{family[:1].upper()}{family[1:]} over epochs", metrics)
+    return list(families.values())
 
 
 def select_trials(results: Results) -> Selection:
@@ -138,16 +169,52 @@ def plot_curves(
     return figure
 
 
-def draw_curves(
-    results: Results, title: str, metrics: Sequence[str], selection: Selection, published: Mapping[int, Published]
+def draw_families(
+    results: Results, families: Sequence[Family], selection: Selection, published: Mapping[int, Published]
 ) -> MatplotlibFigure:
-    """Return the same curves as `plot_curves`, for a PNG."""
+    """Return the same curves as `plot_curves`, of some families one below the other, for a PNG."""
+    _quiet_matplotlib()
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     beside = len(selection.coloured) > 5  # the legend; of fewer trials there is room among the curves
-    figure = Figure(figsize=(10.5 if beside else 7.2, 4.4), dpi=120, layout="constrained")
-    axes = figure.add_subplot(xlabel="epoch")
+    figure = Figure(figsize=(10.5 if beside else 7.2, 4.4 * len(families)), dpi=120, layout="constrained")
+    for i, family in enumerate(families, start=1):
+        axes = figure.add_subplot(len(families), 1, i, xlabel="epoch")
+        _draw_curves(axes, results, family.title, family.metrics, selection, published, beside=beside)
+    return figure
+
+
+def to_png(figure: MatplotlibFigure) -> bytes:
+    """Return a figure as a PNG file."""
+    from matplotlib.text import Text
+
+    file = io.BytesIO()
+    try:
+        figure.savefig(file, format="png", bbox_inches="tight")
+    except ValueError:  # a name with dollar signs, which are no mathematics
+        for text in figure.findobj(Text):
+            text.set_parse_math(False)
+        file = io.BytesIO()
+        figure.savefig(file, format="png", bbox_inches="tight")
+    return file.getvalue()
+
+
+def _quiet_matplotlib() -> None:
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # that it builds a cache of fonts is no news to the user
+
+
+def _draw_curves(
+    axes: Axes,
+    results: Results,
+    title: str,
+    metrics: Sequence[str],
+    selection: Selection,
+    published: Mapping[int, Published],
+    *,
+    beside: bool,
+) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes.set_title(title, parse_math=False)
     drawn: list[float | None] = []
     last = max(trial.last_epoch for trial in results.trials)
@@ -180,14 +247,15 @@ def draw_curves(
     legend = axes.legend(fontsize="small", frameon=False, loc="upper left" if beside else "best", bbox_to_anchor=anchor)
     for text in legend.get_texts():
         text.set_parse_math(False)
-    return figure
 
 
-def describe_styles(metrics: Sequence[str], *, published: bool) -> str:
+def describe_styles(metrics: Sequence[str], published: Mapping[int, Published]) -> str:
     """Say which line is which metric; empty where there is one."""
     names = {"solid": "Solid", "dash": "Dashed", "dot": "Dotted"}
     texts = [f"{names[_dash(metric)]}: {_in_words(metric)}." for metric in metrics]
-    return " ".join(texts + (["Dotted: published, training."] if published else [])) if len(texts) > 1 else ""
+    if any(_published_metrics(metrics, each) for each in published.values()):
+        texts.append("Dotted: published, training.")
+    return " ".join(texts) if len(texts) > 1 else ""
 
 
 # --- Optuna's own plots -----------------------------------------------------------------------------------------------
@@ -238,6 +306,7 @@ def plot_optuna(results: Results, function: str) -> PlotlyFigure:
 
 def draw_optuna(results: Results, function: str) -> MatplotlibFigure:
     """Return the same plot as `plot_optuna`, for a PNG."""
+    _quiet_matplotlib()
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -20,14 +20,11 @@ from hpo.progress import format_seconds
 from hpo.results import STATES, Published, Results, TrialResult, format_value, published_beside
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure as MatplotlibFigure
-
     from storage.studies import Summary
 
 MAX_TABLE_ROWS = 50  # in the terminal
 MAX_PAGE_ROWS = 200
 MAX_FAILURES = 100
-MAX_FAMILIES = 8  # figures of curves; a trainable may report hundreds of metrics
 MAX_PARAMS = 8  # columns of parameters; of more, those that are the same for all trials are left out
 UNSAFE = re.compile(r"[^\w.@+-]")
 AXIS_PIXELS = 120  # for each axis of parallel coordinates
@@ -148,12 +145,11 @@ def write_report(results: Results, reports: Path) -> Path:
     Raises:
         SettingError: the folder cannot be written.
     """
-    import logging
-
     import jinja2
     from plotly.offline import get_plotlyjs
 
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # that it builds a cache of fonts is no news to the user
+    from hpo.figures import to_png
+
     folder = report_folder(reports, results.study.name)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hpo"),
@@ -167,7 +163,7 @@ def write_report(results: Results, reports: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for figure in content["figures"]:
-            _write(folder / f"{figure['name']}.png", _png(figure.pop("drawn")))
+            _write(folder / f"{figure['name']}.png", to_png(figure.pop("drawn")))
         markdown = environment.get_template("report.md").render(content)
         _write(folder / "report.md", markdown.encode())
         page = environment.get_template("report.html").render(content, plotlyjs=get_plotlyjs())
@@ -185,22 +181,6 @@ def _write(path: Path, content: bytes) -> None:
     draft = path.with_name(f"{path.name}.{os.getpid()}")
     draft.write_bytes(content)
     draft.replace(path)
-
-
-def _png(figure: MatplotlibFigure) -> bytes:
-    import io
-
-    from matplotlib.text import Text
-
-    file = io.BytesIO()
-    try:
-        figure.savefig(file, format="png", bbox_inches="tight")
-    except ValueError:  # a name with dollar signs, which are no mathematics
-        for text in figure.findobj(Text):
-            text.set_parse_math(False)
-        file = io.BytesIO()
-        figure.savefig(file, format="png", bbox_inches="tight")
-    return file.getvalue()
 
 
 def _content(results: Results) -> dict[str, Any]:
@@ -268,21 +248,20 @@ def _figures(
     selection = figures.select_trials(results)
     made: list[dict[str, Any]] = []
     left_out: list[tuple[str, str]] = []
-    families = results.curve_families
-    if len(families) > MAX_FAMILIES:
-        left_out.append(("Further curves", f"of {len(families)} metrics, those of {MAX_FAMILIES} are drawn"))
-    for i, (family, metrics) in enumerate(list(families.items())[:MAX_FAMILIES]):
-        title = f"{family[:1].upper()}{family[1:]} over epochs"
-        has_published = bool(published) and family in {"accuracy", "loss"}
-        texts = [figures.describe_styles(metrics, published=has_published), selection.text]
+    families = figures.name_families(results)
+    if len(results.curve_families) > len(families):
+        left_out.append(
+            ("Further curves", f"of {len(results.curve_families)} metrics, those of {len(families)} are drawn")
+        )
+    for family in families:
+        texts = [figures.describe_styles(family.metrics, published), selection.text]
         made.append(
             {
-                # A metric may have any name, and two that differ in nothing but signs.
-                "name": family if family in {"accuracy", "loss"} else f"curves_{i}_{UNSAFE.sub('_', family)[:60]}",
-                "title": title,
+                "name": family.name,
+                "title": family.title,
                 "caption": " ".join(filter(None, texts)),
-                "plotly": figures.plot_curves(results, metrics, selection, published).to_json(),
-                "drawn": figures.draw_curves(results, title, metrics, selection, published),
+                "plotly": figures.plot_curves(results, family.metrics, selection, published).to_json(),
+                "drawn": figures.draw_families(results, [family], selection, published),
                 "is_curve": True,
                 "min_width": 0,
             }

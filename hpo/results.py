@@ -8,8 +8,8 @@ from __future__ import annotations
 import csv
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,8 @@ class TrialResult:
         epochs: {epoch: {metric: value}}, epochs in order; values may be NaN or infinite.
         fail_reason: in one line; empty for a trial that has not failed.
         provenance: where and on what it ran, without what its run says.
+        attrs: what the run, or whatever program it was, has written with it.
+        trial_id: its key in storage; no two trials of a database share one.
     """
 
     number: int
@@ -44,6 +46,13 @@ class TrialResult:
     traceback: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
     wall_seconds: float = 0.0
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+    trial_id: int = 0
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing of it changes any more."""
+        return self.state in {"COMPLETE", "PRUNED", "FAIL"}
 
     @property
     def last_epoch(self) -> int:
@@ -215,13 +224,21 @@ class Results:
         return {family: families[family] for family in [*dict.fromkeys(order), *sorted(families)] if family in families}
 
 
-def read_results(study: Study) -> Results:
-    """Read a study, whole and once."""
+def read_results(study: Study, *, epochs: bool = True) -> Results:
+    """Read a study, whole and once.
+
+    Args:
+        study: the study.
+        epochs: False leaves out the epochs of all trials, the bulk of a large study; see `read_epochs`.
+    """
     from storage.studies import without_garbage_collection
 
     with without_garbage_collection():
         trials = study.run_trials()
-        metrics, provenances = study.metrics(trials), study.provenances(trials)
+        metrics: dict[int, Metrics | None] = dict.fromkeys(trial.number for trial in trials)
+        if epochs:
+            metrics |= study.metrics(trials)
+        provenances = study.provenances(trials)
     names = study.optuna.metric_names or []
     directions = study.optuna.directions
     if len(directions) == 1:
@@ -237,8 +254,15 @@ def read_results(study: Study) -> Results:
     )
 
 
-def _result(trial: FrozenTrial, epochs: Metrics, provenance: Mapping[str, Any], metric: str) -> TrialResult:
-    if not epochs:  # made through Optuna: all there is are the values that were reported for pruning
+def read_epochs(results: Results, numbers: Container[int]) -> Results:
+    """Return the same results with the epochs of these trials and of no others."""
+    wanted = [trial.trial_id for trial in results.trials if trial.number in numbers]
+    found = results.study.metrics_of(wanted)
+    return replace(results, trials=[replace(trial, epochs=found.get(trial.trial_id, {})) for trial in results.trials])
+
+
+def _result(trial: FrozenTrial, epochs: Metrics | None, provenance: Mapping[str, Any], metric: str) -> TrialResult:
+    if epochs == {}:  # made through Optuna: all there is are the values that were reported for pruning
         epochs = {step: {metric: value} for step, value in sorted(trial.intermediate_values.items())}
     failed = trial.state.name == "FAIL"
     return TrialResult(
@@ -246,11 +270,13 @@ def _result(trial: FrozenTrial, epochs: Metrics, provenance: Mapping[str, Any], 
         trial.params,
         trial.state.name,
         tuple(trial.values or ()),
-        epochs,
+        epochs or {},
         str(trial.user_attrs.get("fail_reason", "for an unknown reason")) if failed else "",
         str(trial.user_attrs.get("traceback", "")),
         provenance,
         trial.duration.total_seconds() if trial.duration else 0.0,
+        trial.user_attrs,
+        trial._trial_id,
     )
 
 

@@ -87,7 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hpo", description="Hyperparameter search: Ray Tune trials, Optuna storage.")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     storage = argparse.ArgumentParser(add_help=False)
-    # Taken out of the environment: Ray's processes, which inherit it, have no use for the database's password.
+    # Taken out of the environment: Ray's processes, which inherit it, have no use for passwords.
+    dashboard_password = os.environ.pop("HPO_DASHBOARD_PASSWORD", None)
     storage.set_defaults(password=os.environ.pop("PGPASSWORD", None))
     storage.add_argument(
         "--storage",
@@ -136,10 +137,18 @@ def _parser() -> argparse.ArgumentParser:
     schema = verbs.add_parser("schema", help="print the JSON Schema of search spaces, for editors")
     schema.set_defaults(command=_schema, storage="")
 
+    export = verbs.add_parser("export", parents=[storage, data], help="write the best model as files that need no hpo")
+    export.add_argument("study", metavar="STUDY")
+    export.add_argument("--trial", type=int, metavar="NUMBER", help="of the study; the best one by default")
+    export.add_argument("--output", type=Path, metavar="DIR", help=f"{RUNS_DIR}/exports/STUDY-NUMBER by default")
+    export.set_defaults(command=_export)
+
     dashboard = verbs.add_parser("dashboard", parents=[storage], help="serve optuna-dashboard on the storage")
-    dashboard.add_argument("--host", default="127.0.0.1", help="127.0.0.1; it has no password, so keep it there")
+    dashboard.add_argument(
+        "--host", default="127.0.0.1", help="127.0.0.1; any other address needs a password in HPO_DASHBOARD_PASSWORD"
+    )
     dashboard.add_argument("--port", type=int, default=8080)
-    dashboard.set_defaults(command=_dashboard)
+    dashboard.set_defaults(command=_dashboard, dashboard_password=dashboard_password)
     return parser
 
 
@@ -200,6 +209,9 @@ def _run(arguments: argparse.Namespace) -> int:
                 checkpoints=runs_dir / "checkpoints",
                 view=view,
             )
+    from hpo.dashboard import publish
+
+    publish(study, runs_dir, always=True)
     return _conclude(console, study, arguments, outcome)
 
 
@@ -455,15 +467,31 @@ def _schema(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _export(arguments: argparse.Namespace) -> int:
+    study = _existing_study(arguments)
+    from hpo.export import export
+
+    folder, remarks = export(
+        study,
+        arguments.trial,
+        runs_dir=RUNS_DIR.resolve(),
+        data_dir=Path(arguments.data_dir).resolve(),
+        output=arguments.output,
+        versions=_provenance(),
+    )
+    for remark in remarks:
+        print(f"note: {remark}")
+    print(f"{folder}: README.md says what it is; python {shlex.quote(str(folder / 'classify.py'))} IMAGE runs it")
+    return 0
+
+
 def _dashboard(arguments: argparse.Namespace) -> int:
     from hpo.dashboard import serve
     from storage.database import open_database
 
     database = open_database(arguments.storage, arguments.password)
-    if arguments.host not in {"127.0.0.1", "::1", "localhost"}:
-        print(f"hpo: whoever reaches {arguments.host}:{arguments.port} can delete studies", file=sys.stderr, flush=True)
-    print(f"http://{arguments.host}:{arguments.port}/ shows {database.url}; Ctrl-C ends it", flush=True)
-    serve(database, arguments.host, arguments.port)
+    password = arguments.dashboard_password or None
+    serve(database, arguments.host, arguments.port, password=password, runs_dir=_make_runs_dir())
     return 0
 
 

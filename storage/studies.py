@@ -12,7 +12,7 @@ import platform
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -92,11 +92,10 @@ class Study:
         trial = self.trials()[number]._trial_id
         return patiently(self.database, lambda: records.read_provenance(self.database, trial))
 
-    def metrics_of(self, trials: Iterable[FrozenTrial]) -> dict[int, records.Metrics]:
-        """Return {trial number: {epoch: {name: value}}} of some trials, without reading the others'."""
-        numbers = {trial._trial_id: trial.number for trial in trials}
-        found = patiently(self.database, lambda: records.read_metrics(self.database, self.study, list(numbers)))
-        return {number: found.get(trial, {}) for trial, number in numbers.items()}
+    def metrics_of(self, trials: Collection[int]) -> dict[int, records.Metrics]:
+        """Return {trial_id: {epoch: {name: value}}} of some trials, without reading the others'."""
+        found = patiently(self.database, lambda: records.read_metrics(self.database, self.study, trials))
+        return {trial: found.get(trial, {}) for trial in trials}
 
     def system_attrs(self) -> dict[str, Any]:
         """Return what Optuna and its dashboard keep with the study."""

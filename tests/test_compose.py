@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -22,12 +23,14 @@ from benchmarks.postgres import Postgres
 
 ROOT = Path(__file__).parent.parent
 PASSWORD = "a-password-of-the-env-file"
+DASHBOARD_PASSWORD = "another-one"
 
 
 @pytest.fixture(scope="module")
 def services() -> dict[str, Any]:
     text = (ROOT / "docker-compose.yml").read_text()
     filled = re.sub(r"\$\{POSTGRES_PASSWORD:\?[^}]*\}", PASSWORD, text)
+    filled = re.sub(r"\$\{DASHBOARD_PASSWORD:\?[^}]*\}", DASHBOARD_PASSWORD, filled)
     assert "${" not in filled
     found: dict[str, Any] = yaml.safe_load(filled)["services"]
     return found
@@ -73,13 +76,16 @@ def test_the_file_fits_the_compose_schema() -> None:
 
 def test_there_is_no_default_password_and_nothing_is_published_beyond_this_machine(services: dict[str, Any]) -> None:
     text = (ROOT / "docker-compose.yml").read_text()
-    passwords = re.findall(r"(?:POSTGRES_PASSWORD|PGPASSWORD): (.*)", text)
-    assert passwords
-    assert all(value.startswith("${POSTGRES_PASSWORD:?") for value in passwords)
+    passwords = re.findall(r"(?:POSTGRES_PASSWORD|PGPASSWORD|HPO_DASHBOARD_PASSWORD): (.*)", text)
+    assert len(passwords) == 3
+    assert all(value.startswith(("${POSTGRES_PASSWORD:?", "${DASHBOARD_PASSWORD:?")) for value in passwords)
     assert all(port.startswith("127.0.0.1:") for service in services.values() for port in service.get("ports", []))
     assert "ports" not in services["database"]
     assert services["database"]["volumes"] == ["database:/var/lib/postgresql"]
-    assert all(PASSWORD not in str(service.get(key)) for service in services.values() for key in ("command", "ports"))
+    shown = str([service.get(key) for service in services.values() for key in ("command", "ports")])
+    assert PASSWORD not in shown
+    assert DASHBOARD_PASSWORD not in shown
+    assert "runs:/app/runs" in services["dashboard"]["volumes"], "the artifacts of the runs"
 
 
 def test_the_health_check_succeeds_on_the_running_database(services: dict[str, Any], server: Postgres) -> None:
@@ -124,17 +130,23 @@ def test_the_runner_stores_its_trials_in_postgresql_and_the_dashboard_serves_the
         detail = _get(f"http://127.0.0.1:{port}/api/studies/{studies['study_summaries'][0]['study_id']}?after=0")
         assert [trial["state"] for trial in detail["trials"]] == ["Complete"] * 3
         assert all(trial["intermediate_values"] for trial in detail["trials"])
+        assert all("hpo replay quick" in trial["note"]["body"] for trial in detail["trials"])
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            _get(f"http://127.0.0.1:{port}/api/studies", password=PASSWORD)
     finally:
         dashboard.terminate()
         dashboard.wait()
 
 
-def _get(url: str) -> Any:
+def _get(url: str, password: str = DASHBOARD_PASSWORD) -> Any:
     deadline = time.monotonic() + 60
+    login = "Basic " + base64.b64encode(f"hpo:{password}".encode()).decode()
     while True:
         try:
-            with urllib.request.urlopen(url) as answer:
+            with urllib.request.urlopen(urllib.request.Request(url, headers={"Authorization": login})) as answer:
                 return json.load(answer)
+        except urllib.error.HTTPError:
+            raise
         except urllib.error.URLError:
             if time.monotonic() > deadline:
                 raise

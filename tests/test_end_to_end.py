@@ -154,6 +154,9 @@ def test_the_grid_completes_three_trials_with_every_metric_of_every_epoch(
     tests = rows(database, "SELECT trial, epoch FROM hpo_metrics WHERE name = 'test_accuracy' ORDER BY trial")
     assert tests == [(trial, 2) for trial in (1, 2, 3)], "the test images are scored once, at the end"
     assert rows(database, "SELECT count(*) FROM hpo_runs WHERE ended IS NOT NULL") == [(1,)]
+    notes = rows(database, "SELECT count(*) FROM study_system_attributes WHERE key LIKE 'dashboard%note_ver'")
+    assert notes == [(3,)], "what the dashboard shows is there when the run ends"
+    assert len(list((folder / "runs/artifacts").iterdir())) == 2
 
 
 def test_the_grid_shows_progress_and_a_table_and_no_noise(

@@ -522,7 +522,7 @@ def test_what_others_have_written_is_text_and_nothing_else(
     tab.on("console", lambda message: said.append(message.text))
     tab.goto(page.as_uri())
     tab.wait_for_function("document.body.dataset.drawn == 2")
-    tab.locator("#curves_0_value .js-line").first.hover(force=True)
+    tab.locator("#curves_value .js-line").first.hover(force=True)
     for place in ("h1", "#trials", ".legend", "#parallel_coordinates"):
         assert "window.hacked=1" in tab.locator(place).first.text_content()
     assert tab.evaluate("window.hacked") is None
