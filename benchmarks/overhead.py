@@ -44,6 +44,7 @@ Mark = Callable[[], None]  # called as each trial ends
 def run_hpo(trials: int, folder: Path, mark: Mark) -> None:
     """The service as `hpo run` uses it."""
     from hpo import search
+    from hpo.plan import plan_slots
     from hpo.space import load_space
     from storage.database import open_database
     from storage.studies import open_study
@@ -73,7 +74,7 @@ def run_hpo(trials: int, folder: Path, mark: Mark) -> None:
         settings=space.model_dump(mode="json"),
     )
     with search.cluster(None):
-        slots = search.plan_slots(space, None)
+        slots = plan_slots(space, None, *search.cluster_size())
         search.search(
             space, study, slots, provenance={}, data_dir=folder, checkpoints=folder / "checkpoints", view=View()
         )

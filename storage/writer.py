@@ -75,8 +75,9 @@ class Writer:
         self._study = study
         self._owner = owner
         self._told: list[Told] = []
+        self._telling = threading.Lock()  # of the list, held for a moment
         self._lost: set[int] = set()
-        self._writing = threading.Lock()
+        self._writing = threading.Lock()  # held while the database is written to
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._write_now_and_then, name="hpo-writer", daemon=True)
         self._thread.start()
@@ -88,7 +89,8 @@ class Writer:
             LostTrialError: its trial is known to belong to another run.
         """
         self.check(told.claim)
-        self._told.append(told)
+        with self._telling:
+            self._told.append(told)
 
     def check(self, claim: Claim) -> None:
         """Raise LostTrialError if a trial is known to belong to another run."""
@@ -102,17 +104,20 @@ class Writer:
             StorageError: the database failed for good; what was told is kept for another try.
         """
         with self._writing:
-            told, self._told = self._told, []
+            with self._telling:
+                told, self._told = self._told, []
             try:
                 if told:
                     patiently(self._study.database, lambda: self._write(told), patience)
             except StorageError:
-                self._told[:0] = told
+                with self._telling:
+                    self._told[:0] = told
                 raise
 
     def unwritten(self) -> set[int]:
         """Return the trials of which something was told that is not in the database yet."""
-        return {told.claim.trial for told in self._told}
+        with self._telling:
+            return {told.claim.trial for told in self._told}
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -17,7 +17,7 @@ import pytest
 import sqlalchemy as sa
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-from storage import runs, studies
+from storage import runs, studies, writer
 from storage.database import Database, StorageError, open_database
 from storage.runs import Draw, Run
 from storage.studies import Study, find_study, open_study
@@ -188,6 +188,51 @@ def test_every_metric_of_every_epoch_is_stored_and_may_be_stored_again(study: St
     assert math.isnan(study.metrics()[0][1]["loss"])
 
 
+def test_nothing_told_is_lost_between_the_one_who_tells_and_the_one_who_writes(
+    study: Study, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "GATHER_SECONDS", 0.0)
+    with grid_run(study) as run:
+        run.enqueue(POINTS[:1], GRID)
+        claim = run.claim()
+        assert claim is not None
+        for epoch in range(1, 1001):
+            run.report(claim, epoch, {"m": 0.5}, 0.5)
+            if epoch % 100 == 0:
+                run.flush()
+    assert sql(database, "SELECT count(*) FROM hpo_metrics") == [(1000,)]
+    assert len(study.trials()[0].intermediate_values) == 1000
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.25])
+def test_intermediate_values_are_what_optuna_reads(study: Study, value: float) -> None:
+    with grid_run(study) as run:
+        run.enqueue(POINTS[:1], GRID)
+        claim = run.claim()
+        assert claim is not None
+        run.report(claim, 1, {"m": value}, value)
+    assert repr(study.trials()[0].intermediate_values) == repr({1: value})
+
+
+def test_what_could_not_be_written_is_kept_for_the_next_try(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    with grid_run(study) as run:
+        run.enqueue(POINTS[:1], GRID)
+        claim = run.claim()
+        assert claim is not None
+        with monkeypatch.context() as patch:
+
+            def full(*_: Any) -> None:
+                raise StorageError("the disk is full")
+
+            patch.setattr(writer, "patiently", full)
+            run.report(claim, 1, {"m": 0.5}, 0.5)
+            with pytest.raises(StorageError, match="disk is full"):
+                run.flush()
+        run.complete(claim, 0.5)
+    assert states(study) == ["COMPLETE"]
+    assert study.trials()[0].intermediate_values == {1: 0.5}
+
+
 def test_states_are_exact(study: Study) -> None:
     with grid_run(study) as run:
         run.enqueue(POINTS, GRID)
@@ -317,8 +362,9 @@ def test_after_an_outage_the_others_may_renew_their_lease_first(study: Study, mo
     far._ended.set()
 
 
-def test_a_trial_made_by_a_run_that_died_asking_is_not_lost(study: Study) -> None:
-    with sampled_run(study, max_trials=2) as run:
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_trial_made_by_a_run_that_died_asking_is_not_lost(study: Study, learns: bool) -> None:
+    with sampled_run(study, max_trials=2, learns=learns) as run:
         study.optuna.ask()  # an empty RUNNING trial that belongs to nobody
         claims = [run.claim(), run.claim()]
         assert run.claim() is None
@@ -406,8 +452,10 @@ def test_four_runs_share_a_grid_without_a_duplicate(url: str, study: Study) -> N
     assert Counter(states(study)) == {"COMPLETE": 40}
 
 
-def test_runs_share_the_budget_of_trials(study: Study) -> None:
-    with sampled_run(study, max_trials=5) as one, sampled_run(study, max_trials=5) as two:
+@pytest.mark.parametrize("learns", [True, False])
+def test_runs_share_the_budget_of_trials(study: Study, learns: bool) -> None:
+    options = {"max_trials": 5, "learns": learns}
+    with sampled_run(study, **options) as one, sampled_run(study, **options) as two:
         claims = [run.claim() for _ in range(4) for run in (one, two)]
     assert sum(claim is not None for claim in claims) == 5
     assert len({key_of(claim.params) for claim in claims if claim is not None}) == 5
