@@ -66,13 +66,7 @@ def run_hpo(trials: int, folder: Path, mark: Mark) -> None:
     )
     space = load_space(str(path))
     database = open_database(f"sqlite:///{folder}/hpo.db")
-    study = open_study(
-        database,
-        space.name,
-        direction=space.direction,
-        fingerprint=space.fingerprint,
-        settings=space.model_dump(mode="json"),
-    )
+    study = open_study(database, **space.study_options)
     with search.cluster(None):
         slots = plan_slots(space, None, *search.cluster_size())
         search.search(

@@ -35,6 +35,17 @@ class Checkpoint:
     state: dict[str, Any]
 
 
+def trial_folder(checkpoints: Path, study: str, number: int) -> Path:
+    """Return where the checkpoints of a trial lie.
+
+    Args:
+        checkpoints: the folder of all, `runs/checkpoints`.
+        study: its `Study.unique_name`.
+        number: the trial's number.
+    """
+    return checkpoints / study / str(number)
+
+
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint under its final name only when it is whole; drop all but the newest two.
 

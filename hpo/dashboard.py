@@ -27,6 +27,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from hpo.checkpoints import trial_folder
 from hpo.command import LOG_FILE
 from hpo.results import Results, TrialResult, format_value, published_beside, read_epochs, read_results
 
@@ -130,11 +131,8 @@ def publish(study: Study, runs_dir: Path, *, always: bool = False) -> None:
         runs_dir: where the artifacts and checkpoints of the runs lie.
         always: also if no trial has ended: what published it last may not have seen these checkpoints.
     """
-    from storage.database import patiently
-    from storage.records import count_ended
-
     try:
-        ended = patiently(study.database, lambda: count_ended(study.database, study.study))
+        ended = study.count_ended()
         if "hpo:id" in study.attrs and ended and (always or study.system_attrs().get(PUBLISHED) != ended):
             _publish(study, runs_dir)
             study.set_system_attrs({PUBLISHED: ended})  # last: with it, everything is there
@@ -150,7 +148,7 @@ def _publish(study: Study, runs_dir: Path) -> None:
     results = read_results(study, epochs=False)
     ranked = [trial for trial in results.ranked if trial.has_ended]
     page = _Page(study.study, study.system_attrs())
-    folder = artifacts_folder(runs_dir)
+    folder, checkpoints = artifacts_folder(runs_dir), runs_dir / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
 
     drawn = read_epochs(results, {trial.number for trial in ranked[:MAX_CURVES]})
@@ -169,15 +167,15 @@ def _publish(study: Study, runs_dir: Path) -> None:
         if trial.number in chosen:
             page.note(trial, note(noted, trial))
             if trial.state == "FAIL":
-                log = _log(trial, _trial_folder(study, trial, runs_dir))
+                log = _log(trial, trial_folder(checkpoints, study.unique_name, trial.number))
                 page.attach(_Artifact(study, LOG_FILE, trial.trial_id), partial(_write, log), folder)
 
     best = results.best
     if best is not None:
-        checkpoints = sorted(_trial_folder(study, best, runs_dir).glob("epoch-*.pt"))
-        if checkpoints:
-            artifact = _Artifact(study, checkpoints[-1].name, best.trial_id, role="checkpoint")
-            page.attach(artifact, partial(_link, checkpoints[-1]), folder)
+        saved = sorted(trial_folder(checkpoints, study.unique_name, best.number).glob("epoch-*.pt"))
+        if saved:
+            artifact = _Artifact(study, saved[-1].name, best.trial_id, role="checkpoint")
+            page.attach(artifact, partial(_link, saved[-1]), folder)
         others = (trial.trial_id for trial in ranked if trial is not best)
         page.detach((_Artifact(study, "", trial, role="checkpoint") for trial in others), folder)
     study.set_system_attrs(page.changes)
@@ -191,10 +189,6 @@ def _choose(page: _Page, ranked: Sequence[TrialResult]) -> list[TrialResult]:
     wanted = {trial.trial_id for trial in first}
     room = max(MAX_NOTES - (len(ranked) - len(lacking)), sum(trial.trial_id in wanted for trial in lacking))
     return lacking[:room]
-
-
-def _trial_folder(study: Study, trial: TrialResult, runs_dir: Path) -> Path:
-    return runs_dir / "checkpoints" / study.unique_name / str(trial.number)
 
 
 def note(results: Results, trial: TrialResult) -> str:

@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torchvision.datasets import FashionMNIST
 
-from hpo.checkpoints import load_checkpoint
+from hpo.checkpoints import load_checkpoint, trial_folder
 from hpo.data import Dataset, Images, load
 from hpo.errors import SettingError
 from hpo.fast_conv import use_fast_convolutions
@@ -90,18 +90,18 @@ def export(
         DataError: the data set is not there.
     """
     trial = _choose(study, number)
+    folder = trial_folder(runs_dir / "checkpoints", study.unique_name, trial.number)
     settings = study.settings
     trained_by = settings.get("command") or settings.get("trainable")
     if trained_by != DEFAULT_TRAINABLE:
         raise SettingError(
             f"study {study.name} was trained by {trained_by}: only the network of {DEFAULT_TRAINABLE} is known here. What "
-            f"it saved is in {_checkpoints(study, trial, runs_dir)}"
+            f"it saved is in {folder}"
         )
     output = (output or runs_dir / "exports" / f"{study.name}-{trial.number}").absolute()
     _check_replaceable(output)
 
     recorded = study.provenance(trial.number)
-    folder = _checkpoints(study, trial, runs_dir)
     checkpoint = load_checkpoint(folder)
     if checkpoint is None:
         raise SettingError(
@@ -171,10 +171,6 @@ def _choose(study: Study, number: int | None) -> FrozenTrial:
     state = next((f"is {trial.state.name}" for trial in trials if trial.number == number), "is not there")
     shown = ", ".join(str(trial.number) for trial in complete[:20]) + (", ..." if len(complete) > 20 else "")
     raise SettingError(f"trial {number} of study {study.name} {state}; COMPLETE are {shown}")
-
-
-def _checkpoints(study: Study, trial: FrozenTrial, runs_dir: Path) -> Path:
-    return runs_dir / "checkpoints" / study.unique_name / str(trial.number)
 
 
 def _check_replaceable(output: Path) -> None:

@@ -16,8 +16,8 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -202,16 +202,6 @@ def _checkpoint_seconds(state: Mapping[str, Any]) -> float:
         return time.perf_counter() - started
 
 
-@contextmanager
-def probes(data: Mapping[str, Any], device: str) -> Iterator[Probes]:
-    """Open probes, and end their processes in the end."""
-    opened = Probes(data, device)
-    try:
-        yield opened
-    finally:
-        opened.close()
-
-
 # --- from measurements to a plan ----------------------------------------------------------------------------------
 
 
@@ -260,7 +250,7 @@ def measure_plan(
     images, shapes = load(**data), _shapes(space)
     counts = (len(images.train), len(images.validation), len(images.test))
     middle = list(shapes)[len(shapes) // 2]
-    with probes(data, slots.device) as opened:
+    with closing(Probes(data, slots.device)) as opened:
 
         def plan(slots: Slots) -> Plan:
             speeds = {name: _require(opened.measure(shape, slots), name) for name, shape in shapes.items()}

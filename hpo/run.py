@@ -175,13 +175,7 @@ def _run(arguments: argparse.Namespace) -> int:
         console.print("Nothing is left to do.")
         return _conclude(console, study, arguments)
     provenance = {"command": arguments.typed} | _provenance() | _check_trainable(space, data_dir)
-    study = open_study(
-        database,
-        space.name,
-        direction=space.direction,
-        fingerprint=space.fingerprint,
-        settings=space.model_dump(mode="json"),
-    )
+    study = open_study(database, **space.study_options)
     _announce(console, space, study)
 
     from hpo import search

@@ -126,6 +126,16 @@ class Space(Strict):
                 del parameter["when"]
         return _digest(identity | self.model_dump(include=self._used({"constraints", "derived", "command"})))
 
+    @property
+    def study_options(self) -> dict[str, Any]:
+        """What `storage.studies.open_study` is told of this search."""
+        return {
+            "name": self.name,
+            "direction": self.direction,
+            "fingerprint": self.fingerprint,
+            "settings": self.model_dump(mode="json"),
+        }
+
     def key(self, params: Mapping[str, Scalar]) -> str:
         """Return the identity of a configuration: the same key means the same training run, however long."""
         identity = {

@@ -114,15 +114,6 @@ def read_metrics(database: Database, study: int, only: Collection[int] | None = 
     return found
 
 
-def count_ended(database: Database, study: int) -> int:
-    """Return how many trials of a study have ended, without reading them as Optuna does to count them."""
-    table = sa.table("trials", sa.column("study_id"), sa.column("state", sa.String))  # Optuna's own
-    ended = sa.cast(table.c.state, sa.String).in_(["COMPLETE", "PRUNED", "FAIL"])
-    query = sa.select(sa.func.count()).select_from(table).where(table.c.study_id == study, ended)
-    with database.engine.connect() as connection:
-        return int(connection.execute(query).scalar_one())
-
-
 def write_study_attrs(database: Database, study: int, attrs: Mapping[str, Any]) -> None:
     """Write system attributes of an Optuna study, all of them or none.
 

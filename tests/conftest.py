@@ -37,6 +37,17 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return server.create_database(f"test_{next(_numbers)}")
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Steady beside other work, and the order of every sum is the same."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     """A real Chromium."""

@@ -37,13 +37,7 @@ class Notes:
 def drive(space: Space, database: Database, folder: Path, *, side_by_side: int = 1) -> tuple[Study, Notes]:
     """Run a search to its end, an epoch of each running trial in turn."""
     _check_trainable(space, folder)
-    study = open_study(
-        database,
-        space.name,
-        direction=space.direction,
-        fingerprint=space.fingerprint,
-        settings=space.model_dump(mode="json"),
-    )
+    study = open_study(database, **space.study_options)
     view = Notes()
     is_grid = space.sampler.name == "grid"
     study.optuna.pruner = build_pruner(space)

@@ -38,13 +38,7 @@ VERSIONS = {"code": "now", "packages": {"torch": torch.__version__}}
 BLOCKED = "hpo", "storage", "torchvision", "safetensors", "optuna"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Two threads that wait for each other are slow where other processes want the cores too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

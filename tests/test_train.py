@@ -28,13 +28,7 @@ CHANCE = 0.1  # ten classes in balance
 Metrics = list[tuple[int, dict[str, float]]]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Steady beside other work, and the order of every sum is the same."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(params: dict[str, Any], max_epochs: int, seed: int = 0, data: dict[str, Any] = SMALL) -> Iterator[EpochReport]:
