@@ -44,12 +44,12 @@ Mark = Callable[[], None]  # called as each trial ends
 def run_hpo(trials: int, folder: Path, mark: Mark) -> None:
     """The service as `hpo run` uses it."""
     from hpo import search
-    from hpo.plan import plan_slots
-    from hpo.space import load_space
+    from hpo.search.estimate import plan_slots
+    from hpo.space.model import load_space
     from storage.database import open_database
     from storage.studies import open_study
 
-    class View:
+    class ProgressListener:
         def trial_started(self, *_: Any) -> None: ...
         def epoch_ended(self, *_: Any) -> None: ...
         def trial_ended(self, *_: Any) -> None:
@@ -70,7 +70,13 @@ def run_hpo(trials: int, folder: Path, mark: Mark) -> None:
     with search.cluster(None):
         slots = plan_slots(space, None, *search.cluster_size())
         search.search(
-            space, study, slots, provenance={}, data_dir=folder, checkpoints=folder / "checkpoints", view=View()
+            space,
+            study,
+            slots,
+            provenance={},
+            data_dir=folder,
+            checkpoints=folder / "checkpoints",
+            view=ProgressListener(),
         )
 
 

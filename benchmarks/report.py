@@ -20,7 +20,6 @@ import numpy as np
 import sqlalchemy as sa
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, distribution_to_json
 
-from storage import records
 from storage.database import Database, open_database
 from storage.studies import Study, find_study, open_study
 
@@ -59,7 +58,7 @@ def fill(database: Database, name: str, *, trials: int, epochs: int, seed: int =
             {
                 "trial_id": trial,
                 "number": number,
-                "study_id": study.study,
+                "study_id": study.study_id,
                 "state": "FAIL" if failed else "COMPLETE",
                 "datetime_start": now + datetime.timedelta(seconds=60 * number),
                 "datetime_complete": ends,
@@ -77,7 +76,7 @@ def fill(database: Database, name: str, *, trials: int, epochs: int, seed: int =
         rows.setdefault("hpo_trials", []).append(
             {
                 "trial": trial,
-                "study": study.study,
+                "study": study.study_id,
                 "key": str(number),
                 "run": 1,
                 "crashes": 0,
@@ -124,11 +123,11 @@ def fill(database: Database, name: str, *, trials: int, epochs: int, seed: int =
                 {"trial_id": trial, "objective": 0, "value": float(val[-1]), "value_type": "FINITE"}
             )
     seconds = now.replace(tzinfo=datetime.UTC).timestamp()
-    run = {"run": 1, "study": study.study, "host": "made-up", "pid": 1, "process_started": 0.0, "started": seconds}
+    run = {"run": 1, "study": study.study_id, "host": "made-up", "pid": 1, "process_started": 0.0, "started": seconds}
     run |= {"last_heard": seconds + 60 * trials, "lease_until": seconds, "ended": seconds + 60 * trials}
     with database.engine.begin() as connection:
-        connection.execute(records.runs.insert(), run | {"provenance": {"command": "hpo run made_up", "code": "0"}})
-        connection.execute(records.trials.insert(), rows.pop("hpo_trials"))
+        connection.execute(tables.runs.insert(), run | {"provenance": {"command": "hpo run made_up", "code": "0"}})
+        connection.execute(tables.trials.insert(), rows.pop("hpo_trials"))
         for table, values in sorted(rows.items(), key=lambda item: item[0] != "trials"):
             connection.execute(tables.tables[table].insert(), values)
     return study
@@ -139,7 +138,7 @@ def measure(trials: int, epochs: int, folder: Path) -> dict[str, float]:
     from playwright.sync_api import sync_playwright
 
     from hpo.report import write_report
-    from hpo.results import read_results
+    from hpo.report.results import read_results
 
     url = f"sqlite:///{folder}/hpo.db"
     with open_database(url) as database:

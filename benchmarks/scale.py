@@ -32,7 +32,7 @@ def measure_here(url: str, sampler: str, known: int) -> dict[str, float]:
     import optuna
 
     from storage.database import open_database
-    from storage.runs import Run
+    from storage.run import Run
     from storage.studies import find_study
 
     warnings.simplefilter("ignore")
@@ -42,7 +42,7 @@ def measure_here(url: str, sampler: str, known: int) -> dict[str, float]:
     assert study is not None
     opened = time.perf_counter()
     study.count_ended()  # as `hpo run` does, to tell what is left
-    study.optuna.sampler = {
+    study.optuna_study.sampler = {
         "random": optuna.samplers.RandomSampler(seed=known), "tpe": optuna.samplers.TPESampler(seed=known),
     }[sampler]  # fmt: skip
 
@@ -54,7 +54,7 @@ def measure_here(url: str, sampler: str, known: int) -> dict[str, float]:
     asks = []
     with Run(
         study,
-        key_of=lambda params: json.dumps(params, sort_keys=True),
+        config_key=lambda params: json.dumps(params, sort_keys=True),
         provenance={},
         draw=draw,
         learns=sampler == "tpe",

@@ -33,9 +33,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 
-from hpo.data import SAMPLE_DIR
-from hpo.model import STEMS, build_model
-from hpo.train import choose_precision, train
+from hpo.train.data import SAMPLE_DIR
+from hpo.train.loop import choose_precision, train
+from hpo.train.network import STEMS, build_model
 
 BATCH_SIZES = (64, 256, 512)
 LR = 0.01

@@ -24,7 +24,7 @@ from optuna.storages import RDBStorage
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
 
 BUSY_SECONDS = 60.0  # how long a SQLite writer waits for another one
-PATIENCE_SECONDS = 600.0  # how long a run waits for a database that went away
+RETRY_SECONDS = 600.0  # how long a run waits for a database that went away
 SCHEMA_VERSION = 1  # of our own tables
 
 T = TypeVar("T")
@@ -42,12 +42,12 @@ class Database:
     Attributes:
         url: without the password, for people to read.
         engine: SQLAlchemy's, for our own tables.
-        optuna: Optuna's storage over the same engine settings.
+        optuna_storage: Optuna's storage over the same engine settings.
     """
 
     url: str
     engine: sa.Engine
-    optuna: RDBStorage
+    optuna_storage: RDBStorage
 
     def seconds(self) -> sa.ColumnElement[float]:
         """The database's own clock in SQL, in seconds since 1970: several machines need not agree on the time."""
@@ -58,7 +58,7 @@ class Database:
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()
-        self.optuna.engine.dispose()
+        self.optuna_storage.engine.dispose()
 
     def __enter__(self) -> Database:
         return self
@@ -88,7 +88,7 @@ def open_database(url: str, password: str | None = None, *, create: bool = True)
     if parsed.get_backend_name() == "postgresql" and parsed.password is None:
         parsed = parsed.set(password=password)
     shown = parsed.render_as_string(hide_password=True)
-    with explained(shown):
+    with translate_errors(shown):
         if parsed.get_backend_name() == "sqlite":
             if not create and not Path(str(parsed.database)).exists():
                 raise StorageError(
@@ -249,7 +249,7 @@ def _lock(engine: sa.Engine, name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explained(shown: str) -> Iterator[None]:
+def translate_errors(shown: str) -> Iterator[None]:
     """Turn the errors of database drivers into a StorageError that names the remedy."""
     try:
         yield
@@ -257,7 +257,7 @@ def explained(shown: str) -> Iterator[None]:
         raise StorageError(f"{shown}: {_remedy(_driver_error(error))}") from None
 
 
-def patiently(database: Database, operation: Callable[[], T], patience: float = PATIENCE_SECONDS) -> T:
+def retry_while_down(database: Database, operation: Callable[[], T], patience: float = RETRY_SECONDS) -> T:
     """Run an operation, again and again while the database is away.
 
     The operation must be repeatable: it may have been carried out though its answer was lost.
@@ -273,7 +273,7 @@ def patiently(database: Database, operation: Callable[[], T], patience: float = 
             return operation()
         except (DBAPIError, StorageInternalError) as error:
             cause = _driver_error(error)
-            if not _is_passing(cause):
+            if not _is_transient(cause):
                 raise StorageError(f"{database.url}: {_remedy(cause)}") from None
             if time.monotonic() + pause > deadline:
                 raise StorageError(f"{database.url}: still away after {patience:.0f} s. {_remedy(cause)}") from None
@@ -292,7 +292,7 @@ def _driver_error(error: BaseException) -> BaseException:
     return error
 
 
-def _is_passing(error: BaseException) -> bool:
+def _is_transient(error: BaseException) -> bool:
     """Tell an outage, which ends by itself, from an error that stays."""
     if isinstance(error, sqlite3.Error):
         return "locked" in str(error)

@@ -1,6 +1,6 @@
 """Open and resume studies; read them.
 
-What writes into a study is a `storage.runs.Run`.
+What writes into a study is a `storage.run.Run`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import optuna
 import psutil
 from optuna.trial import FrozenTrial
 
-from storage import records
-from storage.database import Database, StorageError, patiently
+from storage import tables
+from storage.database import Database, StorageError, retry_while_down
 
 DUPLICATE = "duplicate of an earlier trial"
 REJECTED = "breaks a constraint"
@@ -37,24 +37,24 @@ class Study:
 
     Attributes:
         name: the study's name; a later revision of a changed space is `name@2`.
-        study: its study_id.
-        optuna: Optuna's view of it.
+        study_id: its key in the database.
+        optuna_study: Optuna's view of it.
     """
 
     database: Database
     name: str
-    study: int
-    optuna: optuna.Study
+    study_id: int
+    optuna_study: optuna.Study
 
     @property
     def attrs(self) -> dict[str, Any]:
         """The attributes that the study was made with."""
-        return patiently(self.database, lambda: self.optuna.user_attrs)
+        return retry_while_down(self.database, lambda: self.optuna_study.user_attrs)
 
     def trials(self) -> list[FrozenTrial]:
         """Return all trials by number."""
         with without_garbage_collection():
-            return patiently(self.database, lambda: self.optuna.get_trials(deepcopy=False))
+            return retry_while_down(self.database, lambda: self.optuna_study.get_trials(deepcopy=False))
 
     def run_trials(self) -> list[FrozenTrial]:
         """Return the trials that were run or are to be: without draws that were duplicates or broke a constraint."""
@@ -62,8 +62,8 @@ class Study:
 
     def counts(self) -> Counter[str]:
         """Return {state: trials} of the `run_trials`, without reading them."""
-        rows = patiently(
-            self.database, lambda: records.count_trials(self.database, without=NEVER_RUN, study=self.study)
+        rows = retry_while_down(
+            self.database, lambda: tables.count_trials(self.database, without=NEVER_RUN, study=self.study_id)
         )
         return Counter({row.state: row.trials for row in rows})
 
@@ -72,38 +72,40 @@ class Study:
         counts = self.counts()
         return counts["COMPLETE"] + counts["PRUNED"] + counts["FAIL"]
 
-    def metrics(self, trials: Iterable[FrozenTrial] | None = None) -> dict[int, records.Metrics]:
+    def metrics(self, trials: Iterable[FrozenTrial] | None = None) -> dict[int, tables.Metrics]:
         """Return {trial number: {epoch: {name: value}}} of all trials, or of these, which are then not read again."""
-        by_trial = patiently(self.database, lambda: records.read_metrics(self.database, self.study))
+        by_trial = retry_while_down(self.database, lambda: tables.read_metrics(self.database, self.study_id))
         trials = self.trials() if trials is None else trials
         return {trial.number: by_trial.get(trial._trial_id, {}) for trial in trials}
 
     def provenances(self, trials: Iterable[FrozenTrial]) -> dict[int, dict[str, Any]]:
         """Return {trial number: where and on what it ran} of these trials."""
-        by_trial = patiently(self.database, lambda: records.read_provenances(self.database, self.study))
+        by_trial = retry_while_down(self.database, lambda: tables.read_provenances(self.database, self.study_id))
         return {trial.number: by_trial.get(trial._trial_id, {}) for trial in trials}
 
     def runs(self) -> list[Any]:
         """Return the rows of all runs on the study, oldest first."""
-        return patiently(self.database, lambda: records.read_runs(self.database, self.study))
+        return retry_while_down(self.database, lambda: tables.read_runs(self.database, self.study_id))
 
     def provenance(self, number: int) -> dict[str, Any]:
         """Return what is needed to run a trial again."""
         trial = self.trials()[number]._trial_id
-        return patiently(self.database, lambda: records.read_provenance(self.database, trial))
+        return retry_while_down(self.database, lambda: tables.read_provenance(self.database, trial))
 
-    def metrics_of(self, trials: Collection[int]) -> dict[int, records.Metrics]:
+    def metrics_of(self, trials: Collection[int]) -> dict[int, tables.Metrics]:
         """Return {trial_id: {epoch: {name: value}}} of some trials, without reading the others'."""
-        found = patiently(self.database, lambda: records.read_metrics(self.database, self.study, trials))
+        found = retry_while_down(self.database, lambda: tables.read_metrics(self.database, self.study_id, trials))
         return {trial: found.get(trial, {}) for trial in trials}
 
     def system_attrs(self) -> dict[str, Any]:
         """Return what Optuna and its dashboard keep with the study."""
-        return patiently(self.database, lambda: self.database.optuna.get_study_system_attrs(self.study))
+        return retry_while_down(
+            self.database, lambda: self.database.optuna_storage.get_study_system_attrs(self.study_id)
+        )
 
     def set_system_attrs(self, attrs: Mapping[str, Any]) -> None:
         """Set some of the `system_attrs`, all at once."""
-        patiently(self.database, lambda: records.write_study_attrs(self.database, self.study, attrs))
+        retry_while_down(self.database, lambda: tables.write_study_attrs(self.database, self.study_id, attrs))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -136,7 +138,7 @@ def without_garbage_collection() -> Iterator[None]:
 
 def study_names(database: Database) -> list[str]:
     """Return the names of all studies, oldest first."""
-    summaries = patiently(database, lambda: database.optuna.get_all_studies())
+    summaries = retry_while_down(database, lambda: database.optuna_storage.get_all_studies())
     return [summary.study_name for summary in summaries]
 
 
@@ -164,21 +166,21 @@ def summarize(database: Database) -> list[Summary]:
     """Return a line on each study, oldest first, without reading their trials."""
     counts: dict[int, dict[str, int]] = {}
     last: dict[int, float] = {}
-    for row in patiently(database, lambda: records.count_trials(database, without=NEVER_RUN)):
+    for row in retry_while_down(database, lambda: tables.count_trials(database, without=NEVER_RUN)):
         counts.setdefault(row.study, {})[row.state] = row.trials
         if row.last is not None:  # Optuna writes the local time, without saying so
             last[row.study] = max(last.get(row.study, 0.0), row.last.timestamp())
-    known = patiently(database, lambda: database.optuna.get_all_studies())
+    known = retry_while_down(database, lambda: database.optuna_storage.get_all_studies())
     return [_summary(database, each, counts.get(each._study_id, {}), last.get(each._study_id)) for each in known]
 
 
 def _summary(database: Database, known: Any, counts: dict[str, int], last: float | None) -> Summary:
-    storage, study = database.optuna, known._study_id
+    storage, study_id = database.optuna_storage, known._study_id
     best = None
     if len(known.directions) == 1 and "COMPLETE" in counts:
-        value = patiently(database, lambda: storage.get_best_trial(study)).value
+        value = retry_while_down(database, lambda: storage.get_best_trial(study_id)).value
         best = value if value is not None and math.isfinite(value) else None
-    runs = patiently(database, lambda: records.read_runs(database, study))
+    runs = retry_while_down(database, lambda: tables.read_runs(database, study_id))
     settings = known.user_attrs.get("hpo:settings", {})
     heard = [run.last_heard for run in runs]
     return Summary(
@@ -197,13 +199,13 @@ def state_of(attrs: Mapping[str, Any], counts: Mapping[str, int], runs: Iterable
     Args:
         attrs: the study's, see `Study.attrs`.
         counts: {state: trials}.
-        runs: rows of `records.read_runs`.
+        runs: rows of `tables.read_runs`.
     """
     if "hpo:settings" not in attrs:
         return ""
     here = host()
     for run in runs:
-        if run.ended is None and run.lease_until >= run.now and not (run.host == here and process_is_gone(run)):
+        if run.ended is None and run.lease_until >= run.now and not (run.host == here and is_process_dead(run)):
             return "running"
     ended = sum(counts.get(state, 0) for state in ("COMPLETE", "PRUNED", "FAIL"))
     # Of a grid the points that are there, of a search by a sampler its budget.
@@ -267,24 +269,24 @@ def open_study(
             if study is None:
                 revisions = _revisions(database, name)
                 new = f"{name}@{_revision(revisions[-1]) + 1}" if revisions else name
-                optuna.create_study(storage=database.optuna, study_name=new, direction=direction)
+                optuna.create_study(storage=database.optuna_storage, study_name=new, direction=direction)
                 study = _load(database, new)
             # New, or its creator died before it had said what it is.
             if "hpo:fingerprint" not in study.attrs:
-                study.optuna.set_user_attr("hpo:settings", dict(settings))
-                study.optuna.set_user_attr("hpo:id", uuid.uuid4().hex[:12])
+                study.optuna_study.set_user_attr("hpo:settings", dict(settings))
+                study.optuna_study.set_user_attr("hpo:id", uuid.uuid4().hex[:12])
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                     # The axis of the dashboard's plots.
-                    study.optuna.set_metric_names([str(settings.get("metric", "value"))])
-                study.optuna.set_user_attr("hpo:fingerprint", fingerprint)  # last: with it, the study is complete
+                    study.optuna_study.set_metric_names([str(settings.get("metric", "value"))])
+                study.optuna_study.set_user_attr("hpo:fingerprint", fingerprint)  # last: with it, the study is complete
             return study
 
-    return patiently(database, open_or_create)
+    return retry_while_down(database, open_or_create)
 
 
 def _load(database: Database, name: str) -> Study:
-    study = patiently(database, lambda: optuna.load_study(study_name=name, storage=database.optuna))
+    study = retry_while_down(database, lambda: optuna.load_study(study_name=name, storage=database.optuna_storage))
     return Study(database, name, study._study_id, study)
 
 
@@ -299,7 +301,7 @@ def _revision(name: str) -> int:
 # --- runs, as far as they concern a reader ---------------------------------------------------------------------------
 
 
-def spent_seconds(runs: Iterable[Any]) -> float:
+def elapsed_seconds(runs: Iterable[Any]) -> float:
     """Return for how much time any of these runs, oldest first, has been at work; runs side by side count once."""
     spent, covered = 0.0, 0.0
     for run in runs:
@@ -308,7 +310,7 @@ def spent_seconds(runs: Iterable[Any]) -> float:
     return spent
 
 
-def process_is_gone(row: Any) -> bool:
+def is_process_dead(row: Any) -> bool:
     """Tell whether a run of this machine has no process any more."""
     try:
         process = psutil.Process(row.pid)

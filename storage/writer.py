@@ -16,8 +16,8 @@ import sqlalchemy as sa
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
-from storage import records
-from storage.database import PATIENCE_SECONDS, StorageError, patiently
+from storage import tables
+from storage.database import RETRY_SECONDS, StorageError, retry_while_down
 from storage.studies import Params, Study
 
 GATHER_SECONDS = 0.2  # how far the database may lag behind what was told
@@ -28,18 +28,18 @@ class LostTrialError(Exception):
 
 
 @dataclass(frozen=True)
-class Claim:
+class ClaimedTrial:
     """A trial that belongs to this run.
 
     Attributes:
-        trial: Optuna's trial_id, unique in the database.
+        trial_id: Optuna's, unique in the database.
         number: its number in the study.
         params: the configuration.
         values: {epoch: value} of the objective, as reported before an interruption.
         crashes: how many workers have died over it.
     """
 
-    trial: int
+    trial_id: int
     number: int
     params: Params
     values: dict[int, float]
@@ -52,10 +52,10 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Told:
+class TrialUpdate:
     """Something to write about a trial: attributes, an epoch, and its ending, whichever there are."""
 
-    claim: Claim
+    claim: ClaimedTrial
     epoch: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
     value: float | None = None
@@ -74,7 +74,7 @@ class Writer:
     def __init__(self, study: Study, owner: int) -> None:
         self._study = study
         self._owner = owner
-        self._told: list[Told] = []
+        self._told: list[TrialUpdate] = []
         self._telling = threading.Lock()  # of the list, held for a moment
         self._lost: set[int] = set()
         self._writing = threading.Lock()  # held while the database is written to
@@ -82,7 +82,7 @@ class Writer:
         self._thread = threading.Thread(target=self._write_now_and_then, name="hpo-writer", daemon=True)
         self._thread.start()
 
-    def put(self, told: Told) -> None:
+    def put(self, told: TrialUpdate) -> None:
         """Write something soon.
 
         Raises:
@@ -92,12 +92,12 @@ class Writer:
         with self._telling:
             self._told.append(told)
 
-    def check(self, claim: Claim) -> None:
+    def check(self, claim: ClaimedTrial) -> None:
         """Raise LostTrialError if a trial is known to belong to another run."""
-        if claim.trial in self._lost:
+        if claim.trial_id in self._lost:
             raise LostTrialError(f"trial {claim.number} was taken over by another run")
 
-    def flush(self, patience: float = PATIENCE_SECONDS) -> None:
+    def flush(self, patience: float = RETRY_SECONDS) -> None:
         """Write all that was told.
 
         Raises:
@@ -108,7 +108,7 @@ class Writer:
                 told, self._told = self._told, []
             try:
                 if told:
-                    patiently(self._study.database, lambda: self._write(told), patience)
+                    retry_while_down(self._study.database, lambda: self._write(told), patience)
             except StorageError:
                 with self._telling:
                     self._told[:0] = told
@@ -117,7 +117,7 @@ class Writer:
     def unwritten(self) -> set[int]:
         """Return the trials of which something was told that is not in the database yet."""
         with self._telling:
-            return {told.claim.trial for told in self._told}
+            return {told.claim.trial_id for told in self._told}
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -136,26 +136,26 @@ class Writer:
             with contextlib.suppress(StorageError):
                 self.flush()
 
-    def _write(self, told: list[Told]) -> None:
+    def _write(self, told: list[TrialUpdate]) -> None:
         """Write it all. Repeatable: it may have been written before, though the answer was lost."""
-        storage, trials = self._study.database.optuna, records.trials
-        about = {each.claim.trial for each in told}
+        storage, trials = self._study.database.optuna_storage, tables.trials
+        about = {each.claim.trial_id for each in told}
         with self._study.database.engine.begin() as connection:
             query = sa.select(trials.c.trial, trials.c.run).where(trials.c.trial.in_(about)).order_by(trials.c.trial)
             owners = {row.trial: row.run for row in connection.execute(query.with_for_update())}
             self._lost |= {trial for trial in about if owners.get(trial) != self._owner}
-            told = [each for each in told if each.claim.trial not in self._lost]
+            told = [each for each in told if each.claim.trial_id not in self._lost]
             epochs = [each for each in told if each.value is not None and each.epoch]
-            records.write_metrics(connection, [(each.claim.trial, each.epoch, each.metrics) for each in epochs])
-            records.write_values(connection, [(each.claim.trial, each.epoch, each.value or 0.0) for each in epochs])
+            tables.write_metrics(connection, [(each.claim.trial_id, each.epoch, each.metrics) for each in epochs])
+            tables.write_values(connection, [(each.claim.trial_id, each.epoch, each.value or 0.0) for each in epochs])
             for each in told:
                 if each.provenance is not None:
-                    mine = trials.c.trial == each.claim.trial
+                    mine = trials.c.trial == each.claim.trial_id
                     connection.execute(trials.update().where(mine).values(provenance=dict(each.provenance)))
         for each in told:
             with contextlib.suppress(UpdateFinishedTrialError):  # written before, but the answer was lost
                 for name, attr in each.attrs.items():
-                    storage.set_trial_user_attr(each.claim.trial, name, attr)
+                    storage.set_trial_user_attr(each.claim.trial_id, name, attr)
                 if each.ending is not None:
                     value = each.value if each.ending == TrialState.COMPLETE else None
-                    self._study.optuna.tell(each.claim.number, value, state=each.ending, skip_if_finished=True)
+                    self._study.optuna_study.tell(each.claim.number, value, state=each.ending, skip_if_finished=True)

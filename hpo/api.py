@@ -1,0 +1,474 @@
+"""What the verbs of the command line do, for Python programs.
+
+    from hpo import load_space, run_search
+
+    result = run_search(load_space("quick"), storage="sqlite:///runs/hpo.db")
+    print(result.best.params, result.best.values)
+
+Every function raises `HpoError` or `storage.database.StorageError` for what the caller can change: a wrong name, a missing
+file, an unreachable database. Storage URLs are SQLAlchemy URLs: `sqlite:///runs/hpo.db`, `postgresql://user@host:5432/name`.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hpo.errors import SettingError, TrainableError, nearest
+from hpo.paths import RunsDir
+from hpo.search.listener import NullListener, ProgressListener
+from hpo.space.model import Space, load_space, space_schema
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from hpo.report.results import Results, TrialResult
+    from hpo.search.estimate import SearchPlan
+    from hpo.search.slots import Slots
+    from hpo.search.tune import SearchOutcome
+    from storage.studies import Study, Summary
+
+PACKAGES = ("torch", "torchvision", "optuna", "sqlalchemy", "ray", "numpy")  # whose versions are recorded
+DEFAULT_STORAGE = RunsDir().default_storage
+
+__all__ = [
+    "DEFAULT_STORAGE",
+    "PlannedSearch",
+    "SearchResult",
+    "Space",
+    "export_model",
+    "list_studies",
+    "load_space",
+    "plan_search",
+    "read_results",
+    "replay_trial",
+    "run_search",
+    "serve_dashboard",
+    "space_schema",
+    "write_report",
+]
+
+
+# --- search -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        results: every trial of the study, with every metric of every epoch.
+        stopped: why the search ended before its work was done; empty if it was done.
+        interrupted: whether Ctrl-C or SIGTERM stopped it. The same search again resumes it.
+    """
+
+    results: Results
+    stopped: str = ""
+    interrupted: bool = False
+
+    @property
+    def trials(self) -> list[TrialResult]:
+        """All trials, by number."""
+        return self.results.trials
+
+    @property
+    def best(self) -> TrialResult | None:
+        """The best completed trial, or None if no trial completed."""
+        return self.results.best
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Return one row a trial: see `Results.to_dataframe`."""
+        return self.results.to_dataframe()
+
+
+def run_search(
+    space: Space,
+    *,
+    storage: str = DEFAULT_STORAGE,
+    password: str | None = None,
+    data_dir: Path | str = "data",
+    runs_dir: Path | str = "runs",
+    ray_address: str | None = None,
+    listener: ProgressListener | None = None,
+    command: str = "",
+) -> SearchResult:
+    """Run a search, or resume it: trials that have ended are not run again.
+
+    Args:
+        space: the search.
+        storage: an SQLAlchemy URL. The database and its tables are created where they are missing.
+        password: for a storage URL without one.
+        data_dir: where data sets are read from or downloaded to.
+        runs_dir: where checkpoints, artifacts and reports are written.
+        ray_address: a Ray cluster to join; None starts Ray on this machine, for this search alone.
+        listener: receives the events of the search.
+        command: how the search was started, for the record.
+
+    Raises:
+        SettingError: a folder, a resource or the Ray address cannot be used.
+        TrainableError: the trainable cannot be imported, or cannot take the space's parameters.
+        DataError: the data set is not there and cannot be downloaded.
+        StorageError: the database cannot be used; trials in flight are resumable.
+    """
+    from storage.database import open_database
+    from storage.studies import find_revision, open_study
+
+    listener = listener or NullListener()
+    listener.search_starting(space)
+    runs, data_dir = RunsDir(Path(runs_dir)).make(), Path(data_dir).resolve()
+    database = open_database(storage, password)
+    study = find_revision(database, space.name, space.fingerprint)
+    if study is None or _trials_left(space, study) != 0:
+        provenance = {"command": command} | describe_environment() | check_trainable(space, data_dir)
+        study = open_study(database, **space.study_options)
+        listener.study_opened(space, study.name, database.url, study.counts())
+        outcome = _run_trials(space, study, provenance, data_dir, runs, ray_address, listener)
+        return SearchResult(_read(study), outcome.stopped, outcome.interrupted)
+    listener.study_opened(space, study.name, database.url, study.counts())
+    return SearchResult(_read(study))
+
+
+def _run_trials(
+    space: Space,
+    study: Study,
+    provenance: Mapping[str, Any],
+    data_dir: Path,
+    runs_dir: RunsDir,
+    ray_address: str | None,
+    listener: ProgressListener,
+) -> SearchOutcome:
+    from hpo.dashboard.publishing import publish
+    from hpo.search import tune
+
+    with _warnings_noted(listener), tune.ray_cluster(ray_address):
+        slots, plan = _share_machine(space, _trials_left(space, study), data_dir, tune.cluster_size(), listener)
+        listener.search_planned(space, slots, plan)
+        outcome = tune.run_trials(
+            space, study, slots, provenance=provenance, data_dir=data_dir, runs_dir=runs_dir, listener=listener
+        )
+        publish(study, runs_dir, always=True)
+    return outcome
+
+
+@contextmanager
+def _warnings_noted(listener: ProgressListener) -> Iterator[None]:
+    """Pass the warnings of our own loggers to the listener."""
+    handler = _NoteHandler(listener.note)
+    logger = logging.getLogger("hpo")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+class _NoteHandler(logging.Handler):
+    def __init__(self, note: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._note = note
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._note(record.getMessage())
+
+
+# --- plan -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlannedSearch:
+    """What a search will take.
+
+    Attributes:
+        space: the search.
+        slots: how many trials run at a time, and on what.
+        plan: seconds, GPU-hours and memory, measured; None where nothing could be measured.
+        states: {`Space.config_key`: state} of the configurations that storage holds.
+        trials_left: how many trials have not ended; None if only time ends the search.
+    """
+
+    space: Space
+    slots: Slots
+    plan: SearchPlan | None
+    states: Mapping[str, str]
+    trials_left: int | None
+
+
+def plan_search(
+    space: Space,
+    *,
+    storage: str = DEFAULT_STORAGE,
+    password: str | None = None,
+    data_dir: Path | str = "data",
+    listener: ProgressListener | None = None,
+) -> PlannedSearch:
+    """Measure what a search will take on this machine. Nothing is written.
+
+    Args:
+        space: the search.
+        storage: the database that may hold some of its trials; one that does not exist is not created.
+        password: for a storage URL without one.
+        data_dir: where data sets are read from or downloaded to.
+        listener: hears of what takes time.
+
+    Raises:
+        HpoError: as `run_search`.
+    """
+    from hpo.search.estimate import machine_size
+    from storage.database import StorageError, open_database
+    from storage.studies import find_revision
+
+    data_dir, study, states = Path(data_dir).resolve(), None, {}
+    check_trainable(space, data_dir)
+    with suppress(StorageError):  # no database yet: it holds no trials
+        database = open_database(storage, password, create=False)
+        study = find_revision(database, space.name, space.fingerprint)
+    if study is not None:
+        states = {space.config_key(trial.params): trial.state.name for trial in study.run_trials()}
+    left = space.total_trials if study is None else _trials_left(space, study)
+    slots, plan = _share_machine(space, left, data_dir, machine_size(), listener or NullListener())
+    return PlannedSearch(space, slots, plan, states, left)
+
+
+def _trials_left(space: Space, study: Study) -> int | None:
+    """Return how many trials have not ended; None where only time ends the search."""
+    total = space.total_trials
+    return None if total is None else max(0, total - study.count_ended())
+
+
+def _share_machine(
+    space: Space, left: int | None, data_dir: Path, size: tuple[float, float], listener: ProgressListener
+) -> tuple[Slots, SearchPlan | None]:
+    """Divide (cores, GPUs) among trials; by measuring, where the trainable is ours and the device is on this machine."""
+    from hpo.search.estimate import can_measure, measure_plan
+    from hpo.search.slots import plan_slots
+
+    slots = plan_slots(space, left, *size)
+    if left == 0 or not space.is_default_trainable or not can_measure(slots):
+        return slots, None
+    listener.preparing("measuring training steps")
+    plan = measure_plan(space, slots, left, space.trainable_data(data_dir), size)
+    return plan.slots, plan
+
+
+def check_trainable(space: Space, data_dir: Path) -> dict[str, Any]:
+    """Check everything about the trainable that can be checked before trials run.
+
+    Returns:
+        What to record of the data: {"data_sha256": ...} for our own trainable, nothing for others.
+
+    Raises:
+        TrainableError: it cannot be imported, or cannot take a value of the space; a line for each mistake.
+        DataError: the data set is not there and cannot be downloaded.
+    """
+    from hpo.search.script import check_program
+    from hpo.trainable import load_trainable
+
+    if space.command is not None:
+        with space.locating_errors("command"):
+            check_program(space.command)
+        return {}
+    with space.locating_errors("trainable"):
+        load_trainable(space.trainable)
+    if not space.is_default_trainable:
+        return {}
+    from hpo.train.data import load
+    from hpo.train.params import read_params
+
+    mistakes: dict[str, None] = {}
+    for name, value in space.examples():
+        try:
+            with space.locating_errors("derived" if name in space.derived else "parameters", name):
+                read_params({name: value})
+        except TrainableError as error:
+            mistakes[str(error)] = None
+    if mistakes:
+        raise TrainableError("\n".join(mistakes))
+    return {"data_sha256": load(**space.trainable_data(data_dir)).sha256}
+
+
+def describe_environment() -> dict[str, Any]:
+    """Return what is recorded of each run: code version, package versions, Python, platform, machine."""
+    code = metadata.version("hpo")
+    folder = Path(__file__).parent
+    git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+    described = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "code": f"{code}+{described}" if described else code,
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.node(),
+    }
+
+
+# --- studies ----------------------------------------------------------------------------------------------------------
+
+
+def list_studies(*, storage: str = DEFAULT_STORAGE, password: str | None = None) -> list[Summary]:
+    """Return a summary of each study in a database, oldest first, without reading its trials.
+
+    Raises:
+        StorageError: there is no such database; it is not created.
+    """
+    from storage.database import open_database
+    from storage.studies import summarize
+
+    with open_database(storage, password, create=False) as database:
+        return summarize(database)
+
+
+def read_results(study: str, *, storage: str = DEFAULT_STORAGE, password: str | None = None) -> Results:
+    """Read a study: all trials, every metric of every epoch.
+
+    Args:
+        study: its name; without a revision (`@2`), the latest revision.
+        storage: the database; it is not created.
+        password: for a storage URL without one.
+
+    Raises:
+        SettingError: no such study; the text has the nearest name.
+        StorageError: the database cannot be used.
+    """
+    return _read(_existing_study(study, storage, password))
+
+
+def write_report(results: Results, *, runs_dir: Path | str = "runs") -> Path:
+    """Write a study's report: one HTML file that needs no network, and a Markdown file with PNG figures.
+
+    Returns:
+        The path of the HTML file.
+
+    Raises:
+        SettingError: the folder cannot be written.
+    """
+    from hpo.report.page import write_report
+
+    return write_report(results, RunsDir(Path(runs_dir)))
+
+
+def replay_trial(
+    study: str,
+    number: int,
+    *,
+    storage: str = DEFAULT_STORAGE,
+    password: str | None = None,
+    data_dir: Path | str = "data",
+    show: Callable[[str], None] = lambda _: None,
+) -> bool:
+    """Run a trial again as it was recorded, and compare every metric of every epoch.
+
+    Args:
+        study: the study's name.
+        number: the trial's number.
+        storage: the database; it is not created.
+        password: for a storage URL without one.
+        data_dir: where the data sets lie.
+        show: receives a line an epoch, and one for each version that differs.
+
+    Returns:
+        Whether every metric is equal to the last digit.
+
+    Raises:
+        SettingError: no such study or trial, or the trial fails this time.
+    """
+    from hpo.search.replay import replay
+
+    opened = _existing_study(study, storage, password)
+    return replay(opened, number, show, data_dir=Path(data_dir).resolve(), now=describe_environment())
+
+
+def export_model(
+    study: str,
+    number: int | None = None,
+    *,
+    storage: str = DEFAULT_STORAGE,
+    password: str | None = None,
+    data_dir: Path | str = "data",
+    runs_dir: Path | str = "runs",
+    output: Path | None = None,
+) -> tuple[Path, list[str]]:
+    """Write a trial's model as files that load without this project.
+
+    Args:
+        study: the study's name.
+        number: the trial; None for the best one.
+        storage: the database; it is not created.
+        password: for a storage URL without one.
+        data_dir: where the data sets lie: the model is scored again.
+        runs_dir: where the checkpoints lie.
+        output: the folder to write; None for one under `runs_dir`. An earlier export there is replaced.
+
+    Returns:
+        The folder, and remarks for the user.
+
+    Raises:
+        SettingError: no such study or trial, no checkpoint of it here, or a folder that holds something else.
+        DataError: the data set is not there.
+    """
+    opened = _existing_study(study, storage, password)
+    from hpo.export.model import export
+
+    return export(
+        opened,
+        number,
+        runs_dir=RunsDir(Path(runs_dir).resolve()),
+        data_dir=Path(data_dir).resolve(),
+        output=output,
+        versions=describe_environment(),
+    )
+
+
+def serve_dashboard(
+    *,
+    storage: str = DEFAULT_STORAGE,
+    password: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8080,
+    dashboard_password: str | None = None,
+    runs_dir: Path | str = "runs",
+) -> None:
+    """Serve optuna-dashboard until interrupted.
+
+    Args:
+        storage: the database; it is created where it is missing.
+        password: for a storage URL without one.
+        host: the address to listen on.
+        port: the port to listen on; 0 takes a free one.
+        dashboard_password: what a browser must send; None serves this machine alone.
+        runs_dir: where artifacts and checkpoints lie.
+
+    Raises:
+        SettingError: an address that other machines reach without a password, or one that cannot be listened on.
+        StorageError: the database cannot be used.
+    """
+    from hpo.dashboard.server import serve
+    from storage.database import open_database
+
+    database = open_database(storage, password)
+    serve(database, host, port, password=dashboard_password, runs_dir=RunsDir(Path(runs_dir)).make())
+
+
+def _existing_study(name: str, storage: str, password: str | None) -> Study:
+    from storage.database import open_database
+    from storage.studies import find_study, study_names
+
+    database = open_database(storage, password, create=False)
+    study = find_study(database, name)
+    if study is None:
+        names = study_names(database)
+        hint = nearest(name, names) if names else "it has none yet"
+        raise SettingError(f"there is no study {name!r} in {database.url}: {hint}")
+    return study
+
+
+def _read(study: Study) -> Results:
+    from hpo.report import results
+
+    return results.read_results(study)

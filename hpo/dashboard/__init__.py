@@ -1,0 +1,1 @@
+"""optuna-dashboard behind authentication, with curves, notes and artifacts."""

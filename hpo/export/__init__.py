@@ -1,0 +1,1 @@
+"""The best model of a study as files that load without this project."""

@@ -1,0 +1,91 @@
+"""The one owner of every path under runs/."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpo.errors import SettingError
+
+_UNSAFE = re.compile(r"[^\w.@+-]")
+
+
+@dataclass(frozen=True)
+class RunsDir:
+    """The folder that holds everything a run writes.
+
+    Attributes:
+        root: usually `runs`, in the folder that the command runs in.
+    """
+
+    root: Path = Path("runs")
+
+    @property
+    def default_storage(self) -> str:
+        """The URL of the SQLite database that is used where no other storage is named."""
+        return f"sqlite:///{self.root}/hpo.db"
+
+    @property
+    def artifacts(self) -> Path:
+        """The files that the dashboard offers for download."""
+        return self.root / "artifacts"
+
+    @property
+    def reports(self) -> Path:
+        """The reports of all studies."""
+        return self.root / "reports"
+
+    def checkpoints(self, unique_name: str) -> Path:
+        """Return the folder of a study's checkpoints.
+
+        Args:
+            unique_name: `Study.unique_name`, which no study of another database shares.
+        """
+        return self.root / "checkpoints" / unique_name
+
+    def trial(self, unique_name: str, number: int) -> Path:
+        """Return the folder of one trial: its checkpoints, its log, its hang traceback."""
+        return self.checkpoints(unique_name) / str(number)
+
+    def report(self, study_name: str) -> Path:
+        """Return the folder of a study's report. A study of another program may have any name, even one with slashes."""
+        return self.reports / (_UNSAFE.sub("_", study_name).lstrip(".")[:100] or "_")
+
+    def export(self, study_name: str, number: int) -> Path:
+        """Return the folder of an exported trial."""
+        return self.root / "exports" / f"{study_name}-{number}"
+
+    def make(self) -> RunsDir:
+        """Create the folder and check that it can be written to; return it with an absolute path.
+
+        Raises:
+            SettingError: it cannot be created or written to.
+        """
+        try:
+            self.root.mkdir(exist_ok=True)
+            probe = self.root / f".writable-{os.getpid()}-{secrets.token_hex(4)}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise SettingError(
+                f"cannot write to {self.root.absolute()}: {error.strerror}. A search writes all of its files there: "
+                "make the folder writable, or start from another folder"
+            ) from None
+        return RunsDir(self.root.resolve())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all: a reader sees the old content or the new one, never a part.
+
+    Raises:
+        OSError: the file cannot be written; what stood there before is unchanged.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        draft.write_bytes(content)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)

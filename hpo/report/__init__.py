@@ -1,0 +1,1 @@
+"""What storage holds, for people: tables, pages, figures, progress."""

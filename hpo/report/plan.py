@@ -1,0 +1,92 @@
+"""The plan of a search as text and tables."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from hpo.report.formatting import format_seconds
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from hpo.search.estimate import SearchPlan
+    from hpo.search.slots import Slots
+    from hpo.space.model import Space
+
+MAX_ROWS = 50  # of a grid that is listed
+LONG_SECONDS = 900.0  # a search on the CPU that takes longer gets a hint to a shorter one
+
+
+def plan_lines(space: Space, slots: Slots, plan: SearchPlan | None) -> list[str]:
+    """Return how trials share the machine and how long the search takes, a sentence a line."""
+    lines = [describe_slots(slots, plan)]
+    if plan is not None:
+        lines.append(describe_time(plan))
+        if slots.device == "cpu" and plan.seconds > LONG_SECONDS:
+            lines += [
+                "Shorter: `python -m hpo.run quick` (a small sample, about a minute), or",
+                f"  python -m hpo.run {space.name} --set max_epochs=2 --set data.train_samples=2048",
+            ]
+    return lines
+
+
+def describe_slots(slots: Slots, plan: SearchPlan | None) -> str:
+    """Return how trials share the machine, and what else was tried."""
+    share = f"{slots.gpu:.3g} GPU" if slots.gpu else f"{slots.threads} CPU thread{'s' if slots.threads > 1 else ''}"
+    text = f"{slots.count} {'trial' if slots.count == 1 else 'trials'} at a time, {share} each"
+    if plan is not None and len(plan.tried) > 1:
+        tried = ", ".join(f"{speed:,.0f} with {count}" for count, speed in plan.tried.items())
+        text += f" (measured, images/s of all trials together: {tried} at a time)"
+    return f"{text}."
+
+
+def describe_time(plan: SearchPlan) -> str:
+    """Return how long the search takes."""
+    subject, seconds = ("this search", plan.seconds) if plan.trials is not None else ("a trial", plan.trial_seconds)
+    took = f"{subject} takes about {format_seconds(seconds)}"
+    took = f"{took} and {plan.gpu_hours:.2f} GPU-hours" if plan.slots.gpu else f"No GPU: {took} on this CPU"
+    measured = ", ".join(f"{speed.images_per_second:,.0f} at {name}" for name, speed in plan.speeds.items())
+    return f"{took[0].upper()}{took[1:]} (measured, images/s of one trial: {measured})."
+
+
+def speed_table(plan: SearchPlan, space: Space) -> Table:
+    """Return the table of the shapes that were measured."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("training step", "images/s of one trial", "memory of one trial", "checkpoint"):
+        table.add_column(column, justify="left" if column == "training step" else "right")
+    for name, speed in plan.speeds.items():
+        memory = f"{speed.memory_bytes / 2**30:.2f} GiB{' of the GPU' if plan.slots.gpu else ''}"
+        table.add_row(name, f"{speed.images_per_second:,.0f}", memory, f"{speed.checkpoint_seconds:.2f} s")
+    pruned = "; a scheduler that stops trials makes it shorter" if space.stops_trials_early else ""
+    table.caption = f"{space.max_epochs} epochs a trial{pruned}"
+    return table
+
+
+def configuration_table(space: Space, states: Mapping[str, str]) -> RenderableType:
+    """Return what is to be run, and what storage has of it: of a grid the list, with the state of each.
+
+    Args:
+        space: the search.
+        states: {`Space.config_key`: state} of the configurations that storage holds.
+    """
+    total = space.total_trials
+    counts = ", ".join(f"{n} {state}" for state, n in sorted(Counter(states.values()).items()))
+    stored = f"storage has {counts}" if counts else "storage has none of them"
+    if not space.is_grid:
+        budget = f"{total} trials" if total is not None else "as many trials as fit into budget.time"
+        return f"{budget}, drawn by {space.sampler.name}; {stored}."
+    points = list(space.planned_points())
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in [*space.parameters, "state"]:
+        table.add_column(name, justify="left" if name == "state" else "right")
+    for point in points[:MAX_ROWS]:
+        row = [str(point.get(name, "")) for name in space.parameters]
+        table.add_row(*row, states.get(space.config_key(point), "to be run"))
+    if len(points) > MAX_ROWS:
+        table.caption = f"and {len(points) - MAX_ROWS} more"
+    return Group(f"{len(points)} configurations; {stored}.", table)

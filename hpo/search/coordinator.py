@@ -1,0 +1,214 @@
+"""What each report of a worker means for the study. Knows storage, the space and the workers' reports, but not ray."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hpo.errors import nearest
+from hpo.paths import RunsDir
+from hpo.search.checkpoints import trim_checkpoints
+from hpo.search.listener import ProgressListener
+from hpo.search.slots import Slots
+from hpo.search.worker import HANG_FILE, TrialReport, TrialSpec
+from hpo.space.model import Space
+
+if TYPE_CHECKING:  # workers import this module too, and have no use for a database
+    from storage.run import Run
+    from storage.writer import ClaimedTrial
+
+POLL_SECONDS = 1.0  # between looks for work while other runs hold the rest of it
+
+
+class TrialCoordinator:
+    """What every report means for the study. Tune calls it; it never lets an error pass into Tune's loop."""
+
+    def __init__(
+        self, space: Space, run: Run, slots: Slots, *, runs_dir: RunsDir, data_dir: Path, listener: ProgressListener
+    ) -> None:
+        self._space = space
+        self._run = run
+        self._slots = slots
+        self._data_dir = data_dir
+        self._runs_dir = runs_dir
+        self._unique_name = run.study.unique_name
+        self._listener = listener
+        self._claims: dict[str, ClaimedTrial] = {}
+        self._epochs: dict[str, int] = {}
+        self._deadline = math.inf
+        self._next_look = 0.0
+        self._told_exhausted = False
+        self.stopping = ""  # why no new work is taken; empty while there is no reason
+        self.error: Exception | None = None
+
+    def set_deadline(self, deadline: float) -> None:
+        """Stop cleanly at a time of the monotonic clock."""
+        self._deadline = deadline
+
+    def stop(self, why: str) -> None:
+        """Let each trial finish its epoch, then give it back."""
+        self.stopping = self.stopping or why
+
+    def next_trial(self, tune_id: str) -> TrialSpec | None:
+        """Claim a trial; None for not now, or for never again (`stopping` or the run's `finished`)."""
+        if self._is_over() or time.monotonic() < self._next_look:
+            return None
+        with self._guarded():
+            claim = self._run.claim()
+            if self._run.exhausted and not self._told_exhausted:
+                self._told_exhausted = True
+                self._listener.note(f"no new trials: {self._run.exhausted}")
+            if claim is None:
+                self._next_look = time.monotonic() + POLL_SECONDS
+                return None
+            self._claims[tune_id] = claim
+            self._epochs[tune_id] = claim.epoch
+            self._listener.trial_started(claim.number, claim.params, claim.epoch, self._space.max_epochs)
+            derived = self._space.derive(claim.params)
+            if derived:
+                self._run.record(claim, {"derived": derived})
+            return TrialSpec(
+                trainable=self._space.trainable,
+                command=self._space.command,
+                params=claim.params | derived,
+                data=self._space.trainable_data(self._data_dir),
+                seed=self._space.seed,
+                max_epochs=self._space.max_epochs,
+                stored_epoch=claim.epoch,
+                folder=str(self._folder(claim)),
+                checkpoint_every=self._space.checkpoint_every,
+                device=self._slots.device,
+                threads=self._slots.threads,
+                timeout=self._space.trial_timeout,
+            )
+        return None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no trial will ever be given out again by this run."""
+        return self._is_over() or self._run.finished
+
+    def retries_left(self, tune_id: str) -> int:
+        """Return how many more workers may die over a trial."""
+        return max(0, self._space.max_failures - self._claims[tune_id].crashes)
+
+    def on_report(self, tune_id: str, report: TrialReport) -> bool:
+        """Store what a worker said; return whether its trial ends here."""
+        claim = self._claims.get(tune_id)
+        if claim is None:
+            return True
+        with self._guarded(lost=tune_id):
+            if report.provenance is not None:
+                self._run.record(claim, {}, {**report.provenance, "gpu": self._slots.gpu})
+            if report.warning:
+                self._listener.note(f"trial {claim.number}: {report.warning}")
+            if report.failure:
+                return self._fail(tune_id, report.failure, report.traceback)
+            return self._on_epoch(tune_id, claim, report)
+        return True
+
+    def _on_epoch(self, tune_id: str, claim: ClaimedTrial, report: TrialReport) -> bool:
+        epoch, metrics = report.epoch, report.metrics
+        value = metrics.get(self._space.metric)
+        if value is None:
+            hint = nearest(self._space.metric, metrics)
+            return self._fail(tune_id, f"the trainable reported no metric {self._space.metric!r}, {hint}")
+        if epoch > self._epochs[tune_id] or not report.recalled:  # else the worker before this one has told it
+            self._run.report(claim, epoch, metrics, value)
+            self._epochs[tune_id] = epoch
+            self._listener.epoch_ended(claim.number, epoch, metrics)
+        bad = [name for name, number in metrics.items() if not math.isfinite(number)]
+        if bad:
+            return self._fail(tune_id, f"{bad[0]} is {metrics[bad[0]]} after epoch {epoch}")
+        if epoch >= self._space.max_epochs:
+            attrs = {name: metrics[name] for name in ("test_accuracy", "test_loss") if name in metrics}
+            self._run.complete(claim, value, attrs)
+            return self._end(tune_id, "COMPLETE", "")
+        if self._space.stops_trials_early and self._run.should_prune(claim):
+            self._run.prune(claim)
+            return self._end(tune_id, "PRUNED", f"stopped by {self._space.scheduler.name} after epoch {epoch}")
+        if self._is_over():
+            return self._give_back(tune_id)
+        return False
+
+    def on_crash(self, tune_id: str, details: str, *, retried: bool) -> None:
+        """Count a worker that died; end its trial if that was one too many."""
+        claim = self._claims.get(tune_id)
+        if claim is None:
+            return
+        with self._guarded(lost=tune_id):
+            self._run.record_crash(claim)
+            reason, details = self._crash_reason(claim, details)
+            if retried:
+                self._listener.note(f"trial {claim.number}: {reason}; starting it again from its last checkpoint")
+            else:
+                self._fail(tune_id, f"{reason} (max_failures {self._space.max_failures})", details)
+
+    def release_all(self) -> None:
+        """Store what was told, and give every trial back that has not ended: the run stops here and now."""
+        with self._guarded():
+            self._run.flush()
+        for tune_id in list(self._claims):
+            self.release(tune_id)
+
+    def release(self, tune_id: str) -> None:
+        """Give one trial back, if it has not ended."""
+        if tune_id in self._claims:
+            with self._guarded(lost=tune_id):
+                self._give_back(tune_id)
+
+    def _give_back(self, tune_id: str) -> bool:
+        self._run.release(self._claims[tune_id])
+        return self._end(tune_id, "WAITING", f"interrupted after epoch {self._epochs[tune_id]}, resumable")
+
+    def _fail(self, tune_id: str, reason: str, details: str = "") -> bool:
+        self._run.fail(self._claims[tune_id], reason, details)
+        return self._end(tune_id, "FAIL", reason)
+
+    def _end(self, tune_id: str, state: str, text: str) -> bool:
+        claim = self._claims.pop(tune_id)
+        del self._epochs[tune_id]
+        if state != "WAITING":
+            trim_checkpoints(self._folder(claim))
+        self._next_look = 0.0
+        self._listener.trial_ended(claim.number, state, text)
+        return True
+
+    def _folder(self, claim: ClaimedTrial) -> Path:
+        return self._runs_dir.trial(self._unique_name, claim.number)
+
+    def _is_over(self) -> bool:
+        if time.monotonic() >= self._deadline:
+            self.stop("the time budget is spent")
+        return bool(self.stopping)
+
+    def _crash_reason(self, claim: ClaimedTrial, details: str) -> tuple[str, str]:
+        hang = self._folder(claim) / HANG_FILE
+        with suppress(OSError):
+            stacks = hang.read_text()
+            if stacks:
+                hang.unlink()
+                return f"no epoch within trial_timeout {self._space.trial_timeout:g} s, worker killed", stacks
+        if "OutOfMemory" in details or "running low on memory" in details:
+            return "out of memory: Ray killed the worker", details
+        return "the worker process died", details
+
+    @contextmanager
+    def _guarded(self, lost: str | None = None) -> Iterator[None]:
+        """Keep errors of storage out of Tune's loop: the run ends in order, and `search` raises the error."""
+        from storage.database import StorageError
+        from storage.writer import LostTrialError
+
+        try:
+            yield
+        except LostTrialError as error:
+            if lost is not None:
+                self._claims.pop(lost, None)
+            self._listener.note(str(error))
+        except StorageError as error:
+            self.error = self.error or error
+            self.stop("storage failed")

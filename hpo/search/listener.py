@@ -1,0 +1,74 @@
+"""Who is told what happens during a search, as it happens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from hpo.search.estimate import SearchPlan
+    from hpo.search.slots import Slots
+    from hpo.space.model import Space
+
+
+class ProgressListener(Protocol):
+    """Receives the events of a search. Called from the thread that runs the search; it must return quickly."""
+
+    def search_starting(self, space: Space) -> None:
+        """A search starts. Nothing has been opened yet."""
+
+    def preparing(self, what: str) -> None:
+        """Something takes seconds before trials run, such as measuring training steps."""
+
+    def study_opened(self, space: Space, study_name: str, storage_url: str, counts: Mapping[str, int]) -> None:
+        """The study is open.
+
+        Args:
+            space: the search.
+            study_name: the study's name; `name@2` for a revision of a changed space.
+            storage_url: without the password.
+            counts: {state: trials} of what storage holds already.
+        """
+
+    def search_planned(self, space: Space, slots: Slots, plan: SearchPlan | None) -> None:
+        """The number of trials at a time is decided; `plan` is None where nothing was measured."""
+
+    def trial_started(self, number: int, params: Mapping[str, Any], epoch: int, max_epochs: int) -> None:
+        """A trial starts, or is resumed after `epoch`."""
+
+    def epoch_ended(self, number: int, epoch: int, metrics: Mapping[str, float]) -> None:
+        """A trial finished an epoch. Its checkpoint is saved; the database holds the epoch now or in a moment."""
+
+    def trial_ended(self, number: int, state: str, text: str) -> None:
+        """A trial is COMPLETE, PRUNED or FAIL, or WAITING to be resumed; `text` is the reason."""
+
+    def note(self, text: str) -> None:
+        """A remark for the user."""
+
+
+class NullListener:
+    """Ignores every event."""
+
+    def search_starting(self, space: Space) -> None:
+        """Ignore it."""
+
+    def preparing(self, what: str) -> None:
+        """Ignore it."""
+
+    def study_opened(self, space: Space, study_name: str, storage_url: str, counts: Mapping[str, int]) -> None:
+        """Ignore it."""
+
+    def search_planned(self, space: Space, slots: Slots, plan: SearchPlan | None) -> None:
+        """Ignore it."""
+
+    def trial_started(self, number: int, params: Mapping[str, Any], epoch: int, max_epochs: int) -> None:
+        """Ignore it."""
+
+    def epoch_ended(self, number: int, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Ignore it."""
+
+    def trial_ended(self, number: int, state: str, text: str) -> None:
+        """Ignore it."""
+
+    def note(self, text: str) -> None:
+        """Ignore it."""

@@ -1,0 +1,65 @@
+"""Optuna's samplers and pruners from a space's settings."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+from hpo.space.model import Space
+
+if TYPE_CHECKING:
+    from optuna.pruners import BasePruner
+    from optuna.samplers import BaseSampler
+
+
+def build_sampler(space: Space, run: int) -> BaseSampler:
+    """Return Optuna's sampler. Each run draws from a seed of its own: two drivers must not ask for the same points."""
+    import optuna
+    from optuna import samplers
+
+    base = space.seed if space.sampler.seed is None else space.sampler.seed
+    seed = (base * 1_000_003 + run) % 2**32
+    options = space.sampler.options
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        match space.sampler.name:
+            case "qmc":
+                # All runs share one sequence, whose place storage keeps; but not what precedes it.
+                first = samplers.RandomSampler(seed=seed)
+                return samplers.QMCSampler(
+                    seed=base, independent_sampler=first, warn_independent_sampling=False, **options
+                )
+            case "tpe":
+                if options.get("multivariate") is not False and any(p.when for p in space.parameters.values()):
+                    options = {"group": True} | options
+                return samplers.TPESampler(seed=seed, **options)
+            case "gp":
+                return samplers.GPSampler(seed=seed, warn_independent_sampling=False, **options)
+            case "cmaes":
+                return samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False, **options)
+            case "nsga2":
+                return samplers.NSGAIISampler(seed=seed, **options)
+            case _:
+                return samplers.RandomSampler(seed=seed)
+
+
+def build_pruner(space: Space) -> BasePruner:
+    """Return Optuna's pruner. It decides from what storage holds, so a resumed search decides as if never stopped."""
+    from optuna import pruners
+
+    scheduler = space.scheduler
+    match scheduler.name:
+        case "asha":
+            return pruners.SuccessiveHalvingPruner(
+                min_resource=scheduler.grace_period, reduction_factor=scheduler.reduction_factor
+            )
+        case "hyperband":
+            return pruners.HyperbandPruner(
+                min_resource=scheduler.grace_period,
+                max_resource=space.max_epochs,
+                reduction_factor=scheduler.reduction_factor,
+            )
+        case "median":
+            return pruners.MedianPruner(n_warmup_steps=scheduler.grace_period)
+        case _:
+            return pruners.NopPruner()

@@ -1,0 +1,206 @@
+"""Arithmetic in a search space, like `lr <= 0.004 * batch_size`: evaluated by simpleeval, never by eval.
+
+An expression may use numbers, texts, `+ - * / // % **`, comparisons, `and or not`, `a if b else c` and the functions below.
+What it costs is bounded: by its length, and by the size of its powers.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import operator
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
+from typing import Any
+
+MAX_LENGTH = 200  # characters; also bounds how deep the evaluator recurses
+MAX_INT_POWER = 1000  # of base and exponent; beyond, powers are floats
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "abs": abs,
+    "min": min,
+    "max": max,
+    "round": round,
+    "int": int,
+    "float": float,
+    "sqrt": math.sqrt,
+    "exp": math.exp,
+    "log": math.log,
+    "log2": math.log2,
+    "log10": math.log10,
+    "floor": math.floor,
+    "ceil": math.ceil,
+}
+_OPERATORS = (
+    ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.USub, ast.UAdd,
+    ast.Eq, ast.NotEq, ast.Gt, ast.Lt, ast.GtE, ast.LtE, ast.And, ast.Or, ast.Not,
+)  # fmt: skip
+_NODES = (ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.Call, ast.Name, ast.Load)
+
+
+class ExpressionError(ValueError):
+    """An expression that cannot be read or computed; the text says why."""
+
+
+class Expression:
+    """A checked expression.
+
+    Attributes:
+        text: as it was written.
+        names: of the values that it needs.
+
+    Raises:
+        ExpressionError: it is too long, not an expression, or uses more than is allowed.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self._tree = _parse(text)
+        called = {node.func.id for node in ast.walk(self._tree) if isinstance(node, ast.Call)}  # type: ignore[attr-defined]
+        used = {node.id for node in ast.walk(self._tree) if isinstance(node, ast.Name)}
+        self.names = frozenset(used - called)
+        self.is_condition = isinstance(self._tree, ast.Compare | ast.BoolOp) or (
+            isinstance(self._tree, ast.UnaryOp) and isinstance(self._tree.op, ast.Not)
+        )
+
+    def evaluate(self, values: Mapping[str, Any]) -> bool | int | float | str:
+        """Return the value.
+
+        Raises:
+            ExpressionError: it has none for these values, such as 1 / 0.
+        """
+        from simpleeval import InvalidExpression
+
+        self._evaluator.names = dict(values)
+        try:
+            result = self._evaluator.eval(self.text, previously_parsed=self._tree)
+        except (InvalidExpression, ArithmeticError, ValueError, TypeError, RecursionError) as error:
+            raise ExpressionError(f"{self.text} cannot be computed: {error}") from None
+        if not isinstance(result, bool | int | float | str) or (
+            isinstance(result, float) and not math.isfinite(result)
+        ):
+            raise ExpressionError(f"{self.text} is {result}, which is not a finite number")
+        return result
+
+    @cached_property
+    def _evaluator(self) -> Any:
+        from simpleeval import DEFAULT_OPERATORS, SimpleEval
+
+        operators = {kind: DEFAULT_OPERATORS[kind] for kind in _OPERATORS if kind in DEFAULT_OPERATORS}
+        return SimpleEval(operators=operators | {ast.Pow: _power, ast.Mod: _modulo}, functions=FUNCTIONS, names={})
+
+
+class Formulas:
+    """The constraints and the derived values of a space.
+
+    A formula that needs an inactive parameter does not apply: the constraint holds, the derived value is absent.
+
+    Args:
+        constraints: comparisons.
+        derived: {name: expression}; one may use others.
+        max_epochs: a value that all may use.
+
+    Raises:
+        ExpressionError: one of them is no expression.
+        CycleError: derived values need each other in a circle.
+    """
+
+    def __init__(self, constraints: Sequence[str], derived: Mapping[str, str], max_epochs: int) -> None:
+        self._constraints = [Expression(text) for text in constraints]
+        expressions = {name: Expression(text) for name, text in derived.items()}
+        order = topological_order({name: expression.names for name, expression in expressions.items()})
+        self._derived = {name: expressions[name] for name in order}
+        self._given = {"max_epochs": max_epochs}
+
+    def derive(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the derived values of a configuration.
+
+        Raises:
+            ExpressionError: one of them has no value.
+        """
+        known = self._given | dict(params)
+        derived: dict[str, Any] = {}
+        for name, expression in self._derived.items():
+            if expression.names <= known.keys():
+                known[name] = derived[name] = expression.evaluate(known)
+        return derived
+
+    def broken(self, params: Mapping[str, Any]) -> list[tuple[tuple[str | int, ...], str]]:
+        """Return (key path, text) of each constraint that a configuration does not meet, and of what has no value."""
+        try:
+            known = self._given | dict(params) | self.derive(params)
+        except ExpressionError as error:
+            return [(("derived",), str(error))]
+        found: list[tuple[tuple[str | int, ...], str]] = []
+        for i, constraint in enumerate(self._constraints):
+            try:
+                if constraint.names <= known.keys() and not constraint.evaluate(known):
+                    found.append((("constraints", i), constraint.text))
+            except ExpressionError as error:
+                found.append((("constraints", i), str(error)))
+        return found
+
+
+def topological_order(needs: Mapping[str, Iterable[str]]) -> list[str]:
+    """Return the names so that each comes after those it needs, and else in the given order.
+
+    Raises:
+        CycleError: they need each other in a circle, which is `args[1]`.
+    """
+    TopologicalSorter({name: list(others) for name, others in needs.items()}).prepare()
+    done: dict[str, None] = {}
+
+    def visit(name: str) -> None:
+        if name not in done:
+            for other in needs.get(name, ()):
+                visit(other)
+            done[name] = None
+
+    for name in needs:
+        visit(name)
+    return [name for name in done if name in needs]
+
+
+def find_cycle(needs: Mapping[str, Iterable[str]]) -> list[str]:
+    """Return names that need each other in a circle, the first one again at the end; empty if there is none."""
+    try:
+        topological_order(needs)
+    except CycleError as error:
+        return list(error.args[1])[::-1]
+    return []
+
+
+def _parse(text: str) -> ast.expr:
+    if len(text) > MAX_LENGTH:
+        raise ExpressionError(f"an expression has at most {MAX_LENGTH} characters, this one has {len(text)}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # `1if x else 2`
+            tree = ast.parse(text.strip(), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError, Warning) as error:
+        why = error.msg if isinstance(error, SyntaxError) else error
+        raise ExpressionError(f"{text!r} is not an expression: {why}") from None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            is_known = isinstance(node.func, ast.Name) and node.func.id in FUNCTIONS and not node.keywords
+            if not is_known:
+                name = ast.unparse(node.func)
+                raise ExpressionError(f"{text!r}: no function {name!r} is allowed, but {', '.join(FUNCTIONS)}")
+        is_value = isinstance(node, ast.Constant) and isinstance(node.value, bool | int | float | str)
+        if not is_value and not isinstance(node, _NODES + _OPERATORS):
+            raise ExpressionError(f"{text!r}: only arithmetic, comparisons and {', '.join(FUNCTIONS)} are allowed")
+    return tree
+
+
+def _power(base: Any, exponent: Any) -> Any:
+    if max(abs(base), abs(exponent)) > MAX_INT_POWER:
+        base = float(base)
+    return base**exponent
+
+
+def _modulo(left: Any, right: Any) -> Any:
+    if isinstance(left, str):  # formatting: "%9999999d" % 1
+        raise TypeError("% is of numbers")
+    return operator.mod(left, right)

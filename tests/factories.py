@@ -1,0 +1,125 @@
+"""What several test packages build: spaces, trials, whole searches without Ray."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hpo.api import check_trainable
+from hpo.paths import RunsDir
+from hpo.search.coordinator import TrialCoordinator
+from hpo.search.listener import NullListener
+from hpo.search.samplers import build_pruner, build_sampler
+from hpo.search.slots import Slots
+from hpo.search.worker import TrialSpec, run_trial
+from hpo.space.model import Space, load_space
+from storage.database import Database
+from storage.run import Run
+from storage.studies import Study, open_study
+
+ROOT = Path(__file__).parent.parent
+
+TOY = {
+    "sampler": "grid",
+    "trainable": "benchmarks.toy:chain",
+    "metric": "value",
+    "max_epochs": 3,
+    "parameters": {"x": [1, 2]},
+}
+
+
+def shipped_space(name: str, *overrides: str) -> Space:
+    """A space of search_spaces/."""
+    return load_space(str(ROOT / f"search_spaces/{name}.yaml"), overrides)
+
+
+def toy_space(folder: Path, **changes: Any) -> Space:
+    """A grid of two toy trials, with changes."""
+    path = folder / "toy.yaml"
+    path.write_text(json.dumps(TOY | changes))  # JSON is YAML
+    return load_space(str(path))
+
+
+def trial_spec(folder: Path, **changes: Any) -> TrialSpec:
+    """A toy trial of four epochs, with changes."""
+    values: dict[str, Any] = {
+        "trainable": "benchmarks.toy:chain",
+        "command": None,
+        "params": {"x": 1},
+        "data": {},
+        "seed": 0,
+        "max_epochs": 4,
+        "stored_epoch": 0,
+        "folder": str(folder / "trial"),
+        "checkpoint_every": 1,
+        "device": "cpu",
+        "threads": 1,
+        "timeout": None,
+    }
+    return TrialSpec(**(values | changes))
+
+
+class RecordingListener(NullListener):
+    """A listener that keeps what it hears of trials."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[Any, ...]] = []
+
+    def trial_started(self, number: int, params: Mapping[str, Any], epoch: int, max_epochs: int) -> None:
+        self.events.append(("started", number, epoch))
+
+    def epoch_ended(self, number: int, epoch: int, metrics: Mapping[str, float]) -> None:
+        self.events.append(("epoch", number, epoch))
+
+    def trial_ended(self, number: int, state: str, text: str) -> None:
+        self.events.append((state, number, text))
+
+    def note(self, text: str) -> None:
+        self.events.append(("note", text))
+
+
+def run_of(study: Study, space: Space, **options: Any) -> Run:
+    """A driver's run on a study, as `run_trials` starts it."""
+    return Run(
+        study,
+        config_key=space.config_key,
+        provenance={},
+        draw=None if space.is_grid else space.draw,
+        max_trials=space.budget.trials,
+        learns=space.learns_from_results,
+        **options,
+    )
+
+
+def search_without_ray(
+    space: Space, database: Database, folder: Path, *, at_a_time: int = 1
+) -> tuple[Study, RecordingListener]:
+    """Run a search to its end in this process, an epoch of each running trial in turn."""
+    check_trainable(space, folder)
+    study = open_study(database, **space.study_options)
+    listener = RecordingListener()
+    study.optuna_study.pruner = build_pruner(space)
+    with run_of(study, space) as run:
+        if space.is_grid:
+            run.enqueue(space.grid_points(), space.distributions())
+        else:
+            study.optuna_study.sampler = build_sampler(space, run.run_id)
+        coordinator = TrialCoordinator(
+            space, run, Slots(1, 1.0, 0.0), data_dir=folder, runs_dir=RunsDir(folder), listener=listener
+        )
+        running: dict[str, Any] = {}
+        while running or not coordinator.is_done:
+            while len(running) < at_a_time:
+                tune_id = f"t{len(listener.events)}"
+                spec = coordinator.next_trial(tune_id)
+                if spec is None:
+                    break
+                running[tune_id] = run_trial(spec)
+            for tune_id, reports in list(running.items()):
+                if coordinator.on_report(tune_id, next(reports)):
+                    reports.close()
+                    del running[tune_id]
+        assert coordinator.error is None
+    return study, listener

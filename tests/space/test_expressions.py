@@ -1,0 +1,124 @@
+"""Constraints and derived values: what may be written, what it is worth, and that nothing else is run."""
+
+from __future__ import annotations
+
+import time
+from graphlib import CycleError
+
+import pytest
+
+from hpo.space.expressions import MAX_LENGTH, Expression, ExpressionError, Formulas, find_cycle, topological_order
+
+VALUES = {"lr": 0.1, "batch_size": 64, "optimizer": "sgd", "nesterov": True}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("lr * batch_size", 6.4),
+        ("2 ** 3 + 7 // 2 - 7 % 4", 8),
+        ("-batch_size + +1", -63),
+        ("batch_size / 128", 0.5),
+        ("lr <= 0.004 * batch_size", True),
+        ("0 < lr < 0.05", False),
+        ("optimizer == 'sgd' and not nesterov", False),
+        ("optimizer != 'sgd' or nesterov", True),
+        ("0.9 if optimizer == 'sgd' else 0.0", 0.9),
+        ("min(lr, 1) + max(1, 2, 3) + abs(-1) + round(2.6) + int(2.9) + float(1)", 10.1),
+        ("sqrt(16) + log(exp(1)) + log2(8) + log10(100) + floor(1.5) + ceil(1.5)", 13.0),
+    ],
+)
+def test_an_expression_is_worth_what_python_says(text: str, value: object) -> None:
+    result = Expression(text).evaluate(VALUES)
+    assert result == pytest.approx(value)
+    assert type(result) is type(value)
+
+
+def test_an_expression_knows_the_values_it_needs_and_whether_it_is_a_condition() -> None:
+    assert Expression("max(lr, w) * batch_size").names == {"lr", "w", "batch_size"}
+    assert Expression("not lr").is_condition
+    assert not Expression("lr + 1").is_condition
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "__import__('os').system('touch x')",
+        "().__class__",
+        "lr.real",
+        "[1, 2]",
+        "{'a': 1}",
+        "lambda: 1",
+        "(x := 1)",
+        "[x for x in (1, 2)]",
+        "f'{lr}'",
+        "'a' 'b'[0]",
+        "lr = 1",
+        "import os",
+        "1 << 1000",
+        "lr is 1",
+        "b'x' == 1",
+        "1j",
+        "max(*lr)",
+        "round(lr, ndigits=1)",
+        "",
+        "lr <",
+        "1if lr else 2",
+        "\x00",
+        "(" * 190,
+        "1" * (MAX_LENGTH + 1),
+        "...",
+    ],
+)
+def test_what_is_no_arithmetic_is_refused_when_it_is_read(text: str) -> None:
+    with pytest.raises(ExpressionError):
+        Expression(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["1 / (lr - lr)", "log(0)", "lr < optimizer", "1e308 * 10", "(-8) ** 0.5", "9 ** 9 ** 9 ** 9", "'%9999999999d' % 1",
+     "'a' * 10 ** 9", "min", "10 ** 1000 ** 3", "sqrt(-1)", "int('x')"],
+)  # fmt: skip
+def test_what_has_no_finite_value_is_an_error_at_once(text: str) -> None:
+    expression = Expression(text)
+    started = time.perf_counter()
+    with pytest.raises(ExpressionError):
+        expression.evaluate(VALUES)
+    assert time.perf_counter() - started < 1
+
+
+def test_the_deepest_expression_is_evaluated() -> None:
+    assert Expression("-" * (MAX_LENGTH - 1) + "1").evaluate({}) == -1
+    assert Expression("1" + "+1" * (MAX_LENGTH // 2 - 1)).evaluate({}) == MAX_LENGTH // 2
+
+
+def test_derived_values_may_use_each_other_in_any_order() -> None:
+    formulas = Formulas([], {"c": "b + 1", "a": "2 * lr", "b": "a * max_epochs"}, max_epochs=10)
+    assert formulas.derive({"lr": 0.5}) == {"a": 1.0, "b": 10.0, "c": 11.0}
+
+
+def test_what_needs_an_inactive_parameter_does_not_apply() -> None:
+    formulas = Formulas(["momentum < 0.5", "lr < 1"], {"decay": "1 - momentum", "twice": "2 * decay"}, max_epochs=1)
+    assert formulas.derive({"lr": 0.1}) == {}
+    assert formulas.broken({"lr": 0.1}) == []
+    assert formulas.broken({"lr": 2, "momentum": 0.75}) == [
+        (("constraints", 0), "momentum < 0.5"),
+        (("constraints", 1), "lr < 1"),
+    ]
+    assert formulas.derive({"lr": 0.1, "momentum": 0.75}) == {"decay": 0.25, "twice": 0.5}
+
+
+def test_a_configuration_without_a_value_is_broken_not_an_error() -> None:
+    formulas = Formulas(["1 / lr > 1"], {"x": "log(lr - 1)"}, max_epochs=1)
+    assert "cannot be computed" in formulas.broken({"lr": 0.5})[0][1]
+    assert "division" in Formulas(["1 / lr > 1"], {}, max_epochs=1).broken({"lr": 0})[0][1]
+
+
+def test_names_are_sorted_by_need_and_circles_found() -> None:
+    assert topological_order({"a": ["c"], "b": [], "c": ["b", "elsewhere"]}) == ["b", "c", "a"]
+    assert topological_order({"b": [], "a": []}) == ["b", "a"]
+    assert find_cycle({"a": ["b"], "b": ["a"], "c": []}) == ["a", "b", "a"]
+    assert find_cycle({"a": ["b"], "b": []}) == []
+    with pytest.raises(CycleError):
+        topological_order({"a": ["a"]})

@@ -1,0 +1,122 @@
+"""The JSON Schema that editors complete from says what the models say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import jsonschema
+import pytest
+import yaml
+from tests.test_document import FULL
+
+from hpo.errors import SpaceError
+from hpo.run import main
+from hpo.space.model import Space, load_space, space_schema
+from hpo.space.sections import Sampler
+
+ROOT = Path(__file__).parent.parent
+SPACES = sorted((ROOT / "search_spaces").glob("*.yaml"))
+VALIDATOR = jsonschema.Draft202012Validator(space_schema())
+
+
+def as_json(text: str) -> Any:
+    return json.loads(json.dumps(yaml.safe_load(text.replace("1e-", "1.0e-"))))
+
+
+def errors(text: str) -> list[Any]:
+    return list(VALIDATOR.iter_errors(as_json(text)))
+
+
+def test_the_committed_schema_is_the_one_of_the_models() -> None:
+    committed = (ROOT / "search_spaces/schema.json").read_text()
+    assert json.loads(committed) == space_schema(), "run: hpo schema > search_spaces/schema.json"
+
+
+def test_the_command_line_prints_the_committed_schema(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["hpo", "schema"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == (ROOT / "search_spaces/schema.json").read_text()
+
+
+def test_the_schema_is_one() -> None:
+    jsonschema.Draft202012Validator.check_schema(space_schema())
+
+
+@pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
+def test_each_space_that_ships_names_the_schema_and_is_valid(path: Path) -> None:
+    text = path.read_text()
+    assert text.startswith("# yaml-language-server: $schema=schema.json\n")
+    assert errors(text) == []
+    assert load_space(str(path)).description
+
+
+SHORT_FORMS = [
+    FULL,
+    "sampler: tpe\nscheduler: asha\nmax_epochs: 2\nbudget: {time: 90}\nparameters: {a: 1, b: x, c: null, d: true, e: [a]}",
+    "sampler: {name: gp}\nmax_epochs: 2\nbudget: {time: 1d}\nparameters: {a: {choices: [1]}}",
+    "sampler: grid\ntrial_timeout: 1.5\nmax_epochs: 2\nresources: {gpu: 0.5}\nparameters: {a: {type: int, low: 1, high: 2}}",
+]
+
+
+@pytest.mark.parametrize("text", SHORT_FORMS, ids=range(len(SHORT_FORMS)))
+def test_every_short_form_is_in_the_schema_and_loads(tmp_path: Path, text: str) -> None:
+    assert errors(text) == []
+    path = tmp_path / "space.yaml"
+    path.write_text(text)
+    load_space(str(path))
+
+
+HEAD = "max_epochs: 2\nbudget: {trials: 2}\n"
+WRONG = [
+    HEAD + "sampler: tpe",
+    HEAD + "sampler: tpee\nparameters: {a: 1}",
+    HEAD + "sampler: {name: random, n_startup_trials: 1}\nparameters: {a: 1}",
+    HEAD + "sampler: {name: tpe, n_startup_trials: many}\nparameters: {a: 1}",
+    HEAD + "sampler: tpe\nscheduler: ash\nparameters: {a: 1}",
+    HEAD + "sampler: tpe\nparameters: {}",
+    HEAD + "sampler: tpe\nparameters: {a: []}",
+    HEAD + "sampler: tpe\nparameters: {a: {type: int, low: 1}}",
+    HEAD + "sampler: tpe\nparameters: {a: {type: int, low: 1, high: 2, lgo: true}}",
+    HEAD + "sampler: tpe\nparameters: {a: {type: float, low: 1, high: x}}",
+    HEAD + "sampler: tpe\nparameters: {a: {type: categorical, choices: [[1]]}}",
+    HEAD + "sampler: tpe\nparameters: {a: 1}\nmetrc: x",
+    HEAD + "sampler: tpe\nparameters: {a: 1}\nname: x",
+    HEAD + "sampler: tpe\nparameters: {a: 1}\nseed: -1",
+    HEAD + "sampler: tpe\nparameters: {a: 1}\nconstraints: a < 1",
+    HEAD + "sampler: tpe\nparameters: {a: 1}\ntrial_timeout: 4 hours",
+    HEAD + "sampler: tpe\nparameters: {a: 1}\ntrainable: my_module",
+]
+
+
+@pytest.mark.parametrize("text", WRONG, ids=range(len(WRONG)))
+def test_what_the_schema_can_say_is_wrong_is_wrong_to_both(tmp_path: Path, text: str) -> None:
+    assert errors(text)
+    path = tmp_path / "space.yaml"
+    path.write_text(text)
+    with pytest.raises(SpaceError):
+        load_space(str(path))
+
+
+def test_every_key_has_words_for_the_editor() -> None:
+    schema = space_schema()
+    objects = [schema, *(found for found in schema["$defs"].values() if found["type"] == "object")]
+    assert len(objects) > 10
+    for found in objects:
+        for name, key in found["properties"].items():
+            # Words that are those of the section itself stand there.
+            section = schema["$defs"][key["$ref"].rpartition("/")[2]] if "$ref" in key else {}
+            assert key.get("description") or section.get("description"), f"{found['title']}.{name}"
+
+
+def test_the_names_of_the_samplers_are_those_of_their_models() -> None:
+    union = get_args(Sampler)[0]
+    names = [get_args(model.model_fields["name"].annotation)[0] for model in get_args(union)]
+    assert space_schema()["properties"]["sampler"]["anyOf"][0]["enum"] == names
+    assert "name" in Space.model_fields
+    assert "name" not in space_schema()["properties"]
