@@ -14,25 +14,29 @@ from __future__ import annotations
 import logging
 import platform
 import subprocess
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpo.errors import SettingError, TrainableError, nearest
+from hpo.errors import HpoError, SettingError, TrainableError, nearest
 from hpo.paths import RunsDir
 from hpo.search.listener import NullListener, ProgressListener
 from hpo.space.model import Space, load_space, space_schema
+from hpo.trainable import load_trainable
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from hpo.report.results import Results, TrialResult
-    from hpo.search.estimate import SearchPlan
+    from hpo.search.cluster import RayCluster
+    from hpo.search.estimate import ImageCounts, Probes, SearchPlan
     from hpo.search.slots import Slots
     from hpo.search.tune import SearchOutcome
+    from storage.database import Database
     from storage.studies import Study, Summary
 
 PACKAGES = ("torch", "torchvision", "optuna", "sqlalchemy", "ray", "numpy")  # whose versions are recorded
@@ -65,11 +69,13 @@ class SearchResult:
 
     Attributes:
         results: every trial of the study, with every metric of every epoch.
+        report: the HTML file of the report; None if it could not be written.
         stopped: why the search ended before its work was done; empty if it was done.
         interrupted: whether Ctrl-C or SIGTERM stopped it. The same search again resumes it.
     """
 
     results: Results
+    report: Path | None = None
     stopped: str = ""
     interrupted: bool = False
 
@@ -97,6 +103,7 @@ def run_search(
     runs_dir: Path | str = "runs",
     ray_address: str | None = None,
     listener: ProgressListener | None = None,
+    on_results: Callable[[Results], None] | None = None,
     command: str = "",
 ) -> SearchResult:
     """Run a search, or resume it: trials that have ended are not run again.
@@ -109,6 +116,7 @@ def run_search(
         runs_dir: where checkpoints, artifacts and reports are written.
         ray_address: a Ray cluster to join; None starts Ray on this machine, for this search alone.
         listener: receives the events of the search.
+        on_results: receives the results as soon as the last trial has ended, before the report is written.
         command: how the search was started, for the record.
 
     Raises:
@@ -117,44 +125,136 @@ def run_search(
         DataError: the data set is not there and cannot be downloaded.
         StorageError: the database cannot be used; trials in flight are resumable.
     """
-    from storage.database import open_database
-    from storage.studies import find_revision, open_study
-
     listener = listener or NullListener()
-    listener.search_starting(space)
-    runs, data_dir = RunsDir(Path(runs_dir)).make(), Path(data_dir).resolve()
-    database = open_database(storage, password)
-    study = find_revision(database, space.name, space.fingerprint)
-    if study is None or _trials_left(space, study) != 0:
-        provenance = {"command": command} | describe_environment() | check_trainable(space, data_dir)
-        study = open_study(database, **space.study_options)
-        listener.study_opened(space, study.name, database.url, study.counts())
-        outcome = _run_trials(space, study, provenance, data_dir, runs, ray_address, listener)
-        return SearchResult(_read(study), outcome.stopped, outcome.interrupted)
-    listener.study_opened(space, study.name, database.url, study.counts())
-    return SearchResult(_read(study))
+    listener.search_starting(space)  # before the imports that take seconds
+    from hpo.search.cluster import RayCluster
+    from storage.database import open_database
+    from storage.studies import find_revision
+
+    runs, data = RunsDir(Path(runs_dir)).make(), space.trainable_data(Path(data_dir).resolve())
+    check_trainable(space)
+    with RayCluster(ray_address) as cluster, _start_probes(space, data) as probes, _warnings_noted(listener):
+        database = open_database(storage, password)
+        study = find_revision(database, space.name, space.fingerprint)
+        left = space.total_trials if study is None else _trials_left(space, study)
+        if study is not None and left == 0:
+            listener.study_opened(space, study.name, database.url, study.counts())
+            outcome = None
+        else:
+            listener.preparing("starting Ray")
+            cluster.start()
+            provenance = {"command": command} | describe_environment()
+            study, outcome = _search(
+                space,
+                database,
+                left,
+                cluster,
+                probes,
+                provenance=provenance,
+                data=data,
+                runs_dir=runs,
+                listener=listener,
+            )
+            cluster.stop()  # Ray shuts down while the results are written
+        results = _read(study)
+        if on_results is not None:
+            on_results(results)
+        report = _try_to_report(results, runs, listener)
+        if outcome is None:
+            return SearchResult(results, report)
+        from hpo.dashboard.publishing import publish
+
+        publish(study, runs, always=True)
+        return SearchResult(results, report, outcome.stopped, outcome.interrupted)
 
 
-def _run_trials(
+def _search(
     space: Space,
-    study: Study,
-    provenance: Mapping[str, Any],
-    data_dir: Path,
+    database: Database,
+    left: int | None,
+    cluster: RayCluster,
+    probes: Probes | None,
+    *,
+    provenance: dict[str, Any],
+    data: Mapping[str, Any],
     runs_dir: RunsDir,
-    ray_address: str | None,
     listener: ProgressListener,
-) -> SearchOutcome:
-    from hpo.dashboard.publishing import publish
-    from hpo.search import tune
+) -> tuple[Study, SearchOutcome]:
+    """Run the trials that are left. Ray is starting: what takes seconds is imported meanwhile."""
+    from hpo.search.estimate import is_worth_measuring
+    from hpo.search.slots import plan_slots
+    from hpo.search.tune import run_trials
+    from storage.studies import open_study
 
-    with _warnings_noted(listener), tune.ray_cluster(ray_address):
-        slots, plan = _share_machine(space, _trials_left(space, study), data_dir, tune.cluster_size(), listener)
-        listener.search_planned(space, slots, plan)
-        outcome = tune.run_trials(
-            space, study, slots, provenance=provenance, data_dir=data_dir, runs_dir=runs_dir, listener=listener
+    plan, images = None, None
+    if probes is not None:
+        provenance["data_sha256"], images = probes.describe_data()
+    # Not earlier: a data set that is missing leaves no study behind.
+    study = open_study(database, **space.study_options)
+    listener.study_opened(space, study.name, database.url, study.counts())
+    size = cluster.size()
+    slots = plan_slots(space, left, *size)
+    if probes is not None:
+        if images is not None and is_worth_measuring(space, left, images):
+            plan = _measure(space, slots, left, probes, images, size, listener)
+        probes.close()  # its memory and its processor belong to the trials now
+    slots = slots if plan is None else plan.slots
+    listener.search_planned(space, slots, plan)
+    with _report_preloaded():
+        outcome = run_trials(
+            space, study, slots, provenance=provenance, data=data, runs_dir=runs_dir, listener=listener
         )
-        publish(study, runs_dir, always=True)
-    return outcome
+    return study, outcome
+
+
+@contextmanager
+def _report_preloaded() -> Iterator[None]:
+    """Import what draws the report while trials run: plotting libraries take seconds to load."""
+    from hpo.report.page import preload
+
+    thread = threading.Thread(target=preload, name="hpo-preload", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+def _try_to_report(results: Results, runs_dir: RunsDir, listener: ProgressListener) -> Path | None:
+    """Write the report. The search is done: a page that cannot be drawn is a remark, not an error."""
+    from hpo.report.page import write_report
+
+    try:
+        return write_report(results, runs_dir)
+    except Exception as error:  # noqa: BLE001 # see above
+        reason = str(error) if isinstance(error, HpoError) else f"{type(error).__name__}: {error}"
+        listener.note(f"no report: {reason}")
+        return None
+
+
+def _start_probes(space: Space, data: Mapping[str, Any]) -> AbstractContextManager[Probes | None]:
+    """Start to load the data in another process, for our own trainable; nothing is known of others."""
+    from hpo.search.estimate import Probes
+
+    return Probes(data) if space.is_default_trainable else nullcontext()
+
+
+def _measure(
+    space: Space,
+    slots: Slots,
+    left: int | None,
+    probes: Probes,
+    images: ImageCounts,
+    size: tuple[float, float],
+    listener: ProgressListener,
+) -> SearchPlan | None:
+    """Measure training steps; None if nothing is left to train, or the device is not on this machine."""
+    from hpo.search.estimate import can_measure, measure_plan
+
+    if left == 0 or not can_measure(slots):
+        return None
+    listener.preparing("measuring training steps")
+    return measure_plan(space, slots, left, probes, images, size)
 
 
 @contextmanager
@@ -221,19 +321,26 @@ def plan_search(
         HpoError: as `run_search`.
     """
     from hpo.search.estimate import machine_size
+    from hpo.search.slots import plan_slots
     from storage.database import StorageError, open_database
     from storage.studies import find_revision
 
-    data_dir, study, states = Path(data_dir).resolve(), None, {}
-    check_trainable(space, data_dir)
-    with suppress(StorageError):  # no database yet: it holds no trials
-        database = open_database(storage, password, create=False)
-        study = find_revision(database, space.name, space.fingerprint)
-    if study is not None:
-        states = {space.config_key(trial.params): trial.state.name for trial in study.run_trials()}
-    left = space.total_trials if study is None else _trials_left(space, study)
-    slots, plan = _share_machine(space, left, data_dir, machine_size(), listener or NullListener())
-    return PlannedSearch(space, slots, plan, states, left)
+    data, study = space.trainable_data(Path(data_dir).resolve()), None
+    states: dict[str, str] = {}
+    check_trainable(space)
+    with _start_probes(space, data) as probes:
+        with suppress(StorageError):  # no database yet: it holds no trials
+            database = open_database(storage, password, create=False)
+            study = find_revision(database, space.name, space.fingerprint)
+        if study is not None:
+            states = {space.config_key(trial.params): trial.state.name for trial in study.run_trials()}
+        left = space.total_trials if study is None else _trials_left(space, study)
+        size, plan = machine_size(), None
+        slots = plan_slots(space, left, *size)
+        if probes is not None:
+            _, images = probes.describe_data()
+            plan = _measure(space, slots, left, probes, images, size, listener or NullListener())
+    return PlannedSearch(space, slots if plan is None else plan.slots, plan, states, left)
 
 
 def _trials_left(space: Space, study: Study) -> int | None:
@@ -242,44 +349,23 @@ def _trials_left(space: Space, study: Study) -> int | None:
     return None if total is None else max(0, total - study.count_ended())
 
 
-def _share_machine(
-    space: Space, left: int | None, data_dir: Path, size: tuple[float, float], listener: ProgressListener
-) -> tuple[Slots, SearchPlan | None]:
-    """Divide (cores, GPUs) among trials; by measuring, where the trainable is ours and the device is on this machine."""
-    from hpo.search.estimate import can_measure, measure_plan
-    from hpo.search.slots import plan_slots
-
-    slots = plan_slots(space, left, *size)
-    if left == 0 or not space.is_default_trainable or not can_measure(slots):
-        return slots, None
-    listener.preparing("measuring training steps")
-    plan = measure_plan(space, slots, left, space.trainable_data(data_dir), size)
-    return plan.slots, plan
-
-
-def check_trainable(space: Space, data_dir: Path) -> dict[str, Any]:
-    """Check everything about the trainable that can be checked before trials run.
-
-    Returns:
-        What to record of the data: {"data_sha256": ...} for our own trainable, nothing for others.
+def check_trainable(space: Space) -> None:
+    """Check what can be checked of the trainable before anything slow starts.
 
     Raises:
         TrainableError: it cannot be imported, or cannot take a value of the space; a line for each mistake.
-        DataError: the data set is not there and cannot be downloaded.
     """
-    from hpo.search.script import check_program
-    from hpo.trainable import load_trainable
-
     if space.command is not None:
+        from hpo.search.script import check_program
+
         with space.locating_errors("command"):
             check_program(space.command)
-        return {}
-    with space.locating_errors("trainable"):
-        load_trainable(space.trainable)
+        return
     if not space.is_default_trainable:
-        return {}
-    from hpo.train.data import load
-    from hpo.train.params import read_params
+        with space.locating_errors("trainable"):
+            load_trainable(space.trainable)
+        return
+    from hpo.train.params import read_params  # without torch: the workers import it
 
     mistakes: dict[str, None] = {}
     for name, value in space.examples():
@@ -290,7 +376,6 @@ def check_trainable(space: Space, data_dir: Path) -> dict[str, Any]:
             mistakes[str(error)] = None
     if mistakes:
         raise TrainableError("\n".join(mistakes))
-    return {"data_sha256": load(**space.trainable_data(data_dir)).sha256}
 
 
 def describe_environment() -> dict[str, Any]:
@@ -381,7 +466,7 @@ def replay_trial(
     from hpo.search.replay import replay
 
     opened = _existing_study(study, storage, password)
-    return replay(opened, number, show, data_dir=Path(data_dir).resolve(), now=describe_environment())
+    return replay(opened, number, show, data_dir=Path(data_dir).resolve(), environment=describe_environment())
 
 
 def export_model(

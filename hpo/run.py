@@ -188,9 +188,9 @@ def run(
             data_dir=data_dir,
             ray_address=os.environ.get("RAY_ADDRESS"),
             listener=progress,
+            on_results=lambda results: _print_results(console, results),
             command=context.obj,
         )
-    _print_results(console, result.results)
     _print_ending(console, result, storage)
     return _exit_code(result)
 
@@ -236,11 +236,11 @@ def report(study: str, storage: str) -> int:
     \b
     Example:  hpo report grid
     """
-    from hpo.api import read_results
+    from hpo.api import read_results, write_report
 
     console, results = _console(), read_results(study, storage=storage, password=_take_variable("PGPASSWORD"))
     _print_results(console, results)
-    _write_report(console, results)
+    _print_report(console, write_report(results))
     return 0
 
 
@@ -378,10 +378,7 @@ def _print_results(console: Console, results: Results) -> None:
         console.print(line, style="red", soft_wrap=True, markup=False)
 
 
-def _write_report(console: Console, results: Results) -> None:
-    from hpo.api import write_report
-
-    page = write_report(results)
+def _print_report(console: Console, page: Path) -> None:
     console.print(f"Report: {page}  (report.md has the same figures as PNG)", soft_wrap=True, markup=False)
 
 
@@ -390,12 +387,8 @@ def _print_ending(console: Console, result: SearchResult, storage: str) -> None:
         remedy = "The same command" if result.interrupted else "With a larger budget.time, the same command"
         console.print(f"Stopped: {result.stopped}. {remedy} resumes it.", style="yellow")
     name = shlex.quote(result.results.study.name)
-    try:
-        _write_report(console, result.results)
-    except Exception as error:  # noqa: BLE001 # the search is done: a page that cannot be drawn is a remark
-        reason = str(error) if isinstance(error, HpoError) else f"{type(error).__name__}: {error}"
-        again = _hint("report", name, storage=storage)
-        console.print(f"No report: {reason}. Try `{again}`", style="yellow", soft_wrap=True, markup=False)
+    if result.report is not None:
+        _print_report(console, result.report)
     console.print(f"Dashboard: {_hint('dashboard', storage=storage)}", soft_wrap=True, markup=False)
     console.print(f"Report again: {_hint('report', name, storage=storage)}", soft_wrap=True, markup=False)
 

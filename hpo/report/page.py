@@ -20,6 +20,12 @@ MAX_FAILURES = 100
 AXIS_PIXELS = 120  # for each axis of parallel coordinates
 
 
+def preload() -> None:
+    """Import what `write_report` needs, at a time when nobody waits for it."""
+    import jinja2  # noqa: F401
+    import plotly.graph_objects  # noqa: F401
+
+
 def write_report(results: Results, runs_dir: RunsDir) -> Path:
     """Write the page, `report.md` and its figures into a folder of the study's own; return the page.
 

@@ -1,7 +1,7 @@
-"""Checkpoints of a trial on disk: written whole or not at all, the one before kept as a fallback.
+"""Checkpoints of a trial on disk: written whole or not at all, with the previous one as a fallback.
 
-A checkpoint holds the trainable's state and the reports of all epochs so far, so that an epoch that was finished but not
-yet stored in SQL when the driver died is reported again instead of trained again.
+A checkpoint holds the trainable's state and the metrics of all epochs so far. If the driver died before it stored an epoch,
+the epoch is reported again from the checkpoint instead of being trained again.
 """
 
 from __future__ import annotations
@@ -15,19 +15,29 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-# torch is imported late: the driver, which only trims, starts seconds sooner.
+# torch is imported in the functions that need it: the driver only trims checkpoints, and starts without it.
 
-KEEP = 2
+KEPT_CHECKPOINTS = 2
+_UNREADABLE = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    KeyError,
+    TypeError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a trial goes on from.
+    """What a trial resumes from.
 
     Attributes:
         epoch: the last finished epoch.
         history: {epoch: metrics} of all finished epochs.
-        state: the trainable's own.
+        state: what the trainable's `EpochReport.state` returned.
     """
 
     epoch: int
@@ -36,10 +46,10 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint under its final name only when it is whole; drop all but the newest two.
+    """Write a checkpoint, flushed to disk before it gets its name; then delete all but the newest two.
 
     Raises:
-        OSError: it could not be written (disk full, no rights); the earlier checkpoints stand.
+        OSError: it could not be written (disk full, no rights); earlier checkpoints are unchanged.
         TypeError: the state holds something that could not be loaded again.
     """
     import torch
@@ -47,7 +57,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     _check_plain(checkpoint.state, "state")
     folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"epoch-{checkpoint.epoch:06d}.pt"
-    # Named after the process: a worker that outlived its driver for a moment may write the same epoch.
+    # The process id is in the name: a worker that outlived its driver for a moment may write the same epoch.
     temporary = final.with_suffix(f".{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -59,39 +69,43 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         raise OSError(str(error).splitlines()[0]) from error
     finally:
         temporary.unlink(missing_ok=True)
-    for old in _newest_first(folder)[KEEP:]:
+    for old in list_checkpoints(folder)[KEPT_CHECKPOINTS:]:
         old.unlink(missing_ok=True)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
-    """Return the newest checkpoint that can be read, None if there is none. A damaged one is set aside."""
+    """Return the newest readable checkpoint, or None. Damaged ones are renamed to `*.damaged`."""
     import torch
 
     for leftover in folder.glob("*.tmp"):  # of a worker that was killed while it wrote
         leftover.unlink(missing_ok=True)
-    for path in _newest_first(folder):
+    for path in list_checkpoints(folder):
         try:
             with zipfile.ZipFile(path) as archive:
-                if archive.testzip() is not None:  # torch itself does not look at the checksums
+                if archive.testzip() is not None:  # torch does not verify the checksums
                     raise zipfile.BadZipFile(path.name)
             # weights_only: tensors and plain values, nothing that runs code.
             found = torch.load(path, map_location="cpu", weights_only=True)
             return Checkpoint(found["epoch"], found["history"], found["state"])
-        except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError,
-                zipfile.BadZipFile):  # fmt: skip
+        except _UNREADABLE:
             with contextlib.suppress(OSError):
                 path.replace(path.with_suffix(".damaged"))
     return None
 
 
 def trim_checkpoints(folder: Path) -> None:
-    """Keep only the newest checkpoint of a finished trial."""
-    for old in _newest_first(folder)[1:]:
+    """Delete all but the newest checkpoint: a trial that has ended needs no fallback."""
+    for old in list_checkpoints(folder)[1:]:
         old.unlink(missing_ok=True)
 
 
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoint files of a trial, newest first."""
+    return sorted(folder.glob("epoch-*.pt"), reverse=True)
+
+
 def _check_plain(value: Any, where: str) -> None:
-    """Refuse, while the trial's author can still read it, what weights_only would refuse at the next start."""
+    """Refuse what `weights_only` could not load, at the time when the trial's author can still fix it."""
     from torch import Tensor
 
     if isinstance(value, dict):
@@ -104,7 +118,3 @@ def _check_plain(value: Any, where: str) -> None:
     elif not isinstance(value, Tensor) and type(value) not in {NoneType, bool, int, float, complex, str, bytes}:
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise TypeError(f"a checkpoint holds tensors and plain values, but {where} is a {kind}")
-
-
-def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("epoch-*.pt"), reverse=True)

@@ -1,13 +1,13 @@
-"""What each report of a worker means for the study. Knows storage, the space and the workers' reports, but not ray."""
+"""What each report of a worker means for the study. Knows storage, the space and the reports, but not ray."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hpo.errors import nearest
 from hpo.paths import RunsDir
@@ -17,53 +17,76 @@ from hpo.search.slots import Slots
 from hpo.search.worker import HANG_FILE, TrialReport, TrialSpec
 from hpo.space.model import Space
 
-if TYPE_CHECKING:  # workers import this module too, and have no use for a database
+if TYPE_CHECKING:  # workers import this module too, and need no database
     from storage.run import Run
     from storage.writer import ClaimedTrial
 
-POLL_SECONDS = 1.0  # between looks for work while other runs hold the rest of it
+POLL_SECONDS = 1.0  # between attempts to claim a trial while other runs hold the rest
 
 
 class TrialCoordinator:
-    """What every report means for the study. Tune calls it; it never lets an error pass into Tune's loop."""
+    """Claims trials for Tune and stores what their workers report.
+
+    Tune identifies a trial by its own `tune_id`. No error of storage is raised into Tune's loop: it is kept in `error`, the
+    search stops, and `run_trials` raises it.
+
+    Args:
+        space: the search.
+        run: the driver's run on the study.
+        slots: what each trial gets.
+        data: what the trainable gets as `data`.
+        runs_dir: where checkpoints are stored.
+        listener: receives the events.
+
+    Attributes:
+        stopping: why no new trial is claimed; empty while there is no reason.
+        error: the first error of storage.
+    """
 
     def __init__(
-        self, space: Space, run: Run, slots: Slots, *, runs_dir: RunsDir, data_dir: Path, listener: ProgressListener
+        self,
+        space: Space,
+        run: Run,
+        slots: Slots,
+        *,
+        data: Mapping[str, Any],
+        runs_dir: RunsDir,
+        listener: ProgressListener,
     ) -> None:
         self._space = space
         self._run = run
         self._slots = slots
-        self._data_dir = data_dir
+        self._data = dict(data)
         self._runs_dir = runs_dir
         self._unique_name = run.study.unique_name
         self._listener = listener
         self._claims: dict[str, ClaimedTrial] = {}
         self._epochs: dict[str, int] = {}
         self._deadline = math.inf
-        self._next_look = 0.0
-        self._told_exhausted = False
-        self.stopping = ""  # why no new work is taken; empty while there is no reason
+        self._next_attempt = 0.0
+        self._is_exhaustion_noted = False
+        self.stopping = ""
         self.error: Exception | None = None
 
     def set_deadline(self, deadline: float) -> None:
-        """Stop cleanly at a time of the monotonic clock."""
+        """Stop the search in good order at a time of the monotonic clock."""
         self._deadline = deadline
 
-    def stop(self, why: str) -> None:
-        """Let each trial finish its epoch, then give it back."""
-        self.stopping = self.stopping or why
+    def stop(self, reason: str) -> None:
+        """Claim no more trials, and release each running trial after its epoch."""
+        self.stopping = self.stopping or reason
 
     def next_trial(self, tune_id: str) -> TrialSpec | None:
-        """Claim a trial; None for not now, or for never again (`stopping` or the run's `finished`)."""
-        if self._is_over() or time.monotonic() < self._next_look:
+        """Claim a trial. None if there is none now; `is_done` says whether there will be one."""
+        if self._is_over() or time.monotonic() < self._next_attempt:
             return None
-        with self._guarded():
+        with self._storage_errors_kept():
             claim = self._run.claim()
-            if self._run.exhausted and not self._told_exhausted:
-                self._told_exhausted = True
+            if self._run.exhausted and not self._is_exhaustion_noted:
+                self._is_exhaustion_noted = True
                 self._listener.note(f"no new trials: {self._run.exhausted}")
             if claim is None:
-                self._next_look = time.monotonic() + POLL_SECONDS
+                self._next_attempt = time.monotonic() + POLL_SECONDS
                 return None
             self._claims[tune_id] = claim
             self._epochs[tune_id] = claim.epoch
@@ -75,7 +98,7 @@ class TrialCoordinator:
                 trainable=self._space.trainable,
                 command=self._space.command,
                 params=claim.params | derived,
-                data=self._space.trainable_data(self._data_dir),
+                data=self._data,
                 seed=self._space.seed,
                 max_epochs=self._space.max_epochs,
                 stored_epoch=claim.epoch,
@@ -89,19 +112,19 @@ class TrialCoordinator:
 
     @property
     def is_done(self) -> bool:
-        """Whether no trial will ever be given out again by this run."""
+        """Whether this run will claim no more trials."""
         return self._is_over() or self._run.finished
 
     def retries_left(self, tune_id: str) -> int:
-        """Return how many more workers may die over a trial."""
+        """Return how many more workers may die while they run a trial."""
         return max(0, self._space.max_failures - self._claims[tune_id].crashes)
 
     def on_report(self, tune_id: str, report: TrialReport) -> bool:
-        """Store what a worker said; return whether its trial ends here."""
+        """Store a report. Return whether the trial ends here."""
         claim = self._claims.get(tune_id)
         if claim is None:
             return True
-        with self._guarded(lost=tune_id):
+        with self._storage_errors_kept(tune_id):
             if report.provenance is not None:
                 self._run.record(claim, {}, {**report.provenance, "gpu": self._slots.gpu})
             if report.warning:
@@ -117,13 +140,14 @@ class TrialCoordinator:
         if value is None:
             hint = nearest(self._space.metric, metrics)
             return self._fail(tune_id, f"the trainable reported no metric {self._space.metric!r}, {hint}")
-        if epoch > self._epochs[tune_id] or not report.recalled:  # else the worker before this one has told it
+        # A recalled epoch is news only if the previous worker died before it was stored.
+        if epoch > self._epochs[tune_id] or not report.is_recalled:
             self._run.report(claim, epoch, metrics, value)
             self._epochs[tune_id] = epoch
             self._listener.epoch_ended(claim.number, epoch, metrics)
-        bad = [name for name, number in metrics.items() if not math.isfinite(number)]
-        if bad:
-            return self._fail(tune_id, f"{bad[0]} is {metrics[bad[0]]} after epoch {epoch}")
+        infinite = [name for name, number in metrics.items() if not math.isfinite(number)]
+        if infinite:
+            return self._fail(tune_id, f"{infinite[0]} is {metrics[infinite[0]]} after epoch {epoch}")
         if epoch >= self._space.max_epochs:
             attrs = {name: metrics[name] for name in ("test_accuracy", "test_loss") if name in metrics}
             self._run.complete(claim, value, attrs)
@@ -132,36 +156,36 @@ class TrialCoordinator:
             self._run.prune(claim)
             return self._end(tune_id, "PRUNED", f"stopped by {self._space.scheduler.name} after epoch {epoch}")
         if self._is_over():
-            return self._give_back(tune_id)
+            return self._release(tune_id)
         return False
 
-    def on_crash(self, tune_id: str, details: str, *, retried: bool) -> None:
-        """Count a worker that died; end its trial if that was one too many."""
+    def on_crash(self, tune_id: str, details: str, *, is_retried: bool) -> None:
+        """Count the death of a worker; fail its trial if no retry is left."""
         claim = self._claims.get(tune_id)
         if claim is None:
             return
-        with self._guarded(lost=tune_id):
+        with self._storage_errors_kept(tune_id):
             self._run.record_crash(claim)
             reason, details = self._crash_reason(claim, details)
-            if retried:
-                self._listener.note(f"trial {claim.number}: {reason}; starting it again from its last checkpoint")
+            if is_retried:
+                self._listener.note(f"trial {claim.number}: {reason}; it restarts from its last checkpoint")
             else:
                 self._fail(tune_id, f"{reason} (max_failures {self._space.max_failures})", details)
 
     def release_all(self) -> None:
-        """Store what was told, and give every trial back that has not ended: the run stops here and now."""
-        with self._guarded():
+        """Store everything reported so far, and release the trials that have not ended."""
+        with self._storage_errors_kept():
             self._run.flush()
         for tune_id in list(self._claims):
             self.release(tune_id)
 
     def release(self, tune_id: str) -> None:
-        """Give one trial back, if it has not ended."""
+        """Release one trial if it has not ended: it is WAITING, and any run may resume it."""
         if tune_id in self._claims:
-            with self._guarded(lost=tune_id):
-                self._give_back(tune_id)
+            with self._storage_errors_kept(tune_id):
+                self._release(tune_id)
 
-    def _give_back(self, tune_id: str) -> bool:
+    def _release(self, tune_id: str) -> bool:
         self._run.release(self._claims[tune_id])
         return self._end(tune_id, "WAITING", f"interrupted after epoch {self._epochs[tune_id]}, resumable")
 
@@ -174,7 +198,7 @@ class TrialCoordinator:
         del self._epochs[tune_id]
         if state != "WAITING":
             trim_checkpoints(self._folder(claim))
-        self._next_look = 0.0
+        self._next_attempt = 0.0
         self._listener.trial_ended(claim.number, state, text)
         return True
 
@@ -198,16 +222,20 @@ class TrialCoordinator:
         return "the worker process died", details
 
     @contextmanager
-    def _guarded(self, lost: str | None = None) -> Iterator[None]:
-        """Keep errors of storage out of Tune's loop: the run ends in order, and `search` raises the error."""
+    def _storage_errors_kept(self, tune_id: str | None = None) -> Iterator[None]:
+        """Keep errors of storage out of Tune's loop: the search stops in good order, and `run_trials` raises the error.
+
+        Args:
+            tune_id: the trial that is dropped if another run has taken it over.
+        """
         from storage.database import StorageError
         from storage.writer import LostTrialError
 
         try:
             yield
         except LostTrialError as error:
-            if lost is not None:
-                self._claims.pop(lost, None)
+            if tune_id is not None:
+                self._claims.pop(tune_id, None)
             self._listener.note(str(error))
         except StorageError as error:
             self.error = self.error or error

@@ -1,9 +1,8 @@
-"""What a search will take, measured before anything is spent on it.
+"""What a search will take, measured before it starts.
 
-    shapes of training steps -> some steps of each, trials side by side -> how many at a time -> seconds, GPU-hours, memory
+    shapes of training steps -> some steps of each, trials side by side -> trials at a time -> seconds, GPU-hours, memory
 
-The steps are trained in processes of their own, as many at the same time as trials would be: what they share, they share
-in the measurement too.
+The steps run in separate processes, as many at the same time as trials would: they compete for the same resources.
 """
 
 from __future__ import annotations
@@ -16,26 +15,30 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from hpo.errors import SettingError, TrainableError
+from hpo.errors import DataError, SettingError, TrainableError
 from hpo.search.slots import Slots
 from hpo.space.model import Space
 from hpo.space.parameters import Params
 
 SHAPE_PARAMS = ("batch_size", "stem", "precision", "optimizer")  # those that change what a training step computes
 MAX_SHAPES = 6  # that are measured; the others count as the nearest batch size
-MAX_ROWS = 50  # of a grid that is listed
-MAX_TRIALS_A_GPU = 8
+MAX_TRIALS_PER_GPU = 8
 PROBE_SECONDS = 1.5
-WORTH_SECONDS = 60.0  # a search shorter than this takes the first way to share the machine
-GROWTH = 1.05  # more trials side by side must raise the throughput by this much to be worth it
-GPU_MARGIN = 1.25  # of the measured peak: allocators fragment
-CONTEXT_BYTES = 2**30  # that a process takes of a GPU for CUDA itself, generously
+WORTH_SECONDS = 60.0  # a shorter search takes the first way to share the machine
+GROWTH = 1.05  # more trials side by side must raise the throughput by this factor
+GPU_MARGIN = 1.25  # on the measured peak: allocators fragment
+CONTEXT_BYTES = 2**30  # GPU memory that CUDA itself takes in a process, an upper bound
+SHORT_SEARCH_IMAGES = 60_000  # image passes of a search that measuring would not make shorter
+CIFAR_STEM_COST = 14  # training time of the cifar stem relative to the imagenet stem
+
+ImageCounts = tuple[int, int, int]  # training, validation and test images
+DataDescription = tuple[str, ImageCounts]  # sha256 of all images and labels, and their counts
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------
@@ -43,12 +46,12 @@ CONTEXT_BYTES = 2**30  # that a process takes of a GPU for CUDA itself, generous
 
 @dataclass(frozen=True)
 class Speed:
-    """What a probe of one shape found.
+    """The measurement of one shape.
 
     Attributes:
-        images_per_second: of one trial, beside the others.
-        memory_bytes: the peak of one trial: of the GPU, or of the process where there is none.
-        checkpoint_seconds: to write one.
+        images_per_second: of one trial while the others run.
+        memory_bytes: peak memory of one trial: of the GPU, or of the process where there is none.
+        checkpoint_seconds: time to write a checkpoint.
     """
 
     images_per_second: float
@@ -57,38 +60,61 @@ class Speed:
 
 
 class Probes:
-    """Processes that train some steps at the same time, as trials side by side would."""
+    """Processes that load the data and train steps at the same time, as trials that run side by side would.
 
-    def __init__(self, data: Mapping[str, Any], device: str) -> None:
+    The first process starts at once: it imports torch while Ray starts, and this process never imports it. A context
+    manager: the processes end with the `with`.
+
+    Args:
+        data: what the trainable gets as `data`.
+    """
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
         self._data = dict(data)
-        self._device = device
         self._context = multiprocessing.get_context("spawn")
-        self._children: list[tuple[Any, Connection]] = []
+        self._processes: list[tuple[Any, Connection]] = []
+        self._started = time.perf_counter()
+        self._start_processes(1)
         self.start_seconds = 0.0  # of one process: imports and data
 
+    def __enter__(self) -> Probes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def describe_data(self) -> DataDescription:
+        """Return the hash and the sizes of the data set.
+
+        Raises:
+            DataError: the data set is not there and cannot be downloaded.
+        """
+        pipe = self._processes[0][1]
+        pipe.send(None)
+        description: DataDescription = self._receive(pipe)
+        self.start_seconds = time.perf_counter() - self._started
+        return description
+
     def measure(self, shape: Params, slots: Slots) -> Speed | None:
-        """Train steps of a shape in as many processes as share a device; None where their memory does not suffice.
+        """Train steps of a shape in as many processes as share a device.
+
+        Returns:
+            The speed of one trial next to the others; None if their memory does not suffice.
 
         Raises:
             TrainableError: the trainable cannot be given this shape.
         """
-        started, count = time.perf_counter(), _trials_per_device(slots)
-        while len(self._children) < count:
-            ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_answer_probes, args=(theirs, self._data, self._device), daemon=True)
-            process.start()
-            theirs.close()
-            self._children.append((process, ours))
-        chosen = [pipe for _, pipe in self._children[:count]]
-        for pipe in chosen:
-            pipe.send((shape, slots.threads))
-        ready = [self._hear(pipe) for pipe in chosen]
-        self.start_seconds = self.start_seconds or time.perf_counter() - started
+        count = slots.trials_per_device
+        self._start_processes(count)
+        pipes = [pipe for _, pipe in self._processes[:count]]
+        for pipe in pipes:
+            pipe.send((shape, slots.threads, slots.device))
+        ready = [self._receive(pipe) for pipe in pipes]
         if not all(ready):
             return None
-        for pipe in chosen:
+        for pipe in pipes:
             pipe.send("go")
-        speeds = [speed for pipe in chosen if (speed := self._hear(pipe)) is not None]
+        speeds = [speed for pipe in pipes if (speed := self._receive(pipe)) is not None]
         if len(speeds) < count:
             return None
         return Speed(
@@ -97,47 +123,69 @@ class Probes:
             max(speed.checkpoint_seconds for speed in speeds),
         )
 
-    def _hear(self, pipe: Connection) -> Any:
+    def close(self) -> None:
+        """End the processes."""
+        for process, pipe in self._processes:
+            pipe.close()
+            process.kill()
+            process.join()
+        self._processes.clear()
+
+    def _start_processes(self, count: int) -> None:
+        while len(self._processes) < count:
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_serve_probe, args=(theirs, self._data), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append((process, ours))
+
+    def _receive(self, pipe: Connection) -> Any:
         try:
             answer = pipe.recv()
         except EOFError:
             raise SettingError(
-                "a probe died; give resources.cpu and resources.gpu yourself to go without probes"
+                "a probe process died; give resources.cpu and resources.gpu to run without probes"
             ) from None
         if isinstance(answer, Exception):
             raise answer
         return answer
 
-    def close(self) -> None:
-        """End the processes."""
-        for process, pipe in self._children:
-            pipe.close()
-            process.kill()
-            process.join()
-        self._children.clear()
+
+def _serve_probe(pipe: Connection, data: dict[str, Any]) -> None:
+    """Answer requests until the pipe closes: None describes the data, (shape, threads, device) trains steps."""
+    from hpo.train.probe import describe_data
+
+    with suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
+        while True:
+            request = pipe.recv()
+            if request is None:
+                try:
+                    pipe.send(describe_data(data))
+                except DataError as error:
+                    pipe.send(error)
+            else:
+                _train_steps(pipe, data, *request)
 
 
-def _answer_probes(pipe: Connection, data: dict[str, Any], device: str) -> None:
-    """Prepare a shape, say so, wait for `go`, train, answer; again and again."""
+def _train_steps(pipe: Connection, data: dict[str, Any], shape: Params, threads: int, device: str) -> None:
+    """Prepare a shape, send `ready`, wait for `go`, train, send the speed; None if the memory does not suffice."""
     import torch
 
     from hpo.train.probe import Probe
 
-    with suppress(EOFError, KeyboardInterrupt):
-        while True:
-            shape, threads = pipe.recv()
-            try:
-                torch.set_num_threads(threads)
-                probe = Probe(shape, data=data, device=device)
-                pipe.send("ready")
-                pipe.recv()
-                speed, memory = probe.measure(PROBE_SECONDS)
-                pipe.send(Speed(speed, memory, _checkpoint_seconds(probe.state())))
-                del probe
-            except (torch.OutOfMemoryError, MemoryError):
-                pipe.send(None)
-            except Exception as error:  # noqa: BLE001 # whatever it is, the process that asked must hear of it
-                pipe.send(TrainableError(f"a probe of {shape} failed: {type(error).__name__}: {error}"))
+    try:
+        torch.set_num_threads(threads)
+        probe = Probe(shape, data=data, device=device)
+        pipe.send("ready")
+        pipe.recv()
+        speed, memory = probe.measure(PROBE_SECONDS)
+        pipe.send(Speed(speed, memory, _checkpoint_seconds(probe.state())))
+    except (torch.OutOfMemoryError, MemoryError):
+        pipe.send(None)
+    except EOFError:
+        raise
+    except Exception as error:  # noqa: BLE001 # the process that asked must learn of any error
+        pipe.send(TrainableError(f"a probe of {shape} failed: {type(error).__name__}: {error}"))
 
 
 def _checkpoint_seconds(state: Mapping[str, Any]) -> float:
@@ -149,7 +197,7 @@ def _checkpoint_seconds(state: Mapping[str, Any]) -> float:
         return time.perf_counter() - started
 
 
-# --- from measurements to a plan ----------------------------------------------------------------------------------
+# --- from measurements to a plan --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -158,11 +206,11 @@ class SearchPlan:
 
     Attributes:
         slots: how trials share the machine.
-        speeds: what was measured, by shape.
-        tried: {trials side by side: images per second of all together}, of every way that was tried.
-        trials: how many are to be run.
-        seconds: from the start of the first trial to the end of the last; an upper bound where a scheduler stops trials.
-        trial_seconds: of all trials together.
+        speeds: {shape: its measurement}.
+        tried: {trials at a time: images per second of all together}, for every division that was measured.
+        trials: how many trials there are to run; None if unknown.
+        seconds: from the start of the first trial to the end of the last; an upper bound if a scheduler stops trials.
+        trial_seconds: the time of all trials, added up.
     """
 
     slots: Slots
@@ -174,54 +222,64 @@ class SearchPlan:
 
     @property
     def gpu_hours(self) -> float:
-        """What the trials take of GPUs."""
+        """GPU-hours of all trials."""
         return self.trial_seconds * self.slots.gpu / 3600
 
 
-def measure_plan(
-    space: Space, slots: Slots, trials: int | None, data: Mapping[str, Any], size: tuple[float, float]
-) -> SearchPlan:
-    """Measure the shapes of a space on this machine, choose how many trials go side by side, and add up.
+def is_worth_measuring(space: Space, trials: int | None, images: ImageCounts) -> bool:
+    """Return whether a search is long enough for a better division of the machine to pay for measuring it."""
+    if trials is None:
+        return True
+    train, validation, _ = images
+    cost = CIFAR_STEM_COST if ("stem", "cifar") in space.examples() else 1
+    return trials * space.max_epochs * (train + validation / 3) * cost > SHORT_SEARCH_IMAGES
 
-    Where `resources` says auto: on a GPU as many trials as its memory bears, as long as one more raises the throughput; on
-    the CPU fewer trials with more threads each, if that is faster. A search of a minute is not worth the look.
+
+def measure_plan(
+    space: Space,
+    slots: Slots,
+    trials: int | None,
+    probes: Probes,
+    images: ImageCounts,
+    size: tuple[float, float],
+) -> SearchPlan:
+    """Measure the shapes of a space on this machine, choose how many trials run at a time, and add up their times.
+
+    Where `resources` is auto, a GPU gets as many trials as its memory holds, as long as one more raises the throughput. The
+    CPU gets fewer trials with more threads each, if that is faster. A search of up to a minute is not optimized.
 
     Args:
-        slots: what `plan_slots` says; kept where `resources` names numbers.
-        trials: how many are to be run, None if not known.
-        data: what the trainable is given.
+        slots: the division by `plan_slots`; it is kept where `resources` gives numbers.
+        trials: how many trials there are to run; None if unknown.
+        probes: the processes that measure.
+        images: the sizes of the data set.
         size: cores and GPUs of the machine or cluster.
     """
-    from hpo.train.data import load
-
-    images, shapes = load(**data), _shapes(space)
-    counts = (len(images.train), len(images.validation), len(images.test))
+    shapes = _shapes(space)
     middle = list(shapes)[len(shapes) // 2]
-    with closing(Probes(data, slots.device)) as opened:
 
-        def plan(slots: Slots) -> SearchPlan:
-            speeds = {name: _require(opened.measure(shape, slots), name) for name, shape in shapes.items()}
-            points = _points(space, trials)
-            lengths = [_trial_seconds(space, speeds[_nearest_shape(point, shapes)], counts) for point in points]
-            together = {slots.count: slots.count * speeds[middle].images_per_second}
-            return SearchPlan(
-                slots, speeds, together, trials, _makespan(lengths, slots.count) + opened.start_seconds, sum(lengths)
-            )
+    def plan(slots: Slots) -> SearchPlan:
+        speeds = {name: _require(probes.measure(shape, slots), name) for name, shape in shapes.items()}
+        points = _points(space, trials)
+        lengths = [_trial_seconds(space, speeds[_nearest_shape(point, shapes)], images) for point in points]
+        together = {slots.count: slots.count * speeds[middle].images_per_second}
+        seconds = _makespan(lengths, slots.count) + probes.start_seconds
+        return SearchPlan(slots, speeds, together, trials, seconds, sum(lengths))
 
-        first = best = plan(slots)
-        if first.seconds < WORTH_SECONDS:
-            return first
-        tried = dict(first.tried)
-        for candidate in _candidates(space, slots, trials, *size):
-            speed = opened.measure(shapes[middle], candidate)
-            if speed is None or not _fits(speed, candidate):
-                break
-            tried[candidate.count] = candidate.count * speed.images_per_second
-            if tried[candidate.count] >= GROWTH * tried[best.slots.count]:
-                best = plan(candidate)
-            elif slots.device == "cuda":
-                break
-        return replace(best, tried=tried)
+    first = best = plan(slots)
+    if first.seconds < WORTH_SECONDS:
+        return first
+    tried = dict(first.tried)
+    for candidate in _candidates(space, slots, trials, *size):
+        speed = probes.measure(shapes[middle], candidate)
+        if speed is None or not _fits(speed, candidate):
+            break
+        tried[candidate.count] = candidate.count * speed.images_per_second
+        if tried[candidate.count] >= GROWTH * tried[best.slots.count]:
+            best = plan(candidate)
+        elif slots.device == "cuda":
+            break
+    return replace(best, tried=tried)
 
 
 def _require(speed: Speed | None, name: str) -> Speed:
@@ -232,29 +290,24 @@ def _require(speed: Speed | None, name: str) -> Speed:
     return speed
 
 
-def _trials_per_device(slots: Slots) -> int:
-    """Return how many trials share one GPU, or the CPU."""
-    return slots.count if slots.gpu == 0 else max(1, int(1 / slots.gpu))
-
-
 def _fits(speed: Speed, slots: Slots) -> bool:
     if slots.device == "cpu":
         return True
     import torch
 
     whole: int = torch.cuda.get_device_properties(0).total_memory
-    return _trials_per_device(slots) * (GPU_MARGIN * speed.memory_bytes + CONTEXT_BYTES) <= whole
+    return slots.trials_per_device * (GPU_MARGIN * speed.memory_bytes + CONTEXT_BYTES) <= whole
 
 
 def _candidates(space: Space, slots: Slots, trials: int | None, cores: float, gpus: float) -> list[Slots]:
-    """Return the other ways to share the machine that are worth a look."""
+    """Return the other divisions of the machine that are worth measuring."""
     if slots.device == "cpu":
         is_free = space.resources.cpu == "auto"
         fewer = {1, slots.count // 2} - {0, slots.count} if is_free else set()
         return [Slots(count, float(max(1, cores // count)), 0.0) for count in sorted(fewer, reverse=True)]
     if space.resources.gpu != "auto":
         return []
-    most = min(MAX_TRIALS_A_GPU, int(cores // gpus), math.ceil(trials / gpus) if trials else MAX_TRIALS_A_GPU)
+    most = min(MAX_TRIALS_PER_GPU, int(cores // gpus), math.ceil(trials / gpus) if trials else MAX_TRIALS_PER_GPU)
     shares = [(int(k * gpus), 1 / k) for k in range(2, most + 1)]
     if space.resources.cpu == "auto":
         return [Slots(count, float(max(1, cores // count)), gpu) for count, gpu in shares]
@@ -262,7 +315,7 @@ def _candidates(space: Space, slots: Slots, trials: int | None, cores: float, gp
 
 
 def _shapes(space: Space) -> dict[str, Params]:
-    """Return the distinct shapes of training steps, by a name for people; of a large space some of them."""
+    """Return {readable name: shape} of the training steps; a sample of them for a large space."""
     values: dict[str, list[Any]] = {}
     for name, value in space.examples():
         if name in SHAPE_PARAMS and value not in values.setdefault(name, []):
@@ -286,23 +339,23 @@ def _nearest_shape(point: Mapping[str, Any], shapes: Mapping[str, Params]) -> st
 
 
 def _points(space: Space, trials: int | None) -> Sequence[Mapping[str, Any]]:
-    """Return the configurations to run: of a grid its own, of a search the shapes in turn."""
+    """Return the configurations to run: the points of a grid, or the shapes in turn."""
     if space.is_grid:
         return list(itertools.islice(space.grid_points(), trials))
     shapes = list(_shapes(space).values())
     return [shapes[i % len(shapes)] for i in range(trials or 1)]
 
 
-def _trial_seconds(space: Space, speed: Speed, images: tuple[int, int, int]) -> float:
+def _trial_seconds(space: Space, speed: Speed, images: ImageCounts) -> float:
     train, validation, test = images
-    # Evaluation is the forward third of the arithmetic; the test images are scored once.
+    # Evaluation is a forward pass, a third of the arithmetic of a step. The test images are scored once.
     epoch = (train + validation / 3) / speed.images_per_second
     checkpoints = math.ceil(space.max_epochs / space.checkpoint_every) * speed.checkpoint_seconds
     return space.max_epochs * epoch + test / 3 / speed.images_per_second + checkpoints
 
 
 def _makespan(lengths: Sequence[float], slots: int) -> float:
-    """Return when the last trial ends if each starts as soon as a slot is free, in order."""
+    """Return when the last trial ends, if each starts as soon as a slot is free, in order."""
     ends = [0.0] * slots
     for length in lengths:
         heapq.heapreplace(ends, ends[0] + length)
@@ -319,7 +372,7 @@ def machine_size() -> tuple[float, float]:
 
 
 def can_measure(slots: Slots) -> bool:
-    """Tell whether this machine has the device of the trials: the driver of a cluster may have none."""
+    """Return whether this machine has the device of the trials: the driver of a cluster may have no GPU."""
     if slots.device == "cpu":
         return True
     import torch

@@ -1,4 +1,4 @@
-"""A finished trial, run again from its first epoch on and compared."""
+"""Run a finished trial again from its first epoch, and compare its metrics with the stored ones."""
 
 from __future__ import annotations
 
@@ -8,18 +8,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import SettingError
-from hpo.search.worker import TrialSpec, run_trial
+from hpo.search.worker import TrialReport, TrialSpec, run_trial
+from hpo.space.model import Space
 from hpo.trainable import is_timing
 
 if TYPE_CHECKING:
     from storage.studies import Study
 
 
-def replay(study: Study, number: int, show: Callable[[str], None], *, data_dir: Path, now: Mapping[str, Any]) -> bool:
-    """Return whether every stored metric of a trial comes out again to the last digit; print each epoch.
+def replay(
+    study: Study, number: int, show: Callable[[str], None], *, data_dir: Path, environment: Mapping[str, Any]
+) -> bool:
+    """Run a trial again as it was recorded.
 
     Args:
-        now: the versions at hand; what differs from those of the trial is printed.
+        study: the trial's study.
+        number: the trial's number.
+        show: receives a line for each version that differs from the recorded one, and a line an epoch.
+        data_dir: where the data sets are stored.
+        environment: the versions of this environment, as `describe_environment` returns them.
+
+    Returns:
+        Whether every stored metric, except for timings, is equal to the last digit.
 
     Raises:
         SettingError: the study has no such trial, or the trial fails this time.
@@ -28,23 +38,23 @@ def replay(study: Study, number: int, show: Callable[[str], None], *, data_dir: 
     stored = metrics.get(number)
     if not stored:
         with_epochs = ", ".join(str(each) for each, epochs in metrics.items() if epochs) or "none"
-        raise SettingError(f"study {study.name} has no trial {number} with epochs; it has: {with_epochs}")
-    recorded, settings = study.provenance(number), study.settings
+        raise SettingError(f"study {study.name} has no trial {number} with epochs; trials with epochs: {with_epochs}")
+    recorded, space = study.provenance(number), Space.from_settings(study.settings)
     for name in ("code", "packages", "python"):
-        if recorded.get(name) != now[name]:
-            show(f"{name}: {recorded.get(name)} then, {now[name]} now")
-    equal = True
+        if recorded.get(name) != environment[name]:
+            show(f"{name}: {recorded.get(name)} then, {environment[name]} now")
+    is_equal = True
     with tempfile.TemporaryDirectory(prefix="hpo-replay-") as folder:
         spec = TrialSpec(
-            trainable=settings["trainable"],
-            command=settings.get("command"),
+            trainable=space.trainable,
+            command=space.command,
             params={**trials[number].params, **trials[number].user_attrs.get("derived", {})},
-            data={**settings["data"], "data_dir": str(data_dir)},
-            seed=settings["seed"],
-            max_epochs=settings["max_epochs"],
+            data=space.trainable_data(data_dir),
+            seed=space.seed,
+            max_epochs=space.max_epochs,
             stored_epoch=0,
             folder=folder,
-            checkpoint_every=settings["max_epochs"] + 1,
+            checkpoint_every=space.max_epochs + 1,  # never
             device=recorded.get("device", "cpu"),
             threads=recorded.get("threads", 1),
             timeout=None,
@@ -52,15 +62,20 @@ def replay(study: Study, number: int, show: Callable[[str], None], *, data_dir: 
         for report in run_trial(spec):
             if report.failure:
                 raise SettingError(f"the trial failed this time: {report.failure}\n{report.traceback}")
-            then = stored[report.epoch]
-            names = [name for name in report.metrics if name in then and not is_timing(name)]
-            unlike = [
-                f"{name} {then[name]!r} then, {report.metrics[name]!r} now"
-                for name in names
-                if repr(then[name]) != repr(report.metrics[name])  # NaN is like NaN here
-            ]
-            equal = equal and not unlike
-            show(f"epoch {report.epoch}: " + ("; ".join(unlike) or f"{len(names)} metrics equal"))
+            count, differences = _compare(report, stored[report.epoch])
+            is_equal = is_equal and not differences
+            show(f"epoch {report.epoch}: " + ("; ".join(differences) or f"{count} metrics equal"))
             if report.epoch == max(stored):
                 break
-    return equal
+    return is_equal
+
+
+def _compare(report: TrialReport, stored: Mapping[str, float]) -> tuple[int, list[str]]:
+    """Return how many metrics were compared, and a text for each that differs."""
+    names = [name for name in report.metrics if name in stored and not is_timing(name)]
+    differences = [
+        f"{name} {stored[name]!r} then, {report.metrics[name]!r} now"
+        for name in names
+        if repr(stored[name]) != repr(report.metrics[name])  # by text: NaN equals NaN here
+    ]
+    return len(names), differences

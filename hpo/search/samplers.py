@@ -1,4 +1,4 @@
-"""Optuna's samplers and pruners from a space's settings."""
+"""Optuna's samplers and pruners, built from a space."""
 
 from __future__ import annotations
 
@@ -12,19 +12,24 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
 
-def build_sampler(space: Space, run: int) -> BaseSampler:
-    """Return Optuna's sampler. Each run draws from a seed of its own: two drivers must not ask for the same points."""
+def build_sampler(space: Space, run_id: int) -> BaseSampler:
+    """Return the sampler of a space.
+
+    Args:
+        space: the search.
+        run_id: the run that draws. It is part of the seed, so that two drivers of one study draw different points.
+    """
     import optuna
     from optuna import samplers
 
     base = space.seed if space.sampler.seed is None else space.sampler.seed
-    seed = (base * 1_000_003 + run) % 2**32
+    seed = (base * 1_000_003 + run_id) % 2**32
     options = space.sampler.options
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         match space.sampler.name:
             case "qmc":
-                # All runs share one sequence, whose place storage keeps; but not what precedes it.
+                # All runs share one sequence, whose position storage keeps. The random draws before it differ.
                 first = samplers.RandomSampler(seed=seed)
                 return samplers.QMCSampler(
                     seed=base, independent_sampler=first, warn_independent_sampling=False, **options
@@ -44,7 +49,10 @@ def build_sampler(space: Space, run: int) -> BaseSampler:
 
 
 def build_pruner(space: Space) -> BasePruner:
-    """Return Optuna's pruner. It decides from what storage holds, so a resumed search decides as if never stopped."""
+    """Return the pruner of a space's scheduler.
+
+    Pruners decide from what storage holds: a resumed search decides as one that was never stopped.
+    """
     from optuna import pruners
 
     scheduler = space.scheduler

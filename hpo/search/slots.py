@@ -11,7 +11,13 @@ from hpo.space.model import Space
 
 @dataclass(frozen=True)
 class Slots:
-    """How trials share the machine: `count` at a time, each with so many cores and GPUs."""
+    """The places in which trials run.
+
+    Attributes:
+        count: how many trials run at a time.
+        cpu: cores of each.
+        gpu: GPUs of each; a fraction shares one GPU.
+    """
 
     count: int
     cpu: float
@@ -19,34 +25,39 @@ class Slots:
 
     @property
     def threads(self) -> int:
-        """Torch's threads in one trial."""
+        """The threads that torch uses in one trial."""
         return max(1, int(self.cpu))
 
     @property
     def device(self) -> str:
-        """The device of a trial."""
+        """The device of a trial: `cuda` or `cpu`."""
         return "cuda" if self.gpu > 0 else "cpu"
+
+    @property
+    def trials_per_device(self) -> int:
+        """How many trials share one GPU, or the CPU."""
+        return self.count if self.gpu == 0 else max(1, int(1 / self.gpu))
 
 
 def plan_slots(space: Space, trials: int | None, cores: float, gpus: float) -> Slots:
     """Divide a machine or a cluster among trials, without measuring.
 
     Args:
-        space: its `resources` are honoured; `auto` is one GPU a trial where there are GPUs, else an equal share of the
-            cores, at least one.
-        trials: how many there are to run, None if not known.
-        cores: of the whole cluster.
-        gpus: likewise.
+        space: its `resources` are used as given; `auto` is one GPU a trial where there are GPUs, else an equal share of
+            the cores, at least one.
+        trials: how many trials there are to run; None if unknown.
+        cores: cores of the whole cluster.
+        gpus: GPUs of the whole cluster.
 
     Raises:
-        SettingError: a trial asks for more than there is.
+        SettingError: a trial asks for more than the cluster has.
     """
     gpu = (1.0 if gpus else 0.0) if space.resources.gpu == "auto" else space.resources.gpu
     if gpu > gpus:
         raise SettingError(
             f"resources.gpu is {gpu:g}, but there {'is' if gpus == 1 else 'are'} {gpus:g} here: lower it, or leave it auto"
         )
-    # A fraction of a GPU never spans two: 0.15 on 8 GPUs is 8 x 6.
+    # A trial with a fraction of a GPU uses one GPU only: 0.15 on 8 GPUs gives 8 x 6 trials.
     by_gpu = math.inf if gpu == 0 else (gpus * (1 / gpu // 1) if gpu < 1 else gpus // gpu)
     if space.resources.cpu == "auto":
         count = max(1, int(min(by_gpu, cores, trials or math.inf)))

@@ -1,7 +1,6 @@
-"""One trial in a worker process: plain values in, a TrialReport an epoch out.
+"""One trial in a worker process: a `TrialSpec` in, a `TrialReport` an epoch out. Imports neither ray nor the database.
 
-The worker iterates the trainable, saves a checkpoint before it epochs an epoch, and turns whatever goes wrong into a
-TrialReport that says so. It knows neither ray nor the database.
+The worker iterates the trainable and saves a checkpoint before it reports an epoch. Errors become reports too.
 """
 
 from __future__ import annotations
@@ -26,14 +25,20 @@ HANG_FILE = "hang.txt"
 
 @dataclass(frozen=True)
 class TrialSpec:
-    """All that a worker is told of a trial: plain values.
+    """All that a worker needs to run a trial, as plain values.
 
     Attributes:
         trainable: `module:function`.
-        command: the script that takes its place, None if there is none.
+        command: the script that is run instead of the trainable, or None.
         params: hyperparameters and derived values.
-        stored_epoch: the last epoch that storage holds; it and later ones found in a checkpoint are reported again.
-        folder: where the trial's checkpoints lie, a path that every worker can reach.
+        data: what the trainable gets as `data`.
+        seed: of the training.
+        max_epochs: the last epoch.
+        stored_epoch: the last epoch that storage holds. The worker reports it again, and later ones from the checkpoint.
+        folder: the trial's folder, for checkpoints and logs.
+        checkpoint_every: epochs between checkpoints.
+        device: `cpu` or `cuda`.
+        threads: the threads that torch uses.
         timeout: seconds without an epoch after which the worker counts as hung; None for no limit.
     """
 
@@ -53,11 +58,21 @@ class TrialSpec:
 
 @dataclass(frozen=True)
 class TrialReport:
-    """What a worker says after each epoch, or instead of one."""
+    """What a worker sends after each epoch, or when the trial fails.
+
+    Attributes:
+        epoch: the finished epoch; 0 in the report of a failure.
+        metrics: of that epoch.
+        is_recalled: whether the epoch was read from a checkpoint, not trained just now.
+        failure: why the trial failed, in one line; empty if it did not. Nothing follows such a report.
+        traceback: of the failure.
+        warning: something that went wrong and does not stop the trial.
+        provenance: where the trial runs; with the first report only.
+    """
 
     epoch: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
-    recalled: bool = False  # read from a checkpoint, not trained just now
+    is_recalled: bool = False
     failure: str = ""
     traceback: str = ""
     warning: str = ""
@@ -66,14 +81,14 @@ class TrialReport:
 
 @contextmanager
 def watchdog(spec: TrialSpec) -> Iterator[None]:
-    """Kill this process if the epoch takes too long, leaving every thread's traceback in the trial's folder."""
+    """Kill this process if an epoch takes too long, and leave the traceback of every thread in the trial's folder."""
     if spec.timeout is None:
         yield
         return
     folder = Path(spec.folder)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / HANG_FILE).open("w") as file:
-        # Runs in C without Python's lock: a hang inside a library is caught too.
+        # Runs in C, without the GIL: it also catches a hang inside a library.
         faulthandler.dump_traceback_later(spec.timeout, exit=True, file=file)
         try:
             yield
@@ -82,50 +97,50 @@ def watchdog(spec: TrialSpec) -> Iterator[None]:
 
 
 def run_trial(spec: TrialSpec) -> Generator[TrialReport, None, None]:
-    """Yield a report an epoch, from the newest checkpoint on; a report with `failure` is the last one."""
+    """Yield a report an epoch, starting from the newest checkpoint. A report with `failure` is the last one."""
     import torch
 
     folder = Path(spec.folder)
     try:
         torch.set_num_threads(spec.threads)
-        # A script without a folder for its own checkpoints starts from the beginning, and tells all of its epochs again.
+        # A script that keeps no checkpoints starts from its first epoch and reports all of them again.
         keeps_checkpoints = spec.command is None or uses_checkpoint_dir(spec.command)
         checkpoint = load_checkpoint(folder) if keeps_checkpoints else None
         history = dict(checkpoint.history) if checkpoint else {}
-        provenance: Mapping[str, Any] | None = _provenance(spec)
+        provenance: Mapping[str, Any] | None = _describe_device(spec)
         for epoch in sorted(history):
-            # The last stored one too: the driver may have died before it had acted on it.
+            # Including the last stored epoch: the driver may have died before it acted on it.
             if epoch >= spec.stored_epoch:
-                yield TrialReport(epoch, history[epoch], recalled=True, provenance=provenance)
+                yield TrialReport(epoch, history[epoch], is_recalled=True, provenance=provenance)
                 provenance = None
-        with closing(_epochs(spec, checkpoint)) as epochs:
+        with closing(_start_epochs(spec, checkpoint)) as epochs:
             started = time.perf_counter()
-            for epoch_report in epochs:
-                metrics = {str(name): float(value) for name, value in epoch_report.metrics.items()}
+            for finished in epochs:
+                metrics = {str(name): float(value) for name, value in finished.metrics.items()}
                 metrics["epoch_seconds"] = time.perf_counter() - started
-                history[epoch_report.epoch] = metrics
+                history[finished.epoch] = metrics
                 warning = ""
-                is_due = epoch_report.epoch % spec.checkpoint_every == 0 or epoch_report.epoch == spec.max_epochs
+                is_due = finished.epoch % spec.checkpoint_every == 0 or finished.epoch == spec.max_epochs
                 if keeps_checkpoints and is_due:
                     try:
-                        # Before the epoch is reported: what storage holds can be gone on from.
-                        save_checkpoint(folder, Checkpoint(epoch_report.epoch, history, epoch_report.state()))
+                        # Before the report: training can resume from every epoch that storage holds.
+                        save_checkpoint(folder, Checkpoint(finished.epoch, history, finished.state()))
                     except OSError as error:
-                        warning = f"no checkpoint after epoch {epoch_report.epoch}: {error}"
-                yield TrialReport(epoch_report.epoch, metrics, warning=warning, provenance=provenance)
+                        warning = f"no checkpoint after epoch {finished.epoch}: {error}"
+                yield TrialReport(finished.epoch, metrics, warning=warning, provenance=provenance)
                 provenance = None
                 started = time.perf_counter()
         yield TrialReport(failure=f"the trainable ended after epoch {max(history, default=0)} of {spec.max_epochs}")
     except ScriptError as error:
         yield TrialReport(failure=str(error))
-    except Exception as error:  # noqa: BLE001 # whatever a trainable raises is the trial's failure, not the worker's
+    except Exception as error:  # noqa: BLE001 # any error of a trainable fails the trial, not the worker
         reason = "out of memory" if "OutOfMemory" in type(error).__name__ or isinstance(error, MemoryError) else ""
         text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         yield TrialReport(failure=f"{reason}: {text}" if reason else text, traceback=traceback.format_exc())
 
 
-def _epochs(spec: TrialSpec, checkpoint: Checkpoint | None) -> Generator[Any, None, None]:
-    """Start the trainable, or the script that takes its place."""
+def _start_epochs(spec: TrialSpec, checkpoint: Checkpoint | None) -> Generator[Any, None, None]:
+    """Start the trainable, or the script that replaces it; the generator yields an object like `EpochReport` an epoch."""
     if spec.command is None:
         return load_trainable(spec.trainable)(
             spec.params,
@@ -155,14 +170,14 @@ def _epochs(spec: TrialSpec, checkpoint: Checkpoint | None) -> Generator[Any, No
     )
 
 
-def _provenance(spec: TrialSpec) -> dict[str, Any]:
+def _describe_device(spec: TrialSpec) -> dict[str, Any]:
     import torch
 
-    device = torch.cuda.get_device_name() if spec.device == "cuda" else _processor()
+    device = torch.cuda.get_device_name() if spec.device == "cuda" else _processor_name()
     return {"device": spec.device, "device_name": device, "threads": spec.threads, "pid": os.getpid()}
 
 
-def _processor() -> str:
+def _processor_name() -> str:
     with suppress(OSError), Path("/proc/cpuinfo").open() as lines:
         for line in lines:
             if line.startswith("model name"):

@@ -14,6 +14,16 @@ from hpo.train.loop import Learner, choose_precision, keep_freed_memory
 from hpo.train.params import read_params
 
 
+def describe_data(data: Mapping[str, Any]) -> tuple[str, tuple[int, int, int]]:
+    """Return the sha256 of all images and labels of a data set, and the counts of its training, validation and test images.
+
+    Raises:
+        DataError: the data set is not there and cannot be downloaded.
+    """
+    dataset = load(**data)
+    return dataset.sha256, (len(dataset.train), len(dataset.validation), len(dataset.test))
+
+
 class Probe:
     """Some training steps of one configuration, to see how fast they are and what memory they take.
 

@@ -1,0 +1,111 @@
+"""A Ray cluster, started or joined on a background thread while the driver prepares the search.
+
+Starting Ray takes seconds, most of them spent waiting. The thread that starts Ray also stops it: Linux ends Ray's processes
+with the thread that started them (PR_SET_PDEATHSIG), so none of them outlives a driver that is killed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import tempfile
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+from hpo.errors import SettingError
+
+# Ray reads these when it is imported. Its uv hook would start every worker through `uv run`, its usage report wants a
+# network, and this process handles Ctrl-C itself.
+os.environ.update(
+    RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+    RAY_AIR_NEW_OUTPUT="0",
+    RAY_CHDIR_TO_TRIAL_DIR="0",
+    RAY_DEDUP_LOGS_SKIP_REGEX=".",  # log_to_driver=False still prints "(raylet) A worker died"
+    TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1",
+    TUNE_DISABLE_SIGINT_HANDLER="1",
+    TUNE_DISABLE_STRICT_METRIC_CHECKING="1",
+    TUNE_PRINT_ALL_TRIAL_ERRORS="0",
+    TUNE_GLOBAL_CHECKPOINT_S="86400",
+)
+
+OBJECT_STORE_BYTES = 100 * 2**20  # reports are small; the workers read data sets from disk
+
+
+class RayCluster:
+    """Ray on this machine, or a cluster that was joined. A context manager: Ray ends with the `with`.
+
+    Args:
+        address: of the cluster to join; None starts Ray on this machine.
+    """
+
+    def __init__(self, address: str | None) -> None:
+        self._address = address
+        self._thread = threading.Thread(target=self._own_ray, name="hpo-ray", daemon=True)
+        self._is_up = threading.Event()
+        self._must_stop = threading.Event()
+        self._error: Exception | None = None
+        self._sigterm_before: Any = None
+
+    def __enter__(self) -> RayCluster:
+        if threading.current_thread() is threading.main_thread():
+            self._sigterm_before = signal.signal(signal.SIGTERM, _interrupt)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+        if self._thread.is_alive():
+            self._thread.join()
+        if self._sigterm_before is not None:
+            signal.signal(signal.SIGTERM, self._sigterm_before)
+
+    def start(self) -> None:
+        """Start Ray, and return at once."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Start to shut Ray down, and return at once; leaving the `with` waits for the end."""
+        self._must_stop.set()
+
+    def size(self) -> tuple[float, float]:
+        """Wait until Ray is up, and return the cores and the GPUs of the cluster.
+
+        Raises:
+            SettingError: no cluster answers at the address.
+        """
+        import ray
+
+        self._is_up.wait()
+        if self._error is not None:
+            raise self._error
+        resources = ray.cluster_resources()
+        return resources.get("CPU", 1.0), resources.get("GPU", 0.0)
+
+    def _own_ray(self) -> None:
+        import ray
+
+        logging.getLogger("ray").setLevel(logging.CRITICAL)
+        with tempfile.TemporaryDirectory(prefix="hpo-ray-", ignore_cleanup_errors=True) as scratch:
+            options: dict[str, Any] = {"address": self._address}
+            if self._address is None:
+                options = {"address": "local", "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
+                options["_temp_dir"] = scratch
+            try:
+                ray.init(logging_level=logging.CRITICAL, log_to_driver=False, **options)
+            except ConnectionError as error:
+                self._error = SettingError(f"no Ray cluster answers at RAY_ADDRESS {self._address}: {error}")
+            except Exception as error:  # noqa: BLE001 # raised again in the thread that waits for Ray
+                self._error = error
+            self._is_up.set()
+            self._must_stop.wait()
+            ray.shutdown()
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    """Treat SIGTERM like Ctrl-C while Ray starts, so that Ray's processes and folders are removed."""
+    raise KeyboardInterrupt
