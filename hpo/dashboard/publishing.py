@@ -140,8 +140,8 @@ def _space_of(study: Study) -> Space | None:
 def select_trials_to_note(attributes: DashboardAttributes, ranked: Sequence[TrialResult]) -> list[TrialResult]:
     """Return the trials that have no note yet and get one.
 
-    The best `ALWAYS_NOTED` trials and the failed ones come first, and get a note even beyond `MAX_NOTES`. The next best trials
-    follow, as long as `MAX_NOTES` allows.
+    The best `ALWAYS_NOTED` trials and the failed ones come first, and get a note even beyond `MAX_NOTES`. The next best
+    trials follow, as long as `MAX_NOTES` allows.
 
     Args:
         attributes: the study's, with the notes so far.

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, BrowserContext, Page, ViewportSize, expect
 
 from hpo.dashboard.publishing import publish
 from hpo.dashboard.server import build_app
 from hpo.paths import RunsDir
 from storage.database import open_database
 from tests.dashboard.builders import CHECKPOINT, POINTS, make_study, serving
+
+WIDE: ViewportSize = {"width": 1280, "height": 900}
+NARROW: ViewportSize = {"width": 390, "height": 900}
+PAGE_WIDTH = "document.documentElement.scrollWidth"
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 
@@ -27,41 +31,30 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             yield f"http://127.0.0.1:{port}"
 
 
-@pytest.fixture(params=[1280, 390])
-def page(request: pytest.FixtureRequest, browser: Browser) -> Iterator[Page]:
-    """A page in a wide or a narrow window. The test fails if the page logs an error or a request fails."""
-    context = browser.new_context(viewport={"width": request.param, "height": 900})
+@pytest.fixture(scope="module")
+def context(browser: Browser) -> Iterator[BrowserContext]:
+    """One context for all pages: the dashboard's JavaScript is downloaded once."""
+    context = browser.new_context()
+    yield context
+    context.close()
+
+
+@pytest.fixture
+def page(context: BrowserContext) -> Iterator[Page]:
+    """A page in a wide window. The test fails if the page logs an error or a request fails."""
     page = context.new_page()
+    page.set_viewport_size(WIDE)
     errors: list[str] = []
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("response", lambda answer: errors.append(f"{answer.status} {answer.url}") if answer.status >= 400 else None)
     yield page
-    context.close()
+    page.close()
     assert errors == []
 
 
-PAGE_WIDTH = "document.documentElement.scrollWidth"
-
-
-def assert_fits(page: Page, url: str, *, has_long_attribute: bool = False) -> None:
-    """Check that the page needs no horizontal scrolling, or no more than the same page of the unpublished study.
-
-    optuna-dashboard itself is too wide for a narrow window, and for a trial with a long attribute.
-    """
-    width = page.evaluate(PAGE_WIDTH)
-    window = page.viewport_size
-    assert window is not None
-    if window["width"] == 1280 and not has_long_attribute:
-        assert width <= 1280
-    elif width > window["width"]:
-        page.goto(url.replace("/studies/1", "/studies/2"))
-        page.wait_for_function(f"{PAGE_WIDTH} >= {width}")
-
-
 def test_the_curves_are_plots_of_the_study(site: str, page: Page) -> None:
-    url = f"{site}/dashboard/studies/1"
-    page.goto(url)
+    page.goto(f"{site}/dashboard/studies/1")
     for title in ("Accuracy over epochs", "Loss over epochs"):
         plot = page.locator(".js-plotly-plot", has=page.locator(".gtitle", has_text=title))
         expect(plot).to_have_count(1)
@@ -77,7 +70,7 @@ def test_the_curves_are_plots_of_the_study(site: str, page: Page) -> None:
     image = page.locator('img[src^="/artifacts/1/"]')
     expect(image).to_have_count(1)
     assert image.evaluate("image => image.decode().then(() => image.naturalWidth)") > 500
-    assert_fits(page, url)
+    assert page.evaluate(PAGE_WIDTH) <= WIDE["width"]
 
 
 def test_a_trial_has_its_note_and_its_artifacts(site: str, page: Page) -> None:
@@ -96,10 +89,26 @@ def test_a_trial_has_its_note_and_its_artifacts(site: str, page: Page) -> None:
     page.get_by_role("link", name="trial 0").click()
     expect(page.get_by_text("hpo replay search 0")).to_be_visible()
     expect(page.get_by_text("epoch-000005.pt")).to_have_count(0)
-    assert_fits(page, url + "0")
+    assert page.evaluate(PAGE_WIDTH) <= WIDE["width"]
     page.goto(url + "4")
     expect(page.get_by_text("FAIL after 1 of 5 epochs")).to_be_visible()
     expect(page.get_by_text("ValueError: <b>no</b> `such` path").first).to_be_visible()
     expect(page.get_by_text("log.txt")).to_have_count(1)
     assert "printed by the script" in page.locator('a[href^="/artifacts/1/5/"]').first.evaluate(download)
-    assert_fits(page, url + "4", has_long_attribute=True)
+
+
+@pytest.mark.parametrize(
+    ("path", "content"),
+    [("", "Accuracy over epochs"), ("/trials?numbers=4", "FAIL after 1 of 5 epochs")],
+    ids=["curves", "failed trial"],
+)
+def test_a_narrow_window_needs_no_more_scrolling_than_without_published_content(
+    site: str, page: Page, path: str, content: str
+) -> None:
+    page.set_viewport_size(NARROW)
+    page.goto(f"{site}/dashboard/studies/1{path}")
+    expect(page.get_by_text(content).first).to_be_visible()
+    width = page.evaluate(PAGE_WIDTH)
+    if width > NARROW["width"]:  # the pages of optuna-dashboard itself are too wide
+        page.goto(f"{site}/dashboard/studies/2{path}")
+        page.wait_for_function(f"{PAGE_WIDTH} >= {width}")
