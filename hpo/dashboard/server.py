@@ -16,6 +16,9 @@ from hpo.dashboard.publishing import publish
 from hpo.errors import SettingError
 from hpo.paths import RunsDir
 
+# Not imported late: `open_database` creates the tables of the modules that are imported by then.
+from storage.studies import all_studies
+
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
@@ -100,8 +103,6 @@ def build_server(app: Starlette) -> uvicorn.Server:
 
 def publish_repeatedly(database: Database, runs_dir: RunsDir, stopped: threading.Event) -> None:
     """Publish all studies, and again after each interval, until stopped."""
-    from storage.studies import all_studies
-
     while not stopped.is_set():
         started = time.monotonic()
         with contextlib.suppress(Exception):  # such as a database that is down: the next round tries again
