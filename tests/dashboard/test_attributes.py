@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 from typing import Any
 
+import optuna
 import plotly.graph_objects as go
 import pytest
 
 from hpo.dashboard.attributes import MAX_ATTR_CHARS, Artifact, DashboardAttributes
+from storage.optuna_internals import trial_id
 
 
 @pytest.mark.slow
@@ -40,12 +41,13 @@ def test_optuna_dashboard_reads_a_plot_and_the_shorter_one_that_replaces_it() ->
 def test_optuna_dashboard_lists_an_artifact_until_it_is_deleted() -> None:
     from optuna_dashboard.artifact._backend import list_study_artifacts, list_trial_artifacts
 
+    trial = optuna.trial.create_trial(value=1.0)
+
     def listed() -> list[Any]:
-        trial = SimpleNamespace(_trial_id=3)
         return [*list_study_artifacts(attributes.attrs), *list_trial_artifacts(attributes.attrs, {}, trial)]
 
     attributes = DashboardAttributes({})
-    for artifact in (Artifact("id-1", "curves.png"), Artifact("id-2", "log.txt", 3), Artifact("id-3", "a.pt", 3)):
+    for artifact in (Artifact("id-1", "curves.png"), Artifact("id-2", "log.txt", trial_id(trial))):
         assert not attributes.lists(artifact)
         assert not attributes.is_deleted(artifact)
         attributes.add(artifact)
