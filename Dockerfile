@@ -1,5 +1,5 @@
-# The runner and the dashboard of docker-compose.yml. On a GPU host, `--gpus all` (or compose's device reservation) is all it
-# needs: torch's wheel brings CUDA along.
+# The image for searches and for the dashboard: see docker-compose.yml. For a GPU, start it with `--gpus all`, or with a device
+# reservation in compose: the torch wheel includes CUDA.
 FROM python:3.12-slim
 RUN pip install --no-cache-dir uv && useradd --create-home hpo
 WORKDIR /app

@@ -1,1 +1,1 @@
-"""optuna-dashboard behind authentication, with curves, notes and artifacts."""
+"""optuna-dashboard behind authentication, with training curves, notes and artifacts."""

@@ -1,8 +1,8 @@
-"""`python -m hpo.dashboard` is `hpo dashboard`."""
+"""`python -m hpo.dashboard` runs `hpo dashboard`."""
 
 import runpy
 import sys
 
-# Started as a program, not imported: imports run one way, from the command line to this package.
+# Run as a program and not imported: the command line imports this package, not the other way round.
 sys.argv.insert(1, "dashboard")
 runpy.run_module("hpo", run_name="__main__")

@@ -1,0 +1,68 @@
+"""The note of a trial in the dashboard: Markdown that says what the trial was, where it ran, and how it ended."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING
+
+from hpo.report.formatting import format_value
+from hpo.report.results import Results, TrialResult
+
+if TYPE_CHECKING:
+    from hpo.space.model import Space
+
+
+def describe_trial(results: Results, trial: TrialResult, space: Space | None) -> str:
+    """Return the note of a trial, in Markdown.
+
+    Args:
+        results: the study's results, with the epochs of this trial.
+        trial: the trial.
+        space: the study's search space; None if this version of hpo cannot read it.
+    """
+    from storage.database import retry_while_down
+    from storage.tables import read_provenance
+
+    study, epochs = results.study, len(trial.epochs)
+    # Unlike `trial.provenance`, this also has what was recorded of the run: machine, code, Python.
+    provenance = retry_while_down(study.database, lambda: read_provenance(study.database, trial.trial_id))
+    scores = [f"{name} {trial.last[name]:.4f}" for name in (results.metric, "test_accuracy") if name in trial.last]
+    params = trial.params | trial.attrs.get("derived", {})
+    shown_params = ", ".join(f"{name} {format_value(value)}" for name, value in params.items())
+    max_epochs, trained, seed = (
+        (space.max_epochs, space.command or space.trainable, space.seed) if space else ("?", "?", "?")
+    )
+    lines = [
+        f"**{trial.state}** after {epochs} of {max_epochs} epochs" + (f": {', '.join(scores)}" if scores else ""),
+        f"**Params**: {code(shown_params or 'none')}",
+        f"**Training**: {code(trained)}, seed {seed}, version {code(provenance.get('code', '?'))}",
+    ]
+    if provenance:
+        device = f"{provenance.get('device_name', '?')} ({provenance.get('device', '?')})"
+        lines.append(
+            f"**Machine**: {code(provenance.get('machine', '?'))}, {code(device)}, Python {provenance.get('python', '?')}"
+        )
+    if trial.seconds:
+        per_epoch = f", {trial.seconds / epochs:,.2f} s per epoch" if epochs else ""
+        lines.append(f"**Duration**: {trial.seconds:,.1f} s{per_epoch}")
+    parent = trial.attrs.get("parent")
+    if parent is not None:
+        lines.append(f"**Parent**: [trial {parent}](/dashboard/studies/{study.study_id}/trials?numbers={parent})")
+    lines.append(f"**Replay**: {code(f'hpo replay {study.name} {trial.number}')}")
+    note = "\n".join(f"- {line}" for line in lines)
+    if trial.fail_reason:
+        reason = textwrap.wrap(trial.fail_reason, 80)  # the dashboard does not wrap the lines of a code block
+        note += "\n\nReason of the failure:\n\n" + code("\n".join(reason), block=True)
+    return note
+
+
+def code(value: object, *, block: bool = False) -> str:
+    """Return a value as Markdown code, inline or as a block. Backticks and markup in it are shown, not interpreted."""
+    text = str(value)
+    fence = "```" if block else "`"
+    while fence in text:
+        fence += "`"
+    if block:
+        return f"{fence}\n{text}\n{fence}"
+    space = " " if "`" in text else ""
+    return f"{fence}{space}{text}{space}{fence}"

@@ -1,0 +1,153 @@
+"""Which requests reach the application behind the guards. The application here only records them."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import pytest
+
+from hpo.dashboard.guards import LOOPBACK_HOSTS, is_loopback, protect
+from tests.dashboard.builders import PASSWORD, basic_auth, request, serving
+
+CONTENT = {
+    "/api/studies": ("application/json", b'{"name": "search"}' * 1000),
+    "/artifacts/1/1": ("application/octet-stream", bytes(20_000)),
+}
+
+
+class RecordingApp:
+    """A WSGI application that keeps what it received."""
+
+    def __init__(self) -> None:
+        self.requests: list[str] = []
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        self.requests.append(f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}")
+        content_type, content = CONTENT.get(environ["PATH_INFO"], ("text/plain", b"search"))
+        start_response("200 OK", [("Content-Type", content_type), ("Content-Length", str(len(content)))])
+        return [content]
+
+
+@pytest.fixture(scope="module")
+def app() -> RecordingApp:
+    return RecordingApp()
+
+
+@pytest.fixture(scope="module")
+def open_port(app: RecordingApp) -> Iterator[int]:
+    """The port of a server without a password."""
+    with serving(protect(app, password=None, allowed_hosts=LOOPBACK_HOSTS)) as port:
+        yield port
+
+
+@pytest.fixture(scope="module")
+def password_port(app: RecordingApp) -> Iterator[int]:
+    with serving(protect(app, password=PASSWORD, allowed_hosts=("*",))) as port:
+        yield port
+
+
+@pytest.mark.parametrize("path", ["/", "/dashboard", "/api/studies", "/static/bundle.js", "/artifacts/1/1", "/csv/1"])
+def test_every_path_requires_the_password(password_port: int, app: RecordingApp, path: str) -> None:
+    app.requests.clear()
+    status, headers, content = request(password_port, "GET", path)
+    assert status == 401
+    assert headers["WWW-Authenticate"].startswith("Basic ")
+    assert content == b"the dashboard requires a password; any user name is accepted"
+    assert app.requests == []
+
+
+@pytest.mark.parametrize(
+    "authorization",
+    [
+        basic_auth("wrong"),
+        basic_auth(""),
+        basic_auth(PASSWORD + "x"),
+        basic_auth(PASSWORD[:-1]),
+        basic_auth(PASSWORD).replace("Basic", "Bearer"),
+        PASSWORD,
+        "Basic",
+        "Basic %%%",
+        "Bearer x",
+    ],
+)
+def test_a_wrong_password_is_rejected(password_port: int, app: RecordingApp, authorization: str) -> None:
+    app.requests.clear()
+    header = authorization.encode().decode("latin-1")
+    assert request(password_port, "DELETE", "/api/studies/1", Authorization=header)[0] == 401
+    assert app.requests == []
+
+
+def test_the_right_password_is_accepted_with_any_user_and_host_but_not_from_another_site(
+    password_port: int, app: RecordingApp
+) -> None:
+    app.requests.clear()
+    for user in ("anyone", "", "someone else"):
+        assert request(password_port, "GET", "/", Authorization=basic_auth(PASSWORD, user))[0] == 200
+    assert request(password_port, "GET", "/", Authorization=basic_auth(PASSWORD), Host="gpu.example:80")[0] == 200
+    assert app.requests == ["GET /"] * 4
+    foreign = {"Authorization": basic_auth(PASSWORD), "Origin": "http://other.example"}
+    assert request(password_port, "DELETE", "/api/studies/1", **foreign)[0] == 403
+    assert app.requests == ["GET /"] * 4
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+@pytest.mark.parametrize(
+    "origin", ["http://other.example", "null", "http://other.example:{port}", "http://127.0.0.1:1"]
+)
+def test_requests_from_other_sites_are_rejected(open_port: int, app: RecordingApp, method: str, origin: str) -> None:
+    app.requests.clear()
+    status, _, _ = request(open_port, method, "/api/studies", Origin=origin.format(port=open_port))
+    assert status == 403
+    assert app.requests == []
+
+
+@pytest.mark.parametrize("host", ["other.example", "other.example:{port}", "127.0.0.1.other.example"])
+def test_dns_rebinding_is_rejected(open_port: int, app: RecordingApp, host: str) -> None:
+    app.requests.clear()
+    host = host.format(port=open_port)
+    assert request(open_port, "GET", "/api/studies", Host=host)[0] == 400
+    assert request(open_port, "DELETE", "/api/studies/1", Host=host, Origin=f"http://{host}")[0] == 400
+    assert app.requests == []
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:{port}", "localhost:{port}", "[::1]:{port}"])
+def test_the_pages_of_the_dashboard_itself_are_accepted(open_port: int, app: RecordingApp, host: str) -> None:
+    app.requests.clear()
+    host = host.format(port=open_port)
+    assert request(open_port, "GET", "/", Host=host)[0] == 200
+    assert request(open_port, "DELETE", "/", Host=host, Origin=f"http://{host}")[0] == 200
+    assert app.requests == ["GET /", "DELETE /"]
+
+
+def test_responses_are_compressed_if_the_browser_accepts_it(open_port: int) -> None:
+    _, headers, plain = request(open_port, "GET", "/api/studies", Accept_Encoding="identity")
+    assert "Content-Encoding" not in headers
+    _, headers, compressed = request(open_port, "GET", "/api/studies", Accept_Encoding="gzip")
+    assert headers["Content-Encoding"] == "gzip"
+    assert len(compressed) < len(plain) / 3
+    assert gzip.decompress(compressed) == plain
+
+
+def test_checkpoints_are_not_compressed(open_port: int) -> None:
+    _, headers, content = request(open_port, "GET", "/artifacts/1/1", Accept_Encoding="gzip")
+    assert "Content-Encoding" not in headers
+    assert content == CONTENT["/artifacts/1/1"][1]
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("127.0.0.1", True),
+        ("127.0.0.2", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("192.0.2.1", False),
+        ("gpu.example", False),
+    ],
+)
+def test_only_loopback_addresses_are_loopback(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected
