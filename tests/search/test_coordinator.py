@@ -1,0 +1,125 @@
+"""What each report of a worker does to the study, without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.toy import expected_value
+from hpo.paths import RunsDir
+from hpo.search.coordinator import TrialCoordinator
+from hpo.search.slots import Slots
+from hpo.search.worker import TrialReport, TrialSpec, run_trial
+from hpo.space.model import Space
+from storage.database import StorageError, open_database
+from storage.run import Run
+from storage.studies import Study, open_study
+from tests.factories import RecordingListener, run_of, toy_space
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Iterator[Study]:
+    with open_database(f"sqlite:///{tmp_path}/hpo.db") as database:
+        yield open_study(database, "toy", direction="maximize", fingerprint="f", settings={"metric": "value"})
+
+
+def coordinator_of(space: Space, run: Run, folder: Path, listener: RecordingListener) -> TrialCoordinator:
+    run.enqueue(space.grid_points(), space.distributions())
+    return TrialCoordinator(space, run, Slots(1, 1.0, 0.0), data={}, runs_dir=RunsDir(folder), listener=listener)
+
+
+def take(spec: TrialSpec, count: int) -> list[TrialReport]:
+    reports = run_trial(spec)
+    return [next(reports) for _ in range(count)]
+
+
+def states(study: Study) -> list[str]:
+    return [trial.state.name for trial in study.trials()]
+
+
+def test_last_epoch_that_was_stored_before_a_crash_still_completes_the_trial(study: Study, tmp_path: Path) -> None:
+    space, listener = toy_space(tmp_path), RecordingListener()
+    with run_of(study, space) as run:
+        coordinator = coordinator_of(space, run, tmp_path, listener)
+        spec = coordinator.next_trial("a")
+        assert spec is not None
+        for report in take(spec, 2):
+            assert not coordinator.on_report("a", report)
+        claim = coordinator._claims["a"]
+        last = take(spec, 3)[-1]
+        run.report(claim, 3, last.metrics, last.metrics["value"])  # kill -9 here
+        run.release(claim)
+    with run_of(study, space) as run:
+        coordinator = coordinator_of(space, run, tmp_path, listener)
+        spec = coordinator.next_trial("b")
+        assert spec is not None
+        assert spec.stored_epoch == 3
+        assert coordinator.on_report("b", take(spec, 1)[0])
+    assert states(study) == ["COMPLETE"]
+    assert study.trials()[0].value == expected_value({"x": 1}, 0, 3)
+
+
+def test_stop_releases_the_trial_after_its_epoch_and_claims_no_more(study: Study, tmp_path: Path) -> None:
+    space, listener = toy_space(tmp_path), RecordingListener()
+    with run_of(study, space) as run:
+        coordinator = coordinator_of(space, run, tmp_path, listener)
+        spec = coordinator.next_trial("a")
+        assert spec is not None
+        coordinator.stop("interrupted")
+        assert coordinator.on_report("a", take(spec, 1)[0])
+        assert coordinator.next_trial("b") is None
+        assert coordinator.is_done
+    assert states(study) == ["WAITING"]
+    assert study.trials()[0].intermediate_values == {1: expected_value({"x": 1}, 0, 1)}
+
+
+def test_end_of_the_time_budget_releases_trials(study: Study, tmp_path: Path) -> None:
+    space, listener = toy_space(tmp_path), RecordingListener()
+    with run_of(study, space) as run:
+        coordinator = coordinator_of(space, run, tmp_path, listener)
+        spec = coordinator.next_trial("a")
+        assert spec is not None
+        coordinator.set_deadline(0.0)
+        assert coordinator.on_report("a", take(spec, 1)[0])
+    assert coordinator.stopping == "the time budget is spent"
+    assert states(study) == ["WAITING"]
+
+
+def test_trial_taken_over_by_another_run_is_dropped_and_not_written(study: Study, tmp_path: Path) -> None:
+    space, listener = toy_space(tmp_path), RecordingListener()
+    with run_of(study, space) as run, run_of(study, space) as thief:
+        coordinator = coordinator_of(space, run, tmp_path, listener)
+        spec = coordinator.next_trial("a")
+        assert spec is not None
+        run._give_back(coordinator._claims["a"].trial, run.run_id)
+        taken = thief.claim()
+        assert taken is not None
+        assert taken.number == 0
+        first, second = take(spec, 2)
+        assert not coordinator.on_report("a", first), "not known yet"
+        run.flush()
+        assert coordinator.on_report("a", second)
+        assert coordinator.error is None
+        assert states(study)[0] == "RUNNING"
+        assert not study.trials()[0].intermediate_values
+        assert ("note", "trial 0 was taken over by another run") in listener.events
+
+
+def test_storage_error_stops_the_search_and_is_kept(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space, listener = toy_space(tmp_path), RecordingListener()
+
+    def fail(*_: object) -> None:
+        raise StorageError("the disk is full")
+
+    with run_of(study, space) as run:
+        coordinator = coordinator_of(space, run, tmp_path, listener)
+        spec = coordinator.next_trial("a")
+        assert spec is not None
+        monkeypatch.setattr(run, "report", fail)
+        assert coordinator.on_report("a", take(spec, 1)[0]), "Tune hears that the trial is over, not of an error"
+        assert isinstance(coordinator.error, StorageError)
+        assert coordinator.is_done

@@ -1,0 +1,211 @@
+"""Samplers and pruners: whole searches without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.distributions import CategoricalDistribution
+
+from benchmarks.toy import expected_value
+from hpo.report.results import read_results
+from hpo.report.tables import failures
+from hpo.search.samplers import build_pruner, build_sampler
+from storage.database import open_database
+from storage.studies import Study, open_study
+from tests.factories import ROOT, run_of, search_without_ray, toy_space
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Iterator[Study]:
+    with open_database(f"sqlite:///{tmp_path}/hpo.db") as database:
+        yield open_study(database, "toy", direction="maximize", fingerprint="f", settings={"metric": "value"})
+
+
+@pytest.mark.parametrize("name", ["random", "qmc", "tpe", "gp", "cmaes", "nsga2"])
+def test_runs_draw_different_points_and_a_run_is_reproducible(study: Study, tmp_path: Path, name: str) -> None:
+    space = space_of(
+        tmp_path,
+        sampler={"name": name, "seed": 3},
+        budget={"trials": 9},
+        parameters={"x": {"type": "float", "low": 0.0, "high": 1.0}},
+    )
+
+    def draw(run: int) -> list[float]:
+        study.optuna_study.sampler = build_sampler(space, run)
+        asked = []
+        for _ in range(3):
+            trial = study.optuna_study.ask()
+            assert not space.draw(trial)
+            study.optuna_study.tell(trial, 0.5)
+            asked.append(trial.params["x"])
+        return asked
+
+    first = draw(1)
+    assert not set(first) & set(draw(2))
+    with open_database(f"sqlite:///{tmp_path}/same.db") as database:
+        study = open_study(database, "toy", direction="maximize", fingerprint="f", settings={"metric": "value"})
+        assert draw(1) == first
+
+
+CONDITIONAL = {
+    "x": {"type": "float", "low": 0.0, "high": 1.0},
+    "kind": ["a", "b"],
+    "m": {"type": "int", "low": 1, "high": 100, "log": True, "when": {"kind": "a"}},
+    "fixed": 0.5,
+}
+MIXED = {name: CONDITIONAL[name] for name in ("x", "kind", "fixed")} | {"n": {"type": "int", "low": 1, "high": 9}}
+
+
+@pytest.mark.parametrize(
+    ("sampler", "parameters"),
+    [
+        ({"name": "random", "seed": 1}, CONDITIONAL),
+        ({"name": "tpe", "n_startup_trials": 4, "n_ei_candidates": 8}, CONDITIONAL),
+        ({"name": "tpe", "n_startup_trials": 4, "multivariate": False, "constant_liar": False}, CONDITIONAL),
+        ({"name": "nsga2", "population_size": 5, "mutation_prob": 0.5}, CONDITIONAL),
+        ({"name": "qmc", "qmc_type": "halton"}, MIXED),
+        ("qmc", MIXED),
+        ({"name": "gp", "n_startup_trials": 4, "deterministic_objective": True}, MIXED),
+        ({"name": "cmaes", "popsize": 5, "with_margin": True}, MIXED),
+        ({"name": "cmaes", "consider_pruned_trials": True}, {"x": CONDITIONAL["x"]}),
+        ("grid", {"x": [0.5, 0.25, 0.75, 1.0], "kind": ["a", "b"], "m": {"choices": [1, 2, 3], "when": {"kind": "a"}}}),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_every_sampler_draws_only_what_the_space_allows(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], sampler: Any, parameters: Any
+) -> None:
+    """Conditions, constraints and derived values hold in every trial, as storage tells it and as the trainable sees it."""
+    is_grid = sampler == "grid"
+    space = space_of(
+        tmp_path,
+        sampler=sampler,
+        max_epochs=1,
+        budget={} if is_grid else {"trials": 12},
+        parameters=parameters,
+        constraints=["x > 0.2", "x != m - 1.5"] if "m" in parameters else ["x > 0.2"],
+        derived={"epoch_seconds": "0 * x", "twice": "2 * m"} if "m" in parameters else {"epoch_seconds": "0 * x"},
+    )
+    with open_database(f"sqlite:///{tmp_path}/hpo.db") as database:
+        study, listener = search_without_ray(space, database, tmp_path, at_a_time=2)
+        trials = study.run_trials()
+        assert [trial.state.name for trial in trials] == ["COMPLETE"] * (4 * (3 + 1) - 1 if is_grid else 12)
+        for trial in trials:
+            params = trial.params
+            active = {name for name in parameters if name != "m" or params["kind"] == "a"}
+            assert set(params) == active
+            assert params["x"] > 0.2
+            derived = {"epoch_seconds": 0.0} | ({"twice": 2 * params["m"]} if "m" in params else {})
+            assert trial.user_attrs["derived"] == derived
+            assert trial.value == expected_value(params, 0, 1)
+        assert len(study.trials()) == len(trials) or not is_grid, "of a grid nothing is drawn in vain"
+        assert not [told for told in listener.events if told[0] == "FAIL"]
+        assert failures(read_results(study)) == []
+    captured = capfd.readouterr()
+    assert captured.out + captured.err == "", "Optuna has nothing to warn of"
+
+
+@pytest.mark.parametrize("name", ["asha", "hyperband", "median"])
+def test_every_scheduler_stores_exact_states_and_every_value(tmp_path: Path, name: str) -> None:
+    space = space_of(
+        tmp_path,
+        sampler={"name": "random", "seed": 5},
+        scheduler={"name": name, "grace_period": 2},
+        max_epochs=9,
+        budget={"trials": 20},
+        parameters={"x": {"type": "float", "low": 0.0, "high": 1.0}},
+    )
+    with open_database(f"sqlite:///{tmp_path}/hpo.db") as database:
+        study, listener = search_without_ray(space, database, tmp_path, at_a_time=3)
+        metrics = study.metrics()
+        states = {trial.number: trial.state.name for trial in study.trials()}
+        assert set(states.values()) == {"COMPLETE", "PRUNED"}
+        for trial in study.trials():
+            values = {epoch: expected_value(trial.params, 0, epoch) for epoch in range(1, 10)}
+            last = max(trial.intermediate_values)
+            assert trial.intermediate_values == {epoch: values[epoch] for epoch in range(1, last + 1)}
+            assert {epoch: told["value"] for epoch, told in metrics[trial.number].items()} == trial.intermediate_values
+            assert last == 9 if trial.state.name == "COMPLETE" else 2 <= last < 9
+            assert trial.value == values[last]
+        told = {number: state for state, number, *_ in listener.events if state in {"COMPLETE", "PRUNED"}}
+        assert told == states
+
+
+def test_search_ends_when_every_configuration_was_tried(tmp_path: Path) -> None:
+    space = space_of(
+        tmp_path, sampler="random", budget={"trials": 9}, parameters={"x": [1, 2, 3]}, constraints=["x != 2"]
+    )
+    with open_database(f"sqlite:///{tmp_path}/hpo.db") as database:
+        study, listener = search_without_ray(space, database, tmp_path)
+        assert sorted(trial.params["x"] for trial in study.run_trials()) == [1, 3]
+        assert [told[1] for told in listener.events if told[0] == "note"] == [
+            "no new trials: 20 draws in a row were all tried before"
+        ]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "search_spaces").glob("*.yaml")))
+def test_every_shipped_space_runs(tmp_path: Path, name: str) -> None:
+    short = ["data.dataset=fashion_mnist_sample", "data.train_samples=128", "data.val_samples=50", "max_epochs=2"]
+    space = load_space(str(ROOT / f"search_spaces/{name}.yaml"))
+    if space.scheduler.name != "none":
+        short.append("scheduler.grace_period=1")
+    if space.sampler.name != "grid":
+        short.append("budget.trials=3")
+    space = load_space(str(ROOT / f"search_spaces/{name}.yaml"), short)
+    with open_database(f"sqlite:///{tmp_path}/hpo.db") as database:
+        study, _ = search_without_ray(space, database, tmp_path)
+        trials = study.run_trials()
+        assert len(trials) == 3
+        assert "COMPLETE" in {trial.state.name for trial in trials} <= {"COMPLETE", "PRUNED"}
+        assert all(0 <= value <= 1 for trial in trials for value in trial.intermediate_values.values())
+
+
+def test_pruners_use_the_options_of_the_scheduler(tmp_path: Path) -> None:
+    def pruner_of(scheduler: dict[str, Any]) -> Any:
+        return build_pruner(toy_space(tmp_path, scheduler=scheduler, max_epochs=27))
+
+    asha = pruner_of({"name": "asha", "grace_period": 2, "reduction_factor": 4})
+    assert (asha._min_resource, asha._reduction_factor) == (2, 4)
+    hyperband = pruner_of({"name": "hyperband", "grace_period": 1, "reduction_factor": 3})
+    assert (hyperband._min_resource, hyperband._max_resource, hyperband._reduction_factor) == (1, 27, 3)
+    assert type(pruner_of({"name": "none"})).__name__ == "NopPruner"
+
+
+def test_resumed_search_prunes_like_an_uninterrupted_one(study: Study, tmp_path: Path) -> None:
+    """Decisions come from what storage holds: a run that is new for every trial decides like a single one."""
+    space = space_of(
+        tmp_path,
+        scheduler={"name": "asha", "grace_period": 1, "reduction_factor": 2},
+        max_epochs=8,
+        parameters={"x": list(range(1, 13))},
+    )
+
+    def decide(study: Study, runs: int) -> dict[int, tuple[str, int]]:
+        study.optuna_study.pruner = build_pruner(space)
+        left = 12
+        for _ in range(runs):
+            with run_of(study, space) as run:
+                run.enqueue(space.grid_points(), {"x": CategoricalDistribution(list(range(1, 13)))})
+                for _ in range(12 // runs):
+                    claim = run.claim()
+                    assert claim is not None
+                    for epoch in range(1, 9):
+                        value = expected_value(claim.params, 0, epoch)
+                        run.report(claim, epoch, {"value": value}, value)
+                        if epoch == 8:
+                            run.complete(claim, value)
+                        elif run.should_prune(claim):
+                            run.prune(claim)
+                            break
+                    left -= 1
+        assert left == 0
+        return {trial.number: (trial.state.name, trial.last_step) for trial in study.trials()}  # type: ignore[misc]
+
+    with open_database(f"sqlite:///{tmp_path}/other.db") as database:
+        other = open_study(database, "toy", direction="maximize", fingerprint="f", settings={"metric": "value"})
+        decisions = decide(study, 1)
+        assert decide(other, 12) == decisions
+    assert {state for state, _ in decisions.values()} == {"COMPLETE", "PRUNED"}

@@ -1,0 +1,37 @@
+"""How a machine or a cluster is divided among trials."""
+
+from __future__ import annotations
+
+import pytest
+
+from hpo.errors import SettingError
+from hpo.search.slots import Slots, plan_slots
+from tests.factories import shipped_space
+
+
+@pytest.mark.parametrize(
+    ("cores", "gpus", "resources", "trials", "expected"),
+    [
+        (2, 0, "{}", 3, Slots(2, 1, 0)),
+        (8, 0, "{}", 3, Slots(3, 2, 0)),
+        (8, 0, "{}", None, Slots(8, 1, 0)),
+        (16, 2, "{}", 3, Slots(2, 8, 1)),
+        (64, 8, "{gpu: 0.15}", 1000, Slots(48, 1, 0.15)),
+        (64, 8, "{gpu: 0.5, cpu: 2}", 1000, Slots(16, 2, 0.5)),
+        (64, 8, "{gpu: 2}", 1000, Slots(4, 16, 2)),
+        (4, 0, "{cpu: 2}", 10, Slots(2, 2, 0)),
+        (1, 0, "{}", 1, Slots(1, 1, 0)),
+    ],
+)
+def test_machine_is_divided_among_trials(
+    cores: int, gpus: int, resources: str, trials: int | None, expected: Slots
+) -> None:
+    assert plan_slots(shipped_space("quick", f"resources={resources}"), trials, float(cores), float(gpus)) == expected
+
+
+@pytest.mark.parametrize(
+    ("resources", "said"), [("{gpu: 1}", "resources.gpu is 1"), ("{cpu: 4}", "resources.cpu is 4")]
+)
+def test_asking_for_more_than_the_machine_has_is_refused(resources: str, said: str) -> None:
+    with pytest.raises(SettingError, match=said):
+        plan_slots(shipped_space("quick", f"resources={resources}"), None, 2.0, 0.0)
