@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Mapping
+from multiprocessing.synchronize import Barrier
 from typing import Any
 
 import optuna
@@ -10,7 +12,7 @@ import sqlalchemy as sa
 from optuna.distributions import CategoricalDistribution
 
 from storage import tables
-from storage.database import Database
+from storage.database import Database, open_database
 from storage.queue import Draw
 from storage.run import Run
 from storage.studies import Study, open_study
@@ -26,6 +28,17 @@ def config_key(params: Mapping[str, Any]) -> str:
 
 def open_s(database: Database, fingerprint: str = "f") -> Study:
     return open_study(database, "s", direction="maximize", fingerprint=fingerprint, settings={"metric": "m"})
+
+
+def open_in_process(url: str, barrier: Barrier, answers: multiprocessing.Queue[str]) -> None:
+    """Open a database and a study at the same moment as other processes; put the outcome into the queue."""
+    barrier.wait(timeout=120)
+    try:
+        with open_database(url) as database:
+            open_s(database)
+            answers.put("opened")
+    except BaseException as error:  # noqa: BLE001
+        answers.put(f"{type(error).__name__}: {error}")
 
 
 def grid_run(study: Study, **options: Any) -> Run:

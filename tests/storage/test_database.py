@@ -14,28 +14,19 @@ import sqlalchemy as sa
 from benchmarks.postgres import Postgres
 from storage.database import StorageError, open_database, retry_while_down
 from storage.studies import find_study, open_study
+from tests.storage.builders import open_in_process
 
 PASSWORD = "do-not-show-me"
-
-
-def _open(url: str, barrier: threading.Barrier, answers: multiprocessing.Queue[str]) -> None:
-    barrier.wait(timeout=120)  # all at the same moment
-    try:
-        with open_database(url) as database:
-            open_study(database, "same", direction="maximize", fingerprint="f", settings={"metric": "m"})
-            answers.put("opened")
-    except BaseException as error:  # noqa: BLE001
-        answers.put(f"{type(error).__name__}: {error}")
 
 
 @pytest.mark.slow
 def test_processes_can_open_the_same_new_database_at_the_same_time(url: str) -> None:
     count = 8
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["storage.studies"])
+    context.set_forkserver_preload(["tests.storage.builders", "alembic.command", "psycopg", "pytest"])
     answers: multiprocessing.Queue[str] = context.Queue()
     barrier = context.Barrier(count)
-    processes = [context.Process(target=_open, args=(url, barrier, answers)) for _ in range(count)]
+    processes = [context.Process(target=open_in_process, args=(url, barrier, answers)) for _ in range(count)]
     for process in processes:
         process.start()
     found = [answers.get(timeout=120) for _ in processes]
