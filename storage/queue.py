@@ -1,8 +1,8 @@
 """Finding and claiming trials: interrupted ones, those of dead runs, grid points, and points that a sampler draws.
 
-A claim is a compare-and-set on hpo_trials.run: two runs never both get a trial. The lock of the study makes budgets exact
-and tells a trial that is being created from one whose creator died. If the database server takes the lock with it, the
-compare-and-set still holds.
+A claim is a compare-and-set on hpo_trials.run: two runs never both get a trial. The study's lock makes budgets exact. Under
+it, a RUNNING trial without a row in hpo_trials is one whose creator died. If a crash of the database server releases the
+lock, the compare-and-set still holds.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ class TrialQueue:
         """Return the WAITING trials, each with its row in hpo_trials.
 
         A grid's trial without a row, whose creator died before it registered the trial, is registered here. In other
-        searches, such a trial may lack params: its creator died while drawing, or somebody enqueued it through Optuna.
+        searches, such a trial may lack params: its creator died while drawing, or it was enqueued through Optuna.
         `_claim_drawn` completes those.
         """
         waiting = self._trials(TrialState.WAITING)
