@@ -1,10 +1,10 @@
-"""Kill everything, again and again, and look in plain SQL whether storage has kept its promises.
+"""Kill drivers, workers and the database at random, then check the guarantees of storage with plain SQL.
 
-    python -m benchmarks.chaos --rounds 100 --seed 0 --storage postgresql
+    uv run python -m benchmarks.chaos --rounds 100 --seed 0 --storage postgresql
 
-Each round is a fresh study of toy trials (`benchmarks.toy:chain`) and a schedule drawn from the seed: drivers, workers and
-the database are killed at random moments, drivers get Ctrl-C, and whoever died is started again. Then the study must be
-whole: every configuration COMPLETE exactly once, every epoch stored, every value as if nothing had ever died.
+Each round runs a new study of toy trials (`benchmarks.toy:chain`) and a schedule drawn from the seed: drivers, workers
+and the database are killed at random moments, drivers get Ctrl-C, and stopped drivers are started again. At the end,
+every configuration must be COMPLETE exactly once, with every epoch stored and every value as in an undisturbed run.
 """
 
 from __future__ import annotations
@@ -39,7 +39,17 @@ ROUND_SECONDS = 300.0
 
 @dataclass
 class Round:
-    """One study and what is done to it."""
+    """One study and its schedule of kills.
+
+    Attributes:
+        folder: files of the round: the space, the log of epochs, the drivers' output.
+        url: the database.
+        random: the source of the schedule.
+        postgres: the database server, None for SQLite.
+        driver_count: how many drivers share the study.
+        events: who was killed, in order.
+        drivers: the drivers' latest processes.
+    """
 
     folder: Path
     url: str
@@ -50,7 +60,7 @@ class Round:
     drivers: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def run(self, kills: int) -> list[str]:
-        """Run the study through its kills; return what is wrong in the end."""
+        """Run the study until it is finished, with this many kills; return the violations found."""
         path = self.folder / "chaos.yaml"
         log = self.folder / "epochs.log"
         path.write_text(json.dumps(_space(log)))
@@ -62,13 +72,13 @@ class Round:
             for i, driver in enumerate(self.drivers):
                 if driver.poll() not in {None, 0}:
                     if driver.returncode in {1, 2}:
-                        return [f"a driver gave up with {driver.returncode}:\n{self._output()}"]
+                        return [f"a driver exited with {driver.returncode}:\n{self._output()}"]
                     self.drivers[i] = self._start(path)
             if all(driver.poll() == 0 for driver in self.drivers):
                 extra = len(log.read_text().splitlines()) - len(POINTS) * MAX_EPOCHS
-                # A kill may cost each trial in flight one epoch; a machine of two cores runs two trials in each driver.
+                # A kill costs each running trial at most one epoch. With two cores, a driver runs two trials.
                 if extra > 2 * self.driver_count * len(self.events):
-                    return [f"{extra} epochs were computed again, after {len(self.events)} kills"]
+                    return [f"{extra} epochs were trained again after {len(self.events)} kills"]
                 return violations(self.url, POINTS, MAX_EPOCHS)
             if kills and time.monotonic() > next_kill:
                 kills -= 1
@@ -77,7 +87,7 @@ class Round:
         return [f"not finished after {ROUND_SECONDS:.0f} s:\n{self._output()}"]
 
     def stop(self) -> None:
-        """Leave no process behind."""
+        """Kill the drivers and all their children."""
         for driver in self.drivers:
             for child in _descendants(driver.pid):
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -148,15 +158,15 @@ def _name(process: psutil.Process) -> str:
 
 
 def violations(url: str, points: list[int], max_epochs: int) -> list[str]:
-    """Return the promises of storage that a study of `benchmarks.toy:chain` breaks, found by plain SQL.
+    """Return which guarantees of storage a finished study of `benchmarks.toy:chain` violates.
 
     Args:
-        url: the database, with this one study in it.
+        url: a database that contains this study only.
         points: the values of x in the grid.
-        max_epochs: of each trial.
+        max_epochs: the epochs of each trial.
     """
     engine = sa.create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
-    wrong: list[str] = []
+    violated: list[str] = []
 
     def rows(query: str) -> list[tuple[Any, ...]]:
         with engine.connect() as connection:
@@ -165,7 +175,7 @@ def violations(url: str, points: list[int], max_epochs: int) -> list[str]:
     def expect(query: str, expected: list[tuple[Any, ...]]) -> None:
         found = rows(query)
         if found != expected:
-            wrong.append(f"{query}\n  expected {expected}\n  found    {found}")
+            violated.append(f"{query}\n  expected {expected}\n  found    {found}")
 
     expect("SELECT CAST(state AS TEXT), count(*) FROM trials GROUP BY state", [("COMPLETE", len(points))])
     expect('SELECT count(*), count(DISTINCT "key") FROM hpo_trials', [(len(points), len(points))])
@@ -174,23 +184,25 @@ def violations(url: str, points: list[int], max_epochs: int) -> list[str]:
         [(float(index), 1) for index in range(len(points))],
     )
     trials = rows("SELECT trial_id, param_value FROM trial_params WHERE param_name = 'x' ORDER BY trial_id")
-    for trial, index in trials:
+    for trial_id, index in trials:
         values = [expected_value({"x": points[int(index)]}, 0, epoch) for epoch in range(1, max_epochs + 1)]
         epochs = list(enumerate(values, start=1))
-        expect(f"SELECT epoch, value FROM hpo_metrics WHERE trial = {trial} AND name = 'value' ORDER BY epoch", epochs)
         expect(
-            f"SELECT step, intermediate_value FROM trial_intermediate_values WHERE trial_id = {trial} ORDER BY step",
+            f"SELECT epoch, value FROM hpo_metrics WHERE trial = {trial_id} AND name = 'value' ORDER BY epoch", epochs
+        )
+        expect(
+            f"SELECT step, intermediate_value FROM trial_intermediate_values WHERE trial_id = {trial_id} ORDER BY step",
             epochs,
         )
-        expect(f"SELECT value FROM trial_values WHERE trial_id = {trial}", [(values[-1],)])
+        expect(f"SELECT value FROM trial_values WHERE trial_id = {trial_id}", [(values[-1],)])
     engine.dispose()
-    return wrong
+    return violated
 
 
 def run_rounds(rounds: int, seed: int, storage: str, *, kills: int | None = None) -> dict[str, Any]:
-    """Run rounds and return what was done and what was found, as plain values."""
+    """Run rounds; return the settings, the number of each event and the violations, ready for JSON."""
     events: Counter[str] = Counter()
-    broken: list[str] = []
+    found: list[str] = []
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="hpo-chaos-") as scratch:
         postgres = Postgres(Path(scratch) / "postgres") if storage == "postgresql" else None
@@ -200,16 +212,17 @@ def run_rounds(rounds: int, seed: int, storage: str, *, kills: int | None = None
                 folder = Path(scratch) / f"round-{number}"
                 folder.mkdir()
                 url = postgres.create_database(f"round_{number}") if postgres else f"sqlite:///{folder}/chaos.db"
-                one = Round(folder, url, draw, postgres, driver_count=draw.choice([1, 1, 2]))
+                current = Round(folder, url, draw, postgres, driver_count=draw.choice([1, 1, 2]))
                 try:
-                    wrong = one.run(kills if kills is not None else draw.randint(2, 6))
+                    violated = current.run(kills if kills is not None else draw.randint(2, 6))
                 finally:
-                    one.stop()
-                events.update(one.events)
-                broken.extend(f"round {number}: {text}" for text in wrong)
-                verdict = "broken" if wrong else "whole"
-                print(f"round {number}: {one.driver_count} drivers, {', '.join(one.events) or 'no events'}: {verdict}")
-                for text in wrong:
+                    current.stop()
+                events.update(current.events)
+                found.extend(f"round {number}: {text}" for text in violated)
+                verdict = "broken" if violated else "correct"
+                kinds = ", ".join(current.events) or "no events"
+                print(f"round {number}: {current.driver_count} drivers, {kinds}: {verdict}")
+                for text in violated:
                     print(text)
                 sys.stdout.flush()
                 shutil.rmtree(folder, ignore_errors=True)
@@ -220,15 +233,15 @@ def run_rounds(rounds: int, seed: int, storage: str, *, kills: int | None = None
         "storage": storage,
         "rounds": rounds,
         "seed": seed,
-        "broken": len(broken),
+        "broken": len(found),
         "events": dict(events),
         "seconds": round(time.monotonic() - started),
-        "violations": broken,
+        "violations": found,
     }
 
 
 def main() -> None:
-    """Run the rounds of the command line; exit 1 if a promise was broken."""
+    """Run the rounds; exit with 1 if a guarantee was violated."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)

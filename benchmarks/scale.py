@@ -1,11 +1,10 @@
-"""How the service bears a large study: opening it, resuming it, asking for a trial, memory, at 100 and at 10,000 trials.
+"""How time and memory grow with the size of a study: opening it, resuming it, and claiming a trial.
 
-    python -m benchmarks.scale --trials 100 1000 10000 --epochs 50
+    uv run python -m benchmarks.scale --trials 100 1000 10000 --epochs 50
 
-Each study is made up and written in bulk; each measurement is a process of its own. An ask is the time from wanting a
-trial to having one, `Run.claim`: the results told before are written, a point is drawn and is the run's. A resume is all
-that a second `hpo run` does before its first trial: opening the database, the study, the run, and one ask. Prints a table
-and, as its last line, one JSON object.
+The studies are generated and written in bulk. Each measurement runs in a new process. An ask is one `Run.claim`: it
+writes earlier results, draws a point and registers the trial. A resume is what a second `hpo run` does before its first
+trial: open the database, the study and a run, and claim a trial. Prints a table and, as its last line, one JSON object.
 """
 
 from __future__ import annotations
@@ -23,13 +22,18 @@ from typing import Any
 
 from benchmarks.report import DISTRIBUTIONS, fill
 
-ASKS = 15
+CLAIMS = 15  # timed in each process
 SAMPLERS = ("random", "tpe")
 
 
-def measure_here(url: str, sampler: str, known: int) -> dict[str, float]:
-    """Open, resume and ask in this process; return seconds, and bytes of memory."""
+def measure_here(url: str, sampler: str, seed: int) -> dict[str, float]:
+    """Open, resume and ask in this process.
+
+    Returns:
+        Seconds for `open`, `resume` and `ask` (the median), and the peak of `memory` in bytes.
+    """
     import optuna
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     from storage.database import open_database
     from storage.run import Run
@@ -41,14 +45,18 @@ def measure_here(url: str, sampler: str, known: int) -> dict[str, float]:
     study = find_study(database, "s")
     assert study is not None
     opened = time.perf_counter()
-    study.count_ended()  # as `hpo run` does, to tell what is left
+    study.count_ended()  # `hpo run` does this to find out how many trials are left
     study.optuna_study.sampler = {
-        "random": optuna.samplers.RandomSampler(seed=known), "tpe": optuna.samplers.TPESampler(seed=known),
-    }[sampler]  # fmt: skip
+        "random": optuna.samplers.RandomSampler(seed=seed),
+        "tpe": optuna.samplers.TPESampler(seed=seed),
+    }[sampler]
 
     def draw(trial: optuna.Trial) -> str:
         for name, distribution in DISTRIBUTIONS.items():
-            trial._suggest(name, distribution)
+            if isinstance(distribution, CategoricalDistribution):
+                trial.suggest_categorical(name, distribution.choices)
+            elif isinstance(distribution, FloatDistribution):
+                trial.suggest_float(name, distribution.low, distribution.high, log=distribution.log)
         return ""
 
     asks = []
@@ -59,7 +67,7 @@ def measure_here(url: str, sampler: str, known: int) -> dict[str, float]:
         draw=draw,
         learns=sampler == "tpe",
     ) as run:
-        for i in range(ASKS + 1):
+        for i in range(CLAIMS + 1):
             before = time.perf_counter()
             claim = run.claim()
             assert claim is not None
@@ -78,36 +86,36 @@ def measure_here(url: str, sampler: str, known: int) -> dict[str, float]:
 
 
 def _peak_bytes() -> int:
-    # Not getrusage: a new process begins with the peak of the one that started it.
+    # getrusage does not work here: a new process inherits the peak of its parent.
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 
 
-def measure(url: str, sampler: str, known: int) -> dict[str, float]:
-    """Measure in a new process."""
-    command = [sys.executable, "-m", "benchmarks.scale", "--here", url, sampler, str(known)]
+def measure(url: str, sampler: str, seed: int) -> dict[str, float]:
+    """Return `measure_here` from a new process."""
+    command = [sys.executable, "-m", "benchmarks.scale", "--here", url, sampler, str(seed)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr[-2000:])
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return measured
 
 
 def main() -> None:
-    """Measure, or with --here be measured."""
+    """Measure each sampler with each number of trials."""
     from storage.database import open_database
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", nargs="+", type=int, default=[100, 1000, 10_000])
     parser.add_argument("--epochs", type=int, default=50)
-    parser.add_argument("--runs", type=int, default=3, help="processes, of which the median is taken")
+    parser.add_argument("--runs", type=int, default=3, help="processes per row; the row shows their medians")
     parser.add_argument("--here", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.here:
         print(json.dumps(measure_here(options.here[0], options.here[1], int(options.here[2]))))
         return
     print(f"{'sampler':8} {'trials':>7} {'open s':>8} {'resume s':>9} {'ask ms':>8} {'memory MiB':>11}")
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="scale-") as folder:
         urls = {}
         for trials in options.trials:
@@ -116,15 +124,15 @@ def main() -> None:
                 fill(database, "s", trials=trials, epochs=options.epochs)
         for sampler in SAMPLERS:
             for trials, url in urls.items():
-                runs = [measure(url, sampler, trials) for _ in range(options.runs)]
-                middle = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
-                found[f"{sampler}/{trials}"] = {name: round(value, 4) for name, value in middle.items()}
+                measurements = [measure(url, sampler, trials) for _ in range(options.runs)]
+                median = {name: statistics.median(each[name] for each in measurements) for name in measurements[0]}
+                results[f"{sampler}/{trials}"] = {name: round(value, 4) for name, value in median.items()}
                 print(
-                    f"{sampler:8} {trials:7,} {middle['open']:8.2f} {middle['resume']:9.2f} {1000 * middle['ask']:8.1f} "
-                    f"{middle['memory'] / 2**20:11.0f}",
+                    f"{sampler:8} {trials:7,} {median['open']:8.2f} {median['resume']:9.2f} {1000 * median['ask']:8.1f} "
+                    f"{median['memory'] / 2**20:11.0f}",
                     flush=True,
                 )
-    print(json.dumps(found))
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

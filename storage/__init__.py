@@ -1,1 +1,1 @@
-"""The SQL database that holds every result: Optuna's tables, and beside them our own with the prefix hpo_."""
+"""The SQL database that holds every result: Optuna's tables, and our own with the prefix `hpo_`. See storage/README.md."""

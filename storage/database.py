@@ -1,7 +1,7 @@
-"""URL -> engine and Optuna's RDBStorage, tuned per dialect; waiting out an outage; locks between processes.
+"""Opening a database by its URL, retrying while it is down, and locks between processes.
 
-Two databases are supported: SQLite for one machine, PostgreSQL for several. Both are opened by any number of
-processes at once: whoever comes first creates the tables, under a lock, and the others find them.
+Two databases are supported: SQLite for one machine, PostgreSQL for several. Any number of processes may open either at the
+same time: the first one creates the tables while it holds a lock.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
 
-BUSY_SECONDS = 60.0  # how long a SQLite writer waits for another one
-RETRY_SECONDS = 600.0  # how long a run waits for a database that went away
-SCHEMA_VERSION = 1  # of our own tables
+BUSY_SECONDS = 60.0  # how long a SQLite writer waits for another writer
+RETRY_SECONDS = 600.0  # how long an operation is retried while the database is down
+SCHEMA_VERSION = 1  # of our tables
 
 T = TypeVar("T")
 logger = logging.getLogger("hpo.storage")
 
 
 class StorageError(Exception):
-    """The database cannot be used; the text says why and what to do. Never holds a password."""
+    """The database cannot be used. The message says why and what to do, and never contains a password."""
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,20 @@ class Database:
     """An open database.
 
     Attributes:
-        url: without the password, for people to read.
-        engine: SQLAlchemy's, for our own tables.
-        optuna_storage: Optuna's storage over the same engine settings.
+        url: the URL without its password, for messages.
+        engine: SQLAlchemy's engine, for our tables.
+        optuna_storage: Optuna's storage. It has its own engine with the same options.
     """
 
     url: str
     engine: sa.Engine
     optuna_storage: RDBStorage
 
-    def seconds(self) -> sa.ColumnElement[float]:
-        """The database's own clock in SQL, in seconds since 1970: several machines need not agree on the time."""
+    def now_seconds(self) -> sa.ColumnElement[float]:
+        """Return an SQL expression for the database's time, in seconds since 1970.
+
+        Leases compare times by this clock, so the clocks of several machines need not agree.
+        """
         if self.engine.dialect.name == "sqlite":
             return sa.cast((sa.func.julianday("now") - 2440587.5) * 86400.0, sa.Float)
         return sa.cast(sa.extract("epoch", sa.func.clock_timestamp()), sa.Float)
@@ -68,80 +71,81 @@ class Database:
 
     @contextlib.contextmanager
     def lock(self, name: str) -> Iterator[None]:
-        """Hold a lock that at most one process holds at a time; it goes with the process that dies."""
+        """Hold a lock that at most one process holds at a time. The lock of a process that dies is released."""
         with _lock(self.engine, name):
             yield
 
 
 def open_database(url: str, password: str | None = None, *, create: bool = True) -> Database:
-    """Open a database and create what tables it lacks. Safe for many processes at once.
+    """Open a database and create its missing tables. Any number of processes may do so at the same time.
 
     Args:
         url: an SQLAlchemy URL: `sqlite:///path/to/file.db` or `postgresql://user:password@host/name`.
-        password: for a URL without one.
-        create: False for those who only read: a SQLite file that is not there is not made.
+        password: the password for a PostgreSQL URL without one.
+        create: whether to create a missing SQLite file. Readers pass False.
 
     Raises:
-        StorageError: the URL is wrong, or the database is away, forbidden, not ours or of another version.
+        StorageError: the URL is wrong; the database is down or forbids access; another program or another version
+            created its tables.
     """
     parsed = _parse_url(url)
     if parsed.get_backend_name() == "postgresql" and parsed.password is None:
         parsed = parsed.set(password=password)
-    shown = parsed.render_as_string(hide_password=True)
-    with translate_errors(shown):
+    safe_url = parsed.render_as_string(hide_password=True)
+    with translate_errors(safe_url):
         if parsed.get_backend_name() == "sqlite":
             if not create and not Path(str(parsed.database)).exists():
                 raise StorageError(
-                    f"there is no database {shown} yet: `hpo run SPACE` makes it; or name another one by --storage or "
-                    "HPO_STORAGE"
+                    f"there is no database {safe_url} yet: `hpo run SPACE` creates it; or name another one with --storage "
+                    "or HPO_STORAGE"
                 )
-            _make_folder(parsed, shown)
+            _create_folder(parsed, safe_url)
         options = _engine_options(parsed)
         engine = sa.create_engine(parsed, **options)
         if engine.dialect.name == "sqlite":
-            sa.event.listen(engine, "connect", _tune_sqlite)
+            sa.event.listen(engine, "connect", _configure_sqlite)
         try:
-            # The first look is under the lock too: it turns WAL on, for which SQLite waits for nobody.
+            # The first connection needs the lock, too: it turns on WAL, for which SQLite does not wait for other writers.
             with _lock(engine, "schema"):
-                if not _is_ready(engine, shown):
-                    return Database(shown, engine, _create_tables(parsed, engine, options))
-            return Database(shown, engine, _open_optuna(parsed, options, shown))
+                if not _has_tables(engine, safe_url):
+                    return Database(safe_url, engine, _create_tables(parsed, engine, options))
+            return Database(safe_url, engine, _open_optuna(parsed, options, safe_url))
         except BaseException:
             engine.dispose()
             raise
 
 
 def _create_tables(url: sa.URL, engine: sa.Engine, options: dict[str, Any]) -> RDBStorage:
-    metadata.create_all(engine)  # first: where it may not, Optuna's storage would leave its connections open
-    storage = _rdb_storage(url, options, skip_table_creation=False)
+    metadata.create_all(engine)  # first: without the right to create tables, RDBStorage would leak its connections
+    storage = _create_optuna_storage(url, options, skip_table_creation=False)
     with engine.begin() as connection:
-        connection.execute(schema.insert().values(version=SCHEMA_VERSION))  # last: with it, the tables are complete
+        connection.execute(schema.insert().values(version=SCHEMA_VERSION))  # last: it marks the tables as complete
     return storage
 
 
-def _open_optuna(url: sa.URL, options: dict[str, Any], shown: str) -> RDBStorage:
-    storage = _rdb_storage(url, options, skip_table_creation=True)
+def _open_optuna(url: sa.URL, options: dict[str, Any], safe_url: str) -> RDBStorage:
+    storage = _create_optuna_storage(url, options, skip_table_creation=True)
     found, wanted = storage.get_current_version(), storage.get_head_version()
     if found != wanted:
         storage.engine.dispose()
         raise StorageError(
-            f"{shown} was written by another version of Optuna (tables {found}, this one reads {wanted}); back it up and "
-            "run `optuna storage upgrade --storage URL`, or name another database"
+            f"{safe_url} was written by another version of Optuna (its tables: {found}, expected: {wanted}); back it up "
+            "and run `optuna storage upgrade --storage URL`, or name another database"
         )
     return storage
 
 
-def _rdb_storage(url: sa.URL, options: dict[str, Any], *, skip_table_creation: bool) -> RDBStorage:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # "A new study created" is not news to anyone
+def _create_optuna_storage(url: sa.URL, options: dict[str, Any], *, skip_table_creation: bool) -> RDBStorage:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # no "A new study created" in the log
     storage = RDBStorage(
         url.render_as_string(hide_password=False),
         engine_kwargs=options,
-        skip_compatibility_check=True,  # it would leave its connections open where it fails
+        skip_compatibility_check=True,  # where it fails, it leaks its connections; _open_optuna checks instead
         skip_table_creation=skip_table_creation,
     )
     if storage.engine.dialect.name == "sqlite":
-        sa.event.listen(storage.engine, "connect", _tune_sqlite)
-        storage.engine.dispose()  # the connections that it has opened were not tuned
+        sa.event.listen(storage.engine, "connect", _configure_sqlite)
+        storage.engine.dispose()  # connections opened so far were not configured
     return storage
 
 
@@ -157,54 +161,54 @@ def _parse_url(url: str) -> sa.URL:
     except (NoSuchModuleError, ImportError):
         raise StorageError(f"no driver for {parsed.drivername}:// databases; {examples}") from None
     except ArgumentError:
-        # The text may hold a password that a typing mistake made unrecognisable: it is not repeated.
+        # The text is not repeated: it may contain a password that a typing mistake made unrecognisable.
         raise StorageError(f"the storage is not a database URL; write one, {examples}") from None
     if parsed.get_backend_name() not in {"sqlite", "postgresql"}:
         raise StorageError(f"{parsed.get_backend_name()} is not supported; {examples}")
     if parsed.get_backend_name() == "sqlite" and parsed.database in {None, "", ":memory:"}:
-        raise StorageError(f"a SQLite database in memory would not outlive the run; name a file, {examples}")
+        raise StorageError(f"a SQLite database in memory ends with the process; name a file, {examples}")
     if parsed.drivername == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
     return parsed
 
 
-def _make_folder(url: sa.URL, shown: str) -> None:
+def _create_folder(url: sa.URL, safe_url: str) -> None:
     folder = Path(str(url.database)).parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(
-            f"cannot create the folder {folder} for {shown}: {error.strerror}. "
-            "Make it writable, or name another database by --storage or HPO_STORAGE"
+            f"cannot create the folder {folder} for {safe_url}: {error.strerror}. "
+            "Make it writable, or name another database with --storage or HPO_STORAGE"
         ) from None
 
 
 def _engine_options(url: sa.URL) -> dict[str, Any]:
     if url.get_backend_name() == "sqlite":
         return {"connect_args": {"timeout": BUSY_SECONDS}}
-    # pre_ping: a restarted server is noticed when a connection is taken, not by the write that then fails.
+    # pre_ping: after a restart of the server, stale connections are replaced before a statement fails on one.
     connect_args = {"connect_timeout": 10, "application_name": "hpo"}
     return {"pool_pre_ping": True, "connect_args": connect_args}
 
 
-def _tune_sqlite(connection: sqlite3.Connection, _record: object) -> None:
-    # WAL: readers and the one writer do not wait for each other. NORMAL: a power cut may undo the last commits but
-    # never harms the file; a killed process loses nothing.
+def _configure_sqlite(connection: sqlite3.Connection, _record: object) -> None:
+    # WAL: readers and the one writer do not wait for each other. NORMAL: a power cut may undo the last commits but does
+    # not damage the file; a killed process loses nothing.
     if connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
         connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=NORMAL")
 
 
-def _is_ready(engine: sa.Engine, shown: str) -> bool:
-    """Tell whether the tables are there; False for an empty database, or one of Optuna's.
+def _has_tables(engine: sa.Engine, safe_url: str) -> bool:
+    """Return whether our tables are complete; False for an empty database, or one with Optuna's tables only.
 
     Raises:
-        StorageError: the database is another program's, or of another version.
+        StorageError: another program or another version created the tables.
     """
     tables = set(sa.inspect(engine).get_table_names())
     if tables and not tables & {"studies", "hpo_schema"}:
         raise StorageError(
-            f"{shown} belongs to another program (it has the tables {', '.join(sorted(tables)[:3])}, ...); "
+            f"{safe_url} belongs to another program (it has the tables {', '.join(sorted(tables)[:3])}, ...); "
             "name an empty database or one of Optuna's"
         )
     if "hpo_schema" not in tables:
@@ -213,7 +217,7 @@ def _is_ready(engine: sa.Engine, shown: str) -> bool:
         version = connection.scalar(sa.select(schema.c.version))
     if version not in {None, SCHEMA_VERSION}:
         raise StorageError(
-            f"{shown} was written by another version of hpo (tables of version {version}, this one reads "
+            f"{safe_url} was written by another version of hpo (its tables have version {version}, expected: "
             f"{SCHEMA_VERSION}); use that version, or name another database"
         )
     return version is not None
@@ -233,7 +237,7 @@ def _lock(engine: sa.Engine, name: str) -> Iterator[None]:
             lock.release()
         return
     number = zlib.crc32(f"hpo/{name}".encode())
-    # A connection of its own, without a transaction: the lock lives as long as the connection, or until released.
+    # A separate connection without a transaction: the lock is held until it is released or the connection ends.
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(sa.select(sa.func.pg_advisory_lock(number)))
         try:
@@ -241,33 +245,33 @@ def _lock(engine: sa.Engine, name: str) -> Iterator[None]:
         finally:
             try:
                 connection.execute(sa.select(sa.func.pg_advisory_unlock(number)))
-            except DBAPIError:  # the server went away, and the lock with it
+            except DBAPIError:  # the server is down, which released the lock
                 connection.invalidate()
 
 
-# --- what a database error means ----------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def translate_errors(shown: str) -> Iterator[None]:
+def translate_errors(safe_url: str) -> Iterator[None]:
     """Turn the errors of database drivers into a StorageError that names the remedy."""
     try:
         yield
     except (DBAPIError, StorageInternalError, sqlite3.Error) as error:
-        raise StorageError(f"{shown}: {_remedy(_driver_error(error))}") from None
+        raise StorageError(f"{safe_url}: {_remedy(_driver_error(error))}") from None
 
 
-def retry_while_down(database: Database, operation: Callable[[], T], patience: float = RETRY_SECONDS) -> T:
-    """Run an operation, again and again while the database is away.
+def retry_while_down(database: Database, operation: Callable[[], T], timeout_seconds: float = RETRY_SECONDS) -> T:
+    """Run an operation and return its result. Retry it while the database is down.
 
-    The operation must be repeatable: it may have been carried out though its answer was lost.
+    The operation must be idempotent: its transaction may have been committed although the answer was lost.
 
     Raises:
-        StorageError: the database stayed away for longer than `patience` seconds, or fails in a way that waiting does
-            not mend (disk full, no rights, a damaged file).
+        StorageError: the database was down for longer than the timeout, or the error is not transient (disk full,
+            missing rights, damaged file).
     """
-    deadline = time.monotonic() + patience
-    pause = 0.1
+    deadline = time.monotonic() + timeout_seconds
+    pause_seconds = 0.1
     while True:
         try:
             return operation()
@@ -275,16 +279,18 @@ def retry_while_down(database: Database, operation: Callable[[], T], patience: f
             cause = _driver_error(error)
             if not _is_transient(cause):
                 raise StorageError(f"{database.url}: {_remedy(cause)}") from None
-            if time.monotonic() + pause > deadline:
-                raise StorageError(f"{database.url}: still away after {patience:.0f} s. {_remedy(cause)}") from None
-            if pause == 0.1:
-                logger.warning("the database is away (%s): waiting for it", _first_line(cause))
-        time.sleep(pause)
-        pause = min(2 * pause, 5.0)
+            if time.monotonic() + pause_seconds > deadline:
+                raise StorageError(
+                    f"{database.url}: still unavailable after {timeout_seconds:.0f} s. {_remedy(cause)}"
+                ) from None
+            if pause_seconds == 0.1:
+                logger.warning("the database is unavailable (%s): retrying", _first_line(cause))
+        time.sleep(pause_seconds)
+        pause_seconds = min(2 * pause_seconds, 5.0)
 
 
 def _driver_error(error: BaseException) -> BaseException:
-    """Unwrap Optuna's and SQLAlchemy's envelopes."""
+    """Return the driver's error that Optuna and SQLAlchemy have wrapped."""
     if isinstance(error, StorageInternalError) and error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, DBAPIError) and error.orig is not None:
@@ -293,12 +299,12 @@ def _driver_error(error: BaseException) -> BaseException:
 
 
 def _is_transient(error: BaseException) -> bool:
-    """Tell an outage, which ends by itself, from an error that stays."""
+    """Return whether an error may disappear by waiting."""
     if isinstance(error, sqlite3.Error):
         return "locked" in str(error)
     state = getattr(error, "sqlstate", None)
     if state is not None:
-        # 08: connection; 57P: shut down or starting up; 40: serialization and deadlock; 53300: too many connections.
+        # 08: connection; 57P: shutdown or startup; 40: serialization failure and deadlock; 53300: too many connections.
         return state[:2] in {"08", "40"} or state[:3] == "57P" or state == "53300"
     import psycopg
 
@@ -311,14 +317,14 @@ def _remedy(error: BaseException) -> str:
         "disk is full": "the disk is full: free some space, then run the same command again",
         "unable to open": "the file cannot be opened: check that its folder exists and is writable",
         "readonly": "the file is read-only: make it and its folder writable",
-        "not a database": "the file is not a SQLite database: name another one by --storage",
-        "malformed": "the file is damaged: restore a copy, or recover it by `sqlite3 FILE .recover`",
+        "not a database": "the file is not a SQLite database: name another one with --storage",
+        "malformed": "the file is damaged: restore a copy, or recover it with `sqlite3 FILE .recover`",
         "password authentication": "wrong user or password in the storage URL",
         "no password supplied": "the storage URL has no password",
-        "permission denied": f"the database user has not the rights ({text}): grant them CREATE on the schema",
+        "permission denied": f"the database user lacks rights ({text}): grant it CREATE on the schema",
         "does not exist": f"{text}: create it, or correct the storage URL",
-        "locked": f"another program held the database for over {BUSY_SECONDS:.0f} s",
-        "name or service not known": "no such host in the storage URL",
+        "locked": f"another program locked the database for over {BUSY_SECONDS:.0f} s",
+        "name or service not known": "the host in the storage URL does not exist",
         "connection refused": "no server answers there: start it, or correct host and port in the storage URL",
     }
     whole = str(error).lower()

@@ -1,7 +1,7 @@
-"""The private parts of Optuna that this project leans on, all in one place.
+"""Every private part of Optuna that this project uses.
 
-Optuna keeps its database ids private, and offers no public way to write several values in one transaction. Each function
-says what it replaces. `pyproject.toml` bounds Optuna to a minor version; read this module again before that bound moves.
+Optuna keeps its database ids private and writes each value in its own transaction. Each definition below says what it
+replaces and why. pyproject.toml bounds Optuna to one minor version; review this module before raising that bound.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from types import SimpleNamespace
 from typing import Any, Protocol
 
 import optuna
+import sqlalchemy as sa
 from optuna.storages import BaseStorage
+from optuna.storages._rdb.models import TrialIntermediateValueModel
+from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial
 
 
@@ -24,26 +27,78 @@ class StudyAttributes(Protocol):
         """Set a system attribute of a study."""
 
 
+# --- ids and objects --------------------------------------------------------------------------------------------------
+
+
 def trial_id(trial: FrozenTrial | optuna.Trial) -> int:
-    """Return a trial's key in the database; the public `number` is unique in its study only."""
+    """Return a trial's primary key. Our tables refer to it; the public `number` is unique in its study only."""
     return trial._trial_id
 
 
-def study_id(study: optuna.Study) -> int:
-    """Return a study's key in the database."""
+def study_id(study: optuna.Study | FrozenStudy) -> int:
+    """Return a study's primary key. Our tables refer to it, and so do the methods of Optuna's storage.
+
+    Args:
+        study: a study, or an element of `BaseStorage.get_all_studies()`.
+    """
     return study._study_id
 
 
 def storage_of(study: optuna.Study) -> BaseStorage:
-    """Return the storage that a study reads and writes, with Optuna's cache if it has one."""
+    """Return the storage that a study reads and writes, including Optuna's cache if it has one."""
     return study._storage
 
 
+def new_trial(study: optuna.Study) -> optuna.Trial:
+    """Return a new RUNNING trial without parameters.
+
+    The public `Study.ask` first looks for WAITING trials, which reads the whole study.
+    """
+    return optuna.Trial(study, study._storage.create_new_trial(study._study_id))
+
+
 def study_view(attributes: StudyAttributes, study_id: int) -> Any:
-    """Return a study for `optuna_dashboard.save_plotly_graph_object` that reads and writes `attributes` alone."""
+    """Return a study for `optuna_dashboard.save_plotly_graph_object` that reads and writes `attributes` alone.
+
+    The dashboard writes a plot in many transactions. With this view, we collect its parts and write them in one.
+    """
     return SimpleNamespace(_storage=attributes, _study_id=study_id)
 
 
 def trial_view(attributes: StudyAttributes, study_id: int, trial_id: int) -> Any:
-    """Return a trial for `optuna_dashboard.save_note` that reads and writes `attributes` alone."""
+    """Return a trial for `optuna_dashboard.save_note` that reads and writes `attributes` alone.
+
+    The dashboard takes a live trial only; notes are written for finished ones, too.
+    """
     return SimpleNamespace(storage=attributes, study=SimpleNamespace(_study_id=study_id), _trial_id=trial_id)
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+# `Trial.report` writes one value in one transaction; we write a batch of epochs together with their metrics.
+intermediate_values: sa.Table = sa.inspect(TrialIntermediateValueModel).local_table
+
+
+def encode_intermediate_value(value: float) -> tuple[float | None, str]:
+    """Return the columns (intermediate_value, intermediate_value_type) for a value, which may be NaN or infinite."""
+    stored, kind = TrialIntermediateValueModel.intermediate_value_to_stored_repr(value)
+    return stored, kind.name
+
+
+# Counting the trials of a large study through `Study.get_trials` reads all of them, which takes many seconds.
+trials = sa.table(
+    "trials",
+    sa.column("trial_id", sa.Integer),
+    sa.column("study_id", sa.Integer),
+    sa.column("state", sa.String),
+    sa.column("datetime_start", sa.DateTime),
+    sa.column("datetime_complete", sa.DateTime),
+)
+trial_user_attributes = sa.table(
+    "trial_user_attributes", sa.column("trial_id", sa.Integer), sa.column("key", sa.String), sa.column("value_json")
+)
+
+# `set_study_system_attr` writes one attribute in one transaction; a plot of a hundred parts could be read half-written.
+study_system_attributes = sa.table(
+    "study_system_attributes", sa.column("study_id", sa.Integer), sa.column("key", sa.String), sa.column("value_json")
+)

@@ -1,44 +1,42 @@
-"""Open and resume studies; read them.
-
-What writes into a study is a `storage.run.Run`.
-"""
+"""Opening, finding and reading studies. A `storage.run.Run` writes their trials."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 import math
-import platform
 import uuid
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import optuna
-import psutil
 from optuna.trial import FrozenTrial
 
 from storage import tables
 from storage.database import Database, StorageError, retry_while_down
+from storage.lease import host_id, is_process_dead
+from storage.optuna_internals import study_id, trial_id
 
 DUPLICATE = "duplicate of an earlier trial"
 REJECTED = "breaks a constraint"
-NEVER_RUN = {DUPLICATE, REJECTED}  # what a sampler drew, and no one was given
+NEVER_RUN = {DUPLICATE, REJECTED}  # values of `fail_reason` of trials that a sampler drew and no run trained
 
 Params = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Study:
-    """A study in a database, for reading and for starting runs on.
+    """A study in a database: for reading, and to start runs on.
+
+    Reading methods retry while the database is down, and raise StorageError when it fails for good.
 
     Attributes:
-        name: the study's name; a later revision of a changed space is `name@2`.
-        study_id: its key in the database.
-        optuna_study: Optuna's view of it.
+        name: the study's name. The second revision of a space has the name `name@2`.
+        study_id: its primary key.
+        optuna_study: the same study as an Optuna object.
     """
 
     database: Database
@@ -48,22 +46,22 @@ class Study:
 
     @property
     def attrs(self) -> dict[str, Any]:
-        """The attributes that the study was made with."""
+        """The user attributes of the study."""
         return retry_while_down(self.database, lambda: self.optuna_study.user_attrs)
 
     def trials(self) -> list[FrozenTrial]:
-        """Return all trials by number."""
+        """Return all trials, ordered by number."""
         with without_garbage_collection():
             return retry_while_down(self.database, lambda: self.optuna_study.get_trials(deepcopy=False))
 
     def run_trials(self) -> list[FrozenTrial]:
-        """Return the trials that were run or are to be: without draws that were duplicates or broke a constraint."""
+        """Return the trials without those never run: draws that were duplicates or broke a constraint."""
         return [trial for trial in self.trials() if trial.user_attrs.get("fail_reason") not in NEVER_RUN]
 
     def counts(self) -> Counter[str]:
-        """Return {state: trials} of the `run_trials`, without reading them."""
+        """Return {state: number of trials} for `run_trials`, without reading the trials."""
         rows = retry_while_down(
-            self.database, lambda: tables.count_trials(self.database, without=NEVER_RUN, study=self.study_id)
+            self.database, lambda: tables.count_trials(self.database, without=NEVER_RUN, study_id=self.study_id)
         )
         return Counter({row.state: row.trials for row in rows})
 
@@ -73,38 +71,42 @@ class Study:
         return counts["COMPLETE"] + counts["PRUNED"] + counts["FAIL"]
 
     def metrics(self, trials: Iterable[FrozenTrial] | None = None) -> dict[int, tables.Metrics]:
-        """Return {trial number: {epoch: {name: value}}} of all trials, or of these, which are then not read again."""
+        """Return {trial number: {epoch: {name: value}}}.
+
+        Args:
+            trials: the trials to include, if the caller has read them; None reads and includes all.
+        """
         by_trial = retry_while_down(self.database, lambda: tables.read_metrics(self.database, self.study_id))
         trials = self.trials() if trials is None else trials
-        return {trial.number: by_trial.get(trial._trial_id, {}) for trial in trials}
+        return {trial.number: by_trial.get(trial_id(trial), {}) for trial in trials}
 
     def provenances(self, trials: Iterable[FrozenTrial]) -> dict[int, dict[str, Any]]:
-        """Return {trial number: where and on what it ran} of these trials."""
+        """Return {trial number: provenance} of these trials: device, threads, data hash."""
         by_trial = retry_while_down(self.database, lambda: tables.read_provenances(self.database, self.study_id))
-        return {trial.number: by_trial.get(trial._trial_id, {}) for trial in trials}
+        return {trial.number: by_trial.get(trial_id(trial), {}) for trial in trials}
 
     def runs(self) -> list[Any]:
-        """Return the rows of all runs on the study, oldest first."""
+        """Return the rows of hpo_runs for this study, oldest first, each with `now`, the database's time."""
         return retry_while_down(self.database, lambda: tables.read_runs(self.database, self.study_id))
 
     def provenance(self, number: int) -> dict[str, Any]:
-        """Return what is needed to run a trial again."""
-        trial = self.trials()[number]._trial_id
+        """Return what is needed to run a trial again, for the trial with this number."""
+        trial = trial_id(self.trials()[number])
         return retry_while_down(self.database, lambda: tables.read_provenance(self.database, trial))
 
-    def metrics_of(self, trials: Collection[int]) -> dict[int, tables.Metrics]:
-        """Return {trial_id: {epoch: {name: value}}} of some trials, without reading the others'."""
-        found = retry_while_down(self.database, lambda: tables.read_metrics(self.database, self.study_id, trials))
-        return {trial: found.get(trial, {}) for trial in trials}
+    def metrics_of(self, trial_ids: Collection[int]) -> dict[int, tables.Metrics]:
+        """Return {trial_id: {epoch: {name: value}}} of these trials. The metrics of others are not read."""
+        found = retry_while_down(self.database, lambda: tables.read_metrics(self.database, self.study_id, trial_ids))
+        return {trial_id: found.get(trial_id, {}) for trial_id in trial_ids}
 
     def system_attrs(self) -> dict[str, Any]:
-        """Return what Optuna and its dashboard keep with the study."""
+        """Return the system attributes, which Optuna and optuna-dashboard store with the study."""
         return retry_while_down(
             self.database, lambda: self.database.optuna_storage.get_study_system_attrs(self.study_id)
         )
 
     def set_system_attrs(self, attrs: Mapping[str, Any]) -> None:
-        """Set some of the `system_attrs`, all at once."""
+        """Set these system attributes in one transaction."""
         retry_while_down(self.database, lambda: tables.write_study_attrs(self.database, self.study_id, attrs))
 
     @property
@@ -115,18 +117,18 @@ class Study:
 
     @property
     def unique_name(self) -> str:
-        """A name that no other study has, in this database or any other: what lies on disk is kept under it."""
+        """A name that no other study has, in any database. Files of the study are stored under it."""
         return f"{self.name}-{self.attrs['hpo:id']}"
 
     @property
     def metric(self) -> str:
-        """The name of the metric that the study optimizes."""
+        """The name of the metric that the study optimises."""
         return str(self.settings.get("metric", "value"))
 
 
 @contextlib.contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """Let no collector look over and over through the millions of objects that a large study is read into."""
+    """Disable garbage collection: it would scan the millions of objects of a large study again and again."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -144,14 +146,15 @@ def study_names(database: Database) -> list[str]:
 
 @dataclass(frozen=True)
 class Summary:
-    """A study in a line.
+    """One study in a list of studies.
 
     Attributes:
+        name: the study's name.
         state: see `state_of`.
-        counts: {state: trials}, what was never run left out.
+        counts: {state: number of trials}, without trials never run.
         metric: the objective's name.
-        best: the best value of a completed trial; None without one, if it is infinite, and with several objectives.
-        last_activity: when anything last happened, in seconds since 1970; None if nothing ever has.
+        best: the best value of a completed trial; None if there is none, if it is infinite, or with several objectives.
+        last_activity: when a run or trial was last active, in seconds since 1970; None if there was none.
     """
 
     name: str
@@ -163,29 +166,28 @@ class Summary:
 
 
 def summarize(database: Database) -> list[Summary]:
-    """Return a line on each study, oldest first, without reading their trials."""
+    """Return a summary of each study, oldest first, without reading the trials."""
     counts: dict[int, dict[str, int]] = {}
     last: dict[int, float] = {}
     for row in retry_while_down(database, lambda: tables.count_trials(database, without=NEVER_RUN)):
         counts.setdefault(row.study, {})[row.state] = row.trials
-        if row.last is not None:  # Optuna writes the local time, without saying so
+        if row.last is not None:  # Optuna stores the local time without a time zone
             last[row.study] = max(last.get(row.study, 0.0), row.last.timestamp())
-    known = retry_while_down(database, lambda: database.optuna_storage.get_all_studies())
-    return [_summary(database, each, counts.get(each._study_id, {}), last.get(each._study_id)) for each in known]
+    studies = retry_while_down(database, lambda: database.optuna_storage.get_all_studies())
+    return [_summary(database, study, counts.get(study_id(study), {}), last.get(study_id(study))) for study in studies]
 
 
-def _summary(database: Database, known: Any, counts: dict[str, int], last: float | None) -> Summary:
-    storage, study_id = database.optuna_storage, known._study_id
+def _summary(database: Database, study: Any, counts: dict[str, int], last: float | None) -> Summary:
     best = None
-    if len(known.directions) == 1 and "COMPLETE" in counts:
-        value = retry_while_down(database, lambda: storage.get_best_trial(study_id)).value
-        best = value if value is not None and math.isfinite(value) else None
-    runs = retry_while_down(database, lambda: tables.read_runs(database, study_id))
-    settings = known.user_attrs.get("hpo:settings", {})
+    if len(study.directions) == 1 and "COMPLETE" in counts:
+        trial = retry_while_down(database, lambda: database.optuna_storage.get_best_trial(study_id(study)))
+        best = trial.value if trial.value is not None and math.isfinite(trial.value) else None
+    runs = retry_while_down(database, lambda: tables.read_runs(database, study_id(study)))
+    settings = study.user_attrs.get("hpo:settings", {})
     heard = [run.last_heard for run in runs]
     return Summary(
-        known.study_name,
-        state_of(known.user_attrs, counts, runs),
+        study.study_name,
+        state_of(study.user_attrs, counts, runs),
         {state: count for state, count in counts.items() if count},
         str(settings.get("metric", "value")),
         best,
@@ -194,33 +196,33 @@ def _summary(database: Database, known: Any, counts: dict[str, int], last: float
 
 
 def state_of(attrs: Mapping[str, Any], counts: Mapping[str, int], runs: Iterable[Any]) -> str:
-    """Return what a study is: `running` while a run is alive, `finished`, or `resumable`; empty for another program's.
+    """Return `running` while a run is alive, else `finished` or `resumable`; empty for a study of another program.
 
     Args:
-        attrs: the study's, see `Study.attrs`.
-        counts: {state: trials}.
+        attrs: the study's user attributes, see `Study.attrs`.
+        counts: {state: number of trials}.
         runs: rows of `tables.read_runs`.
     """
     if "hpo:settings" not in attrs:
         return ""
-    here = host()
+    host = host_id()
     for run in runs:
-        if run.ended is None and run.lease_until >= run.now and not (run.host == here and is_process_dead(run)):
+        if run.ended is None and run.lease_until >= run.now and not (run.host == host and is_process_dead(run)):
             return "running"
     ended = sum(counts.get(state, 0) for state in ("COMPLETE", "PRUNED", "FAIL"))
-    # Of a grid the points that are there, of a search by a sampler its budget.
+    # A grid is finished when all its points are, a sampled search when its budget is spent.
     wanted = attrs.get("hpo:points", attrs["hpo:settings"].get("budget", {}).get("trials"))
     left = counts.get("WAITING", 0) + counts.get("RUNNING", 0)
     return "finished" if ended and not left and ended >= (wanted or 0) else "resumable"
 
 
 def all_studies(database: Database) -> list[Study]:
-    """Return all studies, every revision, oldest first."""
+    """Return every revision of every study, oldest first."""
     return [_load(database, name) for name in study_names(database)]
 
 
 def find_study(database: Database, name: str) -> Study | None:
-    """Return a study by name, or None. A name without a revision means the latest one."""
+    """Return the study with this name, or None. A name without a revision means the latest one."""
     revisions = _revisions(database, name.partition("@")[0])
     if "@" in name:
         return _load(database, name) if name in revisions else None
@@ -231,15 +233,15 @@ def find_revision(database: Database, name: str, fingerprint: str) -> Study | No
     """Return the revision of a study that has this fingerprint, or None.
 
     Raises:
-        StorageError: the name is taken by a study of another program.
+        StorageError: a study of another program has the name.
     """
-    for known in _revisions(database, name):
-        study = _load(database, known)
+    for revision in _revisions(database, name):
+        study = _load(database, revision)
         found = study.attrs.get("hpo:fingerprint")
         if found is None and study.trials():
             raise StorageError(
-                f"the study {known!r} in {database.url} was made by another program; rename the search space, or name "
-                "another database by --storage"
+                f"the study {revision!r} in {database.url} was created by another program; rename the search space, or "
+                "name another database with --storage"
             )
         if found in {None, fingerprint}:
             return study
@@ -254,13 +256,16 @@ def open_study(
     fingerprint: str,
     settings: Mapping[str, Any],
 ) -> Study:
-    """Return the revision of a study that has this fingerprint; create it where there is none.
+    """Return the revision of a study that has this fingerprint; create it if there is none.
 
     Args:
         name: the first revision's name; later ones are `name@2`, `name@3`, ...
         direction: maximize or minimize.
-        fingerprint: the identity of the search; results of different fingerprints never mix.
-        settings: plain values to keep with the study.
+        fingerprint: the identity of the search. Studies of different fingerprints never share trials.
+        settings: plain values to store with the study.
+
+    Raises:
+        StorageError: a study of another program has the name, or the database cannot be used.
     """
 
     def open_or_create() -> Study:
@@ -271,15 +276,15 @@ def open_study(
                 new = f"{name}@{_revision(revisions[-1]) + 1}" if revisions else name
                 optuna.create_study(storage=database.optuna_storage, study_name=new, direction=direction)
                 study = _load(database, new)
-            # New, or its creator died before it had said what it is.
+            # New, or its creator died before the study was complete.
             if "hpo:fingerprint" not in study.attrs:
                 study.optuna_study.set_user_attr("hpo:settings", dict(settings))
                 study.optuna_study.set_user_attr("hpo:id", uuid.uuid4().hex[:12])
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                    # The axis of the dashboard's plots.
+                    # optuna-dashboard labels the axes of its plots with it.
                     study.optuna_study.set_metric_names([str(settings.get("metric", "value"))])
-                study.optuna_study.set_user_attr("hpo:fingerprint", fingerprint)  # last: with it, the study is complete
+                study.optuna_study.set_user_attr("hpo:fingerprint", fingerprint)  # last: it marks the study as complete
             return study
 
     return retry_while_down(database, open_or_create)
@@ -287,7 +292,7 @@ def open_study(
 
 def _load(database: Database, name: str) -> Study:
     study = retry_while_down(database, lambda: optuna.load_study(study_name=name, storage=database.optuna_storage))
-    return Study(database, name, study._study_id, study)
+    return Study(database, name, study_id(study), study)
 
 
 def _revisions(database: Database, name: str) -> list[str]:
@@ -298,32 +303,14 @@ def _revision(name: str) -> int:
     return int(name.partition("@")[2] or 1)
 
 
-# --- runs, as far as they concern a reader ---------------------------------------------------------------------------
-
-
 def elapsed_seconds(runs: Iterable[Any]) -> float:
-    """Return for how much time any of these runs, oldest first, has been at work; runs side by side count once."""
-    spent, covered = 0.0, 0.0
+    """Return for how long any of these runs was active. Simultaneous runs count once.
+
+    Args:
+        runs: rows of `tables.read_runs`, oldest first.
+    """
+    spent, covered_until = 0.0, 0.0
     for run in runs:
-        spent += max(0.0, run.last_heard - max(run.started, covered))
-        covered = max(covered, run.last_heard)
+        spent += max(0.0, run.last_heard - max(run.started, covered_until))
+        covered_until = max(covered_until, run.last_heard)
     return spent
-
-
-def is_process_dead(row: Any) -> bool:
-    """Tell whether a run of this machine has no process any more."""
-    try:
-        process = psutil.Process(row.pid)
-        is_other = abs(process.create_time() - row.process_started) > 1.0  # the number was given out again
-        return is_other or bool(process.status() == psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return True
-
-
-def host() -> str:
-    """Return this machine's identity: host name, boot, and the space in which its process numbers hold."""
-    parts = [platform.node()]
-    for source in (Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")):
-        with contextlib.suppress(OSError):
-            parts.append(source.readlink().name if source.is_symlink() else source.read_text().strip())
-    return "/".join(parts)

@@ -1,10 +1,10 @@
-"""The tables of our own, beside Optuna's: every metric of every epoch, who works on which trial, provenance.
+"""Our tables, next to Optuna's: metrics of every epoch, runs, and the owner and provenance of each trial.
 
-    hpo_runs      a run of the service: who drives it, until when it may be trusted to be alive, with what versions
-    hpo_trials    a row for each trial: the key of its configuration, the run that works on it, what is needed to repeat it
-    hpo_metrics   a row for each value: trial, epoch, name, value
+    hpo_runs      one row for each run: which process drives it, until when its lease holds, its versions
+    hpo_trials    one row for each trial: the key of its configuration, the run that works on it, what a replay needs
+    hpo_metrics   one row for each value: trial, epoch, name, value
 
-`trial` is Optuna's trial_id and `study` its study_id, both unique in the whole database.
+`trial` is Optuna's trial_id and `study` its study_id. Both are unique in the database. storage/README.md lists the columns.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import sqlalchemy as sa
-from optuna.storages._rdb.models import TrialIntermediateValueModel
 from sqlalchemy.dialects import postgresql, sqlite
 
+from storage import optuna_internals
 from storage.database import Database, metadata
 
-Metrics = dict[int, dict[str, float]]
+Metrics = dict[int, dict[str, float]]  # {epoch: {name: value}}
 
 runs = sa.Table(
     "hpo_runs",
@@ -30,9 +30,10 @@ runs = sa.Table(
     sa.Column("host", sa.Text, nullable=False),
     sa.Column("pid", sa.Integer, nullable=False),
     sa.Column("process_started", sa.Float, nullable=False),
+    # Times below are by the database's clock.
     sa.Column("started", sa.Float, nullable=False),
     sa.Column("last_heard", sa.Float, nullable=False),
-    # The run holds its trials until then, by the database's clock, and renews it while it lives.
+    # The run owns its trials until then. It renews the lease while it lives.
     sa.Column("lease_until", sa.Float, nullable=False),
     sa.Column("ended", sa.Float),
     sa.Column("provenance", sa.JSON, nullable=False),
@@ -44,10 +45,10 @@ trials = sa.Table(
     sa.Column("trial", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("study", sa.Integer, nullable=False),
     sa.Column("key", sa.Text, nullable=False),
-    # The run that works on the trial; NULL while nobody does.
+    # The run that works on the trial, or did last; NULL after it was released.
     sa.Column("run", sa.Integer, index=True),
     sa.Column("crashes", sa.Integer, nullable=False, server_default="0"),
-    # What a replay needs beyond the study's own settings: device, threads, data hash.
+    # What a replay needs in addition to the study's settings: device, threads, data hash.
     sa.Column("provenance", sa.JSON),
     sa.UniqueConstraint("study", "key"),
 )
@@ -58,117 +59,115 @@ metrics = sa.Table(
     sa.Column("trial", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("epoch", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("name", sa.String(100), primary_key=True),
-    # NULL stands for NaN, which SQLite cannot hold.
+    # NULL means NaN, which SQLite cannot store.
     sa.Column("value", sa.Double),
 )
 
 
+# --- metrics and values -----------------------------------------------------------------------------------------------
+
+
 def write_metrics(connection: sa.Connection, epochs: Iterable[tuple[int, int, Mapping[str, float]]]) -> None:
-    """Write (trial, epoch, {name: value}) of any number of epochs; written twice, the later values stand."""
+    """Write the metrics of any number of epochs. Existing values are replaced.
+
+    Args:
+        connection: in the caller's transaction.
+        epochs: (trial_id, epoch, {name: value}).
+    """
     rows = [
-        {"trial": trial, "epoch": epoch, "name": name, "value": None if math.isnan(value) else value}
-        for trial, epoch, values in epochs
+        {"trial": trial_id, "epoch": epoch, "name": name, "value": None if math.isnan(value) else value}
+        for trial_id, epoch, values in epochs
         for name, value in values.items()
     ]
-    if not rows:
-        return
-    insert = (sqlite if connection.dialect.name == "sqlite" else postgresql).insert(metrics)
-    connection.execute(
-        insert.on_conflict_do_update(
-            index_elements=[metrics.c.trial, metrics.c.epoch, metrics.c.name], set_={"value": insert.excluded.value}
-        ),
-        rows,
-    )
+    _upsert(connection, metrics, ("trial", "epoch", "name"), rows)
 
 
 def write_values(connection: sa.Connection, values: Iterable[tuple[int, int, float]]) -> None:
-    """Write Optuna's intermediate values, (trial, epoch, value) of any number of epochs; written twice, the later stand.
+    """Write Optuna's intermediate values of any number of epochs. Existing values are replaced.
 
-    In Optuna's own table and its own notation, which it would write one transaction an epoch.
+    Args:
+        connection: in the caller's transaction.
+        values: (trial_id, epoch, value).
     """
     rows = []
-    for trial, epoch, value in values:
-        stored, kind = TrialIntermediateValueModel.intermediate_value_to_stored_repr(value)
-        rows.append({"trial_id": trial, "step": epoch, "intermediate_value": stored, "intermediate_value_type": kind})
+    for trial_id, epoch, value in values:
+        stored, kind = optuna_internals.encode_intermediate_value(value)
+        rows.append(
+            {"trial_id": trial_id, "step": epoch, "intermediate_value": stored, "intermediate_value_type": kind}
+        )
+    _upsert(connection, optuna_internals.intermediate_values, ("trial_id", "step"), rows)
+
+
+def _upsert(connection: sa.Connection, table: sa.TableClause, key: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
     if not rows:
         return
-    insert = (sqlite if connection.dialect.name == "sqlite" else postgresql).insert(TrialIntermediateValueModel)
-    set_ = {name: insert.excluded[name] for name in ("intermediate_value", "intermediate_value_type")}
-    connection.execute(insert.on_conflict_do_update(index_elements=["trial_id", "step"], set_=set_), rows)
+    insert = (sqlite if connection.dialect.name == "sqlite" else postgresql).insert(table)
+    updated = {name: insert.excluded[name] for name in rows[0] if name not in key}
+    connection.execute(insert.on_conflict_do_update(index_elements=list(key), set_=updated), rows)
 
 
-def read_metrics(database: Database, study: int, only: Collection[int] | None = None) -> dict[int, Metrics]:
-    """Return {trial: {epoch: {name: value}}} of a study, epochs in order; of all its trials, or only of some."""
+def read_metrics(database: Database, study_id: int, trial_ids: Collection[int] | None = None) -> dict[int, Metrics]:
+    """Return {trial_id: {epoch: {name: value}}} of a study, epochs in order.
+
+    Args:
+        trial_ids: read only these; None reads all.
+    """
     query = (
         sa.select(metrics.c.trial, metrics.c.epoch, metrics.c.name, metrics.c.value)
         .join(trials, trials.c.trial == metrics.c.trial)
-        .where(trials.c.study == study)
+        .where(trials.c.study == study_id)
         .order_by(metrics.c.trial, metrics.c.epoch)
     )
-    if only is not None:
-        query = query.where(metrics.c.trial.in_(only))
+    if trial_ids is not None:
+        query = query.where(metrics.c.trial.in_(trial_ids))
     found: dict[int, Metrics] = {}
     with database.engine.connect() as connection:
-        for trial, epoch, name, value in connection.execute(query):
-            found.setdefault(trial, {}).setdefault(epoch, {})[name] = math.nan if value is None else value
+        for trial_id, epoch, name, value in connection.execute(query):
+            found.setdefault(trial_id, {}).setdefault(epoch, {})[name] = math.nan if value is None else value
     return found
 
 
-def write_study_attrs(database: Database, study: int, attrs: Mapping[str, Any]) -> None:
-    """Write system attributes of an Optuna study, all of them or none.
+# --- studies and trials -----------------------------------------------------------------------------------------------
 
-    Optuna writes each in a transaction of its own: a plot of a hundred parts could be read half-written.
-    """
-    table = sa.table("study_system_attributes", sa.column("study_id"), sa.column("key"), sa.column("value_json"))
-    rows = [{"study_id": study, "key": key, "value_json": json.dumps(value)} for key, value in attrs.items()]
+
+def write_study_attrs(database: Database, study_id: int, attrs: Mapping[str, Any]) -> None:
+    """Write system attributes of an Optuna study in one transaction."""
+    rows = [{"study_id": study_id, "key": key, "value_json": json.dumps(value)} for key, value in attrs.items()]
     with database.engine.begin() as connection:
-        insert = (sqlite if connection.dialect.name == "sqlite" else postgresql).insert(table)
-        statement = insert.on_conflict_do_update(
-            index_elements=["study_id", "key"], set_={"value_json": insert.excluded.value_json}
-        )
-        if rows:
-            connection.execute(statement, rows)
+        _upsert(connection, optuna_internals.study_system_attributes, ("study_id", "key"), rows)
 
 
-def read_provenance(database: Database, trial: int) -> dict[str, Any]:
-    """Return what is needed to run a trial again; empty for a trial that never started."""
+def read_provenance(database: Database, trial_id: int) -> dict[str, Any]:
+    """Return what is needed to run a trial again: its own provenance and its run's; empty if it never started."""
     query = (
         sa.select(trials.c.provenance, runs.c.provenance)
         .join(runs, runs.c.run == trials.c.run, isouter=True)
-        .where(trials.c.trial == trial)
+        .where(trials.c.trial == trial_id)
     )
     with database.engine.connect() as connection:
         row = connection.execute(query).one_or_none()
     return {**(row[1] or {}), **(row[0] or {})} if row else {}
 
 
-def read_provenances(database: Database, study: int) -> dict[int, dict[str, Any]]:
-    """Return {trial: what is needed to run it again, but for what its run says} of a study."""
-    query = sa.select(trials.c.trial, trials.c.provenance).where(trials.c.study == study)
+def read_provenances(database: Database, study_id: int) -> dict[int, dict[str, Any]]:
+    """Return {trial_id: provenance} of a study's trials, without the provenance of their runs."""
+    query = sa.select(trials.c.trial, trials.c.provenance).where(trials.c.study == study_id)
     with database.engine.connect() as connection:
-        return {trial: provenance or {} for trial, provenance in connection.execute(query)}
+        return {trial_id: provenance or {} for trial_id, provenance in connection.execute(query)}
 
 
-def count_trials(database: Database, *, without: Collection[str], study: int | None = None) -> list[Any]:
-    """Return rows (study, state, trials, last), last being when one of them last started or ended.
+def count_trials(database: Database, *, without: Collection[str], study_id: int | None = None) -> list[Any]:
+    """Return rows (study, state, trials, last), where `last` is when one of these trials last started or ended.
 
-    Counted by the database: reading the trials of a large study takes many seconds.
+    The database counts: reading the trials of a large study takes many seconds.
 
     Args:
-        without: values of the user attribute `fail_reason` whose trials are not counted.
-        study: count only this one's.
+        without: values of the user attribute `fail_reason`; trials that have one are not counted.
+        study_id: count the trials of this study only.
     """
-    trial = sa.table(
-        "trials",  # Optuna's own, as is the next
-        sa.column("trial_id"),
-        sa.column("study_id"),
-        sa.column("state", sa.String),
-        sa.column("datetime_start", sa.DateTime),
-        sa.column("datetime_complete", sa.DateTime),
-    )
-    attr = sa.table("trial_user_attributes", sa.column("trial_id"), sa.column("key"), sa.column("value_json"))
+    trial, attr = optuna_internals.trials, optuna_internals.trial_user_attributes
     reasons = [json.dumps(reason) for reason in without]
-    left_out = sa.exists().where(
+    is_left_out = sa.exists().where(
         attr.c.trial_id == trial.c.trial_id, attr.c.key == "fail_reason", attr.c.value_json.in_(reasons)
     )
     last = sa.func.max(sa.func.coalesce(trial.c.datetime_complete, trial.c.datetime_start))
@@ -177,15 +176,17 @@ def count_trials(database: Database, *, without: Collection[str], study: int | N
         sa.cast(trial.c.state, sa.String).label("state"),
         sa.func.count().label("trials"),
         sa.type_coerce(last, sa.DateTime).label("last"),
-    ).where(sa.or_(sa.cast(trial.c.state, sa.String) != "FAIL", ~left_out))
-    if study is not None:
-        query = query.where(trial.c.study_id == study)
+    ).where(sa.or_(sa.cast(trial.c.state, sa.String) != "FAIL", ~is_left_out))
+    if study_id is not None:
+        query = query.where(trial.c.study_id == study_id)
     with database.engine.connect() as connection:
         return list(connection.execute(query.group_by(trial.c.study_id, trial.c.state)))
 
 
-def read_runs(database: Database, study: int) -> list[Any]:
-    """Return the rows of a study's runs, oldest first, each with `now`, the database's time."""
-    query = sa.select(runs, database.seconds().label("now")).where(runs.c.study == study).order_by(runs.c.started)
+def read_runs(database: Database, study_id: int) -> list[Any]:
+    """Return the rows of a study's runs, oldest first, each with `now`, the database's time in seconds since 1970."""
+    query = (
+        sa.select(runs, database.now_seconds().label("now")).where(runs.c.study == study_id).order_by(runs.c.started)
+    )
     with database.engine.connect() as connection:
         return list(connection.execute(query))

@@ -1,7 +1,7 @@
-"""What a run tells of its trials, gathered and written together, off the thread that tells it.
+"""Write-behind buffer: batches trial updates and writes them on a background thread.
 
-Nothing is promised by `put`: a driver that is killed loses what it told in the last moments, and the next one hears it
-again from the trial's checkpoint. `flush` returns when everything told before it is in the database.
+`put` returns at once. A driver that is killed loses its last updates; the next run reports these epochs again from the
+trial's checkpoint. `flush` returns when every earlier update is in the database.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from storage import tables
 from storage.database import RETRY_SECONDS, StorageError, retry_while_down
 from storage.studies import Params, Study
 
-GATHER_SECONDS = 0.2  # how far the database may lag behind what was told
+BATCH_SECONDS = 0.2  # between two batches: how long an update stays in memory
 
 
 class LostTrialError(Exception):
-    """Another run has taken the trial over; whatever this one knows of it is no longer wanted."""
+    """Another run now owns the trial. This run must not write to it any more."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class ClaimedTrial:
     """A trial that belongs to this run.
 
     Attributes:
-        trial_id: Optuna's, unique in the database.
+        trial_id: its primary key, unique in the database.
         number: its number in the study.
-        params: the configuration.
+        params: its configuration.
         values: {epoch: value} of the objective, as reported before an interruption.
-        crashes: how many workers have died over it.
+        crashes: how many workers have died while they trained it.
     """
 
     trial_id: int
@@ -47,13 +47,23 @@ class ClaimedTrial:
 
     @property
     def epoch(self) -> int:
-        """The last epoch that storage holds; 0 for a fresh trial."""
+        """The last epoch in storage; 0 for a new trial."""
         return max(self.values, default=0)
 
 
 @dataclass(frozen=True)
 class TrialUpdate:
-    """Something to write about a trial: attributes, an epoch, and its ending, whichever there are."""
+    """What to write about a trial: any of a finished epoch, attributes, provenance and a final state.
+
+    Attributes:
+        claim: the trial.
+        epoch: the finished epoch, from 1; 0 for none.
+        metrics: {name: value} of the epoch.
+        value: the objective's value, of the epoch or of the completed trial.
+        attrs: user attributes of the trial.
+        provenance: replaces the trial's provenance; None keeps it.
+        final_state: COMPLETE, PRUNED or FAIL; None for an unfinished trial.
+    """
 
     claim: ClaimedTrial
     epoch: int = 0
@@ -61,101 +71,106 @@ class TrialUpdate:
     value: float | None = None
     attrs: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] | None = None
-    ending: TrialState | None = None
+    final_state: TrialState | None = None
 
 
 class Writer:
-    """Writes what one run tells, in the order it was told. Any thread may call any method.
+    """Writes the updates of one run in the order of `put`. Thread-safe.
 
     Args:
-        owner: the run; what is told of a trial that belongs to another one by now is not written.
+        study: the study of the trials.
+        run_id: the run. Updates of trials that now belong to another run are dropped.
     """
 
-    def __init__(self, study: Study, owner: int) -> None:
+    def __init__(self, study: Study, run_id: int) -> None:
         self._study = study
-        self._owner = owner
-        self._told: list[TrialUpdate] = []
-        self._telling = threading.Lock()  # of the list, held for a moment
-        self._lost: set[int] = set()
-        self._writing = threading.Lock()  # held while the database is written to
+        self._run_id = run_id
+        self._updates: list[TrialUpdate] = []
+        self._updates_lock = threading.Lock()  # held for a moment
+        self._lost: set[int] = set()  # ids of trials that now belong to another run
+        self._write_lock = threading.Lock()  # held while the database is written to
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._write_now_and_then, name="hpo-writer", daemon=True)
+        self._thread = threading.Thread(target=self._keep_flushing, name="hpo-writer", daemon=True)
         self._thread.start()
 
-    def put(self, told: TrialUpdate) -> None:
-        """Write something soon.
+    def put(self, update: TrialUpdate) -> None:
+        """Add an update to the next batch.
 
         Raises:
-            LostTrialError: its trial is known to belong to another run.
+            LostTrialError: the trial is known to belong to another run.
         """
-        self.check(told.claim)
-        with self._telling:
-            self._told.append(told)
+        self.check(update.claim)
+        with self._updates_lock:
+            self._updates.append(update)
 
     def check(self, claim: ClaimedTrial) -> None:
         """Raise LostTrialError if a trial is known to belong to another run."""
         if claim.trial_id in self._lost:
             raise LostTrialError(f"trial {claim.number} was taken over by another run")
 
-    def flush(self, patience: float = RETRY_SECONDS) -> None:
-        """Write all that was told.
+    def flush(self, timeout_seconds: float = RETRY_SECONDS) -> None:
+        """Write all updates.
 
         Raises:
-            StorageError: the database failed for good; what was told is kept for another try.
+            StorageError: the database failed for good. The updates are kept for the next flush.
         """
-        with self._writing:
-            with self._telling:
-                told, self._told = self._told, []
+        with self._write_lock:
+            with self._updates_lock:
+                updates, self._updates = self._updates, []
             try:
-                if told:
-                    retry_while_down(self._study.database, lambda: self._write(told), patience)
+                if updates:
+                    retry_while_down(self._study.database, lambda: self._write(updates), timeout_seconds)
             except StorageError:
-                with self._telling:
-                    self._told[:0] = told
+                with self._updates_lock:
+                    self._updates[:0] = updates
                 raise
 
     def unwritten(self) -> set[int]:
-        """Return the trials of which something was told that is not in the database yet."""
-        with self._telling:
-            return {told.claim.trial_id for told in self._told}
+        """Return the ids of the trials that have updates which are not written yet."""
+        with self._updates_lock:
+            return {update.claim.trial_id for update in self._updates}
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Write nothing meanwhile: SQLite lets a second writer of the same process wait for longer than need be."""
-        with self._writing:
+        """Do not write meanwhile: SQLite lets a second writer of the same process wait longer than necessary."""
+        with self._write_lock:
             yield
 
     def close(self) -> None:
-        """End the thread; what was not flushed stays unwritten."""
+        """End the thread. Updates that were not flushed stay unwritten."""
         self._closed.set()
         self._thread.join()
 
-    def _write_now_and_then(self) -> None:
-        while not self._closed.wait(GATHER_SECONDS):
-            # The next call of the run's own thread meets the same error, and can do something about it.
+    def _keep_flushing(self) -> None:
+        while not self._closed.wait(BATCH_SECONDS):
+            # The run's next call raises the same error where it can be handled.
             with contextlib.suppress(StorageError):
                 self.flush()
 
-    def _write(self, told: list[TrialUpdate]) -> None:
-        """Write it all. Repeatable: it may have been written before, though the answer was lost."""
+    def _write(self, updates: list[TrialUpdate]) -> None:
+        """Write a batch. Idempotent: an earlier attempt may have been committed although its answer was lost."""
         storage, trials = self._study.database.optuna_storage, tables.trials
-        about = {each.claim.trial_id for each in told}
+        trial_ids = {update.claim.trial_id for update in updates}
         with self._study.database.engine.begin() as connection:
-            query = sa.select(trials.c.trial, trials.c.run).where(trials.c.trial.in_(about)).order_by(trials.c.trial)
+            query = (
+                sa.select(trials.c.trial, trials.c.run).where(trials.c.trial.in_(trial_ids)).order_by(trials.c.trial)
+            )
             owners = {row.trial: row.run for row in connection.execute(query.with_for_update())}
-            self._lost |= {trial for trial in about if owners.get(trial) != self._owner}
-            told = [each for each in told if each.claim.trial_id not in self._lost]
-            epochs = [each for each in told if each.value is not None and each.epoch]
+            self._lost |= {trial_id for trial_id in trial_ids if owners.get(trial_id) != self._run_id}
+            updates = [update for update in updates if update.claim.trial_id not in self._lost]
+            epochs = [update for update in updates if update.value is not None and update.epoch]
             tables.write_metrics(connection, [(each.claim.trial_id, each.epoch, each.metrics) for each in epochs])
             tables.write_values(connection, [(each.claim.trial_id, each.epoch, each.value or 0.0) for each in epochs])
-            for each in told:
-                if each.provenance is not None:
-                    mine = trials.c.trial == each.claim.trial_id
-                    connection.execute(trials.update().where(mine).values(provenance=dict(each.provenance)))
-        for each in told:
-            with contextlib.suppress(UpdateFinishedTrialError):  # written before, but the answer was lost
-                for name, attr in each.attrs.items():
-                    storage.set_trial_user_attr(each.claim.trial_id, name, attr)
-                if each.ending is not None:
-                    value = each.value if each.ending == TrialState.COMPLETE else None
-                    self._study.optuna_study.tell(each.claim.number, value, state=each.ending, skip_if_finished=True)
+            for update in updates:
+                if update.provenance is not None:
+                    is_trial = trials.c.trial == update.claim.trial_id
+                    connection.execute(trials.update().where(is_trial).values(provenance=dict(update.provenance)))
+        for update in updates:
+            with contextlib.suppress(UpdateFinishedTrialError):  # an earlier attempt finished the trial
+                for name, attr in update.attrs.items():
+                    storage.set_trial_user_attr(update.claim.trial_id, name, attr)
+                if update.final_state is not None:
+                    value = update.value if update.final_state == TrialState.COMPLETE else None
+                    self._study.optuna_study.tell(
+                        update.claim.number, value, state=update.final_state, skip_if_finished=True
+                    )

@@ -1,0 +1,91 @@
+"""Runs on a study of a small grid or with a sampler, and what their tests read from the database."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Mapping
+from multiprocessing.synchronize import Barrier
+from typing import Any
+
+import optuna
+import sqlalchemy as sa
+from optuna.distributions import CategoricalDistribution
+
+from storage import tables
+from storage.database import Database, open_database
+from storage.queue import Draw
+from storage.run import Run
+from storage.studies import Study, open_study
+from storage.writer import ClaimedTrial
+
+GRID = {"a": CategoricalDistribution([1, 2]), "b": CategoricalDistribution(["x", "y"])}
+POINTS = [{"a": a, "b": b} for a in (1, 2) for b in ("x", "y")]
+
+
+def config_key(params: Mapping[str, Any]) -> str:
+    return repr(sorted(params.items()))
+
+
+def open_s(database: Database, fingerprint: str = "f") -> Study:
+    return open_study(database, "s", direction="maximize", fingerprint=fingerprint, settings={"metric": "m"})
+
+
+def open_in_process(url: str, barrier: Barrier, answers: multiprocessing.Queue[str]) -> None:
+    """Open a database and a study at the same moment as other processes; put the outcome into the queue."""
+    barrier.wait(timeout=120)
+    try:
+        with open_database(url) as database:
+            open_s(database)
+            answers.put("opened")
+    except BaseException as error:  # noqa: BLE001
+        answers.put(f"{type(error).__name__}: {error}")
+
+
+def grid_run(study: Study, **options: Any) -> Run:
+    return Run(study, config_key=config_key, provenance={"code": "test"}, **options)
+
+
+def draw_both(trial: optuna.Trial) -> str:
+    trial.suggest_float("x", 0, 1)
+    trial.suggest_int("n", 1, 3)
+    return ""
+
+
+def sampled_run(study: Study, draw: Draw = draw_both, **options: Any) -> Run:
+    return grid_run(study, draw=draw, **options)
+
+
+def claim_one(run: Run) -> ClaimedTrial:
+    """Claim a trial; fail if there is none."""
+    claim = run.claim()
+    assert claim is not None
+    return claim
+
+
+def claim_point(run: Run) -> ClaimedTrial:
+    """Claim the only point of a grid."""
+    run.enqueue(POINTS[:1], GRID)
+    return claim_one(run)
+
+
+def kill(run: Run) -> None:
+    """Leave a run as kill -9 does: it stops without a word, and its PID belongs to another process."""
+    run._lease.stop()
+    run._writer.close()
+    with run.database.engine.begin() as connection:
+        connection.execute(tables.runs.update().where(tables.runs.c.run == run.run_id).values(process_started=0.0))
+
+
+def expire_leases(database: Database) -> None:
+    """Leave the leases as a long outage or a long suspend does."""
+    with database.engine.begin() as connection:
+        connection.execute(tables.runs.update().values(lease_until=0.0))
+
+
+def states(study: Study) -> list[str]:
+    return [trial.state.name for trial in study.trials()]
+
+
+def sql(database: Database, query: str) -> list[tuple[Any, ...]]:
+    with database.engine.connect() as connection:
+        return [tuple(row) for row in connection.execute(sa.text(query))]

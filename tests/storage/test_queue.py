@@ -1,0 +1,290 @@
+"""Which trial a claim returns: released ones, those of dead runs, grid points and drawn points."""
+
+from __future__ import annotations
+
+import sqlite3
+from typing import Any
+
+import optuna
+import pytest
+import sqlalchemy as sa
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+from storage import lease, queue
+from storage.database import Database
+from storage.queue import TrialQueue
+from storage.studies import Study
+from storage.writer import LostTrialError
+from tests.storage.builders import (
+    GRID,
+    POINTS,
+    claim_one,
+    claim_point,
+    config_key,
+    expire_leases,
+    grid_run,
+    kill,
+    sampled_run,
+    sql,
+    states,
+)
+
+# --- grids
+
+
+def test_a_grid_enqueued_again_or_extended_adds_only_missing_points(study: Study) -> None:
+    with grid_run(study) as run:
+        run.enqueue(POINTS[:3], GRID)
+        first = [run.claim(), run.claim()]
+        run.enqueue(POINTS, GRID)
+        rest = [run.claim(), run.claim(), run.claim()]
+    assert [claim and claim.params for claim in [*first, *rest]] == [*POINTS, None]
+    assert study.attrs["hpo:points"] == 4
+    assert [trial.params for trial in study.trials()] == POINTS
+
+
+def test_a_point_whose_creator_died_before_registering_it_is_run_once(study: Study, database: Database) -> None:
+    with grid_run(study) as run:
+        run.enqueue(POINTS, GRID)
+        run.claim()
+    with database.engine.begin() as connection:
+        connection.execute(sa.text("DELETE FROM hpo_trials"))
+    with grid_run(study) as run:
+        run.enqueue(POINTS, GRID)
+        claims = [run.claim() for _ in range(5)]
+    assert [claim and claim.params for claim in claims] == [*POINTS, None]
+    assert len(study.trials()) == len(sql(database, "SELECT * FROM hpo_trials")) == 4
+
+
+def test_enqueue_creates_no_trials(study: Study) -> None:
+    values = list(range(20_000))
+    with grid_run(study) as run:
+        run.enqueue([{"a": a} for a in values], {"a": CategoricalDistribution(values)})
+        assert study.trials() == []
+        assert claim_one(run).params == {"a": 0}
+
+
+# --- trials of other runs
+
+
+def test_a_trial_of_a_dead_run_resumes_after_its_last_epoch(study: Study) -> None:
+    dead = grid_run(study).__enter__()
+    dead.enqueue(POINTS[:2], GRID)
+    done, unfinished = claim_one(dead), claim_one(dead)
+    dead.report(done, 1, {"m": 0.9}, 0.9)
+    dead.complete(done, 0.9)
+    dead.report(unfinished, 1, {"m": 0.1}, 0.1)
+    dead.flush()
+    kill(dead)
+    assert states(study) == ["COMPLETE", "RUNNING"]
+    with grid_run(study) as run:
+        claim = claim_one(run)
+        assert (claim.number, claim.params, claim.epoch, claim.values) == (1, POINTS[1], 1, {1: 0.1})
+        run.complete(claim, 0.1)
+        assert run.claim() is None
+        assert run.finished
+    assert states(study) == ["COMPLETE", "COMPLETE"]
+
+
+def test_a_trial_of_a_living_run_is_not_taken(study: Study) -> None:
+    with grid_run(study) as one, grid_run(study) as two:
+        claim = claim_point(one)
+        assert two.claim() is None
+        assert not two.finished
+        one.complete(claim, 0.5)
+        one.flush()
+        assert two.claim() is None
+        assert two.finished
+
+
+def test_a_run_whose_lease_expired_loses_its_trial(
+    study: Study, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with grid_run(study) as run:
+        monkeypatch.setattr(lease, "host_id", lambda: "another machine")
+        with grid_run(study) as far:
+            monkeypatch.undo()
+            claim = claim_point(far)
+            assert run.claim() is None, "its lease holds"
+            expire_leases(database)
+            taken = claim_one(run)
+            assert taken.number == claim.number
+            far.report(claim, 1, {"m": 0.1}, 0.1)  # it does not know yet
+            far.flush()
+            with pytest.raises(LostTrialError, match="trial 0 was taken over by another run"):
+                far.report(claim, 2, {"m": 0.1}, 0.1)
+            with pytest.raises(LostTrialError):
+                far.should_prune(claim)
+            with pytest.raises(LostTrialError):
+                far.complete(claim, 0.1)
+            far.release(claim)
+            assert states(study) == ["RUNNING"]
+            run.report(taken, 1, {"m": 0.2}, 0.2)
+            run.complete(taken, 0.2)
+    trial = study.trials()[0]
+    assert (trial.state.name, trial.value, trial.intermediate_values) == ("COMPLETE", 0.2, {1: 0.2})
+
+
+def test_interrupted_trials_are_claimed_before_those_without_a_report(study: Study) -> None:
+    with grid_run(study) as run:
+        run.enqueue(POINTS, GRID)
+        claims = [claim_one(run), claim_one(run)]
+        run.report(claims[1], 1, {"m": 0.1}, 0.1)
+        for claim in claims:
+            run.release(claim)
+        assert claim_one(run).number == 1
+
+
+def test_a_claim_whose_answer_was_lost_is_claimed_again(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    register = TrialQueue._register
+    calls = 0
+
+    def register_and_disconnect(*args: Any) -> bool:
+        nonlocal calls
+        calls += 1
+        registered = register(*args)
+        if calls == 1:
+            raise sa.exc.OperationalError("", {}, sqlite3.OperationalError("database is locked"))
+        return registered
+
+    monkeypatch.setattr(TrialQueue, "_register", register_and_disconnect)
+    with grid_run(study) as run:
+        assert claim_point(run).params == POINTS[0]
+        assert run.claim() is None
+    assert calls == 1
+    assert states(study) == ["RUNNING"]
+
+
+# --- drawn trials
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_an_empty_trial_of_a_run_that_died_in_a_claim_is_drawn(study: Study, learns: bool) -> None:
+    with sampled_run(study, max_trials=2, learns=learns) as run:
+        study.optuna_study.ask()  # an empty RUNNING trial without an owner
+        claims = [claim_one(run), claim_one(run)]
+        assert run.claim() is None
+    assert [claim.number for claim in claims] == [0, 1]
+    assert all(set(claim.params) == {"x", "n"} for claim in claims)
+
+
+def test_a_trial_whose_creator_died_while_drawing_gets_its_missing_params(study: Study) -> None:
+    partial = study.optuna_study.ask()
+    partial.suggest_float("x", 0, 1)  # and kill -9 before "n"
+    with sampled_run(study, max_trials=1) as run:
+        claim = claim_one(run)
+    assert claim.number == partial.number
+    assert claim.params["x"] == partial.params["x"]
+    assert claim.params["n"] in {1, 2, 3}
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_runs_share_the_budget_of_trials(study: Study, learns: bool) -> None:
+    def budgeted_run() -> Any:
+        return sampled_run(study, max_trials=5, learns=learns)
+
+    with budgeted_run() as one, budgeted_run() as two:
+        claims = [run.claim() for _ in range(4) for run in (one, two)]
+    keys = [config_key(claim.params) for claim in claims if claim is not None]
+    assert len(keys) == len(set(keys)) == 5
+
+
+def test_a_configuration_is_claimed_once_and_an_exhausted_space_ends(study: Study) -> None:
+    study.optuna_study.sampler = optuna.samplers.RandomSampler(seed=0)
+
+    def draw(trial: optuna.Trial) -> str:
+        trial.suggest_int("n", 1, 3)
+        return ""
+
+    with sampled_run(study, draw, max_trials=50) as run:
+        claimed = []
+        while (claim := run.claim()) is not None:
+            claimed.append(claim.params["n"])
+            run.complete(claim, 0.5)
+        assert run.finished
+        assert run.exhausted == "20 draws in a row were all tried before"
+    assert sorted(claimed) == [1, 2, 3]
+    duplicates = [trial for trial in study.trials() if trial.state.name == "FAIL"]
+    assert duplicates
+    assert all(trial.user_attrs["fail_reason"] == "duplicate of an earlier trial" for trial in duplicates)
+    assert study.count_ended() == 3
+
+
+def draw_conditionally(trial: optuna.Trial) -> str:
+    """`m` is active if `kind` is "a". Values below one half are rejected."""
+    if trial.suggest_categorical("kind", ["a", "b"]) == "a":
+        return "" if trial.suggest_float("m", 0, 1) >= 0.5 else "m >= 0.5"
+    return ""
+
+
+def test_a_draw_that_breaks_a_constraint_is_never_claimed_and_not_counted(study: Study) -> None:
+    study.optuna_study.sampler = optuna.samplers.RandomSampler(seed=1)
+    with sampled_run(study, draw_conditionally, max_trials=8) as run:
+        claimed = []
+        while (claim := run.claim()) is not None:
+            claimed.append(claim.params)
+            run.complete(claim, 0.5)
+    assert all(params["kind"] == "b" or params["m"] >= 0.5 for params in claimed)
+    assert {"kind": "b"} in claimed, "inactive params are absent"
+    rejected = [trial for trial in study.trials() if trial.user_attrs.get("fail_reason") == "breaks a constraint"]
+    assert rejected
+    assert all(trial.state.name == "FAIL" and trial.params["m"] < 0.5 for trial in rejected)
+    assert {trial.user_attrs["constraint"] for trial in rejected} == {"m >= 0.5"}
+    assert study.count_ended() == len(study.run_trials()) == len(claimed)
+
+
+def test_partial_trials_are_completed_and_checked_against_the_constraints(study: Study) -> None:
+    kind, m = CategoricalDistribution(["a", "b"]), FloatDistribution(0, 1)
+    study.optuna_study.enqueue_trial({"kind": "a", "m": 0.25})
+    study.optuna_study.ask({"kind": kind, "m": m})  # complete, but breaks the constraint
+    study.optuna_study.enqueue_trial({"kind": "a", "m": 0.75})
+    study.optuna_study.ask({"kind": kind, "m": m})  # complete
+    study.optuna_study.enqueue_trial({"kind": "b"})
+    study.optuna_study.ask({"kind": kind})  # complete: `m` is inactive
+    study.optuna_study.enqueue_trial({"kind": "a", "m": 0.5})
+    study.optuna_study.ask({"kind": kind})  # and kill -9 before `m`
+    with sampled_run(study, draw_conditionally, max_trials=3) as run:
+        claims = [run.claim() for _ in range(4)]
+    assert [claim and (claim.number, claim.params) for claim in claims] == [
+        (1, {"kind": "a", "m": 0.75}),
+        (2, {"kind": "b"}),
+        (3, {"kind": "a", "m": 0.5}),
+        None,
+    ]
+    assert study.trials()[0].user_attrs["fail_reason"] == "breaks a constraint"
+
+
+def test_a_sampler_that_repeats_a_rejected_point_does_not_end_the_search(study: Study) -> None:
+    class Stubborn(optuna.samplers.RandomSampler):
+        def sample_independent(self, *_: Any) -> float:
+            return 0.25
+
+    study.optuna_study.sampler = Stubborn()
+
+    def draw(trial: optuna.Trial) -> str:
+        return "" if trial.suggest_float("m", 0, 1) > 0.5 else "m > 0.5"
+
+    with sampled_run(study, draw, max_trials=3) as run:
+        drawn = [claim_one(run).params["m"] for _ in range(3)]
+    assert all(m > 0.5 for m in drawn)
+    assert len(set(drawn)) == 3
+    assert isinstance(study.optuna_study.sampler, Stubborn)
+    assert sum(trial.params["m"] == 0.25 for trial in study.trials()) == 3 * queue.RANDOM_AFTER_DRAWS
+
+
+def test_a_space_that_rejects_every_draw_ends_the_search(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue, "MAX_REJECTED_DRAWS", 7)
+    with sampled_run(study, lambda _: "never") as run, sampled_run(study, lambda _: "never") as other:
+        assert run.claim() is None
+        assert run.finished
+        assert run.exhausted == "7 draws in a row broke a constraint"
+        assert run.claim() is None
+        assert len(study.trials()) == 7, "an exhausted space is not drawn from again"
+        assert other.claim() is None
+    assert study.run_trials() == []
+
+
+def test_a_trial_enqueued_through_optuna_is_claimed(study: Study) -> None:
+    study.optuna_study.enqueue_trial({"x": 0.25, "n": 2})
+    with sampled_run(study, max_trials=1) as run:
+        assert claim_one(run).params == {"x": 0.25, "n": 2}

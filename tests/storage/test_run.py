@@ -1,0 +1,131 @@
+"""What a driver uses: claiming, reporting and finishing trials, alone and together with other runs."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import Counter
+
+import pytest
+import sqlalchemy as sa
+from optuna.distributions import CategoricalDistribution
+
+from storage.database import Database, open_database
+from storage.studies import Study
+from tests.storage.builders import GRID, POINTS, claim_one, claim_point, grid_run, open_s, sql, states
+
+
+def test_a_grid_is_claimed_point_by_point_until_it_is_finished(study: Study) -> None:
+    with grid_run(study) as run:
+        run.enqueue(POINTS, GRID)
+        claimed = []
+        while (claim := run.claim()) is not None:
+            assert not run.finished
+            claimed.append(claim.params)
+            run.report(claim, 1, {"m": 0.5}, 0.5)
+            run.complete(claim, 0.5)
+        assert run.finished
+    assert claimed == POINTS
+    assert states(study) == ["COMPLETE"] * 4
+
+
+def test_report_stores_every_metric_and_can_be_repeated(study: Study, database: Database) -> None:
+    with grid_run(study) as run:
+        claim = claim_point(run)
+        for epoch in (1, 2, 2):
+            run.report(claim, epoch, {"m": epoch / 10, "loss": math.nan, "huge": math.inf}, epoch / 10)
+        run.complete(claim, 0.2, {"test_accuracy": 0.3})
+    trial = study.trials()[0]
+    assert trial.intermediate_values == {1: 0.1, 2: 0.2}
+    assert trial.value == 0.2
+    assert trial.user_attrs["test_accuracy"] == 0.3
+    rows = sql(database, "SELECT epoch, name, value FROM hpo_metrics ORDER BY epoch, name")
+    assert rows == [
+        (epoch, name, value)
+        for epoch in (1, 2)
+        for name, value in (("huge", math.inf), ("loss", None), ("m", epoch / 10))
+    ]
+
+
+def test_the_state_of_a_trial_says_how_it_ended(study: Study) -> None:
+    with grid_run(study) as run:
+        run.enqueue(POINTS, GRID)
+        claims = [claim_one(run) for _ in range(4)]
+        for claim in claims:
+            run.report(claim, 1, {"m": 0.1}, 0.1)
+            run.report(claim, 2, {"m": 0.2}, 0.2)
+        run.complete(claims[0], 0.2)
+        run.prune(claims[1])
+        run.fail(claims[2], "m is nan after epoch 2", "Traceback ...")
+        run.release(claims[3])
+    trials = study.trials()
+    assert states(study) == ["COMPLETE", "PRUNED", "FAIL", "WAITING"]
+    assert trials[1].value == 0.2
+    assert all(trial.intermediate_values == {1: 0.1, 2: 0.2} for trial in trials)
+    assert trials[2].user_attrs == {"fail_reason": "m is nan after epoch 2", "traceback": "Traceback ..."}
+
+
+def test_complete_can_be_repeated(study: Study) -> None:
+    with grid_run(study) as run:
+        claim = claim_point(run)
+        run.complete(claim, 0.5)
+        run.complete(claim, 0.5)
+    assert states(study) == ["COMPLETE"]
+
+
+def test_crashes_are_counted_across_runs(study: Study) -> None:
+    with grid_run(study) as run:
+        claim = claim_point(run)
+        run.record_crash(claim)
+        run.release(claim)
+    with grid_run(study) as run:
+        assert claim_one(run).crashes == 1
+
+
+def test_provenance_of_a_trial_includes_that_of_its_run(study: Study) -> None:
+    with grid_run(study) as run:
+        claim = claim_point(run)
+        run.record(claim, {}, {"device": "cpu", "threads": 2})
+        run.complete(claim, 0.5)
+    assert study.provenance(0) == {"code": "test", "device": "cpu", "threads": 2}
+
+
+def test_elapsed_seconds_counts_simultaneous_runs_once(study: Study, database: Database) -> None:
+    insert = sa.text(
+        "INSERT INTO hpo_runs (study, host, pid, process_started, started, last_heard, lease_until, provenance)"
+        " VALUES (:study, 'h', 1, 0, :started, :last_heard, 0, '{}')"
+    )
+    with grid_run(study) as run:
+        for started, last_heard in ((0.0, 10.0), (5.0, 12.0), (100.0, 103.0)):
+            with database.engine.begin() as connection:
+                row = {"study": study.study_id, "started": started, "last_heard": last_heard}
+                connection.execute(insert, row)
+        assert run.elapsed_seconds() == pytest.approx(15.0, abs=1.0)
+
+
+@pytest.mark.slow
+def test_four_runs_share_a_grid_without_a_duplicate(url: str, study: Study) -> None:
+    values = list(range(24))
+    claimed: list[int] = []
+    errors: list[BaseException] = []
+
+    def drive() -> None:
+        try:
+            with open_database(url) as database, grid_run(open_s(database)) as run:
+                run.enqueue([{"a": a} for a in values], {"a": CategoricalDistribution(values)})
+                while (claim := run.claim()) is not None or not run.finished:
+                    if claim is not None:
+                        claimed.append(claim.params["a"])
+                        run.report(claim, 1, {"m": 0.5}, 0.5)
+                        run.complete(claim, 0.5)
+        except BaseException as error:  # noqa: BLE001
+            errors.append(error)
+
+    threads = [threading.Thread(target=drive) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert sorted(claimed) == values
+    assert Counter(states(study)) == {"COMPLETE": len(values)}

@@ -1,0 +1,60 @@
+"""Reading and writing our tables, and those of Optuna's that are written in bulk."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from storage import tables
+from storage.database import Database
+from storage.studies import Study
+
+
+def add_trials(study: Study, count: int) -> list[int]:
+    """Add trials and register them; return their ids."""
+    ids = [study.database.optuna_storage.create_new_trial(study.study_id) for _ in range(count)]
+    with study.database.engine.begin() as connection:
+        rows = [{"trial": trial_id, "study": study.study_id, "key": str(trial_id)} for trial_id in ids]
+        connection.execute(tables.trials.insert(), rows)
+    return ids
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.25])
+def test_optuna_reads_the_intermediate_values_that_we_write(study: Study, database: Database, value: float) -> None:
+    (trial_id,) = add_trials(study, 1)
+    with database.engine.begin() as connection:
+        tables.write_values(connection, [(trial_id, 1, 0.0), (trial_id, 2, 0.5)])
+        tables.write_values(connection, [(trial_id, 1, value)])
+        tables.write_values(connection, [])
+    assert repr(study.trials()[0].intermediate_values) == repr({1: value, 2: 0.5})
+
+
+def test_metrics_are_read_as_they_were_last_written(study: Study, database: Database) -> None:
+    one, two = add_trials(study, 2)
+    with database.engine.begin() as connection:
+        tables.write_metrics(
+            connection, [(one, 2, {"m": 0.2}), (one, 1, {"m": 0.1, "loss": 1.0}), (two, 1, {"m": 0.3})]
+        )
+        tables.write_metrics(connection, [(one, 1, {"loss": math.nan, "huge": math.inf})])
+        tables.write_metrics(connection, [])
+    nan = pytest.approx(math.nan, nan_ok=True)
+    of_one = {1: {"m": 0.1, "loss": nan, "huge": math.inf}, 2: {"m": 0.2}}
+    assert tables.read_metrics(database, study.study_id) == {one: of_one, two: {1: {"m": 0.3}}}
+    assert list(tables.read_metrics(database, study.study_id, [one])) == [one]
+    assert study.metrics() == {0: of_one, 1: {1: {"m": 0.3}}}
+    assert study.metrics_of([two, -1]) == {two: {1: {"m": 0.3}}, -1: {}}
+
+
+def test_study_attributes_are_replaced_together(study: Study) -> None:
+    study.set_system_attrs({"a": 1, "b": [1, 2]})
+    study.set_system_attrs({"b": {"c": None}, "d": "text"})
+    study.set_system_attrs({})
+    found = study.system_attrs()
+    assert {name: found[name] for name in ("a", "b", "d")} == {"a": 1, "b": {"c": None}, "d": "text"}
+
+
+def test_a_trial_that_never_started_has_no_provenance(study: Study, database: Database) -> None:
+    (trial_id,) = add_trials(study, 1)
+    assert tables.read_provenance(database, trial_id) == tables.read_provenance(database, -1) == {}
+    assert study.provenances(study.trials()) == {0: {}}

@@ -1,0 +1,43 @@
+"""The write-behind buffer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from storage import writer
+from storage.database import Database, StorageError
+from storage.studies import Study
+from tests.storage.builders import claim_point, grid_run, sql, states
+
+
+def test_no_update_is_lost_between_put_and_the_background_thread(
+    study: Study, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "BATCH_SECONDS", 0.0)
+    with grid_run(study) as run:
+        claim = claim_point(run)
+        for epoch in range(1, 401):
+            run.report(claim, epoch, {"m": 0.5}, 0.5)
+            if epoch % 40 == 0:
+                run.flush()
+    assert sql(database, "SELECT count(*) FROM hpo_metrics") == [(400,)]
+    assert len(study.trials()[0].intermediate_values) == 400
+
+
+def test_updates_that_could_not_be_written_are_kept(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    with grid_run(study) as run:
+        claim = claim_point(run)
+        with monkeypatch.context() as patch:
+
+            def fail(*_: Any) -> None:
+                raise StorageError("the disk is full")
+
+            patch.setattr(writer, "retry_while_down", fail)
+            run.report(claim, 1, {"m": 0.5}, 0.5)
+            with pytest.raises(StorageError, match="disk is full"):
+                run.flush()
+        run.complete(claim, 0.5)
+    assert states(study) == ["COMPLETE"]
+    assert study.trials()[0].intermediate_values == {1: 0.5}
