@@ -97,7 +97,7 @@ def search_without_ray(
     space: Space, database: Database, folder: Path, *, at_a_time: int = 1
 ) -> tuple[Study, RecordingListener]:
     """Run a search to its end in this process, an epoch of each running trial in turn."""
-    check_trainable(space, folder)
+    check_trainable(space)
     study = open_study(database, **space.study_options)
     listener = RecordingListener()
     study.optuna_study.pruner = build_pruner(space)
@@ -107,7 +107,7 @@ def search_without_ray(
         else:
             study.optuna_study.sampler = build_sampler(space, run.run_id)
         coordinator = TrialCoordinator(
-            space, run, Slots(1, 1.0, 0.0), data_dir=folder, runs_dir=RunsDir(folder), listener=listener
+            space, run, Slots(1, 1.0, 0.0), data=space.trainable_data(folder), runs_dir=RunsDir(folder), listener=listener
         )
         running: dict[str, Any] = {}
         while running or not coordinator.is_done:

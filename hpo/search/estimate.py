@@ -14,8 +14,8 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -90,7 +90,7 @@ class Probes:
             DataError: the data set is not there and cannot be downloaded.
         """
         pipe = self._processes[0][1]
-        pipe.send(None)
+        self._send(pipe, None)
         description: DataDescription = self._receive(pipe)
         self.start_seconds = time.perf_counter() - self._started
         return description
@@ -108,12 +108,12 @@ class Probes:
         self._start_processes(count)
         pipes = [pipe for _, pipe in self._processes[:count]]
         for pipe in pipes:
-            pipe.send((shape, slots.threads, slots.device))
+            self._send(pipe, (shape, slots.threads, slots.device))
         ready = [self._receive(pipe) for pipe in pipes]
         if not all(ready):
             return None
         for pipe in pipes:
-            pipe.send("go")
+            self._send(pipe, "go")
         speeds = [speed for pipe in pipes if (speed := self._receive(pipe)) is not None]
         if len(speeds) < count:
             return None
@@ -139,16 +139,27 @@ class Probes:
             theirs.close()
             self._processes.append((process, ours))
 
+    def _send(self, pipe: Connection, request: Any) -> None:
+        with _deaths_reported():
+            pipe.send(request)
+
     def _receive(self, pipe: Connection) -> Any:
-        try:
+        with _deaths_reported():
             answer = pipe.recv()
-        except EOFError:
-            raise SettingError(
-                "a probe process died; give resources.cpu and resources.gpu to run without probes"
-            ) from None
         if isinstance(answer, Exception):
             raise answer
         return answer
+
+
+@contextmanager
+def _deaths_reported() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, ConnectionError):
+        raise SettingError(
+            "a probe process died: give resources.cpu and resources.gpu as numbers, and look for other programs that "
+            "take the memory"
+        ) from None
 
 
 def _serve_probe(pipe: Connection, data: dict[str, Any]) -> None:

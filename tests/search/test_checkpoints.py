@@ -26,7 +26,7 @@ def names_in(folder: Path) -> list[str]:
 
 def epoch_in(folder: Path) -> int | None:
     found = load_checkpoint(folder)
-    return found and found.epoch
+    return None if found is None else found.epoch
 
 
 @pytest.fixture

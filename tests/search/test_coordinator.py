@@ -49,7 +49,7 @@ def test_last_epoch_that_was_stored_before_a_crash_still_completes_the_trial(stu
             assert not coordinator.on_report("a", report)
         claim = coordinator._claims["a"]
         last = take(spec, 3)[-1]
-        run.report(claim, 3, last.metrics, last.metrics["value"])  # kill -9 here
+        run.report(claim, 3, last.metrics, last.metrics["value"])  # the driver is killed here
         run.release(claim)
     with run_of(study, space) as run:
         coordinator = coordinator_of(space, run, tmp_path, listener)
@@ -93,7 +93,7 @@ def test_trial_taken_over_by_another_run_is_dropped_and_not_written(study: Study
         coordinator = coordinator_of(space, run, tmp_path, listener)
         spec = coordinator.next_trial("a")
         assert spec is not None
-        run._give_back(coordinator._claims["a"].trial, run.run_id)
+        run.release(coordinator._claims["a"])  # as a run does with the trials of one whose lease expired
         taken = thief.claim()
         assert taken is not None
         assert taken.number == 0
@@ -120,6 +120,6 @@ def test_storage_error_stops_the_search_and_is_kept(
         spec = coordinator.next_trial("a")
         assert spec is not None
         monkeypatch.setattr(run, "report", fail)
-        assert coordinator.on_report("a", take(spec, 1)[0]), "Tune hears that the trial is over, not of an error"
+        assert coordinator.on_report("a", take(spec, 1)[0]), "Tune sees a trial that ended, not an error"
         assert isinstance(coordinator.error, StorageError)
         assert coordinator.is_done

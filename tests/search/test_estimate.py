@@ -2,101 +2,114 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+import os
+import signal
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hpo.errors import SettingError
+from hpo import plan_search
+from hpo.errors import DataError, SettingError, TrainableError
 from hpo.search import estimate
-from hpo.search.estimate import Probes, Speed, measure_plan
+from hpo.search.estimate import Probes, Speed, is_worth_measuring, measure_plan
 from hpo.search.slots import Slots
 from tests.factories import shipped_space
 
 IMAGES = (1600, 400, 500)  # training, validation, test
-PROBES = cast("Probes", type("NoProcesses", (), {"start_seconds": 0.0, "measure": None})())
+SAMPLE = {"dataset": "fashion_mnist_sample", "train_samples": 64, "val_samples": 20, "data_dir": "data"}
 
 
-class Machine:
-    """Takes the place of the probes: a device with a known speed."""
+class FakeProbes(Probes):
+    """A device of known speed and memory, measured without processes.
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, speed: Any, memory: int = 10**9, whole: int = 10**11) -> None:
+    Args:
+        speed: (shape, slots) -> images per second of one trial; None if its memory does not suffice.
+        device_bytes: the memory of the device; each trial takes 1 GB.
+    """
+
+    def __init__(self, speed: Any, device_bytes: int = 10**11) -> None:
         self.asked: list[tuple[dict[str, Any], Slots]] = []
-        self._speed, self._memory = speed, memory
-        monkeypatch.setattr(estimate.Probes, "measure", lambda probes, shape, slots: self.measure(shape, slots))
-        monkeypatch.setattr(
-            estimate, "_fits", lambda speed, slots: slots.trials_per_device * speed.memory_bytes <= whole
-        )
+        self.start_seconds = 0.0
+        self._speed, self._device_bytes = speed, device_bytes
 
-    def measure(self, shape: dict[str, Any], slots: Slots) -> Speed:
+    def measure(self, shape: dict[str, Any], slots: Slots) -> Speed | None:
         self.asked.append((shape, slots))
-        return Speed(self._speed(shape, slots), self._memory, 0.0)
+        speed = self._speed(shape, slots)
+        has_room = slots.trials_per_device * 10**9 <= self._device_bytes
+        return Speed(speed, 10**9, 0.0) if speed and has_room else None
 
 
-def test_the_estimate_is_the_end_of_the_last_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    Machine(monkeypatch, lambda shape, _: 1000.0 / shape["batch_size"])
+@pytest.fixture(autouse=True)
+def _no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "_fits", lambda *_: True)  # asks the GPU
+
+
+def test_estimate_is_the_end_of_the_last_trial() -> None:
+    probes = FakeProbes(lambda shape, _: 1000.0 / shape["batch_size"])
     found = {
         count: measure_plan(
-            shipped_space("quick", "resources={cpu: 1}"), Slots(count, 1.0, 0.0), 3, PROBES, IMAGES, (2.0, 0.0)
+            shipped_space("quick", "resources={cpu: 1}"), Slots(count, 1.0, 0.0), 3, probes, IMAGES, (2.0, 0.0)
         )
         for count in (1, 2, 3)
     }
     images = 5 * (1600 + 400 / 3) + 500 / 3
     one, two, three = (images * size / 1000.0 for size in (64, 256, 512))
     assert found[1].seconds == pytest.approx(one + two + three)
-    assert found[2].seconds == pytest.approx(max(two, one + three)), "the third starts where the first has ended"
+    assert found[2].seconds == pytest.approx(max(two, one + three)), "the third trial starts when the first has ended"
     assert found[3].seconds == pytest.approx(three)
     assert [each.trial_seconds for each in found.values()] == [pytest.approx(one + two + three)] * 3
     assert found[1].gpu_hours == 0
     assert list(found[1].speeds) == ["batch_size 64", "batch_size 256", "batch_size 512"]
 
 
-def test_a_batch_size_that_was_not_measured_counts_as_the_nearest_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unmeasured_batch_size_counts_as_the_nearest_one() -> None:
     sizes = [2**k for k in range(2, 12)]
-    machine = Machine(monkeypatch, lambda shape, _: float(shape["batch_size"]))
+    probes = FakeProbes(lambda shape, _: float(shape["batch_size"]))
     made = measure_plan(
         shipped_space("quick", f"parameters.batch_size={sizes}", "resources={cpu: 1}"),
         Slots(1, 1.0, 0.0),
         len(sizes),
-        PROBES,
+        probes,
         IMAGES,
         (1.0, 0.0),
     )
-    assert len(machine.asked) == len(made.speeds) <= estimate.MAX_SHAPES
+    assert len(probes.asked) == len(made.speeds) <= estimate.MAX_SHAPES
     assert made.seconds > 0
 
 
 @pytest.mark.parametrize(
-    ("speed", "whole", "count", "tried"),
+    ("speed", "device_bytes", "count", "tried"),
     [
-        # Each has the machine's speed for itself: as many as are allowed.
+        # Trials do not slow each other down: as many as allowed.
         (lambda _, slots: 10.0, 10**11, 8, [1, 2, 3, 4, 5, 6, 7, 8]),
-        # The GPU is full with three: the fourth gains nothing, and the fifth is not tried.
+        # Three saturate the GPU: the fourth gains nothing, and the fifth is not tried.
         (lambda _, slots: 10.0 * min(1.0, 3 / slots.count), 10**11, 3, [1, 2, 3, 4]),
-        # One trial fills it.
+        # One trial saturates it.
         (lambda _, slots: 10.0 / slots.count, 10**11, 1, [1, 2]),
         # Memory for two.
         (lambda _, slots: 10.0, 2 * 10**9, 2, [1, 2]),
     ],
 )
-def test_a_gpu_is_packed_while_its_memory_suffices_and_throughput_grows(
-    monkeypatch: pytest.MonkeyPatch, speed: Any, whole: int, count: int, tried: list[int]
+def test_gpu_is_packed_while_memory_suffices_and_throughput_grows(
+    speed: Any, device_bytes: int, count: int, tried: list[int]
 ) -> None:
-    Machine(monkeypatch, speed, whole=whole)
-    made = measure_plan(shipped_space("quick"), Slots(1, 16.0, 1.0), 30, PROBES, IMAGES, (16.0, 1.0))
+    probes = FakeProbes(speed, device_bytes=device_bytes)
+    made = measure_plan(shipped_space("quick"), Slots(1, 16.0, 1.0), 30, probes, IMAGES, (16.0, 1.0))
     assert made.slots == Slots(count, float(16 // count), 1 / count)
     assert list(made.tried) == tried
     assert made.gpu_hours == pytest.approx(made.trial_seconds / count / 3600)
 
 
-def test_two_gpus_are_packed_alike_and_a_share_that_was_given_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(monkeypatch, lambda _, slots: 10.0)
-    made = measure_plan(shipped_space("quick"), Slots(2, 8.0, 1.0), 6, PROBES, IMAGES, (16.0, 2.0))
-    assert made.slots == Slots(6, 2.0, 1 / 3), "six trials are there: three a GPU"
+def test_two_gpus_are_packed_alike_and_a_given_share_is_kept() -> None:
+    probes = FakeProbes(lambda _, slots: 10.0)
+    made = measure_plan(shipped_space("quick"), Slots(2, 8.0, 1.0), 6, probes, IMAGES, (16.0, 2.0))
+    assert made.slots == Slots(6, 2.0, 1 / 3), "six trials: three a GPU"
     kept = measure_plan(
-        shipped_space("quick", "resources.gpu=0.5"), Slots(4, 4.0, 0.5), 30, PROBES, IMAGES, (16.0, 2.0)
+        shipped_space("quick", "resources.gpu=0.5"), Slots(4, 4.0, 0.5), 30, probes, IMAGES, (16.0, 2.0)
     )
     assert kept.slots == Slots(4, 4.0, 0.5)
-    assert {slots.trials_per_device for _, slots in machine.asked} == {1, 2, 3}
+    assert {slots.trials_per_device for _, slots in probes.asked} == {1, 2, 3}
 
 
 @pytest.mark.parametrize(
@@ -106,19 +119,72 @@ def test_two_gpus_are_packed_alike_and_a_share_that_was_given_is_kept(monkeypatc
         (lambda _, slots: 1.0 * slots.threads**2, Slots(1, 8.0, 0.0)),
     ],
 )
-def test_on_the_cpu_trials_and_threads_are_weighed(
-    monkeypatch: pytest.MonkeyPatch, speed: Any, expected: Slots
-) -> None:
-    Machine(monkeypatch, speed)
-    made = measure_plan(shipped_space("quick"), Slots(8, 1.0, 0.0), 30, PROBES, IMAGES, (8.0, 0.0))
+def test_cpu_gets_trials_or_threads_by_throughput(speed: Any, expected: Slots) -> None:
+    probes = FakeProbes(speed)
+    made = measure_plan(shipped_space("quick"), Slots(8, 1.0, 0.0), 30, probes, IMAGES, (8.0, 0.0))
     assert made.slots == expected
     given = measure_plan(
-        shipped_space("quick", "resources={cpu: 1}"), Slots(8, 1.0, 0.0), 30, PROBES, IMAGES, (8.0, 0.0)
+        shipped_space("quick", "resources={cpu: 1}"), Slots(8, 1.0, 0.0), 30, probes, IMAGES, (8.0, 0.0)
     )
-    assert given.slots == Slots(8, 1.0, 0.0), "what the user says is kept"
+    assert given.slots == Slots(8, 1.0, 0.0), "a given number is kept"
 
 
-def test_what_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate.Probes, "measure", lambda *_: None)
+def test_shape_that_does_not_fit_is_named() -> None:
+    probes = FakeProbes(lambda *_: None)
     with pytest.raises(SettingError, match="batch_size 64 does not fit"):
-        measure_plan(shipped_space("quick"), Slots(1, 1.0, 0.0), 3, PROBES, IMAGES, (1.0, 0.0))
+        measure_plan(shipped_space("quick"), Slots(1, 1.0, 0.0), 3, probes, IMAGES, (1.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "trials", "expected"),
+    [
+        ([], 3, False),
+        (["max_epochs=50"], 300, True),
+        (["parameters.stem=cifar", "max_epochs=10"], 3, True),
+        ([], None, True),
+    ],
+)
+def test_short_searches_are_not_measured(overrides: list[str], trials: int | None, expected: bool) -> None:
+    assert is_worth_measuring(shipped_space("quick", *overrides), trials, IMAGES) == expected
+
+
+# --- real processes
+
+
+@pytest.mark.slow
+def test_probes_describe_the_data_and_measure_shapes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    with Probes(SAMPLE) as probes:
+        sha256, images = probes.describe_data()
+        assert len(sha256) == 64
+        assert images[:2] == (64, 20)
+        assert probes.start_seconds > 0
+        slots = Slots(2, 1.0, 0.0)
+        speed = probes.measure({"batch_size": 32}, slots)
+        assert speed is not None
+        assert speed.images_per_second > 0
+        assert speed.memory_bytes > 10**8
+        with pytest.raises(TrainableError, match="has no parameter 'depth'"):
+            probes.measure({"depth": 3}, slots)
+        os.kill(probes._processes[0][0].pid, signal.SIGKILL)
+        with pytest.raises(SettingError, match="a probe process died"):
+            probes.measure({"batch_size": 32}, slots)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_missing_data_are_reported_by_the_process_that_asked() -> None:
+    with Probes({**SAMPLE, "dataset": "mnist"}) as probes, pytest.raises(DataError, match="no data set 'mnist'"):
+        probes.describe_data()
+
+
+@pytest.mark.slow
+def test_plan_is_measured_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    space = shipped_space("quick", "data.train_samples=64", "parameters.batch_size=[16, 32]", "max_epochs=1")
+    planned = plan_search(space, storage="sqlite:///hpo.db", data_dir=tmp_path)
+    assert planned.plan is not None
+    assert list(planned.plan.speeds) == ["batch_size 16", "batch_size 32"]
+    assert planned.plan.seconds > 0
+    assert (planned.trials_left, planned.states) == (2, {})
+    assert list(tmp_path.iterdir()) == []

@@ -15,7 +15,7 @@ from hpo.report.tables import failures
 from hpo.search.samplers import build_pruner, build_sampler
 from storage.database import open_database
 from storage.studies import Study, open_study
-from tests.factories import ROOT, run_of, search_without_ray, toy_space
+from tests.factories import ROOT, run_of, search_without_ray, shipped_space, toy_space
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def study(tmp_path: Path) -> Iterator[Study]:
 
 @pytest.mark.parametrize("name", ["random", "qmc", "tpe", "gp", "cmaes", "nsga2"])
 def test_runs_draw_different_points_and_a_run_is_reproducible(study: Study, tmp_path: Path, name: str) -> None:
-    space = space_of(
+    space = toy_space(
         tmp_path,
         sampler={"name": name, "seed": 3},
         budget={"trials": 9},
@@ -68,7 +68,9 @@ MIXED = {name: CONDITIONAL[name] for name in ("x", "kind", "fixed")} | {"n": {"t
         ({"name": "nsga2", "population_size": 5, "mutation_prob": 0.5}, CONDITIONAL),
         ({"name": "qmc", "qmc_type": "halton"}, MIXED),
         ("qmc", MIXED),
-        ({"name": "gp", "n_startup_trials": 4, "deterministic_objective": True}, MIXED),
+        pytest.param(
+            {"name": "gp", "n_startup_trials": 4, "deterministic_objective": True}, MIXED, marks=pytest.mark.slow
+        ),
         ({"name": "cmaes", "popsize": 5, "with_margin": True}, MIXED),
         ({"name": "cmaes", "consider_pruned_trials": True}, {"x": CONDITIONAL["x"]}),
         ("grid", {"x": [0.5, 0.25, 0.75, 1.0], "kind": ["a", "b"], "m": {"choices": [1, 2, 3], "when": {"kind": "a"}}}),
@@ -78,9 +80,9 @@ MIXED = {name: CONDITIONAL[name] for name in ("x", "kind", "fixed")} | {"n": {"t
 def test_every_sampler_draws_only_what_the_space_allows(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], sampler: Any, parameters: Any
 ) -> None:
-    """Conditions, constraints and derived values hold in every trial, as storage tells it and as the trainable sees it."""
+    """Conditions, constraints and derived values hold in every trial, both in storage and in what the trainable gets."""
     is_grid = sampler == "grid"
-    space = space_of(
+    space = toy_space(
         tmp_path,
         sampler=sampler,
         max_epochs=1,
@@ -101,16 +103,16 @@ def test_every_sampler_draws_only_what_the_space_allows(
             derived = {"epoch_seconds": 0.0} | ({"twice": 2 * params["m"]} if "m" in params else {})
             assert trial.user_attrs["derived"] == derived
             assert trial.value == expected_value(params, 0, 1)
-        assert len(study.trials()) == len(trials) or not is_grid, "of a grid nothing is drawn in vain"
-        assert not [told for told in listener.events if told[0] == "FAIL"]
+        assert len(study.trials()) == len(trials) or not is_grid, "a grid draws nothing that it does not run"
+        assert not [event for event in listener.events if event[0] == "FAIL"]
         assert failures(read_results(study)) == []
     captured = capfd.readouterr()
-    assert captured.out + captured.err == "", "Optuna has nothing to warn of"
+    assert captured.out + captured.err == "", "Optuna prints no warning"
 
 
 @pytest.mark.parametrize("name", ["asha", "hyperband", "median"])
 def test_every_scheduler_stores_exact_states_and_every_value(tmp_path: Path, name: str) -> None:
-    space = space_of(
+    space = toy_space(
         tmp_path,
         sampler={"name": "random", "seed": 5},
         scheduler={"name": name, "grace_period": 2},
@@ -127,34 +129,37 @@ def test_every_scheduler_stores_exact_states_and_every_value(tmp_path: Path, nam
             values = {epoch: expected_value(trial.params, 0, epoch) for epoch in range(1, 10)}
             last = max(trial.intermediate_values)
             assert trial.intermediate_values == {epoch: values[epoch] for epoch in range(1, last + 1)}
-            assert {epoch: told["value"] for epoch, told in metrics[trial.number].items()} == trial.intermediate_values
+            assert {
+                epoch: stored["value"] for epoch, stored in metrics[trial.number].items()
+            } == trial.intermediate_values
             assert last == 9 if trial.state.name == "COMPLETE" else 2 <= last < 9
             assert trial.value == values[last]
-        told = {number: state for state, number, *_ in listener.events if state in {"COMPLETE", "PRUNED"}}
-        assert told == states
+        reported = {number: state for state, number, *_ in listener.events if state in {"COMPLETE", "PRUNED"}}
+        assert reported == states
 
 
 def test_search_ends_when_every_configuration_was_tried(tmp_path: Path) -> None:
-    space = space_of(
+    space = toy_space(
         tmp_path, sampler="random", budget={"trials": 9}, parameters={"x": [1, 2, 3]}, constraints=["x != 2"]
     )
     with open_database(f"sqlite:///{tmp_path}/hpo.db") as database:
         study, listener = search_without_ray(space, database, tmp_path)
         assert sorted(trial.params["x"] for trial in study.run_trials()) == [1, 3]
-        assert [told[1] for told in listener.events if told[0] == "note"] == [
+        assert [event[1] for event in listener.events if event[0] == "note"] == [
             "no new trials: 20 draws in a row were all tried before"
         ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "search_spaces").glob("*.yaml")))
 def test_every_shipped_space_runs(tmp_path: Path, name: str) -> None:
-    short = ["data.dataset=fashion_mnist_sample", "data.train_samples=128", "data.val_samples=50", "max_epochs=2"]
-    space = load_space(str(ROOT / f"search_spaces/{name}.yaml"))
-    if space.scheduler.name != "none":
+    short = ["data.dataset=fashion_mnist_sample", "data.train_samples=64", "data.val_samples=20", "max_epochs=2"]
+    space = shipped_space(name)
+    if space.stops_trials_early:
         short.append("scheduler.grace_period=1")
-    if space.sampler.name != "grid":
+    if not space.is_grid:
         short.append("budget.trials=3")
-    space = load_space(str(ROOT / f"search_spaces/{name}.yaml"), short)
+    space = shipped_space(name, *short)
     with open_database(f"sqlite:///{tmp_path}/hpo.db") as database:
         study, _ = search_without_ray(space, database, tmp_path)
         trials = study.run_trials()
@@ -175,8 +180,8 @@ def test_pruners_use_the_options_of_the_scheduler(tmp_path: Path) -> None:
 
 
 def test_resumed_search_prunes_like_an_uninterrupted_one(study: Study, tmp_path: Path) -> None:
-    """Decisions come from what storage holds: a run that is new for every trial decides like a single one."""
-    space = space_of(
+    """Decisions come from storage: twelve runs of one trial each decide like one run of twelve trials."""
+    space = toy_space(
         tmp_path,
         scheduler={"name": "asha", "grace_period": 1, "reduction_factor": 2},
         max_epochs=8,

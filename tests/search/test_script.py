@@ -273,13 +273,13 @@ def test_a_script_without_checkpoints_starts_from_the_beginning_and_reports_its_
     assert [report.epoch for report in failed] == [1, 2, 0]
     assert failed[-1].failure.startswith("the script ended after epoch 2 of 3: ")
     again = run_command(tmp_path, "{lr} {seed} no-folder 3", stored_epoch=2)
-    assert [(report.epoch, report.recalled) for report in again] == [(1, False), (2, False), (3, False)]
+    assert [(report.epoch, report.is_recalled) for report in again] == [(1, False), (2, False), (3, False)]
 
 
 def test_a_script_resumes_from_its_own_checkpoints(tmp_path: Path) -> None:
     run_command(tmp_path, "{lr} {seed} {checkpoint_dir} 2")
     again = run_command(tmp_path, "{lr} {seed} {checkpoint_dir} 3", stored_epoch=2)
-    assert [(report.epoch, report.recalled) for report in again] == [(2, True), (3, False)]
+    assert [(report.epoch, report.is_recalled) for report in again] == [(2, True), (3, False)]
     assert (tmp_path / "trial/script/epoch").read_text() == "3"
 
 
