@@ -192,15 +192,15 @@ def _search(
     # Not earlier: a data set that is missing leaves no study behind.
     study = open_study(database, **space.study_options)
     listener.study_opened(space, study.name, database.url, study.counts())
-    size = cluster.size()
-    slots = plan_slots(space, left, *size)
-    if probes is not None:
-        if images is not None and is_worth_measuring(space, left, images):
-            plan = _measure(space, slots, left, probes, images, size, listener)
-        probes.close()  # its memory and its processor belong to the trials now
-    slots = slots if plan is None else plan.slots
-    listener.search_planned(space, slots, plan)
     with _report_preloaded():
+        size = cluster.size()
+        slots = plan_slots(space, left, *size)
+        if probes is not None:
+            if images is not None and is_worth_measuring(space, left, images):
+                plan = _measure(space, slots, left, probes, images, size, listener)
+            probes.close()  # its memory and its processor belong to the trials now
+        slots = slots if plan is None else plan.slots
+        listener.search_planned(space, slots, plan)
         outcome = run_trials(
             space, study, slots, provenance=provenance, data=data, runs_dir=runs_dir, listener=listener
         )
@@ -209,7 +209,7 @@ def _search(
 
 @contextmanager
 def _report_preloaded() -> Iterator[None]:
-    """Import what draws the report while trials run: plotting libraries take seconds to load."""
+    """Import the plotting libraries, which takes seconds, while Ray starts and trials run."""
     from hpo.report.page import preload
 
     thread = threading.Thread(target=preload, name="hpo-preload", daemon=True)
