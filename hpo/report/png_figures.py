@@ -27,7 +27,8 @@ def draw_curves(figures: Sequence[CurveFigure]) -> Figure:
     from matplotlib.figure import Figure
 
     is_outside = any(_count_labels(figure) > MAX_INNER_LABELS for figure in figures)
-    drawn = Figure(figsize=(10.5 if is_outside else 7.2, 4.4 * len(figures)), dpi=DPI)
+    drawn = Figure(figsize=(7.2, 4.4 * len(figures)), dpi=DPI)
+    drawn.subplots_adjust(hspace=0.35)
     for i, figure in enumerate(figures, start=1):
         axes = drawn.add_subplot(len(figures), 1, i, xlabel="epoch")
         _draw(axes, figure, is_outside=is_outside)
