@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
-from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 
 from hpo.report.results import Results, read_results
@@ -15,6 +15,8 @@ from hpo.space.model import Space
 from storage.database import Database, open_database
 from storage.run import Run
 from storage.studies import Study, find_study, open_study
+
+Direction = Literal["minimize", "maximize"]
 
 GRID = {
     "name": "grid",
@@ -68,7 +70,7 @@ def finish_grid_in(folder: Path, **changes: Any) -> Results:
 
 
 def optuna_study(
-    database: Database, name: str = "plain", directions: Sequence[str] = ("minimize",)
+    database: Database, name: str = "plain", directions: tuple[Direction, ...] = ("minimize",)
 ) -> optuna.Study:
     """Create a study with Optuna alone, as another program does."""
     return optuna.create_study(study_name=name, storage=database.optuna_storage, directions=list(directions))
@@ -77,7 +79,7 @@ def optuna_study(
 def add_trial(study: optuna.Study, state: str, values: list[float] | None = None, **options: Any) -> None:
     """Add a trial with Optuna alone."""
     params = options.pop("params", {"x": len(study.trials) / 10, "kind": "ab"[len(study.trials) % 2]})
-    distributions = {
+    distributions: dict[str, BaseDistribution] = {
         name: FloatDistribution(0, 100) if isinstance(value, float) else CategoricalDistribution(["a", "b", HOSTILE])
         for name, value in params.items()
     }

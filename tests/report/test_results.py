@@ -46,7 +46,9 @@ def test_the_stored_settings_become_a_space_again(database: Database) -> None:
     assert read_results(finish_grid(database)).space == grid_space()
 
 
-@pytest.mark.parametrize("settings", [{"metric": "cost"}, {"metric": "cost", "parameters": 1}, {"metric": "cost", "a": 0}])
+@pytest.mark.parametrize(
+    "settings", [{"metric": "cost"}, {"metric": "cost", "parameters": 1}, {"metric": "cost", "a": 0}]
+)
 def test_settings_of_another_version_leave_the_study_readable(database: Database, settings: dict[str, Any]) -> None:
     results = read_results(open_study(database, "s", direction="minimize", fingerprint="f", settings=settings))
     assert results.space is None
@@ -103,7 +105,12 @@ def test_a_report_reads_each_table_once(database: Database, monkeypatch: pytest.
 
     def count(owner: Any, name: str) -> None:
         real: Callable[..., Any] = getattr(owner, name)
-        monkeypatch.setattr(owner, name, lambda *a, **k: (calls.append(name), real(*a, **k))[1])
+
+        def counted(*args: Any, **options: Any) -> Any:
+            calls.append(name)
+            return real(*args, **options)
+
+        monkeypatch.setattr(owner, name, counted)
 
     count(Study, "trials")
     count(tables, "read_metrics")
@@ -150,9 +157,7 @@ def test_a_study_without_trials_has_empty_data_frames(database: Database) -> Non
     assert len(results.to_dataframe()) == len(results.epochs_to_dataframe()) == 0
 
 
-def test_without_pandas_the_error_says_how_to_install_it(
-    database: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_pandas_the_error_says_how_to_install_it(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     optuna_study(database)
     results = read(database)
     monkeypatch.setitem(sys.modules, "pandas", None)

@@ -28,7 +28,9 @@ def shown(table: object) -> str:
 
 def test_the_trials_of_a_study_are_shown_best_first(database: Database) -> None:
     text = shown(trial_table(read_results(finish_grid(database))))
-    rows = re.findall(r"^ *(\d) +(\d+) +0\.01 +COMPLETE +4 +(0\.\d{4}) +(0\.\d{4}) +(0\.\d{4}) +10\.0 +1,000", text, re.M)
+    rows = re.findall(
+        r"^ *(\d) +(\d+) +0\.01 +COMPLETE +4 +(0\.\d{4}) +(0\.\d{4}) +(0\.\d{4}) +10\.0 +1,000", text, re.M
+    )
     assert [row[1] for row in rows] == ["64", "256", "512"]
     assert all(last == best for _, _, last, best, _ in rows)
 
