@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.measure import Measurement
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 BAR_WIDTH = 12
 MIN_PARAMS_WIDTH = 12
+PARAMS = "parameters"
 BAR = ""  # the heading of the progress bars
 OPTIONAL_COLUMNS = (BAR, "images/s", "best")  # left out on a narrow terminal, in this order
 ANY_WIDTH = 10**6
@@ -210,39 +212,37 @@ class TerminalProgress:
 
     def _fit_table(self, rows: list[tuple[int, _Row]], width: int) -> Table:
         """Return a table that fits into `width`: it truncates parameters and drops columns, but never cuts a number."""
+        texts = self._texts(rows)
+        widest = {name: [max(column, key=cell_len, default="")] for name, column in texts.items()}
         for dropped in range(len(OPTIONAL_COLUMNS) + 1):
-            table = self._build_table(rows, without=OPTIONAL_COLUMNS[:dropped])
-            params = table.columns[1]
-            params.max_width = MIN_PARAMS_WIDTH
-            if self._measure(table) <= width:
+            names = [name for name in texts if name not in OPTIONAL_COLUMNS[:dropped]]
+            # rich measures one row with the widest text of each column, not every row.
+            ruler = _build_table({name: widest[name] for name in names}, bars=rows[:1])
+            natural_width = self._measure(ruler)
+            ruler.columns[names.index(PARAMS)].max_width = MIN_PARAMS_WIDTH
+            if self._measure(ruler) <= width:
                 break
-        params.max_width = None
+        table = _build_table({name: texts[name] for name in names}, bars=rows)
         # An expanded table gives the parameters exactly the width that the other columns leave.
-        table.expand = self._measure(table) > width
+        table.expand = natural_width > width
         return table
 
     def _measure(self, table: Table) -> int:
         """Return the width at which rich cuts nothing."""
         return Measurement.get(self._console, self._console.options.update(max_width=ANY_WIDTH), table).maximum
 
-    def _build_table(self, rows: list[tuple[int, _Row]], *, without: Sequence[str]) -> Table:
-        cells: dict[str, Callable[[int, _Row], RenderableType]] = {
-            "trial": lambda number, _: Text(str(number)),
-            "parameters": lambda _, row: Text(format_params(row.params)),
-            "epoch": lambda _, row: Text(f"{row.epoch}/{row.max_epochs}"),
-            BAR: lambda _, row: ProgressBar(total=row.max_epochs, completed=row.epoch, width=BAR_WIDTH),
-            self._metric: lambda _, row: Text("" if row.value is None else f"{row.value:.4f}"),
-            "best": lambda _, row: Text("" if row.best is None else f"{row.best:.4f}"),
-            "images/s": lambda _, row: Text("" if row.speed is None else f"{row.speed:,.0f}"),
-            "left": lambda _, row: Text(format_seconds(row.seconds_left)),
+    def _texts(self, rows: list[tuple[int, _Row]]) -> dict[str, list[str]]:
+        """Return {heading: a text per row}; the bars have none."""
+        return {
+            "trial": [str(number) for number, _ in rows],
+            PARAMS: [format_params(row.params) for _, row in rows],
+            "epoch": [f"{row.epoch}/{row.max_epochs}" for _, row in rows],
+            BAR: ["" for _ in rows],
+            self._metric: ["" if row.value is None else f"{row.value:.4f}" for _, row in rows],
+            "best": ["" if row.best is None else f"{row.best:.4f}" for _, row in rows],
+            "images/s": ["" if row.speed is None else f"{row.speed:,.0f}" for _, row in rows],
+            "left": [format_seconds(row.seconds_left) for _, row in rows],
         }
-        shown = {name: cell for name, cell in cells.items() if name not in without}
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for name in shown:
-            table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=1 if name == "parameters" else None)
-        for number, row in rows:
-            table.add_row(*(cell(number, row) for cell in shown.values()))
-        return table
 
     def _study_line(self) -> str:
         counts = self._counts
@@ -271,6 +271,16 @@ class TerminalProgress:
             else max(known) + time.monotonic() - min(row.started for row in rows)
         )
         return max(known) + -(-waiting // max(1, self._slots)) * typical
+
+
+def _build_table(texts: Mapping[str, Sequence[str]], bars: Sequence[tuple[int, _Row]]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in texts:
+        table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=1 if name == PARAMS else None)
+    for i, (_, row) in enumerate(bars):
+        bar = ProgressBar(total=row.max_epochs, completed=row.epoch, width=BAR_WIDTH)
+        table.add_row(*(bar if name == BAR else Text(column[i]) for name, column in texts.items()))
+    return table
 
 
 def _epochs(count: int) -> str:
