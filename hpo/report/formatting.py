@@ -1,8 +1,10 @@
-"""Format numbers and durations as text."""
+"""Format numbers, durations and commands as text."""
 
 from __future__ import annotations
 
 import math
+import os
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,6 +34,12 @@ def format_value(value: Any) -> str:
 def format_params(params: Mapping[str, Any]) -> str:
     """Return parameters as `batch_size 64, lr 0.01`."""
     return ", ".join(f"{name} {format_value(value)}" for name, value in params.items())
+
+
+def format_command(verb: str, *words: str) -> str:
+    """Return a command line of this program that can be copied as it is: with `uv run` if that started the process."""
+    uv = "uv run " if "UV_RUN_RECURSION_DEPTH" in os.environ else ""
+    return f"{uv}python -m hpo.{verb} {shlex.join(words)}".strip()
 
 
 def shorten(text: str, length: int = 64) -> str:

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from hpo.report.formatting import format_seconds
+from hpo.report.formatting import format_command, format_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,8 +29,8 @@ def plan_lines(space: Space, slots: Slots, plan: SearchPlan | None) -> list[str]
         lines.append(describe_time(plan))
         if slots.device == "cpu" and plan.seconds > LONG_SECONDS:
             lines += [
-                "Shorter: `python -m hpo.run quick` (a small sample, about a minute), or",
-                f"  python -m hpo.run {space.name} --set max_epochs=2 --set data.train_samples=2048",
+                f"Shorter: `{format_command('run', 'quick')}` (a small sample, about a minute), or",
+                f"  {format_command('run', space.name, '--set', 'max_epochs=2', '--set', 'data.train_samples=2048')}",
             ]
     return lines
 

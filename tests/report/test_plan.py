@@ -79,11 +79,15 @@ def test_a_measured_plan_says_how_long_the_search_takes() -> None:
     assert line.startswith("A trial takes about 3h00m and 1.50 GPU-hours (measured")
 
 
-def test_a_long_search_on_the_cpu_gets_advice() -> None:
+@pytest.mark.parametrize("uv", ["", "uv run "])
+def test_a_long_search_on_the_cpu_gets_advice_that_can_be_copied(monkeypatch: pytest.MonkeyPatch, uv: str) -> None:
+    monkeypatch.delenv("UV_RUN_RECURSION_DEPTH", raising=False)
+    if uv:
+        monkeypatch.setenv("UV_RUN_RECURSION_DEPTH", "1")
     text = "\n".join(plan_lines(grid_space(), Slots(2, 1.0, 0.0), made_plan(seconds=7200.0)))
     assert "this search takes about 2h00m on this CPU" in text
-    assert "python -m hpo.run quick" in text
-    assert "python -m hpo.run grid --set max_epochs=2 --set data.train_samples=2048" in text
+    assert f"`{uv}python -m hpo.run quick`" in text
+    assert f"  {uv}python -m hpo.run grid --set max_epochs=2 --set data.train_samples=2048" in text
 
 
 def test_the_measured_speeds_are_listed() -> None:

@@ -304,7 +304,7 @@ def test_a_thousand_running_trials_do_not_slow_the_driver_down() -> None:
             progress._live.refresh()
         frame_seconds = (time.process_time() - started) / 20
     assert epoch_seconds < 0.001
-    assert frame_seconds < 0.05
+    assert frame_seconds < 0.1
 
 
 def test_a_few_trials_are_all_shown_with_epoch_value_and_best() -> None:
