@@ -14,9 +14,9 @@ from matplotlib.colors import to_hex
 from hpo.report import curves, optuna_plots, plotly_figures, png_figures
 from hpo.report.curves import CurveFigure, Family, Line
 from hpo.report.published import match_published
-from hpo.report.results import Results, TrialResult, read_results
+from hpo.report.results import Results, TrialResult
 from storage.database import Database
-from tests.report.studies import HOSTILE, add_trial, finish_grid, optuna_study, read
+from tests.report.studies import HOSTILE, add_trial, optuna_study, read
 
 
 def build(results: Results, *metrics: str) -> CurveFigure:
@@ -25,7 +25,7 @@ def build(results: Results, *metrics: str) -> CurveFigure:
 
 
 def many_trials(results: Results, count: int) -> Results:
-    """Results of made-up trials: the higher the number, the higher every value."""
+    """Return results of made-up trials: the higher the number, the higher every value."""
     trials = [
         TrialResult(n, {"x": n}, "COMPLETE", (n / count,), {e: {"value": n * e / count} for e in range(1, 4)})
         for n in range(count)
@@ -51,18 +51,16 @@ def many_trials(results: Results, count: int) -> Results:
     ],
 )
 def test_only_the_best_trials_of_a_large_study_are_coloured(
-    database: Database, count: int, coloured: int, grey: int, text: str
+    grid_results: Results, count: int, coloured: int, grey: int, text: str
 ) -> None:
-    optuna_study(database)
-    selection = curves.select_trials(many_trials(read(database), count))
+    selection = curves.select_trials(many_trials(grid_results, count))
     assert (len(selection.coloured), len(selection.grey), selection.total) == (coloured, grey, count)
     assert selection.text == text
     assert len({colour for _, colour in selection.coloured}) == coloured
 
 
-def test_a_large_study_has_one_grey_line_and_a_band(database: Database) -> None:
-    optuna_study(database)
-    figure = build(many_trials(read(database), 1000), "value")
+def test_a_large_study_has_one_grey_line_and_a_band(grid_results: Results) -> None:
+    figure = build(many_trials(grid_results, 1000), "value")
     (band,) = figure.bands
     assert band.x == [1, 2, 3]
     assert [band.low[2], band.high[2]] == pytest.approx([0.3, 2.7], abs=0.01)
@@ -71,8 +69,8 @@ def test_a_large_study_has_one_grey_line_and_a_band(database: Database) -> None:
     assert [line.label for line in coloured][:2] == ["#999 x 999", "#998 x 998"]
 
 
-def test_the_lines_of_a_trial_share_colour_and_group(database: Database) -> None:
-    figure = build(read_results(finish_grid(database)), "val_accuracy", "train_accuracy")
+def test_the_lines_of_a_trial_share_colour_and_group(grid_results: Results) -> None:
+    figure = build(grid_results, "val_accuracy", "train_accuracy")
     assert [(line.label, line.dash, line.in_legend) for line in figure.lines[:3]] == [
         ("#0 batch_size 64", "solid", True),
         ("#0 batch_size 64", "dash", False),
@@ -84,8 +82,8 @@ def test_the_lines_of_a_trial_share_colour_and_group(database: Database) -> None
     assert (figure.last_epoch, figure.bands, figure.is_log) == (4, [], False)
 
 
-def test_captions_name_the_line_styles(database: Database) -> None:
-    published = match_published(read_results(finish_grid(database)))
+def test_captions_name_the_line_styles(grid_results: Results) -> None:
+    published = match_published(grid_results)
     assert curves.describe_styles(["val_loss", "train_loss"], published) == (
         "Solid: validation. Dashed: training. Dotted: published, training."
     )
@@ -99,10 +97,9 @@ def test_values_that_are_not_finite_are_gaps(database: Database) -> None:
     assert line.y == [0.5, None, None, 1.0]
 
 
-def test_a_long_curve_is_thinned_out_to_its_ends(database: Database) -> None:
-    optuna_study(database)
+def test_a_long_curve_is_thinned_out_to_its_ends(grid_results: Results) -> None:
     trial = TrialResult(0, {}, "COMPLETE", (1.0,), {epoch: {"value": 1.0} for epoch in range(1, 5001)})
-    (line,) = build(replace(read(database), trials=[trial]), "value").lines
+    (line,) = build(replace(grid_results, objectives=[("value", True)], trials=[trial]), "value").lines
     assert (len(line.x), line.x[0], line.x[-1]) == (curves.MAX_POINTS, 1, 5000)
 
 
@@ -119,9 +116,8 @@ def test_a_diverged_curve_makes_the_axis_logarithmic(database: Database) -> None
 # --- by plotly and by matplotlib --------------------------------------------------------------------------------------
 
 
-def test_both_renderers_draw_every_line_and_band(database: Database) -> None:
-    optuna_study(database)
-    figure = build(many_trials(read(database), 200), "value")
+def test_both_renderers_draw_every_line_and_band(grid_results: Results) -> None:
+    figure = build(many_trials(grid_results, 200), "value")
     traces = plotly_figures.to_plotly(figure)["data"][2:]  # after the two edges of the band
     axes = png_figures.draw_curves([figure]).axes[0]
     assert len(axes.collections) == len(figure.bands) == 1
@@ -152,15 +148,15 @@ def test_names_are_escaped_in_the_page() -> None:
     assert trace["hovertemplate"].startswith("&lt;script&gt;")
 
 
-def test_plotly_accepts_every_attribute(database: Database) -> None:
-    figure = build(read_results(finish_grid(database)), "val_loss", "train_loss")
+def test_plotly_accepts_every_attribute(grid_results: Results) -> None:
+    figure = build(grid_results, "val_loss", "train_loss")
     drawn = plotly_figures.to_graph_object(figure)
     assert [dict(trace.to_plotly_json()) for trace in drawn.data] == plotly_figures.to_plotly(figure)["data"]
     assert drawn.layout.template.layout.colorway is None, "no theme of plotly"
 
 
-def test_figures_in_one_png_are_one_below_the_other(database: Database) -> None:
-    figure = build(read_results(finish_grid(database)), "val_loss")
+def test_figures_in_one_png_are_one_below_the_other(grid_results: Results) -> None:
+    figure = build(grid_results, "val_loss")
     drawn = png_figures.draw_curves([figure, figure])
     upper, lower = (axes.get_position() for axes in drawn.axes)
     assert lower.y1 < upper.y0
@@ -176,16 +172,15 @@ def test_dollar_signs_in_names_are_no_mathematics() -> None:
 # --- Optuna's own plots -----------------------------------------------------------------------------------------------
 
 
-def test_a_plot_that_would_mean_nothing_is_left_out_with_a_reason(database: Database) -> None:
-    plots = optuna_plots.choose_plots(read_results(finish_grid(database)))
+def test_a_plot_that_would_mean_nothing_is_left_out_with_a_reason(grid_results: Results) -> None:
+    plots = optuna_plots.choose_plots(grid_results)
     assert plots["plot_parallel_coordinate"] == ""
     assert plots["plot_param_importances"].startswith("needs 20 completed trials and two varying parameters")
 
 
 @pytest.mark.parametrize("is_constant", [False, True])
-def test_importances_need_results_that_differ(database: Database, is_constant: bool) -> None:
-    optuna_study(database)
-    results = many_trials(read(database), 20)
+def test_importances_need_results_that_differ(grid_results: Results, is_constant: bool) -> None:
+    results = many_trials(grid_results, 20)
     trials = [
         replace(trial, params={"x": trial.number, "y": -trial.number}, values=(1.0,) if is_constant else trial.values)
         for trial in results.trials
@@ -194,9 +189,8 @@ def test_importances_need_results_that_differ(database: Database, is_constant: b
     assert reason == ("all trials have the same value, so no parameter matters" if is_constant else "")
 
 
-def test_parallel_coordinates_of_a_large_study_show_the_best_and_a_sample(database: Database) -> None:
-    optuna_study(database)
-    drawn = optuna_plots.parallel_trials(many_trials(read(database), 1000))
+def test_parallel_coordinates_of_a_large_study_show_the_best_and_a_sample(grid_results: Results) -> None:
+    drawn = optuna_plots.parallel_trials(many_trials(grid_results, 1000))
     assert len({trial.number for trial in drawn}) == optuna_plots.MAX_PARALLEL
     assert [trial.number for trial in drawn[:100]] == list(range(999, 899, -1))
 

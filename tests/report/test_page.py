@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,10 @@ def written(results: Results, folder: Path) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def grid_report(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, Path]:
+def grid_report(grid_results: Results, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, Path]:
     """The page and the Markdown file of the documented grid after 4 epochs, and their folder."""
-    folder = tmp_path_factory.mktemp("grid")
-    page, markdown = written(finish_grid_in(folder), folder)
+    folder = tmp_path_factory.mktemp("report")
+    page, markdown = written(grid_results, folder)
     return page, markdown, folder / "reports/grid"
 
 
@@ -92,8 +93,13 @@ def test_the_documented_grid_is_compared_with_the_published_results(grid_report:
     assert page.count('"name":"published"') == 2 * 3
 
 
-def test_after_50_epochs_test_accuracy_and_seconds_are_compared_too(tmp_path: Path) -> None:
-    page, markdown = written(finish_grid_in(tmp_path, max_epochs=50), tmp_path)
+@pytest.mark.usefixtures("undrawn_png")
+def test_after_50_epochs_test_accuracy_and_seconds_are_compared_too(grid_results: Results, tmp_path: Path) -> None:
+    trials = [
+        replace(trial, epochs={epoch: epoch_metrics(trial.params, epoch) for epoch in range(1, 51)})
+        for trial in grid_results.trials
+    ]
+    page, markdown = written(replace(grid_results, trials=trials), tmp_path)
     for text in (page, markdown):
         assert {"0.9231", "0.9090", "0.9147", "1719", "1129", "1083"} <= set(re.findall(r"[\d.]+", text))
 
@@ -154,6 +160,7 @@ def test_several_objectives_have_a_pareto_front(database: Database, tmp_path: Pa
     assert "on the Pareto front" in page
 
 
+@pytest.mark.usefixtures("undrawn_png")
 def test_a_running_search_has_a_report(database: Database, tmp_path: Path) -> None:
     space = grid_space()
     study = open_study(database, **space.study_options)
@@ -169,6 +176,7 @@ def test_a_running_search_has_a_report(database: Database, tmp_path: Path) -> No
     assert f"{metrics['val_accuracy']:.4f}" in page
 
 
+@pytest.mark.slow  # eight figures
 def test_metrics_and_parameters_of_any_name_are_drawn(database: Database, tmp_path: Path) -> None:
     # The settings are not those of a Space, as if another version had written them.
     study = open_study(database, "s", direction="minimize", fingerprint="f", settings={"metric": "published_cost"})
@@ -204,15 +212,15 @@ def test_a_study_of_thirty_trials_has_importances_and_parallel_coordinates(datab
 # --- the end of a search ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("undrawn_png")
 def test_a_report_that_cannot_be_written_does_not_fail_a_finished_search(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    grid_results: Results, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    results = finish_grid_in(tmp_path)
     (tmp_path / "grid.yaml").write_text(json.dumps({key: value for key, value in GRID.items() if key != "name"}))
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs/reports").write_text("a file instead of a folder")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hpo.api.run_search", lambda *_, **__: SearchResult(results))
+    monkeypatch.setattr("hpo.api.run_search", lambda *_, **__: SearchResult(grid_results))
 
     shown = CliRunner().invoke(cli, ["run", "grid.yaml"], obj="hpo run", catch_exceptions=False)
     assert shown.exit_code == 0

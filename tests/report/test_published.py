@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from optuna.distributions import CategoricalDistribution
-from optuna.trial import TrialState, create_trial
 
 from hpo.report.published import match_published, read_published
-from hpo.report.results import read_results
-from storage.database import Database
-from tests.report.studies import add_trial, finish_grid, grid_space, optuna_study, read
+from hpo.report.results import Results, TrialResult
+from tests.report.studies import grid_space
 
 
 def test_the_published_numbers_are_the_documented_ones() -> None:
@@ -23,9 +21,9 @@ def test_the_published_numbers_are_the_documented_ones() -> None:
         assert 0.7 < trial.epochs[1]["train_accuracy"] < trial.epochs[50]["train_accuracy"] < 1
 
 
-def test_a_repetition_of_the_documented_grid_matches(database: Database) -> None:
+def test_a_repetition_of_the_documented_grid_matches(grid_results: Results) -> None:
     published = read_published()
-    assert match_published(read_results(finish_grid(database))) == {
+    assert match_published(grid_results) == {
         0: published[(64, 0.01)],
         1: published[(256, 0.01)],
         2: published[(512, 0.01)],
@@ -43,18 +41,15 @@ def test_a_repetition_of_the_documented_grid_matches(database: Database) -> None
         {"parameters": {"batch_size": [64], "lr": 0.01, "optimizer": "sgd"}},
     ],
 )
-def test_another_search_does_not_match(database: Database, changes: dict[str, Any]) -> None:
-    assert match_published(read_results(finish_grid(database, **changes))) == {}
+def test_another_search_does_not_match(grid_results: Results, changes: dict[str, Any]) -> None:
+    assert match_published(replace(grid_results, space=grid_space(**changes))) == {}
 
 
-def test_a_trial_with_other_parameters_prevents_the_comparison(database: Database) -> None:
-    study = finish_grid(database)
+def test_a_trial_with_other_parameters_prevents_the_comparison(grid_results: Results) -> None:
     params = {"batch_size": 64, "lr": 0.01, "optimizer": "sgd"}
-    distributions = grid_space().distributions() | {"optimizer": CategoricalDistribution(["sgd"])}
-    study.optuna_study.add_trial(create_trial(state=TrialState.FAIL, params=params, distributions=distributions))
-    assert match_published(read_results(study)) == {}
+    other = TrialResult(3, params, "FAIL")
+    assert match_published(replace(grid_results, trials=[*grid_results.trials, other])) == {}
 
 
-def test_a_study_of_another_program_does_not_match(database: Database) -> None:
-    add_trial(optuna_study(database), "COMPLETE", [1.0])
-    assert match_published(read(database)) == {}
+def test_a_study_of_another_program_does_not_match(grid_results: Results) -> None:
+    assert match_published(replace(grid_results, space=None)) == {}

@@ -13,7 +13,7 @@ from optuna.trial import TrialState, create_trial
 
 from hpo.paths import RunsDir
 from hpo.report.page import write_report
-from hpo.report.results import read_epochs, read_results
+from hpo.report.results import Results, read_epochs, read_results
 from hpo.report.tables import trial_table
 from storage import tables
 from storage.database import Database
@@ -21,8 +21,8 @@ from storage.studies import DUPLICATE, Study, open_study
 from tests.report.studies import add_trial, finish_grid, grid_space, optuna_study, read
 
 
-def test_the_results_of_a_grid(database: Database) -> None:
-    results = read_results(finish_grid(database))
+def test_the_results_of_a_grid(grid_results: Results) -> None:
+    results = grid_results
     assert results.objectives == [("val_accuracy", True)]
     assert results.param_names == ["batch_size", "lr"]
     assert results.varying_params == ["batch_size"]
@@ -42,8 +42,8 @@ def test_the_results_of_a_grid(database: Database) -> None:
     assert results.devices == {"a GPU": 3}
 
 
-def test_the_stored_settings_become_a_space_again(database: Database) -> None:
-    assert read_results(finish_grid(database)).space == grid_space()
+def test_the_stored_settings_become_a_space_again(grid_results: Results) -> None:
+    assert grid_results.space == grid_space()
 
 
 @pytest.mark.parametrize(
@@ -99,6 +99,7 @@ def test_the_epochs_of_some_trials_can_be_read_alone(database: Database) -> None
     assert some.trials[1] == read_results(results.study).trials[1]
 
 
+@pytest.mark.usefixtures("undrawn_png")
 def test_a_report_reads_each_table_once(database: Database, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     study = finish_grid(database)
     calls: list[str] = []
@@ -140,12 +141,11 @@ def test_a_data_frame_has_a_row_per_trial(database: Database) -> None:
     assert list(frame["fail_reason"]) == ["", "", "", "out of memory"]
 
 
-def test_a_data_frame_has_a_row_per_epoch(database: Database) -> None:
-    results = read_results(finish_grid(database))
-    frame = results.epochs_to_dataframe()
+def test_a_data_frame_has_a_row_per_epoch(grid_results: Results) -> None:
+    frame = grid_results.epochs_to_dataframe()
     assert list(frame.columns[:2]) == ["number", "epoch"]
     assert list(zip(frame["number"], frame["epoch"], strict=True)) == [(n, e) for n in range(3) for e in range(1, 5)]
-    assert list(frame["val_accuracy"])[:4] == results.trials[0].curve("val_accuracy")[1]
+    assert list(frame["val_accuracy"])[:4] == grid_results.trials[0].curve("val_accuracy")[1]
     assert frame["test_accuracy"].notna().sum() == 3
 
 

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from hpo.report.results import read_results
+from hpo.report.results import Results
 from hpo.report.tables import failures, trial_table
 from hpo.run import cli
 from storage.database import Database, StorageError
@@ -26,8 +26,8 @@ def shown(table: object) -> str:
     return text.getvalue()
 
 
-def test_the_trials_of_a_study_are_shown_best_first(database: Database) -> None:
-    text = shown(trial_table(read_results(finish_grid(database))))
+def test_the_trials_of_a_study_are_shown_best_first(grid_results: Results) -> None:
+    text = shown(trial_table(grid_results))
     rows = re.findall(
         r"^ *(\d) +(\d+) +0\.01 +COMPLETE +4 +(0\.\d{4}) +(0\.\d{4}) +(0\.\d{4}) +10\.0 +1,000", text, re.M
     )
