@@ -1,6 +1,7 @@
 """Measure the report of a large study: seconds to write it, the size of the page, seconds until a browser has drawn it.
 
     uv run python -m benchmarks.report --trials 5000 --epochs 50
+    uv run python -m benchmarks.report --picture runs/reports/quick/index.html      write .readme/report.png
 
 The study is synthetic. Its rows are inserted in bulk, because writing them through Optuna would take minutes.
 """
@@ -11,6 +12,7 @@ import argparse
 import datetime
 import json
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -204,11 +206,30 @@ def measure(trials: int, epochs: int, folder: Path) -> dict[str, float]:
     }
 
 
+def take_picture(page: Path, picture: Path) -> None:
+    """Write a PNG of the top of a report, as the README shows it."""
+    from PIL import Image
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": 1280, "height": 860}, color_scheme="light")
+        tab.goto(page.absolute().as_uri())
+        tab.wait_for_function("document.body.dataset.drawn")
+        tab.screenshot(path=picture)
+        browser.close()
+    Image.open(picture).quantize(64).save(picture, optimize=True)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=5000)
     parser.add_argument("--epochs", type=int, default=50)
+    parser.add_argument("--picture", type=Path, metavar="PAGE")
     arguments = parser.parse_args()
+    if arguments.picture is not None:
+        take_picture(arguments.picture, Path(".readme/report.png"))
+        sys.exit()
     with tempfile.TemporaryDirectory() as temporary:
         for name, value in measure(arguments.trials, arguments.epochs, Path(temporary)).items():
             print(f"{name}: {value:.1f}")
