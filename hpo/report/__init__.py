@@ -1,1 +1,1 @@
-"""What storage holds, for people: tables, pages, figures, progress."""
+"""Show studies and searches: tables, pages, figures, and the progress of a run."""

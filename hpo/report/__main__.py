@@ -3,6 +3,6 @@
 import runpy
 import sys
 
-# Started as a program, not imported: imports run one way, from the command line to this package.
+# Run as a program, because packages must not import the command line.
 sys.argv.insert(1, "report")
 runpy.run_module("hpo", run_name="__main__")

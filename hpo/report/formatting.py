@@ -1,15 +1,16 @@
-"""Numbers and durations as text."""
+"""Format numbers, durations and commands as text."""
 
 from __future__ import annotations
 
 import math
+import os
+import shlex
+from collections.abc import Mapping
 from typing import Any
-
-ENDED = ("COMPLETE", "PRUNED", "FAIL")  # the states that a trial never leaves
 
 
 def format_seconds(seconds: float | None) -> str:
-    """Return a duration for people, like 42s, 7m05s or 3h20m; empty for None."""
+    """Return a duration such as 42s, 7m05s or 3h20m; empty for None."""
     if seconds is None:
         return ""
     minutes, rest = divmod(round(seconds), 60)
@@ -18,7 +19,7 @@ def format_seconds(seconds: float | None) -> str:
 
 
 def format_number(value: float | None) -> str:
-    """Return a metric's value with four decimals, or four digits where it is very large or small; empty for None."""
+    """Return a metric with four decimals, or with four digits if it is very large or small; empty for None."""
     if value is None:
         return ""
     is_plain = value == 0 or 1e-3 <= abs(value) < 1e6 or not math.isfinite(value)
@@ -26,5 +27,22 @@ def format_number(value: float | None) -> str:
 
 
 def format_value(value: Any) -> str:
-    """Return a parameter's value."""
+    """Return the value of a parameter; floats with four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def format_params(params: Mapping[str, Any]) -> str:
+    """Return parameters as `batch_size 64, lr 0.01`."""
+    return ", ".join(f"{name} {format_value(value)}" for name, value in params.items())
+
+
+def format_command(verb: str, *words: str) -> str:
+    """Return a command line of this program that can be copied as it is: with `uv run` if that started the process."""
+    uv = "uv run " if "UV_RUN_RECURSION_DEPTH" in os.environ else ""
+    return f"{uv}python -m hpo.{verb} {shlex.join(words)}".strip()
+
+
+def shorten(text: str, length: int = 64) -> str:
+    """Return a text in one line of at most `length` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= length else text[: length - 1] + "…"

@@ -1,23 +1,71 @@
-"""The report of a study: the table in the terminal, the page, and the Markdown file with its figures. Reads storage only."""
+"""Write the report of a study: an HTML page, and a Markdown file with PNG figures. Reads nothing but `Results`."""
 
 from __future__ import annotations
 
 import datetime
+import io
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpo.errors import SettingError
 from hpo.paths import RunsDir, write_atomically
-from hpo.report.formatting import format_number, format_seconds, format_value
+from hpo.report import curves, optuna_plots, plotly_figures, png_figures
+from hpo.report.formatting import format_number, format_params, format_seconds
 from hpo.report.published import Published, match_published
 from hpo.report.results import Results
 from hpo.report.tables import trial_columns
+from storage.studies import state_of
+
+if TYPE_CHECKING:
+    import jinja2
 
 MAX_PAGE_ROWS = 200
 MAX_FAILURES = 100
-AXIS_PIXELS = 120  # for each axis of parallel coordinates
+AXIS_PIXELS = 120  # per axis of the parallel coordinates
+OPTUNA_TITLES = {
+    "plot_parallel_coordinate": ("parallel_coordinates", "Parallel coordinates"),
+    "plot_param_importances": ("importances", "Parameter importances"),
+    "plot_pareto_front": ("pareto_front", "Pareto front"),
+}
+
+
+@dataclass(frozen=True)
+class PageFigure:
+    """A figure as the templates show it.
+
+    Attributes:
+        name: the HTML id, and the PNG file's name without its ending.
+        plotly: for the page, as JSON that may stand inside a <script> element.
+        png: the PNG file's content.
+        is_curve: whether it shows metrics over epochs.
+        min_width: in pixels; a narrower window scrolls.
+    """
+
+    name: str
+    title: str
+    caption: str
+    plotly: str
+    png: bytes
+    is_curve: bool = False
+    min_width: int = 0
+
+
+def preload() -> None:
+    """Import what `write_report` needs. Takes a second; call it on a background thread while trials run."""
+    from matplotlib.figure import Figure
+    from optuna.visualization import plot_parallel_coordinate
+    from optuna.visualization.matplotlib import plot_parallel_coordinate as draw_parallel_coordinate
+    from plotly import graph_objects, offline
+
+    _ = plot_parallel_coordinate, draw_parallel_coordinate, offline, _environment(), _format_settings({"": 0})
+    # These libraries import most of their parts on first use, and matplotlib also reads its font cache.
+    png_figures.to_png(Figure(figsize=(1, 1)))
+    line = {"line": {"width": 1}, "marker": {"colorbar": {"title": {"text": ""}}}, "mode": "lines"}
+    axes = {"annotations": [{"font": {"size": 1}}], "shapes": [{"line": {"width": 1}}], "xaxis": {}, "yaxis": {}}
+    graph_objects.Figure([{"type": "scatter", **line}], {"template": "none", **axes}).to_json()
 
 
 def preload() -> None:
@@ -27,34 +75,29 @@ def preload() -> None:
 
 
 def write_report(results: Results, runs_dir: RunsDir) -> Path:
-    """Write the page, `report.md` and its figures into a folder of the study's own; return the page.
+    """Write the report of a study: `index.html`, `report.md` and its PNG figures. An earlier report is replaced.
+
+    Args:
+        results: the study, with its epochs.
+        runs_dir: where the folder of the report is created.
+
+    Returns:
+        The path of the page. It needs no network and no other file.
 
     Raises:
         SettingError: the folder cannot be written.
     """
-    import jinja2
     from plotly.offline import get_plotlyjs
 
-    from hpo.report.figures import to_png
-
-    folder = runs_dir.report(results.study.name)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("hpo.report"),
-        autoescape=jinja2.select_autoescape(["html"]),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {"cell": _markdown_cell, "duration": format_seconds, "number": format_number}
-    content = _content(results)
+    folder, environment, content = runs_dir.report(results.study.name), _environment(), _content(results)
+    markdown = environment.get_template("report.md").render(content)
+    page = environment.get_template("report.html").render(content, plotlyjs=get_plotlyjs())
+    files = {f"{figure.name}.png": figure.png for figure in content["figures"]}
+    files |= {"report.md": markdown.encode(), "index.html": page.encode()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for figure in content["figures"]:
-            write_atomically(folder / f"{figure['name']}.png", to_png(figure.pop("drawn")))
-        markdown = environment.get_template("report.md").render(content)
-        write_atomically(folder / "report.md", markdown.encode())
-        page = environment.get_template("report.html").render(content, plotlyjs=get_plotlyjs())
-        write_atomically(folder / "index.html", page.encode())
+        for name, text in files.items():
+            write_atomically(folder / name, text)
     except OSError as error:
         raise SettingError(
             f"cannot write the report to {folder}: {error.strerror}. Make it a writable folder, then `hpo report "
@@ -63,19 +106,31 @@ def write_report(results: Results, runs_dir: RunsDir) -> Path:
     return folder / "index.html"
 
 
-def _content(results: Results) -> dict[str, Any]:
-    """Return what the templates show: texts, tables, figures."""
-    from storage.studies import state_of
+def _environment() -> jinja2.Environment:
+    import jinja2
 
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("hpo.report"),
+        autoescape=jinja2.select_autoescape(["html"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"cell": _markdown_cell, "duration": format_seconds, "number": format_number}
+    return environment
+
+
+def _content(results: Results) -> dict[str, Any]:
+    """Return the variables of the templates."""
     published = match_published(results)
     figures, left_out = _figures(results, published)
     failed = [trial for trial in results.trials if trial.state == "FAIL"]
-    fixed = {name: _first(results, name) for name in results.params if name not in results.varying}
+    fixed = {name: _first(results, name) for name in results.param_names if name not in results.varying_params}
     columns = trial_columns(results)
     shown = results.ranked[:MAX_PAGE_ROWS]
     return {
         "name": results.study.name,
-        "description": results.settings.get("description", ""),
+        "description": results.space.description if results.space else "",
         "state": state_of(results.attrs, results.counts, results.runs),
         "made": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         "facts": _facts(results),
@@ -85,14 +140,14 @@ def _content(results: Results) -> dict[str, Any]:
         "rows": [[cell(trial) for _, cell in columns] for trial in shown],
         "has_best": results.best is not None and len(results.objectives) == 1,
         "more_rows": len(results.trials) - len(shown),
-        "fixed": ", ".join(f"{name} {format_value(value)}" for name, value in fixed.items()),
+        "fixed": format_params(fixed),
         "published": _published_rows(results, published),
-        "held_out": results.settings.get("data", {}).get("val_samples"),
+        "held_out": results.space.data.val_samples if results.space else None,
         "failed": [(trial, results.label(trial)) for trial in failed[:MAX_FAILURES]],
         "more_failed": max(0, len(failed) - MAX_FAILURES),
         "cost": _cost(results),
         "reproduce": _reproduce(results),
-        "settings": _settings_text(results.settings),
+        "settings": _format_settings(results.attrs.get("hpo:settings", {})),
     }
 
 
@@ -101,100 +156,99 @@ def _first(results: Results, name: str) -> Any:
 
 
 def _facts(results: Results) -> list[tuple[str, str, str]]:
-    """Return (what, its number, a remark) for the head of the page."""
+    """Return (what, its number, a remark) for the top of the page."""
     facts = []
     best = results.best
     if best is not None and len(results.objectives) == 1:
         facts.append((f"best {results.metric}", format_number(best.values[0]), results.label(best)))
         if "test_accuracy" in best.last:
-            facts.append(
-                ("its test_accuracy", format_number(best.last["test_accuracy"]), "scored once, after the last epoch")
-            )
-    elif results.front:
-        facts.append(("on the Pareto front", f"{len(results.front):,}", "trials that no other one beats in everything"))
+            remark = "scored once, after the last epoch"
+            facts.append(("its test_accuracy", format_number(best.last["test_accuracy"]), remark))
+    elif results.pareto_front:
+        remark = "trials that no other trial beats in every objective"
+        facts.append(("on the Pareto front", f"{len(results.pareto_front):,}", remark))
     states = ", ".join(f"{count:,} {state}" for state, count in results.counts.most_common())
     facts.append(("trials", f"{len(results.trials):,}", states or "none yet"))
-    remark = "with a run at work" if results.runs else "of all trials together"
+    remark = "with at least one run active" if results.runs else "sum over all trials"
     facts.append(("time", format_seconds(results.wall_seconds) or "0s", remark))
     return facts
 
 
-def _figures(
-    results: Results, published: Mapping[int, Published]
-) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
-    """Return the figures, and (title, reason) of those that would mean nothing."""
-    from hpo.report import figures
+# --- figures ----------------------------------------------------------------------------------------------------------
 
-    selection = figures.select_trials(results)
-    made: list[dict[str, Any]] = []
-    left_out: list[tuple[str, str]] = []
-    families = figures.name_families(results)
-    if len(results.curve_families) > len(families):
-        left_out.append(
-            ("Further curves", f"of {len(results.curve_families)} metrics, those of {len(families)} are drawn")
-        )
-    for family in families:
-        texts = [figures.describe_styles(family.metrics, published), selection.text]
-        made.append(
-            {
-                "name": family.name,
-                "title": family.title,
-                "caption": " ".join(filter(None, texts)),
-                "plotly": figures.plot_curves(results, family.metrics, selection, published).to_json(),
-                "drawn": figures.draw_families(results, [family], selection, published),
-                "is_curve": True,
-                "min_width": 0,
-            }
-        )
-    if not families:
-        left_out.append(("Curves over epochs", "no epoch has been reported yet"))
-    titles = {
-        "plot_parallel_coordinate": ("parallel_coordinates", "Parallel coordinates"),
-        "plot_param_importances": ("importances", "Importance of the parameters"),
-        "plot_pareto_front": ("pareto_front", "Pareto front"),
-    }
-    captions = {
-        "plot_parallel_coordinate": _parallel_caption(results),
-        "plot_param_importances": "What the best trials have in common, by Optuna's PED-ANOVA: it compares the best "
-        "tenth of the completed trials with all of them.",
-        "plot_pareto_front": "In orange the trials that no other one beats in every objective.",
-    }
-    for function, reason in figures.optuna_plots(results).items():
-        name, title = titles[function]
+
+def _figures(results: Results, published: Mapping[int, Published]) -> tuple[list[PageFigure], list[tuple[str, str]]]:
+    """Return the figures, and (title, reason) of those that are left out."""
+    made, left_out = _curve_figures(results, published)
+    for function, reason in optuna_plots.choose_plots(results).items():
         try:
             if not reason:
-                axes = len(results.varying) + len(results.objectives)
-                made.append(
-                    {
-                        "name": name,
-                        "title": title,
-                        "caption": captions[function],
-                        "plotly": figures.plot_optuna(results, function).to_json(),
-                        "drawn": figures.draw_optuna(results, function),
-                        "is_curve": False,
-                        "min_width": AXIS_PIXELS * axes if function == "plot_parallel_coordinate" else 0,
-                    }
-                )
-        except (ValueError, RuntimeError, TypeError) as error:  # trials from elsewhere that Optuna's plot cannot take
+                made.append(_optuna_figure(results, function))
+        except (ValueError, RuntimeError, TypeError) as error:  # another program's trials that Optuna cannot plot
             reason = f"Optuna cannot draw it: {error}"
         if reason:
-            left_out.append((title, reason))
+            left_out.append((OPTUNA_TITLES[function][1], reason))
     return made, left_out
 
 
-def _parallel_caption(results: Results) -> str:
-    from hpo.report.figures import MAX_PARALLEL, parallel_trials
+def _curve_figures(
+    results: Results, published: Mapping[int, Published]
+) -> tuple[list[PageFigure], list[tuple[str, str]]]:
+    families, selection = curves.name_families(results), curves.select_trials(results)
+    made: list[PageFigure] = []
+    for family in families:
+        texts = [curves.describe_styles(family.metrics, published), selection.text]
+        figure = curves.build_figure(results, family, selection, published)
+        made.append(
+            PageFigure(
+                family.name,
+                family.title,
+                " ".join(filter(None, texts)),
+                plotly_figures.to_json(figure),
+                png_figures.to_png(png_figures.draw_curves([figure])),
+                is_curve=True,
+            )
+        )
+    if not families:
+        return made, [("Curves over epochs", "no epoch has been reported yet")]
+    if len(results.curve_families) > len(families):
+        return made, [("More curves", f"{len(families)} of {len(results.curve_families)} metrics are drawn")]
+    return made, []
 
-    drawn, completed = len(parallel_trials(results)), results.counts["COMPLETE"]
-    text = "A line is a completed trial, from its result to its parameters."
+
+def _optuna_figure(results: Results, function: str) -> PageFigure:
+    name, title = OPTUNA_TITLES[function]
+    captions = {
+        "plot_parallel_coordinate": _parallel_caption(results),
+        "plot_param_importances": "Computed by Optuna's PED-ANOVA, which compares the best tenth of the completed trials "
+        "with all of them.",
+        "plot_pareto_front": "Orange: trials that no other trial beats in every objective.",
+    }
+    axes = len(results.varying_params) + len(results.objectives)
+    return PageFigure(
+        name,
+        title,
+        captions[function],
+        str(optuna_plots.plot(results, function).to_json()),
+        png_figures.to_png(optuna_plots.draw(results, function)),
+        min_width=AXIS_PIXELS * axes if function == "plot_parallel_coordinate" else 0,
+    )
+
+
+def _parallel_caption(results: Results) -> str:
+    drawn, completed = len(optuna_plots.parallel_trials(results)), results.counts["COMPLETE"]
+    text = "Each line is a completed trial, from its result to its parameters."
     if drawn < completed:
-        best = MAX_PARALLEL // 3
-        text += f" {drawn} of {completed:,} are drawn: the best {best}, and others evenly spread over the ranks."
+        best = optuna_plots.MAX_PARALLEL // 3
+        text += f" {drawn} of {completed:,} are drawn: the best {best}, and an even sample of the others by rank."
     return text
 
 
+# --- tables and texts -------------------------------------------------------------------------------------------------
+
+
 def _published_rows(results: Results, published: Mapping[int, Published]) -> list[dict[str, Any]]:
-    """Return a row for each trial with a published twin, both at the trial's last epoch."""
+    """Return a row for each trial with published results, both at the trial's last epoch."""
     rows = []
     for trial in results.trials:
         twin = published.get(trial.number)
@@ -219,43 +273,48 @@ def _cost(results: Results) -> list[tuple[str, str]]:
     images = sum(trial.images for trial in results.trials)
     seconds = sum(trial.seconds for trial in results.trials)
     devices = ", ".join(f"{name} ({count:,} trials)" for name, count in results.devices.most_common(5))
+    wall = format_seconds(results.wall_seconds if results.runs else None)
     return [
-        (
-            "wall-clock time with a run at work",
-            format_seconds(results.wall_seconds if results.runs else None) or "none",
-        ),
-        ("time of all trials together", f"{format_seconds(seconds)} ({seconds:,.1f} s)"),
+        ("wall-clock time with at least one run active", wall or "none"),
+        ("sum over all trials", f"{format_seconds(seconds)} ({seconds:,.1f} s)"),
         ("GPU-hours", f"{results.gpu_hours:.2f}"),
-        ("images trained on, each once an epoch", f"{images:,.0f}" if images else "not told by the trainable"),
+        ("training images, counted once per epoch", f"{images:,.0f}" if images else "not reported by the trainable"),
         ("epochs", f"{sum(len(trial.epochs) for trial in results.trials):,}"),
-        ("devices", devices or "not known"),
+        ("devices", devices or "unknown"),
     ]
 
 
 def _reproduce(results: Results) -> list[tuple[str, str]]:
     """Return what is needed to run the study again: (what, its text)."""
-    said: Sequence[Mapping[str, Any]] = [run.provenance for run in results.runs]
-    last = said[-1] if said else {}
-    commands = list(dict.fromkeys(str(each["command"]) for each in said if "command" in each))
+    provenances: Sequence[Mapping[str, Any]] = [run.provenance for run in results.runs]
+    last = provenances[-1] if provenances else {}
+    commands = list(dict.fromkeys(str(each["command"]) for each in provenances if "command" in each))
     pairs = [("command", command) for command in commands[-5:]]
-    pairs += [("a trial again", f"hpo replay {results.study.name} NUMBER")] if said else []
+    pairs += [("one trial", f"hpo replay {results.study.name} NUMBER")] if provenances else []
     pairs += [(name, str(last[name])) for name in ("code", "python", "platform", "data_sha256") if last.get(name)]
     packages = last.get("packages") or {}
     pairs += [("packages", ", ".join(f"{name} {version}" for name, version in packages.items()))] if packages else []
-    pairs += [("seed", str(results.settings["seed"]))] if "seed" in results.settings else []
-    versions = {(each.get("code"), str(each.get("packages"))) for each in said}
+    pairs += [("seed", str(results.space.seed))] if results.space else []
+    versions = {(each.get("code"), str(each.get("packages"))) for each in provenances}
     pairs += [("note", f"earlier runs used {len(versions) - 1} other versions")] if len(versions) > 1 else []
     return [*pairs, ("storage", results.study.database.url)]
 
 
-def _settings_text(settings: Mapping[str, Any]) -> str:
-    import yaml
+def _format_settings(settings: Mapping[str, Any]) -> str:
+    """Return stored settings as YAML."""
+    from ruamel.yaml import YAML
 
     kept = {name: value for name, value in settings.items() if name != "name"}
-    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True) if kept else ""
+    if not kept:
+        return ""
+    yaml, text = YAML(typ="safe", pure=True), io.StringIO()
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # typed by its default, None
+    yaml.dump(kept, text)
+    return text.getvalue()
 
 
 def _markdown_cell(text: object) -> str:
-    """Return a text that stays in its cell of a Markdown table, whatever it holds."""
+    """Return a text that stays in its cell of a Markdown table, with every special character escaped."""
     escaped = re.sub(r"([\\`*_{}\[\]<>|#~])", r"\\\1", str(text))
     return " ".join(escaped.split())

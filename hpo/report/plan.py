@@ -1,4 +1,4 @@
-"""The plan of a search as text and tables."""
+"""Describe a planned search: how trials share the machine, how long they take, which configurations are left."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from hpo.report.formatting import format_seconds
+from hpo.report.formatting import format_command, format_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,35 +18,35 @@ if TYPE_CHECKING:
     from hpo.search.slots import Slots
     from hpo.space.model import Space
 
-MAX_ROWS = 50  # of a grid that is listed
-LONG_SECONDS = 900.0  # a search on the CPU that takes longer gets a hint to a shorter one
+MAX_ROWS = 50  # of a listed grid
+LONG_SECONDS = 900.0  # a longer search on the CPU gets a hint how to shorten it
 
 
 def plan_lines(space: Space, slots: Slots, plan: SearchPlan | None) -> list[str]:
-    """Return how trials share the machine and how long the search takes, a sentence a line."""
+    """Return how trials share the machine and how long the search takes, one sentence per line."""
     lines = [describe_slots(slots, plan)]
     if plan is not None:
         lines.append(describe_time(plan))
         if slots.device == "cpu" and plan.seconds > LONG_SECONDS:
             lines += [
-                "Shorter: `python -m hpo.run quick` (a small sample, about a minute), or",
-                f"  python -m hpo.run {space.name} --set max_epochs=2 --set data.train_samples=2048",
+                f"Shorter: `{format_command('run', 'quick')}` (a small sample, about a minute), or",
+                f"  {format_command('run', space.name, '--set', 'max_epochs=2', '--set', 'data.train_samples=2048')}",
             ]
     return lines
 
 
 def describe_slots(slots: Slots, plan: SearchPlan | None) -> str:
-    """Return how trials share the machine, and what else was tried."""
+    """Return how trials share the machine, and the throughput of every way that was measured."""
     share = f"{slots.gpu:.3g} GPU" if slots.gpu else f"{slots.threads} CPU thread{'s' if slots.threads > 1 else ''}"
     text = f"{slots.count} {'trial' if slots.count == 1 else 'trials'} at a time, {share} each"
     if plan is not None and len(plan.tried) > 1:
         tried = ", ".join(f"{speed:,.0f} with {count}" for count, speed in plan.tried.items())
-        text += f" (measured, images/s of all trials together: {tried} at a time)"
+        text += f" (measured total images/s: {tried} at a time)"
     return f"{text}."
 
 
 def describe_time(plan: SearchPlan) -> str:
-    """Return how long the search takes."""
+    """Return how long the search takes, and the measured speeds."""
     subject, seconds = ("this search", plan.seconds) if plan.trials is not None else ("a trial", plan.trial_seconds)
     took = f"{subject} takes about {format_seconds(seconds)}"
     took = f"{took} and {plan.gpu_hours:.2f} GPU-hours" if plan.slots.gpu else f"No GPU: {took} on this CPU"
@@ -55,30 +55,30 @@ def describe_time(plan: SearchPlan) -> str:
 
 
 def speed_table(plan: SearchPlan, space: Space) -> Table:
-    """Return the table of the shapes that were measured."""
+    """Return the measured training steps as a table."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("training step", "images/s of one trial", "memory of one trial", "checkpoint"):
         table.add_column(column, justify="left" if column == "training step" else "right")
     for name, speed in plan.speeds.items():
         memory = f"{speed.memory_bytes / 2**30:.2f} GiB{' of the GPU' if plan.slots.gpu else ''}"
         table.add_row(name, f"{speed.images_per_second:,.0f}", memory, f"{speed.checkpoint_seconds:.2f} s")
-    pruned = "; a scheduler that stops trials makes it shorter" if space.stops_trials_early else ""
-    table.caption = f"{space.max_epochs} epochs a trial{pruned}"
+    pruned = "; the scheduler stops some trials earlier" if space.stops_trials_early else ""
+    table.caption = f"{space.max_epochs} epochs per trial{pruned}"
     return table
 
 
 def configuration_table(space: Space, states: Mapping[str, str]) -> RenderableType:
-    """Return what is to be run, and what storage has of it: of a grid the list, with the state of each.
+    """Return the number of configurations and how many of them storage holds; for a grid, also each one's state.
 
     Args:
         space: the search.
-        states: {`Space.config_key`: state} of the configurations that storage holds.
+        states: {`Space.config_key`: state} of the stored configurations.
     """
     total = space.total_trials
     counts = ", ".join(f"{n} {state}" for state, n in sorted(Counter(states.values()).items()))
     stored = f"storage has {counts}" if counts else "storage has none of them"
     if not space.is_grid:
-        budget = f"{total} trials" if total is not None else "as many trials as fit into budget.time"
+        budget = f"{total} trials" if total is not None else "as many trials as budget.time allows"
         return f"{budget}, drawn by {space.sampler.name}; {stored}."
     points = list(space.planned_points())
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)

@@ -1,4 +1,4 @@
-"""The view in the terminal: a live table, or plain lines where there is no terminal."""
+"""Show a running search: a live table on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ import math
 import statistics
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.measure import Measurement
 from rich.progress_bar import ProgressBar
 from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from hpo.report.formatting import ENDED, format_seconds
+from hpo.report.formatting import format_params, format_seconds
 from hpo.report.plan import plan_lines
 
 if TYPE_CHECKING:
@@ -27,13 +29,16 @@ if TYPE_CHECKING:
     from hpo.search.slots import Slots
     from hpo.space.model import Space
 
-BAR = ""  # the heading of the column with the bars
 BAR_WIDTH = 12
-GAP = 2  # between columns
-MIN_PARAMS_WIDTH = 12  # of a narrow terminal, the parameters get at least so much
-RECENT_EPOCHS = 20  # that the time left is guessed from
-LINES_BURST = 30  # plain lines at once,
-LINES_PER_SECOND = 5.0  # and then so many; epochs beyond are counted, not printed
+MIN_PARAMS_WIDTH = 12
+PARAMS = "parameters"
+BAR = ""  # the heading of the progress bars
+OPTIONAL_COLUMNS = (BAR, "images/s", "best")  # left out on a narrow terminal, in this order
+ANY_WIDTH = 10**6
+RECENT_EPOCHS = 20  # on which the time left is based
+# A token bucket for plain lines: epochs beyond it are counted, not printed.
+LINES_BURST = 30
+LINES_PER_SECOND = 5.0
 
 
 @dataclass
@@ -53,14 +58,14 @@ class _Row:
     def add_epoch(self, epoch: int, seconds: float) -> None:
         self.epoch = epoch
         self.recent_seconds.append(seconds)
-        # Here, once an epoch, and not in each frame: a thousand trials are asked four times a second.
+        # Once per epoch, not in each frame: a frame may show a thousand trials, four times a second.
         self.seconds_left = statistics.median(self.recent_seconds) * (self.max_epochs - epoch)
 
 
 class TerminalProgress:
-    """Shows a search in the terminal: a live table, or plain lines where the output is no terminal.
+    """A `ProgressListener` that shows a search as a live table, or as plain lines if the output is not a terminal.
 
-    A `ProgressListener` and a context manager: the live table ends with the `with`.
+    Use it as a context manager: leaving the context removes the live table.
     """
 
     def __init__(self, console: Console) -> None:
@@ -92,11 +97,11 @@ class TerminalProgress:
             self._print(f"(and {_epochs(self._epochs_unprinted)} more)")
 
     def search_starting(self, space: Space) -> None:
-        """Print what is searched, before anything slow is done."""
+        """Print the name and the description of the search."""
         self._print(Text.assemble((space.name, "bold"), f": {space.description or space.command or space.trainable}"))
 
     def preparing(self, what: str) -> None:
-        """Show on a terminal what takes time."""
+        """Show a status line on a terminal."""
         if self._console.is_terminal:
             if self._status is None:
                 self._status = self._console.status(what)
@@ -104,7 +109,7 @@ class TerminalProgress:
             self._status.update(what)
 
     def study_opened(self, space: Space, study_name: str, storage_url: str, counts: Mapping[str, int]) -> None:
-        """Print where results go, and what is there already."""
+        """Print where results are stored, and the trials that storage holds already."""
         self._metric = space.metric
         self._better = max if space.direction == "maximize" else min
         self._total = space.total_trials
@@ -113,13 +118,13 @@ class TerminalProgress:
         if study_name != space.name:
             self._print(f"The space differs from that of study {space.name}: results go to the revision {study_name}.")
         states = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
-        if states and self._total is not None and sum(counts.get(state, 0) for state in ENDED) >= self._total:
+        if states and self._total is not None and _count_ended(counts) >= self._total:
             self._print(f"Nothing is left to do: storage holds {states}.")
         elif states:
             self._print(f"Resuming: storage holds {states}.")
 
     def search_planned(self, space: Space, slots: Slots, plan: SearchPlan | None) -> None:
-        """Print how many trials run at a time and how long they take; show the live table from here on."""
+        """Print the plan and start the live table."""
         self._slots = slots.count
         self._end_status()
         for line in plan_lines(space, slots, plan):
@@ -133,17 +138,17 @@ class TerminalProgress:
             self._status = None
 
     def trial_started(self, number: int, params: Mapping[str, Any], epoch: int, max_epochs: int) -> None:
-        """Show a trial that starts, or goes on after an epoch."""
+        """Add a trial that starts, or resumes after `epoch`."""
         self._running[number] = _Row(params, epoch, max_epochs)
-        verb = f"goes on after epoch {epoch}" if epoch else "starts"
+        verb = f"resumes after epoch {epoch}" if epoch else "starts"
         if self._console.is_terminal:
             if epoch:
-                self._print(f"trial {number} {verb}: {_format_params(params)}")
+                self._print(f"trial {number} {verb}: {format_params(params)}")
         elif self._may_print():
-            self._print(f"trial {number} {verb}: {_format_params(params)}")
+            self._print(f"trial {number} {verb}: {format_params(params)}")
 
     def epoch_ended(self, number: int, epoch: int, metrics: Mapping[str, float]) -> None:
-        """Show an epoch's metrics."""
+        """Update a trial with the metrics of an epoch."""
         row = self._running[number]
         value = metrics[self._metric]
         row.add_epoch(epoch, metrics["epoch_seconds"])
@@ -168,23 +173,23 @@ class TerminalProgress:
         )
 
     def trial_ended(self, number: int, state: str, text: str) -> None:
-        """Count a trial that ended; print why, where it is not simply done."""
+        """Remove a trial; print its state with its last value, or with the reason."""
         row = self._running.pop(number)
         self._trial_seconds.append(time.monotonic() - row.started)
         self._counts[state] += 1
         style = {"FAIL": "red", "COMPLETE": "green"}.get(state, "yellow")
         value = f"{self._metric} {row.value:.4f}" if row.value is not None and not text else text
-        self._print(Text.assemble(f"trial {number} ", (state, style), f": {value}  ({_format_params(row.params)})"))
+        self._print(Text.assemble(f"trial {number} ", (state, style), f": {value}  ({format_params(row.params)})"))
 
     def note(self, text: str) -> None:
-        """Print something that the user should know."""
+        """Print a remark in yellow."""
         self._print(Text(text, style="yellow"))
 
     def _print(self, text: str | Text) -> None:
         self._console.print(text, soft_wrap=True, highlight=False, markup=False)
 
     def _may_print(self) -> bool:
-        """Take a line out of the allowance, which grows with time: a log of very short epochs is not flooded."""
+        """Take a line from the token bucket; return whether there was one."""
         now = time.monotonic()
         self._lines_left = min(LINES_BURST, self._lines_left + (now - self._lines_at) * LINES_PER_SECOND)
         self._lines_at = now
@@ -196,44 +201,52 @@ class TerminalProgress:
     def _render(self) -> RenderableType:
         width, height = self._console.size
         study = Text(self._study_line(), style="bold")
-        # The head of the table, the study's line, and the line that the cursor stands on.
+        # One line for the heading of the table, one for the cursor.
         room = max(1, height - len(study.wrap(self._console, width)) - 2)
         running = list(self._running.items())
         shown = running if len(running) <= room else running[: max(0, room - 1)]
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        columns = self._columns([row for _, row in shown])
-        columns["trial"] = [str(number) for number, _ in shown]
-        # Too narrow a terminal takes from the parameters, then whole columns: the numbers that are there stay whole.
-        widths = {name: max(map(len, [name, *cells])) for name, cells in columns.items()} | {BAR: BAR_WIDTH}
-        names = ["trial", "parameters", "epoch", BAR, self._metric, "best", "images/s", "left"]
-        widths["parameters"] = MIN_PARAMS_WIDTH
-        for name in (BAR, "images/s", "best"):
-            if sum(widths[name] + GAP for name in names) - GAP > width:
-                names.remove(name)
-        others = sum(widths[name] + GAP for name in names if name != "parameters")
-        for name in names:
-            limit = max(MIN_PARAMS_WIDTH, width - others) if name == "parameters" else None
-            table.add_column(name, no_wrap=True, overflow="ellipsis", max_width=limit)
-        for i, (_, row) in enumerate(shown):
-            bar = ProgressBar(total=row.max_epochs, completed=row.epoch, width=BAR_WIDTH)
-            table.add_row(*(bar if name == BAR else Text(columns[name][i]) for name in names))
+        table = self._fit_table(shown, width)
         if len(shown) < len(running):
             return Group(table, Text(f"... and {len(running) - len(shown)} more"), study)
         return Group(table, study)
 
-    def _columns(self, rows: list[_Row]) -> dict[str, list[str]]:
+    def _fit_table(self, rows: list[tuple[int, _Row]], width: int) -> Table:
+        """Return a table that fits into `width`: it truncates parameters and drops columns, but never cuts a number."""
+        texts = self._texts(rows)
+        widest = {name: [max(column, key=cell_len, default="")] for name, column in texts.items()}
+        for dropped in range(len(OPTIONAL_COLUMNS) + 1):
+            names = [name for name in texts if name not in OPTIONAL_COLUMNS[:dropped]]
+            # rich measures one row with the widest text of each column, not every row.
+            ruler = _build_table({name: widest[name] for name in names}, bars=rows[:1])
+            natural_width = self._measure(ruler)
+            ruler.columns[names.index(PARAMS)].max_width = MIN_PARAMS_WIDTH
+            if self._measure(ruler) <= width:
+                break
+        table = _build_table({name: texts[name] for name in names}, bars=rows)
+        # An expanded table gives the parameters exactly the width that the other columns leave.
+        table.expand = natural_width > width
+        return table
+
+    def _measure(self, table: Table) -> int:
+        """Return the width at which rich cuts nothing."""
+        return Measurement.get(self._console, self._console.options.update(max_width=ANY_WIDTH), table).maximum
+
+    def _texts(self, rows: list[tuple[int, _Row]]) -> dict[str, list[str]]:
+        """Return {heading: a text per row}; the bars have none."""
         return {
-            "parameters": [_format_params(row.params) for row in rows],
-            "epoch": [f"{row.epoch}/{row.max_epochs}" for row in rows],
-            self._metric: ["" if row.value is None else f"{row.value:.4f}" for row in rows],
-            "best": ["" if row.best is None else f"{row.best:.4f}" for row in rows],
-            "images/s": ["" if row.speed is None else f"{row.speed:,.0f}" for row in rows],
-            "left": [format_seconds(row.seconds_left) for row in rows],
+            "trial": [str(number) for number, _ in rows],
+            PARAMS: [format_params(row.params) for _, row in rows],
+            "epoch": [f"{row.epoch}/{row.max_epochs}" for _, row in rows],
+            BAR: ["" for _ in rows],
+            self._metric: ["" if row.value is None else f"{row.value:.4f}" for _, row in rows],
+            "best": ["" if row.best is None else f"{row.best:.4f}" for _, row in rows],
+            "images/s": ["" if row.speed is None else f"{row.speed:,.0f}" for _, row in rows],
+            "left": [format_seconds(row.seconds_left) for _, row in rows],
         }
 
     def _study_line(self) -> str:
         counts = self._counts
-        ended = counts["COMPLETE"] + counts["PRUNED"] + counts["FAIL"]
+        ended = _count_ended(counts)
         parts = [f"{counts['COMPLETE']} done, {counts['PRUNED']} pruned, {counts['FAIL']} failed"]
         if self._total is not None:
             parts.append(f"{max(0, self._total - ended)} left")
@@ -246,8 +259,8 @@ class TerminalProgress:
         return ", ".join(parts)
 
     def _seconds_left(self, ended: int) -> float | None:
-        """Guess from the running trials and from how long the ended ones took."""
-        rows = list(self._running.values())  # at once: this runs in the thread that draws, while the driver adds rows
+        """Estimate the time left from the running trials and from the duration of those that ended."""
+        rows = list(self._running.values())  # a copy: the driver adds rows while the drawing thread is here
         known = [row.seconds_left for row in rows if row.seconds_left is not None]
         if self._total is None or not known:
             return None
@@ -260,11 +273,19 @@ class TerminalProgress:
         return max(known) + -(-waiting // max(1, self._slots)) * typical
 
 
+def _build_table(texts: Mapping[str, Sequence[str]], bars: Sequence[tuple[int, _Row]]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in texts:
+        table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=1 if name == PARAMS else None)
+    for i, (_, row) in enumerate(bars):
+        bar = ProgressBar(total=row.max_epochs, completed=row.epoch, width=BAR_WIDTH)
+        table.add_row(*(bar if name == BAR else Text(column[i]) for name, column in texts.items()))
+    return table
+
+
 def _epochs(count: int) -> str:
     return f"{count} epoch" if count == 1 else f"{count} epochs"
 
 
-def _format_params(params: Mapping[str, Any]) -> str:
-    return ", ".join(
-        f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in params.items()
-    )
+def _count_ended(counts: Mapping[str, int]) -> int:
+    return sum(counts.get(state, 0) for state in ("COMPLETE", "PRUNED", "FAIL"))

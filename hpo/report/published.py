@@ -1,4 +1,4 @@
-"""The published results of the documented grid, shown beside those of a study that repeats it."""
+"""The published results of the documented grid, to compare with a study that repeats it."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpo.report.results import Results
-from hpo.trainable import DEFAULT_TRAINABLE
 
 if TYPE_CHECKING:
+    from hpo.space.model import Space
     from storage.tables import Metrics
 
 PUBLISHED_DIR = Path(__file__).parent / "published"
+PUBLISHED_PARAMS = {"batch_size", "lr"}
 
 
 @dataclass(frozen=True)
 class Published:
-    """A trial as it was published. Accuracies in [0, 1].
+    """The published results of one trial. Accuracies are in [0, 1].
 
     Attributes:
-        epochs: {epoch: {train_loss, train_accuracy}}, as the weights moved.
+        epochs: {epoch: {train_loss, train_accuracy}}, averaged over the epoch's training steps.
         test_accuracy: after the last epoch.
-        seconds: of the whole trial.
+        seconds: duration of the whole trial.
     """
 
     epochs: Metrics
@@ -33,22 +34,32 @@ class Published:
 
 
 def match_published(results: Results) -> dict[int, Published]:
-    """Return {trial number: its published twin}; empty unless the study is the documented search on all of its data."""
-    data = results.settings.get("data", {})
-    if (
-        results.settings.get("trainable") != DEFAULT_TRAINABLE
-        or data.get("dataset") != "fashion_mnist"
-        or data.get("train_samples") is not None
-        or any(set(trial.params) != {"batch_size", "lr"} for trial in results.trials)
-    ):
+    """Return {trial number: published results of the same configuration}.
+
+    Empty unless the study is the documented search: our trainable on all of Fashion-MNIST, with no other parameters than
+    batch size and learning rate.
+    """
+    if results.space is None or not _is_documented_search(results.space):
+        return {}
+    if any(trial.params.keys() != PUBLISHED_PARAMS for trial in results.trials):
         return {}
     published = read_published()
     keys = {trial.number: (trial.params["batch_size"], trial.params["lr"]) for trial in results.trials}
     return {number: published[key] for number, key in keys.items() if key in published}
 
 
+def _is_documented_search(space: Space) -> bool:
+    return (
+        space.is_default_trainable
+        and space.data.dataset == "fashion_mnist"
+        and space.data.train_samples is None
+        and space.parameters.keys() == PUBLISHED_PARAMS
+        and not space.derived
+    )
+
+
 def read_published() -> dict[tuple[int, float], Published]:
-    """Return {(batch_size, lr): the published trial}."""
+    """Return {(batch_size, lr): published results}."""
     tests = {_key(row): float(row["Test Accuracy"]) for row in _rows("documented_grid_test.csv")}
     epochs: dict[tuple[int, float], Metrics] = {}
     seconds: dict[tuple[int, float], float] = {}
@@ -56,7 +67,7 @@ def read_published() -> dict[tuple[int, float], Published]:
         accuracy = float(row["Train Accuracy"]) / 100  # published in percent
         metrics = {"train_loss": float(row["Train Loss"]), "train_accuracy": accuracy}
         epochs.setdefault(_key(row), {})[int(row["Epoch"])] = metrics
-        seconds[_key(row)] = float(row["Run Duration"])  # since the run's start: the last one stands
+        seconds[_key(row)] = float(row["Run Duration"])  # since the start of the trial: the last row counts
     return {key: Published(epochs[key], tests[key], seconds[key]) for key in tests}
 
 

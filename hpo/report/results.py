@@ -1,7 +1,4 @@
-"""What storage knows of a study, read once: its trials with every metric, its runs, what they cost. Knows no figures.
-
-The published results of the documented search are here too, to be held beside those of a study that repeats it.
-"""
+"""Read a study once: its trials with every metric, its runs, and what they cost. Draws nothing."""
 
 from __future__ import annotations
 
@@ -12,29 +9,42 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from hpo.report.formatting import ENDED, format_value
+from hpo.errors import SpaceError
+from hpo.report.formatting import format_value
+from hpo.space.model import Space
 from hpo.trainable import is_timing
+from storage.optuna_internals import trial_id
+from storage.studies import elapsed_seconds, without_garbage_collection
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
+    import pandas as pd
     from optuna.trial import FrozenTrial
 
     from storage.studies import Study
     from storage.tables import Metrics
 
-STATES = ("COMPLETE", "PRUNED", "RUNNING", "WAITING", "FAIL")  # the nearest to a result first
+STATES = ("COMPLETE", "PRUNED", "RUNNING", "WAITING", "FAIL")  # in the order of the ranking
+ENDED_STATES = ("COMPLETE", "PRUNED", "FAIL")
 
 
 @dataclass(frozen=True)
 class TrialResult:
-    """A trial as storage has it.
+    """One trial: what was tried, what it reported, and where it ran.
 
     Attributes:
-        values: of the objectives; empty until the trial has ended with some. May hold infinities.
-        epochs: {epoch: {metric: value}}, epochs in order; values may be NaN or infinite.
-        fail_reason: in one line; empty for a trial that has not failed.
-        provenance: where and on what it ran, without what its run says.
-        attrs: what the run, or whatever program it was, has written with it.
-        trial_id: its key in storage; no two trials of a database share one.
+        number: counts from 0 within the study.
+        params: {name: value}. Only active parameters are present, so trials may have different names.
+        state: `COMPLETE`, `PRUNED`, `RUNNING`, `WAITING` or `FAIL`.
+        values: one float per objective; empty while the trial has no result. May be infinite.
+        epochs: {epoch: {metric: value}}, epochs from 1 in ascending order. Values may be NaN or infinite.
+        fail_reason: one line; empty unless the state is `FAIL`.
+        traceback: of the exception that ended the trial; empty if there was none.
+        provenance: the device, its name, and the share of a GPU. Run-wide facts are in `Results.runs`.
+        wall_seconds: from start to end as Optuna recorded it; 0.0 if the trial has not ended.
+        attrs: Optuna's user attributes of the trial.
+        trial_id: the key in the database, unique across its studies.
     """
 
     number: int
@@ -51,33 +61,33 @@ class TrialResult:
 
     @property
     def has_ended(self) -> bool:
-        """Whether nothing of it changes any more."""
-        return self.state in ENDED
+        """Whether the trial is in a final state."""
+        return self.state in ENDED_STATES
 
     @property
     def last_epoch(self) -> int:
-        """The last epoch that storage holds; 0 where there is none."""
+        """The last epoch that storage holds; 0 without epochs."""
         return max(self.epochs, default=0)
 
     @property
     def last(self) -> dict[str, float]:
-        """The metrics of the last epoch."""
+        """The metrics of the last epoch; empty without epochs."""
         return self.epochs.get(self.last_epoch, {})
 
     def curve(self, metric: str) -> tuple[list[int], list[float]]:
-        """Return the epochs that have a metric, and its values."""
+        """Return the epochs that have a metric, and its values: two lists of the same length, empty if none has it."""
         points = [(epoch, values[metric]) for epoch, values in self.epochs.items() if metric in values]
         return [epoch for epoch, _ in points], [value for _, value in points]
 
     @cached_property
     def seconds(self) -> float:
-        """How long its epochs took, training and validation; without epochs, how long it ran."""
+        """The seconds that its epochs took, training and validation. Without epochs, `wall_seconds`."""
         seconds = sum(values.get("epoch_seconds", 0.0) for values in self.epochs.values())
         return seconds or self.wall_seconds
 
     @cached_property
     def images(self) -> float:
-        """How many images it was trained on, each counted once an epoch; 0 where the trainable does not say."""
+        """The images trained on, counted once per epoch; 0.0 if the trainable does not report its speed."""
         return math.fsum(
             values["images_per_second"] * values["train_seconds"]
             for values in self.epochs.values()
@@ -86,26 +96,28 @@ class TrialResult:
 
     @property
     def gpus(self) -> float:
-        """The share of a GPU that it had to itself; 0 on the CPU."""
+        """The share of a GPU that the trial was given; 0.0 on the CPU."""
         return float(self.provenance.get("gpu", 1.0)) if self.provenance.get("device") == "cuda" else 0.0
 
     @property
     def images_per_second(self) -> float | None:
-        """The mean over its epochs."""
+        """The mean training speed over all epochs, or None if the trainable does not report it."""
         _, speeds = self.curve("images_per_second")
         return sum(speeds) / len(speeds) if speeds else None
 
 
 @dataclass(frozen=True)
 class Results:
-    """All that a report says, still as numbers.
+    """A study as plain data, at the moment it was read.
 
     Attributes:
-        study: where it was read from; Optuna's own plots want it.
-        objectives: (metric, is it to be maximized) each.
-        trials: by number; what was never run is left out.
-        attrs: the study's attributes, see `Study.attrs`.
-        runs: the rows of hpo_runs, oldest first.
+        study: the study that was read.
+        objectives: a (metric, whether it is maximized) pair per objective; at least one.
+        trials: all trials by number. Draws that were never run (duplicates, broken constraints) are left out.
+        attrs: the study's user attributes, see `Study.attrs`.
+        runs: the rows of `hpo_runs`, oldest first.
+        space: the search space that the study was opened with. None if another program made the study, or if this
+            version of hpo cannot read its stored settings.
     """
 
     study: Study
@@ -113,97 +125,92 @@ class Results:
     trials: list[TrialResult]
     attrs: dict[str, Any]
     runs: list[Any]
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The settings that the study was opened with; empty for a study of another program."""
-        settings: dict[str, Any] = self.attrs.get("hpo:settings", {})
-        return settings
+    space: Space | None = None
 
     @property
     def metric(self) -> str:
-        """The first objective."""
+        """The name of the first objective."""
         return self.objectives[0][0]
 
     @property
     def maximize(self) -> bool:
-        """Whether the first objective is to be maximized."""
+        """Whether the first objective is maximized."""
         return self.objectives[0][1]
 
     @cached_property
     def counts(self) -> Counter[str]:
-        """{state: trials}."""
+        """{state: number of trials}. A state without trials counts 0."""
         return Counter(trial.state for trial in self.trials)
 
     @cached_property
-    def params(self) -> list[str]:
-        """The names of all parameters, in the order in which trials name them."""
+    def param_names(self) -> list[str]:
+        """The names of all parameters, in the order in which the trials first mention them."""
         return list(dict.fromkeys(name for trial in self.trials for name in trial.params))
 
     @cached_property
-    def varying(self) -> list[str]:
-        """The parameters that are not the same in all trials: what tells the trials apart."""
+    def varying_params(self) -> list[str]:
+        """The names of the parameters that differ between trials."""
         absent = object()
         return [
-            name for name in self.params if len({repr(trial.params.get(name, absent)) for trial in self.trials}) > 1
+            name
+            for name in self.param_names
+            if len({repr(trial.params.get(name, absent)) for trial in self.trials}) > 1
         ]
 
     @cached_property
     def ranked(self) -> list[TrialResult]:
-        """All trials: those nearest to a result first, among them the best; of several objectives, the Pareto front."""
+        """All trials by state in the order of `STATES`, then best value first. The Pareto front precedes other trials."""
         return sorted(self.trials, key=self._rank)
 
     def _rank(self, trial: TrialResult) -> tuple[Any, ...]:
         value = trial.values[0] if trial.values else math.nan
-        worth = 0.0 if math.isnan(value) else -value if self.maximize else value
-        return (STATES.index(trial.state), trial.number not in self.front, math.isnan(value), worth, trial.number)
+        cost = 0.0 if math.isnan(value) else -value if self.maximize else value
+        return (STATES.index(trial.state), trial.number not in self.pareto_front, math.isnan(value), cost, trial.number)
 
     @property
     def best(self) -> TrialResult | None:
-        """The best completed trial; of several objectives, the first one on the Pareto front."""
+        """The best completed trial, or None without one. With several objectives, the first on the Pareto front."""
         first = next(iter(self.ranked), None)
         return first if first is not None and first.state == "COMPLETE" and first.values else None
 
     @cached_property
-    def front(self) -> set[int]:
+    def pareto_front(self) -> set[int]:
         """The numbers of the trials on the Pareto front; empty for a single objective."""
         if len(self.objectives) < 2:
             return set()
         return {trial.number for trial in self.study.optuna_study.best_trials}
 
     def best_value(self, trial: TrialResult) -> float | None:
-        """Return the best value of the first objective over a trial's epochs."""
+        """Return the best finite value of the first objective over a trial's epochs, or None if it has none."""
         values = [value for value in trial.curve(self.metric)[1] if math.isfinite(value)]
         return (max(values) if self.maximize else min(values)) if values else None
 
     def label(self, trial: TrialResult) -> str:
-        """Return a trial's number and what tells it from the others."""
-        params = ", ".join(f"{n} {format_value(trial.params[n])}" for n in self.varying if n in trial.params)
+        """Return a trial's number and its varying parameters, for example `#3 batch_size 64, lr 0.01`."""
+        params = ", ".join(f"{n} {format_value(trial.params[n])}" for n in self.varying_params if n in trial.params)
         return f"#{trial.number} {params}".strip()
 
     @property
     def wall_seconds(self) -> float:
-        """For how long any run was at work; without runs, what the trials took."""
-        from storage.studies import elapsed_seconds
-
+        """The seconds during which at least one run was active. Without runs, the sum over all trials."""
         return elapsed_seconds(self.runs) if self.runs else sum(trial.seconds for trial in self.trials)
 
     @property
     def gpu_hours(self) -> float:
-        """The hours of GPUs that the trials took, the share of one where they shared it."""
+        """The GPU-hours of all trials; a trial on a quarter of a GPU counts a quarter."""
         return sum(trial.seconds * trial.gpus for trial in self.trials) / 3600
 
     @property
     def devices(self) -> Counter[str]:
-        """{name of a device: trials that ran on it}."""
+        """{device name: number of trials that ran on it}."""
         names = (trial.provenance.get("device_name") or trial.provenance.get("device") for trial in self.trials)
         return Counter(str(name) for name in names if name)
 
     @cached_property
     def curve_families(self) -> dict[str, list[str]]:
-        """{what is drawn together: its metrics}, validation first: {"accuracy": ["val_accuracy", "train_accuracy"], ...}.
+        """The metrics to draw together, validation first: {"accuracy": ["val_accuracy", "train_accuracy"], ...}.
 
-        Timings are left out, and what has no more than one value a trial, as the test images' score.
+        Timings are left out, and metrics with at most one value per trial, such as the test score.
         """
         named: set[str] = set()
         repeated: set[str] = set()
@@ -213,56 +220,136 @@ class Results:
                 repeated |= seen & values.keys()
                 seen |= values.keys()
             named |= seen
-        # After a single epoch nothing is repeated yet; what scores test images will not be.
+        # After a single epoch no metric is repeated yet. Test scores are never repeated.
         drawn = {name for name in repeated or named if not is_timing(name)}
         drawn -= set() if repeated else {name for name in named if name.startswith("test_")}
         families: dict[str, list[str]] = {}
-        # The objective's family first, then the common two in their usual order, then the others.
-        order = [self.metric.removeprefix("val_").removeprefix("train_"), "accuracy", "loss"]
         for name in sorted(drawn, key=lambda name: (not name.startswith("val_"), name)):
             families.setdefault(name.removeprefix("val_").removeprefix("train_"), []).append(name)
-        return {family: families[family] for family in [*dict.fromkeys(order), *sorted(families)] if family in families}
+        first = [self.metric.removeprefix("val_").removeprefix("train_"), "accuracy", "loss"]
+        return {family: families[family] for family in [*dict.fromkeys(first), *sorted(families)] if family in families}
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Return one row per trial, by number.
+
+        Columns:
+            number: int.
+            state: see `TrialResult.state`.
+            params_NAME: one column per parameter; missing where the trial does not have it.
+            value: the objective; NaN without a result. With several objectives, one column `value_METRIC` each.
+            last_METRIC: one column per metric: its value after the trial's last epoch.
+            epochs: int, the epochs that storage holds.
+            seconds: see `TrialResult.seconds`.
+            fail_reason: empty unless the state is `FAIL`.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        pandas = _import_pandas()
+        metrics = dict.fromkeys(name for trial in self.trials for name in trial.last)
+        several = len(self.objectives) > 1
+        columns: dict[str, list[Any]] = {
+            "number": [trial.number for trial in self.trials],
+            "state": [trial.state for trial in self.trials],
+        }
+        for name in self.param_names:
+            columns[f"params_{name}"] = [trial.params.get(name) for trial in self.trials]
+        for i, (metric, _) in enumerate(self.objectives):
+            values = [trial.values[i] if trial.values else math.nan for trial in self.trials]
+            columns[f"value_{metric}" if several else "value"] = values
+        for metric in metrics:
+            columns[f"last_{metric}"] = [trial.last.get(metric, math.nan) for trial in self.trials]
+        columns["epochs"] = [len(trial.epochs) for trial in self.trials]
+        columns["seconds"] = [trial.seconds for trial in self.trials]
+        columns["fail_reason"] = [trial.fail_reason for trial in self.trials]
+        frame: pd.DataFrame = pandas.DataFrame(columns)
+        return frame
+
+    def epochs_to_dataframe(self) -> pd.DataFrame:
+        """Return one row per trial and epoch, by number and epoch.
+
+        Columns:
+            number: int, the trial.
+            epoch: int, from 1.
+            METRIC: one column per metric that the trainable reported, under its own name; NaN where an epoch lacks it.
+                Names that end in `_seconds` are in seconds. A metric called `number` or `epoch` is left out.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        pandas = _import_pandas()
+        rows = [
+            {"number": trial.number, "epoch": epoch}
+            | {name: value for name, value in metrics.items() if name not in {"number", "epoch"}}
+            for trial in self.trials
+            for epoch, metrics in trial.epochs.items()
+        ]
+        frame: pd.DataFrame = pandas.DataFrame(rows) if rows else pandas.DataFrame(columns=["number", "epoch"])
+        return frame
 
 
 def read_results(study: Study, *, epochs: bool = True) -> Results:
-    """Read a study, whole and once.
+    """Read all trials of a study, with every metric of every epoch.
 
     Args:
-        study: the study.
-        epochs: False leaves out the epochs of all trials, the bulk of a large study; see `read_epochs`.
-    """
-    from storage.studies import without_garbage_collection
+        study: the study to read.
+        epochs: whether to read the epochs, the bulk of a large study. If False, `TrialResult.epochs` is empty for all
+            trials; `read_epochs` reads those of some.
 
+    Raises:
+        StorageError: the database cannot be reached.
+    """
     with without_garbage_collection():
         trials = study.run_trials()
         metrics: dict[int, Metrics | None] = dict.fromkeys(trial.number for trial in trials)
         if epochs:
             metrics |= study.metrics(trials)
         provenances = study.provenances(trials)
-    names = study.optuna_study.metric_names or []
-    directions = study.optuna_study.directions
-    if len(directions) == 1:
-        names = [study.metric if study.settings else next(iter(names), "value")]
-    elif not names:
-        names = [f"objective {i}" for i in range(len(directions))]
+    attrs = study.attrs
+    space = _stored_space(attrs)
+    objectives = _objectives(study, space)
     return Results(
         study,
-        [(name, direction.name == "MAXIMIZE") for name, direction in zip(names, directions, strict=True)],
-        [_result(trial, metrics[trial.number], provenances[trial.number], names[0]) for trial in trials],
-        study.attrs,
+        objectives,
+        [_trial_result(trial, metrics[trial.number], provenances[trial.number], objectives[0][0]) for trial in trials],
+        attrs,
         study.runs(),
+        space,
     )
 
 
 def read_epochs(results: Results, numbers: Container[int]) -> Results:
-    """Return the same results with the epochs of these trials and of no others."""
+    """Return the same results with the epochs of the trials with these numbers, and no others.
+
+    Raises:
+        StorageError: the database cannot be reached.
+    """
     wanted = [trial.trial_id for trial in results.trials if trial.number in numbers]
     found = results.study.metrics_of(wanted)
     return replace(results, trials=[replace(trial, epochs=found.get(trial.trial_id, {})) for trial in results.trials])
 
 
-def _result(trial: FrozenTrial, epochs: Metrics | None, provenance: Mapping[str, Any], metric: str) -> TrialResult:
-    if epochs == {}:  # made through Optuna: all there is are the values that were reported for pruning
+def _stored_space(attrs: Mapping[str, Any]) -> Space | None:
+    try:
+        return Space.from_settings(attrs["hpo:settings"])
+    except (SpaceError, LookupError, TypeError, AttributeError):  # another program's study, or another version's
+        return None
+
+
+def _objectives(study: Study, space: Space | None) -> list[tuple[str, bool]]:
+    directions = study.optuna_study.directions
+    names = study.optuna_study.metric_names
+    if space is not None and len(directions) == 1:
+        names = [space.metric]
+    elif not names:
+        names = ["value"] if len(directions) == 1 else [f"objective {i}" for i in range(len(directions))]
+    return [(name, direction.name == "MAXIMIZE") for name, direction in zip(names, directions, strict=True)]
+
+
+def _trial_result(
+    trial: FrozenTrial, epochs: Metrics | None, provenance: Mapping[str, Any], metric: str
+) -> TrialResult:
+    if epochs == {}:  # a trial that another program added through Optuna has intermediate values only
         epochs = {step: {metric: value} for step, value in sorted(trial.intermediate_values.items())}
     failed = trial.state.name == "FAIL"
     return TrialResult(
@@ -276,5 +363,15 @@ def _result(trial: FrozenTrial, epochs: Metrics | None, provenance: Mapping[str,
         provenance,
         trial.duration.total_seconds() if trial.duration else 0.0,
         trial.user_attrs,
-        trial._trial_id,
+        trial_id(trial),
     )
+
+
+def _import_pandas() -> ModuleType:
+    try:
+        import pandas
+    except ModuleNotFoundError as error:
+        if error.name != "pandas":
+            raise
+        raise ImportError("data frames need pandas, which hpo does not install: `pip install pandas`") from None
+    return pandas

@@ -1,4 +1,4 @@
-"""Tables for the terminal: the trials of a study, the studies of a database, failures."""
+"""Tables for the terminal: the trials of a study, failed trials, the studies of a database."""
 
 from __future__ import annotations
 
@@ -17,17 +17,14 @@ from hpo.report.results import STATES, Results, TrialResult
 if TYPE_CHECKING:
     from storage.studies import Summary
 
-MAX_TABLE_ROWS = 50  # in the terminal
-MAX_PARAMS = 8  # columns of parameters; of more, those that are the same for all trials are left out
+MAX_TABLE_ROWS = 50
+MAX_PARAMS = 8  # with more parameters, only those that vary get a column
 
 Column = tuple[str, Callable[[TrialResult], str]]
 
 
 def trial_table(results: Results) -> Table:
-    """Return the table of a study's trials, best objective first; of a large study only the best ones.
-
-    Columns: parameters, state, epochs, the objective's last and best value, test accuracy, seconds, images per second.
-    """
+    """Return the trials of a study as a table, best first, at most `MAX_TABLE_ROWS`; see `trial_columns`."""
     table = Table(
         box=box.SIMPLE_HEAD,
         title=escape(f"{results.study.name}: {len(results.trials)} trials"),
@@ -47,8 +44,12 @@ def trial_table(results: Results) -> Table:
 
 
 def trial_columns(results: Results) -> list[Column]:
-    """Return the columns that compare trials: (heading, the text of a trial) each."""
-    params = results.params if len(results.params) <= MAX_PARAMS else results.varying
+    """Return the columns of a table of trials, each a (heading, function from a trial to its text) pair.
+
+    The columns are: number, parameters, state, epochs, the last and the best value of the objective (or all objectives if
+    there are several), test accuracy, seconds, and images per second where the trainable reports them.
+    """
+    params = results.param_names if len(results.param_names) <= MAX_PARAMS else results.varying_params
     columns: list[Column] = [("trial", lambda trial: str(trial.number))]
     columns += [(name, _param_of(name)) for name in params]
     columns += [("state", lambda trial: trial.state), ("epochs", lambda trial: str(trial.last_epoch or ""))]
@@ -80,7 +81,7 @@ def _value(trial: TrialResult) -> float | None:
 
 
 def study_table(summaries: Sequence[Summary]) -> Table:
-    """Return the table of a storage's studies."""
+    """Return the studies of a database as a table."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     states = [state for state in STATES if any(state in summary.counts for summary in summaries)]
     for name in ("study", "state", *states, "best", "metric", "last activity"):
@@ -106,7 +107,7 @@ def _ago(then: float | None) -> str:
 
 
 def failures(results: Results) -> list[str]:
-    """Return a line for each failed trial: its number and the reason; of very many, for the first ones."""
+    """Return a line with the reason for each failed trial, at most `MAX_TABLE_ROWS` and a count of the others."""
     lines = [f"trial {trial.number} failed: {trial.fail_reason}" for trial in results.trials if trial.state == "FAIL"]
     more = len(lines) - MAX_TABLE_ROWS
     return lines if more <= 0 else [*lines[:MAX_TABLE_ROWS], f"and {more:,} more failed"]

@@ -1,0 +1,96 @@
+"""The plan of a search as text."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from rich.console import Console, RenderableType
+
+from hpo.report.plan import configuration_table, plan_lines, speed_table
+from hpo.search.estimate import SearchPlan, Speed
+from hpo.search.slots import Slots
+from tests.report.studies import grid_space
+
+
+def shown(text: RenderableType) -> str:
+    file = io.StringIO()
+    Console(file=file, width=140).print(text)
+    return file.getvalue()
+
+
+def made_plan(slots: Slots = Slots(2, 1.0, 0.0), seconds: float = 120.0, trials: int | None = 3) -> SearchPlan:  # noqa: B008
+    speeds = {"batch_size 64": Speed(100.0, 2**30, 0.25)}
+    return SearchPlan(slots, speeds, {slots.count: 200.0}, trials, seconds, 1.5 * seconds)
+
+
+def test_a_grid_is_listed_with_the_state_of_each_configuration() -> None:
+    space = grid_space()
+    key = space.config_key({"batch_size": 256, "lr": 0.01})
+    text = shown(configuration_table(space, {key: "COMPLETE"}))
+    assert "3 configurations; storage has 1 COMPLETE." in text
+    assert re.findall(r"(\d+) +0\.01 +(COMPLETE|to be run)", text) == [
+        ("64", "to be run"),
+        ("256", "COMPLETE"),
+        ("512", "to be run"),
+    ]
+
+
+def test_a_large_grid_is_listed_in_part() -> None:
+    space = grid_space(parameters={"batch_size": list(range(1, 61)), "lr": 0.01})
+    text = shown(configuration_table(space, {}))
+    assert "60 configurations; storage has none of them." in text
+    assert text.count("to be run") == 50
+    assert "and 10 more" in text
+
+
+@pytest.mark.parametrize(
+    ("budget", "text"),
+    [
+        ({"trials": 30}, "30 trials, drawn by random"),
+        ({"time": "4h"}, "as many trials as budget.time allows, drawn by"),
+    ],
+)
+def test_a_sampled_search_is_described_by_its_budget(budget: dict[str, object], text: str) -> None:
+    space = grid_space(sampler={"name": "random"}, budget=budget)
+    assert text in shown(configuration_table(space, {}))
+
+
+@pytest.mark.parametrize(
+    ("slots", "text"),
+    [
+        (Slots(1, 1.0, 0.0), "1 trial at a time, 1 CPU thread each."),
+        (Slots(2, 4.0, 0.0), "2 trials at a time, 4 CPU threads each."),
+        (Slots(3, 1.0, 0.25), "3 trials at a time, 0.25 GPU each."),
+    ],
+)
+def test_the_share_of_each_trial_is_described(slots: Slots, text: str) -> None:
+    assert plan_lines(grid_space(), slots, None) == [text]
+
+
+def test_a_measured_plan_says_how_long_the_search_takes() -> None:
+    _, line = plan_lines(grid_space(), Slots(2, 1.0, 0.0), made_plan())
+    assert line == (
+        "No GPU: this search takes about 2m00s on this CPU (measured, images/s of one trial: 100 at batch_size 64)."
+    )
+    gpu = Slots(2, 1.0, 0.5)
+    _, line = plan_lines(grid_space(), gpu, made_plan(gpu, trials=None, seconds=7200.0))
+    assert line.startswith("A trial takes about 3h00m and 1.50 GPU-hours (measured")
+
+
+@pytest.mark.parametrize("uv", ["", "uv run "])
+def test_a_long_search_on_the_cpu_gets_advice_that_can_be_copied(monkeypatch: pytest.MonkeyPatch, uv: str) -> None:
+    monkeypatch.delenv("UV_RUN_RECURSION_DEPTH", raising=False)
+    if uv:
+        monkeypatch.setenv("UV_RUN_RECURSION_DEPTH", "1")
+    text = "\n".join(plan_lines(grid_space(), Slots(2, 1.0, 0.0), made_plan(seconds=7200.0)))
+    assert "this search takes about 2h00m on this CPU" in text
+    assert f"`{uv}python -m hpo.run quick`" in text
+    assert f"  {uv}python -m hpo.run grid --set max_epochs=2 --set data.train_samples=2048" in text
+
+
+def test_the_measured_speeds_are_listed() -> None:
+    text = shown(speed_table(made_plan(), grid_space(scheduler={"name": "asha"})))
+    assert re.search(r"batch_size 64 +100 +1\.00 GiB +0\.25 s", text)
+    assert "4 epochs per trial; the scheduler stops some trials earlier" in " ".join(text.split())

@@ -1,0 +1,166 @@
+"""What is read of a study, and the data frames made of it."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.trial import TrialState, create_trial
+
+from hpo.paths import RunsDir
+from hpo.report.page import write_report
+from hpo.report.results import Results, read_epochs, read_results
+from hpo.report.tables import trial_table
+from storage import tables
+from storage.database import Database
+from storage.studies import DUPLICATE, Study, open_study
+from tests.report.studies import add_trial, finish_grid, grid_space, optuna_study, read
+
+
+def test_the_results_of_a_grid(grid_results: Results) -> None:
+    results = grid_results
+    assert results.objectives == [("val_accuracy", True)]
+    assert results.param_names == ["batch_size", "lr"]
+    assert results.varying_params == ["batch_size"]
+    assert [trial.params["batch_size"] for trial in results.ranked] == [64, 256, 512]
+    assert results.best is results.ranked[0]
+    assert results.label(results.ranked[1]) == "#1 batch_size 256"
+    assert results.curve_families == {
+        "accuracy": ["val_accuracy", "train_accuracy"],
+        "loss": ["val_loss", "train_loss"],
+    }
+    first = results.trials[0]
+    assert first.curve("val_loss")[0] == [1, 2, 3, 4]
+    assert first.last["test_accuracy"] == first.last["val_accuracy"] - 0.01
+    assert first.seconds == 4 * 2.5
+    assert first.images == 4 * 2.0 * 1000
+    assert results.gpu_hours == pytest.approx(3 * 10 / 3600)
+    assert results.devices == {"a GPU": 3}
+
+
+def test_the_stored_settings_become_a_space_again(grid_results: Results) -> None:
+    assert grid_results.space == grid_space()
+
+
+@pytest.mark.parametrize(
+    "settings", [{"metric": "cost"}, {"metric": "cost", "parameters": 1}, {"metric": "cost", "a": 0}]
+)
+def test_settings_of_another_version_leave_the_study_readable(database: Database, settings: dict[str, Any]) -> None:
+    results = read_results(open_study(database, "s", direction="minimize", fingerprint="f", settings=settings))
+    assert results.space is None
+    assert results.objectives == [("cost", False)]
+
+
+def test_a_study_of_another_program_has_no_space(database: Database) -> None:
+    optuna_study(database)
+    assert read(database).space is None
+    assert read(database).objectives == [("value", False)]
+
+
+def test_a_quarter_of_a_gpu_costs_a_quarter(database: Database) -> None:
+    results = read_results(finish_grid(database, gpu=0.25))
+    assert results.gpu_hours == pytest.approx(3 * 10 / 3600 / 4)
+
+
+def test_completed_trials_rank_before_pruned_ones_and_failed_ones_last(database: Database) -> None:
+    study = optuna_study(database, directions=("maximize",))
+    add_trial(study, "PRUNED", intermediate_values={1: 0.99})
+    add_trial(study, "COMPLETE", [0.2])
+    add_trial(study, "FAIL")
+    add_trial(study, "COMPLETE", [0.7])
+    assert [trial.number for trial in read(database).ranked] == [3, 1, 0, 2]
+
+
+def test_several_objectives_have_a_pareto_front_that_ranks_first(database: Database) -> None:
+    study = optuna_study(database, directions=("maximize", "minimize"))
+    for accuracy, seconds in ((0.7, 7.0), (0.9, 10.0), (0.8, 5.0)):
+        add_trial(study, "COMPLETE", [accuracy, seconds])
+    results = read(database)
+    assert results.pareto_front == {1, 2}
+    assert [trial.number for trial in results.ranked] == [1, 2, 0]
+    assert list(results.to_dataframe()["value_objective 1"]) == [7.0, 10.0, 5.0]
+
+
+def test_draws_that_were_never_run_are_left_out(database: Database) -> None:
+    study = finish_grid(database)
+    study.optuna_study.add_trial(create_trial(state=TrialState.FAIL, user_attrs={"fail_reason": DUPLICATE}))
+    assert read_results(study).counts == {"COMPLETE": 3}
+
+
+def test_the_epochs_of_some_trials_can_be_read_alone(database: Database) -> None:
+    results = read_results(finish_grid(database), epochs=False)
+    assert [trial.epochs for trial in results.trials] == [{}, {}, {}]
+    some = read_epochs(results, {1})
+    assert [trial.last_epoch for trial in some.trials] == [0, 4, 0]
+    assert some.trials[1] == read_results(results.study).trials[1]
+
+
+@pytest.mark.usefixtures("undrawn_png")
+def test_a_report_reads_each_table_once(database: Database, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    study = finish_grid(database)
+    calls: list[str] = []
+
+    def count(owner: Any, name: str) -> None:
+        real: Callable[..., Any] = getattr(owner, name)
+
+        def counted(*args: Any, **options: Any) -> Any:
+            calls.append(name)
+            return real(*args, **options)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(Study, "trials")
+    count(tables, "read_metrics")
+    count(tables, "read_provenances")
+    count(tables, "read_runs")
+    results = read_results(study)
+    trial_table(results)
+    write_report(results, RunsDir(tmp_path))
+    assert sorted(calls) == ["read_metrics", "read_provenances", "read_runs", "trials"]
+
+
+# --- data frames ------------------------------------------------------------------------------------------------------
+
+
+def test_a_data_frame_has_a_row_per_trial(database: Database) -> None:
+    study = finish_grid(database)
+    add_trial(study.optuna_study, "FAIL", params={"x": 1.0}, user_attrs={"fail_reason": "out of memory"})
+    frame = read_results(study).to_dataframe()
+    assert list(frame.columns[:6]) == ["number", "state", "params_batch_size", "params_lr", "params_x", "value"]
+    assert list(frame.columns[-3:]) == ["epochs", "seconds", "fail_reason"]
+    assert list(frame["state"]) == ["COMPLETE", "COMPLETE", "COMPLETE", "FAIL"]
+    assert list(frame["params_batch_size"])[:3] == [64, 256, 512]
+    assert frame["value"][0] == frame["last_val_accuracy"][0] == pytest.approx(0.4 + (1 / 64 + 0.4) / 4)
+    assert math.isnan(frame["value"][3])
+    assert list(frame["epochs"]) == [4, 4, 4, 0]
+    assert list(frame["seconds"])[:3] == [10.0, 10.0, 10.0]
+    assert list(frame["fail_reason"]) == ["", "", "", "out of memory"]
+
+
+def test_a_data_frame_has_a_row_per_epoch(grid_results: Results) -> None:
+    frame = grid_results.epochs_to_dataframe()
+    assert list(frame.columns[:2]) == ["number", "epoch"]
+    assert list(zip(frame["number"], frame["epoch"], strict=True)) == [(n, e) for n in range(3) for e in range(1, 5)]
+    assert list(frame["val_accuracy"])[:4] == grid_results.trials[0].curve("val_accuracy")[1]
+    assert frame["test_accuracy"].notna().sum() == 3
+
+
+def test_a_study_without_trials_has_empty_data_frames(database: Database) -> None:
+    optuna_study(database)
+    results = read(database)
+    assert list(results.to_dataframe().columns) == ["number", "state", "value", "epochs", "seconds", "fail_reason"]
+    assert list(results.epochs_to_dataframe().columns) == ["number", "epoch"]
+    assert len(results.to_dataframe()) == len(results.epochs_to_dataframe()) == 0
+
+
+def test_without_pandas_the_error_says_how_to_install_it(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    optuna_study(database)
+    results = read(database)
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    for convert in (results.to_dataframe, results.epochs_to_dataframe):
+        with pytest.raises(ImportError, match="pip install pandas"):
+            convert()

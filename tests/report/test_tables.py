@@ -1,0 +1,86 @@
+"""The tables in the terminal: trials, failures, and `hpo list`."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+from hpo.report.results import Results
+from hpo.report.tables import failures, trial_table
+from hpo.run import cli
+from storage.database import Database, StorageError
+from tests.report.studies import add_trial, finish_grid, optuna_study, read
+
+
+def shown(table: object) -> str:
+    text = io.StringIO()
+    Console(file=text, width=140).print(table)
+    return text.getvalue()
+
+
+def test_the_trials_of_a_study_are_shown_best_first(grid_results: Results) -> None:
+    text = shown(trial_table(grid_results))
+    rows = re.findall(
+        r"^ *(\d) +(\d+) +0\.01 +COMPLETE +4 +(0\.\d{4}) +(0\.\d{4}) +(0\.\d{4}) +10\.0 +1,000", text, re.M
+    )
+    assert [row[1] for row in rows] == ["64", "256", "512"]
+    assert all(last == best for _, _, last, best, _ in rows)
+
+
+def test_several_objectives_have_a_column_each(database: Database) -> None:
+    study = optuna_study(database, directions=("maximize", "minimize"))
+    add_trial(study, "COMPLETE", [0.7, 7.0])
+    assert re.search(r"0\.7000 +7\.0000", shown(trial_table(read(database))))
+
+
+def test_failed_trials_are_listed_with_their_reason_up_to_a_limit(database: Database) -> None:
+    study = optuna_study(database)
+    add_trial(study, "FAIL", user_attrs={"fail_reason": "out of memory"})
+    results = read(database)
+    assert failures(results) == ["trial 0 failed: out of memory"]
+    many = failures(replace(results, trials=results.trials * 60))
+    assert len(many) == 51
+    assert many[-1] == "and 10 more failed"
+
+
+# --- hpo list ---------------------------------------------------------------------------------------------------------
+
+
+def listed(folder: Path, *options: str) -> str:
+    result = CliRunner().invoke(cli, ["list", "--storage", f"sqlite:///{folder}/hpo.db", *options])
+    assert result.exception is None
+    return result.output
+
+
+def test_list_shows_each_study_in_a_line_and_as_json(database: Database, tmp_path: Path) -> None:
+    finish_grid(database)
+    add_trial(optuna_study(database, "theirs [/bold]"), "COMPLETE", [0.25])
+    text = listed(tmp_path)
+    assert re.search(r"grid +finished +3 .* val_accuracy +\d+s ago", text)
+    assert re.search(r"theirs \[/bold\] +another program's +1 +0\.2500", text)
+    first, second = json.loads(listed(tmp_path, "--json"))
+    assert (first["name"], first["state"], first["counts"]) == ("grid", "finished", {"COMPLETE": 3})
+    assert first["best"] == pytest.approx(0.4 + (1 / 64 + 0.4) / 4)
+    assert abs(first["last_activity"] - time.time()) < 60
+    assert abs(second["last_activity"] - time.time()) < 60, "Optuna's timestamps are local time"
+
+
+def test_list_of_an_empty_database_says_so(database: Database, tmp_path: Path) -> None:
+    assert "no studies yet" in listed(tmp_path)
+    assert json.loads(listed(tmp_path, "--json")) == []
+
+
+@pytest.mark.parametrize("words", [["list"], ["report", "grid"]])
+def test_a_verb_that_only_reads_creates_no_database(tmp_path: Path, words: list[str]) -> None:
+    result = CliRunner().invoke(cli, [*words, "--storage", f"sqlite:///{tmp_path}/no/hpo.db"])
+    assert isinstance(result.exception, StorageError)
+    assert re.search(r"there is no database sqlite:.*hpo run SPACE", str(result.exception))
+    assert list(tmp_path.iterdir()) == []
