@@ -20,7 +20,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import DISTRIBUTIONS, fill
+from benchmarks.report import fill
+from hpo.space.model import Space
 
 CLAIMS = 15  # timed in each process
 SAMPLERS = ("random", "tpe")
@@ -33,7 +34,6 @@ def measure_here(url: str, sampler: str, seed: int) -> dict[str, float]:
         Seconds for `open`, `resume` and `ask` (the median), and the peak of `memory` in bytes.
     """
     import optuna
-    from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     from storage.database import open_database
     from storage.run import Run
@@ -51,20 +51,13 @@ def measure_here(url: str, sampler: str, seed: int) -> dict[str, float]:
         "tpe": optuna.samplers.TPESampler(seed=seed),
     }[sampler]
 
-    def draw(trial: optuna.Trial) -> str:
-        for name, distribution in DISTRIBUTIONS.items():
-            if isinstance(distribution, CategoricalDistribution):
-                trial.suggest_categorical(name, distribution.choices)
-            elif isinstance(distribution, FloatDistribution):
-                trial.suggest_float(name, distribution.low, distribution.high, log=distribution.log)
-        return ""
-
+    space = Space.from_settings(study.settings)
     asks = []
     with Run(
         study,
-        config_key=lambda params: json.dumps(params, sort_keys=True),
+        config_key=space.config_key,
         provenance={},
-        draw=draw,
+        draw=space.draw,
         learns=sampler == "tpe",
     ) as run:
         for i in range(CLAIMS + 1):

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import HpoError, SettingError, TrainableError, nearest
-from hpo.paths import RunsDir
+from hpo.paths import RunsDir, is_new_database
 from hpo.search.listener import NullListener, ProgressListener
 from hpo.space.model import Space, load_space, space_schema
 from hpo.trainable import load_trainable
@@ -128,12 +128,17 @@ def run_search(
     listener = listener or NullListener()
     listener.search_starting(space)  # before the imports that take seconds
     from hpo.search.cluster import RayCluster
-    from storage.database import open_database
-    from storage.studies import find_revision
 
     runs, data = RunsDir(Path(runs_dir)).make(), space.trainable_data(Path(data_dir).resolve())
     check_trainable(space)
     with RayCluster(ray_address) as cluster, _start_probes(space, data) as probes, _warnings_noted(listener):
+        listener.preparing("starting Ray")
+        listener.preparing("starting Ray")
+        if is_new_database(storage):  # else a look at it may show that nothing is left to do
+            cluster.start()
+        from storage.database import open_database
+        from storage.studies import find_revision
+
         database = open_database(storage, password)
         study = find_revision(database, space.name, space.fingerprint)
         left = space.total_trials if study is None else _trials_left(space, study)
@@ -141,7 +146,6 @@ def run_search(
             listener.study_opened(space, study.name, database.url, study.counts())
             outcome = None
         else:
-            listener.preparing("starting Ray")
             cluster.start()
             provenance = {"command": command} | describe_environment()
             study, outcome = _search(

@@ -77,6 +77,12 @@ class RunsDir:
         return RunsDir(self.root.resolve())
 
 
+def is_new_database(url: str) -> bool:
+    """Return whether a storage URL names a SQLite file that does not exist yet. Imports no database driver."""
+    scheme, _, path = url.partition(":///")
+    return scheme == "sqlite" and not Path(path).exists()
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: a reader sees the old content or the new one, never a part.
 

@@ -28,7 +28,6 @@ from hpo.report.results import Results, TrialResult, read_epochs, read_results
 from hpo.search.script import LOG_FILE
 
 if TYPE_CHECKING:
-    from hpo.space.model import Space
     from storage.studies import Study
 
 MAX_CURVES = 50  # trials in a plot: plots are stored in SQL
@@ -75,19 +74,22 @@ def _publish(study: Study, runs_dir: RunsDir) -> None:
 def _publish_curves(
     results: Results, ranked: Sequence[TrialResult], attributes: DashboardAttributes, runs_dir: RunsDir
 ) -> None:
-    from hpo.report import figures
+    from hpo.report import curves, plotly_figures, png_figures  # late: they import plotting libraries
 
     drawn = read_epochs(results, {trial.number for trial in ranked[:MAX_CURVES]})
-    families, selection, published = figures.name_families(drawn), figures.select_trials(drawn), match_published(drawn)
-    for family in families:
-        figure = figures.plot_curves(drawn, family.metrics, selection, published)
-        styles = figures.describe_styles(family.metrics, published)
+    selection, published = curves.select_trials(drawn), match_published(drawn)
+    drawings = []
+    for family in curves.name_families(drawn):
+        drawing = curves.build_figure(drawn, family, selection, published)
+        drawings.append(drawing)
+        figure = plotly_figures.to_graph_object(drawing)
+        styles = curves.describe_styles(family.metrics, published)
         title = f"{html.escape(family.title)}<br><sub>{html.escape(styles)}</sub>"
         # A card of the dashboard is half a page wide: a legend next to the plot would leave no room for the curves.
         figure.update_layout(title={"text": title}, legend={"orientation": "h", "yanchor": "top", "y": -0.2})
         attributes.save_plot(family.name, figure)
-    if families:
-        image = figures.to_png(figures.draw_families(drawn, families, selection, published))
+    if drawings:
+        image = png_figures.to_png(png_figures.draw_curves(drawings))
         artifact = _artifact(results.study, "curves.png")
         _publish_file(artifact, attributes, runs_dir, partial(write_atomically, content=image), replace=True)
 
@@ -95,7 +97,7 @@ def _publish_curves(
 def _publish_notes_and_logs(
     results: Results, ranked: Sequence[TrialResult], attributes: DashboardAttributes, runs_dir: RunsDir
 ) -> None:
-    study, space = results.study, _space_of(results.study)
+    study, space = results.study, results.space
     selected = {trial.number for trial in select_trials_to_note(attributes, ranked)}
     noted = read_epochs(results, selected)
     for trial in noted.trials:
@@ -123,18 +125,6 @@ def _publish_best_checkpoint(
         if trial is not best and attributes.lists(former):
             attributes.delete(former)
             (runs_dir.artifacts / former.artifact_id).unlink(missing_ok=True)
-
-
-def _space_of(study: Study) -> Space | None:
-    """Return the space that a study was opened with; None if this version of hpo cannot read it."""
-    from hpo.errors import SpaceError
-    from hpo.space.model import Space
-
-    if not study.settings:
-        return None
-    with contextlib.suppress(SpaceError):
-        return Space.from_settings(study.settings)
-    return None
 
 
 def select_trials_to_note(attributes: DashboardAttributes, ranked: Sequence[TrialResult]) -> list[TrialResult]:

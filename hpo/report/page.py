@@ -68,12 +68,6 @@ def preload() -> None:
     graph_objects.Figure([{"type": "scatter", **line}], {"template": "none", **axes}).to_json()
 
 
-def preload() -> None:
-    """Import what `write_report` needs, at a time when nobody waits for it."""
-    import jinja2  # noqa: F401
-    import plotly.graph_objects  # noqa: F401
-
-
 def write_report(results: Results, runs_dir: RunsDir) -> Path:
     """Write the report of a study: `index.html`, `report.md` and its PNG figures. An earlier report is replaced.
 

@@ -65,8 +65,9 @@ class RayCluster:
             signal.signal(signal.SIGTERM, self._sigterm_before)
 
     def start(self) -> None:
-        """Start Ray, and return at once."""
-        self._thread.start()
+        """Start Ray, unless it was started before, and return at once."""
+        if self._thread.ident is None:
+            self._thread.start()
 
     def stop(self) -> None:
         """Start to shut Ray down, and return at once; leaving the `with` waits for the end."""

@@ -13,7 +13,7 @@ from benchmarks.postgres import Postgres
 from hpo.dashboard import publishing
 from hpo.dashboard.publishing import PUBLISHED, publish
 from hpo.paths import RunsDir
-from hpo.report import figures
+from hpo.report import curves, plotly_figures
 from hpo.report.results import read_results
 from storage.database import Database, open_database
 from storage.optuna_internals import trial_id
@@ -54,9 +54,12 @@ def test_the_plots_have_the_curves_of_the_report_and_are_an_image_too(study: Stu
     publish(study, runs_dir)
     plots, results = published_plots(study), read_results(study)
     assert set(plots) == {"accuracy", "loss"}
-    selection = figures.select_trials(results)
+    selection, families = (
+        curves.select_trials(results),
+        {family.name: family for family in curves.name_families(results)},
+    )
     for name, plot in plots.items():
-        in_report = figures.plot_curves(results, [f"val_{name}", f"train_{name}"], selection, {})
+        in_report = plotly_figures.to_graph_object(curves.build_figure(results, families[name], selection, {}))
         assert plot["data"] == json.loads(in_report.to_json())["data"]
         assert plot["layout"]["title"]["text"].endswith("<sub>Solid: validation. Dashed: training.</sub>")
     key, artifact_id = listed_artifacts(study)["curves.png"]
@@ -221,10 +224,8 @@ def test_every_trial_of_a_small_study_has_a_note_with_the_settings_of_the_study(
 
 
 @pytest.mark.usefixtures("no_curves")
-def test_settings_of_another_version_do_not_prevent_notes(
-    study: Study, runs_dir: RunsDir, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Study, "settings", study.settings | {"key_of_a_later_version": 1})
+def test_settings_of_another_version_do_not_prevent_notes(study: Study, runs_dir: RunsDir) -> None:
+    study.optuna_study.set_user_attr("hpo:settings", study.settings | {"key_of_a_later_version": 1})
     publish(study, runs_dir)
     assert "**COMPLETE** after 5 of ? epochs" in study.system_attrs()["dashboard:3:note_str:0"]
 
