@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hpo.report.results import Results
 
 DEFAULT_STORAGE = "sqlite:///runs/hpo.db"
-COMPLETE_VARIABLE = "_HPO_COMPLETE"  # a shell sets it to ask for completions
+COMPLETE_VARIABLE = "_HPO_COMPLETE"  # how a shell asks click for completions
 
 
 def main(prefix: Sequence[str] = ()) -> NoReturn:
