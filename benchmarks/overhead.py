@@ -1,18 +1,18 @@
-"""What the service costs around the training: no-op trials of five reports, wall time and CPU of the driver a trial.
+"""What the service costs around the training, per trial: wall time, and CPU time of the driver.
 
-    python -m benchmarks.overhead
+    uv run python -m benchmarks.overhead
 
-Contestants, each in a process of its own, one after another, over and over:
+Trials do no work and report five epochs. The contestants run in turns, each in a new process:
 
-    hpo             the whole service: Tune, our workers, leases, checkpoints and every metric in SQLite
-    tune            Ray Tune alone, actors reused: random search, no database, a function that calls `tune.report`
-    tune-bare       the same with a class, and without the loggers that Tune starts by default: the least it can take
+    hpo             the service: Tune, workers, leases, checkpoints, and every metric in SQLite
+    tune            Ray Tune only, actors reused: random search, no database, a function that calls `tune.report`
+    tune-bare       the same with a class, and without the loggers that Tune starts by default: Tune's minimum
     tune+optuna     Ray Tune with OptunaSearch on SQLite, actors reused
     tune+optuna-new the same without reuse: each trial starts a worker, which imports torch as ours do
-    optuna          plain Optuna on SQLite in one process, no workers at all
+    optuna          Optuna on SQLite in one process, without workers
 
-A contestant's cost a trial is the slope from the end of its trial number `skip` to its last: starting Ray and the workers
-is not counted. Prints a table and, as its last line, one JSON object.
+The cost per trial is the slope from the end of trial number `SKIP` to the end of the last trial, which leaves out the start
+of Ray and of the workers. Prints a table and, as its last line, one JSON object.
 """
 
 from __future__ import annotations
@@ -42,17 +42,18 @@ Mark = Callable[[], None]  # called as each trial ends
 
 
 def run_hpo(trials: int, folder: Path, mark: Mark) -> None:
-    """The service as `hpo run` uses it."""
-    from hpo import search
-    from hpo.search.estimate import plan_slots
+    """Run the trials as `hpo run` does, without its preparations and its report."""
+    from hpo.paths import RunsDir
+    from hpo.search.cluster import RayCluster
+    from hpo.search.listener import NullListener
+    from hpo.search.slots import plan_slots
+    from hpo.search.tune import run_trials
     from hpo.space.model import load_space
     from storage.database import open_database
     from storage.studies import open_study
 
-    class ProgressListener:
-        def trial_started(self, *_: Any) -> None: ...
-        def epoch_ended(self, *_: Any) -> None: ...
-        def trial_ended(self, *_: Any) -> None:
+    class TrialEnds(NullListener):
+        def trial_ended(self, number: int, state: str, text: str) -> None:
             mark()
 
         def note(self, text: str) -> None:
@@ -65,25 +66,24 @@ def run_hpo(trials: int, folder: Path, mark: Mark) -> None:
         "parameters: {x: {type: float, low: 0.0, high: 1.0}}\n"
     )
     space = load_space(str(path))
-    database = open_database(f"sqlite:///{folder}/hpo.db")
-    study = open_study(database, **space.study_options)
-    with search.cluster(None):
-        slots = plan_slots(space, None, *search.cluster_size())
-        search.search(
+    with open_database(f"sqlite:///{folder}/hpo.db") as database, RayCluster(None) as cluster:
+        cluster.start()
+        study = open_study(database, **space.study_options)
+        run_trials(
             space,
             study,
-            slots,
+            plan_slots(space, None, *cluster.size()),
             provenance={},
-            data_dir=folder,
-            checkpoints=folder / "checkpoints",
-            view=ProgressListener(),
+            data=space.trainable_data(folder),
+            runs_dir=RunsDir(folder),
+            listener=TrialEnds(),
         )
 
 
 def run_tune(
     trials: int, folder: Path, mark: Mark, *, optuna: bool = False, reuse: bool = True, bare: bool = False
 ) -> None:
-    """Ray Tune by itself, or with its OptunaSearch."""
+    """Run the trials with Ray Tune, with or without its OptunaSearch."""
     os.environ |= {"RAY_AIR_NEW_OUTPUT": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
     if bare:
         os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
@@ -92,7 +92,7 @@ def run_tune(
 
     class Noop(tune.Trainable):
         def setup(self, config: dict[str, Any]) -> None:
-            import torch  # noqa: F401  # what a trial of this field needs anyway
+            import torch  # noqa: F401 # as the workers of hpo do
 
             self.x, self.epoch = config["x"], 0
 
@@ -136,7 +136,7 @@ def run_tune(
 
 
 def run_optuna(trials: int, folder: Path, mark: Mark) -> None:
-    """Optuna's own loop."""
+    """Run the trials with `optuna.Study.optimize`."""
     import optuna
 
     def objective(trial: optuna.Trial) -> float:
@@ -167,7 +167,7 @@ CONTESTANTS: dict[str, Callable[[int, Path, Mark], None]] = {
 
 
 def measure_here(name: str) -> dict[str, float]:
-    """Run a contestant in this process; return the seconds a trial, on the clock and of this process's CPU."""
+    """Run a contestant in this process; return the seconds per trial: `wall`, and `cpu` of this process."""
     ends: list[tuple[float, float]] = []
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory(prefix="overhead-") as folder:
@@ -178,19 +178,19 @@ def measure_here(name: str) -> dict[str, float]:
 
 
 def measure(name: str) -> dict[str, float]:
-    """Run a contestant in a new process."""
+    """Run a contestant in a new process; see `measure_here`."""
     command = [sys.executable, "-m", "benchmarks.overhead", "--here", name]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stderr[-2000:]}")
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    seconds: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return seconds
 
 
 def main() -> None:
-    """Measure, or with --here be measured."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=3, help="of each contestant, of which the median is taken")
+    parser.add_argument("--runs", type=int, default=3, help="runs of each contestant; the medians are printed")
     parser.add_argument("--only", nargs="+", default=list(CONTESTANTS), choices=CONTESTANTS)
     parser.add_argument("--here", choices=CONTESTANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -201,17 +201,17 @@ def main() -> None:
     for _ in range(options.runs):
         for name in options.only:
             runs[name].append(measure(name))
-    print(f"{'':16} {'wall ms a trial':>16} {'driver CPU ms a trial':>22}")
-    middle: dict[str, dict[str, float]] = {}
-    for name, found in runs.items():
-        middle[name] = {what: 1000 * statistics.median(run[what] for run in found) for what in ("wall", "cpu")}
-        print(f"{name:16} {middle[name]['wall']:16.1f} {middle[name]['cpu']:22.1f}")
-    ratios = {
-        f"hpo/{name}": round(middle["hpo"]["wall"] / middle[name]["wall"], 3) for name in middle if "hpo" in middle
-    }
-    print(
-        json.dumps({"ms": {n: {k: round(v, 1) for k, v in m.items()} for n, m in middle.items()}, "wall_ratio": ratios})
-    )
+    print(f"{'':16} {'wall ms per trial':>18} {'driver CPU ms per trial':>24}")
+    milliseconds: dict[str, dict[str, float]] = {}
+    for name, measured in runs.items():
+        medians = {kind: 1000 * statistics.median(run[kind] for run in measured) for kind in ("wall", "cpu")}
+        print(f"{name:16} {medians['wall']:18.1f} {medians['cpu']:24.1f}")
+        milliseconds[name] = {kind: round(value, 1) for kind, value in medians.items()}
+    ratios = {}
+    if "hpo" in milliseconds:
+        wall = milliseconds["hpo"]["wall"]
+        ratios = {f"hpo/{name}": round(wall / each["wall"], 3) for name, each in milliseconds.items()}
+    print(json.dumps({"ms": milliseconds, "wall_ratio": ratios}))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The command line, nothing else: flags and environment variables in, text and exit codes out.
+"""The command line: flags and environment variables in, text and exit codes out.
 
 Exit codes: 0 finished; 1 finished, but no trial completed; 2 the user must change something; 130 stopped, resumable.
-The work is done by `hpo.api`, which is imported by the verb that needs it: `hpo --help` answers at once.
+`hpo.api` does the work. Each verb imports what it needs, so `hpo --help` is fast.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def main(prefix: Sequence[str] = ()) -> NoReturn:
     """Run a verb of the command line and exit.
 
     Args:
-        prefix: put before the arguments, so that `python -m hpo.report STUDY` is `hpo report STUDY`.
+        prefix: inserted before the arguments: `python -m hpo.report STUDY` is `hpo report STUDY`.
     """
-    # As `python -m` does: a trainable is looked for in the folder that the command runs in.
+    # As `python -m` does: trainables are imported from the working directory.
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -62,7 +62,7 @@ def main(prefix: Sequence[str] = ()) -> NoReturn:
 
 
 def _is_storage_error(error: Exception) -> bool:
-    # If the database was never imported, the error is not one of its own.
+    # The module is imported late. If it was not imported, the error has another source.
     module = sys.modules.get("storage.database")
     return module is not None and isinstance(error, module.StorageError)
 
@@ -126,7 +126,7 @@ def data_option(verb: Callable[..., Any]) -> Callable[..., Any]:
         envvar="HPO_DATA_DIR",
         show_default=True,
         show_envvar=True,
-        help="Where data sets are read from or downloaded to.",
+        help="Folder of the data sets. Missing ones are downloaded to it.",
     )(verb)
 
 
@@ -137,17 +137,30 @@ def space_arguments(verb: Callable[..., Any]) -> Callable[..., Any]:
         "overrides",
         metavar="KEY=VALUE",
         multiple=True,
-        help="Override a key of the file, for example max_epochs=1 or parameters.lr=0.02. Repeatable.",
+        help="Override a key of the file, such as max_epochs=1 or parameters.lr=0.02. Repeatable.",
     )(verb)
     return click.argument("space", metavar="SPACE", shell_complete=_complete_space)(verb)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class _Verbs(click.Group):
+    """Lists the verbs in the order of this file."""
+
+    def list_commands(self, _context: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(
+    cls=_Verbs,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    subcommand_metavar="VERB [ARGUMENTS]...",
+)
+@click.version_option(package_name="hpo", prog_name="hpo")
 def cli() -> None:
     """Hyperparameter search: Ray Tune schedules the trials, Optuna storage keeps every result.
 
     \b
-    Start here:  hpo run quick
+    Start here:        hpo run quick
+    Help for a verb:   hpo run --help
     """
 
 
@@ -158,17 +171,24 @@ def cli() -> None:
 @space_arguments
 @storage_option
 @data_option
-@click.option("--plan", "only_plan", is_flag=True, help="Only show what it would take, as `hpo plan`.")
+@click.option("--plan", "only_plan", is_flag=True, help="Run nothing; show what `hpo plan` shows.")
 @click.pass_context
 def run(
     context: click.Context, space: str, overrides: Sequence[str], storage: str, data_dir: Path, only_plan: bool
 ) -> int:
     """Run a search, or resume it.
 
-    SPACE is a file name in search_spaces/ without its ending, or a path to a YAML file.
+    SPACE is the name of a file in search_spaces/ without its ending, or a path to a YAML file. The same
+    command again resumes the search. Ctrl-C finishes the epochs in flight; a second Ctrl-C stops at once.
+
+    RAY_ADDRESS joins a running Ray cluster. PGPASSWORD is the password of a PostgreSQL URL without one.
+
+    The exit code is 0 if a trial completed, 1 if none did, 2 if you must change something, and 130 if the
+    search was stopped.
 
     \b
-    Example:  hpo run grid --set max_epochs=2
+    Examples:  hpo run quick
+               hpo run grid --set max_epochs=2 --set parameters.lr=0.02
     """
     if only_plan:
         return int(context.invoke(plan, space=space, overrides=overrides, storage=storage, data_dir=data_dir))
@@ -200,7 +220,9 @@ def run(
 @storage_option
 @data_option
 def plan(space: str, overrides: Sequence[str], storage: str, data_dir: Path) -> int:
-    """Show what a search will take, measured on this machine.
+    """Show what a search will take: trials, time, memory.
+
+    Some training steps are measured on this machine. The database is not changed.
 
     \b
     Example:  hpo plan grid --set max_epochs=10
@@ -231,7 +253,9 @@ def plan(space: str, overrides: Sequence[str], storage: str, data_dir: Path) -> 
 @click.argument("study")
 @storage_option
 def report(study: str, storage: str) -> int:
-    """Show a study as a table, and write its report.
+    """Print the table of a study, and write its report.
+
+    The report is runs/reports/STUDY/index.html, and report.md with the figures as PNG.
 
     \b
     Example:  hpo report grid
@@ -246,9 +270,11 @@ def report(study: str, storage: str) -> int:
 
 @cli.command("list")
 @storage_option
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def list_(storage: str, as_json: bool) -> int:
     """List the studies of a database.
+
+    It shows the state of each study, its number of trials, and its best value.
 
     \b
     Example:  hpo list --json
@@ -273,9 +299,9 @@ def list_(storage: str, as_json: bool) -> int:
 @storage_option
 @data_option
 def replay(study: str, number: int, storage: str, data_dir: Path) -> int:
-    """Run a trial again and compare its metrics.
+    """Train a trial again, and compare its metrics.
 
-    The exit code is 0 if every metric is equal to the last digit, else 1.
+    The exit code is 0 if all metrics are equal to the last digit, else 1. Speeds are not compared.
 
     \b
     Example:  hpo replay grid 0
@@ -289,12 +315,14 @@ def replay(study: str, number: int, storage: str, data_dir: Path) -> int:
 
 @cli.command()
 @click.argument("study")
-@click.option("--trial", type=int, metavar="NUMBER", help="A trial of the study; the best one by default.")
-@click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="runs/exports/STUDY-NUMBER by default.")
+@click.option("--trial", type=int, metavar="NUMBER", help="The trial; by default, the best one.")
+@click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="By default, runs/exports/STUDY-NUMBER.")
 @storage_option
 @data_option
 def export(study: str, trial: int | None, output: Path | None, storage: str, data_dir: Path) -> int:
     """Write the best model as files that load without hpo.
+
+    The files are a torch.export program, safetensors, a script that classifies an image, and a model card.
 
     \b
     Example:  hpo export grid --trial 1
@@ -312,12 +340,16 @@ def export(study: str, trial: int | None, output: Path | None, storage: str, dat
 @cli.command()
 @storage_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="Others need HPO_DASHBOARD_PASSWORD to be set.")
-@click.option("--port", type=int, default=8080, show_default=True)
+@click.option("--port", type=int, default=8080, show_default=True, help="0 takes a free port.")
 def dashboard(storage: str, host: str, port: int) -> int:
-    """Serve optuna-dashboard on the storage.
+    """Serve optuna-dashboard until Ctrl-C.
+
+    An address that other machines reach needs a password in the environment variable HPO_DASHBOARD_PASSWORD. A
+    browser sends it with any user name.
 
     \b
-    Example:  hpo dashboard --port 8081
+    Examples:  hpo dashboard --port 8081
+               HPO_DASHBOARD_PASSWORD=... hpo dashboard --host 0.0.0.0
     """
     from hpo.api import serve_dashboard
 
@@ -349,8 +381,12 @@ def schema() -> int:
 def completion(shell: str) -> int:
     """Print a completion script for a shell.
 
+    It completes verbs, options and the names of search spaces. Load it in the file that your shell reads at start.
+
     \b
-    Example:  eval "$(hpo completion bash)"
+    Examples:  eval "$(hpo completion bash)"
+               eval "$(hpo completion zsh)"
+               hpo completion fish | source
     """
     from click.shell_completion import get_completion_class
 
