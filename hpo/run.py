@@ -201,6 +201,11 @@ def run(
 
     console = _console()
     with TerminalProgress(console) as progress:
+
+        def show(results: Results) -> None:
+            progress.close()
+            _print_results(console, results)
+
         result = run_search(
             loaded,
             storage=storage,
@@ -208,7 +213,7 @@ def run(
             data_dir=data_dir,
             ray_address=os.environ.get("RAY_ADDRESS"),
             listener=progress,
-            on_results=lambda results: _print_results(console, results),
+            on_results=show,
             command=context.obj,
         )
     _print_ending(console, result, storage)

@@ -91,10 +91,15 @@ class TerminalProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the live table, so that other text can follow."""
         self._end_status()
         self._live.stop()
         if self._epochs_unprinted:
             self._print(f"(and {_epochs(self._epochs_unprinted)} more)")
+            self._epochs_unprinted = 0
 
     def search_starting(self, space: Space) -> None:
         """Print the name and the description of the search."""
