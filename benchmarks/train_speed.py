@@ -280,7 +280,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="training images in an epoch")
     parser.add_argument("--runs", type=int, default=5, help="number of measurements; the median counts")
     parser.add_argument("--epochs", type=int, default=50, help="epochs of the grid")
-    parser.add_argument("--trials", nargs="+", type=int, default=[1, 2, 3, 4], help="numbers of concurrent trials, for packing")
+    parser.add_argument("--trials", nargs="+", type=int, default=[1, 2, 3, 4], help="concurrent trials, for packing")
     options = parser.parse_args()
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{device}, torch {torch.__version__}, precision auto is {choose_precision('auto', DEVICE)}", flush=True)
