@@ -11,20 +11,14 @@ from torch import Tensor, nn
 from hpo.train.fast_conv import _FastConv2d, _SmallMapConv, use_fast_convolutions
 from hpo.train.network import build_model
 
-# (kernel, stride, padding, pixels along a side): every convolution of ResNet-18 with a small map, and unusual ones.
+# (kernel, stride, padding)
+OF_RESNET = [(3, 1, 1), (3, 2, 1), (1, 2, 0)]
+UNUSUAL = [(1, 1, 0), (5, 1, 2), (7, 2, 3), (2, 1, 0), (4, 3, 2)]
 GEOMETRIES = [
-    (kernel, stride, padding, size)
-    for kernel, stride, padding in [
-        (3, 1, 1),
-        (3, 2, 1),
-        (1, 2, 0),
-        (1, 1, 0),
-        (5, 1, 2),
-        (7, 2, 3),
-        (2, 1, 0),
-        (4, 3, 2),
-    ]
-    for size in range(1, 9)
+    pytest.param(kernel, stride, padding, size, marks=marks)
+    for geometries, marks in ((OF_RESNET, ()), (UNUSUAL, pytest.mark.slow))
+    for kernel, stride, padding in geometries
+    for size in range(1, 9)  # pixels along a side of the image
     if (size + 2 * padding - kernel) // stride + 1 >= 1
 ]
 
@@ -64,6 +58,7 @@ def test_output_and_gradients_are_exact_up_to_rounding(kernel: int, stride: int,
         assert ((found - expected).abs() <= 2**-7 * magnitude).all()
 
 
+@pytest.mark.slow
 def test_only_convolutions_with_small_maps_use_the_fast_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     forward = _SmallMapConv.forward

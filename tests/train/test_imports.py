@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.slow  # starts processes
+from hpo.errors import TrainableError
+from hpo.train.loop import train
+from hpo.trainable import DEFAULT_TRAINABLE, load_trainable
 
 # A trial with SGD, a trial with Adam, and one that resumes from its checkpoint.
 TRIALS = """
@@ -27,6 +29,7 @@ next(train({"batch_size": 4}, checkpoint=torch.load(file, weights_only=True), **
 """
 
 
+@pytest.mark.slow  # starts processes
 @pytest.mark.parametrize(
     ("code", "absent"),
     [
@@ -46,8 +49,10 @@ def test_slow_and_foreign_packages_are_not_imported(code: str, absent: list[str]
 
 
 def test_the_default_trainable_resolves_by_its_name() -> None:
-    from hpo.train.loop import train
-    from hpo.trainable import DEFAULT_TRAINABLE, load_trainable
-
     assert DEFAULT_TRAINABLE == "hpo.train:train"
     assert load_trainable(DEFAULT_TRAINABLE) is train
+
+
+def test_a_misspelt_trainable_is_an_error_with_the_nearest_name() -> None:
+    with pytest.raises(TrainableError, match=r"hpo\.train has no function 'trian', did you mean train\?"):
+        load_trainable("hpo.train:trian")

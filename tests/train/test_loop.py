@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -13,8 +14,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from hpo.errors import DataError, TrainableError
-from hpo.search.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
-from hpo.train.data import Images, load
+from hpo.train import loop
+from hpo.train.data import Dataset, Images, load
 from hpo.train.loop import epoch_seed, train
 from hpo.train.network import build_model
 from hpo.trainable import EpochReport, is_timing
@@ -29,7 +30,20 @@ CHANCE = 0.1  # the accuracy of guessing one of ten balanced classes
 Metrics = list[tuple[int, dict[str, float]]]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "few_test_images")
+
+
+@pytest.fixture(scope="module")
+def few_test_images() -> Iterator[None]:
+    """Score the first 100 of the 500 test images, to save time."""
+
+    def load_few(**options: Any) -> Dataset:
+        dataset = load(**options)
+        return replace(dataset, test=dataset.test.split(100)[0])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "load", load_few)
+        yield
 
 
 def reports(
@@ -53,7 +67,7 @@ def first_epoch(params: dict[str, Any], *, seed: int = 0, data: dict[str, Any] =
 
 @pytest.mark.slow
 def test_training_learns() -> None:
-    data = {**SAMPLE, "train_samples": 256, "val_samples": 100}
+    data = {**SAMPLE, "train_samples": 256, "val_samples": 50}
     metrics = [report.metrics for report in reports({"batch_size": 16, "optimizer": "sgd"}, 3, data=data)]
     losses = [epoch["train_loss"] for epoch in metrics]
     assert losses == sorted(losses, reverse=True)
@@ -84,6 +98,7 @@ def test_training_loss_and_accuracy_are_means_over_all_images_before_their_step(
     assert metrics["train_accuracy"] == pytest.approx((logits.argmax(1) == images.labels).float().mean().item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("images", "batch_size", "same_as", "is_same"),
     [
@@ -111,17 +126,16 @@ class Uninterrupted:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Uninterrupted]:
+def uninterrupted(one_thread: None, few_test_images: None) -> dict[str, Uninterrupted]:
     """Three epochs with each optimizer."""
     runs = {"adam": Uninterrupted(ADAM), "sgd": Uninterrupted(SGD)}
-    for name, run in runs.items():
+    for run in runs.values():
         for report in reports(run.params, 3):
             run.metrics += without_timings([report])
-            folder = tmp_path_factory.mktemp(name)
-            save_checkpoint(folder, Checkpoint(report.epoch, {report.epoch: report.metrics}, report.state()))
-            checkpoint = load_checkpoint(folder)
-            assert checkpoint is not None
-            run.states[report.epoch] = checkpoint.state
+            file = io.BytesIO()
+            torch.save(report.state(), file)
+            file.seek(0)
+            run.states[report.epoch] = torch.load(file, weights_only=True)
     return runs
 
 
@@ -132,8 +146,7 @@ def test_the_same_seed_gives_the_same_numbers_bit_by_bit(uninterrupted: dict[str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["adam", "sgd"])
-@pytest.mark.parametrize("last_epoch", [1, 2])
+@pytest.mark.parametrize(("name", "last_epoch"), [("adam", 1), ("sgd", 2)])
 def test_training_resumes_from_a_checkpoint_with_the_same_numbers(
     name: str, last_epoch: int, uninterrupted: dict[str, Uninterrupted]
 ) -> None:
@@ -157,12 +170,14 @@ def test_a_checkpoint_of_the_last_epoch_leaves_nothing_to_train(uninterrupted: d
     assert list(reports(ADAM, 3, checkpoint=uninterrupted["adam"].states[3])) == []
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_weights() -> None:
     # In a single batch, the loss depends on the order of the images by rounding only.
     one, other = (first_epoch({"batch_size": 20}, seed=seed, data=TINY) for seed in (0, 1))
     assert one["train_loss"] != pytest.approx(other["train_loss"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_each_epoch_of_each_seed_has_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
     orders: list[list[int]] = []
     take = Images.take
@@ -221,6 +236,7 @@ def test_the_losses_are_those_of_a_plain_loop_in_fp64(
     assert losses == pytest.approx(exact_losses, rel=tolerance)
 
 
+@pytest.mark.slow
 def test_fp32_and_bf16_give_different_numbers() -> None:
     fp32, bf16 = (first_epoch({"precision": precision}, data=TINY) for precision in ("fp32", "bf16"))
     assert fp32 != bf16
@@ -248,6 +264,7 @@ def unchanged(one_thread: None) -> dict[str, float]:
     return first_epoch(SGD_BY_FOURS, data=FEW)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
