@@ -1,4 +1,4 @@
-"""The speed and the memory of a configuration, measured by some training steps."""
+"""What a search needs to know before it starts: the data, and the speed and memory of a configuration."""
 
 from __future__ import annotations
 
@@ -13,6 +13,19 @@ from hpo.train.data import load
 from hpo.train.learner import Learner
 from hpo.train.params import read_params
 from hpo.train.precision import choose_precision
+
+
+def describe_data(data: Mapping[str, Any]) -> tuple[str, tuple[int, int, int]]:
+    """Return the SHA-256 hash of a data set, and the numbers of its training, validation and test images.
+
+    Args:
+        data: the arguments of `hpo.train.data.load`, without the device.
+
+    Raises:
+        DataError: the data set is missing or too small.
+    """
+    dataset = load(**data)
+    return dataset.sha256, (len(dataset.train), len(dataset.validation), len(dataset.test))
 
 
 class Probe:
