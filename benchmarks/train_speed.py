@@ -1,13 +1,13 @@
-"""How fast `hpo.train` trains, against the loop of a tutorial. Needs torch and torchvision, nothing else.
+"""How fast `hpo.train` trains, compared with the loop of a tutorial. Needs torch and torchvision only.
 
     python -m benchmarks.train_speed                       images/s of both loops, and the share of the matmul peak
     python -m benchmarks.train_speed losses                the loss of one epoch, three seeds, fp32 and the fast path
     python -m benchmarks.train_speed grid --data-dir D     the documented grid, 3 x 50 epochs, without Ray
     python -m benchmarks.train_speed packing --data-dir D  1, 2, 3, 4 trials on one device at the same time
 
-The tutorial's loop: torchvision's data set with ToTensor, a DataLoader, fp32, Adam, `.item()` every step. Each loop has a
-process of its own, and the two take turns. Without --data-dir the small sample is trained on. Every command prints a
-table and, as its last line, one JSON object.
+The tutorial's loop: torchvision's data set with ToTensor, a DataLoader, fp32, Adam, `.item()` in each step. Each loop has
+its own process, and the two take turns. Without --data-dir, both train on the small sample. Each command prints a table
+and, in its last line, one JSON object.
 """
 
 from __future__ import annotations
@@ -33,14 +33,16 @@ import torch.nn.functional as F  # noqa: N812
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 
-from hpo.train.data import SAMPLE_DIR
-from hpo.train.loop import choose_precision, train
-from hpo.train.network import STEMS, build_model
+from hpo.train.fashion_mnist import SAMPLE_DIR
+from hpo.train.loop import train
+from hpo.train.network import build_model
+from hpo.train.params import STEMS
+from hpo.train.precision import choose_precision
 
 BATCH_SIZES = (64, 256, 512)
 LR = 0.01
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SAMPLE = 1900  # images that the shipped sample has for training, 100 left aside
+SAMPLE = 1900  # training images of the sample, without 100 validation images
 Loop = Callable[[str, int, int, str], Iterator[float]]
 
 
@@ -48,7 +50,7 @@ Loop = Callable[[str, int, int, str], Iterator[float]]
 
 
 def naive(stem: str, batch_size: int, images: int, data_dir: str) -> Iterator[float]:
-    """Yield the images per second of the tutorial's loop, an epoch at a time."""
+    """Yield the images per second of the tutorial's loop after each epoch."""
     from torchvision.datasets import FashionMNIST
     from torchvision.transforms import ToTensor
 
@@ -72,7 +74,7 @@ def naive(stem: str, batch_size: int, images: int, data_dir: str) -> Iterator[fl
 
 
 def ours(stem: str, batch_size: int, images: int, data_dir: str) -> Iterator[float]:
-    """Yield the images per second of our loop, an epoch at a time, as it reports them itself."""
+    """Yield the images per second that `hpo.train` reports after each epoch."""
     params = {"stem": stem, "batch_size": batch_size, "lr": LR}
     for report in train(params, data=_data(data_dir, images), seed=0, max_epochs=10**6, device=DEVICE):
         yield report.metrics["images_per_second"]
@@ -83,7 +85,7 @@ def _data(data_dir: str, images: int | None) -> dict[str, Any]:
 
 
 class Contestant:
-    """A loop in a process of its own, which trains an epoch when it is its turn."""
+    """A loop in its own process. It trains an epoch at each turn."""
 
     def __init__(self, loop: Loop, *arguments: Any) -> None:
         context = multiprocessing.get_context("spawn")
@@ -93,11 +95,11 @@ class Contestant:
         theirs.close()
 
     def start_turn(self) -> None:
-        """Let it train one epoch."""
+        """Start one epoch."""
         self._pipe.send(None)
 
     def end_turn(self) -> float:
-        """Wait for that epoch; return its images per second."""
+        """Wait for the epoch to end; return its images per second."""
         return float(self._pipe.recv())
 
     def stop(self) -> None:
@@ -117,7 +119,7 @@ def _take_turns(pipe: Connection, loop: Loop, arguments: tuple[Any, ...]) -> Non
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
-    """Print images/s of both loops by stem and batch size; return {"stem/batch": ratio}."""
+    """Print images/s of both loops by stem and batch size; return {"stem/batch size": ratio}."""
     peaks = {precision: matmul_peak(precision) for precision in ("fp32", "bf16")}
     print(f"matmul peak: {', '.join(f'{name} {peak / 1e12:.2f} TFLOP/s' for name, peak in peaks.items())}")
     precision = choose_precision("auto", DEVICE)
@@ -135,7 +137,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
                     speeds.append(contestant.end_turn())
             for contestant in pair:
                 contestant.stop()
-            theirs, fast = (statistics.median(speeds[1:]) for speeds in rounds)  # the first one warms up
+            theirs, fast = (statistics.median(speeds[1:]) for speeds in rounds)  # the first round is a warm-up
             ratios[f"{stem}/{batch_size}"] = round(fast / theirs, 2)
             share = flop * fast / peaks[precision]
             print(
@@ -145,7 +147,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def losses(options: argparse.Namespace) -> dict[str, Any]:
-    """Print one epoch's training loss by seed and precision; return whether the fast path stays among the seeds."""
+    """Print one epoch's training loss by seed and precision; return {"stem/batch size": {precision: losses}}."""
     fast = choose_precision("auto", DEVICE)
     print(f"{'stem':9} {'batch':>5} {'precision':9} loss of seeds 0, 1, 2")
     found: dict[str, Any] = {}
@@ -166,7 +168,7 @@ def losses(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def grid(options: argparse.Namespace) -> dict[str, Any]:
-    """Train the documented grid, evaluation included; return seconds by stem."""
+    """Train the documented grid, with evaluation; return {stem: {batch size: seconds}}."""
     seconds: dict[str, Any] = {}
     for stem in options.stems:
         seconds[stem] = {}
@@ -187,7 +189,7 @@ def grid(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def packing(options: argparse.Namespace) -> dict[str, Any]:
-    """Print images/s of 1 to 4 trials at the same time, each a process; return {"stem/batch": {"k": images/s}}."""
+    """Print the total images/s of 1 to 4 concurrent trials; return {"stem/batch size": {trials: images/s}}."""
     found: dict[str, Any] = {}
     with _mps() as is_shared:
         print(f"{DEVICE}{', CUDA MPS' if is_shared else ''}")
@@ -208,7 +210,7 @@ def packing(options: argparse.Namespace) -> dict[str, Any]:
                 found[f"{stem}/{batch_size}"] = speeds
                 listed = ", ".join(f"{count}: {speed:,}" for count, speed in speeds.items())
                 print(
-                    f"{stem:9} batch {batch_size:3}, images/s together by number of trials: {listed}",
+                    f"{stem:9} batch {batch_size:3}, total images/s by number of trials: {listed}",
                     flush=True,
                 )
     return found
@@ -216,7 +218,7 @@ def packing(options: argparse.Namespace) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _mps() -> Iterator[bool]:
-    """Start CUDA's Multi-Process Service where it is installed: kernels of several processes then run at once."""
+    """Start CUDA's Multi-Process Service if it is installed: it runs kernels of several processes concurrently."""
     control = shutil.which("nvidia-cuda-mps-control")
     if DEVICE != "cuda" or control is None:
         yield False
@@ -234,20 +236,20 @@ def _mps() -> Iterator[bool]:
 
 
 def matmul_peak(precision: str) -> float:
-    """Return the FLOP/s of the best of some square matrix products."""
+    """Return the FLOP/s of the fastest of several square matrix products."""
     size, dtype = (8192 if DEVICE == "cuda" else 2048), {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     a, b = (torch.randn(size, size, device=DEVICE).to(dtype) for _ in range(2))
     seconds = []
     for _ in range(8):
         started = time.perf_counter()
         c = a @ b
-        c[0, 0].item()  # waits for a GPU
+        c[0, 0].item()  # wait for the GPU
         seconds.append(time.perf_counter() - started)
     return 2 * size**3 / min(seconds[1:])
 
 
 def training_flop(stem: str) -> float:
-    """Return the floating-point operations of one image's training step, counted by torch."""
+    """Return the floating-point operations of a training step per image, as torch counts them."""
     model, images = build_model(stem=stem), 4
     with FlopCounterMode(display=False) as counter:
         model(torch.rand(images, 1, 28, 28)).sum().backward()
@@ -258,7 +260,7 @@ def training_flop(stem: str) -> float:
 
 
 def _unpack_sample(folder: Path) -> None:
-    """Write the shipped sample where torchvision looks for the official files."""
+    """Write the sample where torchvision expects the official files."""
     raw = folder / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     for packed in SAMPLE_DIR.glob("*.gz"):
@@ -272,13 +274,13 @@ def main() -> None:
         "compare": compare, "losses": losses, "grid": grid, "packing": packing,
     }  # fmt: skip
     parser.add_argument("command", nargs="?", default="compare", choices=commands)
-    parser.add_argument("--data-dir", help="where the official Fashion-MNIST lies; without it the sample is used")
+    parser.add_argument("--data-dir", help="the folder with the official Fashion-MNIST; by default, the small sample")
     parser.add_argument("--stems", nargs="+", default=list(STEMS), choices=STEMS)
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=list(BATCH_SIZES))
-    parser.add_argument("--images", type=int, help="training images of an epoch")
-    parser.add_argument("--runs", type=int, default=5, help="measurements, of which the median is taken")
-    parser.add_argument("--epochs", type=int, default=50, help="of the grid")
-    parser.add_argument("--trials", nargs="+", type=int, default=[1, 2, 3, 4], help="side by side, for packing")
+    parser.add_argument("--images", type=int, help="training images in an epoch")
+    parser.add_argument("--runs", type=int, default=5, help="number of measurements; the median counts")
+    parser.add_argument("--epochs", type=int, default=50, help="epochs of the grid")
+    parser.add_argument("--trials", nargs="+", type=int, default=[1, 2, 3, 4], help="concurrent trials, for packing")
     options = parser.parse_args()
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{device}, torch {torch.__version__}, precision auto is {choose_precision('auto', DEVICE)}", flush=True)

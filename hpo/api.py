@@ -31,6 +31,7 @@ from hpo.trainable import load_trainable
 if TYPE_CHECKING:
     import pandas as pd
 
+    from hpo.export.exporting import ExportedModel
     from hpo.report.results import Results, TrialResult
     from hpo.search.cluster import RayCluster
     from hpo.search.estimate import ImageCounts, Probes, SearchPlan
@@ -482,7 +483,7 @@ def export_model(
     data_dir: Path | str = "data",
     runs_dir: Path | str = "runs",
     output: Path | None = None,
-) -> tuple[Path, list[str]]:
+) -> ExportedModel:
     """Write a trial's model as files that load without this project.
 
     Args:
@@ -494,17 +495,14 @@ def export_model(
         runs_dir: where the checkpoints lie.
         output: the folder to write; None for one under `runs_dir`. An earlier export there is replaced.
 
-    Returns:
-        The folder, and remarks for the user.
-
     Raises:
         SettingError: no such study or trial, no checkpoint of it here, or a folder that holds something else.
         DataError: the data set is not there.
     """
     opened = _existing_study(study, storage, password)
-    from hpo.export.model import export
+    from hpo.export import exporting
 
-    return export(
+    return exporting.export_model(
         opened,
         number,
         runs_dir=RunsDir(Path(runs_dir).resolve()),

@@ -335,9 +335,10 @@ def export(study: str, trial: int | None, output: Path | None, storage: str, dat
     from hpo.api import export_model
 
     password = _take_variable("PGPASSWORD")
-    folder, remarks = export_model(study, trial, storage=storage, password=password, data_dir=data_dir, output=output)
-    for remark in remarks:
+    exported = export_model(study, trial, storage=storage, password=password, data_dir=data_dir, output=output)
+    for remark in exported.remarks:
         print(f"note: {remark}")
+    folder = exported.folder
     print(f"{folder}: README.md describes it; python {shlex.quote(str(folder / 'classify.py'))} IMAGE runs it")
     return 0
 

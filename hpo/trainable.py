@@ -70,7 +70,7 @@ def load_trainable(name: str) -> Callable[..., Generator[Any, None, None]]:
         ) from None
     function = getattr(module, function_name, None)
     if function is None:
-        names = [n for n, value in vars(module).items() if inspect.isgeneratorfunction(value)]
+        names = [n for n in dir(module) if inspect.isgeneratorfunction(getattr(module, n, None))]
         raise TrainableError(
             f"trainable: {module_name} has no function {function_name!r}, {nearest(function_name, names)}"
         )

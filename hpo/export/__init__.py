@@ -1,1 +1,1 @@
-"""The best model of a study as files that load without this project."""
+"""Export of a trial's model as files that load without this project."""

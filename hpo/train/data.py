@@ -1,26 +1,22 @@
-"""Data sets as tensors on the device: whole, in memory, split once and for all.
+"""Data sets as tensors on the device: whole, in memory, and always split in the same way.
 
-A data set is read once per process and kept; there are no DataLoader workers. The split into training and validation
-images depends on nothing but the two sizes, so every trial of every search sees the same one.
+A process reads a data set once and keeps it; there are no DataLoader workers. The split into training and validation
+images depends on their two numbers alone, so every trial of every search has the same one.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gzip
 import hashlib
-import io
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 
 from hpo.errors import DataError, nearest
+from hpo.train.fashion_mnist import read_fashion_mnist, read_sample
 
-SAMPLE_DIR = Path(__file__).parent / "sample_data"
 SPLIT_SEED = 0
 
 
@@ -39,6 +35,11 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def device(self) -> torch.device:
+        """The device of both tensors."""
+        return self.labels.device
+
     def to(self, device: str) -> Images:
         """Return the same images on a device."""
         return Images(self.images.to(device), self.labels.to(device))
@@ -47,10 +48,18 @@ class Images:
         """Return the images at some positions, in that order."""
         return Images(self.images[indices], self.labels[indices])
 
+    def split(self, size: int) -> list[Images]:
+        """Return the images in batches of a size, the last one smaller if necessary."""
+        return [Images(*parts) for parts in zip(self.images.split(size), self.labels.split(size), strict=True)]
+
+    def as_input(self) -> Tensor:
+        """Return the network's input: float of shape (N, 1, 28, 28) in [0, 1], in channels-last memory format."""
+        return self.images.unsqueeze(1).float().div_(255).contiguous(memory_format=torch.channels_last)
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A data set in its three parts, on one device."""
+    """A data set in three parts, on one device."""
 
     train: Images
     validation: Images
@@ -64,7 +73,7 @@ class Dataset:
 
     @cached_property
     def sha256(self) -> str:
-        """The hash of every image and label, in the order of the split."""
+        """The SHA-256 hash of every image and label, in the order of the split."""
         digest = hashlib.sha256()
         for part in (self.train, self.validation, self.test):
             for tensor in (part.images, part.labels):
@@ -82,17 +91,18 @@ def load(
     data_dir: str = "data",
     device: str = "cpu",
 ) -> Dataset:
-    """Return a data set, split, on a device. Cached: trials of one worker share the tensors and must not change them.
+    """Return a data set, split, on a device. It is cached: trials in one worker share the tensors and must not change them.
 
     Args:
-        dataset: fashion_mnist (downloaded by torchvision into data_dir) or fashion_mnist_sample (ships with the code).
-        train_samples: how many images are trained on, stratified; None takes all that validation leaves.
-        val_samples: how many of the training images are held out for validation, stratified.
-        data_dir: the folder for downloads.
-        device: where the tensors are put.
+        dataset: `fashion_mnist`, downloaded into `data_dir` if it is not there, or `fashion_mnist_sample`, which is part
+            of the package.
+        train_samples: the number of training images, stratified by class; None takes all but the validation images.
+        val_samples: the number of official training images that are held out for validation, stratified by class.
+        data_dir: the folder of downloaded data sets.
+        device: the device of the tensors.
 
     Raises:
-        DataError: no such data set, its files are missing and cannot be fetched, or it is too small for the split.
+        DataError: there is no such data set, its files are missing and cannot be downloaded, or it has too few images.
     """
     train, test = _read(dataset, data_dir)
     if val_samples + (train_samples or 1) > len(train):
@@ -107,10 +117,10 @@ def load(
 
 
 def stratified_order(labels: Tensor) -> Tensor:
-    """Return an order, always the same, in which every stretch holds the classes in their proportions.
+    """Return an order, always the same, in which every prefix has each class in proportion, within one image.
 
-    Each class is shuffled and its members are spread evenly over the interval (0, 1); sorted by that place, any
-    prefix has of each class its share, give or take one image.
+    The members of a class are shuffled and spaced evenly over the interval (0, 1). All images are then sorted by their
+    place in it.
 
     Args:
         labels: int64 of shape (N,).
@@ -130,53 +140,9 @@ def stratified_order(labels: Tensor) -> Tensor:
 def _read(dataset: str, data_dir: str) -> tuple[Images, Images]:
     """Return the official training and test images."""
     if dataset == "fashion_mnist_sample":
-        return _read_idx("train"), _read_idx("t10k")
-    if dataset == "fashion_mnist":
-        return _read_fashion_mnist(Path(data_dir))
-    raise DataError(f"no data set {dataset!r}: {nearest(dataset, ['fashion_mnist', 'fashion_mnist_sample'])}")
-
-
-def _read_idx(kind: str) -> Images:
-    # The idx format: a header of 16 bytes (images: magic, count, rows, columns) or 8 (labels: magic, count), then uint8.
-    pixels = bytearray(gzip.decompress((SAMPLE_DIR / f"{kind}-images-idx3-ubyte.gz").read_bytes())[16:])
-    labels = bytearray(gzip.decompress((SAMPLE_DIR / f"{kind}-labels-idx1-ubyte.gz").read_bytes())[8:])
-    return Images(
-        torch.frombuffer(pixels, dtype=torch.uint8).reshape(-1, 28, 28),
-        torch.frombuffer(labels, dtype=torch.uint8).long(),
-    )
-
-
-def _read_fashion_mnist(data_dir: Path) -> tuple[Images, Images]:
-    from torchvision.datasets import FashionMNIST
-
-    raw = data_dir / "FashionMNIST" / "raw"
-    chatter = io.StringIO()  # torchvision prints what it downloads
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        # The lock: drivers that start together must not unpack into each other's files.
-        with (
-            contextlib.redirect_stdout(chatter),
-            contextlib.redirect_stderr(chatter),
-            FileLock(data_dir / ".fashion_mnist.lock"),
-        ):
-            parts = [FashionMNIST(str(data_dir), train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
-        names = [name for name, _ in FashionMNIST.resources]
-        if all((raw / name.removesuffix(".gz")).exists() for name in names):
-            raise DataError(
-                f"Fashion-MNIST in {raw} is damaged ({_first_line(error)}). Delete the unpacked files there, those "
-                "without .gz, and start again"
-            ) from None
-        listed = "\n".join(f"  {name}" for name in names)
-        raise DataError(
-            f"Fashion-MNIST is not in {raw} and could not be fetched ({_first_line(error)}).\n"
-            f"Put these four files there, from a machine with a network or another copy:\n{listed}\n"
-            "or name a writable folder that has them by --data-dir. "
-            "Without them, `python -m hpo.run quick` runs the same search on the small sample that ships with the code."
-        ) from None
-    train, test = (Images(part.data, part.targets) for part in parts)
-    return train, test
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(":")
+        train, test = read_sample()
+    elif dataset == "fashion_mnist":
+        train, test = read_fashion_mnist(Path(data_dir))
+    else:
+        raise DataError(f"no data set {dataset!r}: {nearest(dataset, ['fashion_mnist', 'fashion_mnist_sample'])}")
+    return Images(*train), Images(*test)

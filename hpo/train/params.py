@@ -1,4 +1,4 @@
-"""The hyperparameters of `hpo.train:train`. Imports no torch, so that a search space is checked in no time."""
+"""The hyperparameters of `hpo.train:train`. Does not import torch, so that a search space is checked at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,17 @@ STEMS = ("imagenet", "cifar")
 
 @dataclass(frozen=True)
 class TrainParams:
-    """The hyperparameters that `train` knows, with the values of the documented grid as defaults."""
+    """The hyperparameters of `train`. The defaults are those of the documented grid.
+
+    Attributes:
+        batch_size: images a step, at least 2.
+        lr: the learning rate, constant.
+        optimizer: `adam`, `adamw` or `sgd`.
+        momentum: of `sgd`.
+        weight_decay: L2 penalty of `adam` and `sgd`, decoupled for `adamw`.
+        stem: the first layers, `imagenet` or `cifar`, see `hpo.train.network.build_model`.
+        precision: of the multiplications: `fp32`, `bf16`, or `auto` for bf16 where the hardware has it.
+    """
 
     batch_size: int = 64
     lr: float = 0.01
@@ -32,28 +42,29 @@ class TrainParams:
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise TrainableError(f"parameters.lr must be above 0, got {self.lr}")
         for name in ("momentum", "weight_decay"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise TrainableError(f"parameters.{name} must be at least 0, got {getattr(self, name)}")
-        for name, known in (("optimizer", OPTIMIZERS), ("stem", STEMS), ("precision", PRECISIONS)):
-            if getattr(self, name) not in known:
-                raise TrainableError(
-                    f"parameters.{name}: no {name} {getattr(self, name)!r}, {nearest(str(getattr(self, name)), known)}"
-                )
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise TrainableError(f"parameters.{name} must be at least 0, got {value}")
+        for name, choices in (("optimizer", OPTIMIZERS), ("stem", STEMS), ("precision", PRECISIONS)):
+            value = getattr(self, name)
+            if value not in choices:
+                raise TrainableError(f"parameters.{name}: no {name} {value!r}, {nearest(value, choices)}")
 
 
 def read_params(params: Mapping[str, Any]) -> TrainParams:
-    """Return the parameters of a trial in their types.
+    """Return the hyperparameters of a trial, typed.
 
     Raises:
-        TrainableError: a name that `train` does not know, a value of the wrong type or outside its choices.
+        TrainableError: a name is unknown, or a value has the wrong type or is out of range.
     """
-    known = {field.name: str(field.type) for field in fields(TrainParams)}
+    types = {field.name: str(field.type) for field in fields(TrainParams)}
     for name, value in params.items():
-        if name not in known:
+        if name not in types:
             raise TrainableError(
-                f"parameters.{name}: hpo.train:train has no parameter {name!r}, {nearest(name, known)}"
+                f"parameters.{name}: hpo.train:train has no parameter {name!r}, {nearest(name, types)}"
             )
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not {"int": isinstance(value, int) and number, "float": number, "str": isinstance(value, str)}[known[name]]:
-            raise TrainableError(f"parameters.{name} must be of type {known[name]}, got {value!r}")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        is_right = {"int": is_number and isinstance(value, int), "float": is_number, "str": isinstance(value, str)}
+        if not is_right[types[name]]:
+            raise TrainableError(f"parameters.{name} must be of type {types[name]}, got {value!r}")
     return TrainParams(**params)

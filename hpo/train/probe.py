@@ -1,4 +1,4 @@
-"""Some training steps of one configuration, to measure speed and memory."""
+"""What a search needs to know before it starts: the data, and the speed and memory of a configuration."""
 
 from __future__ import annotations
 
@@ -10,8 +10,22 @@ from typing import Any
 import torch
 
 from hpo.train.data import load
-from hpo.train.loop import Learner, choose_precision, keep_freed_memory
+from hpo.train.learner import Learner
 from hpo.train.params import read_params
+from hpo.train.precision import choose_precision
+
+
+def describe_data(data: Mapping[str, Any]) -> tuple[str, tuple[int, int, int]]:
+    """Return the SHA-256 hash of a data set, and the numbers of its training, validation and test images.
+
+    Args:
+        data: the arguments of `hpo.train.data.load`, without the device.
+
+    Raises:
+        DataError: the data set is missing or too small.
+    """
+    dataset = load(**data)
+    return dataset.sha256, (len(dataset.train), len(dataset.validation), len(dataset.test))
 
 
 def describe_data(data: Mapping[str, Any]) -> tuple[str, tuple[int, int, int]]:
@@ -25,39 +39,42 @@ def describe_data(data: Mapping[str, Any]) -> tuple[str, tuple[int, int, int]]:
 
 
 class Probe:
-    """Some training steps of one configuration, to see how fast they are and what memory they take.
+    """Some training steps of one configuration, to measure their speed and their memory.
 
     Args:
-        params: hyperparameters, see TrainParams.
-        data: what `hpo.train.data.load` takes, but for the device.
+        params: hyperparameters, see `hpo.train.params.TrainParams`.
+        data: the arguments of `hpo.train.data.load`, without the device.
         device: `cpu` or `cuda`.
+
+    Raises:
+        TrainableError: a parameter is unknown or out of range.
+        DataError: the data set is missing or too small.
     """
 
-    STEPS = 6  # on a GPU: past the warm-up, most of them replayed as a graph
+    GPU_STEPS = 6  # more than the warm-up, so that most of them are replayed as a CUDA graph
 
     def __init__(self, params: Mapping[str, Any], *, data: Mapping[str, Any], device: str) -> None:
-        settings = read_params(params)
+        train_params = read_params(params)
         images = load(**data, device=device).train
-        if device == "cpu":
-            keep_freed_memory()
-        steps = 1 if device == "cpu" else self.STEPS
-        self._images = images.take(torch.arange(min(steps * settings.batch_size, len(images))))
-        self._learner = Learner(settings, choose_precision(settings.precision, device), self._images)
+        steps = 1 if device == "cpu" else self.GPU_STEPS
+        self._images = images.take(torch.arange(min(steps * train_params.batch_size, len(images))))
+        self._learner = Learner(train_params, choose_precision(train_params.precision, device), self._images)
         self._learner.train_epoch(seed=0)
 
     def measure(self, seconds: float) -> tuple[float, int]:
-        """Train for at least so long; return images per second and the peak of memory in bytes.
+        """Train for at least this long.
 
-        That is the memory of the GPU that tensors took, or all that this process ever took where there is none.
+        Returns:
+            Images per second, and the peak memory in bytes: of the tensors on a GPU, of the whole process on a CPU.
         """
         started, trained = time.perf_counter(), 0
         while (elapsed := time.perf_counter() - started) < seconds:
             self._learner.train_epoch(seed=0)
             trained += len(self._images)
-        if self._images.labels.is_cuda:
+        if self._images.device.type == "cuda":
             return trained / elapsed, torch.cuda.max_memory_reserved()
         return trained / elapsed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint of the configuration would hold."""
+        """Return what a checkpoint of the configuration contains."""
         return self._learner.state()

@@ -1,0 +1,243 @@
+"""A trial's model as a folder that loads without this project.
+
+model.pt2          a torch.export program: uint8 images (N, 28, 28) in, logits (N, classes) out; it scales the images
+model.safetensors  the weights, with torchvision's names
+classify.py        loads the program and classifies an image file
+classes.json       the names of the classes
+README.md          the model card
+export.json        the facts of the card, for programs
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save
+from torch import nn
+
+from hpo.errors import SettingError
+from hpo.export.card import render_card, render_script
+from hpo.export.program import Classifier, write_program
+from hpo.export.scoring import (
+    FP32_ON_CPU,
+    Scores,
+    compare_scores,
+    count_confusions,
+    held_out_images,
+    score,
+    score_as_trained,
+)
+from hpo.paths import RunsDir
+from hpo.search.checkpoints import Checkpoint, load_checkpoint
+from hpo.space.model import Space
+from hpo.train.data import Dataset, load
+from hpo.train.evaluation import CPU_BATCH
+from hpo.train.fashion_mnist import CLASS_NAMES
+from hpo.train.network import build_model
+from hpo.train.params import read_params
+from hpo.trainable import DEFAULT_TRAINABLE
+from storage.optuna_internals import trial_id
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+    from storage.studies import Study
+
+FILES = ("README.md", "classes.json", "classify.py", "export.json", "model.pt2", "model.safetensors")
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """An export.
+
+    Attributes:
+        folder: its absolute path.
+        remarks: how the model differs from what storage holds, a sentence each without a full stop.
+    """
+
+    folder: Path
+    remarks: list[str]
+
+
+def export_model(
+    study: Study,
+    number: int | None,
+    *,
+    runs_dir: RunsDir,
+    data_dir: Path,
+    output: Path | None,
+    versions: Mapping[str, Any],
+) -> ExportedModel:
+    """Write a trial's model into a folder, whole or not at all.
+
+    Args:
+        study: the study of the trial.
+        number: the trial; None for the best one.
+        runs_dir: the folder with the checkpoints.
+        data_dir: the folder with the data sets, to score the model again.
+        output: the folder to write; None for one under `runs_dir`. An earlier export there is replaced.
+        versions: of the code and the packages that run now.
+
+    Raises:
+        SettingError: there is no such trial, its checkpoint is not on this machine, or the folder holds something else.
+        DataError: the data set is missing.
+    """
+    trial = _choose_trial(study, number)
+    space = _space_of(study, runs_dir, trial)
+    output = (output or runs_dir.export(study.name, trial.number)).absolute()
+    _check_replaceable(output)
+    provenance = study.provenance(trial.number)
+    checkpoint = _load_checkpoint(runs_dir.trial(study.unique_name, trial.number), trial, provenance)
+    params = read_params({**trial.params, **trial.user_attrs.get("derived", {})})
+    network = build_model(stem=params.stem)
+    network.load_state_dict(checkpoint.state["model"])
+    data = space.trainable_data(data_dir)
+    dataset = load(**data)
+
+    metrics = study.metrics_of([trial_id(trial)])[trial_id(trial)].get(checkpoint.epoch, {})
+    scores = Scores(FP32_ON_CPU, score(network, dataset))
+    own_scores = score_as_trained(params, checkpoint.state["model"], provenance.get("device", "cpu"), data) or scores
+    remarks = _compare_training(space, checkpoint, provenance, dataset)
+    remarks += compare_scores(own_scores, metrics, dataset, provenance.get("device_name", "an unknown device"))
+
+    draft = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        draft.mkdir(parents=True)
+        program = write_program(Classifier(network), draft / "model.pt2", dataset.test.images[:CPU_BATCH])
+        facts = {
+            "study": study.name,
+            "study_id": study.unique_name,
+            "trial": trial.number,
+            "params": asdict(params),
+            "seed": space.seed,
+            "epochs": checkpoint.epoch,
+            "data": space.data.model_dump(mode="json"),
+            "data_sha256": dataset.sha256,
+            "images": {
+                "train": len(dataset.train),
+                **{name: len(part) for name, part in held_out_images(dataset).items()},
+            },
+            "accuracy": scores.accuracy,
+            "as_trained": {"how": own_scores.how, **own_scores.accuracy},
+            "stored": {name: metrics[name] for name in scores.accuracy if name in metrics},
+            "classes": list(CLASS_NAMES),
+            "confusion": count_confusions(program, dataset.test, CPU_BATCH),
+            "trained": provenance,
+            "exported": dict(versions),
+            "remarks": remarks,
+        }
+        _write_files(draft, facts, network)
+        _put_in_place(draft, output)
+    except OSError as error:
+        raise SettingError(
+            f"cannot write the export to {output}: {error.strerror or error}; name a writable folder by --output"
+        ) from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return ExportedModel(output, remarks)
+
+
+# --- the trial --------------------------------------------------------------------------------------------------------
+
+
+def _choose_trial(study: Study, number: int | None) -> FrozenTrial:
+    trials = study.trials()
+    complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
+    if not complete:
+        raise SettingError(f"study {study.name} has no COMPLETE trial to export; start one with `hpo run`")
+    if number is None:
+        if len(study.optuna_study.directions) == 1:
+            return study.optuna_study.best_trial
+        front = ", ".join(str(trial.number) for trial in study.optuna_study.best_trials)
+        raise SettingError(
+            f"study {study.name} has several objectives: choose one of the best trials by --trial: {front}"
+        )
+    for trial in complete:
+        if trial.number == number:
+            return trial
+    state = next((f"is {trial.state.name}" for trial in trials if trial.number == number), "does not exist")
+    shown = ", ".join(str(trial.number) for trial in complete[:20]) + (", ..." if len(complete) > 20 else "")
+    raise SettingError(f"trial {number} of study {study.name} {state}; these are COMPLETE: {shown}")
+
+
+def _space_of(study: Study, runs_dir: RunsDir, trial: FrozenTrial) -> Space:
+    """Return the space that the study was opened with.
+
+    Raises:
+        SettingError: the study is of another trainable or another program.
+    """
+    if not study.settings:
+        raise SettingError(f"study {study.name} was not created by hpo, so its networks are unknown")
+    space = Space.from_settings(study.settings)
+    if not space.is_default_trainable:
+        raise SettingError(
+            f"study {study.name} was trained by {space.command or space.trainable}: only the network of "
+            f"{DEFAULT_TRAINABLE} can be exported. What it saved is in {runs_dir.trial(study.unique_name, trial.number)}"
+        )
+    return space
+
+
+def _load_checkpoint(folder: Path, trial: FrozenTrial, provenance: Mapping[str, Any]) -> Checkpoint:
+    checkpoint = load_checkpoint(folder)
+    if checkpoint is None:
+        raise SettingError(
+            f"there is no checkpoint of trial {trial.number} in {folder}. It was trained on "
+            f"{provenance.get('machine', 'another machine')}: export it there, in the folder that the search was started "
+            "in, or copy that folder here"
+        )
+    return checkpoint
+
+
+def _compare_training(
+    space: Space, checkpoint: Checkpoint, provenance: Mapping[str, Any], dataset: Dataset
+) -> list[str]:
+    """Return a remark if the checkpoint is not of the last epoch, and one if the data has changed."""
+    remarks = []
+    if checkpoint.epoch != space.max_epochs:
+        remarks.append(f"the newest checkpoint is of epoch {checkpoint.epoch} of {space.max_epochs}")
+    sha256 = provenance.get("data_sha256", dataset.sha256)
+    if sha256 != dataset.sha256:
+        remarks.append(f"the data here (SHA-256 {dataset.sha256}) differs from the training data ({sha256})")
+    return remarks
+
+
+# --- the folder -------------------------------------------------------------------------------------------------------
+
+
+def _check_replaceable(output: Path) -> None:
+    """Raise SettingError unless a folder is missing, empty or an earlier export without other files."""
+    if not output.exists():
+        return
+    found = {path.name for path in output.iterdir()} if output.is_dir() else {output.name}
+    others = sorted(found - set(FILES))
+    if others or (found and "export.json" not in found):
+        raise SettingError(
+            f"{output} is not an earlier export ({', '.join(others[:3]) or 'no export.json'}): name another folder by "
+            "--output, or move it away"
+        )
+
+
+def _write_files(folder: Path, facts: Mapping[str, Any], network: nn.Module) -> None:
+    weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    (folder / "model.safetensors").write_bytes(save(weights, {"format": "pt", "study": facts["study"]}))
+    (folder / "classes.json").write_text(json.dumps(facts["classes"]) + "\n")
+    (folder / "classify.py").write_text(render_script(facts))
+    (folder / "export.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (folder / "README.md").write_text(render_card(facts))
+
+
+def _put_in_place(draft: Path, output: Path) -> None:
+    if not output.exists():
+        draft.rename(output)
+        return
+    _check_replaceable(output)  # again: the export took a while
+    old = draft.with_name(f"{draft.name}.old")
+    output.rename(old)
+    draft.rename(output)
+    shutil.rmtree(old)

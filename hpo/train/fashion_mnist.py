@@ -1,0 +1,120 @@
+"""Fashion-MNIST on disk: reads the idx files of the sample that is part of the package, and of the full data set."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import math
+import struct
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from hpo.errors import DataError
+
+SAMPLE_DIR = Path(__file__).parent / "sample_data"
+CLASS_NAMES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+Part = tuple[Tensor, Tensor]  # images, uint8 of shape (N, 28, 28), and labels, int64 of shape (N,)
+
+_UINT8 = 0x08  # the code of the element type in the idx format
+
+
+def read_sample() -> tuple[Part, Part]:
+    """Return 2,000 training and 500 test images, which are part of the package."""
+    files = [gzip.decompress((SAMPLE_DIR / f"{name}.gz").read_bytes()) for name in FILES]
+    return _decode(*files)
+
+
+def read_fashion_mnist(data_dir: Path) -> tuple[Part, Part]:
+    """Return the 60,000 training and 10,000 test images. Files that are missing are downloaded.
+
+    Args:
+        data_dir: the files are in FashionMNIST/raw below it, where torchvision puts them.
+
+    Raises:
+        DataError: the files are damaged, or missing and cannot be downloaded.
+    """
+    raw = data_dir / "FashionMNIST" / "raw"
+    paths = [raw / name for name in FILES]
+    with contextlib.suppress(OSError, ValueError):
+        return _decode(*(path.read_bytes() for path in paths))
+    try:
+        # Missing or damaged, or another process is unpacking them at this moment.
+        _download(data_dir, paths)
+        return _decode(*(path.read_bytes() for path in paths))
+    except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
+        if all(path.exists() for path in paths):
+            raise DataError(
+                f"Fashion-MNIST in {raw} is damaged ({_first_line(error)}). Delete the unpacked files there, those "
+                "without .gz, and start again"
+            ) from None
+        listed = "\n".join(f"  {path.name}.gz" for path in paths)
+        raise DataError(
+            f"Fashion-MNIST is not in {raw} and could not be downloaded ({_first_line(error)}).\n"
+            f"Put these four files there, from a machine with a network or from another copy:\n{listed}\n"
+            "or name a writable folder that has them by --data-dir. "
+            "Without them, `python -m hpo.run quick` runs the same search on a small sample that is part of the package."
+        ) from None
+
+
+def _download(data_dir: Path, paths: list[Path]) -> None:
+    """Download the files that are missing, check their MD5 sums and unpack them."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    # Processes that start at the same time must not unpack into the same files.
+    with FileLock(data_dir / ".fashion_mnist.lock"):
+        if all(path.exists() for path in paths):
+            return
+        from torchvision.datasets import FashionMNIST  # takes seconds
+
+        output = io.StringIO()  # torchvision prints progress
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            FashionMNIST(str(data_dir), download=True)
+
+
+def _decode(train_images: bytes, train_labels: bytes, test_images: bytes, test_labels: bytes) -> tuple[Part, Part]:
+    """Return the training and the test images.
+
+    Raises:
+        ValueError: the files are not idx files, or do not fit together.
+    """
+    train, test = (
+        (decode_idx(images, dimensions=3), decode_idx(labels, dimensions=1).long())
+        for images, labels in ((train_images, train_labels), (test_images, test_labels))
+    )
+    for images, labels in (train, test):
+        if len(images) != len(labels) or images.shape[1:] != (28, 28):
+            raise ValueError(f"{len(labels)} labels for images of shape {tuple(images.shape)}")
+    return train, test
+
+
+def decode_idx(content: bytes, *, dimensions: int) -> Tensor:
+    """Return the array of an idx file, uint8.
+
+    The format: two zero bytes, the element type, the number of dimensions, each size as a big-endian int32, the elements.
+
+    Raises:
+        ValueError: it is not an idx file of uint8 with this number of dimensions, or its length does not match its sizes.
+    """
+    header = 4 + 4 * dimensions
+    if len(content) < header or content[:4] != bytes([0, 0, _UINT8, dimensions]):
+        raise ValueError(f"not an idx file of uint8 with {dimensions} dimensions")
+    shape = struct.unpack(f">{dimensions}i", content[4:header])
+    elements = content[header:]
+    if min(shape) < 1 or len(elements) != math.prod(shape):
+        raise ValueError(f"{len(elements)} bytes for an array of shape {shape}")
+    return torch.frombuffer(bytearray(elements), dtype=torch.uint8).reshape(shape)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(":")

@@ -1,0 +1,30 @@
+"""The precision of the multiplications: fp32, or bf16 under autocast."""
+
+from __future__ import annotations
+
+import torch
+
+
+def choose_precision(precision: str, device: str) -> str:
+    """Return the precision that `auto` means on a device: bf16 if the hardware multiplies in bf16, else fp32.
+
+    Such hardware is a GPU of compute capability 8.0 (Ampere) or later, or a CPU with AVX512-BF16 or AMX.
+
+    Args:
+        precision: `auto`, `fp32` or `bf16`; the last two are returned unchanged.
+        device: `cpu` or `cuda`.
+    """
+    if precision != "auto":
+        return precision
+    if device == "cpu":
+        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        has_bf16 = torch.cuda.get_device_capability() >= (8, 0)
+    return "bf16" if has_bf16 else "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return a context in which the multiplications run in a precision. Weights and sums stay in fp32."""
+    # Without the cache of casts: a step casts each weight once anyway, and a CUDA graph must not reuse the casts of an
+    # earlier step.
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)

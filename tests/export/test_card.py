@@ -1,0 +1,106 @@
+"""The model card and the script."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from hpo.export.card import render_card, render_script
+from hpo.train.network import build_model
+from hpo.train.params import STEMS
+
+
+def make_facts(**changes: Any) -> dict[str, Any]:
+    facts = {
+        "study": "mine",
+        "trial": 7,
+        "params": {"stem": "imagenet", "lr": 0.01},
+        "seed": 3,
+        "epochs": 2,
+        "data": {"dataset": "fashion_mnist"},
+        "data_sha256": "abc",
+        "images": {"train": 55000, "val": 5000, "test": 10000},
+        "accuracy": {"val_accuracy": 0.9, "test_accuracy": 0.91239},
+        "as_trained": {"how": "in fp32 on the CPU", "val_accuracy": 0.9, "test_accuracy": 0.91239},
+        "classes": ["shirt", "bag"],
+        "confusion": [[3, 1], [0, 0]],
+        "trained": {"device": "cuda", "device_name": "H200", "packages": {"torch": "2.15", "numpy": "2.3"}},
+        "exported": {"code": "1.0", "packages": {"torch": "2.16"}},
+        "remarks": [],
+    }
+    return facts | changes
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "# ResNet-18 on fashion_mnist: trial 7 of the search mine",
+        "| test accuracy | 0.9124 of 10,000 images, scored once |",
+        "| validation accuracy | 0.9000 of 5,000 images, by which it was chosen |",
+        "Both were measured again for this card, in fp32 on the CPU.",
+        "| | accuracy | shirt | bag |",
+        "|---|---|---|---|",
+        "| shirt | 0.7500 | 3 | 1 |",
+        "| bag | 0.0000 | 0 | 0 |",
+        "| lr | 0.01 |",
+        "2 epochs on 55,000 images, without augmentation; cross-entropy; seed 3.",
+        "| device | H200 (cuda) |",
+        "| packages | torch 2.15, numpy 2.3 |",
+        "| Python | ? on ? |",
+        "| repeat | `hpo replay mine 7` |",
+        "| exported by | hpo 1.0, torch 2.16 |",
+    ],
+)
+def test_the_card_has_the_line(line: str) -> None:
+    assert line in render_card(make_facts()).splitlines()
+
+
+def test_the_card_says_what_is_unknown() -> None:
+    card = render_card(make_facts(trained={}))
+    for line in ("| device | ? (?) |", "| code | hpo ? |", "| packages | ? |"):
+        assert line in card.splitlines()
+
+
+def test_the_card_has_each_remark_in_its_own_paragraph() -> None:
+    assert "\n\n**Note**: one.\n\n**Note**: two.\n\n" in render_card(make_facts(remarks=["one", "two"]))
+
+
+def test_the_card_has_the_scores_as_in_training_if_they_were_computed() -> None:
+    as_trained = {"how": "in bf16 on H200", "val_accuracy": 0.8, "test_accuracy": 0.85}
+    card = render_card(make_facts(as_trained=as_trained))
+    assert " in fp32 on the CPU. Scored in bf16 on H200, as in training, they are 0.8500 and 0.8000.\n\n" in card
+
+
+def test_the_card_has_no_stray_blank_lines_in_tables() -> None:
+    card = render_card(make_facts(remarks=["one"]))
+    assert "\n\n\n" not in card
+    assert card.endswith(" |\n")
+    for table in re.findall(r"(?:^\|.*\n)+", card, re.MULTILINE):
+        rows = table.splitlines()
+        assert re.fullmatch(r"\|(---\|)+", rows[1])
+        assert len({row.count("|") for row in rows}) == 1
+
+
+@pytest.mark.slow  # imports torchvision
+@pytest.mark.parametrize("stem", STEMS)
+def test_the_card_builds_the_network_of_each_stem(stem: str) -> None:
+    card = render_card(
+        make_facts(params={"stem": stem}, classes=[f"class {i}" for i in range(10)], confusion=[[1] * 10] * 10)
+    )
+    (code,) = re.findall(r"```python\n(import torch\nfrom safetensors.*?)model\.load_state_dict", card, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    network = build_model(stem=stem).eval()
+    names["model"].load_state_dict(network.state_dict())
+    images = torch.rand(2, 1, 28, 28)
+    with torch.no_grad():
+        torch.testing.assert_close(names["model"].eval()(images), network(images))
+
+
+def test_the_script_is_python_and_needs_torch_and_pillow_only() -> None:
+    script = render_script(make_facts())
+    compile(script, "classify.py", "exec")
+    assert re.findall(r"^(?:import|from) (\w+)", script, re.MULTILINE) == ["json", "sys", "pathlib", "torch", "PIL"]

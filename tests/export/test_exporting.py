@@ -1,0 +1,377 @@
+"""The exported folder: it computes what the trial's network computed, without this project."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from hpo.errors import SettingError
+from hpo.export import exporting
+from hpo.export.exporting import FILES, ExportedModel, export_model
+from hpo.export.program import Classifier
+from hpo.paths import RunsDir
+from hpo.run import cli
+from hpo.search.checkpoints import load_checkpoint
+from hpo.search.worker import run_trial
+from hpo.space.model import Space
+from hpo.train.data import load
+from hpo.train.network import build_model
+from storage.database import open_database
+from storage.optuna_internals import study_id
+from storage.run import Run
+from storage.studies import Study, find_study, open_study
+from tests.factories import toy_space, trial_spec
+
+DATA: dict[str, Any] = {"dataset": "fashion_mnist_sample", "train_samples": 64, "val_samples": 50}
+VERSIONS = {"code": "now", "packages": {"torch": torch.__version__}}
+# What the user of an export may not have installed.
+BLOCKED = "hpo", "storage", "torchvision", "safetensors", "optuna"
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def grid_space(folder: Path, **changes: Any) -> Space:
+    """A grid of three trials of the default trainable."""
+    written = {
+        "trainable": "hpo.train:train",
+        "metric": "val_accuracy",
+        "max_epochs": 2,
+        "seed": 3,
+        "data": DATA,
+        "parameters": {"batch_size": [16, 32, 64], "lr": 0.003, "precision": "bf16"},
+    }
+    return toy_space(folder, **(written | changes))
+
+
+@pytest.fixture(scope="module")
+def searched(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of a search: trial 0 COMPLETE with its checkpoint, 1 COMPLETE and worse without a checkpoint, 2 FAIL."""
+    folder = tmp_path_factory.mktemp("export")
+    space = grid_space(folder)
+    provenance = {"machine": "node-7", "code": "then", "data_sha256": load(**DATA).sha256}
+    with open_database(f"sqlite:///{folder}/hpo.db") as database:
+        study = open_study(database, **space.study_options)
+        with Run(study, config_key=space.config_key, provenance=provenance) as run:
+            run.enqueue(space.grid_points(), space.distributions())
+            best, worse, failed = run.claim(), run.claim(), run.claim()
+            assert best is not None
+            assert worse is not None
+            assert failed is not None
+            spec = trial_spec(
+                folder,
+                trainable=space.trainable,
+                params=best.params,
+                data=space.trainable_data(folder),
+                seed=space.seed,
+                max_epochs=space.max_epochs,
+                checkpoint_every=2,  # only the last epoch: a checkpoint is 134 MB
+            )
+            spec = replace(spec, folder=str(RunsDir(folder).trial(study.unique_name, 0)))
+            for report in itertools.islice(run_trial(spec), 2):
+                assert not report.failure
+                run.report(best, report.epoch, report.metrics, report.metrics["val_accuracy"])
+            run.complete(best, report.metrics["val_accuracy"])
+            run.complete(worse, 0.0)
+            run.fail(failed, "its reason")
+    return folder
+
+
+def open_copy(folder: Path) -> Study:
+    study = find_study(open_database(f"sqlite:///{folder}/hpo.db"), "toy")
+    assert study is not None
+    return study
+
+
+@pytest.fixture
+def study(searched: Path, tmp_path: Path) -> Iterator[Study]:
+    """A copy of the study that a test may change, with its checkpoints in `tmp_path`."""
+    shutil.copytree(searched / "checkpoints", tmp_path / "checkpoints", copy_function=os.link)
+    shutil.copy(searched / "hpo.db", tmp_path)
+    study = open_copy(tmp_path)
+    yield study
+    study.database.close()
+
+
+def export(study: Study, runs_dir: Path, number: int | None = None, output: Path | None = None) -> ExportedModel:
+    return export_model(study, number, runs_dir=RunsDir(runs_dir), data_dir=runs_dir, output=output, versions=VERSIONS)
+
+
+@pytest.fixture
+def without_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.export takes seconds: leave it out where the test is about something else."""
+
+    def write_nothing(classifier: Classifier, path: Path, examples: torch.Tensor) -> Classifier:
+        path.touch()
+        return classifier.eval()
+
+    monkeypatch.setattr(exporting, "write_program", write_nothing)
+
+
+@pytest.fixture(scope="module")
+def folder(searched: Path) -> Path:
+    """An export of the best trial, for tests that do not change it."""
+    study = open_copy(searched)
+    exported = export(study, searched)
+    study.database.close()
+    assert exported.remarks == []
+    return exported.folder
+
+
+@pytest.fixture(scope="module")
+def network(searched: Path) -> torch.nn.Module:
+    """The network of the best trial, from its checkpoint."""
+    (checkpoints,) = searched.glob("checkpoints/toy-*/0")
+    checkpoint = load_checkpoint(checkpoints)
+    assert checkpoint is not None
+    model = build_model()
+    model.load_state_dict(checkpoint.state["model"])
+    return model.eval()
+
+
+def as_floats(images: torch.Tensor) -> torch.Tensor:
+    return images.unsqueeze(1).float() / 255
+
+
+# --- what is exported ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_folder_has_its_files_and_no_leftovers(folder: Path) -> None:
+    assert folder.name == "toy-0"
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    assert [path.name for path in folder.parent.iterdir()] == ["toy-0"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2, 3, 64, 101])
+def test_the_program_computes_what_the_network_computes(folder: Path, network: torch.nn.Module, count: int) -> None:
+    images = load(**DATA).test.images[:count]
+    program = torch.export.load(folder / "model.pt2").module()
+    with torch.no_grad():
+        logits = program(images)
+        torch.testing.assert_close(logits, network(as_floats(images)), rtol=1e-5, atol=1e-5)
+    assert logits.shape == (count, 10)
+
+
+@pytest.mark.slow
+def test_the_code_of_the_card_loads_the_program_and_the_weights(
+    folder: Path, network: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program_code, weights_code = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = {}
+    exec(weights_code, names)
+    images = load(**DATA).test.images[:20]
+    with torch.no_grad():
+        torch.testing.assert_close(names["model"](as_floats(images)), network(as_floats(images)))
+    names = {}
+    exec(program_code, names)
+    assert names["logits"].shape == (5, 10)
+
+
+@pytest.mark.slow
+def test_the_script_classifies_an_image_where_the_project_is_not_installed(
+    folder: Path, network: torch.nn.Module, tmp_path: Path
+) -> None:
+    images = load(**DATA).test.images[:1]
+    Image.fromarray(images[0].numpy()).save(tmp_path / "garment.png")
+    block = "".join(f"sys.modules[{name!r}] = None; " for name in BLOCKED)
+    code = f"import runpy, sys; {block}sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    moved = shutil.copytree(folder, tmp_path / "elsewhere")
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code, str(moved / "classify.py"), "garment.png"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        scores = network(as_floats(images)).softmax(1)[0]
+    classes = json.loads((folder / "classes.json").read_text())
+    expected = [f"{score:.4f} {classes[i]}" for score, i in zip(*scores.topk(3), strict=True)]
+    assert done.stdout.splitlines() == expected
+
+
+@pytest.mark.slow
+def test_the_card_has_the_scores_the_confusions_and_the_training(folder: Path, network: torch.nn.Module) -> None:
+    facts, card = json.loads((folder / "export.json").read_text()), (folder / "README.md").read_text()
+    dataset = load(**DATA)
+    with torch.no_grad():
+        answers = network(as_floats(dataset.test.images)).argmax(1)
+    labels = dataset.test.labels
+    confusion = [[int(((labels == label) & (answers == answer)).sum()) for answer in range(10)] for label in range(10)]
+    assert facts["confusion"] == confusion
+    right = sum(confusion[i][i] for i in range(10))
+    assert facts["accuracy"]["test_accuracy"] == right / len(labels)
+    # Trained and scored in bf16: the same model gets the same scores.
+    assert facts["as_trained"] == {"how": "in bf16 on the CPU", **facts["stored"]}
+    assert "Scored in bf16 on the CPU, as in training, they are " in card
+    assert f"| test accuracy | {right / len(labels):.4f} of 500 images" in card
+    for name, row in zip(facts["classes"], confusion, strict=True):
+        own = row[facts["classes"].index(name)]
+        assert f"| {name} | {own / sum(row):.4f} | {' | '.join(map(str, row))} |" in card
+    for part in (dataset.sha256, "| batch_size | 16 |", "hpo then", "hpo replay toy 0", "2 epochs on 64 images"):
+        assert part in card
+    assert "**Note**" not in card
+    assert "None" not in card
+
+
+# --- what differs from storage ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_differences_from_storage_are_remarks(study: Study, tmp_path: Path, without_program: None) -> None:
+    stored = study.metrics()[0][2]["test_accuracy"]
+    with study.database.engine.begin() as connection:
+        change = "UPDATE hpo_metrics SET value = value - 0.004 WHERE name = 'test_accuracy'"
+        connection.exec_driver_sql(change)
+        connection.exec_driver_sql('UPDATE hpo_runs SET provenance = \'{"data_sha256": "other"}\'')
+    exported = export(study, tmp_path)
+    of_data, of_score = exported.remarks
+    assert of_data.endswith("differs from the training data (other)")
+    assert of_score.startswith(
+        f"test_accuracy is {stored:.4f} here, in bf16 on the CPU, and was {stored - 0.004:.4f} on "
+    )
+    assert of_score.endswith(": 2 images differ")
+    card = (exported.folder / "README.md").read_text()
+    assert all(f"\n\n**Note**: {remark}.\n" in card for remark in exported.remarks)
+
+
+# --- what cannot be exported --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (2, "trial 2 of study toy is FAIL; these are COMPLETE: 0, 1"),
+        (9, "trial 9 of study toy does not exist; these are COMPLETE: 0, 1"),
+        (1, r"no checkpoint of trial 1 in .*/1\. It was trained on node-7: export it there"),
+    ],
+)
+def test_a_trial_that_cannot_be_exported_is_an_error(study: Study, tmp_path: Path, number: int, message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        export(study, tmp_path, number)
+    assert not (tmp_path / "exports").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trainable": "mine:train"}, r"was trained by mine:train: .* What it saved is in .*/0$"),
+        ({"command": "python mine.py --lr {lr}"}, r"was trained by python mine\.py --lr \{lr\}: "),
+    ],
+)
+def test_another_trainable_is_an_error(study: Study, tmp_path: Path, change: dict[str, str], message: str) -> None:
+    study.optuna_study.set_user_attr("hpo:settings", study.settings | change)
+    with pytest.raises(SettingError, match=message):
+        export(study, tmp_path)
+    assert not (tmp_path / "exports").exists()
+
+
+def test_a_study_without_a_completed_trial_is_an_error(tmp_path: Path) -> None:
+    with open_database(f"sqlite:///{tmp_path}/hpo.db") as database:
+        study = open_study(database, **grid_space(tmp_path).study_options)
+        with pytest.raises(SettingError, match="no COMPLETE trial to export"):
+            export(study, tmp_path)
+
+
+def test_a_study_of_another_program_is_an_error(tmp_path: Path) -> None:
+    with open_database(f"sqlite:///{tmp_path}/hpo.db") as database:
+        one, two = (
+            Study(database, study.study_name, study_id(study), study)
+            for study in (
+                optuna.create_study(storage=database.optuna_storage, study_name="one", direction="maximize"),
+                optuna.create_study(
+                    storage=database.optuna_storage, study_name="two", directions=["maximize", "minimize"]
+                ),
+            )
+        )
+        one.optuna_study.add_trial(optuna.trial.create_trial(value=1.0))
+        for values in ([1.0, 1.0], [0.5, 0.5], [0.2, 0.9]):
+            two.optuna_study.add_trial(optuna.trial.create_trial(values=values))
+        with pytest.raises(SettingError, match="study one was not created by hpo"):
+            export(one, tmp_path)
+        with pytest.raises(SettingError, match="choose one of the best trials by --trial: 0, 1"):
+            export(two, tmp_path)
+
+
+# --- the output folder --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_folder_with_other_files_is_never_replaced(study: Study, tmp_path: Path) -> None:
+    output = tmp_path / "mine"
+    output.mkdir()
+    (output / "thesis.tex").write_text("years of work")
+    with pytest.raises(SettingError, match=r"mine is not an earlier export \(thesis\.tex\)"):
+        export(study, tmp_path, output=output)
+    for name in FILES:
+        (output / name).touch()
+    with pytest.raises(SettingError, match=r"\(thesis\.tex\)"):
+        export(study, tmp_path, output=output)
+    (output / "thesis.tex").rename(tmp_path / "file")
+    (output / "export.json").unlink()
+    with pytest.raises(SettingError, match=r"\(no export\.json\)"):
+        export(study, tmp_path, output=output)
+    with pytest.raises(SettingError, match=r"\(file\)"):
+        export(study, tmp_path, output=tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "years of work"
+
+
+@pytest.mark.slow
+def test_an_earlier_export_is_replaced_whole_or_not_at_all(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_program: None
+) -> None:
+    output = tmp_path / "out" / "model"
+    output.mkdir(parents=True)
+    (output / "export.json").touch()
+    (output / "README.md").write_text("the earlier one")
+
+    def fail(_facts: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting, "render_card", fail)
+        with pytest.raises(SettingError, match=r"cannot write the export to .*/model: No space left on device"):
+            export(study, tmp_path, output=output)
+    assert (output / "README.md").read_text() == "the earlier one"
+    assert [path.name for path in output.parent.iterdir()] == ["model"]
+    export(study, tmp_path, output=output)
+    assert (
+        (output / "README.md").read_text().startswith("# ResNet-18 on fashion_mnist_sample: trial 0 of the search toy")
+    )
+    assert sorted(path.name for path in output.iterdir()) == sorted(FILES)
+    assert [path.name for path in output.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.slow
+def test_the_command_line_exports_the_best_trial(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_program: None
+) -> None:
+    (tmp_path / "runs").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    storage = f"sqlite:///{tmp_path}/hpo.db"
+    arguments = ["export", "toy", "--storage", storage, "--output", "model", "--data-dir", "none"]
+    result = CliRunner().invoke(cli, arguments, standalone_mode=False, catch_exceptions=False)
+    assert result.return_value == 0
+    assert f"{tmp_path}/model: README.md describes it" in result.output
+    assert json.loads((tmp_path / "model" / "export.json").read_text())["trial"] == 0
