@@ -28,16 +28,6 @@ def describe_data(data: Mapping[str, Any]) -> tuple[str, tuple[int, int, int]]:
     return dataset.sha256, (len(dataset.train), len(dataset.validation), len(dataset.test))
 
 
-def describe_data(data: Mapping[str, Any]) -> tuple[str, tuple[int, int, int]]:
-    """Return the sha256 of all images and labels of a data set, and the counts of its training, validation and test images.
-
-    Raises:
-        DataError: the data set is not there and cannot be downloaded.
-    """
-    dataset = load(**data)
-    return dataset.sha256, (len(dataset.train), len(dataset.validation), len(dataset.test))
-
-
 class Probe:
     """Some training steps of one configuration, to measure their speed and their memory.
 
