@@ -344,8 +344,8 @@ def export(study: str, trial: int | None, output: Path | None, storage: str, dat
 
 @cli.command()
 @storage_option
-@click.option("--host", default="127.0.0.1", show_default=True, help="Others need HPO_DASHBOARD_PASSWORD to be set.")
-@click.option("--port", type=int, default=8080, show_default=True, help="0 takes a free port.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option("--port", type=int, default=8080, show_default=True, help="The port to listen on; 0 takes a free one.")
 def dashboard(storage: str, host: str, port: int) -> int:
     """Serve optuna-dashboard until Ctrl-C.
 
