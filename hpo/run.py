@@ -187,8 +187,7 @@ def run(
     search was stopped.
 
     \b
-    Examples:  hpo run quick
-               hpo run grid --set max_epochs=2 --set parameters.lr=0.02
+    Example:  hpo run grid --set max_epochs=2 --set parameters.lr=0.02
     """
     if only_plan:
         return int(context.invoke(plan, space=space, overrides=overrides, storage=storage, data_dir=data_dir))
@@ -353,8 +352,7 @@ def dashboard(storage: str, host: str, port: int) -> int:
     browser sends it with any user name.
 
     \b
-    Examples:  hpo dashboard --port 8081
-               HPO_DASHBOARD_PASSWORD=... hpo dashboard --host 0.0.0.0
+    Example:  hpo dashboard --port 8081
     """
     from hpo.api import serve_dashboard
 
