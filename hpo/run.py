@@ -187,8 +187,7 @@ def run(
     search was stopped.
 
     \b
-    Examples:  hpo run quick
-               hpo run grid --set max_epochs=2 --set parameters.lr=0.02
+    Example:  hpo run grid --set max_epochs=2 --set parameters.lr=0.02
     """
     if only_plan:
         return int(context.invoke(plan, space=space, overrides=overrides, storage=storage, data_dir=data_dir))
@@ -345,8 +344,8 @@ def export(study: str, trial: int | None, output: Path | None, storage: str, dat
 
 @cli.command()
 @storage_option
-@click.option("--host", default="127.0.0.1", show_default=True, help="Others need HPO_DASHBOARD_PASSWORD to be set.")
-@click.option("--port", type=int, default=8080, show_default=True, help="0 takes a free port.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option("--port", type=int, default=8080, show_default=True, help="The port to listen on; 0 takes a free one.")
 def dashboard(storage: str, host: str, port: int) -> int:
     """Serve optuna-dashboard until Ctrl-C.
 
@@ -354,8 +353,7 @@ def dashboard(storage: str, host: str, port: int) -> int:
     browser sends it with any user name.
 
     \b
-    Examples:  hpo dashboard --port 8081
-               HPO_DASHBOARD_PASSWORD=... hpo dashboard --host 0.0.0.0
+    Example:  hpo dashboard --port 8081
     """
     from hpo.api import serve_dashboard
 

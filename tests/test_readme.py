@@ -133,6 +133,7 @@ def test_the_python_example_of_the_readme_runs(tmp_path: Path) -> None:
 # --- hpo/README.md ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_trainable_runs_and_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = block("# digits.py")
     assert len([line for line in code.splitlines() if line.strip()]) <= 15
