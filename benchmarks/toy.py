@@ -70,18 +70,18 @@ def chain(
 def hold_epochs(hold: Path, epoch: int) -> None:
     """Let every `chain` whose `params["hold"]` is this file wait in this epoch until the file is removed.
 
-    A waiting trial creates a file in the folder `HOLD-waiting`, see `count_held`.
+    `held_processes` returns who waits.
     """
     shutil.rmtree(_waiting_folder(hold), ignore_errors=True)
-    _waiting_folder(hold).mkdir()
+    _waiting_folder(hold).mkdir(exist_ok=True)
     draft = hold.with_suffix(".draft")
     draft.write_text(str(epoch))
     draft.replace(hold)
 
 
-def count_held(hold: Path) -> int:
-    """Return how many processes have waited since the last call of `hold_epochs`."""
-    return len(list(_waiting_folder(hold).iterdir()))
+def held_processes(hold: Path) -> set[int]:
+    """Return the PIDs of the processes that have waited since the last call of `hold_epochs`."""
+    return {int(file.name) for file in _waiting_folder(hold).iterdir()}
 
 
 def _waiting_folder(hold: Path) -> Path:

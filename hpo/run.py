@@ -257,6 +257,7 @@ def plan(space: str, overrides: Sequence[str], storage: str, data_dir: Path) -> 
 
     console = _console()
     with TerminalProgress(console) as progress:
+        progress.search_starting(loaded)
         planned = plan_search(
             loaded, storage=storage, password=_secret("PGPASSWORD"), data_dir=data_dir, listener=progress
         )

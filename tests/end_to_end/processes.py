@@ -18,6 +18,7 @@ import pytest
 import sqlalchemy as sa
 
 from benchmarks.chaos import violations
+from benchmarks.toy import held_processes
 from tests.factories import ROOT
 
 DEADLINE_SECONDS = 240.0  # on two slow cores, with another test at work
@@ -126,16 +127,19 @@ class Driver:
         self._process.terminate()
 
     def kill(self) -> None:
-        """Send SIGKILL to the driver, and wait until the processes that it started have ended by themselves."""
-        children = []
-        with contextlib.suppress(psutil.NoSuchProcess):
-            children = psutil.Process(self.pid).children(recursive=True)
+        """Send SIGKILL to the driver alone."""
         self._process.kill()
         self._process.wait()
-        _, alive = psutil.wait_procs(children, timeout=60.0)
-        for child in alive:
-            child.kill()
-        assert not alive, alive
+
+    def is_held(self, hold: Path) -> bool:
+        """Return whether one of its workers waits in an epoch, see `benchmarks.toy.hold_epochs`."""
+        return bool(held_processes(hold) & {child.pid for child in self.children()})
+
+    def children(self) -> list[psutil.Process]:
+        """Return the processes that it started, and those that they started."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return psutil.Process(self.pid).children(recursive=True)
+        return []
 
 
 def rows(database: Path | str, query: str) -> list[tuple[Any, ...]]:

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from benchmarks.postgres import Postgres
-from benchmarks.toy import count_held, hold_epochs
+from benchmarks.toy import hold_epochs
 from tests.end_to_end.processes import Driver, chains, check_chains, count_epochs, rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.postgres]
@@ -47,9 +47,9 @@ def search(tmp_path_factory: pytest.TempPathFactory, postgres: Postgres) -> Sear
     hold_epochs(hold, 3)
     driver = Driver(folder, 0, chains(folder, hold=str(hold)), "--storage", url)
     try:
-        driver.wait_until(lambda: count_epochs(url) >= 2 and count_held(hold) >= 1)
+        driver.wait_until(lambda: count_epochs(url) >= 2 and driver.is_held(hold))
         process = psutil.Process(driver.pid)
-        line, children = " ".join(process.cmdline()), process.children(recursive=True)
+        line, children = " ".join(process.cmdline()), driver.children()
         workers = [" ".join([*child.cmdline(), *child.environ().values()]) for child in children]
         files = [file for each in [*_ray_folders(children), folder] for file in each.rglob("*") if file.is_file()]
         leaks = [file for file in files if _holds(file, postgres.password)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.toy import count_held, hold_epochs
+from benchmarks.toy import hold_epochs
 from tests.end_to_end.processes import (
     MAX_EPOCHS,
     POINTS,
@@ -32,7 +32,7 @@ def test_a_study_survives_signals_kill_9_and_two_drivers(
     # Two signals stop a driver at once, in the middle of an epoch.
     hold_epochs(hold, 1)
     driver = start_driver(path)
-    driver.wait_until(lambda: count_held(hold) >= 1)
+    driver.wait_until(lambda: driver.is_held(hold))
     driver.terminate()
     driver.wait_until(lambda: "Ctrl-C again" in driver.output)
     assert driver.is_running, "the first signal waits for the epoch in flight"
@@ -52,7 +52,7 @@ def test_a_study_survives_signals_kill_9_and_two_drivers(
     # One signal stops a driver after the epoch in flight.
     hold_epochs(hold, 4)
     driver = start_driver(path)
-    driver.wait_until(lambda: count_held(hold) >= count_states(database).get("RUNNING", 0) >= 1)
+    driver.wait_until(lambda: driver.is_held(hold))
     assert "after epoch" in driver.output, "it resumes the trials of the killed driver"
     stored = count_epochs(database)
     driver.press_ctrl_c()
