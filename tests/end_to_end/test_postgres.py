@@ -56,7 +56,7 @@ def search(tmp_path_factory: pytest.TempPathFactory, postgres: Postgres) -> Sear
 
         postgres.stop(immediate=True)
         hold.unlink()
-        driver.wait_until(lambda: "the database is away" in driver.output)
+        driver.wait_until(lambda: "the database is unavailable" in driver.output)
         postgres.start()
         assert driver.wait() == 0, driver.output
     finally:
@@ -99,5 +99,5 @@ def test_the_hints_name_the_storage_without_the_password(search: Search) -> None
 
 
 def test_a_restart_of_the_server_is_waited_out(search: Search) -> None:
-    assert "the database is away" in search.output
+    assert "the database is unavailable" in search.output
     check_chains(search.url)
