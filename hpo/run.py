@@ -362,8 +362,8 @@ def export(study: str, trial: int | None, output: Path | None, storage: str, dat
 
 @cli.command()
 @storage_option
-@click.option("--host", default="127.0.0.1", show_default=True, help="Others need HPO_DASHBOARD_PASSWORD to be set.")
-@click.option("--port", type=int, default=8080, show_default=True, help="0 takes a free port.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option("--port", type=int, default=8080, show_default=True, help="The port to listen on; 0 takes a free one.")
 def dashboard(storage: str, host: str, port: int) -> int:
     """Serve optuna-dashboard until Ctrl-C.
 
@@ -445,7 +445,7 @@ def _print_ending(console: Console, result: SearchResult, storage: str) -> None:
     if result.stopped:
         remedy = "The same command" if result.interrupted else "With a larger budget.time, the same command"
         console.print(f"Stopped: {result.stopped}. {remedy} resumes it.", style="yellow")
-    name = shlex.quote(result.results.study.name)
+    name = result.results.study.name
     if result.report is not None:
         _print_report(console, result.report)
     console.print(f"Dashboard: {_hint('dashboard', storage=storage)}", soft_wrap=True, markup=False)
@@ -454,11 +454,11 @@ def _print_ending(console: Console, result: SearchResult, storage: str) -> None:
 
 def _hint(verb: str, *words: str, storage: str) -> str:
     """Return a command that can be copied as it is. It holds no password."""
-    uv = "uv run " if "UV_RUN_RECURSION_DEPTH" in os.environ else ""
+    from hpo.report.formatting import format_command
+
     variable = None if _secret(HIDDEN_VARIABLE) else _secret("HPO_STORAGE")  # what the user's shell has
     is_default = storage == (variable or DEFAULT_STORAGE)
-    options = [] if is_default else ["--storage", shlex.quote(_without_password(storage))]
-    return " ".join([f"{uv}python -m hpo.{verb}", *words, *options])
+    return format_command(verb, *words, *([] if is_default else ["--storage", _without_password(storage)]))
 
 
 def _exit_code(result: SearchResult) -> int:

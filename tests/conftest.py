@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _guess_seconds(item: pytest.Item) -> float:
     ray = item.get_closest_marker("ray")
     if ray is not None:
-        return 30.0 * ray.kwargs.get("starts", 1)
+        return 30.0 * int(ray.kwargs.get("starts", 1))
     return 3.0 if item.get_closest_marker("slow") else 0.1
 
 

@@ -117,7 +117,12 @@ def search_without_ray(
         else:
             study.optuna_study.sampler = build_sampler(space, run.run_id)
         coordinator = TrialCoordinator(
-            space, run, Slots(1, 1.0, 0.0), data=space.trainable_data(folder), runs_dir=RunsDir(folder), listener=listener
+            space,
+            run,
+            Slots(1, 1.0, 0.0),
+            data=space.trainable_data(folder),
+            runs_dir=RunsDir(folder),
+            listener=listener,
         )
         running: dict[str, Any] = {}
         while running or not coordinator.is_done:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -181,7 +182,12 @@ def test_storage_and_data_come_from_options_or_variables(
 ) -> None:
     received = fake_search(["COMPLETE"])
     hpo_here(tmp_path, "run", "toy.yaml")
-    variables = {"HPO_STORAGE": "sqlite:///v.db", "HPO_DATA_DIR": "v", "RAY_ADDRESS": "ray:6379", "PGPASSWORD": "secret"}
+    variables = {
+        "HPO_STORAGE": "sqlite:///v.db",
+        "HPO_DATA_DIR": "v",
+        "RAY_ADDRESS": "ray:6379",
+        "PGPASSWORD": "secret",
+    }
     hpo_here(tmp_path, "run", "toy.yaml", **variables)
     hpo_here(tmp_path, "run", "toy.yaml", "--storage", "sqlite:///o.db", "--data-dir", "o", **variables)
     seen = [tuple(options[name] for name in ("storage", "data_dir", "ray_address", "password")) for options in received]
@@ -207,7 +213,7 @@ def test_no_verb_leaves_a_password_to_the_processes_that_it_starts(
     tmp_path: Path, hpo_here: HpoHere, fake_search: Callable[..., Any], verb: list[str]
 ) -> None:
     fake_search(["COMPLETE"])
-    variables = {name: "postgresql://me:secret@host/db" for name in ("HPO_STORAGE", "PGPASSWORD")}
+    variables = dict.fromkeys(("HPO_STORAGE", "PGPASSWORD"), "postgresql://me:secret@host/db")
     hpo_here(tmp_path, *verb, "--storage", "sqlite:///x.db", HPO_DASHBOARD_PASSWORD="secret", **variables)
     assert not [name for name, value in os.environ.items() if "secret" in value]
 
@@ -215,7 +221,9 @@ def test_no_verb_leaves_a_password_to_the_processes_that_it_starts(
 @pytest.mark.parametrize(
     "arguments", [["--storage", "postgresql://me:secret@host/db"], ["--storage=postgresql://me:secret@host/db"]]
 )
-@pytest.mark.parametrize(("start", "prefix"), [(["-m", "hpo.run"], ["run"]), (["-m", "hpo", "run"], []), (["bin/hpo", "run"], [])])
+@pytest.mark.parametrize(
+    ("start", "prefix"), [(["-m", "hpo.run"], ["run"]), (["-m", "hpo", "run"], []), (["bin/hpo", "run"], [])]
+)
 def test_a_password_on_the_command_line_moves_into_the_environment(
     monkeypatch: pytest.MonkeyPatch, arguments: list[str], start: list[str], prefix: list[str]
 ) -> None:
@@ -271,14 +279,16 @@ def test_schema_prints_json(tmp_path: Path, hpo_here: HpoHere) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(run.cli.commands))
-def test_the_help_of_each_verb_has_an_example_that_parses(tmp_path: Path, hpo_here: HpoHere, name: str) -> None:
+def test_the_help_of_each_verb_has_examples_that_parse(tmp_path: Path, hpo_here: HpoHere, name: str) -> None:
     shown = hpo_here(tmp_path, name, "--help")
     assert shown.returncode == 0
-    (example,) = [line for line in shown.stdout.splitlines() if "Example:" in line]
-    words = example.partition("hpo ")[2].partition(" >")[0].removesuffix(')"').split()
-    assert words[0] == name
+    examples = re.findall(r"(?<=hpo )[^|>)]+", shown.stdout.partition("Example")[2].partition("\n\n")[0])
+    assert examples
     verb = run.cli.commands[name]
-    verb.make_context(name, words[1:])  # fails on an option that does not exist
+    for example in examples:
+        words = example.strip().split()
+        assert words[0] == name
+        verb.make_context(name, words[1:])  # fails on an option that does not exist
     for parameter in verb.params:
         assert not isinstance(parameter, click.Option) or parameter.help, parameter.name
 

@@ -162,7 +162,7 @@ def count_epochs(database: Path | str) -> int:
 
 def count_states(database: Path | str) -> dict[str, int]:
     """Return {state: trials}."""
-    return dict(rows(database, "SELECT CAST(state AS TEXT), count(*) FROM trials GROUP BY state"))  # type: ignore[arg-type]
+    return dict(rows(database, "SELECT CAST(state AS TEXT), count(*) FROM trials GROUP BY state"))
 
 
 def check_chains(database: Path | str) -> None:

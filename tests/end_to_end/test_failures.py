@@ -41,9 +41,11 @@ def test_each_failure_has_its_state_and_reason_and_the_other_trials_complete(tmp
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert finished.stderr == ""
     database = tmp_path / "runs/hpo.db"
-    trials = rows(database, "SELECT trial_id, state, crashes FROM trials JOIN hpo_trials ON trial = trial_id ORDER BY 1")
+    trials = rows(
+        database, "SELECT trial_id, state, crashes FROM trials JOIN hpo_trials ON trial = trial_id ORDER BY 1"
+    )
     for number, ((trial, state, crashes), (how, reason)) in enumerate(zip(trials, REASONS.items(), strict=True)):
-        attrs = dict(rows(database, f"SELECT key, value_json FROM trial_user_attributes WHERE trial_id = {trial}"))  # type: ignore[arg-type]
+        attrs = dict(rows(database, f"SELECT key, value_json FROM trial_user_attributes WHERE trial_id = {trial}"))
         assert state == ("COMPLETE" if reason is None else "FAIL"), how
         assert json.loads(attrs.get("fail_reason", "null")) == reason
         if reason is not None:

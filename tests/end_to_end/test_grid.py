@@ -16,7 +16,12 @@ from tests.factories import ROOT, Finished
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 RUN = ["run", str(ROOT / "search_spaces/grid.yaml")]
-for key_value in ("data.dataset=fashion_mnist_sample", "data.val_samples=200", "data.train_samples=512", "max_epochs=2"):
+for key_value in (
+    "data.dataset=fashion_mnist_sample",
+    "data.val_samples=200",
+    "data.train_samples=512",
+    "max_epochs=2",
+):
     RUN += ["--set", key_value]
 
 HpoHere = Callable[..., Finished]
@@ -59,7 +64,7 @@ def test_the_dashboard_has_its_notes_and_artifacts_when_the_run_ends(folder: Pat
 
 
 def test_the_output_is_progress_and_a_table_without_noise(grid: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    folder, finished = grid
+    _, finished = grid
     assert finished.stderr == ""
     lines = finished.stdout.splitlines()
     assert lines[0].startswith("grid: The documented grid")

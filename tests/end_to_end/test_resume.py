@@ -22,9 +22,7 @@ from tests.end_to_end.processes import (
 
 @pytest.mark.slow
 @pytest.mark.ray(starts=5)
-def test_a_study_survives_signals_kill_9_and_two_drivers(
-    tmp_path: Path, start_driver: Callable[..., Driver]
-) -> None:
+def test_a_study_survives_signals_kill_9_and_two_drivers(tmp_path: Path, start_driver: Callable[..., Driver]) -> None:
     """One study, five drivers: each start of Ray is expensive, and each driver finds what the one before it left."""
     database, hold, log = tmp_path / "runs/hpo.db", tmp_path / "hold", tmp_path / "epochs.log"
     path = chains(tmp_path, hold=str(hold), log=str(log))
@@ -69,11 +67,13 @@ def test_a_study_survives_signals_kill_9_and_two_drivers(
     # Two drivers share the rest.
     hold_epochs(hold, MAX_EPOCHS)
     drivers = [start_driver(path) for _ in range(2)]
-    owners = "SELECT count(DISTINCT run), count(*) FROM hpo_trials JOIN trials ON trial_id = trial WHERE state = 'RUNNING'"
+    owners = (
+        "SELECT count(DISTINCT run), count(*) FROM hpo_trials JOIN trials ON trial_id = trial WHERE state = 'RUNNING'"
+    )
 
     def all_is_claimed() -> bool:
         ((runs, trials),) = rows(database, owners)
-        return runs == 2 or trials == len(POINTS)  # with many cores, the first driver may claim all
+        return bool(runs == 2 or trials == len(POINTS))  # with many cores, the first driver may claim all
 
     drivers[0].wait_until(all_is_claimed)
     hold.unlink()

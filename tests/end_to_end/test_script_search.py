@@ -91,8 +91,8 @@ def test_a_script_is_searched_pruned_killed_logged_and_replayed(
     assert states >= {"COMPLETE", "PRUNED"}
     conditional, stopped = set(), set()
     for trial, number, state in trials:
-        params = dict(rows(database, f"SELECT param_name, param_value FROM trial_params WHERE trial_id = {trial}"))  # type: ignore[arg-type]
-        attrs = dict(rows(database, f"SELECT key, value_json FROM trial_user_attributes WHERE trial_id = {trial}"))  # type: ignore[arg-type]
+        params = dict(rows(database, f"SELECT param_name, param_value FROM trial_params WHERE trial_id = {trial}"))
+        attrs = dict(rows(database, f"SELECT key, value_json FROM trial_user_attributes WHERE trial_id = {trial}"))
         conditional.add("momentum" in params)
         assert ("momentum" in params) == (params["nesterov"] == 0), "the first choice, true"
         assert result["params"][str(number)]["lr"] == params["lr"]
