@@ -22,12 +22,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 
-from tests.factories import Finished
-
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
     from benchmarks.postgres import Postgres
+    from tests.factories import Finished
 
 _numbers = itertools.count()
 
@@ -97,6 +96,7 @@ def browser() -> Iterator[Browser]:
 def hpo_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
     """`hpo_here(folder, "report", "grid")` runs `hpo report grid` in a folder, in this process: no imports are repeated."""
     from hpo.run import main
+    from tests.factories import Finished
 
     for name in ("HPO_STORAGE", "HPO_DATA_DIR", "HPO_DASHBOARD_PASSWORD", "PGPASSWORD", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)  # the command removes some of them; they come back after the test

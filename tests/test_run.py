@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -29,19 +31,36 @@ INTERRUPTED: Outcome = {"stopped": "interrupted", "interrupted": True}
 OUT_OF_TIME: Outcome = {"stopped": "the time budget is spent"}
 
 
-@pytest.fixture
-def fake_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[dict[str, Any]]]:
-    """`fake_search(states, outcome)` replaces `run_search`; it returns the list of the keyword arguments it receives."""
+@pytest.fixture(scope="module")
+def faked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[str, ...]], Path]:
+    """`faked(states)` returns a folder with `toy.yaml` and, in `faked.db`, its study with a trial in each state."""
 
-    def install(states: list[str], outcome: Outcome = DONE) -> list[dict[str, Any]]:
-        url = f"sqlite:///{tmp_path}/faked.db"
-        space = toy_space(tmp_path)
-        with open_database(url) as database:
-            study = open_study(database, **space.study_options)
+    @functools.cache
+    def make(states: tuple[str, ...]) -> Path:
+        folder = tmp_path_factory.mktemp("faked")
+        with open_database(f"sqlite:///{folder}/faked.db") as database:
+            study = open_study(database, **toy_space(folder).study_options)
             for state in states:
                 value = 0.5 if state == "COMPLETE" else None
                 attrs = {"fail_reason": "its reason"} if state == "FAIL" else {}
                 study.optuna_study.add_trial(create_trial(state=TrialState[state], value=value, user_attrs=attrs))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def fake_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faked: Callable[[tuple[str, ...]], Path]
+) -> Callable[..., list[dict[str, Any]]]:
+    """`fake_search(states, outcome)` replaces `run_search`; it returns the list of the keyword arguments it receives.
+
+    `toy.yaml` and `faked.db` are in `tmp_path` after that.
+    """
+
+    def install(states: list[str], outcome: Outcome = DONE) -> list[dict[str, Any]]:
+        shutil.copytree(faked(tuple(states)), tmp_path, dirs_exist_ok=True)
+        url = f"sqlite:///{tmp_path}/faked.db"
         received: list[dict[str, Any]] = []
 
         def run_search(_space: object, **options: Any) -> api.SearchResult:
@@ -132,6 +151,7 @@ def test_a_usage_error_is_exit_code_2(tmp_path: Path, hpo_here: HpoHere, argumen
     ("arguments", "variables", "options"),
     [
         ([], {}, ""),
+        ([], {"UV_RUN_RECURSION_DEPTH": "1"}, ""),
         (["--storage", run.DEFAULT_STORAGE], {}, ""),
         (["--storage", "sqlite:///other.db"], {}, " --storage sqlite:///other.db"),
         (["--storage", "sqlite:///my studies.db"], {}, " --storage 'sqlite:///my studies.db'"),
@@ -150,7 +170,6 @@ def test_a_usage_error_is_exit_code_2(tmp_path: Path, hpo_here: HpoHere, argumen
         ),
     ],
 )
-@pytest.mark.parametrize("uv", [False, True])
 def test_hints_can_be_copied(
     tmp_path: Path,
     hpo_here: HpoHere,
@@ -159,14 +178,11 @@ def test_hints_can_be_copied(
     arguments: list[str],
     variables: dict[str, str],
     options: str,
-    uv: bool,
 ) -> None:
     fake_search(["COMPLETE"])
     monkeypatch.delenv("UV_RUN_RECURSION_DEPTH", raising=False)
-    if uv:
-        monkeypatch.setenv("UV_RUN_RECURSION_DEPTH", "1")
     finished = hpo_here(tmp_path, "run", "toy.yaml", *arguments, **variables)
-    python = "uv run python" if uv else "python"
+    python = "uv run python" if "UV_RUN_RECURSION_DEPTH" in variables else "python"
     assert finished.stdout.splitlines()[-2:] == [
         f"Dashboard: {python} -m hpo.dashboard{options}",
         f"Report again: {python} -m hpo.report toy{options}",
