@@ -298,7 +298,7 @@ def test_schema_prints_json(tmp_path: Path, hpo_here: HpoHere) -> None:
 def test_the_help_of_each_verb_has_examples_that_parse(tmp_path: Path, hpo_here: HpoHere, name: str) -> None:
     shown = hpo_here(tmp_path, name, "--help")
     assert shown.returncode == 0
-    examples = re.findall(r"(?<=hpo )[^|>)]+", shown.stdout.partition("Example")[2].partition("\n\n")[0])
+    examples = re.findall(r"(?<=hpo )[^|>)\n]+", shown.stdout.partition("Example")[2].partition("\n\n")[0])
     assert examples
     verb = run.cli.commands[name]
     for example in examples:
