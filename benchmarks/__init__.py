@@ -1,1 +1,1 @@
-"""Each claim in the README, as a command."""
+"""Commands that reproduce the numbers in the README."""

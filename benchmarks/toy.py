@@ -1,14 +1,16 @@
-"""Trainables that cost nothing, for tests and benchmarks of everything around the training.
+"""Trainables that cost nothing: tests and benchmarks use them to exercise everything around the training.
 
-`chain` computes in each epoch a number that depends on every epoch before it, through the checkpoint alone: a trial that
-was killed and resumed any number of times ends in the very value of `expected_value`, or something was lost.
+Each value that `chain` reports depends on every epoch before it, through the checkpoint alone. A trial that is killed and
+resumed any number of times must end with `expected_value`; any other value means that something was lost.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -19,7 +21,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Report:
-    """What a trainable yields; any object with these attributes will do."""
+    """What a trainable yields: any object with these attributes is accepted."""
 
     epoch: int
     metrics: dict[str, float]
@@ -39,12 +41,24 @@ def chain(
     device: str,
     checkpoint: Mapping[str, Any] | None = None,
 ) -> Iterator[Report]:
-    """Yield a chain of hashes. `params`: x, its start; epoch_seconds, each epoch's length; log, a file of epochs done."""
+    """Yield a chain of hashes.
+
+    Args:
+        params: `x` starts the chain. Optional: `epoch_seconds`, the duration of an epoch; `log`, a file that gets a line
+            for each computed epoch; `hold`, see `hold_epochs`.
+        data: unused.
+        seed: part of the start of the chain.
+        max_epochs: the last epoch.
+        device: unused.
+        checkpoint: the state of the last epoch that was saved.
+    """
     link = _start(params, seed)
     done = 0
     if checkpoint is not None:
         link, done = checkpoint["link"], checkpoint["epoch"]
     for epoch in range(done + 1, max_epochs + 1):
+        if "hold" in params:
+            _wait_while_held(Path(params["hold"]), epoch)
         time.sleep(params.get("epoch_seconds", 0.0))
         link = _next(link)
         if "log" in params:
@@ -53,8 +67,36 @@ def chain(
         yield Report(epoch, {"value": _as_number(link)}, {"link": link, "epoch": epoch})
 
 
+def hold_epochs(hold: Path, epoch: int) -> None:
+    """Let every `chain` whose `params["hold"]` is this file wait in this epoch until the file is removed.
+
+    `held_processes` returns who waits.
+    """
+    shutil.rmtree(_waiting_folder(hold), ignore_errors=True)
+    _waiting_folder(hold).mkdir(exist_ok=True)
+    draft = hold.with_suffix(".draft")
+    draft.write_text(str(epoch))
+    draft.replace(hold)
+
+
+def held_processes(hold: Path) -> set[int]:
+    """Return the PIDs of the processes that have waited since the last call of `hold_epochs`."""
+    return {int(file.name) for file in _waiting_folder(hold).iterdir()}
+
+
+def _waiting_folder(hold: Path) -> Path:
+    return hold.with_name(f"{hold.name}-waiting")
+
+
+def _wait_while_held(hold: Path, epoch: int) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        while int(hold.read_text()) <= epoch:
+            (_waiting_folder(hold) / str(os.getpid())).touch()
+            time.sleep(0.02)
+
+
 def expected_value(params: Mapping[str, Any], seed: int, epoch: int) -> float:
-    """Return what `chain` reports for an epoch if nothing was ever lost."""
+    """Return the value that `chain` reports for an epoch if nothing was lost."""
     link = _start(params, seed)
     for _ in range(epoch):
         link = _next(link)
@@ -82,7 +124,7 @@ def failing(
     device: str,
     checkpoint: Mapping[str, Any] | None = None,
 ) -> Iterator[Report]:
-    """Fail in epoch 2 in the way that `params["how"]` names; `once` means only if there was no such failure before."""
+    """Fail in epoch 2 in the way that `params["how"]` names. `die_once` dies only the first time."""
     done = checkpoint["epoch"] if checkpoint else 0
     for epoch in range(done + 1, max_epochs + 1):
         value = epoch / 10
@@ -121,7 +163,7 @@ def noop(
     device: str,
     checkpoint: Mapping[str, Any] | None = None,
 ) -> Iterator[Report]:
-    """Yield a report an epoch and do nothing else."""
+    """Yield one report per epoch and do nothing else."""
     done = checkpoint["epoch"] if checkpoint else 0
     for epoch in range(done + 1, max_epochs + 1):
         yield Report(epoch, {"value": params["x"] * epoch}, {"epoch": epoch})

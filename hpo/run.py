@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
 DEFAULT_STORAGE = "sqlite:///runs/hpo.db"
 COMPLETE_VARIABLE = "_HPO_COMPLETE"  # how a shell asks click for completions
+HIDDEN_VARIABLE = "_HPO_STORAGE_WAS_AN_OPTION"  # set by `_hide_password`
+SECRET_VARIABLES = ("PGPASSWORD", "HPO_STORAGE", "HPO_DASHBOARD_PASSWORD", HIDDEN_VARIABLE)
+_SECRETS = "hpo.run.secrets"  # in `click.Context.meta`
+_PASSWORD = re.compile(r"(?<=://)(?P<user>[^:/?]*):(?P<password>[^@]*)@")  # in a URL, as SQLAlchemy reads it
 
 
 def main(prefix: Sequence[str] = ()) -> NoReturn:
@@ -83,17 +88,28 @@ def _hide_password(words: Sequence[str]) -> None:
         start = len(sys.orig_argv) - len(words) + i  # the words are the tail of the command line
         rest = [*sys.orig_argv[1:start], *sys.orig_argv[start + len(given) :]]
         sys.stdout.flush()
-        os.execve(sys.executable, [sys.executable, *rest], os.environ | {"HPO_STORAGE": url})
+        variables = {"HPO_STORAGE": url, HIDDEN_VARIABLE: "1"}
+        os.execve(sys.executable, [sys.executable, *rest], os.environ | variables)
 
 
 def _password_of(url: str) -> str | None:
-    user, at, _ = url.partition("://")[2].partition("@")
-    return user.partition(":")[2] if at and ":" in user else None
+    found = _PASSWORD.search(url)
+    return found["password"] if found else None
 
 
-def _take_variable(name: str) -> str | None:
-    """Return an environment variable and remove it: Ray's processes inherit the environment and need no passwords."""
-    return os.environ.pop(name, None) or None
+def _without_password(url: str) -> str:
+    return _PASSWORD.sub(r"\g<user>@", url)
+
+
+def _take_secrets(context: click.Context, _parameter: click.Parameter, storage: str) -> str:
+    """Remove passwords from the environment, after click has read it: Ray's processes and scripts inherit the rest."""
+    context.meta[_SECRETS] = {name: os.environ.pop(name, None) for name in SECRET_VARIABLES}
+    return storage
+
+
+def _secret(name: str) -> str | None:
+    """Return the value that an environment variable had."""
+    return click.get_current_context().meta[_SECRETS][name] or None
 
 
 # --- options that several verbs share ---------------------------------------------------------------------------------
@@ -112,6 +128,7 @@ def storage_option(verb: Callable[..., Any]) -> Callable[..., Any]:
         envvar="HPO_STORAGE",
         show_default=True,
         show_envvar=True,
+        callback=_take_secrets,
         help="An SQLAlchemy URL: sqlite:///FILE or postgresql://USER@HOST:PORT/NAME.",
     )(verb)
 
@@ -193,8 +210,7 @@ def run(
         return int(context.invoke(plan, space=space, overrides=overrides, storage=storage, data_dir=data_dir))
     from hpo.space.model import load_space
 
-    loaded, password = load_space(space, overrides), _take_variable("PGPASSWORD")
-    _take_variable("HPO_STORAGE"), _take_variable("HPO_DASHBOARD_PASSWORD")
+    loaded = load_space(space, overrides)
     from hpo.api import run_search
     from hpo.report.progress import TerminalProgress
 
@@ -208,7 +224,7 @@ def run(
         result = run_search(
             loaded,
             storage=storage,
-            password=password,
+            password=_secret("PGPASSWORD"),
             data_dir=data_dir,
             ray_address=os.environ.get("RAY_ADDRESS"),
             listener=progress,
@@ -240,8 +256,9 @@ def plan(space: str, overrides: Sequence[str], storage: str, data_dir: Path) -> 
 
     console = _console()
     with TerminalProgress(console) as progress:
+        progress.search_starting(loaded)
         planned = plan_search(
-            loaded, storage=storage, password=_take_variable("PGPASSWORD"), data_dir=data_dir, listener=progress
+            loaded, storage=storage, password=_secret("PGPASSWORD"), data_dir=data_dir, listener=progress
         )
     console.print(configuration_table(loaded, planned.states))
     for line in plan_lines(loaded, planned.slots, planned.plan):
@@ -266,7 +283,7 @@ def report(study: str, storage: str) -> int:
     """
     from hpo.api import read_results, write_report
 
-    console, results = _console(), read_results(study, storage=storage, password=_take_variable("PGPASSWORD"))
+    console, results = _console(), read_results(study, storage=storage, password=_secret("PGPASSWORD"))
     _print_results(console, results)
     _print_report(console, write_report(results))
     return 0
@@ -285,7 +302,7 @@ def list_(storage: str, as_json: bool) -> int:
     """
     from hpo.api import list_studies
 
-    summaries = list_studies(storage=storage, password=_take_variable("PGPASSWORD"))
+    summaries = list_studies(storage=storage, password=_secret("PGPASSWORD"))
     if as_json:
         print(json.dumps([vars(summary) for summary in summaries], indent=2))
     elif summaries:
@@ -293,7 +310,7 @@ def list_(storage: str, as_json: bool) -> int:
 
         _console().print(study_table(summaries))
     else:
-        print("there are no studies yet; `hpo run SPACE` makes one")
+        print(f"{_without_password(storage)} has no studies yet; `hpo run SPACE` makes one")
     return 0
 
 
@@ -312,7 +329,7 @@ def replay(study: str, number: int, storage: str, data_dir: Path) -> int:
     """
     from hpo.api import replay_trial
 
-    password = _take_variable("PGPASSWORD")
+    password = _secret("PGPASSWORD")
     is_equal = replay_trial(study, number, storage=storage, password=password, data_dir=data_dir, show=print)
     return 0 if is_equal else 1
 
@@ -333,7 +350,7 @@ def export(study: str, trial: int | None, output: Path | None, storage: str, dat
     """
     from hpo.api import export_model
 
-    password = _take_variable("PGPASSWORD")
+    password = _secret("PGPASSWORD")
     exported = export_model(study, trial, storage=storage, password=password, data_dir=data_dir, output=output)
     for remark in exported.remarks:
         print(f"note: {remark}")
@@ -359,10 +376,10 @@ def dashboard(storage: str, host: str, port: int) -> int:
 
     serve_dashboard(
         storage=storage,
-        password=_take_variable("PGPASSWORD"),
+        password=_secret("PGPASSWORD"),
         host=host,
         port=port,
-        dashboard_password=_take_variable("HPO_DASHBOARD_PASSWORD"),
+        dashboard_password=_secret("HPO_DASHBOARD_PASSWORD"),
     )
     return 0
 
@@ -426,7 +443,7 @@ def _print_ending(console: Console, result: SearchResult, storage: str) -> None:
     if result.stopped:
         remedy = "The same command" if result.interrupted else "With a larger budget.time, the same command"
         console.print(f"Stopped: {result.stopped}. {remedy} resumes it.", style="yellow")
-    name = shlex.quote(result.results.study.name)
+    name = result.results.study.name
     if result.report is not None:
         _print_report(console, result.report)
     console.print(f"Dashboard: {_hint('dashboard', storage=storage)}", soft_wrap=True, markup=False)
@@ -434,10 +451,12 @@ def _print_ending(console: Console, result: SearchResult, storage: str) -> None:
 
 
 def _hint(verb: str, *words: str, storage: str) -> str:
-    """Return a command that can be copied as it is."""
-    uv = "uv run " if "UV_RUN_RECURSION_DEPTH" in os.environ else ""
-    options = [] if storage == DEFAULT_STORAGE else ["--storage", shlex.quote(storage)]
-    return " ".join([f"{uv}python -m hpo.{verb}", *words, *options])
+    """Return a command that can be copied as it is. It holds no password."""
+    from hpo.report.formatting import format_command
+
+    variable = None if _secret(HIDDEN_VARIABLE) else _secret("HPO_STORAGE")  # what the user's shell has
+    is_default = storage == (variable or DEFAULT_STORAGE)
+    return format_command(verb, *words, *([] if is_default else ["--storage", _without_password(storage)]))
 
 
 def _exit_code(result: SearchResult) -> int:

@@ -1,26 +1,56 @@
-"""Databases for the tests: a SQLite file, and a real PostgreSQL 18 that can be stopped and started."""
+"""Fixtures of all test packages, and the order in which tests run.
+
+`uv run pytest` runs test files in parallel (pytest-xdist, `--dist loadfile`): all tests of a file run in one worker, one
+after another, so a fixture of a module is built once. Each worker has its own folders, its own ports and, if one of its
+tests needs it, its own PostgreSQL server, which a test may stop and start.
+"""
 
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+# Before anything imports torch or numpy: the workers share the cores, and the order of every sum is fixed.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # benchmarks/, whose harness the chaos test shares
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
-from benchmarks.postgres import Postgres
+    from benchmarks.postgres import Postgres
+    from tests.factories import Finished
 
 _numbers = itertools.count()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files with the longest tests first, so that the workers end at about the same time."""
+    seconds: defaultdict[Path, float] = defaultdict(float)
+    for item in items:
+        seconds[item.path] += _guess_seconds(item)
+    items.sort(key=lambda item: -seconds[item.path])  # stable: the order within a file stays
+
+
+def _guess_seconds(item: pytest.Item) -> float:
+    ray = item.get_closest_marker("ray")
+    if ray is not None:
+        return 30.0 * int(ray.kwargs.get("starts", 1))
+    return 3.0 if item.get_closest_marker("slow") else 0.1
+
+
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
+    """A running PostgreSQL 18. A test that stops it must start it again."""
+    from benchmarks.postgres import Postgres
+
     folder = Path(tempfile.mkdtemp(prefix="hpo-test-pg-"))
     server = Postgres(folder)
     yield server
@@ -28,9 +58,9 @@ def postgres() -> Iterator[Postgres]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=[pytest.mark.postgres, pytest.mark.slow])])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of a database that does not have a table yet, on each backend in turn."""
+    """The URL of a database that has no tables yet, on each backend in turn."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/hpo.db"
     server: Postgres = request.getfixturevalue("postgres")
@@ -39,7 +69,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Steady beside other work, and the order of every sum is the same."""
+    """Train with one thread: trials set the number of threads of the process that they run in."""
     import torch
 
     before = torch.get_num_threads()
@@ -51,6 +81,8 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     """A real Chromium."""
+    from playwright.sync_api import sync_playwright
+
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no chromium is installed")
@@ -58,3 +90,28 @@ def browser() -> Iterator[Browser]:
         found = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         yield found
         found.close()
+
+
+@pytest.fixture
+def hpo_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
+    """`hpo_here(folder, "report", "grid")` runs `hpo report grid` in a folder, in this process: no imports are repeated."""
+    from hpo.run import main
+    from tests.factories import Finished
+
+    for name in ("HPO_STORAGE", "HPO_DATA_DIR", "HPO_DASHBOARD_PASSWORD", "PGPASSWORD", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)  # the command removes some of them; they come back after the test
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the command adds the folder
+
+    def run(folder: Path, *arguments: str, **variables: str) -> Finished:
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", ["hpo", *arguments])
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return Finished(ended.value.code, printed.out, printed.err)
+
+    return run

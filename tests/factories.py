@@ -1,9 +1,10 @@
-"""What several test packages build: spaces, trials, whole searches without Ray."""
+"""Builders that several test packages share: spaces, trials, whole searches without Ray."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +31,29 @@ TOY = {
 }
 
 
+@dataclass(frozen=True)
+class Finished:
+    """A command that has ended: its exit code and what it printed."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
 def shipped_space(name: str, *overrides: str) -> Space:
-    """A space of search_spaces/."""
+    """Load a space of search_spaces/."""
     return load_space(str(ROOT / f"search_spaces/{name}.yaml"), overrides)
 
 
 def toy_space(folder: Path, **changes: Any) -> Space:
-    """A grid of two toy trials, with changes."""
+    """Write and load a grid of two toy trials, with changed keys."""
     path = folder / "toy.yaml"
     path.write_text(json.dumps(TOY | changes))  # JSON is YAML
     return load_space(str(path))
 
 
 def trial_spec(folder: Path, **changes: Any) -> TrialSpec:
-    """A toy trial of four epochs, with changes."""
+    """Build a toy trial of four epochs, with changed fields."""
     values: dict[str, Any] = {
         "trainable": "benchmarks.toy:chain",
         "command": None,
@@ -62,7 +72,7 @@ def trial_spec(folder: Path, **changes: Any) -> TrialSpec:
 
 
 class RecordingListener(NullListener):
-    """A listener that keeps what it hears of trials."""
+    """Keeps the events of trials."""
 
     def __init__(self) -> None:
         self.events: list[tuple[Any, ...]] = []
@@ -81,7 +91,7 @@ class RecordingListener(NullListener):
 
 
 def run_of(study: Study, space: Space, **options: Any) -> Run:
-    """A driver's run on a study, as `run_trials` starts it."""
+    """Build a driver's run on a study, as `run_trials` does."""
     return Run(
         study,
         config_key=space.config_key,
@@ -96,7 +106,7 @@ def run_of(study: Study, space: Space, **options: Any) -> Run:
 def search_without_ray(
     space: Space, database: Database, folder: Path, *, at_a_time: int = 1
 ) -> tuple[Study, RecordingListener]:
-    """Run a search to its end in this process, an epoch of each running trial in turn."""
+    """Run a search to its end in this process: one epoch of each running trial in turn."""
     check_trainable(space)
     study = open_study(database, **space.study_options)
     listener = RecordingListener()
@@ -107,7 +117,12 @@ def search_without_ray(
         else:
             study.optuna_study.sampler = build_sampler(space, run.run_id)
         coordinator = TrialCoordinator(
-            space, run, Slots(1, 1.0, 0.0), data=space.trainable_data(folder), runs_dir=RunsDir(folder), listener=listener
+            space,
+            run,
+            Slots(1, 1.0, 0.0),
+            data=space.trainable_data(folder),
+            runs_dir=RunsDir(folder),
+            listener=listener,
         )
         running: dict[str, Any] = {}
         while running or not coordinator.is_done:

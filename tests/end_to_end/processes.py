@@ -1,0 +1,171 @@
+"""Start `hpo` as a user does, as a process, and read the database with plain SQL."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import sqlalchemy as sa
+
+from benchmarks.chaos import violations
+from benchmarks.toy import held_processes
+from tests.factories import ROOT
+
+DEADLINE_SECONDS = 240.0  # on two slow cores, with another test at work
+
+# Four toy trials of six epochs.
+POINTS = [1, 2, 3, 4]
+MAX_EPOCHS = 6
+
+
+def chains(folder: Path, **params: Any) -> Path:
+    """Write the search space of four toy trials, `benchmarks.toy:chain`, with more params."""
+    space = {
+        "sampler": "grid",
+        "trainable": "benchmarks.toy:chain",
+        "metric": "value",
+        "max_epochs": MAX_EPOCHS,
+        "parameters": {"x": POINTS, "epoch_seconds": 0.1, **params},
+    }
+    return write_space(folder, "chains", space)
+
+
+def write_space(folder: Path, name: str, space: dict[str, Any]) -> Path:
+    """Write a search space."""
+    path = folder / f"{name}.yaml"
+    path.write_text(json.dumps(space))  # JSON is YAML
+    return path
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Return the environment without the variables that change what `hpo` does, with this checkout on the path."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("HPO_", "RAY_", "PGPASSWORD"))}
+    return clean | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | variables
+
+
+def command(*arguments: str | Path) -> list[str]:
+    """Return `hpo ARGUMENTS`, run from this checkout."""
+    return [sys.executable, "-m", "hpo", *map(str, arguments)]
+
+
+def hpo(folder: Path, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run `hpo ARGUMENTS` in a folder to its end."""
+    return python(folder, *command(*arguments)[1:], **variables)
+
+
+def python(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run `python ARGUMENTS` in a folder to its end."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_SECONDS,
+        check=False,
+    )
+
+
+class Driver:
+    """A running `hpo run`, in its own process group as in a terminal, so that Ctrl-C reaches all of its processes.
+
+    What it prints goes to a file: a test can read it while the driver runs.
+    """
+
+    def __init__(self, folder: Path, number: int, *arguments: str | Path) -> None:
+        self._printed = folder / f"driver-{number}.txt"
+        with self._printed.open("w") as printed:
+            self._process = subprocess.Popen(
+                command("run", *arguments),
+                cwd=folder,
+                env=environment(),
+                stdout=printed,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.pid = self._process.pid
+
+    @property
+    def output(self) -> str:
+        """What it has printed so far, stdout and stderr."""
+        return self._printed.read_text()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it has not exited."""
+        return self._process.poll() is None
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait for a condition; fail the test if the driver exits first."""
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while not condition():
+            if not self.is_running or time.monotonic() > deadline:
+                self.kill()
+                pytest.fail(f"the condition never became true:\n{self.output}")
+            time.sleep(0.05)
+
+    def wait(self) -> int:
+        """Wait until it exits; return its exit code."""
+        return self._process.wait(timeout=DEADLINE_SECONDS)
+
+    def press_ctrl_c(self) -> None:
+        """Send SIGINT to all of its processes, as a terminal does."""
+        os.killpg(self.pid, signal.SIGINT)
+
+    def terminate(self) -> None:
+        """Send SIGTERM to the driver alone, as a service manager does."""
+        self._process.terminate()
+
+    def kill(self) -> None:
+        """Send SIGKILL to the driver alone."""
+        self._process.kill()
+        self._process.wait()
+
+    def is_held(self, hold: Path) -> bool:
+        """Return whether one of its workers waits in an epoch, see `benchmarks.toy.hold_epochs`."""
+        return bool(held_processes(hold) & {child.pid for child in self.children()})
+
+    def children(self) -> list[psutil.Process]:
+        """Return the processes that it started, and those that they started."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return psutil.Process(self.pid).children(recursive=True)
+        return []
+
+
+def rows(database: Path | str, query: str) -> list[tuple[Any, ...]]:
+    """Return what a query finds; nothing while the database or the table does not exist."""
+    url = f"sqlite:///{database}" if isinstance(database, Path) else database
+    engine = sa.create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
+    try:
+        with engine.connect() as connection:
+            return [tuple(row) for row in connection.execute(sa.text(query))]
+    except (sa.exc.OperationalError, sa.exc.ProgrammingError):
+        return []
+    finally:
+        engine.dispose()
+
+
+def count_epochs(database: Path | str) -> int:
+    """Return how many epochs of toy trials are stored."""
+    return len(rows(database, "SELECT 1 FROM hpo_metrics WHERE name = 'value'"))
+
+
+def count_states(database: Path | str) -> dict[str, int]:
+    """Return {state: trials}."""
+    return dict(rows(database, "SELECT CAST(state AS TEXT), count(*) FROM trials GROUP BY state"))
+
+
+def check_chains(database: Path | str) -> None:
+    """Check that each trial of `chains` is COMPLETE once, with every epoch and the right values."""
+    url = f"sqlite:///{database}" if isinstance(database, Path) else database
+    assert violations(url, POINTS, MAX_EPOCHS) == []

@@ -1,0 +1,55 @@
+"""Trials that fail: each in its own way, next to trials that complete."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.processes import hpo, rows, write_space
+
+TIMEOUT_SECONDS = 3
+
+REASONS = {
+    "hang": f"no epoch within trial_timeout {TIMEOUT_SECONDS} s, worker killed (max_failures 1)",
+    "die": "the worker process died (max_failures 1)",
+    "ok": None,
+    "nan": "value is nan after epoch 2",
+    "inf": "value is inf after epoch 2",
+    "raise": "ValueError: the trainable's own words",
+    "memory": "out of memory: MemoryError: no room for the batch",
+    "die_once": None,
+    "end_early": "the trainable ended after epoch 1 of 3",
+    "forget_metric": "the trainable reported no metric 'value', did you mean valeu?",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_each_failure_has_its_state_and_reason_and_the_other_trials_complete(tmp_path: Path) -> None:
+    space = {
+        "sampler": "grid",
+        "trainable": "benchmarks.toy:failing",
+        "metric": "value",
+        "max_epochs": 3,
+        "max_failures": 1,
+        "trial_timeout": TIMEOUT_SECONDS,
+        "parameters": {"how": list(REASONS), "folder": str(tmp_path)},
+    }
+    finished = hpo(tmp_path, "run", write_space(tmp_path, "failing", space))
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert finished.stderr == ""
+    database = tmp_path / "runs/hpo.db"
+    trials = rows(
+        database, "SELECT trial_id, state, crashes FROM trials JOIN hpo_trials ON trial = trial_id ORDER BY 1"
+    )
+    for number, ((trial, state, crashes), (how, reason)) in enumerate(zip(trials, REASONS.items(), strict=True)):
+        attrs = dict(rows(database, f"SELECT key, value_json FROM trial_user_attributes WHERE trial_id = {trial}"))
+        assert state == ("COMPLETE" if reason is None else "FAIL"), how
+        assert json.loads(attrs.get("fail_reason", "null")) == reason
+        if reason is not None:
+            assert f"trial {number} failed: {reason}" in finished.stdout
+        assert crashes == {"die": 2, "hang": 2, "die_once": 1}.get(how, 0), how
+        if how in {"raise", "memory", "hang"}:
+            assert "benchmarks/toy.py" in attrs["traceback"], how

@@ -1,0 +1,86 @@
+"""However a driver ends, the same command resumes its study: nothing is lost, nothing is computed twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks.toy import hold_epochs
+from tests.end_to_end.processes import (
+    MAX_EPOCHS,
+    POINTS,
+    Driver,
+    chains,
+    check_chains,
+    count_epochs,
+    count_states,
+    rows,
+)
+
+
+@pytest.mark.slow
+@pytest.mark.ray(starts=5)
+def test_a_study_survives_signals_kill_9_and_two_drivers(tmp_path: Path, start_driver: Callable[..., Driver]) -> None:
+    """One study, five drivers: each start of Ray is expensive, and each driver finds what the one before it left."""
+    database, hold, log = tmp_path / "runs/hpo.db", tmp_path / "hold", tmp_path / "epochs.log"
+    path = chains(tmp_path, hold=str(hold), log=str(log))
+
+    # Two signals stop a driver at once, in the middle of an epoch.
+    hold_epochs(hold, 1)
+    driver = start_driver(path)
+    driver.wait_until(lambda: driver.is_held(hold))
+    driver.terminate()
+    driver.wait_until(lambda: "Ctrl-C again" in driver.output)
+    assert driver.is_running, "the first signal waits for the epoch in flight"
+    driver.terminate()
+    assert driver.wait() == 130, driver.output
+    assert set(count_states(database)) == {"WAITING"}
+    assert count_epochs(database) == 0
+
+    # kill -9, at no particular moment.
+    hold_epochs(hold, 4)
+    driver = start_driver(path)
+    driver.wait_until(lambda: count_epochs(database) >= 3)
+    driver.kill()
+    in_flight = count_states(database)["RUNNING"]
+    assert in_flight >= 1
+
+    # One signal stops a driver after the epoch in flight.
+    hold_epochs(hold, 4)
+    driver = start_driver(path)
+    driver.wait_until(lambda: driver.is_held(hold))
+    assert "after epoch" in driver.output, "it resumes the trials of the killed driver"
+    stored = count_epochs(database)
+    driver.press_ctrl_c()
+    driver.wait_until(lambda: "Ctrl-C again" in driver.output)
+    hold.unlink()
+    assert driver.wait() == 130, driver.output
+    assert "chains: " in driver.output, "the summary is printed"
+    assert "The same command resumes it" in driver.output
+    assert count_epochs(database) > stored, "the epoch in flight is stored"
+    states = count_states(database)
+    assert set(states) <= {"WAITING", "COMPLETE"}
+    assert states["WAITING"] >= 1
+
+    # Two drivers share the rest.
+    hold_epochs(hold, MAX_EPOCHS)
+    drivers = [start_driver(path) for _ in range(2)]
+    owners = (
+        "SELECT count(DISTINCT run), count(*) FROM hpo_trials JOIN trials ON trial_id = trial WHERE state = 'RUNNING'"
+    )
+
+    def all_is_claimed() -> bool:
+        ((runs, trials),) = rows(database, owners)
+        return bool(runs == 2 or trials == len(POINTS))  # with many cores, the first driver may claim all
+
+    drivers[0].wait_until(all_is_claimed)
+    hold.unlink()
+    assert [driver.wait() for driver in drivers] == [0, 0], drivers[0].output + drivers[1].output
+    assert "Resuming: storage holds" in drivers[0].output
+    check_chains(database)
+    assert rows(database, "SELECT count(*) FROM hpo_runs WHERE ended IS NULL") == [(1,)], "the killed one"
+    assert rows(database, "SELECT count(*) FROM hpo_runs") == [(5,)]
+    computed, needed = len(log.read_text().splitlines()), len(POINTS) * MAX_EPOCHS
+    assert needed <= computed <= needed + in_flight, "kill -9 costs each trial in flight at most one epoch"

@@ -1,0 +1,213 @@
+"""The Python API. tests/end_to_end/test_script_search.py runs a search through it, with Ray."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hpo
+from hpo import api
+from hpo.errors import SettingError, TrainableError
+from storage.database import StorageError, open_database
+from tests.factories import search_without_ray, shipped_space, toy_space
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished search: two toy trials of three epochs, in `hpo.db`."""
+    folder = tmp_path_factory.mktemp("api")
+    with open_database(f"sqlite:///{folder}/hpo.db") as database:
+        search_without_ray(toy_space(folder), database, folder)
+    return folder
+
+
+@pytest.fixture
+def storage(finished: Path) -> str:
+    return f"sqlite:///{finished}/hpo.db"
+
+
+# --- what the package offers ------------------------------------------------------------------------------------------
+
+
+def test_the_package_offers_the_api() -> None:
+    assert set(hpo.__all__) <= set(api.__all__) | {"SearchResult"}
+    assert {"load_space", "plan_search", "run_search", "read_results", "list_studies"} <= set(hpo.__all__)
+    for name in hpo.__all__:
+        assert getattr(hpo, name) is getattr(api, name)
+    with pytest.raises(AttributeError, match="has no attribute 'run_serach'"):
+        _ = hpo.run_serach
+
+
+@pytest.mark.parametrize("function", [getattr(api, name) for name in api.__all__ if name.islower()])
+def test_each_function_documents_its_arguments(function: Callable[..., Any]) -> None:
+    text = inspect.getdoc(function) or ""
+    assert text
+    documented = set(re.findall(r"^    (\w+): ", text, re.MULTILINE))
+    if "Args:" in text:
+        assert set(inspect.signature(function).parameters) <= documented
+    assert inspect.signature(function).return_annotation is not inspect.Signature.empty
+
+
+# --- a search ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_search_is_read_back_without_running_it(finished: Path, storage: str) -> None:
+    heard: list[Any] = []
+    result = api.run_search(toy_space(finished), storage=storage, runs_dir=finished / "runs", on_results=heard.append)
+    assert [(trial.number, trial.params, trial.state) for trial in result.trials] == [
+        (0, {"x": 1}, "COMPLETE"),
+        (1, {"x": 2}, "COMPLETE"),
+    ]
+    for trial in result.trials:
+        assert list(trial.epochs) == [1, 2, 3]
+        assert trial.values == (trial.epochs[3]["value"],)
+    assert result.best is not None
+    assert result.best.values[0] == max(trial.values[0] for trial in result.trials)
+    assert (result.stopped, result.interrupted) == ("", False)
+    assert heard == [result.results]
+    assert result.report is not None
+    assert result.report.is_relative_to(finished / "runs")
+
+
+def test_results_become_a_dataframe(storage: str) -> None:
+    results = api.read_results("toy", storage=storage)
+    frame = results.to_dataframe()
+    assert frame["number"].tolist() == [0, 1]
+    assert frame["params_x"].tolist() == [1, 2]
+    assert frame["state"].tolist() == ["COMPLETE", "COMPLETE"]
+    assert frame["value"].tolist() == [trial.values[0] for trial in results.trials]
+    assert results.best is not None
+    assert frame["value"].max() == results.best.values[0]
+    assert api.SearchResult(results).to_dataframe().equals(frame)
+
+
+def test_a_study_without_a_completed_trial_has_no_best_one(tmp_path: Path) -> None:
+    with open_database(f"sqlite:///{tmp_path}/hpo.db") as database:
+        search_without_ray(toy_space(tmp_path, metric="no_such_metric"), database, tmp_path)
+    results = api.read_results("toy", storage=f"sqlite:///{tmp_path}/hpo.db")
+    assert [trial.state for trial in results.trials] == ["FAIL", "FAIL"]
+    assert api.SearchResult(results).best is None
+
+
+def test_a_search_needs_a_runs_folder_that_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "runs").touch()
+    with pytest.raises(SettingError, match="cannot write to"):
+        api.run_search(toy_space(tmp_path), storage=f"sqlite:///{tmp_path}/hpo.db", runs_dir=tmp_path / "runs")
+    assert not (tmp_path / "hpo.db").exists()
+
+
+# --- a plan -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_counts_what_storage_holds(finished: Path, storage: str) -> None:
+    more = api.plan_search(toy_space(finished, parameters={"x": [1, 2, 3]}), storage=storage)
+    assert more.trials_left == 3, "a changed space is a new revision"
+    same = api.plan_search(toy_space(finished), storage=storage)
+    assert (same.trials_left, same.plan) == (0, None)
+    assert sorted(same.states.values()) == ["COMPLETE", "COMPLETE"]
+
+
+def test_a_plan_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space = toy_space(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    before = list(tmp_path.rglob("*"))
+    planned = api.plan_search(space)
+    assert (planned.trials_left, planned.states, planned.plan) == (2, {}, None)
+    assert planned.slots.count >= 1
+    assert list(tmp_path.rglob("*")) == before
+
+
+# --- studies ----------------------------------------------------------------------------------------------------------
+
+
+def test_studies_are_listed_from_an_existing_database_only(tmp_path: Path, storage: str) -> None:
+    (summary,) = api.list_studies(storage=storage)
+    assert summary.name == "toy"
+    with pytest.raises(StorageError, match="there is no database"):
+        api.list_studies(storage=f"sqlite:///{tmp_path}/missing.db")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_study_is_answered_with_the_nearest_name(tmp_path: Path, storage: str) -> None:
+    with pytest.raises(SettingError, match=r"there is no study 'tyo' in sqlite:///.*: did you mean toy\?"):
+        api.read_results("tyo", storage=storage)
+    open_database(f"sqlite:///{tmp_path}/empty.db").close()
+    with pytest.raises(SettingError, match=r"there is no study 'toy' in .*: it has none yet"):
+        api.read_results("toy", storage=f"sqlite:///{tmp_path}/empty.db")
+
+
+def test_a_trial_is_replayed(storage: str) -> None:
+    lines: list[str] = []
+    assert api.replay_trial("toy", 1, storage=storage, show=lines.append)
+    assert lines[-3:] == [f"epoch {epoch}: 1 metrics equal" for epoch in (1, 2, 3)]
+    with pytest.raises(SettingError, match=r"study toy has no trial 7 with epochs.*: 0, 1"):
+        api.replay_trial("toy", 7, storage=storage)
+
+
+def test_a_report_is_written_again(finished: Path, storage: str) -> None:
+    page = api.write_report(api.read_results("toy", storage=storage), runs_dir=finished / "again")
+    assert page.is_relative_to(finished / "again")
+    assert "toy" in page.read_text()
+
+
+def test_the_environment_is_described() -> None:
+    described = api.describe_environment()
+    assert set(described) == {"code", "packages", "python", "platform", "machine"}
+    assert set(described["packages"]) == set(api.PACKAGES)
+
+
+# --- checks before a search -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("parameters.optimizer=adm", "no optimizer 'adm', did you mean adam"),
+        ("parameters.learning_rate=0.1", "has no parameter 'learning_rate'"),
+        ("parameters.optimizer=[adam, sdg]", "no optimizer 'sdg', did you mean sgd"),
+        ("parameters.lr=[0.1, -1]", "lr must be above 0"),
+        ("parameters.batch_size=big", "batch_size must be of type int"),
+    ],
+)
+def test_a_value_that_the_trainable_cannot_take_is_an_error(override: str, message: str) -> None:
+    with pytest.raises(TrainableError, match=message):
+        api.check_trainable(shipped_space("quick", override))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("trainable: no_such_module:train", "1:1: trainable: no module 'no_such_module'"),
+        ("trainable: hpo.train:trian", "1:1: trainable: hpo.train has no function 'trian', did you mean train?"),
+        (
+            "trainable: hpo.train.data:load",
+            "1:1: trainable: hpo.train.data:load must be a generator function (params, *, data",
+        ),
+        ("command: pyhton train.py", "1:1: command: there is no program 'pyhton' on the PATH"),
+        ("derived: {warmup: 2 * lr}", "1:11: parameters.warmup: hpo.train:train has no parameter 'warmup'"),
+    ],
+)
+def test_a_trainable_that_cannot_be_used_is_named_with_its_line(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_text(f"{line}\nsampler: grid\nmax_epochs: 2\nparameters: {{lr: 0.1}}\n")
+    with pytest.raises(TrainableError) as caught:
+        api.check_trainable(api.load_space(str(path)))
+    assert str(caught.value).startswith(f"{path}:{message}")
+
+
+def test_all_mistakes_in_parameters_are_reported_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_text("sampler: grid\nmax_epochs: 2\nparameters:\n  batchsize: 64\n  lr: [0.1, -1]\n  stem: cifr\n")
+    with pytest.raises(TrainableError) as caught:
+        api.check_trainable(api.load_space(str(path)))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3
+    expected = {4: "did you mean batch_size?", 5: "above 0, got -1", 6: "did you mean cifar?"}
+    for line, (number, message) in zip(lines, expected.items(), strict=True):
+        assert line.startswith(f"{path}:{number}:3: parameters.")
+        assert message in line

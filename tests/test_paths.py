@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hpo.errors import SettingError
+from hpo.paths import RunsDir, write_atomically
+
+
+def test_everything_is_below_the_root(tmp_path: Path) -> None:
+    runs = RunsDir(tmp_path)
+    paths = [
+        runs.artifacts,
+        runs.reports,
+        runs.checkpoints("s-1"),
+        runs.trial("s-1", 3),
+        runs.report("s"),
+        runs.export("s", 3),
+    ]
+    assert len(set(paths)) == len(paths)
+    assert all(path.is_relative_to(tmp_path) for path in paths)
+    assert runs.trial("s-1", 3).is_relative_to(runs.checkpoints("s-1"))
+    assert runs.report("s").is_relative_to(runs.reports)
+
+
+def test_the_default_storage_is_below_the_default_root() -> None:
+    assert RunsDir().default_storage == "sqlite:///runs/hpo.db"
+
+
+@pytest.mark.parametrize(
+    ("study", "folder"),
+    [
+        ("grid", "grid"),
+        ("grid@2", "grid@2"),
+        ("a+b-c.d_e", "a+b-c.d_e"),
+        ("../../etc", "_.._etc"),
+        ("a/b\\c d", "a_b_c_d"),
+        ("..", "_"),
+        ("", "_"),
+        ("x" * 300, "x" * 100),
+    ],
+)
+def test_a_study_of_any_name_has_a_report_folder(study: str, folder: str) -> None:
+    assert RunsDir(Path("runs")).report(study) == Path("runs/reports") / folder
+
+
+def test_make_creates_the_folder_and_leaves_nothing_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = RunsDir(Path("runs")).make()
+    assert runs.root == tmp_path.resolve() / "runs"
+    assert list(runs.root.iterdir()) == []
+    assert runs.make() == runs
+
+
+def test_make_names_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "runs").touch()
+    with pytest.raises(SettingError, match=f"cannot write to {tmp_path}/runs: "):
+        RunsDir(tmp_path / "runs").make()
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "page.html"
+    write_atomically(path, b"first")
+    assert path.read_bytes() == b"first"
+
+    def fill_disk(self: Path, content: bytes) -> int:
+        with self.open("wb") as file:
+            file.write(content[:3])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fill_disk)
+    with pytest.raises(OSError, match="no space"):
+        write_atomically(path, b"second")
+    assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write_atomically(tmp_path / "missing/page.html", b"")

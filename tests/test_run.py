@@ -1,0 +1,331 @@
+"""The command line's own parts: exit codes, hints, passwords, help, completion. Searches are faked."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from optuna.trial import TrialState, create_trial
+
+from hpo import api, run
+from hpo.errors import SettingError
+from storage.database import StorageError, open_database
+from storage.studies import open_study
+from tests.factories import Finished, toy_space
+
+HpoHere = Callable[..., Finished]
+Outcome = Mapping[str, Any]
+
+DONE: Outcome = {}
+INTERRUPTED: Outcome = {"stopped": "interrupted", "interrupted": True}
+OUT_OF_TIME: Outcome = {"stopped": "the time budget is spent"}
+
+
+@pytest.fixture(scope="module")
+def faked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[str, ...]], Path]:
+    """`faked(states)` returns a folder with `toy.yaml` and, in `faked.db`, its study with a trial in each state."""
+
+    @functools.cache
+    def make(states: tuple[str, ...]) -> Path:
+        folder = tmp_path_factory.mktemp("faked")
+        with open_database(f"sqlite:///{folder}/faked.db") as database:
+            study = open_study(database, **toy_space(folder).study_options)
+            for state in states:
+                value = 0.5 if state == "COMPLETE" else None
+                attrs = {"fail_reason": "its reason"} if state == "FAIL" else {}
+                study.optuna_study.add_trial(create_trial(state=TrialState[state], value=value, user_attrs=attrs))
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def fake_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faked: Callable[[tuple[str, ...]], Path]
+) -> Callable[..., list[dict[str, Any]]]:
+    """`fake_search(states, outcome)` replaces `run_search`; it returns the list of the keyword arguments it receives.
+
+    `toy.yaml` and `faked.db` are in `tmp_path` after that.
+    """
+
+    def install(states: list[str], outcome: Outcome = DONE) -> list[dict[str, Any]]:
+        shutil.copytree(faked(tuple(states)), tmp_path, dirs_exist_ok=True)
+        url = f"sqlite:///{tmp_path}/faked.db"
+        received: list[dict[str, Any]] = []
+
+        def run_search(_space: object, **options: Any) -> api.SearchResult:
+            received.append(options)
+            results = api.read_results("toy", storage=url)
+            options["on_results"](results)
+            return api.SearchResult(results, **outcome)
+
+        monkeypatch.setattr(api, "run_search", run_search)
+        return received
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("states", "outcome", "code"),
+    [
+        (["COMPLETE", "FAIL"], DONE, 0),
+        (["FAIL", "FAIL"], DONE, 1),
+        (["PRUNED"], DONE, 1),
+        (["COMPLETE", "WAITING"], INTERRUPTED, 130),
+        (["COMPLETE", "WAITING"], OUT_OF_TIME, 0),
+    ],
+)
+def test_exit_codes(
+    tmp_path: Path,
+    hpo_here: HpoHere,
+    fake_search: Callable[..., Any],
+    states: list[str],
+    outcome: Outcome,
+    code: int,
+) -> None:
+    fake_search(states, outcome)
+    finished = hpo_here(tmp_path, "run", "toy.yaml")
+    assert finished.returncode == code
+    assert finished.stdout.count("failed: its reason") == states.count("FAIL")
+    stopped = [line for line in finished.stdout.splitlines() if line.startswith("Stopped: ")]
+    assert stopped == ([f"Stopped: {outcome['stopped']}. {_remedy(outcome)} resumes it."] if outcome else [])
+
+
+def _remedy(outcome: Outcome) -> str:
+    return "The same command" if "interrupted" in outcome else "With a larger budget.time, the same command"
+
+
+@pytest.mark.parametrize("error", [SettingError("no such folder"), StorageError("no such database")])
+def test_an_error_that_the_user_can_change_is_one_line(
+    tmp_path: Path, hpo_here: HpoHere, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(api, "list_studies", fail)
+    assert hpo_here(tmp_path, "list") == Finished(2, "", f"hpo: {error}\n")
+
+
+def test_ctrl_c_outside_of_a_search_is_exit_code_130(
+    tmp_path: Path, hpo_here: HpoHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "list_studies", interrupt)
+    assert hpo_here(tmp_path, "list").returncode == 130
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Usage: hpo"),
+        (["rnu", "grid"], "No such command 'rnu'"),
+        (["run"], "Missing argument 'SPACE'"),
+        (["run", "grid", "--sett", "a=1"], "No such option"),
+        (["replay", "grid", "first"], "'first' is not a valid integer"),
+        (["dashboard", "--port", "http"], "'http' is not a valid integer"),
+        (["completion", "tcsh"], "'tcsh' is not one of"),
+    ],
+)
+def test_a_usage_error_is_exit_code_2(tmp_path: Path, hpo_here: HpoHere, arguments: list[str], message: str) -> None:
+    finished = hpo_here(tmp_path, *arguments)
+    assert finished.returncode == 2
+    assert message in finished.stderr
+
+
+# --- hints ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "options"),
+    [
+        ([], {}, ""),
+        ([], {"UV_RUN_RECURSION_DEPTH": "1"}, ""),
+        (["--storage", run.DEFAULT_STORAGE], {}, ""),
+        (["--storage", "sqlite:///other.db"], {}, " --storage sqlite:///other.db"),
+        (["--storage", "sqlite:///my studies.db"], {}, " --storage 'sqlite:///my studies.db'"),
+        (["--storage", "postgresql://me@host/db"], {}, " --storage postgresql://me@host/db"),
+        ([], {"HPO_STORAGE": "postgresql://me:secret@host/db"}, ""),
+        (["--storage", "sqlite:///other.db"], {"HPO_STORAGE": "postgresql://host/db"}, " --storage sqlite:///other.db"),
+        (
+            ["--storage", run.DEFAULT_STORAGE],
+            {"HPO_STORAGE": "postgresql://host/db"},
+            f" --storage {run.DEFAULT_STORAGE}",
+        ),
+        (  # what `_hide_password` starts for `--storage postgresql://me:secret@host/db`
+            [],
+            {"HPO_STORAGE": "postgresql://me:secret@host/db", run.HIDDEN_VARIABLE: "1"},
+            " --storage postgresql://me@host/db",
+        ),
+    ],
+)
+def test_hints_can_be_copied(
+    tmp_path: Path,
+    hpo_here: HpoHere,
+    fake_search: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    variables: dict[str, str],
+    options: str,
+) -> None:
+    fake_search(["COMPLETE"])
+    monkeypatch.delenv("UV_RUN_RECURSION_DEPTH", raising=False)
+    finished = hpo_here(tmp_path, "run", "toy.yaml", *arguments, **variables)
+    python = "uv run python" if "UV_RUN_RECURSION_DEPTH" in variables else "python"
+    assert finished.stdout.splitlines()[-2:] == [
+        f"Dashboard: {python} -m hpo.dashboard{options}",
+        f"Report again: {python} -m hpo.report toy{options}",
+    ]
+    assert "secret" not in finished.stdout + finished.stderr
+
+
+# --- storage, data, passwords -----------------------------------------------------------------------------------------
+
+
+def test_storage_and_data_come_from_options_or_variables(
+    tmp_path: Path, hpo_here: HpoHere, fake_search: Callable[..., Any]
+) -> None:
+    received = fake_search(["COMPLETE"])
+    hpo_here(tmp_path, "run", "toy.yaml")
+    variables = {
+        "HPO_STORAGE": "sqlite:///v.db",
+        "HPO_DATA_DIR": "v",
+        "RAY_ADDRESS": "ray:6379",
+        "PGPASSWORD": "secret",
+    }
+    hpo_here(tmp_path, "run", "toy.yaml", **variables)
+    hpo_here(tmp_path, "run", "toy.yaml", "--storage", "sqlite:///o.db", "--data-dir", "o", **variables)
+    seen = [tuple(options[name] for name in ("storage", "data_dir", "ray_address", "password")) for options in received]
+    assert seen == [
+        (run.DEFAULT_STORAGE, Path("data"), None, None),
+        ("sqlite:///v.db", Path("v"), "ray:6379", "secret"),
+        ("sqlite:///o.db", Path("o"), "ray:6379", "secret"),
+    ]
+
+
+def test_the_default_storage_is_that_of_the_api() -> None:
+    assert run.DEFAULT_STORAGE == api.DEFAULT_STORAGE  # written twice: the command line imports the API late
+
+
+def test_the_typed_command_is_recorded(tmp_path: Path, hpo_here: HpoHere, fake_search: Callable[..., Any]) -> None:
+    received = fake_search(["COMPLETE"])
+    hpo_here(tmp_path, "run", "toy.yaml", "--set", "parameters.x=[1, 2]")
+    assert received[0]["command"] == "hpo run toy.yaml --set 'parameters.x=[1, 2]'"
+
+
+@pytest.mark.parametrize("verb", [["run", "toy.yaml"], ["list"], ["replay", "toy", "0"], ["report", "toy"]])
+def test_no_verb_leaves_a_password_to_the_processes_that_it_starts(
+    tmp_path: Path, hpo_here: HpoHere, fake_search: Callable[..., Any], verb: list[str]
+) -> None:
+    fake_search(["COMPLETE"])
+    variables = dict.fromkeys(("HPO_STORAGE", "PGPASSWORD"), "postgresql://me:secret@host/db")
+    hpo_here(tmp_path, *verb, "--storage", "sqlite:///x.db", HPO_DASHBOARD_PASSWORD="secret", **variables)
+    assert not [name for name, value in os.environ.items() if "secret" in value]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--storage", "postgresql://me:secret@host/db"], ["--storage=postgresql://me:secret@host/db"]]
+)
+@pytest.mark.parametrize(
+    ("start", "prefix"), [(["-m", "hpo.run"], ["run"]), (["-m", "hpo", "run"], []), (["bin/hpo", "run"], [])]
+)
+def test_a_password_on_the_command_line_moves_into_the_environment(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], start: list[str], prefix: list[str]
+) -> None:
+    called: list[tuple[list[str], dict[str, str]]] = []
+    monkeypatch.setattr(sys, "orig_argv", ["python", *start, "grid", *arguments, "--data-dir", "d"])
+    monkeypatch.setattr(os, "execve", lambda _, argv, env: called.append((argv, env)))
+    run._hide_password([*(prefix or start[-1:]), "grid", *arguments, "--data-dir", "d"])
+    ((argv, environment),) = called
+    assert argv[1:] == [*start, "grid", "--data-dir", "d"]
+    assert environment["HPO_STORAGE"] == "postgresql://me:secret@host/db"
+
+
+@pytest.mark.parametrize(
+    "url", ["sqlite:///runs/hpo.db", "sqlite:///C:/a@b.db", "postgresql://me@host/db", "postgresql://host:5432/db"]
+)
+def test_a_command_line_without_a_password_is_not_started_again(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "hpo.run", "grid", "--storage", url])
+    monkeypatch.setattr(os, "execve", lambda *_: pytest.fail("started again"))
+    run._hide_password(["run", "grid", "--storage", url])
+    run._hide_password(["run", "grid", "--storage"])  # click says what is missing
+
+
+# --- verbs ------------------------------------------------------------------------------------------------------------
+
+
+def test_run_with_plan_is_the_verb_plan(tmp_path: Path, hpo_here: HpoHere) -> None:
+    toy_space(tmp_path)
+    planned = hpo_here(tmp_path, "plan", "toy.yaml")
+    assert planned.returncode == 0
+    assert planned.stdout.startswith("toy: benchmarks.toy:chain\n2 configurations; storage has none of them.")
+    assert "No estimate: " in planned.stdout
+    assert hpo_here(tmp_path, "run", "toy.yaml", "--plan") == planned
+    assert not (tmp_path / "runs").exists(), "a plan writes nothing"
+
+
+def test_list_prints_a_table_or_json(tmp_path: Path, hpo_here: HpoHere, fake_search: Callable[..., Any]) -> None:
+    missing = hpo_here(tmp_path, "list")
+    assert (missing.returncode, missing.stdout) == (2, "")
+    assert "there is no database sqlite:///runs/hpo.db yet" in missing.stderr
+    open_database(f"sqlite:///{tmp_path}/empty.db").close()
+    empty = hpo_here(tmp_path, "list", "--storage", "sqlite:///empty.db")
+    assert empty == Finished(0, "sqlite:///empty.db has no studies yet; `hpo run SPACE` makes one\n", "")
+    assert hpo_here(tmp_path, "list", "--json", "--storage", "sqlite:///empty.db") == Finished(0, "[]\n", "")
+    fake_search(["COMPLETE", "FAIL"])
+    table = hpo_here(tmp_path, "list", "--storage", "sqlite:///faked.db")
+    assert "toy" in table.stdout
+    (summary,) = json.loads(hpo_here(tmp_path, "list", "--json", "--storage", "sqlite:///faked.db").stdout)
+    assert summary["name"] == "toy"
+
+
+def test_schema_prints_json(tmp_path: Path, hpo_here: HpoHere) -> None:
+    assert "max_epochs" in json.loads(hpo_here(tmp_path, "schema").stdout)["properties"]
+
+
+@pytest.mark.parametrize("name", sorted(run.cli.commands))
+def test_the_help_of_each_verb_has_examples_that_parse(tmp_path: Path, hpo_here: HpoHere, name: str) -> None:
+    shown = hpo_here(tmp_path, name, "--help")
+    assert shown.returncode == 0
+    examples = re.findall(r"(?<=hpo )[^|>)\n]+", shown.stdout.partition("Example")[2].partition("\n\n")[0])
+    assert examples
+    verb = run.cli.commands[name]
+    for example in examples:
+        words = example.strip().split()
+        assert words[0] == name
+        verb.make_context(name, words[1:])  # fails on an option that does not exist
+    for parameter in verb.params:
+        assert not isinstance(parameter, click.Option) or parameter.help, parameter.name
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_a_script(tmp_path: Path, hpo_here: HpoHere, shell: str) -> None:
+    script = hpo_here(tmp_path, "completion", shell)
+    assert script.returncode == 0
+    assert f"{run.COMPLETE_VARIABLE}={shell}_complete" in script.stdout
+    if shell == "bash":
+        subprocess.run(["bash", "-n"], input=script.stdout, text=True, check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("typed", "candidates"), [("hpo re", {"replay", "report"}), ("hpo run q", {"quick"}), ("hpo list --j", {"--json"})]
+)
+def test_bash_completes_verbs_spaces_and_options(typed: str, candidates: set[str]) -> None:
+    words = typed.split()
+    variables = {"COMP_WORDS": typed, "COMP_CWORD": str(len(words) - 1), run.COMPLETE_VARIABLE: "bash_complete"}
+    finished = subprocess.run(
+        [sys.executable, "-m", "hpo"], env=os.environ | variables, capture_output=True, text=True, check=False
+    )
+    assert {line.partition(",")[2] for line in finished.stdout.splitlines()} == candidates
