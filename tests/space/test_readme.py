@@ -22,7 +22,7 @@ from hpo.train.params import OPTIMIZERS, PRECISIONS, STEMS, TrainParams, read_pa
 from tests.factories import ROOT
 
 README = (ROOT / "search_spaces/README.md").read_text()
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+BLOCKS: list[tuple[str, str]] = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 YAML_BLOCKS = [text for language, text in BLOCKS if language == "yaml"]
 SHIPPED = sorted(path.name for path in (ROOT / "search_spaces").glob("*.yaml"))
 
@@ -94,7 +94,7 @@ def test_the_file_with_mistakes_gives_the_errors_that_are_shown(
 
 
 def test_the_overrides_that_are_shown_apply() -> None:
-    (command,) = [text for language, text in BLOCKS if language == "sh"]
+    (command,) = re.findall(r"`(hpo run grid --set .*?)`", README)
     overrides = re.findall(r"--set (\S+)", command)
     assert len(overrides) == 2
     space = load_space(str(ROOT / "search_spaces/grid.yaml"), overrides)
