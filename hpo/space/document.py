@@ -256,6 +256,8 @@ class _Constructor(RoundTripConstructor):
     def construct_plain_scalar(self, node: Any) -> int | float | str | bool | None:
         text = str(self.construct_scalar(node))
         try:
+            # JSON escapes a character beyond U+FFFF as two surrogates. A single surrogate is not text.
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16")
             match node.tag.removeprefix(_YAML_TAG):
                 case "null":
                     return None

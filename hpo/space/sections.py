@@ -1,7 +1,8 @@
 """The sections of a search space other than its parameters: sampler, scheduler, data, budget, resources.
 
-A sampler's keys are the arguments of the Optuna sampler with that name, and have Optuna's defaults. What the rest of the
-program needs to know about a sampler or a scheduler is a property here, so that no other module compares names.
+A sampler's keys are the arguments of the Optuna sampler with that name. They have Optuna's defaults, except that qmc
+scrambles its sequence. What the rest of the program needs to know about a sampler or a scheduler is a property here, so that
+no other module compares names.
 """
 
 from __future__ import annotations
