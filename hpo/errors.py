@@ -1,12 +1,13 @@
-"""The error tree: everything here is something the user can change.
+"""The error tree. Every error here is something the user can fix.
 
     HpoError                 exit code 2, one message, no traceback
     ├── SpaceError           the search-space file or a --set override
-    ├── DataError            the data set is not where it was looked for
-    ├── TrainableError       the trainable cannot be found, or does not know a parameter
+    ├── DataError            a data set
+    ├── TrainableError       the trainable, or a parameter that it does not know
     └── SettingError         a flag, an environment variable, a folder, a name on the command line
 
-`storage.database.StorageError` is the same kind of error from the other side of the wall; `hpo.run` treats it alike.
+`storage.database.StorageError` is the same kind of error. storage imports nothing of hpo, so it is not in this tree;
+`hpo.run` handles both alike.
 """
 
 from __future__ import annotations
@@ -16,27 +17,27 @@ from collections.abc import Iterable
 
 
 class HpoError(Exception):
-    """Something the user must change; the text says what, where, and what is allowed."""
+    """Something the user must change. The message says what is wrong, where, and what is allowed."""
 
 
 class SpaceError(HpoError):
-    """One or more mistakes in a search space; the text has a line for each."""
+    """One or more problems in a search space; the message has one line for each."""
 
 
 class DataError(HpoError):
-    """A data set could not be read or downloaded."""
+    """A data set cannot be read or downloaded."""
 
 
 class TrainableError(HpoError):
-    """A trainable cannot be imported or called, or was given a parameter it does not know."""
+    """A trainable cannot be imported or called, or does not know a parameter."""
 
 
 class SettingError(HpoError):
-    """A flag, an environment variable, a folder or a name on the command line."""
+    """A flag, an environment variable, a folder or a name on the command line is wrong."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return `did you mean X?` for the nearest known name, else `allowed: A, B, C`."""
+    """Return `did you mean X?` with the nearest known name, or `allowed: A, B, C` if none is near."""
     names = list(known)
     matches = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"did you mean {matches[0]}?" if matches else f"allowed: {', '.join(names)}"

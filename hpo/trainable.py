@@ -1,4 +1,4 @@
-"""The contract between the service and training code. Imports neither torch nor ray.
+"""The contract between the service and the user's training code. It imports neither torch nor ray.
 
 A trainable is a generator function that trains one configuration and yields an `EpochReport` after each epoch.
 """
@@ -18,13 +18,13 @@ DEFAULT_TRAINABLE = "hpo.train:train"
 
 @dataclass(frozen=True)
 class EpochReport:
-    """What a trainable yields after each epoch.
+    """The result of one epoch.
 
     Attributes:
-        epoch: counted from 1.
-        metrics: name to value; the space's metric must be among them.
-        state: called only when a checkpoint is saved; returns a dict of tensors and plain values from which the same
-            trainable goes on as if never stopped.
+        epoch: the epoch's number, from 1.
+        metrics: {name: value}. It includes the metric that the search optimizes.
+        state: returns the checkpoint, a dict of tensors and plain values. It is called only when a checkpoint is saved.
+            Given the checkpoint, the same trainable continues as if it had never stopped.
     """
 
     epoch: int
@@ -45,28 +45,36 @@ class Trainable(Protocol):
         device: str,
         checkpoint: Mapping[str, Any] | None = None,
     ) -> Iterator[EpochReport]:
-        """Yield a report for each epoch after the checkpoint's, the last one for epoch `max_epochs`."""
+        """Train, and yield a report after each epoch.
+
+        Args:
+            params: parameters and derived values. Inactive parameters are absent.
+            data: the space's `data` section, and `data_dir`, the folder of the data sets.
+            seed: the seed of the training.
+            max_epochs: the last epoch.
+            device: `cpu` or `cuda`.
+            checkpoint: the state of an earlier report; training continues with the epoch after it.
+        """
         ...
 
 
 def load_trainable(name: str) -> Callable[..., Generator[Any, None, None]]:
-    """Import a trainable, see `hpo.train.Trainable`.
+    """Import a `Trainable`.
 
     Args:
         name: `module:function`.
 
     Raises:
-        TrainableError: no such module or function, or it is not a generator function of the right signature.
+        TrainableError: the module or the function does not exist, or the function does not have the right signature.
     """
     module_name, _, function_name = name.partition(":")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module exists; something that it imports does not
+            raise  # the module exists, but one of its own imports does not
         raise TrainableError(
-            f"trainable: no module {module_name!r}; it is looked for in the folder that the command runs in and among "
-            "the installed packages"
+            f"trainable: no module {module_name!r} in the current folder or among the installed packages"
         ) from None
     function = getattr(module, function_name, None)
     if function is None:
@@ -74,16 +82,16 @@ def load_trainable(name: str) -> Callable[..., Generator[Any, None, None]]:
         raise TrainableError(
             f"trainable: {module_name} has no function {function_name!r}, {nearest(function_name, names)}"
         )
-    wanted = {"data", "seed", "max_epochs", "device", "checkpoint"}
-    if not inspect.isgeneratorfunction(function) or not wanted <= set(inspect.signature(function).parameters):
+    required = {"data", "seed", "max_epochs", "device", "checkpoint"}
+    if not inspect.isgeneratorfunction(function) or not required <= set(inspect.signature(function).parameters):
         raise TrainableError(
             f"trainable: {name} must be a generator function "
             "(params, *, data, seed, max_epochs, device, checkpoint=None) that yields EpochReports"
         )
-    checked: Callable[..., Generator[Any, None, None]] = function
-    return checked
+    trainable: Callable[..., Generator[Any, None, None]] = function
+    return trainable
 
 
 def is_timing(metric: str) -> bool:
-    """Return whether a metric measures speed, such as `train_seconds`: it differs in each run of the same trial."""
+    """Return whether a metric measures speed, such as `train_seconds`. Such metrics differ between identical trainings."""
     return metric.endswith(("_seconds", "_per_second"))

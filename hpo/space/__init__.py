@@ -1,1 +1,1 @@
-"""From a YAML file to a frozen, validated Space."""
+"""A search-space file in YAML becomes a frozen, validated `Space`."""

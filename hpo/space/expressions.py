@@ -1,7 +1,7 @@
-"""Arithmetic in a search space, like `lr <= 0.004 * batch_size`: evaluated by simpleeval, never by eval.
+"""Arithmetic in a search space, such as `lr <= 0.004 * batch_size`. simpleeval evaluates it; eval is never used.
 
-An expression may use numbers, texts, `+ - * / // % **`, comparisons, `and or not`, `a if b else c` and the functions below.
-What it costs is bounded: by its length, and by the size of its powers.
+An expression may use numbers, strings, `+ - * / // % **`, comparisons, `and or not`, `a if b else c` and `FUNCTIONS`. Its
+length and the size of its powers are limited, so that evaluation is always fast.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
-MAX_LENGTH = 200  # characters; also bounds how deep the evaluator recurses
-MAX_INT_POWER = 1000  # of base and exponent; beyond, powers are floats
+MAX_LENGTH = 200  # characters; also limits the evaluator's recursion
+MAX_INT_POWER = 1000  # a larger base or exponent is computed in floats
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "abs": abs,
@@ -41,18 +41,19 @@ _NODES = (ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.Call, 
 
 
 class ExpressionError(ValueError):
-    """An expression that cannot be read or computed; the text says why."""
+    """An expression that cannot be parsed or evaluated; the message says why."""
 
 
 class Expression:
-    """A checked expression.
+    """A parsed expression that uses only what is allowed.
 
     Attributes:
-        text: as it was written.
-        names: of the values that it needs.
+        text: the source.
+        names: the names of the values that it needs.
+        is_condition: whether it is a comparison, or comparisons joined by and, or, not.
 
     Raises:
-        ExpressionError: it is too long, not an expression, or uses more than is allowed.
+        ExpressionError: it is too long, not an expression, or uses something that is not allowed.
     """
 
     def __init__(self, text: str) -> None:
@@ -66,10 +67,10 @@ class Expression:
         )
 
     def evaluate(self, values: Mapping[str, Any]) -> bool | int | float | str:
-        """Return the value.
+        """Return the value of the expression.
 
         Raises:
-            ExpressionError: it has none for these values, such as 1 / 0.
+            ExpressionError: it has no finite value for these values, such as 1 / 0.
         """
         from simpleeval import InvalidExpression
 
@@ -95,16 +96,16 @@ class Expression:
 class Formulas:
     """The constraints and the derived values of a space.
 
-    A formula that needs an inactive parameter does not apply: the constraint holds, the derived value is absent.
+    A formula that needs an inactive parameter does not apply: the constraint is met, the derived value is absent.
 
     Args:
         constraints: comparisons.
-        derived: {name: expression}; one may use others.
-        max_epochs: a value that all may use.
+        derived: {name: expression}; an expression may use other derived values.
+        max_epochs: a value that every expression may use.
 
     Raises:
-        ExpressionError: one of them is no expression.
-        CycleError: derived values need each other in a circle.
+        ExpressionError: one of them is not an expression.
+        CycleError: the derived values depend on each other in a cycle.
     """
 
     def __init__(self, constraints: Sequence[str], derived: Mapping[str, str], max_epochs: int) -> None:
@@ -112,25 +113,25 @@ class Formulas:
         expressions = {name: Expression(text) for name, text in derived.items()}
         order = topological_order({name: expression.names for name, expression in expressions.items()})
         self._derived = {name: expressions[name] for name in order}
-        self._given = {"max_epochs": max_epochs}
+        self._constants = {"max_epochs": max_epochs}
 
     def derive(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Return the derived values of a configuration.
 
         Raises:
-            ExpressionError: one of them has no value.
+            ExpressionError: one of them cannot be evaluated.
         """
-        known = self._given | dict(params)
+        known = self._constants | dict(params)
         derived: dict[str, Any] = {}
         for name, expression in self._derived.items():
             if expression.names <= known.keys():
                 known[name] = derived[name] = expression.evaluate(known)
         return derived
 
-    def broken(self, params: Mapping[str, Any]) -> list[tuple[tuple[str | int, ...], str]]:
-        """Return (key path, text) of each constraint that a configuration does not meet, and of what has no value."""
+    def violations(self, params: Mapping[str, Any]) -> list[tuple[tuple[str | int, ...], str]]:
+        """Return (key path, text) of each constraint that a configuration violates, or that cannot be evaluated."""
         try:
-            known = self._given | dict(params) | self.derive(params)
+            known = self._constants | dict(params) | self.derive(params)
         except ExpressionError as error:
             return [(("derived",), str(error))]
         found: list[tuple[tuple[str | int, ...], str]] = []
@@ -143,30 +144,30 @@ class Formulas:
         return found
 
 
-def topological_order(needs: Mapping[str, Iterable[str]]) -> list[str]:
-    """Return the names so that each comes after those it needs, and else in the given order.
+def topological_order(dependencies: Mapping[str, Iterable[str]]) -> list[str]:
+    """Return the names so that each follows the names it depends on. Otherwise the given order is kept.
 
     Raises:
-        CycleError: they need each other in a circle, which is `args[1]`.
+        CycleError: there is a cycle; `args[1]` holds it.
     """
-    TopologicalSorter({name: list(others) for name, others in needs.items()}).prepare()
-    done: dict[str, None] = {}
+    TopologicalSorter({name: list(others) for name, others in dependencies.items()}).prepare()  # raises CycleError
+    ordered: dict[str, None] = {}
 
     def visit(name: str) -> None:
-        if name not in done:
-            for other in needs.get(name, ()):
+        if name not in ordered:
+            for other in dependencies.get(name, ()):
                 visit(other)
-            done[name] = None
+            ordered[name] = None
 
-    for name in needs:
+    for name in dependencies:
         visit(name)
-    return [name for name in done if name in needs]
+    return [name for name in ordered if name in dependencies]
 
 
-def find_cycle(needs: Mapping[str, Iterable[str]]) -> list[str]:
-    """Return names that need each other in a circle, the first one again at the end; empty if there is none."""
+def find_cycle(dependencies: Mapping[str, Iterable[str]]) -> list[str]:
+    """Return a cycle of dependencies, with the first name repeated at the end; empty if there is none."""
     try:
-        topological_order(needs)
+        topological_order(dependencies)
     except CycleError as error:
         return list(error.args[1])[::-1]
     return []
@@ -177,7 +178,7 @@ def _parse(text: str) -> ast.expr:
         raise ExpressionError(f"an expression has at most {MAX_LENGTH} characters, this one has {len(text)}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # `1if x else 2`
+            warnings.simplefilter("error")  # Python only warns of `1if x else 2`
             tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError, Warning) as error:
         why = error.msg if isinstance(error, SyntaxError) else error
@@ -187,9 +188,9 @@ def _parse(text: str) -> ast.expr:
             is_known = isinstance(node.func, ast.Name) and node.func.id in FUNCTIONS and not node.keywords
             if not is_known:
                 name = ast.unparse(node.func)
-                raise ExpressionError(f"{text!r}: no function {name!r} is allowed, but {', '.join(FUNCTIONS)}")
-        is_value = isinstance(node, ast.Constant) and isinstance(node.value, bool | int | float | str)
-        if not is_value and not isinstance(node, _NODES + _OPERATORS):
+                raise ExpressionError(f"{text!r}: there is no function {name!r}, allowed: {', '.join(FUNCTIONS)}")
+        is_literal = isinstance(node, ast.Constant) and isinstance(node.value, bool | int | float | str)
+        if not is_literal and not isinstance(node, _NODES + _OPERATORS):
             raise ExpressionError(f"{text!r}: only arithmetic, comparisons and {', '.join(FUNCTIONS)} are allowed")
     return tree
 
@@ -201,6 +202,6 @@ def _power(base: Any, exponent: Any) -> Any:
 
 
 def _modulo(left: Any, right: Any) -> Any:
-    if isinstance(left, str):  # formatting: "%9999999d" % 1
-        raise TypeError("% is of numbers")
+    if isinstance(left, str):  # string formatting could allocate gigabytes: "%9999999999d" % 1
+        raise TypeError("% needs numbers")
     return operator.mod(left, right)

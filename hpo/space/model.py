@@ -1,8 +1,8 @@
-"""YAML file -> frozen, validated Space; its identity; its Optuna distributions; its grid.
+"""Space, the validated form of a search-space file: its identity, its Optuna distributions, its grid.
 
-The pydantic models here, in `hpo.space.parameters` and in `hpo.space.sections` are the one truth of the file format: the JSON Schema is
-generated from them. `hpo.space.rules` holds what must fit together. Every mistake of a file is reported at once, each with file,
-line, column and key path.
+The pydantic models here, in `hpo.space.parameters` and in `hpo.space.sections` define the file format; the JSON Schema is
+generated from them, and a field's docstring is its description there. `hpo.space.rules` has the rules between sections.
+`load_space` reports all problems of a file at once, each with file, line, column and key path.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, PositiveInt, PrivateAttr, TypeAdapter, ValidationError
 
 from hpo.errors import HpoError, SettingError, SpaceError, nearest
-from hpo.space.document import Document, Problem
+from hpo.space.document import Document
 from hpo.space.expressions import Formulas
+from hpo.space.messages import Problem, explain, group_by_key
 from hpo.space.parameters import (
     FloatRange,
     IntRange,
     Parameter,
     Params,
     Scalar,
-    Strict,
-    draw_order,
-    grid_points_of,
+    StrictModel,
     is_active,
-    sample,
+    iterate_grid,
+    sample_params,
+    sampling_order,
 )
-from hpo.space.rules import SAMPLES, Draft, check_rules
+from hpo.space.rules import RANDOM_POINTS, ValidSections, check_rules
 from hpo.space.sections import (
     Budget,
     Data,
@@ -56,132 +57,114 @@ SPACES_DIR = Path("search_spaces")
 MAX_PARAMETERS = 200
 
 
-class Space(Strict):
-    """A whole search: what is tried, on what, how, and until when."""
+class Space(StrictModel):
+    """A search: its parameters, its training, its sampler and scheduler, and its limits."""
 
     name: str
     description: str = ""
-    """What the search is for; shown where it starts."""
+    """The purpose of the search. It is printed when the search starts."""
     trainable: Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$")] = DEFAULT_TRAINABLE
-    """What is trained: module:function, looked for in the folder that the command runs in and among installed packages."""
+    """The function that trains one configuration, as module:function. The module is in the current folder or installed."""
     command: str | None = None
-    """In the place of `trainable`, a script that prints a line of JSON with its metrics each epoch; `{lr}` stands for the
-    value of lr."""
+    """A script to run instead of a trainable, such as `python train.py --lr {lr}`, where `{lr}` becomes the value of lr. It
+    prints one line of JSON with its metrics after each epoch."""
     metric: str = "val_accuracy"
-    """The metric that is optimized, one that the trainable reports."""
+    """The metric to optimize. The trainable must report it."""
     direction: Literal["maximize", "minimize"] = "maximize"
-    """Whether more of the metric is better."""
+    """Whether a higher or a lower value of the metric is better."""
     objectives: Annotated[list[Objective], Field(min_length=1)] | None = None
-    """Several objectives in the place of metric and direction; not built yet."""
+    """Several objectives in place of metric and direction; not built yet."""
     sampler: NamedSampler
-    """Which points are tried: a name, or a mapping with a name and options."""
+    """The algorithm that chooses the configurations: a name, or a mapping with a name and options."""
     scheduler: NamedScheduler = Scheduler()
-    """Which trials are stopped early: a name, or a mapping with a name and options."""
+    """The algorithm that stops trials early: a name, or a mapping with a name and options."""
     max_epochs: PositiveInt
-    """Epochs of a trial that is not stopped."""
+    """Epochs of a trial that is not stopped early."""
     data: Data = Data()
-    """Which images are trained and validated on."""
+    """The images for training and validation."""
     parameters: Annotated[dict[str, Parameter], Field(min_length=1, max_length=MAX_PARAMETERS)]
-    """A scalar is fixed, a list is choices, a mapping is a range."""
+    """The hyperparameters. A scalar is fixed, a list is choices, a mapping is a range."""
     constraints: Annotated[list[str], Field(max_length=MAX_PARAMETERS, default_factory=list)]
-    """Comparisons that every configuration meets, like `lr <= 0.004 * batch_size`."""
+    """Comparisons that every configuration must meet, such as `lr <= 0.004 * batch_size`."""
     derived: Annotated[dict[str, str], Field(max_length=MAX_PARAMETERS, default_factory=dict)]
-    """Values that are computed from the parameters, like `0.05 * max_epochs`, and handed to the trainable with them."""
+    """Values computed from the parameters, such as `0.05 * max_epochs`. The trainable receives them with the parameters."""
     warm_start: Annotated[list[str], Field(default_factory=list)]
     """Earlier studies to learn from; not built yet."""
     budget: Budget = Budget()
-    """Where the search ends."""
+    """The limits at which the search ends."""
     resources: Resources = Resources()
-    """What one trial takes."""
+    """The resources of one trial."""
     replicates: PositiveInt = 1
-    """Seeds a configuration; more than 1 is not built yet."""
+    """Seeds for each configuration; more than 1 is not built yet."""
     max_failures: Annotated[int, Field(ge=0)] = 2
-    """How often a trial is started again after its worker crashed."""
+    """How often a trial is retried after its worker crashed."""
     trial_timeout: Seconds | None = None
-    """The longest that an epoch may take: 90s, 30m, 4h, or seconds."""
+    """The longest time that one epoch may take: 90s, 30m, 4h, or seconds."""
     checkpoint_every: PositiveInt = 1
-    """Epochs between checkpoints."""
+    """Epochs between two checkpoints."""
     seed: Seed = 0
-    """Of the training, and of the sampler if it has none of its own."""
+    """The seed of the training, and of a sampler without a seed."""
 
     _document: Document | None = PrivateAttr(default=None)
 
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Space:
+        """Return the space of a stored study.
+
+        Args:
+            settings: what `study_options` gave to storage, `model_dump(mode="json")`. Keys that were added to the format
+                later may be missing.
+
+        Raises:
+            SpaceError: this version of hpo cannot read the settings.
+        """
+        parameters = settings.get("parameters", {})
+        data = {**settings, "parameters": {name: _undump_parameter(dump) for name, dump in parameters.items()}}
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            problems = [p for path, details in group_by_key(error, data).items() for p in explain(path, details, cls)]
+            text = "; ".join(f"{'.'.join(map(str, path)) or 'space'}: {text}" for path, text in problems)
+            raise SpaceError(f"this version of hpo cannot read the settings of the study: {text}") from None
+
+    # --- what the rest of the program asks
+
     @property
     def is_default_trainable(self) -> bool:
-        """Whether our own training loop is searched over, of which more is known than of others."""
+        """Whether the search trains with hpo's own training loop, whose parameters and speed are known."""
         return self.command is None and self.trainable == DEFAULT_TRAINABLE
 
     @property
     def is_grid(self) -> bool:
         """Whether the search tries a finite list of configurations that is known before it starts."""
-        return self.sampler.name == "grid"
+        return self.sampler.is_grid
 
     @property
     def learns_from_results(self) -> bool:
-        """Whether the sampler's next draw depends on the results so far."""
-        return self.sampler.name not in {"grid", "random", "qmc"}
+        """Whether the sampler chooses the next configuration from the results so far."""
+        return self.sampler.learns
 
     @property
     def stops_trials_early(self) -> bool:
         """Whether a scheduler may prune trials."""
-        return self.scheduler.name != "none"
+        return self.scheduler.stops_trials_early
 
     @property
     def total_trials(self) -> int | None:
-        """The number of trials in all, or None where only the time budget ends the search."""
+        """The number of trials, or None if only the time budget ends the search."""
         return sum(1 for _ in self.planned_points()) if self.is_grid else self.budget.trials
 
     def planned_points(self) -> Iterator[Params]:
-        """Yield the configurations of a grid that its budget allows, in order."""
+        """Yield the configurations of a grid, up to the budget."""
         return itertools.islice(self.grid_points(), self.budget.trials)
 
     def trainable_data(self, data_dir: Path) -> dict[str, Any]:
-        """Return what the trainable gets as `data`."""
+        """Return the `data` argument of the trainable."""
         return {**self.data.model_dump(), "data_dir": str(data_dir)}
-
-    @contextmanager
-    def locating_errors(self, *path: str) -> Iterator[None]:
-        """Say of an error in here that it is about a key of the file, and where that was written."""
-        try:
-            yield
-        except HpoError as error:
-            where = "" if self._document is None else self._document.position(path)
-            raise type(error)(f"{where}{error}") from None
-
-    # --- identity
-
-    @property
-    def fingerprint(self) -> str:
-        """The identity of the search: what makes results comparable. Budgets, resources and samplers may change."""
-        identity = self.model_dump(
-            include={"trainable", "metric", "direction", "max_epochs", "data", "parameters", "seed"}
-        )
-        for parameter in identity["parameters"].values():
-            parameter.pop("default", None)  # says something of earlier trials only
-            if parameter.get("when", False) is None:
-                del parameter["when"]
-        return _digest(identity | self.model_dump(include=self._used({"constraints", "derived", "command"})))
-
-    @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> Space:
-        """Return the space that a study was opened with, from the settings that storage holds.
-
-        Raises:
-            SpaceError: another version of hpo wrote them, and this one cannot read them.
-        """
-        written = dict(settings)
-        written["parameters"] = {
-            name: parameter["value"] if set(parameter) == {"value"} else _without_nulls(parameter)
-            for name, parameter in settings["parameters"].items()
-        }
-        try:
-            return cls.model_validate(written)
-        except ValidationError as error:
-            raise SpaceError(f"the stored settings cannot be read by this version of hpo: {error}") from None
 
     @property
     def study_options(self) -> dict[str, Any]:
-        """What `storage.studies.open_study` is told of this search."""
+        """The arguments of `storage.studies.open_study` for this search."""
         return {
             "name": self.name,
             "direction": self.direction,
@@ -189,8 +172,35 @@ class Space(Strict):
             "settings": self.model_dump(mode="json"),
         }
 
+    @contextmanager
+    def locating_errors(self, *path: str) -> Iterator[None]:
+        """Prefix errors raised inside with the position of a key in the file."""
+        try:
+            yield
+        except HpoError as error:
+            position = "" if self._document is None else self._document.position(path)
+            raise type(error)(f"{position}{error}") from None
+
+    # --- identity
+
+    @property
+    def fingerprint(self) -> str:
+        """The identity of the search: results with the same fingerprint are comparable.
+
+        It covers everything that changes the value of a configuration or the set of configurations. Budget, resources,
+        sampler and scheduler may change.
+        """
+        identity = self.model_dump(
+            include={"trainable", "metric", "direction", "max_epochs", "data", "parameters", "seed"}
+        )
+        for parameter in identity["parameters"].values():
+            parameter.pop("default", None)  # only about earlier trials
+            if parameter.get("when", False) is None:
+                del parameter["when"]
+        return _digest(identity | self.model_dump(include=self._used({"constraints", "derived", "command"})))
+
     def config_key(self, params: Mapping[str, Scalar]) -> str:
-        """Return the identity of a configuration: the same key means the same training run, however long."""
+        """Return the identity of a configuration: trainings with the same key differ at most in the number of epochs."""
         identity = {
             "params": dict(params),
             "data": self.data.model_dump(),
@@ -200,7 +210,7 @@ class Space(Strict):
         return _digest(identity | self.model_dump(include=self._used({"derived", "command"})))
 
     def _used(self, names: set[str]) -> set[str]:
-        """Return those of the names that are given: what is not used leaves identities as they were before it was built."""
+        """Return the names of the keys with a value. An unused key must not change identities from before it existed."""
         return {name for name in names if getattr(self, name)}
 
     # --- configurations
@@ -210,28 +220,29 @@ class Space(Strict):
         return {name: parameter.distribution() for name, parameter in self.parameters.items()}
 
     def draw(self, trial: optuna.Trial) -> str:
-        """Draw a configuration for a trial of Optuna; return the constraint that it breaks, empty if it breaks none.
+        """Let Optuna suggest a configuration for a trial. Values that the trial already has are kept.
 
-        What the trial has been given already stays; inactive parameters are not drawn.
+        Returns:
+            The first constraint that the configuration violates; empty if it violates none.
         """
         params: Params = {}
         for name, parameter in self._ordered.items():
             if is_active(parameter, params):
                 params[name] = parameter.suggest(trial, name)
-        return next((text for _, text in self._formulas.broken(params)), "")
+        return next((text for _, text in self._formulas.violations(params)), "")
 
     def grid_points(self) -> Iterator[Params]:
-        """Yield every configuration that meets the constraints; of a continuous range only the ends."""
-        return (params for params in grid_points_of(self._ordered) if not self._formulas.broken(params))
+        """Yield every configuration that meets the constraints. A continuous range contributes its two ends."""
+        return (params for params in iterate_grid(self._ordered) if not self._formulas.violations(params))
 
     def derive(self, params: Mapping[str, Scalar]) -> Params:
         """Return the derived values of a configuration."""
         return self._formulas.derive(params)
 
     def examples(self) -> Iterator[tuple[str, Scalar]]:
-        """Yield (name, value) for each choice and each end of a range: what a trainable must be able to take.
+        """Yield (name, value) pairs that the trainable must accept.
 
-        Derived values follow, of a few configurations.
+        These are every choice, both ends of every range, and the derived values of a few random configurations.
         """
         for name, parameter in self.parameters.items():
             if isinstance(parameter, IntRange | FloatRange):
@@ -240,23 +251,28 @@ class Space(Strict):
                 yield from ((name, value) for value in parameter.grid_values())
         if self.derived:
             rng = random.Random(0)
-            points = (sample(self._ordered, rng) for _ in range(SAMPLES))
-            possible = (params for params in points if not self._formulas.broken(params))
-            for params in itertools.islice(possible, 20):
+            points = (sample_params(self._ordered, rng) for _ in range(RANDOM_POINTS))
+            valid = (params for params in points if not self._formulas.violations(params))
+            for params in itertools.islice(valid, 20):
                 yield from self.derive(params).items()
 
     @cached_property
     def _ordered(self) -> dict[str, Parameter]:
-        return {name: self.parameters[name] for name in draw_order(self.parameters)}
+        return {name: self.parameters[name] for name in sampling_order(self.parameters)}
 
     @cached_property
     def _formulas(self) -> Formulas:
         return Formulas(self.constraints, self.derived, self.max_epochs)
 
 
-def _without_nulls(parameter: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out a `default` and a `when` that nobody wrote: null could be meant as a value."""
-    return {key: value for key, value in parameter.items() if value is not None or key not in {"default", "when"}}
+def _undump_parameter(dump: Any) -> Any:
+    """Return a parameter as it is written in YAML, from its `model_dump`."""
+    if not isinstance(dump, Mapping):
+        return dump
+    if set(dump) == {"value"}:
+        return dump["value"]
+    # null here means that the key was not given. As a value it could be a choice.
+    return {key: value for key, value in dump.items() if value is not None or key not in {"default", "when"}}
 
 
 def _digest(identity: object) -> str:
@@ -273,60 +289,60 @@ def known_spaces() -> list[str]:
 
 
 def load_space(name_or_path: str, overrides: Sequence[str] = ()) -> Space:
-    """Read a search space.
+    """Read and validate a search space.
 
     Args:
-        name_or_path: a file name in search_spaces/ without its ending, or a path to a YAML file.
-        overrides: `KEY=VALUE` each, the key a dotted path, the value read as YAML.
+        name_or_path: the name of a file in search_spaces/ without its suffix, or the path of a YAML file.
+        overrides: `KEY=VALUE` each, where the key is a dotted path and the value is YAML.
 
     Raises:
-        SettingError: no such space; the text lists the known ones.
-        SpaceError: the file or an override is wrong; a line for each mistake.
+        SettingError: there is no such space; the message lists the known ones.
+        SpaceError: the file or an override is invalid; the message has one line for each problem.
     """
     path = Path(name_or_path)
     if path.suffix not in {".yaml", ".yml"}:
         path = SPACES_DIR / f"{name_or_path}.yaml"
         if not path.is_file():
-            hint = nearest(name_or_path, known_spaces()) if known_spaces() else f"{SPACES_DIR}/ has none here"
+            hint = nearest(name_or_path, known_spaces()) if known_spaces() else f"there are none in {SPACES_DIR}/"
             raise SettingError(f"there is no search space {name_or_path!r} in {SPACES_DIR}/: {hint}")
     document = Document(path)
     for override in overrides:
         document.override(override)
     problems: list[Problem] = []
     if "name" in document.data:
-        problems.append((("name",), f"a study is named after its file, {path.stem!r}"))
+        problems.append((("name",), f"a study has the name of its file, {path.stem!r}: leave name out"))
     try:
         space = Space.model_validate({**document.data, "name": path.stem})
-        given = {name: getattr(space, name) for name in Space.model_fields}
+        values = {name: getattr(space, name) for name in Space.model_fields}
     except ValidationError as error:
         problems += document.problems(error, Space)
-        given = _what_is_well(document.data)
-    problems += check_rules(Draft(given, document.data))
+        values = _validate_sections(document.data)
+    problems += check_rules(ValidSections(values, document.data))
     if problems:
         raise document.error(problems)
     space._document = document
     return space
 
 
-def _what_is_well(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the sections without mistakes, defaults for those that are not there; the parameters one by one."""
-    given: dict[str, Any] = {}
+def _validate_sections(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sections that are valid alone, with defaults for the missing ones, and the valid parameters."""
+    values: dict[str, Any] = {}
     for name, field in Space.model_fields.items():
         if name in data and name != "parameters":
             try:
-                given[name] = _section_adapter(name).validate_python(data[name], strict=True)
+                values[name] = _section_adapter(name).validate_python(data[name], strict=True)
             except ValidationError:
                 continue
         elif name not in data and not field.is_required():
-            given[name] = field.get_default(call_default_factory=True)
+            values[name] = field.get_default(call_default_factory=True)
     if isinstance(data.get("parameters"), Mapping):
-        given["parameters"] = {}
+        values["parameters"] = {}
         for name, raw in list(data["parameters"].items())[:MAX_PARAMETERS]:
             try:
-                given["parameters"][name] = _parameter_adapter().validate_python(raw)
+                values["parameters"][name] = _parameter_adapter().validate_python(raw)
             except ValidationError:
                 continue
-    return given
+    return values
 
 
 @cache
@@ -340,8 +356,8 @@ def _parameter_adapter() -> TypeAdapter[Parameter]:
 
 
 def space_schema() -> dict[str, Any]:
-    """Return the JSON Schema of a search-space file, from which editors complete and underline."""
+    """Return the JSON Schema of a search-space file. Editors use it for completion and checks."""
     schema = Space.model_json_schema()
-    del schema["properties"]["name"]  # the file's own
+    del schema["properties"]["name"]  # the file's name, not a key in it
     schema["required"].remove("name")
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "Search space"}

@@ -1,8 +1,7 @@
 """The parameters of a search space: a scalar is fixed, a list is choices, a mapping is a range or conditional choices.
 
-A parameter with `when` is active only if the parameters that it names have the values that it names. One that is inactive
-is absent: from the draw, from the grid, from the trial. Parameters are drawn in an order in which each comes after those
-that it depends on.
+A parameter with `when` is active only if other parameters have certain values. An inactive parameter is absent from the
+trial and from the grid. Parameters are sampled in topological order: each follows the parameters that it depends on.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from pydantic import (
 )
 
 from hpo.errors import nearest
-from hpo.space.document import InvalidValuesError
 from hpo.space.expressions import topological_order
+from hpo.space.messages import InvalidValuesError, Problem
 
 if TYPE_CHECKING:
     import optuna
@@ -39,8 +38,8 @@ Scalar = int | float | str | bool | None
 Params = dict[str, Scalar]
 
 
-class Strict(BaseModel):
-    """A part of a search space: frozen, without unknown keys, without conversions."""
+class StrictModel(BaseModel):
+    """A section of a search space: frozen, without unknown keys, without type conversions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
@@ -52,11 +51,11 @@ def _finite(value: Scalar) -> Scalar:
 
 
 def is_same(one: Scalar, other: Scalar) -> bool:
-    """Tell whether two values are one to the user: 1 is 1.0, but true is not 1."""
+    """Return whether two values are the same to the user: 1 is 1.0, but true is not 1."""
     return one == other and isinstance(one, bool) == isinstance(other, bool)
 
 
-class Fixed(Strict):
+class Fixed(StrictModel):
     """A parameter with one value."""
 
     value: Annotated[Scalar, AfterValidator(_finite)]
@@ -64,40 +63,40 @@ class Fixed(Strict):
 
     @property
     def when(self) -> None:
-        """Nothing: it is always active."""
+        """None: a fixed parameter is always active."""
 
     def distribution(self) -> BaseDistribution:
-        """Return a categorical distribution of the one value, so that storage and dashboard show it."""
+        """Return a categorical distribution with one value, so that storage and the dashboard show the parameter."""
         from optuna.distributions import CategoricalDistribution
 
         return CategoricalDistribution([self.value])
 
     def suggest(self, trial: optuna.Trial, name: str) -> Scalar:
-        """Draw for a trial of Optuna."""
+        """Return the value that Optuna suggests for a trial."""
         return trial.suggest_categorical(name, [self.value])
 
     def sample(self, rng: random.Random) -> Scalar:
-        """Draw at random."""
+        """Return a random value."""
         return self.value
 
     @property
     def count(self) -> int:
-        """How many values there are in a grid."""
+        """The number of values in a grid."""
         return 1
 
     def grid_values(self) -> Sequence[Scalar]:
-        """Return the values of this parameter in a grid."""
+        """Return the values in a grid."""
         return [self.value]
 
-    def takes(self, value: Scalar) -> bool:
-        """Tell whether this parameter can have a value."""
+    def contains(self, value: Scalar) -> bool:
+        """Return whether a value is one of this parameter's values."""
         return is_same(value, self.value)
 
 
 def _distinct(choices: list[Scalar]) -> list[Scalar]:
     seen: dict[Scalar, Scalar] = {}
     for choice in map(_finite, choices):
-        if choice in seen:  # equal is the same: Optuna does not tell 1, 1.0 and true apart
+        if choice in seen:  # Optuna does not distinguish 1, 1.0 and true
             raise ValueError(f"the choices {seen[choice]!r} and {choice!r} are the same")
         seen[choice] = choice
     return choices
@@ -106,22 +105,23 @@ def _distinct(choices: list[Scalar]) -> list[Scalar]:
 When = Annotated[dict[str, Scalar | Annotated[list[Scalar], Field(min_length=1)]], Field(min_length=1)] | None
 
 
-class Choices(Strict):
-    """A parameter that takes one of a list of values."""
+class Choices(StrictModel):
+    """A parameter with a list of values."""
 
     type: Literal["categorical"] = "categorical"
     """One of a list of values."""
     choices: Annotated[list[Scalar], Field(min_length=1), AfterValidator(_distinct)]
     """The values."""
     when: When = None
-    """Active only if each parameter named here has this value, or one of this list of values: `{optimizer: sgd}`."""
+    """When the parameter is active: other parameters and their values, such as `{optimizer: sgd}`. A list means any of its
+    values."""
     default: Scalar = None
-    """The value that earlier trials, made before this parameter was there, implicitly used. It takes effect with the import
-    of earlier trials, which is not built yet."""
+    """The value that trials used implicitly before this parameter was added. It has no effect yet: the import of earlier
+    trials is not built."""
 
     @model_validator(mode="after")
     def _check(self) -> Choices:
-        if "default" in self.model_fields_set and not self.takes(self.default):
+        if "default" in self.model_fields_set and not self.contains(self.default):
             raise InvalidValuesError((("default",), f"{self.default!r} is none of the choices {self.choices!r}"))
         return self
 
@@ -132,24 +132,24 @@ class Choices(Strict):
         return CategoricalDistribution(self.choices)
 
     def suggest(self, trial: optuna.Trial, name: str) -> Scalar:
-        """Draw for a trial of Optuna."""
+        """Return the value that Optuna suggests for a trial."""
         return trial.suggest_categorical(name, self.choices)
 
     def sample(self, rng: random.Random) -> Scalar:
-        """Draw at random."""
+        """Return a random value."""
         return rng.choice(self.choices)
 
     @property
     def count(self) -> int:
-        """How many values there are in a grid."""
+        """The number of values in a grid."""
         return len(self.choices)
 
     def grid_values(self) -> Sequence[Scalar]:
         """Return the choices in the order of the file."""
         return self.choices
 
-    def takes(self, value: Scalar) -> bool:
-        """Tell whether this parameter can have a value."""
+    def contains(self, value: Scalar) -> bool:
+        """Return whether a value is one of this parameter's values."""
         return any(is_same(value, choice) for choice in self.choices)
 
 
@@ -157,7 +157,7 @@ _ExactInt = Annotated[int, Field(ge=-MAX_EXACT_INT, le=MAX_EXACT_INT)]
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class IntRange(Strict):
+class IntRange(StrictModel):
     """An integer from low to high, both included."""
 
     type: Literal["int"]
@@ -167,14 +167,15 @@ class IntRange(Strict):
     high: _ExactInt
     """The highest value."""
     log: bool = False
-    """Whether values are drawn on a logarithmic scale."""
+    """Whether values are sampled on a logarithmic scale."""
     step: PositiveInt = 1
-    """The distance of values from each other."""
+    """The distance between two values."""
     when: When = None
-    """Active only if each parameter named here has this value, or one of this list of values: `{optimizer: sgd}`."""
+    """When the parameter is active: other parameters and their values, such as `{optimizer: sgd}`. A list means any of its
+    values."""
     default: _ExactInt | None = None
-    """The value that earlier trials, made before this parameter was there, implicitly used. It takes effect with the import
-    of earlier trials, which is not built yet."""
+    """The value that trials used implicitly before this parameter was added. It has no effect yet: the import of earlier
+    trials is not built."""
 
     @model_validator(mode="after")
     def _check(self) -> IntRange:
@@ -189,11 +190,11 @@ class IntRange(Strict):
         return IntDistribution(self.low, self.high, log=self.log, step=self.step)
 
     def suggest(self, trial: optuna.Trial, name: str) -> Scalar:
-        """Draw for a trial of Optuna."""
+        """Return the value that Optuna suggests for a trial."""
         return trial.suggest_int(name, self.low, self.high, log=self.log, step=self.step)
 
     def sample(self, rng: random.Random) -> Scalar:
-        """Draw at random."""
+        """Return a random value."""
         if self.log:
             drawn = round(math.exp(rng.uniform(math.log(self.low), math.log(self.high))))
             return min(self.high, max(self.low, drawn))
@@ -201,38 +202,39 @@ class IntRange(Strict):
 
     @property
     def count(self) -> int:
-        """How many values there are in a grid."""
+        """The number of values in a grid."""
         return (self.high - self.low) // self.step + 1
 
     def grid_values(self) -> range:
-        """Return every integer of the range."""
+        """Return every value of the range."""
         return range(self.low, self.high + 1, self.step)
 
-    def takes(self, value: Scalar) -> bool:
-        """Tell whether this parameter can have a value."""
+    def contains(self, value: Scalar) -> bool:
+        """Return whether a value is one of this parameter's values."""
         if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
             return False
         return int(value) in self.grid_values()
 
 
-class FloatRange(Strict):
-    """A real number from low to high."""
+class FloatRange(StrictModel):
+    """A floating-point number from low to high, both included."""
 
     type: Literal["float"]
-    """A real number from low to high."""
+    """A floating-point number from low to high, both included."""
     low: _Finite
     """The lowest value."""
     high: _Finite
     """The highest value."""
     log: bool = False
-    """Whether values are drawn on a logarithmic scale."""
+    """Whether values are sampled on a logarithmic scale."""
     step: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """The distance of values from each other; without it the range is continuous."""
+    """The distance between two values; null means a continuous range."""
     when: When = None
-    """Active only if each parameter named here has this value, or one of this list of values: `{optimizer: sgd}`."""
+    """When the parameter is active: other parameters and their values, such as `{optimizer: sgd}`. A list means any of its
+    values."""
     default: _Finite | None = None
-    """The value that earlier trials, made before this parameter was there, implicitly used. It takes effect with the import
-    of earlier trials, which is not built yet."""
+    """The value that trials used implicitly before this parameter was added. It has no effect yet: the import of earlier
+    trials is not built."""
 
     @model_validator(mode="after")
     def _check(self) -> FloatRange:
@@ -247,11 +249,11 @@ class FloatRange(Strict):
         return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
 
     def suggest(self, trial: optuna.Trial, name: str) -> Scalar:
-        """Draw for a trial of Optuna."""
+        """Return the value that Optuna suggests for a trial."""
         return trial.suggest_float(name, self.low, self.high, log=self.log, step=self.step)
 
     def sample(self, rng: random.Random) -> Scalar:
-        """Draw at random."""
+        """Return a random value."""
         if self.log:
             return min(self.high, max(self.low, math.exp(rng.uniform(math.log(self.low), math.log(self.high)))))
         if self.step is not None and self.count is not None:
@@ -260,17 +262,17 @@ class FloatRange(Strict):
 
     @property
     def count(self) -> int | None:
-        """How many values there are in a grid, None for a continuous range."""
+        """The number of values in a grid; None for a continuous range."""
         return None if self.step is None else round((self.high - self.low) / self.step) + 1
 
     def grid_values(self) -> Sequence[Scalar]:
-        """Return the values of a stepped range; of a continuous one its ends."""
+        """Return every value of a range with a step; the two ends of a continuous range."""
         if self.step is None or self.count is None:
             return [self.low, self.high]
         return [min(self.high, self.low + i * self.step) for i in range(self.count)]
 
-    def takes(self, value: Scalar) -> bool:
-        """Tell whether this parameter can have a value."""
+    def contains(self, value: Scalar) -> bool:
+        """Return whether a value is one of this parameter's values."""
         if isinstance(value, bool) or not isinstance(value, int | float) or not self.low <= value <= self.high:
             return False
         return self.step is None or _is_whole((value - self.low) / self.step)
@@ -294,22 +296,24 @@ def _check_range(low: float, high: float, log: bool, step: float | None) -> None
 
 
 def _check_default(parameter: IntRange | FloatRange, default: float | None) -> None:
-    if default is not None and not parameter.takes(default):
+    if default is not None and not parameter.contains(default):
         step = "" if parameter.step in {None, 1} else f" in steps of {parameter.step}"
         text = f"{default} is not in the range from {parameter.low} to {parameter.high}{step}"
         raise InvalidValuesError((("default",), text))
 
 
 def _kind(raw: object) -> str:
+    """Return the tag of the union member: `raw` is YAML when a space is read, and a model when it is written."""
     if isinstance(raw, list):
         return "list"
     if isinstance(raw, Mapping):
         return "categorical" if "choices" in raw and "type" not in raw else str(raw.get("type"))
-    return str(getattr(raw, "type", "fixed"))  # a model on its way out, or a scalar on its way in
+    return str(getattr(raw, "type", "fixed"))
 
 
-def _wrap(name: str, written: Any) -> BeforeValidator:
-    return BeforeValidator(lambda raw: {name: raw}, json_schema_input_type=written)
+def _wrap(key: str, input_type: Any) -> BeforeValidator:
+    """Let a bare value stand for a mapping with one key."""
+    return BeforeValidator(lambda raw: {key: raw}, json_schema_input_type=input_type)
 
 
 Parameter = Annotated[
@@ -325,27 +329,27 @@ Parameter = Annotated[
 # --- all parameters of a space --------------------------------------------------------------------------------------
 
 
-def draw_order(parameters: Mapping[str, Parameter]) -> list[str]:
-    """Return the names so that each comes after those that its `when` names, and else in the order of the file."""
+def sampling_order(parameters: Mapping[str, Parameter]) -> list[str]:
+    """Return the names so that each follows the parameters in its `when`. Otherwise the order of the file is kept."""
     return topological_order({name: parameter.when or () for name, parameter in parameters.items()})
 
 
 def is_active(parameter: Parameter, params: Mapping[str, Scalar]) -> bool:
-    """Tell whether a parameter takes part, given the values of the active ones that come before it."""
-    for name, wanted in (parameter.when or {}).items():
+    """Return whether a parameter is active, given the values of the active parameters before it."""
+    for name, expected in (parameter.when or {}).items():
         if name not in params:
             return False
-        if not any(is_same(params[name], value) for value in (wanted if isinstance(wanted, list) else [wanted])):
+        if not any(is_same(params[name], value) for value in _as_list(expected)):
             return False
     return True
 
 
-def sample(parameters: Mapping[str, Parameter], rng: random.Random) -> Params:
-    """Return a configuration drawn at random.
+def sample_params(parameters: Mapping[str, Parameter], rng: random.Random) -> Params:
+    """Return a random configuration.
 
     Args:
-        parameters: in `draw_order`.
-        rng: what it is drawn with.
+        parameters: in `sampling_order`.
+        rng: the source of randomness.
     """
     params: Params = {}
     for name, parameter in parameters.items():
@@ -354,11 +358,11 @@ def sample(parameters: Mapping[str, Parameter], rng: random.Random) -> Params:
     return params
 
 
-def grid_points_of(parameters: Mapping[str, Parameter]) -> Iterator[Params]:
-    """Yield every configuration, the last parameter fastest; of a continuous range only the ends.
+def iterate_grid(parameters: Mapping[str, Parameter]) -> Iterator[Params]:
+    """Yield every configuration; the last parameter changes fastest. A continuous range contributes its two ends.
 
     Args:
-        parameters: in `draw_order`.
+        parameters: in `sampling_order`.
     """
     if all(parameter.when is None for parameter in parameters.values()):
         points = itertools.product(*(parameter.grid_values() for parameter in parameters.values()))
@@ -366,39 +370,43 @@ def grid_points_of(parameters: Mapping[str, Parameter]) -> Iterator[Params]:
         return
     items = list(parameters.items())
 
-    def below(i: int, params: Params) -> Iterator[Params]:
+    def extend(params: Params, i: int) -> Iterator[Params]:
         if i == len(items):
             yield params
             return
         name, parameter = items[i]
         if not is_active(parameter, params):
-            yield from below(i + 1, params)
+            yield from extend(params, i + 1)
             return
         for value in parameter.grid_values():
-            yield from below(i + 1, {**params, name: value})
+            yield from extend({**params, name: value}, i + 1)
 
-    yield from below(0, {})
+    yield from extend({}, 0)
 
 
-def check_when(parameters: Mapping[str, Parameter], known: Sequence[str]) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield (key path, text) for each `when` that names what is not there; the paths start at the parameter.
+def find_when_problems(parameters: Mapping[str, Parameter], names: Sequence[str]) -> Iterator[Problem]:
+    """Yield a problem for each `when` that names an unknown parameter, or a value that the parameter never has.
 
     Args:
-        parameters: those that are well by themselves.
-        known: the names of all that are written.
+        parameters: the valid parameters. The key paths of the problems start at their names.
+        names: the names of all parameters in the file, valid or not.
     """
     for name, parameter in parameters.items():
-        for other, wanted in (parameter.when or {}).items():
+        for other, expected in (parameter.when or {}).items():
             path = (name, "when", other)
-            if other not in known:
-                yield path, f"there is no parameter {other!r}, {nearest(other, [n for n in known if n != name])}"
+            if other not in names:
+                yield path, f"there is no parameter {other!r}, {nearest(other, [n for n in names if n != name])}"
             elif other in parameters:
-                for value in wanted if isinstance(wanted, list) else [wanted]:
-                    if not parameters[other].takes(value):
-                        yield path, f"{other} is never {value!r}{_values(parameters[other], value)}"
+                for value in _as_list(expected):
+                    if not parameters[other].contains(value):
+                        yield path, f"{other} is never {value!r}{_describe_values(parameters[other], value)}"
 
 
-def _values(parameter: Parameter, value: Scalar) -> str:
+def _as_list(expected: Scalar | list[Scalar]) -> list[Scalar]:
+    return expected if isinstance(expected, list) else [expected]
+
+
+def _describe_values(parameter: Parameter, value: Scalar) -> str:
     if isinstance(parameter, IntRange | FloatRange):
-        return f", it lies from {parameter.low} to {parameter.high}"
+        return f", its range is {parameter.low} to {parameter.high}"
     return f", {nearest(str(value), map(str, parameter.grid_values()))}"

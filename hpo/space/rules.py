@@ -1,7 +1,7 @@
-"""What must hold between the sections of a search space, each rule with its reason.
+"""Rules between the sections of a search space.
 
-A rule looks at sections that are well by themselves; where one of them is not, the rule is left out. So a file's mistakes
-are told all at once: those of single keys and those of keys that do not go together.
+A rule reads only valid sections. Where a section that it needs is invalid, the rule is skipped: the section's own problems
+are reported instead. This way one error message has all problems of a file.
 """
 
 from __future__ import annotations
@@ -17,12 +17,20 @@ from typing import Any
 
 from hpo.errors import nearest
 from hpo.space.command import find_command_mistakes
-from hpo.space.document import KeyPath, Problem
 from hpo.space.expressions import FUNCTIONS, Expression, ExpressionError, Formulas, find_cycle
-from hpo.space.parameters import FloatRange, IntRange, Parameter, check_when, draw_order, grid_points_of, sample
+from hpo.space.messages import KeyPath, Problem
+from hpo.space.parameters import (
+    FloatRange,
+    IntRange,
+    Parameter,
+    find_when_problems,
+    iterate_grid,
+    sample_params,
+    sampling_order,
+)
 
-MAX_GRID = 100_000  # configurations
-SAMPLES = 1000  # random configurations on which constraints and derived values are tried
+MAX_GRID_POINTS = 100_000
+RANDOM_POINTS = 1000  # tried against constraints and derived values
 NOT_BUILT = {
     ("objectives",): "several objectives are not built yet: give one `metric` and `direction`",
     ("warm_start",): "learning from earlier studies is not built yet: leave warm_start out",
@@ -31,145 +39,146 @@ NOT_BUILT = {
 
 
 class _InvalidSectionError(Exception):
-    """A rule needs a section that has mistakes of its own."""
+    """A rule needs a section that is invalid."""
 
 
 @dataclass(frozen=True)
-class Draft:
-    """What of a space is well by itself.
+class ValidSections:
+    """The valid sections of a search space that may be invalid as a whole.
 
     Attributes:
-        given: {section: value} as the models hold it; of `parameters` those that are well.
-        written: {key: value} as it was written, to know what is there at all.
+        values: {section: value}, values as in `Space`. Of `parameters`, the valid ones.
+        data: {section: value} as in the file, to know which keys are present.
     """
 
-    given: Mapping[str, Any]
-    written: Mapping[str, Any]
+    values: Mapping[str, Any]
+    data: Mapping[str, Any]
 
     def __getitem__(self, section: str) -> Any:
-        if section not in self.given:
+        if section not in self.values:
             raise _InvalidSectionError
-        return self.given[section]
+        return self.values[section]
 
     def names(self, section: str = "parameters") -> list[str]:
-        """Return the names of all parameters, or derived values, also of those with mistakes."""
-        written = self.written.get(section)
-        return list(written) if isinstance(written, Mapping) else []
+        """Return the names in `parameters` or `derived`, including invalid ones."""
+        names = self.data.get(section)
+        return list(names) if isinstance(names, Mapping) else []
 
     def all_parameters(self) -> dict[str, Parameter]:
-        """Return the parameters in an order to draw them in, if every one is well."""
+        """Return all parameters in sampling order. Every one must be valid."""
         parameters: dict[str, Parameter] = self["parameters"]
-        if set(self.names()) != set(parameters) or any(_conditions_hold_together(self)):
+        if set(self.names()) != set(parameters) or any(_conditions_are_consistent(self)):
             raise _InvalidSectionError
-        return {name: parameters[name] for name in draw_order(parameters)}
+        return {name: parameters[name] for name in sampling_order(parameters)}
 
 
-Rule = Callable[[Draft], Iterator[Problem]]
+Rule = Callable[[ValidSections], Iterator[Problem]]
 
 
-def check_rules(draft: Draft) -> list[Problem]:
-    """Return what is wrong between the sections of a space."""
+def check_rules(sections: ValidSections) -> list[Problem]:
+    """Return the problems between the sections of a space."""
     found: list[Problem] = []
     for rule in RULES:
         with suppress(_InvalidSectionError):
-            found += rule(draft)
+            found += rule(sections)
     return found
 
 
 # --- samplers and schedulers ----------------------------------------------------------------------------------------
 
 
-def _grid_is_finite(draft: Draft) -> Iterator[Problem]:
-    if draft["sampler"].name != "grid":
+def _grid_is_finite(sections: ValidSections) -> Iterator[Problem]:
+    if not sections["sampler"].is_grid:
         return
-    counts = {name: parameter.count for name, parameter in draft["parameters"].items()}
+    counts = {name: parameter.count for name, parameter in sections["parameters"].items()}
     for name, count in counts.items():
         if count is None:
             yield (
                 ("parameters", name),
-                "sampler grid needs finitely many values, and this range is continuous: give a list or a step, or take "
+                "sampler grid needs finitely many values, and this range is continuous: give a list or a step, or use "
                 "sampler random or tpe",
             )
     points = math.prod(count or 1 for count in counts.values())
-    if points > MAX_GRID and max(count or 1 for count in counts.values()) <= MAX_GRID:
-        parameters = draft.all_parameters()
-        if any(parameter.when for parameter in parameters.values()):  # then there are fewer
-            points = sum(1 for _ in itertools.islice(grid_points_of(parameters), MAX_GRID + 1))
-    if points > MAX_GRID:
+    if points > MAX_GRID_POINTS and max(count or 1 for count in counts.values()) <= MAX_GRID_POINTS:
+        parameters = sections.all_parameters()
+        if any(parameter.when for parameter in parameters.values()):  # the product of the counts is an upper bound
+            points = sum(1 for _ in itertools.islice(iterate_grid(parameters), MAX_GRID_POINTS + 1))
+    if points > MAX_GRID_POINTS:
         yield (
             ("parameters",),
-            f"this grid has more than {MAX_GRID} configurations: give fewer values, or take sampler random or tpe",
+            f"this grid has more than {MAX_GRID_POINTS} configurations: give fewer values, or use sampler random or tpe",
         )
 
 
-def _search_ends(draft: Draft) -> Iterator[Problem]:
-    sampler, budget = draft["sampler"], draft["budget"]
-    if sampler.name != "grid" and budget.trials is None and budget.time is None and budget.gpu_hours is None:
-        yield ("sampler",), f"sampler {sampler.name} never ends by itself: give budget.trials or budget.time"
+def _search_ends(sections: ValidSections) -> Iterator[Problem]:
+    sampler, budget = sections["sampler"], sections["budget"]
+    if not sampler.is_grid and budget.trials is None and budget.time is None and budget.gpu_hours is None:
+        yield ("sampler",), f"sampler {sampler.name} never ends: give budget.trials or budget.time"
 
 
-def _sampler_fits(draft: Draft) -> Iterator[Problem]:
-    name, parameters = draft["sampler"].name, draft["parameters"]
+def _sampler_fits_parameters(sections: ValidSections) -> Iterator[Problem]:
+    sampler, parameters = sections["sampler"], sections["parameters"]
     conditional = [name for name, parameter in parameters.items() if parameter.when]
-    if name in {"qmc", "cmaes", "gp"} and conditional:
+    if conditional and not sampler.allows_conditions:
         yield (
             ("sampler",),
-            f"{name} draws all parameters jointly and cannot leave out {conditional[0]}, which depends on another one by "
-            "`when`: take sampler tpe, random or nsga2",
+            f"{sampler.name} samples all parameters jointly and cannot leave out {conditional[0]}, which depends on another "
+            "parameter by `when`: use sampler tpe, random or nsga2",
         )
-    if name == "tpe" and draft["sampler"].group and draft["sampler"].multivariate is False:
-        yield ("sampler", "group"), "group is a kind of multivariate draw: leave multivariate out, or set it to true"
-    if name == "cmaes":
-        everything = draft.all_parameters().values()
+    if sampler.needs_range:
+        everything = sections.all_parameters().values()
         if not any(isinstance(p, IntRange | FloatRange) and p.low < p.high for p in everything):
-            yield ("sampler",), "cmaes learns int and float ranges, and there is none: take sampler tpe, or grid"
+            yield (
+                ("sampler",),
+                f"{sampler.name} needs an int or float range, and there is none: use sampler tpe or grid",
+            )
 
 
-def _scheduler_has_room(draft: Draft) -> Iterator[Problem]:
-    scheduler, max_epochs = draft["scheduler"], draft["max_epochs"]
-    if scheduler.name == "pbt":
-        yield ("scheduler",), "pbt is not built yet: take asha, hyperband or median"
-    elif scheduler.name != "none" and max_epochs == 1:
+def _scheduler_has_room(sections: ValidSections) -> Iterator[Problem]:
+    scheduler, max_epochs = sections["scheduler"], sections["max_epochs"]
+    if not scheduler.is_built:
+        yield ("scheduler",), f"{scheduler.name} is not built yet: use asha, hyperband or median"
+    elif scheduler.stops_trials_early and max_epochs == 1:
         yield (
             ("scheduler",),
             f"{scheduler.name} stops trials between epochs, but max_epochs is 1: leave the scheduler out",
         )
-    elif scheduler.name != "none" and scheduler.grace_period >= max_epochs:
+    elif scheduler.stops_trials_early and scheduler.grace_period >= max_epochs:
         yield (
             ("scheduler", "grace_period"),
-            f"scheduler {scheduler.name} has no room: grace_period {scheduler.grace_period} must be below max_epochs "
-            f"{max_epochs}",
+            f"scheduler {scheduler.name} never stops a trial: grace_period {scheduler.grace_period} must be below "
+            f"max_epochs {max_epochs}",
         )
-    if scheduler.name == "median" and "reduction_factor" in scheduler.model_fields_set:
-        yield ("scheduler", "reduction_factor"), "median has no reduction_factor: leave it out"
+    if not scheduler.uses_reduction_factor and "reduction_factor" in scheduler.model_fields_set:
+        yield ("scheduler", "reduction_factor"), f"{scheduler.name} has no reduction_factor: leave it out"
 
 
 # --- parameters, constraints and derived values ---------------------------------------------------------------------
 
 
-def _names_are_identifiers(draft: Draft) -> Iterator[Problem]:
+def _names_are_identifiers(sections: ValidSections) -> Iterator[Problem]:
     for section in ("parameters", "derived"):
-        for name in draft.names(section):
+        for name in sections.names(section):
             if not name.isidentifier():
                 yield (section, name), f"a name is a Python identifier, got {name!r}"
-    for name in draft.names("derived"):
-        if name in draft.names() or name == "max_epochs":
+    for name in sections.names("derived"):
+        if name in sections.names() or name == "max_epochs":
             yield ("derived", name), "another value has this name already"
 
 
-def _conditions_hold_together(draft: Draft) -> Iterator[Problem]:
-    parameters, names = draft["parameters"], draft.names()
-    yield from ((("parameters", *path), text) for path, text in check_when(parameters, names))
-    circle = find_cycle({name: parameter.when or () for name, parameter in parameters.items()})
-    if circle:
-        yield ("parameters", circle[0], "when"), f"in a circle each depends on the next: {' -> '.join(circle)}"
+def _conditions_are_consistent(sections: ValidSections) -> Iterator[Problem]:
+    parameters, names = sections["parameters"], sections.names()
+    yield from ((("parameters", *path), text) for path, text in find_when_problems(parameters, names))
+    cycle = find_cycle({name: parameter.when or () for name, parameter in parameters.items()})
+    if cycle:
+        yield ("parameters", cycle[0], "when"), f"the conditions form a cycle: {' -> '.join(cycle)}"
 
 
-def _expressions_are_known(draft: Draft) -> Iterator[Problem]:
-    texts = [(("constraints", i), text) for i, text in enumerate(draft["constraints"])]
-    texts += [(("derived", name), text) for name, text in draft["derived"].items()]
-    known = [*draft.names(), *draft["derived"], "max_epochs"]
-    needs: dict[str, frozenset[str]] = {}
+def _expressions_are_valid(sections: ValidSections) -> Iterator[Problem]:
+    texts = [(("constraints", i), text) for i, text in enumerate(sections["constraints"])]
+    texts += [(("derived", name), text) for name, text in sections["derived"].items()]
+    known = [*sections.names(), *sections["derived"], "max_epochs"]
+    dependencies: dict[str, frozenset[str]] = {}
     for path, text in texts:
         try:
             expression = Expression(text)
@@ -180,72 +189,73 @@ def _expressions_are_known(draft: Draft) -> Iterator[Problem]:
             hint = "it is a function" if name in FUNCTIONS else nearest(name, [n for n in known if n != path[1]])
             yield path, f"there is no parameter {name!r}, {hint}"
         if path[0] == "derived":
-            needs[str(path[1])] = expression.names
+            dependencies[str(path[1])] = expression.names
         elif not expression.is_condition:
             yield path, f"a constraint is a comparison such as lr <= 0.1, got {text!r}"
-    circle = find_cycle(needs)
-    if circle:
-        yield ("derived", circle[0]), f"in a circle each is derived from the next: {' -> '.join(circle)}"
+    cycle = find_cycle(dependencies)
+    if cycle:
+        yield ("derived", cycle[0]), f"the derived values form a cycle: {' -> '.join(cycle)}"
 
 
-def _some_configuration_is_left(draft: Draft) -> Iterator[Problem]:
-    """Try constraints and derived values: on the points of a grid, else on random configurations."""
-    parameters = draft.all_parameters()
-    if not draft["constraints"] and not draft["derived"]:
+def _some_configuration_is_valid(sections: ValidSections) -> Iterator[Problem]:
+    """Try constraints and derived values on the points of a grid, or else on random configurations."""
+    parameters = sections.all_parameters()
+    if not sections["constraints"] and not sections["derived"]:
         return
-    if any(_expressions_are_known(draft)) or any(_names_are_identifiers(draft)) or any(_grid_is_finite(draft)):
+    earlier_rules = (_expressions_are_valid, _names_are_identifiers, _grid_is_finite)
+    if any(any(rule(sections)) for rule in earlier_rules):
         return
-    formulas = Formulas(draft["constraints"], draft["derived"], draft["max_epochs"])
-    is_grid = draft["sampler"].name == "grid"
+    formulas = Formulas(sections["constraints"], sections["derived"], sections["max_epochs"])
+    is_grid = sections["sampler"].is_grid
     rng = random.Random(0)
-    points = grid_points_of(parameters) if is_grid else (sample(parameters, rng) for _ in range(SAMPLES))
-    tried = "no configuration of the grid" if is_grid else f"none of {SAMPLES} random configurations"
-    times: Counter[KeyPath] = Counter()
+    points = iterate_grid(parameters) if is_grid else (sample_params(parameters, rng) for _ in range(RANDOM_POINTS))
+    tried = "no configuration of the grid" if is_grid else f"none of {RANDOM_POINTS} random configurations"
+    times_violated: Counter[KeyPath] = Counter()
     texts: dict[KeyPath, str] = {}
     count = 0
     for point in points:
-        broken = formulas.broken(point)
-        if not broken:
+        violations = formulas.violations(point)
+        if not violations:
             return
-        times.update(path for path, _ in broken)
-        texts.update(broken)
+        times_violated.update(path for path, _ in violations)
+        texts.update(violations)
         count += 1
-    never = [path for path, n in times.items() if n == count]
-    for path in never:
-        yield path, f"{tried} is possible with it: {texts[path]}"
-    if not never:
+    always_violated = [path for path, times in times_violated.items() if times == count]
+    for path in always_violated:
+        yield path, f"{tried} meets it: {texts[path]}"
+    if not always_violated:
         yield ("constraints",), f"{tried} meets all of them together"
 
 
-def _command_is_complete(draft: Draft) -> Iterator[Problem]:
-    if draft["command"] is None:
+def _command_is_complete(sections: ValidSections) -> Iterator[Problem]:
+    if sections["command"] is None:
         return
-    if "trainable" in draft.written:
+    if "trainable" in sections.data:
         yield ("command",), "give either command or trainable, not both"
-    for text in find_command_mistakes(draft["command"], [*draft.names(), *draft.names("derived")]):
+    for text in find_command_mistakes(sections["command"], [*sections.names(), *sections.names("derived")]):
         yield ("command",), text
 
 
-def _nothing_is_ignored(draft: Draft) -> Iterator[Problem]:
+def _everything_is_built(sections: ValidSections) -> Iterator[Problem]:
     for path, text in NOT_BUILT.items():
-        value: Any = draft.written
+        value: Any = sections.data
         for key in path:
             value = value.get(key) if isinstance(value, Mapping) else None
         if value:
             yield path, text
-    if draft["replicates"] > 1:
-        yield ("replicates",), "several seeds a configuration are not built yet: leave replicates at 1"
+    if sections["replicates"] > 1:
+        yield ("replicates",), "several seeds for each configuration are not built yet: leave replicates at 1"
 
 
 RULES: tuple[Rule, ...] = (
     _grid_is_finite,
     _search_ends,
-    _sampler_fits,
+    _sampler_fits_parameters,
     _scheduler_has_room,
     _names_are_identifiers,
-    _conditions_hold_together,
-    _expressions_are_known,
-    _some_configuration_is_left,
+    _conditions_are_consistent,
+    _expressions_are_valid,
+    _some_configuration_is_valid,
     _command_is_complete,
-    _nothing_is_ignored,
+    _everything_is_built,
 )

@@ -1,116 +1,146 @@
-"""The sections of a search space beside its parameters: sampler, scheduler, data, budget, resources.
+"""The sections of a search space other than its parameters: sampler, scheduler, data, budget, resources.
 
-A sampler's keys are the arguments of Optuna's own sampler of that name, with Optuna's defaults.
+A sampler's keys are the arguments of the Optuna sampler with that name. They have Optuna's defaults, except that qmc
+scrambles its sequence. What the rest of the program needs to know about a sampler or a scheduler is a property here, so that
+no other module compares names.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, PositiveInt
+from pydantic import BeforeValidator, Discriminator, Field, PositiveInt, model_validator
 
-from hpo.space.parameters import Strict
+from hpo.space.messages import InvalidValuesError
+from hpo.space.parameters import StrictModel
 
 Probability = Annotated[float, Field(ge=0, le=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy takes no more
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy's limit
 
 # --- samplers -----------------------------------------------------------------------------------------------------
 
 
-class _Sampler(Strict):
+class _Sampler(StrictModel):
+    is_grid: ClassVar[bool] = False  # tries a finite list of configurations
+    learns: ClassVar[bool] = False  # the next configuration depends on earlier results
+    allows_conditions: ClassVar[bool] = True  # can leave out inactive parameters
+    needs_range: ClassVar[bool] = False  # needs an int or float range with more than one value
+
     name: str
-    """Which points are tried."""
+    """The algorithm that chooses the configurations."""
     seed: Seed | None = None
-    """Of the draws; without it, the space's own seed."""
+    """The seed of the sampler; null means the seed of the space."""
 
     @property
     def options(self) -> dict[str, Any]:
-        """The arguments of Optuna's sampler, but for the seed."""
+        """The arguments of Optuna's sampler, except for the seed."""
         return self.model_dump(exclude={"name", "seed"}, exclude_none=True)
 
 
 class GridSampler(_Sampler):
     """Every combination of the values."""
 
+    is_grid = True
+
     name: Literal["grid"]
     """Every combination of the values."""
 
 
 class RandomSampler(_Sampler):
-    """Independent draws."""
+    """Independent random values."""
 
     name: Literal["random"]
-    """Independent draws."""
+    """Independent random values."""
 
 
 class QMCSampler(_Sampler):
-    """Draws that cover the space more evenly than random ones."""
+    """A quasi-Monte Carlo sequence, which covers the space more evenly than random values."""
+
+    allows_conditions = False
 
     name: Literal["qmc"]
-    """Draws that cover the space more evenly than random ones (quasi-Monte Carlo)."""
+    """A quasi-Monte Carlo sequence, which covers the space more evenly than random values."""
     qmc_type: Literal["sobol", "halton"] = "sobol"
     """The sequence."""
     scramble: bool = True
-    """Whether the sequence is randomized by the seed."""
+    """Whether the seed randomizes the sequence."""
 
 
 class TPESampler(_Sampler):
-    """Bayesian optimization by Parzen estimators; the choice where you have none."""
+    """Bayesian optimization with tree-structured Parzen estimators; a good first choice."""
+
+    learns = True
 
     name: Literal["tpe"]
-    """Bayesian optimization by Parzen estimators; the choice where you have none."""
+    """Bayesian optimization with tree-structured Parzen estimators; a good first choice."""
     n_startup_trials: Annotated[int, Field(ge=0)] = 10
-    """Random draws before it starts to learn."""
+    """Random trials before the sampler learns."""
     n_ei_candidates: PositiveInt = 24
-    """Candidates from which each draw is chosen."""
+    """Candidates from which each value is chosen."""
     multivariate: bool | None = None
-    """Whether parameters are drawn jointly; without it, Optuna decides."""
+    """Whether parameters are sampled jointly; null leaves it to Optuna."""
     group: bool | None = None
-    """Whether parameters that are active together are drawn jointly; without it, only where a parameter has `when`."""
+    """Whether parameters that are active together are sampled jointly; null means only where a parameter has `when`."""
     constant_liar: bool = True
-    """Whether running trials keep others away from their points."""
+    """Whether the sampler avoids the configurations of running trials."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TPESampler:
+        if self.group and self.multivariate is False:
+            text = "group needs multivariate sampling: leave multivariate out, or set it to true"
+            raise InvalidValuesError((("group",), text))
+        return self
 
 
 class GPSampler(_Sampler):
-    """Bayesian optimization by a Gaussian process; for few and dear trials. It learns from completed trials alone."""
+    """Bayesian optimization with a Gaussian process, for few and expensive trials. It learns only from completed trials."""
+
+    learns = True
+    allows_conditions = False
 
     name: Literal["gp"]
-    """Bayesian optimization by a Gaussian process; for few and dear trials. It learns from completed trials alone."""
+    """Bayesian optimization with a Gaussian process, for few and expensive trials. It learns only from completed trials."""
     n_startup_trials: Annotated[int, Field(ge=0)] = 10
-    """Random draws before it starts to learn."""
+    """Random trials before the sampler learns."""
     deterministic_objective: bool = False
     """Whether the same parameters always give the same value."""
 
 
 class CmaEsSampler(_Sampler):
-    """Evolution of a normal distribution, for int and float ranges; choices are drawn at random beside it."""
+    """CMA-ES, an evolution strategy for int and float ranges. Choices are sampled at random."""
+
+    learns = True
+    allows_conditions = False
+    needs_range = True
 
     name: Literal["cmaes"]
-    """Evolution of a normal distribution, for int and float ranges; choices are drawn at random beside it."""
+    """CMA-ES, an evolution strategy for int and float ranges. Choices are sampled at random."""
     n_startup_trials: Annotated[int, Field(ge=0)] = 1
-    """Random draws before it starts to learn."""
+    """Random trials before the sampler learns."""
     popsize: Annotated[int, Field(ge=5)] | None = None
-    """Trials of a generation; without it, by the number of parameters."""
+    """Trials in a generation; null derives it from the number of parameters."""
     consider_pruned_trials: bool = False
-    """Whether it also learns from trials that the scheduler stopped."""
+    """Whether the sampler also learns from pruned trials."""
     with_margin: bool = False
-    """Whether integers and steps are kept from getting stuck on one value."""
+    """Whether integers and steps get a margin, which keeps them from converging to one value too early."""
 
 
 class NSGAIISampler(_Sampler):
-    """A genetic algorithm."""
+    """NSGA-II, a genetic algorithm."""
+
+    learns = True
 
     name: Literal["nsga2"]
-    """A genetic algorithm."""
+    """NSGA-II, a genetic algorithm."""
     population_size: Annotated[int, Field(ge=2)] = 50
-    """Trials of a generation."""
+    """Trials in a generation."""
     mutation_prob: Probability | None = None
-    """How likely a parameter mutates; without it, 1 / number of parameters."""
+    """The probability that a parameter mutates; null means 1 / number of parameters."""
     crossover_prob: Probability = 0.9
-    """How likely a child has two parents."""
+    """The probability that a child has two parents."""
     swapping_prob: Probability = 0.5
-    """How likely a parameter is taken from the second parent."""
+    """The probability that a child takes a parameter from its second parent."""
 
 
 Sampler = Annotated[
@@ -119,55 +149,70 @@ Sampler = Annotated[
 ]
 
 
-def _named(raw: object) -> object:
+def _expand_name(raw: object) -> object:
     """Let `tpe` stand for `{name: tpe}`."""
     return {"name": raw} if isinstance(raw, str) else raw
 
 
 _SamplerName = Literal["grid", "random", "qmc", "tpe", "gp", "cmaes", "nsga2"]
-NamedSampler = Annotated[Sampler, BeforeValidator(_named, json_schema_input_type=_SamplerName | Sampler)]
+NamedSampler = Annotated[Sampler, BeforeValidator(_expand_name, json_schema_input_type=_SamplerName | Sampler)]
 
 # --- the scheduler ------------------------------------------------------------------------------------------------
 
 _SchedulerName = Literal["none", "asha", "hyperband", "median", "pbt"]
 
 
-class Scheduler(Strict):
-    """Which trials are stopped early. Epochs are the resource."""
+class Scheduler(StrictModel):
+    """The algorithm that stops trials early. Its resource is the epoch."""
 
     name: _SchedulerName = "none"
-    """none, asha (successive halving), hyperband, median; pbt is not built yet."""
+    """none, asha (successive halving), hyperband or median; pbt is not built yet."""
     grace_period: PositiveInt = 1
-    """Epochs that each trial gets."""
+    """Epochs before a trial may be stopped."""
     reduction_factor: Annotated[int, Field(ge=2)] = 3
-    """asha and hyperband: one in so many trials goes on to so many times the epochs."""
+    """asha and hyperband: one in so many trials continues, to so many times the epochs."""
+
+    @property
+    def stops_trials_early(self) -> bool:
+        """Whether the scheduler may stop a trial before its last epoch."""
+        return self.name != "none"
+
+    @property
+    def is_built(self) -> bool:
+        """Whether this version can run the scheduler."""
+        return self.name != "pbt"
+
+    @property
+    def uses_reduction_factor(self) -> bool:
+        """Whether `reduction_factor` has an effect."""
+        return self.name != "median"
 
 
-NamedScheduler = Annotated[Scheduler, BeforeValidator(_named, json_schema_input_type=_SchedulerName | Scheduler)]
+NamedScheduler = Annotated[Scheduler, BeforeValidator(_expand_name, json_schema_input_type=_SchedulerName | Scheduler)]
 
-# --- what it is trained on, and until when ------------------------------------------------------------------------
+# --- data, budget, resources --------------------------------------------------------------------------------------
 
 
-class Data(Strict):
-    """Which images are trained and validated on; `hpo.train.data` knows the data sets."""
+class Data(StrictModel):
+    """The images for training and validation. `hpo.train.data` knows the data sets."""
 
     dataset: str = "fashion_mnist"
-    """The data set's name."""
-    train_samples: Annotated[int, Field(ge=2)] | None = None  # batch norm cannot train on one
-    """How many images are trained on; null for all."""
+    """The name of the data set."""
+    train_samples: Annotated[int, Field(ge=2)] | None = None  # batch norm cannot train on one image
+    """Images for training; null means all."""
     val_samples: PositiveInt = 5000
-    """How many images, held out of the training set, are validated on."""
+    """Images held out of the training set for validation."""
 
 
 _DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", re.ASCII)
 
 
-def _seconds(raw: object) -> object:
+def _parse_duration(raw: object) -> object:
     if not isinstance(raw, str):
         return raw
     match = _DURATION.fullmatch(raw)
     if not raw or match is None or len(raw) > 40:
-        raise ValueError(f"a duration is written like 90s, 30m, 4h or 1d12h, got {raw[:40]!r}")
+        raise ValueError(f"write a duration like 90s, 30m, 4h or 1d12h, got {raw[:40]!r}")
     days, hours, minutes, seconds = (int(group or 0) for group in match.groups())
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
@@ -176,37 +221,37 @@ Seconds = Annotated[
     float,
     Field(gt=0, allow_inf_nan=False),
     BeforeValidator(
-        _seconds,
+        _parse_duration,
         json_schema_input_type=Annotated[float, Field(gt=0)]
         | Annotated[str, Field(pattern=r"^(?=.)(\d+d)?(\d+h)?(\d+m)?(\d+s)?$")],
     ),
 ]
 
 
-class Budget(Strict):
-    """Where the search ends."""
+class Budget(StrictModel):
+    """The limits at which the search ends."""
 
     trials: PositiveInt | None = None
     """Number of trials."""
     time: Seconds | None = None
-    """Wall-clock time that the study has been run, over all its runs: 90s, 30m, 4h, 1d12h, or seconds."""
+    """Wall-clock time of the study, summed over its runs: 90s, 30m, 4h, 1d12h, or seconds."""
     gpu_hours: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """GPU-hours; not built yet."""
 
 
-class Resources(Strict):
-    """What one trial takes. auto: one GPU where there are GPUs, else an equal share of the cores."""
+class Resources(StrictModel):
+    """The resources of one trial. auto means one GPU where there are GPUs, otherwise an equal share of the cores."""
 
     cpu: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] = "auto"
-    """Cores of a trial."""
+    """CPU cores for each trial."""
     gpu: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"] = "auto"
-    """GPUs of a trial; 0.5 lets two trials share one."""
+    """GPUs for each trial; with 0.5, two trials share a GPU. auto measures how many trials can share one."""
 
 
-class Objective(Strict):
+class Objective(StrictModel):
     """One of several objectives; not built yet."""
 
     metric: str
-    """The metric's name."""
+    """The name of the metric."""
     direction: Literal["maximize", "minimize"] = "maximize"
-    """Whether more is better."""
+    """Whether a higher or a lower value is better."""

@@ -1,4 +1,4 @@
-"""Constraints and derived values: what may be written, what it is worth, and that nothing else is run."""
+"""Constraints and derived values: what is allowed, how it is evaluated, and that nothing else is ever executed."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ VALUES = {"lr": 0.1, "batch_size": 64, "optimizer": "sgd", "nesterov": True}
         ("sqrt(16) + log(exp(1)) + log2(8) + log10(100) + floor(1.5) + ceil(1.5)", 13.0),
     ],
 )
-def test_an_expression_is_worth_what_python_says(text: str, value: object) -> None:
+def test_an_expression_has_the_value_that_python_gives_it(text: str, value: object) -> None:
     result = Expression(text).evaluate(VALUES)
     assert result == pytest.approx(value)
     assert type(result) is type(value)
 
 
-def test_an_expression_knows_the_values_it_needs_and_whether_it_is_a_condition() -> None:
+def test_an_expression_knows_its_names_and_whether_it_is_a_condition() -> None:
     assert Expression("max(lr, w) * batch_size").names == {"lr", "w", "batch_size"}
     assert Expression("not lr").is_condition
     assert not Expression("lr + 1").is_condition
@@ -70,7 +70,7 @@ def test_an_expression_knows_the_values_it_needs_and_whether_it_is_a_condition()
         "...",
     ],
 )
-def test_what_is_no_arithmetic_is_refused_when_it_is_read(text: str) -> None:
+def test_anything_but_arithmetic_is_refused_before_evaluation(text: str) -> None:
     with pytest.raises(ExpressionError):
         Expression(text)
 
@@ -80,7 +80,7 @@ def test_what_is_no_arithmetic_is_refused_when_it_is_read(text: str) -> None:
     ["1 / (lr - lr)", "log(0)", "lr < optimizer", "1e308 * 10", "(-8) ** 0.5", "9 ** 9 ** 9 ** 9", "'%9999999999d' % 1",
      "'a' * 10 ** 9", "min", "10 ** 1000 ** 3", "sqrt(-1)", "int('x')"],
 )  # fmt: skip
-def test_what_has_no_finite_value_is_an_error_at_once(text: str) -> None:
+def test_an_expression_without_a_finite_value_is_an_error_and_fails_fast(text: str) -> None:
     expression = Expression(text)
     started = time.perf_counter()
     with pytest.raises(ExpressionError):
@@ -88,7 +88,7 @@ def test_what_has_no_finite_value_is_an_error_at_once(text: str) -> None:
     assert time.perf_counter() - started < 1
 
 
-def test_the_deepest_expression_is_evaluated() -> None:
+def test_the_most_deeply_nested_expression_is_evaluated() -> None:
     assert Expression("-" * (MAX_LENGTH - 1) + "1").evaluate({}) == -1
     assert Expression("1" + "+1" * (MAX_LENGTH // 2 - 1)).evaluate({}) == MAX_LENGTH // 2
 
@@ -98,24 +98,24 @@ def test_derived_values_may_use_each_other_in_any_order() -> None:
     assert formulas.derive({"lr": 0.5}) == {"a": 1.0, "b": 10.0, "c": 11.0}
 
 
-def test_what_needs_an_inactive_parameter_does_not_apply() -> None:
+def test_a_formula_with_an_inactive_parameter_does_not_apply() -> None:
     formulas = Formulas(["momentum < 0.5", "lr < 1"], {"decay": "1 - momentum", "twice": "2 * decay"}, max_epochs=1)
     assert formulas.derive({"lr": 0.1}) == {}
-    assert formulas.broken({"lr": 0.1}) == []
-    assert formulas.broken({"lr": 2, "momentum": 0.75}) == [
+    assert formulas.violations({"lr": 0.1}) == []
+    assert formulas.violations({"lr": 2, "momentum": 0.75}) == [
         (("constraints", 0), "momentum < 0.5"),
         (("constraints", 1), "lr < 1"),
     ]
     assert formulas.derive({"lr": 0.1, "momentum": 0.75}) == {"decay": 0.25, "twice": 0.5}
 
 
-def test_a_configuration_without_a_value_is_broken_not_an_error() -> None:
+def test_a_formula_that_cannot_be_computed_is_a_violation() -> None:
     formulas = Formulas(["1 / lr > 1"], {"x": "log(lr - 1)"}, max_epochs=1)
-    assert "cannot be computed" in formulas.broken({"lr": 0.5})[0][1]
-    assert "division" in Formulas(["1 / lr > 1"], {}, max_epochs=1).broken({"lr": 0})[0][1]
+    assert "cannot be computed" in formulas.violations({"lr": 0.5})[0][1]
+    assert "division" in Formulas(["1 / lr > 1"], {}, max_epochs=1).violations({"lr": 0})[0][1]
 
 
-def test_names_are_sorted_by_need_and_circles_found() -> None:
+def test_names_are_sorted_topologically_and_cycles_are_found() -> None:
     assert topological_order({"a": ["c"], "b": [], "c": ["b", "elsewhere"]}) == ["b", "c", "a"]
     assert topological_order({"b": [], "a": []}) == ["b", "a"]
     assert find_cycle({"a": ["b"], "b": ["a"], "c": []}) == ["a", "b", "a"]

@@ -1,25 +1,21 @@
-"""What is drawn and what a grid holds where parameters depend on each other."""
+"""Sampling and grids, also where parameters depend on each other."""
 
 from __future__ import annotations
 
 import json
 import random
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
 
 from hpo.errors import SpaceError
-from hpo.space.model import Space, load_space
-from hpo.space.parameters import sample
-
-Make = Callable[..., Space]
+from hpo.space.parameters import is_same, sample_params
+from tests.space.conftest import Load
 
 CHAIN = {
-    # Declared before what they depend on: the order of the file does not matter.
+    # Each is declared before the parameters that it depends on: the order of the file does not matter.
     "nesterov": {"choices": [True, False], "when": {"momentum": [0.5, 0.9]}},
     "momentum": {"type": "categorical", "choices": [0, 0.5, 0.9], "when": {"optimizer": "sgd"}},
     "optimizer": ["sgd", "adam", "adamw"],
@@ -34,36 +30,25 @@ CHAIN = {
 }
 
 
-@pytest.fixture
-def make(tmp_path: Path) -> Make:
-    def make(parameters: dict[str, Any], **more: Any) -> Space:
-        path = tmp_path / "space.yaml"
-        fields = {"sampler": "random", "max_epochs": 4, "budget": {"trials": 9}, "parameters": parameters}
-        path.write_text(json.dumps(fields | more))
-        return load_space(str(path))
-
-    return make
-
-
 def is_consistent(params: dict[str, Any]) -> bool:
-    """Whether exactly the active parameters of CHAIN are there, said in another way than the code does."""
-    wanted = {"optimizer", "big"}
+    """Return whether exactly the active parameters of CHAIN are present. This is independent of the code under test."""
+    expected = {"optimizer", "big"}
     if params["optimizer"] == "sgd":
-        wanted |= {"momentum"} | ({"nesterov"} if params["momentum"] > 0 else set())
+        expected |= {"momentum"} | ({"nesterov"} if params["momentum"] > 0 else set())
     elif params["big"] is True:
-        wanted |= {"beta"}
-    return set(params) == wanted
+        expected |= {"beta"}
+    return set(params) == expected
 
 
-def test_a_grid_expands_only_where_a_parameter_is_active(make: Make) -> None:
-    points = list(make(CHAIN, sampler="grid").grid())
+def test_a_grid_varies_a_parameter_only_where_it_is_active(make: Load) -> None:
+    points = list(make(CHAIN, sampler="grid").grid_points())
     assert all(map(is_consistent, points))
     # sgd: big x (momentum 0 | two momenta x nesterov); adam and adamw: two betas if big, else none.
     assert len(points) == 2 * (1 + 2 * 2) + 2 * (2 + 1)
     assert len({json.dumps(point, sort_keys=True) for point in points}) == len(points)
 
 
-def test_a_draw_has_the_active_parameters_and_no_others(make: Make) -> None:
+def test_a_trial_has_exactly_the_active_parameters(make: Load) -> None:
     space = make(CHAIN)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     seen: Counter[frozenset[str]] = Counter()
@@ -73,10 +58,10 @@ def test_a_draw_has_the_active_parameters_and_no_others(make: Make) -> None:
         assert is_consistent(trial.params)
         seen[frozenset(trial.params)] += 1
         study.tell(trial, 0.5)
-    assert len(seen) == 4, "every combination occurs"
+    assert len(seen) == 4  # every combination
 
 
-def test_true_is_not_one_and_one_is_one_point_zero(make: Make) -> None:
+def test_a_condition_distinguishes_true_from_1_but_not_1_from_1_point_0(make: Load) -> None:
     points = list(
         make(
             {
@@ -86,31 +71,31 @@ def test_true_is_not_one_and_one_is_one_point_zero(make: Make) -> None:
                 "d": {"choices": [5], "when": {"c": True}},
             },
             sampler="grid",
-        ).grid()
+        ).grid_points()
     )
     assert points == [{"a": 0, "c": True, "d": 5}, {"a": 1, "b": "x", "c": True, "d": 5}]
     with pytest.raises(SpaceError, match="a is never True"):
         make({"a": [0, 1], "b": {"choices": ["x"], "when": {"a": True}}})
 
 
-def test_grid_points_that_break_a_constraint_are_left_out(make: Make) -> None:
+def test_a_grid_leaves_out_points_that_violate_a_constraint(make: Load) -> None:
     space = make(
         {"a": [1, 2, 3], "b": [1, 2, 3]}, sampler="grid", constraints=["a < b", "sum != 4"], derived={"sum": "a + b"}
     )
     assert list(space.grid_points()) == [{"a": 1, "b": 2}, {"a": 2, "b": 3}]
 
 
-def test_a_draw_that_breaks_a_constraint_says_which(make: Make) -> None:
+def test_a_draw_returns_the_first_constraint_that_it_violates(make: Load) -> None:
     space = make({"a": {"type": "int", "low": 1, "high": 9}}, constraints=["a > 4", "a < 8"])
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for _ in range(40):
         trial = study.ask()
-        broken = space.draw(trial)
+        violated = space.draw(trial)
         a = trial.params["a"]
-        assert broken == ("a > 4" if a <= 4 else "a < 8" if a >= 8 else "")
+        assert violated == ("a > 4" if a <= 4 else "a < 8" if a >= 8 else "")
 
 
-def test_derived_values_are_of_the_configuration_and_its_epochs(make: Make) -> None:
+def test_derived_values_use_the_parameters_and_max_epochs(make: Load) -> None:
     space = make({"lr": [0.5, 0.25]}, derived={"warmup_epochs": "0.5 * max_epochs", "lr_end": "lr / warmup_epochs"})
     assert space.derive({"lr": 0.5}) == {"warmup_epochs": 2.0, "lr_end": 0.25}
     assert set(space.examples()) == {
@@ -131,13 +116,13 @@ def test_derived_values_are_of_the_configuration_and_its_epochs(make: Make) -> N
         {"type": "int", "low": -(2**53), "high": 2**53},
     ],
 )
-def test_a_random_sample_lies_in_the_distribution_that_storage_is_told(make: Make, parameter: Any) -> None:
+def test_a_random_sample_is_in_the_optuna_distribution(make: Load, parameter: Any) -> None:
     space = make({"p": parameter})
     distribution = space.distributions()["p"]
     rng = random.Random(0)
-    values = [sample(space.parameters, rng)["p"] for _ in range(300)]
+    values = [sample_params(space.parameters, rng)["p"] for _ in range(300)]
     assert all(distribution._contains(distribution.to_internal_repr(value)) for value in values)
-    assert all(space.parameters["p"].takes(value) for value in values)
+    assert all(space.parameters["p"].contains(value) for value in values)
     assert distribution.single() == (len(set(values)) == 1)
 
 
@@ -150,11 +135,35 @@ def test_a_random_sample_lies_in_the_distribution_that_storage_is_told(make: Mak
         {"type": "float", "low": 0, "high": 1, "default": 1},
     ],
 )
-def test_a_default_may_be_any_value_of_the_distribution(make: Make, parameter: Any) -> None:
+def test_a_default_can_be_any_value_of_the_parameter(make: Load, parameter: Any) -> None:
     assert make({"p": parameter}).parameters["p"].default == parameter["default"]  # type: ignore[union-attr]
 
 
-def test_a_space_may_have_two_hundred_parameters_in_one_chain(make: Make) -> None:
+def test_two_hundred_parameters_can_depend_on_each_other_in_one_chain(make: Load) -> None:
     chain = {f"p{i}": {"choices": [1], "when": {f"p{i - 1}": 1}} for i in range(199, 0, -1)} | {"p0": [1]}
     space = make(chain, sampler="grid")
     assert list(space.grid_points()) == [dict.fromkeys((f"p{i}" for i in range(200)), 1)]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [(1, 1.0, True), (1, True, False), (0, False, False), ("1", 1, False), (None, None, True), (None, 0, False)],
+)
+def test_values_are_compared_as_the_user_sees_them(one: Any, other: Any, same: bool) -> None:
+    assert is_same(one, other) == same
+
+
+@pytest.mark.parametrize(
+    ("parameter", "inside", "outside"),
+    [
+        (5, [5, 5.0], [6, "5", None]),
+        ([1, "x", None], [1.0, "x", None], [True, "y"]),
+        ({"type": "int", "low": 0, "high": 10, "step": 5}, [0, 5, 10.0], [-5, 3, 15, 5.5, True, "5", None]),
+        ({"type": "float", "low": 0, "high": 1}, [0, 0.3, 1], [-0.1, 1.1, True, "0"]),
+        ({"type": "float", "low": 0, "high": 1, "step": 0.1}, [0.3, 0.7, 1], [0.35]),
+    ],
+)
+def test_a_parameter_contains_its_values(make: Load, parameter: Any, inside: list[Any], outside: list[Any]) -> None:
+    found = make({"p": parameter}).parameters["p"]
+    assert [value for value in inside if not found.contains(value)] == []
+    assert [value for value in outside if found.contains(value)] == []

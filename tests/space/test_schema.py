@@ -1,4 +1,4 @@
-"""The JSON Schema that editors complete from says what the models say."""
+"""The JSON Schema, which editors use for completion, accepts and refuses what the models do."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ import json
 from pathlib import Path
 from typing import Any, get_args
 
-import jsonschema
+import jsonschema  # type: ignore[import-untyped]
 import pytest
-import yaml
-from tests.test_document import FULL
+from ruamel.yaml import YAML
 
 from hpo.errors import SpaceError
 from hpo.run import main
 from hpo.space.model import Space, load_space, space_schema
 from hpo.space.sections import Sampler
+from tests.factories import ROOT
+from tests.space.examples import FULL
 
-ROOT = Path(__file__).parent.parent
 SPACES = sorted((ROOT / "search_spaces").glob("*.yaml"))
 VALIDATOR = jsonschema.Draft202012Validator(space_schema())
 
 
 def as_json(text: str) -> Any:
-    return json.loads(json.dumps(yaml.safe_load(text.replace("1e-", "1.0e-"))))
+    return json.loads(json.dumps(YAML(typ="safe", pure=True).load(text)))
 
 
 def errors(text: str) -> list[Any]:
     return list(VALIDATOR.iter_errors(as_json(text)))
 
 
-def test_the_committed_schema_is_the_one_of_the_models() -> None:
+def test_the_committed_schema_is_generated_from_the_models() -> None:
     committed = (ROOT / "search_spaces/schema.json").read_text()
     assert json.loads(committed) == space_schema(), "run: hpo schema > search_spaces/schema.json"
 
@@ -44,12 +44,12 @@ def test_the_command_line_prints_the_committed_schema(
     assert capsys.readouterr().out == (ROOT / "search_spaces/schema.json").read_text()
 
 
-def test_the_schema_is_one() -> None:
+def test_the_schema_is_valid_json_schema() -> None:
     jsonschema.Draft202012Validator.check_schema(space_schema())
 
 
 @pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
-def test_each_space_that_ships_names_the_schema_and_is_valid(path: Path) -> None:
+def test_each_shipped_space_names_the_schema_and_is_valid(path: Path) -> None:
     text = path.read_text()
     assert text.startswith("# yaml-language-server: $schema=schema.json\n")
     assert errors(text) == []
@@ -65,7 +65,7 @@ SHORT_FORMS = [
 
 
 @pytest.mark.parametrize("text", SHORT_FORMS, ids=range(len(SHORT_FORMS)))
-def test_every_short_form_is_in_the_schema_and_loads(tmp_path: Path, text: str) -> None:
+def test_every_short_form_is_valid_for_the_schema_and_for_the_models(tmp_path: Path, text: str) -> None:
     assert errors(text) == []
     path = tmp_path / "space.yaml"
     path.write_text(text)
@@ -95,7 +95,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("text", WRONG, ids=range(len(WRONG)))
-def test_what_the_schema_can_say_is_wrong_is_wrong_to_both(tmp_path: Path, text: str) -> None:
+def test_an_invalid_file_is_refused_by_the_schema_and_by_the_models(tmp_path: Path, text: str) -> None:
     assert errors(text)
     path = tmp_path / "space.yaml"
     path.write_text(text)
@@ -103,18 +103,18 @@ def test_what_the_schema_can_say_is_wrong_is_wrong_to_both(tmp_path: Path, text:
         load_space(str(path))
 
 
-def test_every_key_has_words_for_the_editor() -> None:
+def test_every_key_has_a_description() -> None:
     schema = space_schema()
     objects = [schema, *(found for found in schema["$defs"].values() if found["type"] == "object")]
     assert len(objects) > 10
     for found in objects:
         for name, key in found["properties"].items():
-            # Words that are those of the section itself stand there.
+            # A key without its own description has that of its section.
             section = schema["$defs"][key["$ref"].rpartition("/")[2]] if "$ref" in key else {}
             assert key.get("description") or section.get("description"), f"{found['title']}.{name}"
 
 
-def test_the_names_of_the_samplers_are_those_of_their_models() -> None:
+def test_the_schema_lists_the_names_of_all_samplers() -> None:
     union = get_args(Sampler)[0]
     names = [get_args(model.model_fields["name"].annotation)[0] for model in get_args(union)]
     assert space_schema()["properties"]["sampler"]["anyOf"][0]["enum"] == names

@@ -1,0 +1,214 @@
+"""Problems between sections of a search space."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.space.conftest import ErrorOf
+from tests.space.examples import CONDITIONAL, HEAD, SAMPLED, VALID, unmark
+
+# » marks the key that the message must give.
+RULES = {
+    "a grid over a continuous range": (
+        HEAD + "  »lr: {type: float, low: 0, high: 1}\n",
+        ["parameters.lr: ", "is continuous", "give a list or a step", "sampler random or tpe"],
+    ),
+    "a search that never ends": (
+        "»sampler: tpe\nmax_epochs: 2\nparameters: {lr: 1}\n",
+        ["sampler tpe never ends", "budget.trials or budget.time"],
+    ),
+    "a grace period as long as the training": (
+        VALID + "scheduler: {name: asha, »grace_period: 2}\n",
+        ["scheduler.grace_period: ", "grace_period 2 must be below max_epochs 2"],
+    ),
+    "a scheduler over one epoch": (
+        VALID.replace("max_epochs: 2", "max_epochs: 1") + "»scheduler: asha\n",
+        ["scheduler: asha stops trials between epochs, but max_epochs is 1"],
+    ),
+    "a reduction factor for median": (
+        VALID + "scheduler: {name: median, »reduction_factor: 2}\n",
+        ["scheduler.reduction_factor: median has no reduction_factor"],
+    ),
+    "a parameter name that is not an identifier": (HEAD + "  »batch-size: 1\n", ["Python identifier", "'batch-size'"]),
+    "an option of another sampler": (
+        SAMPLED.replace("tpe", "{name: random, »n_startup_trials: 3}") + "  lr: 1\n",
+        ["sampler.n_startup_trials: unknown key, allowed: name, seed"],
+    ),
+    "a misspelled option of a sampler": (
+        SAMPLED.replace("tpe", "{name: tpe, »multivariat: true}") + "  lr: 1\n",
+        ["sampler.multivariat: unknown key, did you mean multivariate?"],
+    ),
+    "an unknown name among a sampler's options": (
+        SAMPLED.replace("tpe", "{»name: tpee, seed: 1}") + "  lr: 1\n",
+        ["sampler.name: there is no sampler 'tpee', did you mean tpe?"],
+    ),
+    "a sampler without a name": (
+        SAMPLED.replace("sampler: tpe", "»sampler: {seed: 1}") + "  lr: 1\n",
+        ["sampler: write a name"],
+    ),
+    "group without multivariate sampling": (
+        SAMPLED.replace("tpe", "{name: tpe, multivariate: false, »group: true}") + "  lr: 1\n",
+        ["sampler.group: group needs multivariate sampling"],
+    ),
+    "cmaes with choices only": (
+        "»" + SAMPLED.replace("tpe", "cmaes") + "  lr: [1, 2]\n",
+        ["sampler: cmaes needs an int or float range", "use sampler tpe"],
+    ),
+    "qmc with a condition": (
+        "»" + CONDITIONAL.replace("tpe", "qmc"),
+        ["sampler: qmc samples all parameters jointly", "momentum", "`when`", "tpe, random or nsga2"],
+    ),
+    "cmaes with a condition": ("»" + CONDITIONAL.replace("tpe", "cmaes"), ["sampler: cmaes samples all", "momentum"]),
+    "gp with a condition": ("»" + CONDITIONAL.replace("tpe", "gp"), ["sampler: gp samples all", "momentum"]),
+    "a condition on an unknown parameter": (
+        CONDITIONAL.replace("{optimizer: sgd}", "{»optimiser: sgd}"),
+        ["parameters.momentum.when.optimiser: there is no parameter 'optimiser', did you mean optimizer?"],
+    ),
+    "a condition on a value that never occurs": (
+        CONDITIONAL.replace("{optimizer: sgd}", "{»optimizer: sdg}"),
+        ["parameters.momentum.when.optimizer: optimizer is never 'sdg', did you mean sgd?"],
+    ),
+    "a condition on a value outside a range": (
+        SAMPLED + "  n: {type: int, low: 1, high: 3}\n  x: {choices: [1], when: {»n: [3, 4]}}\n",
+        ["parameters.x.when.n: n is never 4, its range is 1 to 3"],
+    ),
+    "a condition without a value": (
+        CONDITIONAL.replace("{optimizer: sgd}", "{»optimizer: []}"),
+        ["parameters.momentum.when.optimizer: ", "at least 1"],
+    ),
+    "a cycle of conditions": (
+        SAMPLED
+        + "  a: {choices: [1], »when: {b: 1}}\n  b: {choices: [1], when: {c: 1}}\n  c: {choices: [1], when: {a: 1}}\n",
+        ["parameters.a.when: the conditions form a cycle: a -> b -> c -> a"],
+    ),
+    "a condition on itself": (
+        SAMPLED + "  a: {choices: [1], »when: {a: 1}}\n",
+        ["parameters.a.when: the conditions form a cycle: a -> a"],
+    ),
+    "a constraint on an unknown parameter": (
+        SAMPLED + "  lr: [1, 2]\nconstraints: [»lr < batchsize]\n",
+        ["constraints.0: there is no parameter 'batchsize', allowed: lr, max_epochs"],
+    ),
+    "a constraint that is not a comparison": (
+        SAMPLED + "  lr: [1, 2]\nconstraints: [»lr + 1]\n",
+        ["constraints.0: a constraint is a comparison", "'lr + 1'"],
+    ),
+    "a constraint that cannot be parsed": (
+        SAMPLED + "  lr: [1, 2]\nconstraints: [»lr <= ]\n",
+        ["constraints.0: 'lr <=' is not an expression"],
+    ),
+    "a constraint that calls an unknown function": (
+        SAMPLED + "  lr: [1, 2]\nconstraints: [»open('x') == 1]\n",
+        ["constraints.0: ", "no function 'open'", "sqrt"],
+    ),
+    "a constraint that reads an attribute": (
+        SAMPLED + "  lr: [1, 2]\nconstraints: [»lr.__class__ == 1]\n",
+        ["constraints.0: ", "only arithmetic"],
+    ),
+    "a constraint that is too long": (
+        SAMPLED + "  lr: [1, 2]\nconstraints: [»" + "lr + " * 50 + "1 > 0]\n",
+        ["constraints.0: ", "at most 200 characters"],
+    ),
+    "a constraint that no sample meets": (
+        SAMPLED + "  lr: {type: float, low: 0, high: 1}\nconstraints: [lr > 0.1, »lr > 2]\n",
+        ["constraints.1: none of 1000 random configurations meets it: lr > 2"],
+    ),
+    "constraints that no sample meets together": (
+        SAMPLED + "  lr: {type: float, low: 0, high: 1}\n»constraints: [lr > 0.5, lr < 0.5]\n",
+        ["constraints: none of 1000 random configurations meets all of them together"],
+    ),
+    "a constraint that no grid point meets": (
+        VALID + "constraints: [»lr * batch_size > 100]\n",
+        ["constraints.0: no configuration of the grid meets it"],
+    ),
+    "a derived value that cannot be computed": (
+        VALID + "»derived: {x: 1 / (lr - lr)}\n",
+        ["derived: no configuration of the grid meets it", "1 / (lr - lr) cannot be computed", "zero"],
+    ),
+    "a derived value that uses an unknown name": (
+        VALID + "derived: {»x: 0.05 * max_epoch}\n",
+        ["derived.x: there is no parameter 'max_epoch', did you mean max_epochs?"],
+    ),
+    "a derived value with the name of a parameter": (
+        VALID + "derived: {»lr: 2 * 3}\n",
+        ["derived.lr: another value has this name already"],
+    ),
+    "a cycle of derived values": (
+        VALID + "derived: {»a: b + 1, b: a + 1}\n",
+        ["derived.a: the derived values form a cycle: a -> b -> a"],
+    ),
+    "a derived value that is a number": (VALID + "derived: {»a: 3}\n", ["derived.a: ", "string", "3"]),
+    "a default that is not a choice": (
+        HEAD + "  lr: {type: categorical, choices: [1, 2], »default: 3}\n",
+        ["parameters.lr.default: 3 is none of the choices [1, 2]"],
+    ),
+    "a default outside its range": (
+        SAMPLED + "  lr: {type: float, low: 0, high: 1, »default: 2}\n",
+        ["parameters.lr.default: 2.0 is not in the range from 0.0 to 1.0"],
+    ),
+    "a default between two steps": (
+        SAMPLED + "  n: {type: int, low: 0, high: 10, step: 5, »default: 4}\n",
+        ["parameters.n.default: 4 is not in the range from 0 to 10 in steps of 5"],
+    ),
+    "a command and a trainable": (
+        VALID + "trainable: my_module:train\n»command: python train.py --lr {lr}\n",
+        ["command: give either command or trainable"],
+    ),
+    "a placeholder for an unknown value": (
+        VALID + "»command: python train.py --lr {lrr}\n",
+        ["command: there is no value {lrr}, did you mean lr?"],
+    ),
+    "a placeholder with a format": (
+        VALID + "»command: python train.py --lr {lr:.3f}\n",
+        ["command: write {lr} without ':.3f'"],
+    ),
+    "an open quote in a command": (
+        VALID + "»command: python 'train.py\n",
+        ["command: cannot be split into arguments", "quotation"],
+    ),
+    "an empty command": (VALID + "»command: ''\n", ["command: names no program"]),
+    "a placeholder as the program": (VALID + "»command: '{lr} x'\n", ["command: the program cannot be a placeholder"]),
+    # Keys of features that are not built are refused, not ignored.
+    "several objectives": (
+        VALID + "»objectives: [{metric: a, direction: minimize}, {metric: b}]\n",
+        ["objectives: ", "not built yet"],
+    ),
+    "a warm start": (VALID + "»warm_start: [grid]\n", ["warm_start: ", "not built yet"]),
+    "replicates": (VALID + "»replicates: 3\n", ["replicates: ", "not built yet"]),
+    "a budget of GPU-hours": (VALID + "budget: {»gpu_hours: 8}\n", ["budget.gpu_hours: ", "not built yet"]),
+    "population-based training": (VALID + "»scheduler: pbt\n", ["scheduler: pbt is not built yet"]),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_broken_rule_is_one_line_with_its_position_and_a_remedy(tmp_path: Path, error_of: ErrorOf, name: str) -> None:
+    marked, fragments = RULES[name]
+    text, position = unmark(marked)
+    error = error_of(text)
+    assert error.startswith(f"{tmp_path}/space.yaml:{position}: ")
+    assert "\n" not in error
+    for fragment in fragments:
+        assert fragment in error
+
+
+def test_broken_rules_and_invalid_keys_are_reported_together(error_of: ErrorOf) -> None:
+    """An invalid section hides no other problem, and no rule guesses about it."""
+    error = error_of(
+        "sampler: cmaes\nmax_epochs: many\nbudgett: {trials: 3}\nparameters:\n"
+        "  lr: {type: float, low: 5, high: 3}\n  m: {choices: [1, 2], when: {lrr: 1}}\n"
+        "constraints: [zzz > 1, lr > 1]\nderived: {w: 1 +}\nwarm_start: [grid]\n"
+    )
+    assert re.findall(r"space.yaml:(\d+):\d+: ([\w.]+): ", error) == [
+        ("1", "sampler"),  # cmaes and `when`
+        ("1", "sampler"),  # no end
+        ("2", "max_epochs"),
+        ("3", "budgett"),
+        ("5", "parameters.lr"),
+        ("6", "parameters.m.when.lrr"),
+        ("7", "constraints.0"),
+        ("8", "derived.w"),
+        ("9", "warm_start"),
+    ]
