@@ -164,7 +164,7 @@ def run_search(
         results = _read(study)
         if on_results is not None:
             on_results(results)
-        report = _try_to_report(results, runs, listener)
+        report = try_to_report(results, runs, listener)
         if outcome is None:
             return SearchResult(results, report)
         from hpo.dashboard.publishing import publish
@@ -225,7 +225,7 @@ def _report_preloaded() -> Iterator[None]:
         thread.join()
 
 
-def _try_to_report(results: Results, runs_dir: RunsDir, listener: ProgressListener) -> Path | None:
+def try_to_report(results: Results, runs_dir: RunsDir, listener: ProgressListener) -> Path | None:
     """Write the report. The search is done: a page that cannot be drawn is a remark, not an error."""
     from hpo.report.page import write_report
 

@@ -13,23 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState, create_trial
 from playwright.sync_api import Browser
 
 from benchmarks.report import fill
-from hpo.api import SearchResult
+from hpo.api import try_to_report
 from hpo.paths import RunsDir
 from hpo.report.page import write_report
 from hpo.report.published import read_published
 from hpo.report.results import Results, read_results
-from hpo.run import cli
 from storage.database import Database, open_database
 from storage.run import Run
 from storage.studies import open_study
+from tests.factories import RecordingListener
 from tests.report.studies import (
-    GRID,
     HOSTILE,
     add_trial,
     epoch_metrics,
@@ -213,25 +211,21 @@ def test_a_study_of_thirty_trials_has_importances_and_parallel_coordinates(datab
 
 
 @pytest.mark.usefixtures("undrawn_png")
-def test_a_report_that_cannot_be_written_does_not_fail_a_finished_search(
+def test_report_that_cannot_be_written_is_a_remark(
     grid_results: Results, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "grid.yaml").write_text(json.dumps({key: value for key, value in GRID.items() if key != "name"}))
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs/reports").write_text("a file instead of a folder")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hpo.api.run_search", lambda *_, **__: SearchResult(grid_results))
-
-    shown = CliRunner().invoke(cli, ["run", "grid.yaml"], obj="hpo run", catch_exceptions=False)
-    assert shown.exit_code == 0
-    assert "No report: cannot write the report to runs/reports/grid" in shown.output
-    assert re.search(r"Try `.*python -m hpo.report grid`", shown.output)
+    runs, listener = RunsDir(tmp_path), RecordingListener()
+    (tmp_path / "reports").write_text("a file instead of a folder")
+    assert try_to_report(grid_results, runs, listener) is None
+    ((kind, text),) = listener.events
+    assert kind == "note"
+    assert text.startswith(f"no report: cannot write the report to {tmp_path}/reports/grid")
+    assert re.search(r"`.*report grid`", text), "the remedy"
 
     monkeypatch.setattr("hpo.report.curves.build_figure", lambda *_: 1 / 0)
-    (tmp_path / "runs/reports").unlink()
-    shown = CliRunner().invoke(cli, ["run", "grid.yaml"], obj="hpo run", catch_exceptions=False)
-    assert shown.exit_code == 0
-    assert "No report: ZeroDivisionError" in shown.output
+    (tmp_path / "reports").unlink()
+    assert try_to_report(grid_results, runs, listener) is None
+    assert listener.events[-1] == ("note", "no report: ZeroDivisionError: division by zero")
 
 
 @pytest.mark.slow

@@ -14,10 +14,18 @@ from hpo.errors import DataError, SettingError, TrainableError
 from hpo.search import estimate
 from hpo.search.estimate import Probes, Speed, is_worth_measuring, measure_plan
 from hpo.search.slots import Slots
+from hpo.space.model import Space
 from tests.factories import shipped_space
 
 IMAGES = (1600, 400, 500)  # training, validation, test
 SAMPLE = {"dataset": "fashion_mnist_sample", "train_samples": 64, "val_samples": 20, "data_dir": "data"}
+
+
+def documented_space(*overrides: str) -> Space:
+    """The documented grid for five epochs on the sample."""
+    return shipped_space(
+        "grid", "max_epochs=5", "data.dataset=fashion_mnist_sample", "data.val_samples=400", *overrides
+    )
 
 
 class FakeProbes(Probes):
@@ -49,7 +57,7 @@ def test_estimate_is_the_end_of_the_last_trial() -> None:
     probes = FakeProbes(lambda shape, _: 1000.0 / shape["batch_size"])
     found = {
         count: measure_plan(
-            shipped_space("quick", "resources={cpu: 1}"), Slots(count, 1.0, 0.0), 3, probes, IMAGES, (2.0, 0.0)
+            documented_space("resources={cpu: 1}"), Slots(count, 1.0, 0.0), 3, probes, IMAGES, (2.0, 0.0)
         )
         for count in (1, 2, 3)
     }
@@ -67,7 +75,7 @@ def test_unmeasured_batch_size_counts_as_the_nearest_one() -> None:
     sizes = [2**k for k in range(2, 12)]
     probes = FakeProbes(lambda shape, _: float(shape["batch_size"]))
     made = measure_plan(
-        shipped_space("quick", f"parameters.batch_size={sizes}", "resources={cpu: 1}"),
+        documented_space(f"parameters.batch_size={sizes}", "resources={cpu: 1}"),
         Slots(1, 1.0, 0.0),
         len(sizes),
         probes,
@@ -95,7 +103,7 @@ def test_gpu_is_packed_while_memory_suffices_and_throughput_grows(
     speed: Any, device_bytes: int, count: int, tried: list[int]
 ) -> None:
     probes = FakeProbes(speed, device_bytes=device_bytes)
-    made = measure_plan(shipped_space("quick"), Slots(1, 16.0, 1.0), 30, probes, IMAGES, (16.0, 1.0))
+    made = measure_plan(documented_space(), Slots(1, 16.0, 1.0), 30, probes, IMAGES, (16.0, 1.0))
     assert made.slots == Slots(count, float(16 // count), 1 / count)
     assert list(made.tried) == tried
     assert made.gpu_hours == pytest.approx(made.trial_seconds / count / 3600)
@@ -103,11 +111,9 @@ def test_gpu_is_packed_while_memory_suffices_and_throughput_grows(
 
 def test_two_gpus_are_packed_alike_and_a_given_share_is_kept() -> None:
     probes = FakeProbes(lambda _, slots: 10.0)
-    made = measure_plan(shipped_space("quick"), Slots(2, 8.0, 1.0), 6, probes, IMAGES, (16.0, 2.0))
+    made = measure_plan(documented_space(), Slots(2, 8.0, 1.0), 6, probes, IMAGES, (16.0, 2.0))
     assert made.slots == Slots(6, 2.0, 1 / 3), "six trials: three a GPU"
-    kept = measure_plan(
-        shipped_space("quick", "resources.gpu=0.5"), Slots(4, 4.0, 0.5), 30, probes, IMAGES, (16.0, 2.0)
-    )
+    kept = measure_plan(documented_space("resources.gpu=0.5"), Slots(4, 4.0, 0.5), 30, probes, IMAGES, (16.0, 2.0))
     assert kept.slots == Slots(4, 4.0, 0.5)
     assert {slots.trials_per_device for _, slots in probes.asked} == {1, 2, 3}
 
@@ -121,18 +127,16 @@ def test_two_gpus_are_packed_alike_and_a_given_share_is_kept() -> None:
 )
 def test_cpu_gets_trials_or_threads_by_throughput(speed: Any, expected: Slots) -> None:
     probes = FakeProbes(speed)
-    made = measure_plan(shipped_space("quick"), Slots(8, 1.0, 0.0), 30, probes, IMAGES, (8.0, 0.0))
+    made = measure_plan(documented_space(), Slots(8, 1.0, 0.0), 30, probes, IMAGES, (8.0, 0.0))
     assert made.slots == expected
-    given = measure_plan(
-        shipped_space("quick", "resources={cpu: 1}"), Slots(8, 1.0, 0.0), 30, probes, IMAGES, (8.0, 0.0)
-    )
+    given = measure_plan(documented_space("resources={cpu: 1}"), Slots(8, 1.0, 0.0), 30, probes, IMAGES, (8.0, 0.0))
     assert given.slots == Slots(8, 1.0, 0.0), "a given number is kept"
 
 
 def test_shape_that_does_not_fit_is_named() -> None:
     probes = FakeProbes(lambda *_: None)
     with pytest.raises(SettingError, match="batch_size 64 does not fit"):
-        measure_plan(shipped_space("quick"), Slots(1, 1.0, 0.0), 3, probes, IMAGES, (1.0, 0.0))
+        measure_plan(documented_space(), Slots(1, 1.0, 0.0), 3, probes, IMAGES, (1.0, 0.0))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +149,7 @@ def test_shape_that_does_not_fit_is_named() -> None:
     ],
 )
 def test_short_searches_are_not_measured(overrides: list[str], trials: int | None, expected: bool) -> None:
-    assert is_worth_measuring(shipped_space("quick", *overrides), trials, IMAGES) == expected
+    assert is_worth_measuring(documented_space(*overrides), trials, IMAGES) == expected
 
 
 # --- real processes
@@ -181,7 +185,7 @@ def test_missing_data_are_reported_by_the_process_that_asked() -> None:
 @pytest.mark.slow
 def test_plan_is_measured_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    space = shipped_space("quick", "data.train_samples=64", "parameters.batch_size=[16, 32]", "max_epochs=1")
+    space = documented_space("data.train_samples=64", "parameters.batch_size=[16, 32]", "max_epochs=1")
     planned = plan_search(space, storage="sqlite:///hpo.db", data_dir=tmp_path)
     assert planned.plan is not None
     assert list(planned.plan.speeds) == ["batch_size 16", "batch_size 32"]
