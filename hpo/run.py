@@ -423,7 +423,7 @@ def completion(shell: str) -> int:
 def _console() -> Console:
     from rich.console import Console
 
-    # A log file has no width of its own; 80 columns would fold the table.
+    # A log file has no width: the default of 80 columns would fold the table.
     return Console(highlight=False, width=None if sys.stdout.isatty() else 140)
 
 

@@ -1,4 +1,4 @@
-"""Who is told what happens during a search, as it happens."""
+"""The events of a search, and who receives them."""
 
 from __future__ import annotations
 
