@@ -100,6 +100,9 @@ class Postgres:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a free port that neither the system nor Ray assigns to others, even while the server is stopped."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)  # Ray's workers use 10,002 to 19,999, outgoing connections 32,768 up
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -6,6 +6,7 @@ with the thread that started them (PR_SET_PDEATHSIG), so none of them outlives a
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -71,6 +72,7 @@ class RayCluster:
 
     def stop(self) -> None:
         """Start to shut Ray down, and return at once; leaving the `with` waits for the end."""
+        gc.collect()  # Tune leaves cycles with Ray's objects: freed while Ray shuts down, they would end the process
         self._must_stop.set()
 
     def size(self) -> tuple[float, float]:
