@@ -11,6 +11,7 @@ file, an unreachable database. Storage URLs are SQLAlchemy URLs: `sqlite:///runs
 
 from __future__ import annotations
 
+import gc
 import logging
 import platform
 import subprocess
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.errors import HpoError, SettingError, TrainableError, nearest
 from hpo.paths import RunsDir, is_new_database
-from hpo.search.listener import NullListener, ProgressListener
+from hpo.search.listener import CombinedListener, NullListener, ProgressListener
 from hpo.space.model import Space, load_space, space_schema
 from hpo.trainable import load_trainable
 
@@ -197,32 +198,33 @@ def _search(
     # Not earlier: a data set that is missing leaves no study behind.
     study = open_study(database, **space.study_options)
     listener.study_opened(space, study.name, database.url, study.counts())
-    with _report_preloaded():
-        size = cluster.size()
-        slots = plan_slots(space, left, *size)
-        if probes is not None:
-            if images is not None and is_worth_measuring(space, left, images):
-                plan = _measure(space, slots, left, probes, images, size, listener)
-            probes.close()  # its memory and its processor belong to the trials now
-        slots = slots if plan is None else plan.slots
-        listener.search_planned(space, slots, plan)
-        outcome = run_trials(
-            space, study, slots, provenance=provenance, data=data, runs_dir=runs_dir, listener=listener
-        )
+    size = cluster.size()
+    slots = plan_slots(space, left, *size)
+    if probes is not None:
+        if images is not None and is_worth_measuring(space, left, images):
+            plan = _measure(space, slots, left, probes, images, size, listener)
+        probes.close()  # its memory and its processor belong to the trials now
+    slots = slots if plan is None else plan.slots
+    listener.search_planned(space, slots, plan)
+    listener = CombinedListener(listener, _ReportPreloader())
+    gc.freeze()  # what was imported stays: later collections are fast
+    outcome = run_trials(space, study, slots, provenance=provenance, data=data, runs_dir=runs_dir, listener=listener)
     return study, outcome
 
 
-@contextmanager
-def _report_preloaded() -> Iterator[None]:
-    """Import the plotting libraries, which takes seconds, while Ray starts and trials run."""
-    from hpo.report.page import preload
+class _ReportPreloader(NullListener):
+    """Imports the plotting libraries, which takes seconds, while trials run: from the first epoch on."""
 
-    thread = threading.Thread(target=preload, name="hpo-preload", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        thread.join()
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+
+    def epoch_ended(self, number: int, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Start the imports. The report waits for them, should they not be done."""
+        from hpo.report.page import preload
+
+        if self._thread is None:
+            self._thread = threading.Thread(target=preload, name="hpo-preload", daemon=True)
+            self._thread.start()
 
 
 def try_to_report(results: Results, runs_dir: RunsDir, listener: ProgressListener) -> Path | None:

@@ -66,14 +66,19 @@ class RayCluster:
             signal.signal(signal.SIGTERM, self._sigterm_before)
 
     def start(self) -> None:
-        """Start Ray, unless it was started before, and return at once."""
+        """Start Ray, unless it was started before, and return as soon as Ray's processes are starting."""
         if self._thread.ident is None:
+            import ray  # noqa: F401 # here and not in the thread: what this thread imports next would slow it down
+
             self._thread.start()
 
     def stop(self) -> None:
         """Start to shut Ray down, and return at once; leaving the `with` waits for the end."""
-        gc.collect()  # Tune leaves cycles with Ray's objects: freed while Ray shuts down, they would end the process
-        self._must_stop.set()
+        if not self._must_stop.is_set():
+            # Tune leaves reference cycles with Ray's objects. Freed by this thread while Ray shuts down, they would end the
+            # process ("The core worker has already been shutdown").
+            gc.collect()
+            self._must_stop.set()
 
     def size(self) -> tuple[float, float]:
         """Wait until Ray is up, and return the cores and the GPUs of the cluster.

@@ -72,3 +72,50 @@ class NullListener:
 
     def note(self, text: str) -> None:
         """Ignore it."""
+
+
+class CombinedListener:
+    """Passes every event to several listeners, in order."""
+
+    def __init__(self, *listeners: ProgressListener) -> None:
+        self._listeners = listeners
+
+    def search_starting(self, space: Space) -> None:
+        """Pass it on."""
+        for listener in self._listeners:
+            listener.search_starting(space)
+
+    def preparing(self, what: str) -> None:
+        """Pass it on."""
+        for listener in self._listeners:
+            listener.preparing(what)
+
+    def study_opened(self, space: Space, study_name: str, storage_url: str, counts: Mapping[str, int]) -> None:
+        """Pass it on."""
+        for listener in self._listeners:
+            listener.study_opened(space, study_name, storage_url, counts)
+
+    def search_planned(self, space: Space, slots: Slots, plan: SearchPlan | None) -> None:
+        """Pass it on."""
+        for listener in self._listeners:
+            listener.search_planned(space, slots, plan)
+
+    def trial_started(self, number: int, params: Mapping[str, Any], epoch: int, max_epochs: int) -> None:
+        """Pass it on."""
+        for listener in self._listeners:
+            listener.trial_started(number, params, epoch, max_epochs)
+
+    def epoch_ended(self, number: int, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Pass it on."""
+        for listener in self._listeners:
+            listener.epoch_ended(number, epoch, metrics)
+
+    def trial_ended(self, number: int, state: str, text: str) -> None:
+        """Pass it on."""
+        for listener in self._listeners:
+            listener.trial_ended(number, state, text)
+
+    def note(self, text: str) -> None:
+        """Pass it on."""
+        for listener in self._listeners:
+            listener.note(text)
