@@ -21,10 +21,10 @@ from hpo.train.network import build_model
 from hpo.trainable import EpochReport, is_timing
 
 SAMPLE = {"dataset": "fashion_mnist_sample"}
-SMALL = {**SAMPLE, "train_samples": 40, "val_samples": 50}
+SMALL = {**SAMPLE, "train_samples": 32, "val_samples": 20}
 TINY = {**SAMPLE, "train_samples": 20, "val_samples": 20}
-ADAM = {"batch_size": 16, "lr": 0.001}
-SGD = {"batch_size": 16, "lr": 0.01, "optimizer": "sgd", "momentum": 0.9, "weight_decay": 1e-4}
+ADAM = {"batch_size": 12, "lr": 0.001}
+SGD = {"batch_size": 12, "lr": 0.01, "optimizer": "sgd", "momentum": 0.9, "weight_decay": 1e-4}
 CHANCE = 0.1  # the accuracy of guessing one of ten balanced classes
 
 Metrics = list[tuple[int, dict[str, float]]]
@@ -67,14 +67,15 @@ def first_epoch(params: dict[str, Any], *, seed: int = 0, data: dict[str, Any] =
 
 @pytest.mark.slow
 def test_training_learns() -> None:
-    data = {**SAMPLE, "train_samples": 256, "val_samples": 50}
-    metrics = [report.metrics for report in reports({"batch_size": 16, "optimizer": "sgd"}, 3, data=data)]
-    losses = [epoch["train_loss"] for epoch in metrics]
-    assert losses == sorted(losses, reverse=True)
-    assert losses[-1] < math.log(10) / 2  # log(10) is the loss of guessing
-    # Measured with 4 seeds: 0.66 to 0.75 on training, 0.58 to 0.74 on validation, 0.58 to 0.69 on test images.
-    for part in ("train", "val", "test"):
-        assert metrics[-1][f"{part}_accuracy"] > 4 * CHANCE
+    data = {**SAMPLE, "train_samples": 128, "val_samples": 50}
+    first, last = (report.metrics for report in reports({"batch_size": 8, "optimizer": "sgd"}, 2, data=data))
+    assert last["train_loss"] < first["train_loss"]
+    # Measured with 3 seeds, in fp32 and bf16: losses of 1.34 to 1.64, training accuracies of 0.45 to 0.59, validation and
+    # test accuracies of 0.34 to 0.58. Guessing has a loss of log(10), 2.30.
+    assert last["train_loss"] < 0.8 * math.log(10)
+    assert last["train_accuracy"] > 3 * CHANCE
+    assert last["val_accuracy"] > 2 * CHANCE
+    assert last["test_accuracy"] > 2 * CHANCE
 
 
 def test_each_epoch_is_reported_once_and_the_last_one_with_the_test_score() -> None:
