@@ -6,18 +6,16 @@ if TYPE_CHECKING:
     from hpo.api import (
         PlannedSearch,
         SearchResult,
-        Space,
         export_model,
         list_studies,
-        load_space,
         plan_search,
         read_results,
         replay_trial,
         run_search,
         serve_dashboard,
-        space_schema,
         write_report,
     )
+    from hpo.space.model import Space, load_space, space_schema
 
 __all__ = [
     "PlannedSearch",
@@ -37,9 +35,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # On first use: every import of a submodule passes through here, and `hpo --help` answers at once.
-    if name in __all__:
-        from hpo import api
+    # On first use, because the import of each submodule passes through here, and `hpo --help` must be fast.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
 
-        return getattr(api, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    is_of_space = name in {"Space", "load_space", "space_schema"}
+    return getattr(import_module("hpo.space.model" if is_of_space else "hpo.api"), name)

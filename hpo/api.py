@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from hpo.errors import HpoError, SettingError, TrainableError, nearest
 from hpo.paths import RunsDir, is_new_database
 from hpo.search.listener import CombinedListener, NullListener, ProgressListener
-from hpo.space.model import Space, load_space, space_schema
+from hpo.space.model import Space
 from hpo.trainable import load_trainable
 
 if TYPE_CHECKING:
@@ -43,23 +43,6 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torch", "torchvision", "optuna", "sqlalchemy", "ray", "numpy")  # whose versions are recorded
 DEFAULT_STORAGE = RunsDir().default_storage
-
-__all__ = [
-    "DEFAULT_STORAGE",
-    "PlannedSearch",
-    "SearchResult",
-    "Space",
-    "export_model",
-    "list_studies",
-    "load_space",
-    "plan_search",
-    "read_results",
-    "replay_trial",
-    "run_search",
-    "serve_dashboard",
-    "space_schema",
-    "write_report",
-]
 
 
 # --- search -----------------------------------------------------------------------------------------------------------

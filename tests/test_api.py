@@ -13,6 +13,7 @@ import pytest
 import hpo
 from hpo import api
 from hpo.errors import SettingError, TrainableError
+from hpo.space.model import load_space
 from storage.database import StorageError, open_database
 from tests.factories import search_without_ray, shipped_space, toy_space
 
@@ -196,7 +197,7 @@ def test_a_trainable_that_cannot_be_used_is_named_with_its_line(tmp_path: Path, 
     path = tmp_path / "space.yaml"
     path.write_text(f"{line}\nsampler: grid\nmax_epochs: 2\nparameters: {{lr: 0.1}}\n")
     with pytest.raises(TrainableError) as caught:
-        api.check_trainable(api.load_space(str(path)))
+        api.check_trainable(load_space(str(path)))
     assert str(caught.value).startswith(f"{path}:{message}")
 
 
@@ -204,7 +205,7 @@ def test_all_mistakes_in_parameters_are_reported_at_once(tmp_path: Path) -> None
     path = tmp_path / "space.yaml"
     path.write_text("sampler: grid\nmax_epochs: 2\nparameters:\n  batchsize: 64\n  lr: [0.1, -1]\n  stem: cifr\n")
     with pytest.raises(TrainableError) as caught:
-        api.check_trainable(api.load_space(str(path)))
+        api.check_trainable(load_space(str(path)))
     lines = str(caught.value).splitlines()
     assert len(lines) == 3
     expected = {4: "did you mean batch_size?", 5: "above 0, got -1", 6: "did you mean cifar?"}
