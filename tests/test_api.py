@@ -36,15 +36,14 @@ def storage(finished: Path) -> str:
 
 
 def test_the_package_offers_the_api() -> None:
-    assert set(hpo.__all__) <= set(api.__all__) | {"SearchResult"}
     assert {"load_space", "plan_search", "run_search", "read_results", "list_studies"} <= set(hpo.__all__)
     for name in hpo.__all__:
-        assert getattr(hpo, name) is getattr(api, name)
+        assert getattr(hpo, name).__name__ == name
     with pytest.raises(AttributeError, match="has no attribute 'run_serach'"):
         _ = hpo.run_serach
 
 
-@pytest.mark.parametrize("function", [getattr(api, name) for name in api.__all__ if name.islower()])
+@pytest.mark.parametrize("function", [getattr(hpo, name) for name in hpo.__all__ if name.islower()])
 def test_each_function_documents_its_arguments(function: Callable[..., Any]) -> None:
     text = inspect.getdoc(function) or ""
     assert text
