@@ -432,7 +432,7 @@ def _console() -> Console:
 def _print_results(console: Console, results: Results) -> None:
     from hpo.report.tables import failures, trial_table
 
-    console.print(trial_table(results))
+    console.print(trial_table(results, console))
     for line in failures(results):
         console.print(line, style="red", soft_wrap=True, markup=False)
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import datetime
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from hpo.report.formatting import format_number, format_seconds, format_value
 from hpo.report.results import STATES, Results, TrialResult
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from storage.studies import Summary
 
 MAX_TABLE_ROWS = 50
@@ -23,23 +27,58 @@ MAX_PARAMS = 8  # with more parameters, only those that vary get a column
 Column = tuple[str, Callable[[TrialResult], str]]
 
 
-def trial_table(results: Results) -> Table:
-    """Return the trials of a study as a table, best first, at most `MAX_TABLE_ROWS`; see `trial_columns`."""
+def trial_table(results: Results, console: Console) -> Table:
+    """Return the trials of a study as a table for `console`, best first, at most `MAX_TABLE_ROWS`; see `trial_columns`.
+
+    In a narrow console, headings are folded and then the least important columns left out, so that no number is cut. The
+    caption names these columns.
+    """
+    unlimited = console.options.update(max_width=sys.maxsize)
+    for table in _layouts(results):
+        if Measurement.get(console, unlimited, table).minimum <= console.width:
+            break
+    return table
+
+
+def _layouts(results: Results) -> Iterator[Table]:
+    """Yield tables of the same trials, each narrower than the one before."""
+    columns = trial_columns(results)
+    yield _trials_under(results, columns)
+    yield _trials_under(results, columns, fold=True)
+    fixed = [name for name in results.param_names if name not in results.varying_params]
+    left_out: list[str] = []
+    for name in [*fixed, "images/s", "seconds", f"last {results.metric}", "test_accuracy", "epochs"]:
+        if any(name == heading for heading, _ in columns):
+            columns = [column for column in columns if column[0] != name]
+            left_out.append(name)
+            yield _trials_under(results, columns, left_out, fold=True)
+
+
+def _trials_under(
+    results: Results, columns: Sequence[Column], left_out: Sequence[str] = (), *, fold: bool = False
+) -> Table:
+    """Return the table of trials with these columns; `fold` breaks the headings at underscores too."""
     table = Table(
         box=box.SIMPLE_HEAD,
         title=escape(f"{results.study.name}: {len(results.trials)} trials"),
         title_justify="left",
+        caption_justify="left",
         pad_edge=False,
     )
-    columns = trial_columns(results)
     for name, _ in columns:
-        words = name.split(" ")
+        heading = name.replace(" ", "\n")
+        if fold:
+            heading = heading.replace("_", "_\n")
         left = "left" if name == "state" else "right"
-        table.add_column(escape("\n".join(words)), justify=left, vertical="bottom")  # type: ignore[arg-type]
+        table.add_column(escape(heading), justify=left, vertical="bottom", overflow="fold")  # type: ignore[arg-type]
     for trial in results.ranked[:MAX_TABLE_ROWS]:
         table.add_row(*(escape(cell(trial)) for _, cell in columns))
+    captions = []
     if len(results.ranked) > MAX_TABLE_ROWS:
-        table.caption = f"and {len(results.ranked) - MAX_TABLE_ROWS} more"
+        captions.append(f"and {len(results.ranked) - MAX_TABLE_ROWS} more")
+    if left_out:
+        captions.append(f"too narrow for: {', '.join(left_out)}")
+    table.caption = escape("; ".join(captions)) or None
     return table
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from optuna.trial import TrialState, create_trial
+from rich.console import Console
 
 from hpo.paths import RunsDir
 from hpo.report.page import write_report
@@ -118,7 +119,7 @@ def test_a_report_reads_each_table_once(database: Database, monkeypatch: pytest.
     count(tables, "read_provenances")
     count(tables, "read_runs")
     results = read_results(study)
-    trial_table(results)
+    trial_table(results, Console(width=80))
     write_report(results, RunsDir(tmp_path))
     assert sorted(calls) == ["read_metrics", "read_provenances", "read_runs", "trials"]
 

@@ -20,14 +20,15 @@ from storage.database import Database, StorageError
 from tests.report.studies import add_trial, finish_grid, optuna_study, read
 
 
-def shown(table: object) -> str:
+def shown(results: Results, width: int = 140) -> str:
     text = io.StringIO()
-    Console(file=text, width=140).print(table)
+    console = Console(file=text, width=width)
+    console.print(trial_table(results, console))
     return text.getvalue()
 
 
 def test_the_trials_of_a_study_are_shown_best_first(grid_results: Results) -> None:
-    text = shown(trial_table(grid_results))
+    text = shown(grid_results)
     rows = re.findall(
         r"^ *(\d) +(\d+) +0\.01 +COMPLETE +4 +(0\.\d{4}) +(0\.\d{4}) +(0\.\d{4}) +10\.0 +1,000", text, re.M
     )
@@ -35,10 +36,20 @@ def test_the_trials_of_a_study_are_shown_best_first(grid_results: Results) -> No
     assert all(last == best for _, _, last, best, _ in rows)
 
 
+@pytest.mark.parametrize("width", [112, 100, 80, 60, 40])
+def test_a_narrow_console_loses_columns_and_no_digits(grid_results: Results, width: int) -> None:
+    text = shown(grid_results, width)
+    assert max(len(line) for line in text.splitlines()) <= width
+    best = grid_results.ranked[0]
+    assert re.search(rf"^ *{best.number} +64 .*COMPLETE.* {best.values[0]:.4f}", text, re.M)  # type: ignore[index]
+    assert "…" not in text
+    assert ("too narrow for: lr, images/s" in " ".join(text.split())) == (width <= 80)
+
+
 def test_several_objectives_have_a_column_each(database: Database) -> None:
     study = optuna_study(database, directions=("maximize", "minimize"))
     add_trial(study, "COMPLETE", [0.7, 7.0])
-    assert re.search(r"0\.7000 +7\.0000", shown(trial_table(read(database))))
+    assert re.search(r"0\.7000 +7\.0000", shown(read(database)))
 
 
 def test_failed_trials_are_listed_with_their_reason_up_to_a_limit(database: Database) -> None:
