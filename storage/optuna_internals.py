@@ -6,26 +6,11 @@ replaces and why. pyproject.toml bounds Optuna to one minor version; review this
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any, Protocol
-
 import optuna
 import sqlalchemy as sa
-from optuna.storages import BaseStorage
 from optuna.storages._rdb.models import TrialIntermediateValueModel
 from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial
-
-
-class StudyAttributes(Protocol):
-    """The part of an Optuna storage that optuna-dashboard's functions use to write notes and plots."""
-
-    def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
-        """Return the system attributes of a study."""
-
-    def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
-        """Set a system attribute of a study."""
-
 
 # --- ids and objects --------------------------------------------------------------------------------------------------
 
@@ -44,33 +29,12 @@ def study_id(study: optuna.Study | FrozenStudy) -> int:
     return study._study_id
 
 
-def storage_of(study: optuna.Study) -> BaseStorage:
-    """Return the storage that a study reads and writes, including Optuna's cache if it has one."""
-    return study._storage
-
-
 def new_trial(study: optuna.Study) -> optuna.Trial:
     """Return a new RUNNING trial without parameters.
 
     The public `Study.ask` first looks for WAITING trials, which reads the whole study.
     """
     return optuna.Trial(study, study._storage.create_new_trial(study._study_id))
-
-
-def study_view(attributes: StudyAttributes, study_id: int) -> Any:
-    """Return a study for `optuna_dashboard.save_plotly_graph_object` that reads and writes `attributes` alone.
-
-    The dashboard writes a plot in many transactions. With this view, we collect its parts and write them in one.
-    """
-    return SimpleNamespace(_storage=attributes, _study_id=study_id)
-
-
-def trial_view(attributes: StudyAttributes, study_id: int, trial_id: int) -> Any:
-    """Return a trial for `optuna_dashboard.save_note` that reads and writes `attributes` alone.
-
-    The dashboard takes a live trial only; notes are written for finished ones, too.
-    """
-    return SimpleNamespace(storage=attributes, study=SimpleNamespace(_study_id=study_id), _trial_id=trial_id)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

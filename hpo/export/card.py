@@ -1,8 +1,9 @@
-"""The texts of an export: the model card and the script that classifies an image."""
+"""The texts of an export: the model card, and the script that classifies an image."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import resources
 from typing import Any
 
 import jinja2
@@ -14,20 +15,17 @@ def render_card(facts: Mapping[str, Any]) -> str:
     Args:
         facts: the contents of export.json, see `hpo.export.exporting`.
     """
-    return _environment().get_template("README.md").render(facts)
-
-
-def render_script(facts: Mapping[str, Any]) -> str:
-    """Return classify.py, which needs torch and pillow only."""
-    return _environment().get_template("classify.py").render(facts)
-
-
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.PackageLoader("hpo.export"),
-        autoescape=False,  # Markdown and Python, no HTML
+        autoescape=False,  # Markdown, not HTML
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
+    return environment.get_template("README.md").render(facts)
+
+
+def classify_script() -> str:
+    """Return classify.py, which needs torch and pillow only."""
+    return resources.files("hpo.export").joinpath("templates/classify.py").read_text()

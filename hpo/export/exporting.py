@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch import nn
 
 from hpo.errors import SettingError
-from hpo.export.card import render_card, render_script
+from hpo.export.card import classify_script, render_card
 from hpo.export.program import Classifier, write_program
 from hpo.export.scoring import (
     FP32_ON_CPU,
@@ -227,7 +227,7 @@ def _write_files(folder: Path, facts: Mapping[str, Any], network: nn.Module) -> 
     weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     (folder / "model.safetensors").write_bytes(save(weights, {"format": "pt", "study": facts["study"]}))
     (folder / "classes.json").write_text(json.dumps(facts["classes"]) + "\n")
-    (folder / "classify.py").write_text(render_script(facts))
+    (folder / "classify.py").write_text(classify_script())
     (folder / "export.json").write_text(json.dumps(facts, indent=1) + "\n")
     (folder / "README.md").write_text(render_card(facts))
 

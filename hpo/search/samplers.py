@@ -35,7 +35,7 @@ def build_sampler(space: Space, run_id: int) -> BaseSampler:
                     seed=base, independent_sampler=first, warn_independent_sampling=False, **options
                 )
             case "tpe":
-                if options.get("multivariate") is not False and any(p.when for p in space.parameters.values()):
+                if space.has_conditions and options.get("multivariate") is not False:
                     options = {"group": True} | options
                 return samplers.TPESampler(seed=seed, **options)
             case "gp":
@@ -44,8 +44,10 @@ def build_sampler(space: Space, run_id: int) -> BaseSampler:
                 return samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False, **options)
             case "nsga2":
                 return samplers.NSGAIISampler(seed=seed, **options)
-            case _:
+            case "grid" | "random":
                 return samplers.RandomSampler(seed=seed)
+            case other:
+                raise NotImplementedError(f"sampler {other}")
 
 
 def build_pruner(space: Space) -> BasePruner:
@@ -69,5 +71,7 @@ def build_pruner(space: Space) -> BasePruner:
             )
         case "median":
             return pruners.MedianPruner(n_warmup_steps=scheduler.grace_period)
-        case _:
+        case "none":
             return pruners.NopPruner()
+        case other:
+            raise NotImplementedError(f"scheduler {other}")

@@ -150,6 +150,11 @@ class Space(StrictModel):
         return self.scheduler.stops_trials_early
 
     @property
+    def has_conditions(self) -> bool:
+        """Whether some parameters exist only for certain values of others (`when`)."""
+        return any(parameter.when for parameter in self.parameters.values())
+
+    @cached_property
     def total_trials(self) -> int | None:
         """The number of trials, or None if only the time budget ends the search."""
         return sum(1 for _ in self.planned_points()) if self.is_grid else self.budget.trials
@@ -320,7 +325,7 @@ def load_space(name_or_path: str, overrides: Sequence[str] = ()) -> Space:
     problems += check_rules(ValidSections(values, document.data))
     if problems:
         raise document.error(problems)
-    space._document = document
+    space._document = document  # noqa: SLF001 # this module defines it
     return space
 
 

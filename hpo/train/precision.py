@@ -17,7 +17,8 @@ def choose_precision(precision: str, device: str) -> str:
     if precision != "auto":
         return precision
     if device == "cpu":
-        has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        capabilities = torch.cpu.get_capabilities()
+        has_bf16 = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_tile"))
     else:
         has_bf16 = torch.cuda.get_device_capability() >= (8, 0)
     return "bf16" if has_bf16 else "fp32"

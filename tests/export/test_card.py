@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hpo.export.card import render_card, render_script
+from hpo.export.card import classify_script, render_card
 from hpo.train.network import build_model
 from hpo.train.params import STEMS
 
@@ -101,6 +101,6 @@ def test_the_card_builds_the_network_of_each_stem(stem: str) -> None:
 
 
 def test_the_script_is_python_and_needs_torch_and_pillow_only() -> None:
-    script = render_script(make_facts())
+    script = classify_script()
     compile(script, "classify.py", "exec")
     assert re.findall(r"^(?:import|from) (\w+)", script, re.MULTILINE) == ["json", "sys", "pathlib", "torch", "PIL"]

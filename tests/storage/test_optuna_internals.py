@@ -38,8 +38,6 @@ def test_ids_are_those_of_the_tables(study: Study, database: Database) -> None:
     assert frozen.state == TrialState.RUNNING
     (listed,) = database.optuna_storage.get_all_studies()
     assert optuna_internals.study_id(study.optuna_study) == optuna_internals.study_id(listed) == study.study_id
-    storage = optuna_internals.storage_of(study.optuna_study)
-    assert storage.get_study_name_from_id(study.study_id) == "s"
 
 
 @pytest.mark.parametrize("value", [0.25, math.inf, -math.inf, math.nan])

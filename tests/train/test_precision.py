@@ -9,14 +9,18 @@ from hpo.train.precision import choose_precision
 
 
 @pytest.mark.parametrize(
-    ("has_avx512_bf16", "has_amx", "precision"),
-    [(False, False, "fp32"), (True, False, "bf16"), (False, True, "bf16")],
+    ("capabilities", "precision"),
+    [
+        ({"avx2": True}, "fp32"),
+        ({"avx512_bf16": False, "amx_tile": False}, "fp32"),
+        ({"avx512_bf16": True, "amx_tile": False}, "bf16"),
+        ({"avx512_bf16": False, "amx_tile": True}, "bf16"),
+    ],
 )
 def test_auto_is_bf16_on_a_cpu_that_multiplies_in_bf16(
-    has_avx512_bf16: bool, has_amx: bool, precision: str, monkeypatch: pytest.MonkeyPatch
+    capabilities: dict[str, bool], precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_avx512_bf16)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert choose_precision("auto", "cpu") == precision
 
 
@@ -30,6 +34,5 @@ def test_auto_is_bf16_on_a_gpu_from_ampere_on(
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_precision_that_is_named_is_used(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: precision == "fp32")
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": precision == "fp32"})
     assert choose_precision(precision, "cpu") == precision
