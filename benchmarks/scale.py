@@ -33,8 +33,7 @@ def measure_here(url: str, sampler: str, seed: int) -> dict[str, float]:
     Returns:
         Seconds for `open`, `resume` and `ask` (the median), and the peak of `memory` in bytes.
     """
-    import optuna
-
+    from hpo.search.samplers import build_sampler
     from storage.database import open_database
     from storage.run import Run
     from storage.studies import find_study
@@ -46,20 +45,16 @@ def measure_here(url: str, sampler: str, seed: int) -> dict[str, float]:
     assert study is not None
     opened = time.perf_counter()
     study.count_ended()  # `hpo run` does this to find out how many trials are left
-    study.optuna_study.sampler = {
-        "random": optuna.samplers.RandomSampler(seed=seed),
-        "tpe": optuna.samplers.TPESampler(seed=seed),
-    }[sampler]
-
-    space = Space.from_settings(study.settings)
+    space = Space.from_settings(study.settings | {"sampler": {"name": sampler, "seed": seed}})
     asks = []
     with Run(
         study,
         config_key=space.config_key,
         provenance={},
         draw=space.draw,
-        learns=sampler == "tpe",
+        learns=space.learns_from_results,
     ) as run:
+        study.optuna_study.sampler = build_sampler(space, run.run_id)
         for i in range(CLAIMS + 1):
             before = time.perf_counter()
             claim = run.claim()

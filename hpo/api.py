@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import HpoError, SettingError, TrainableError, nearest
-from hpo.paths import RunsDir, is_new_database
+from hpo.paths import DEFAULT_STORAGE, RunsDir, is_new_database
 from hpo.search.listener import CombinedListener, NullListener, ProgressListener
 from hpo.space.model import Space
 from hpo.trainable import load_trainable
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from storage.studies import Study, Summary
 
 PACKAGES = ("torch", "torchvision", "optuna", "sqlalchemy", "ray", "numpy")  # whose versions are recorded
-DEFAULT_STORAGE = RunsDir().default_storage
 
 
 # --- search -----------------------------------------------------------------------------------------------------------
@@ -117,7 +116,6 @@ def run_search(
     runs, data = RunsDir(Path(runs_dir)).make(), space.trainable_data(Path(data_dir).resolve())
     check_trainable(space)
     with RayCluster(ray_address) as cluster, _start_probes(space, data) as probes, _warnings_noted(listener):
-        listener.preparing("starting Ray")
         listener.preparing("starting Ray")
         if is_new_database(storage):  # else a look at it may show that nothing is left to do
             cluster.start()

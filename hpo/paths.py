@@ -5,10 +5,17 @@ from __future__ import annotations
 import os
 import re
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from hpo.errors import SettingError
+
+LOG_FILE = "log.txt"  # in a trial's folder: the output of its script
+HANG_FILE = "hang.txt"  # in a trial's folder: the stack of every thread of a worker that hung
+SCRIPT_DIR = "script"  # in a trial's folder: {checkpoint_dir} of its script
 
 _UNSAFE = re.compile(r"[^\w.@+-]")
 
@@ -77,21 +84,40 @@ class RunsDir:
         return RunsDir(self.root.resolve())
 
 
+DEFAULT_STORAGE = RunsDir().default_storage
+
+
 def is_new_database(url: str) -> bool:
     """Return whether a storage URL names a SQLite file that does not exist yet. Imports no database driver."""
     scheme, _, path = url.partition(":///")
-    return scheme == "sqlite" and not Path(path).exists()
+    return scheme.partition("+")[0] == "sqlite" and not Path(path.partition("?")[0]).exists()
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: a reader sees the old content or the new one, never a part.
+@contextmanager
+def atomic_file(path: Path, *, sync: bool = False) -> Iterator[BinaryIO]:
+    """Open a file to be written atomically: a reader sees the old or the new content, never a part.
+
+    Args:
+        path: the file. It appears, or is replaced, when the `with` block ends without an error.
+        sync: whether the content is flushed to disk before that, so that it also survives a power cut.
 
     Raises:
-        OSError: the file cannot be written; what stood there before is unchanged.
+        OSError: the file cannot be written; an existing file is unchanged.
     """
+    # The name is unique: a worker that outlives its driver for a moment may write the same file.
     draft = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        draft.write_bytes(content)
+        with draft.open("wb") as file:
+            yield file
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file with `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(content)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from hpo.errors import HpoError
+from hpo.paths import DEFAULT_STORAGE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,12 +27,11 @@ if TYPE_CHECKING:
     from hpo.api import SearchResult
     from hpo.report.results import Results
 
-DEFAULT_STORAGE = "sqlite:///runs/hpo.db"
 COMPLETE_VARIABLE = "_HPO_COMPLETE"  # how a shell asks click for completions
 HIDDEN_VARIABLE = "_HPO_STORAGE_WAS_AN_OPTION"  # set by `_hide_password`
 SECRET_VARIABLES = ("PGPASSWORD", "HPO_STORAGE", "HPO_DASHBOARD_PASSWORD", HIDDEN_VARIABLE)
 _SECRETS = "hpo.run.secrets"  # in `click.Context.meta`
-_PASSWORD = re.compile(r"(?<=://)(?P<user>[^:/?]*):(?P<password>[^@]*)@")  # in a URL, as SQLAlchemy reads it
+_PASSWORD = re.compile(r"(?<=://)(?P<user>[^:/?]*):[^@]*@")  # in a URL, as SQLAlchemy reads it
 
 
 def main(prefix: Sequence[str] = ()) -> NoReturn:
@@ -81,22 +81,20 @@ def _hide_password(words: Sequence[str]) -> None:
     """
     for i, word in enumerate(words):
         option, equals, url = word.partition("=")
-        if option != "--storage" or (not equals and i + 1 == len(words)):
+        if option != "--storage":
             continue
-        given = [word] if equals else [word, words[i + 1]]
-        if _password_of(url if equals else words[i + 1]) is None:
-            continue
-        url = url if equals else words[i + 1]
-        start = len(sys.orig_argv) - len(words) + i  # the words are the tail of the command line
-        rest = [*sys.orig_argv[1:start], *sys.orig_argv[start + len(given) :]]
-        sys.stdout.flush()
-        variables = {"HPO_STORAGE": url, HIDDEN_VARIABLE: "1"}
-        os.execve(sys.executable, [sys.executable, *rest], os.environ | variables)
+        given = [word] if equals else words[i : i + 2]
+        url = url if equals else given[-1]
+        if _has_password(url):
+            start = len(sys.orig_argv) - len(words) + i  # the words are the tail of the command line
+            rest = [*sys.orig_argv[1:start], *sys.orig_argv[start + len(given) :]]
+            sys.stdout.flush()
+            variables = {"HPO_STORAGE": url, HIDDEN_VARIABLE: "1"}
+            os.execve(sys.executable, [sys.executable, *rest], os.environ | variables)
 
 
-def _password_of(url: str) -> str | None:
-    found = _PASSWORD.search(url)
-    return found["password"] if found else None
+def _has_password(url: str) -> bool:
+    return _PASSWORD.search(url) is not None
 
 
 def _without_password(url: str) -> str:
@@ -267,7 +265,7 @@ def plan(space: str, overrides: Sequence[str], storage: str, data_dir: Path) -> 
         console.print(line, markup=False)
     if planned.plan is not None:
         console.print(speed_table(planned.plan, loaded))
-    elif planned.trials_left:
+    elif planned.trials_left != 0:
         console.print("No estimate: only steps of hpo.train:train can be measured, on the machine that has the device.")
     return 0
 

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from hpo.errors import SettingError
-from hpo.paths import RunsDir, write_atomically
+from hpo.paths import RunsDir, atomic_file, is_new_database, write_atomically
 
 
 def test_everything_is_below_the_root(tmp_path: Path) -> None:
@@ -59,21 +60,42 @@ def test_make_names_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         RunsDir(tmp_path / "runs").make()
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     write_atomically(path, b"first")
-    assert path.read_bytes() == b"first"
-
-    def fill_disk(self: Path, content: bytes) -> int:
-        with self.open("wb") as file:
-            file.write(content[:3])
+    with pytest.raises(OSError, match="no space"), atomic_file(path) as file:
+        file.write(b"sec")
+        assert path.read_bytes() == b"first"
         raise OSError("no space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", fill_disk)
-    with pytest.raises(OSError, match="no space"):
-        write_atomically(path, b"second")
     assert path.read_bytes() == b"first"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("sync", [False, True])
+def test_a_synced_file_is_flushed_to_disk_before_it_appears(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, sync: bool
+) -> None:
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda _: synced.append((tmp_path / "file").exists()))
+    with atomic_file(tmp_path / "file", sync=sync) as file:
+        file.write(b"content")
+    assert (tmp_path / "file").read_bytes() == b"content"
+    assert synced == ([False] if sync else [])
+
+
+@pytest.mark.parametrize(
+    ("url", "is_new"),
+    [
+        ("sqlite:///{folder}/new.db", True),
+        ("sqlite+pysqlite:///{folder}/new.db?timeout=5", True),
+        ("sqlite:///{folder}/old.db", False),
+        ("sqlite:///{folder}/old.db?timeout=5", False),
+        ("postgresql://host/new.db", False),
+    ],
+)
+def test_a_sqlite_file_that_does_not_exist_is_a_new_database(tmp_path: Path, url: str, *, is_new: bool) -> None:
+    (tmp_path / "old.db").touch()
+    assert is_new_database(url.format(folder=tmp_path)) == is_new
 
 
 def test_a_file_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from optuna.trial import TrialState, create_trial
 
 from hpo import api, run
 from hpo.errors import SettingError
+from hpo.paths import DEFAULT_STORAGE
 from storage.database import StorageError, open_database
 from storage.studies import open_study
 from tests.factories import Finished, toy_space
@@ -152,16 +153,16 @@ def test_a_usage_error_is_exit_code_2(tmp_path: Path, hpo_here: HpoHere, argumen
     [
         ([], {}, ""),
         ([], {"UV_RUN_RECURSION_DEPTH": "1"}, ""),
-        (["--storage", run.DEFAULT_STORAGE], {}, ""),
+        (["--storage", DEFAULT_STORAGE], {}, ""),
         (["--storage", "sqlite:///other.db"], {}, " --storage sqlite:///other.db"),
         (["--storage", "sqlite:///my studies.db"], {}, " --storage 'sqlite:///my studies.db'"),
         (["--storage", "postgresql://me@host/db"], {}, " --storage postgresql://me@host/db"),
         ([], {"HPO_STORAGE": "postgresql://me:secret@host/db"}, ""),
         (["--storage", "sqlite:///other.db"], {"HPO_STORAGE": "postgresql://host/db"}, " --storage sqlite:///other.db"),
         (
-            ["--storage", run.DEFAULT_STORAGE],
+            ["--storage", DEFAULT_STORAGE],
             {"HPO_STORAGE": "postgresql://host/db"},
-            f" --storage {run.DEFAULT_STORAGE}",
+            f" --storage {DEFAULT_STORAGE}",
         ),
         (  # what `_hide_password` starts for `--storage postgresql://me:secret@host/db`
             [],
@@ -208,14 +209,10 @@ def test_storage_and_data_come_from_options_or_variables(
     hpo_here(tmp_path, "run", "toy.yaml", "--storage", "sqlite:///o.db", "--data-dir", "o", **variables)
     seen = [tuple(options[name] for name in ("storage", "data_dir", "ray_address", "password")) for options in received]
     assert seen == [
-        (run.DEFAULT_STORAGE, Path("data"), None, None),
+        (DEFAULT_STORAGE, Path("data"), None, None),
         ("sqlite:///v.db", Path("v"), "ray:6379", "secret"),
         ("sqlite:///o.db", Path("o"), "ray:6379", "secret"),
     ]
-
-
-def test_the_default_storage_is_that_of_the_api() -> None:
-    assert run.DEFAULT_STORAGE == api.DEFAULT_STORAGE  # written twice: the command line imports the API late
 
 
 def test_the_typed_command_is_recorded(tmp_path: Path, hpo_here: HpoHere, fake_search: Callable[..., Any]) -> None:

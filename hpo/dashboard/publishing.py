@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING
 
 from hpo.dashboard.attributes import Artifact, DashboardAttributes
 from hpo.dashboard.notes import describe_trial
-from hpo.paths import RunsDir, write_atomically
+from hpo.paths import LOG_FILE, RunsDir, write_atomically
 from hpo.report.published import match_published
 from hpo.report.results import Results, TrialResult, read_epochs, read_results
-from hpo.search.script import LOG_FILE
+from hpo.search.checkpoints import list_checkpoints
 
 if TYPE_CHECKING:
     from storage.studies import Study
@@ -116,10 +116,9 @@ def _publish_best_checkpoint(
     study, best = results.study, results.best
     if best is None:
         return
-    checkpoints = sorted(runs_dir.trial(study.unique_name, best.number).glob("epoch-*.pt"))
-    if checkpoints:
-        artifact = _artifact(study, checkpoints[-1].name, best.trial_id, role="checkpoint")
-        _publish_file(artifact, attributes, runs_dir, partial(_link_or_copy, checkpoints[-1]))
+    for newest in list_checkpoints(runs_dir.trial(study.unique_name, best.number))[:1]:
+        artifact = _artifact(study, newest.name, best.trial_id, role="checkpoint")
+        _publish_file(artifact, attributes, runs_dir, partial(_link_or_copy, newest))
     for trial in ranked:
         former = _artifact(study, "", trial.trial_id, role="checkpoint")
         if trial is not best and attributes.lists(former):

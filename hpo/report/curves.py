@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -175,40 +175,54 @@ def build_figure(
     """Return the figure of some metrics: the selected trials, and the published results where there are some."""
     first = family.metrics[0]
     last_epoch = max(trial.last_epoch for trial in results.trials)
-    bands = [_band(results, first, last_epoch)] if selection.has_band else []
     lines = []
     if selection.grey:
         # One line for all of them: one line each would slow the browser down.
         x, y = _join([_points(trial, first) for trial in selection.grey])
         lines.append(Line(x, y, GREY, f"{len(selection.grey)} others, {first}", width=0.6, opacity=0.55))
     for trial, colour in selection.coloured:
-        label, group = shorten(results.label(trial)), str(trial.number)
-        for metric in family.metrics:
-            x, y = _points(trial, metric)
-            is_first = metric == first
-            lines.append(
-                Line(
-                    x,
-                    y,
-                    colour,
-                    label,
-                    in_legend=is_first,
-                    width=2.0 if is_first else 1.4,
-                    dash=_dash(metric),
-                    marker="circle-open" if metric.startswith("train_") else "circle",
-                    group=group,
-                    hover=(label, metric),
-                )
-            )
-        twin = published.get(trial.number)
-        for metric in _published_metrics(family.metrics, twin):
-            assert twin is not None
-            x, y = _clean([(epoch, each[metric]) for epoch, each in twin.epochs.items() if epoch <= last_epoch])
-            dash, hover = _dash("published"), (f"published, {label}", metric)
-            lines.append(
-                Line(x, y, colour, "published", in_legend=False, width=1.4, dash=dash, group=group, hover=hover)
-            )
+        label = shorten(results.label(trial))
+        lines += _trial_lines(trial, label, colour, family.metrics)
+        if trial.number in published:
+            lines += _published_lines(published[trial.number], trial, label, colour, family.metrics, last_epoch)
+    bands = [_band(results, first, last_epoch)] if selection.has_band else []
     return CurveFigure(family.title, lines, bands, last_epoch, _needs_log([line.y for line in lines]))
+
+
+def _trial_lines(trial: TrialResult, label: str, colour: str, metrics: Sequence[str]) -> Iterator[Line]:
+    for metric in metrics:
+        x, y = _points(trial, metric)
+        is_first = metric == metrics[0]
+        yield Line(
+            x,
+            y,
+            colour,
+            label,
+            in_legend=is_first,
+            width=2.0 if is_first else 1.4,
+            dash=_dash(metric),
+            marker="circle-open" if metric.startswith("train_") else "circle",
+            group=str(trial.number),
+            hover=(label, metric),
+        )
+
+
+def _published_lines(
+    published: Published, trial: TrialResult, label: str, colour: str, metrics: Sequence[str], last_epoch: int
+) -> Iterator[Line]:
+    for metric in _published_metrics(metrics, published):
+        x, y = _clean([(epoch, each[metric]) for epoch, each in published.epochs.items() if epoch <= last_epoch])
+        yield Line(
+            x,
+            y,
+            colour,
+            "published",
+            in_legend=False,
+            width=1.4,
+            dash=_dash("published"),
+            group=str(trial.number),
+            hover=(f"published, {label}", metric),
+        )
 
 
 def describe_styles(metrics: Sequence[str], published: Mapping[int, Published]) -> str:
@@ -265,8 +279,8 @@ def _needs_log(curves: Sequence[Sequence[float | None]]) -> bool:
     return bool(known) and known[0] > 0 and known[-1] > 30 * known[len(known) // 2]
 
 
-def _published_metrics(metrics: Sequence[str], published: Published | None) -> list[str]:
-    first = next(iter(published.epochs.values())) if published else {}
+def _published_metrics(metrics: Sequence[str], published: Published) -> list[str]:
+    first = next(iter(published.epochs.values()))
     return [metric for metric in metrics if metric in first]
 
 

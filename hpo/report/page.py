@@ -110,7 +110,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"cell": _markdown_cell, "duration": format_seconds, "number": format_number}
+    environment.filters |= {"cell": _markdown_cell, "number": format_number}
     return environment
 
 
@@ -283,15 +283,18 @@ def _reproduce(results: Results) -> list[tuple[str, str]]:
     provenances: Sequence[Mapping[str, Any]] = [run.provenance for run in results.runs]
     last = provenances[-1] if provenances else {}
     commands = list(dict.fromkeys(str(each["command"]) for each in provenances if "command" in each))
-    pairs = [("command", command) for command in commands[-5:]]
-    pairs += [("one trial", f"hpo replay {results.study.name} NUMBER")] if provenances else []
-    pairs += [(name, str(last[name])) for name in ("code", "python", "platform", "data_sha256") if last.get(name)]
     packages = last.get("packages") or {}
-    pairs += [("packages", ", ".join(f"{name} {version}" for name, version in packages.items()))] if packages else []
-    pairs += [("seed", str(results.space.seed))] if results.space else []
-    versions = {(each.get("code"), str(each.get("packages"))) for each in provenances}
-    pairs += [("note", f"earlier runs used {len(versions) - 1} other versions")] if len(versions) > 1 else []
-    return [*pairs, ("storage", results.study.database.url)]
+    other_versions = len({(each.get("code"), str(each.get("packages"))) for each in provenances}) - 1
+    pairs = [
+        *(("command", command) for command in commands[-5:]),
+        ("one trial", f"hpo replay {results.study.name} NUMBER" if provenances else None),
+        *((name, last.get(name)) for name in ("code", "python", "platform", "data_sha256")),
+        ("packages", ", ".join(f"{name} {version}" for name, version in packages.items())),
+        ("seed", str(results.space.seed) if results.space else None),
+        ("note", f"earlier runs used {other_versions} other versions" if other_versions > 0 else None),
+        ("storage", results.study.database.url),
+    ]
+    return [(name, str(text)) for name, text in pairs if text]
 
 
 def _format_settings(settings: Mapping[str, Any]) -> str:

@@ -108,7 +108,9 @@ class TrialResult:
 
 @dataclass(frozen=True)
 class Results:
-    """A study as plain data, at the moment it was read.
+    """The results of a study at the moment it was read.
+
+    `study` stays connected to the database: `pareto_front` and Optuna's plots read it later.
 
     Attributes:
         study: the study that was read.

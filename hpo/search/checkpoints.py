@@ -7,13 +7,14 @@ the epoch is reported again from the checkpoint instead of being trained again.
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any
+
+from hpo.paths import atomic_file
 
 # torch is imported in the functions that need it: the driver only trims checkpoints, and starts without it.
 
@@ -56,19 +57,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
     _check_plain(checkpoint.state, "state")
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"epoch-{checkpoint.epoch:06d}.pt"
-    # The process id is in the name: a worker that outlived its driver for a moment may write the same epoch.
-    temporary = final.with_suffix(f".{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with atomic_file(folder / f"epoch-{checkpoint.epoch:06d}.pt", sync=True) as file:
             torch.save({"epoch": checkpoint.epoch, "history": checkpoint.history, "state": checkpoint.state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(final)
     except RuntimeError as error:  # torch's writer wraps the operating system's error
         raise OSError(str(error).splitlines()[0]) from error
-    finally:
-        temporary.unlink(missing_ok=True)
     for old in list_checkpoints(folder)[KEPT_CHECKPOINTS:]:
         old.unlink(missing_ok=True)
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import nearest
-from hpo.paths import RunsDir
+from hpo.paths import HANG_FILE, RunsDir
 from hpo.search.checkpoints import trim_checkpoints
 from hpo.search.listener import ProgressListener
 from hpo.search.slots import Slots
-from hpo.search.worker import HANG_FILE, TrialReport, TrialSpec
+from hpo.search.worker import TrialReport, TrialSpec
 from hpo.space.model import Space
 
 if TYPE_CHECKING:  # workers import this module too, and need no database

@@ -23,7 +23,6 @@ from typing import IO, Any
 from hpo.errors import TrainableError
 from hpo.space.command import CHECKPOINT_DIR
 
-LOG_FILE = "log.txt"
 STOP_SECONDS = 5.0  # between SIGTERM and SIGKILL
 STDERR_SECONDS = 1.0  # how long to wait for the rest of stderr after the script has ended
 TAIL_LINES = 5  # the last lines of the log that are part of the reason of a failure

@@ -15,12 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hpo.paths import HANG_FILE, LOG_FILE, SCRIPT_DIR
 from hpo.search.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
-from hpo.search.script import LOG_FILE, ScriptError, run_script
+from hpo.search.script import ScriptError, run_script
 from hpo.space.command import CHECKPOINT_DIR, build_arguments, uses_checkpoint_dir
 from hpo.trainable import load_trainable
-
-HANG_FILE = "hang.txt"
 
 
 @dataclass(frozen=True)
@@ -157,10 +156,10 @@ def _start_epochs(spec: TrialSpec, checkpoint: Checkpoint | None) -> Generator[A
         "max_epochs": spec.max_epochs,
         "device": spec.device,
         "data_dir": spec.data["data_dir"],
-        CHECKPOINT_DIR: folder / "script",
+        CHECKPOINT_DIR: folder / SCRIPT_DIR,
     }
     if needs_epoch:
-        (folder / "script").mkdir(parents=True, exist_ok=True)
+        (folder / SCRIPT_DIR).mkdir(parents=True, exist_ok=True)
     return run_script(
         build_arguments(spec.command, values | spec.params),
         log=folder / LOG_FILE,
