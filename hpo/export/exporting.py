@@ -105,41 +105,28 @@ def export_model(
     own_scores = score_as_trained(params, checkpoint.state["model"], provenance.get("device", "cpu"), data) or scores
     remarks = _compare_training(space, checkpoint, provenance, dataset)
     remarks += compare_scores(own_scores, metrics, dataset, provenance.get("device_name", "an unknown device"))
-
-    draft = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        draft.mkdir(parents=True)
-        program = write_program(Classifier(network), draft / "model.pt2", dataset.test.images[:CPU_BATCH])
-        facts = {
-            "study": study.name,
-            "study_id": study.unique_name,
-            "trial": trial.number,
-            "params": asdict(params),
-            "seed": space.seed,
-            "epochs": checkpoint.epoch,
-            "data": space.data.model_dump(mode="json"),
-            "data_sha256": dataset.sha256,
-            "images": {
-                "train": len(dataset.train),
-                **{name: len(part) for name, part in held_out_images(dataset).items()},
-            },
-            "accuracy": scores.accuracy,
-            "as_trained": {"how": own_scores.how, **own_scores.accuracy},
-            "stored": {name: metrics[name] for name in scores.accuracy if name in metrics},
-            "classes": list(CLASS_NAMES),
-            "confusion": count_confusions(program, dataset.test, CPU_BATCH),
-            "trained": provenance,
-            "exported": dict(versions),
-            "remarks": remarks,
-        }
-        _write_files(draft, facts, network)
-        _put_in_place(draft, output)
-    except OSError as error:
-        raise SettingError(
-            f"cannot write the export to {output}: {error.strerror or error}; name a writable folder by --output"
-        ) from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    facts = {
+        "study": study.name,
+        "study_id": study.unique_name,
+        "trial": trial.number,
+        "params": asdict(params),
+        "seed": space.seed,
+        "epochs": checkpoint.epoch,
+        "data": space.data.model_dump(mode="json"),
+        "data_sha256": dataset.sha256,
+        "images": {
+            "train": len(dataset.train),
+            **{name: len(part) for name, part in held_out_images(dataset).items()},
+        },
+        "accuracy": scores.accuracy,
+        "as_trained": {"how": own_scores.how, **own_scores.accuracy},
+        "stored": {name: metrics[name] for name in scores.accuracy if name in metrics},
+        "classes": list(CLASS_NAMES),
+        "trained": provenance,
+        "exported": dict(versions),
+        "remarks": remarks,
+    }
+    _write_folder(output, facts, network, dataset)
     return ExportedModel(output, remarks)
 
 
@@ -223,13 +210,27 @@ def _check_replaceable(output: Path) -> None:
         )
 
 
-def _write_files(folder: Path, facts: Mapping[str, Any], network: nn.Module) -> None:
-    weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-    (folder / "model.safetensors").write_bytes(save(weights, {"format": "pt", "study": facts["study"]}))
-    (folder / "classes.json").write_text(json.dumps(facts["classes"]) + "\n")
-    (folder / "classify.py").write_text(classify_script())
-    (folder / "export.json").write_text(json.dumps(facts, indent=1) + "\n")
-    (folder / "README.md").write_text(render_card(facts))
+def _write_folder(output: Path, facts: Mapping[str, Any], network: nn.Module, dataset: Dataset) -> None:
+    """Write an export next to its folder, then put it in place."""
+    draft = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        draft.mkdir(parents=True)
+        program = write_program(Classifier(network), draft / "model.pt2", dataset.test.images[:CPU_BATCH])
+        # The program scores the images, so that the card describes the file that users load.
+        facts = {**facts, "confusion": count_confusions(program, dataset.test, CPU_BATCH)}
+        weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+        (draft / "model.safetensors").write_bytes(save(weights, {"format": "pt", "study": facts["study"]}))
+        (draft / "classes.json").write_text(json.dumps(facts["classes"]) + "\n")
+        (draft / "classify.py").write_text(classify_script())
+        (draft / "export.json").write_text(json.dumps(facts, indent=1) + "\n")
+        (draft / "README.md").write_text(render_card(facts))
+        _put_in_place(draft, output)
+    except OSError as error:
+        raise SettingError(
+            f"cannot write the export to {output}: {error.strerror or error}; name a writable folder by --output"
+        ) from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _put_in_place(draft: Path, output: Path) -> None:
