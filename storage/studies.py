@@ -110,6 +110,11 @@ class Study:
         retry_while_down(self.database, lambda: tables.write_study_attrs(self.database, self.study_id, attrs))
 
     @property
+    def is_ours(self) -> bool:
+        """Whether hpo created the study, not another program that uses Optuna."""
+        return "hpo:id" in self.attrs
+
+    @property
     def settings(self) -> dict[str, Any]:
         """The settings that the study was opened with."""
         settings: dict[str, Any] = self.attrs.get("hpo:settings", {})
@@ -119,11 +124,6 @@ class Study:
     def unique_name(self) -> str:
         """A name that no other study has, in any database. Files of the study are stored under it."""
         return f"{self.name}-{self.attrs['hpo:id']}"
-
-    @property
-    def metric(self) -> str:
-        """The name of the metric that the study optimises."""
-        return str(self.settings.get("metric", "value"))
 
 
 @contextlib.contextmanager

@@ -53,7 +53,7 @@ def publish(study: Study, runs_dir: RunsDir, *, always: bool = False) -> None:
     """
     try:
         ended = study.count_ended()
-        if "hpo:id" in study.attrs and ended and (always or study.system_attrs().get(PUBLISHED) != ended):
+        if study.is_ours and ended and (always or study.system_attrs().get(PUBLISHED) != ended):
             _publish(study, runs_dir)
             study.set_system_attrs({PUBLISHED: ended})  # last, so that an error before it means another attempt
     except Exception as error:  # noqa: BLE001 # best effort, see above
