@@ -1,4 +1,4 @@
-"""The one owner of every path under runs/."""
+"""All paths under runs/, and atomic file writes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class RunsDir:
         """Return the folder of a study's checkpoints.
 
         Args:
-            unique_name: `Study.unique_name`, which no study of another database shares.
+            unique_name: `Study.unique_name`, which is unique across databases.
         """
         return self.root / "checkpoints" / unique_name
 
@@ -84,10 +84,10 @@ def is_new_database(url: str) -> bool:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: a reader sees the old content or the new one, never a part.
+    """Write a file atomically: a reader sees the old or the new content.
 
     Raises:
-        OSError: the file cannot be written; what stood there before is unchanged.
+        OSError: the file cannot be written; an existing file is unchanged.
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:

@@ -58,7 +58,7 @@ def new_trial(study: optuna.Study) -> optuna.Trial:
 
 
 def study_view(attributes: StudyAttributes, study_id: int) -> Any:
-    """Return a study for `optuna_dashboard.save_plotly_graph_object` that reads and writes `attributes` alone.
+    """Return a study for `optuna_dashboard.save_plotly_graph_object` that reads and writes `attributes` only.
 
     The dashboard writes a plot in many transactions. With this view, we collect its parts and write them in one.
     """
@@ -66,7 +66,7 @@ def study_view(attributes: StudyAttributes, study_id: int) -> Any:
 
 
 def trial_view(attributes: StudyAttributes, study_id: int, trial_id: int) -> Any:
-    """Return a trial for `optuna_dashboard.save_note` that reads and writes `attributes` alone.
+    """Return a trial for `optuna_dashboard.save_note` that reads and writes `attributes` only.
 
     The dashboard takes a live trial only; notes are written for finished ones, too.
     """

@@ -202,7 +202,7 @@ def test_a_configuration_is_claimed_once_and_an_exhausted_space_ends(study: Stud
             claimed.append(claim.params["n"])
             run.complete(claim, 0.5)
         assert run.finished
-        assert run.exhausted == "20 draws in a row were all tried before"
+        assert run.exhausted == "20 draws in a row were duplicates of earlier trials"
     assert sorted(claimed) == [1, 2, 3]
     duplicates = [trial for trial in study.trials() if trial.state.name == "FAIL"]
     assert duplicates
