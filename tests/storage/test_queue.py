@@ -109,7 +109,7 @@ def test_a_run_whose_lease_expired_loses_its_trial(
             expire_leases(database)
             taken = claim_one(run)
             assert taken.number == claim.number
-            far.report(claim, 1, {"m": 0.1}, 0.1)  # it does not know yet
+            far.report(claim, 1, {"m": 0.1}, 0.1)  # it has not yet noticed
             far.flush()
             with pytest.raises(LostTrialError, match="trial 0 was taken over by another run"):
                 far.report(claim, 2, {"m": 0.1}, 0.1)
