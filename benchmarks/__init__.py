@@ -1,1 +1,1 @@
-"""Commands that reproduce the numbers in the README."""
+"""Commands that reproduce the numbers in benchmarks/README.md."""

@@ -1,4 +1,4 @@
-"""What the service costs around the training, per trial: wall time, and CPU time of the driver.
+"""Overhead of the service per trial: wall time, and CPU time of the driver.
 
     uv run python -m benchmarks.overhead
 

@@ -4,7 +4,7 @@
 
 Times whole processes, in turns:
 
-    minimum    Ray with two workers that import torch, and nothing else: what no search over Ray can undercut
+    minimum    Ray with two workers that import torch, and nothing else: the lower bound for any search with Ray
     search     `hpo run` on two no-op trials of one epoch, from an empty folder to the report
 
 For `search` it also prints when each line appeared that marks a stage. With `--code DIR`, the search of another checkout is

@@ -1,6 +1,6 @@
-"""Trainables that cost nothing: tests and benchmarks use them to exercise everything around the training.
+"""Trainables that compute almost nothing: tests and benchmarks use them to exercise everything around the training.
 
-Each value that `chain` reports depends on every epoch before it, through the checkpoint alone. A trial that is killed and
+Each value that `chain` reports depends on every epoch before it, only through the checkpoint. A trial that is killed and
 resumed any number of times must end with `expected_value`; any other value means that something was lost.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Report:
-    """What a trainable yields: any object with these attributes is accepted."""
+    """A report of an epoch: the service accepts any object with these attributes."""
 
     epoch: int
     metrics: dict[str, float]

@@ -35,7 +35,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # On first use, because the import of each submodule passes through here, and `hpo --help` must be fast.
+    # Imported on first use: importing any submodule runs this file, and `hpo --help` must start fast.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

@@ -1,4 +1,4 @@
-"""What the verbs of the command line do, for Python programs.
+"""The Python API: one function for each verb of the command line that works on a study or a search.
 
     from hpo import load_space, run_search
 
@@ -49,7 +49,7 @@ PACKAGES = ("torch", "torchvision", "optuna", "sqlalchemy", "ray", "numpy")  # w
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
         results: every trial of the study, with every metric of every epoch.
@@ -74,7 +74,11 @@ class SearchResult:
         return self.results.best
 
     def to_dataframe(self) -> pd.DataFrame:
-        """Return one row a trial: see `Results.to_dataframe`."""
+        """Return a data frame with one row per trial, see `Results.to_dataframe`.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
         return self.results.to_dataframe()
 
 
@@ -94,11 +98,11 @@ def run_search(
 
     Args:
         space: the search.
-        storage: an SQLAlchemy URL. The database and its tables are created where they are missing.
-        password: for a storage URL without one.
+        storage: an SQLAlchemy URL. The database and its tables are created if they do not exist.
+        password: the PostgreSQL password, used if the URL has none.
         data_dir: where data sets are read from or downloaded to.
         runs_dir: where checkpoints, artifacts and reports are written.
-        ray_address: a Ray cluster to join; None starts Ray on this machine, for this search alone.
+        ray_address: a Ray cluster to join; None starts Ray on this machine, for this search only.
         listener: receives the events of the search.
         on_results: receives the results as soon as the last trial has ended, before the report is written.
         command: how the search was started, for the record.
@@ -117,7 +121,8 @@ def run_search(
     check_trainable(space)
     with RayCluster(ray_address) as cluster, _start_probes(space, data) as probes, _warnings_noted(listener):
         listener.preparing("starting Ray")
-        if is_new_database(storage):  # else a look at it may show that nothing is left to do
+        # A new database has no finished trials, so Ray is needed. An existing one may have nothing left to run.
+        if is_new_database(storage):
             cluster.start()
         from storage.database import open_database
         from storage.studies import find_revision
@@ -167,7 +172,7 @@ def _search(
     runs_dir: RunsDir,
     listener: ProgressListener,
 ) -> tuple[Study, SearchOutcome]:
-    """Run the trials that are left. Ray is starting: what takes seconds is imported meanwhile."""
+    """Run the trials that are left. Slow imports happen here, while Ray starts in the background."""
     from hpo.search.estimate import is_worth_measuring
     from hpo.search.slots import plan_slots
     from hpo.search.tune import run_trials
@@ -176,7 +181,7 @@ def _search(
     plan, images = None, None
     if probes is not None:
         provenance["data_sha256"], images = probes.describe_data()
-    # Not earlier: a data set that is missing leaves no study behind.
+    # Only now, so that a missing data set does not leave an empty study.
     study = open_study(database, **space.study_options)
     listener.study_opened(space, study.name, database.url, study.counts())
     size = cluster.size()
@@ -184,23 +189,23 @@ def _search(
     if probes is not None:
         if images is not None and is_worth_measuring(space, left, images):
             plan = _measure(space, slots, left, probes, images, size, listener)
-        probes.close()  # its memory and its processor belong to the trials now
+        probes.close()  # frees its memory and CPU for the trials
     slots = slots if plan is None else plan.slots
     listener.search_planned(space, slots, plan)
     listener = CombinedListener(listener, _ReportPreloader())
-    gc.freeze()  # what was imported stays: later collections are fast
+    gc.freeze()  # excludes imported objects from later garbage collections
     outcome = run_trials(space, study, slots, provenance=provenance, data=data, runs_dir=runs_dir, listener=listener)
     return study, outcome
 
 
 class _ReportPreloader(NullListener):
-    """Imports the plotting libraries, which takes seconds, while trials run: from the first epoch on."""
+    """Imports the plotting libraries on a background thread, starting at the first epoch."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
 
     def epoch_ended(self, number: int, epoch: int, metrics: Mapping[str, float]) -> None:
-        """Start the imports. The report waits for them, should they not be done."""
+        """Start the imports. If they are not done in time, the report waits for them."""
         from hpo.report.page import preload
 
         if self._thread is None:
@@ -209,19 +214,28 @@ class _ReportPreloader(NullListener):
 
 
 def try_to_report(results: Results, runs_dir: RunsDir, listener: ProgressListener) -> Path | None:
-    """Write the report. The search is done: a page that cannot be drawn is a remark, not an error."""
+    """Write the report. On failure, notify the listener and return None: the search itself succeeded.
+
+    Args:
+        results: the study, with its epochs.
+        runs_dir: where the folder of the report is created.
+        listener: receives a note if there is no report.
+
+    Returns:
+        The path of the HTML file; None if the report could not be written.
+    """
     from hpo.report.page import write_report
 
     try:
         return write_report(results, runs_dir)
-    except Exception as error:  # noqa: BLE001 # see above
+    except Exception as error:  # noqa: BLE001 # see the docstring
         reason = str(error) if isinstance(error, HpoError) else f"{type(error).__name__}: {error}"
         listener.note(f"no report: {reason}")
         return None
 
 
 def _start_probes(space: Space, data: Mapping[str, Any]) -> AbstractContextManager[Probes | None]:
-    """Start to load the data in another process, for our own trainable; nothing is known of others."""
+    """Start a process that loads the data. None for other trainables, whose data and speed are unknown."""
     from hpo.search.estimate import Probes
 
     return Probes(data) if space.is_default_trainable else nullcontext()
@@ -271,7 +285,7 @@ class _NoteHandler(logging.Handler):
 
 @dataclass(frozen=True)
 class PlannedSearch:
-    """What a search will take.
+    """The plan of a search, with an estimate of its time and memory.
 
     Attributes:
         space: the search.
@@ -296,17 +310,23 @@ def plan_search(
     data_dir: Path | str = "data",
     listener: ProgressListener | None = None,
 ) -> PlannedSearch:
-    """Measure what a search will take on this machine. Nothing is written.
+    """Measure training steps on this machine and estimate the time and memory of a search. Write nothing.
 
     Args:
         space: the search.
         storage: the database that may hold some of its trials; one that does not exist is not created.
-        password: for a storage URL without one.
+        password: the PostgreSQL password, used if the URL has none.
         data_dir: where data sets are read from or downloaded to.
-        listener: hears of what takes time.
+        listener: receives an event before each slow step.
+
+    Returns:
+        The slots, the estimate, the stored states and the number of trials left.
 
     Raises:
-        HpoError: as `run_search`.
+        SettingError: a resource is not available on this machine, or the measurement failed.
+        TrainableError: the trainable cannot be imported, or cannot take the space's parameters.
+        DataError: the data set is not there and cannot be downloaded.
+        StorageError: the database failed after it was opened. One that cannot be opened counts as empty.
     """
     from hpo.search.estimate import machine_size
     from hpo.search.slots import plan_slots
@@ -338,10 +358,10 @@ def _trials_left(space: Space, study: Study) -> int | None:
 
 
 def check_trainable(space: Space) -> None:
-    """Check what can be checked of the trainable before anything slow starts.
+    """Check, before anything slow starts, that the trainable can be imported and accepts the values of the space.
 
     Raises:
-        TrainableError: it cannot be imported, or cannot take a value of the space; a line for each mistake.
+        TrainableError: it cannot be imported, or cannot take a value of the space; one line per mistake.
     """
     if space.command is not None:
         from hpo.search.script import check_program
@@ -353,7 +373,7 @@ def check_trainable(space: Space) -> None:
         with space.locating_errors("trainable"):
             load_trainable(space.trainable)
         return
-    from hpo.train.params import read_params  # without torch: the workers import it
+    from hpo.train.params import read_params  # does not import torch; only workers do
 
     mistakes: dict[str, None] = {}
     for name, value in space.examples():
@@ -367,7 +387,7 @@ def check_trainable(space: Space) -> None:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Return what is recorded of each run: code version, package versions, Python, platform, machine."""
+    """Return the environment that each run records: code version, package versions, Python, platform, machine."""
     code = metadata.version("hpo")
     folder = Path(__file__).parent
     git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
@@ -387,8 +407,15 @@ def describe_environment() -> dict[str, Any]:
 def list_studies(*, storage: str = DEFAULT_STORAGE, password: str | None = None) -> list[Summary]:
     """Return a summary of each study in a database, oldest first, without reading its trials.
 
+    Args:
+        storage: the database; it is not created.
+        password: the PostgreSQL password, used if the URL has none.
+
+    Returns:
+        One summary per study.
+
     Raises:
-        StorageError: there is no such database; it is not created.
+        StorageError: there is no such database, or it cannot be used.
     """
     from storage.database import open_database
     from storage.studies import summarize
@@ -403,10 +430,13 @@ def read_results(study: str, *, storage: str = DEFAULT_STORAGE, password: str | 
     Args:
         study: its name; without a revision (`@2`), the latest revision.
         storage: the database; it is not created.
-        password: for a storage URL without one.
+        password: the PostgreSQL password, used if the URL has none.
+
+    Returns:
+        The study as plain data.
 
     Raises:
-        SettingError: no such study; the text has the nearest name.
+        SettingError: there is no such study; the message suggests the nearest name.
         StorageError: the database cannot be used.
     """
     return _read(_existing_study(study, storage, password))
@@ -414,6 +444,10 @@ def read_results(study: str, *, storage: str = DEFAULT_STORAGE, password: str | 
 
 def write_report(results: Results, *, runs_dir: Path | str = "runs") -> Path:
     """Write a study's report: one HTML file that needs no network, and a Markdown file with PNG figures.
+
+    Args:
+        results: the study, with its epochs.
+        runs_dir: the report is written to a folder below it. An earlier report is replaced.
 
     Returns:
         The path of the HTML file.
@@ -441,15 +475,17 @@ def replay_trial(
         study: the study's name.
         number: the trial's number.
         storage: the database; it is not created.
-        password: for a storage URL without one.
-        data_dir: where the data sets lie.
-        show: receives a line an epoch, and one for each version that differs.
+        password: the PostgreSQL password, used if the URL has none.
+        data_dir: where the data sets are stored.
+        show: receives one line per epoch, and one per version that differs.
 
     Returns:
         Whether every metric is equal to the last digit.
 
     Raises:
-        SettingError: no such study or trial, or the trial fails this time.
+        SettingError: the study or trial does not exist, or the trial fails this time.
+        SpaceError: this version of hpo cannot read the settings of the study.
+        StorageError: the database cannot be used.
     """
     from hpo.search.replay import replay
 
@@ -473,14 +509,20 @@ def export_model(
         study: the study's name.
         number: the trial; None for the best one.
         storage: the database; it is not created.
-        password: for a storage URL without one.
-        data_dir: where the data sets lie: the model is scored again.
-        runs_dir: where the checkpoints lie.
+        password: the PostgreSQL password, used if the URL has none.
+        data_dir: where the data sets are stored: the model is scored again.
+        runs_dir: where the checkpoints are stored.
         output: the folder to write; None for one under `runs_dir`. An earlier export there is replaced.
 
+    Returns:
+        The folder, and remarks on differences from what storage holds.
+
     Raises:
-        SettingError: no such study or trial, no checkpoint of it here, or a folder that holds something else.
-        DataError: the data set is not there.
+        SettingError: the study or trial does not exist, its checkpoint is not on this machine, or the output folder
+            contains other files or cannot be written.
+        SpaceError: this version of hpo cannot read the settings of the study.
+        DataError: the data set is not there and cannot be downloaded.
+        StorageError: the database cannot be used.
     """
     opened = _existing_study(study, storage, password)
     from hpo.export import exporting
@@ -507,15 +549,16 @@ def serve_dashboard(
     """Serve optuna-dashboard until interrupted.
 
     Args:
-        storage: the database; it is created where it is missing.
-        password: for a storage URL without one.
+        storage: the database; it is created if it does not exist.
+        password: the PostgreSQL password, used if the URL has none.
         host: the address to listen on.
         port: the port to listen on; 0 takes a free one.
-        dashboard_password: what a browser must send; None serves this machine alone.
-        runs_dir: where artifacts and checkpoints lie.
+        dashboard_password: required by HTTP Basic authentication. None is allowed on loopback addresses only.
+        runs_dir: where artifacts and checkpoints are stored.
 
     Raises:
-        SettingError: an address that other machines reach without a password, or one that cannot be listened on.
+        SettingError: other machines can reach the address and there is no password, or the address cannot be listened
+            on.
         StorageError: the database cannot be used.
     """
     from hpo.dashboard.server import serve

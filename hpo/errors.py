@@ -3,11 +3,11 @@
     HpoError                 exit code 2, one message, no traceback
     ├── SpaceError           the search-space file or a --set override
     ├── DataError            a data set
-    ├── TrainableError       the trainable, or a parameter that it does not know
+    ├── TrainableError       the trainable, or a parameter that it does not accept
     └── SettingError         a flag, an environment variable, a folder, a name on the command line
 
 `storage.database.StorageError` is the same kind of error. storage imports nothing of hpo, so it is not in this tree;
-`hpo.run` handles both alike.
+`hpo.run` handles both in the same way.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class DataError(HpoError):
 
 
 class TrainableError(HpoError):
-    """A trainable cannot be imported or called, or does not know a parameter."""
+    """A trainable cannot be imported or called, or does not accept a parameter."""
 
 
 class SettingError(HpoError):

@@ -1,4 +1,4 @@
-"""The one owner of every path under runs/."""
+"""All paths under runs/, and atomic file writes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class RunsDir:
         """Return the folder of a study's checkpoints.
 
         Args:
-            unique_name: `Study.unique_name`, which no study of another database shares.
+            unique_name: `Study.unique_name`, which is unique across databases.
         """
         return self.root / "checkpoints" / unique_name
 

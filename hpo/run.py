@@ -38,9 +38,9 @@ def main(prefix: Sequence[str] = ()) -> NoReturn:
     """Run a verb of the command line and exit.
 
     Args:
-        prefix: inserted before the arguments: `python -m hpo.report STUDY` is `hpo report STUDY`.
+        prefix: inserted before the arguments: `python -m hpo.run SPACE` is `hpo run SPACE`.
     """
-    # As `python -m` does: trainables are imported from the working directory.
+    # Like `python -m`, import trainables from the working directory.
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -54,7 +54,7 @@ def main(prefix: Sequence[str] = ()) -> NoReturn:
             complete_var=COMPLETE_VARIABLE,
             obj=shlex.join(["hpo", *words]),
         )
-        gc.freeze()  # the interpreter's end would search all objects for cycles: 0.7 s after a search
+        gc.freeze()  # skips the garbage collection at exit, which takes 0.7 s after a search
         sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as error:
         error.show()
@@ -69,13 +69,13 @@ def main(prefix: Sequence[str] = ()) -> NoReturn:
 
 
 def _is_storage_error(error: Exception) -> bool:
-    # The module is imported late. If it was not imported, the error has another source.
+    # The module is imported late. If it was never imported, this cannot be a StorageError.
     module = sys.modules.get("storage.database")
     return module is not None and isinstance(error, module.StorageError)
 
 
 def _hide_password(words: Sequence[str]) -> None:
-    """Start again with the storage URL in the environment, if it stands on the command line and holds a password.
+    """Re-execute this process with the storage URL in the environment if the URL contains a password.
 
     Other users can read the command line: `ps` shows it, and Ray keeps it as the name of its job.
     """
@@ -188,7 +188,7 @@ def cli() -> None:
 @space_arguments
 @storage_option
 @data_option
-@click.option("--plan", "only_plan", is_flag=True, help="Run nothing; show what `hpo plan` shows.")
+@click.option("--plan", "only_plan", is_flag=True, help="Run nothing; show the output of `hpo plan`.")
 @click.pass_context
 def run(
     context: click.Context, space: str, overrides: Sequence[str], storage: str, data_dir: Path, only_plan: bool
@@ -240,7 +240,7 @@ def run(
 @storage_option
 @data_option
 def plan(space: str, overrides: Sequence[str], storage: str, data_dir: Path) -> int:
-    """Show what a search will take: trials, time, memory.
+    """Show the trials, time and memory that a search needs.
 
     Some training steps are measured on this machine. The database is not changed.
 
@@ -310,7 +310,7 @@ def list_(storage: str, as_json: bool) -> int:
 
         _console().print(study_table(summaries))
     else:
-        print(f"{_without_password(storage)} has no studies yet; `hpo run SPACE` makes one")
+        print(f"{_without_password(storage)} has no studies yet; `hpo run SPACE` creates one")
     return 0
 
 
@@ -451,7 +451,7 @@ def _print_ending(console: Console, result: SearchResult, storage: str) -> None:
 
 
 def _hint(verb: str, *words: str, storage: str) -> str:
-    """Return a command that can be copied as it is. It holds no password."""
+    """Return a command that the user can copy and run. It contains no password."""
     from hpo.report.formatting import format_command
 
     variable = None if _secret(HIDDEN_VARIABLE) else _secret("HPO_STORAGE")  # what the user's shell has

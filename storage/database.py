@@ -161,7 +161,7 @@ def _parse_url(url: str) -> sa.URL:
     except (NoSuchModuleError, ImportError):
         raise StorageError(f"no driver for {parsed.drivername}:// databases; {examples}") from None
     except ArgumentError:
-        # The text is not repeated: it may contain a password that a typing mistake made unrecognisable.
+        # The text is not repeated: it may contain a password that a typing mistake made unrecognizable.
         raise StorageError(f"the storage is not a database URL; write one, {examples}") from None
     if parsed.get_backend_name() not in {"sqlite", "postgresql"}:
         raise StorageError(f"{parsed.get_backend_name()} is not supported; {examples}")

@@ -1,4 +1,4 @@
-"""A run's lease: until when other runs must assume that its driver is alive. A thread renews it."""
+"""A run's lease: the time until which other runs treat its driver as alive. A thread renews it."""
 
 from __future__ import annotations
 

@@ -274,7 +274,7 @@ class TrialQueue:
                 return ClaimedTrial(trial_id, trial.number, trial.params, {}, 0)
             duplicates += 1
         self.exhausted = (
-            f"{duplicates} draws in a row were all tried before"
+            f"{duplicates} draws in a row were duplicates of earlier trials"
             if duplicates == MAX_DUPLICATE_DRAWS
             else f"{rejected} draws in a row broke a constraint"
         )

@@ -26,7 +26,7 @@ EXIT_SECONDS = 5.0  # how long leaving a run waits for the database
 class Run:
     """One driver that works on a study. A context manager: it holds its lease inside the `with` block.
 
-    All methods raise StorageError when the database fails for good.
+    All methods raise StorageError when the database cannot be used (after retries).
 
     Args:
         study: the study.

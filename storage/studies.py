@@ -31,7 +31,7 @@ Params = dict[str, Any]
 class Study:
     """A study in a database: for reading, and to start runs on.
 
-    Reading methods retry while the database is down, and raise StorageError when it fails for good.
+    Reading methods retry while the database is down, and raise StorageError when it cannot be used (after retries).
 
     Attributes:
         name: the study's name. The second revision of a space has the name `name@2`.
@@ -232,6 +232,11 @@ def find_study(database: Database, name: str) -> Study | None:
 def find_revision(database: Database, name: str, fingerprint: str) -> Study | None:
     """Return the revision of a study that has this fingerprint, or None.
 
+    Args:
+        database: the database to search.
+        name: the study's name, without a revision.
+        fingerprint: the identity of the search.
+
     Raises:
         StorageError: a study of another program has the name.
     """
@@ -259,6 +264,7 @@ def open_study(
     """Return the revision of a study that has this fingerprint; create it if there is none.
 
     Args:
+        database: the database of the study.
         name: the first revision's name; later ones are `name@2`, `name@3`, ...
         direction: maximize or minimize.
         fingerprint: the identity of the search. Studies of different fingerprints never share trials.

@@ -33,7 +33,7 @@ runs = sa.Table(
     # Times below are by the database's clock.
     sa.Column("started", sa.Float, nullable=False),
     sa.Column("last_heard", sa.Float, nullable=False),
-    # The run owns its trials until then. It renews the lease while it lives.
+    # The run owns its trials until then. It renews the lease while its driver is alive.
     sa.Column("lease_until", sa.Float, nullable=False),
     sa.Column("ended", sa.Float),
     sa.Column("provenance", sa.JSON, nullable=False),
@@ -110,6 +110,8 @@ def read_metrics(database: Database, study_id: int, trial_ids: Collection[int] |
     """Return {trial_id: {epoch: {name: value}}} of a study, epochs in order.
 
     Args:
+        database: the database.
+        study_id: the study.
         trial_ids: read only these; None reads all.
     """
     query = (
@@ -162,8 +164,9 @@ def count_trials(database: Database, *, without: Collection[str], study_id: int 
     The database counts: reading the trials of a large study takes many seconds.
 
     Args:
+        database: the database.
         without: values of the user attribute `fail_reason`; trials that have one are not counted.
-        study_id: count the trials of this study only.
+        study_id: count the trials of this study only; None counts those of all studies.
     """
     trial, attr = optuna_internals.trials, optuna_internals.trial_user_attributes
     reasons = [json.dumps(reason) for reason in without]

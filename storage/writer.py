@@ -53,7 +53,7 @@ class ClaimedTrial:
 
 @dataclass(frozen=True)
 class TrialUpdate:
-    """What to write about a trial: any of a finished epoch, attributes, provenance and a final state.
+    """An update of a trial: any of a finished epoch, attributes, provenance and a final state.
 
     Attributes:
         claim: the trial.
@@ -112,7 +112,7 @@ class Writer:
         """Write all updates.
 
         Raises:
-            StorageError: the database failed for good. The updates are kept for the next flush.
+            StorageError: the database cannot be used (after retries). The updates are kept for the next flush.
         """
         with self._write_lock:
             with self._updates_lock:
@@ -132,7 +132,7 @@ class Writer:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Do not write meanwhile: SQLite lets a second writer of the same process wait longer than necessary."""
+        """Pause the background thread: two writers of one process delay each other on SQLite."""
         with self._write_lock:
             yield
 

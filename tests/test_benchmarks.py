@@ -1,4 +1,4 @@
-"""What tests rely on in benchmarks/: the toy trainable, and the check of a study of it."""
+"""The parts of benchmarks/ that tests rely on: the toy trainable, and the check of a study of it."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ PAGES = ("README.md", "hpo/README.md", "CONTRIBUTING.md")
 TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
 ALL_PAGES = [*PAGES, "CHANGELOG.md", "benchmarks/README.md", "search_spaces/README.md", "storage/README.md"]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-# Modules of this repository that are started as programs, with the verb of those that stand for one.
+# Modules of this repository that are started as programs, with the verb that some of them are short for.
 VERB_OF_MODULE = {"hpo.run": "run", "hpo.report": "report", "hpo.dashboard": "dashboard"}
 
 # A space with the name and the metric of the shipped one, and a trainable that takes no time.

@@ -278,7 +278,7 @@ def test_list_prints_a_table_or_json(tmp_path: Path, hpo_here: HpoHere, fake_sea
     assert "there is no database sqlite:///runs/hpo.db yet" in missing.stderr
     open_database(f"sqlite:///{tmp_path}/empty.db").close()
     empty = hpo_here(tmp_path, "list", "--storage", "sqlite:///empty.db")
-    assert empty == Finished(0, "sqlite:///empty.db has no studies yet; `hpo run SPACE` makes one\n", "")
+    assert empty == Finished(0, "sqlite:///empty.db has no studies yet; `hpo run SPACE` creates one\n", "")
     assert hpo_here(tmp_path, "list", "--json", "--storage", "sqlite:///empty.db") == Finished(0, "[]\n", "")
     fake_search(["COMPLETE", "FAIL"])
     table = hpo_here(tmp_path, "list", "--storage", "sqlite:///faked.db")

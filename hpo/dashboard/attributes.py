@@ -1,6 +1,6 @@
 """How optuna-dashboard stores plots, notes and artifacts: as system attributes of a study.
 
-The formats are private to optuna-dashboard, and this module is the only one that knows them. There are two reasons to write
+The formats are private to optuna-dashboard, and this module is the only one that uses them. There are two reasons to write
 them here. optuna-dashboard has no public function that attaches a file to a trial that has ended, or that returns whether a
 trial has a note. Its functions for plots and notes write each attribute in a separate transaction, and importing them takes
 seconds, because they import scikit-learn: too long at the end of each search.

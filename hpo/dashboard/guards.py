@@ -2,7 +2,7 @@
 
     Host check -> Origin check -> password -> gzip -> optuna-dashboard
 
-Without a password, the dashboard answers only this machine. A web page that the user visits could still send requests to
+Without a password, the dashboard accepts requests from this machine only. A web page that the user visits could still send requests to
 it. The Origin check stops cross-site requests, the Host check stops DNS rebinding.
 """
 

@@ -1,10 +1,10 @@
-"""Publishes what optuna-dashboard does not show by itself.
+"""Adds plots, notes and artifacts to optuna-dashboard.
 
     plots      training and validation curves over epochs
     notes      a text for each trial: params, machine, duration, reason of a failure
     artifacts  the checkpoint of the best trial, the log of each failed trial, the curves as an image
 
-Everything is derived from storage and from the files under runs/. Publishing again adds nothing twice, and keeps what the
+Everything is derived from storage and from the files under runs/. Publishing again creates no duplicates, and keeps what the
 user has edited or deleted.
 """
 
@@ -44,7 +44,7 @@ def publish(study: Study, runs_dir: RunsDir, *, always: bool = False) -> None:
     """Update the plots, notes and artifacts of a study, if a trial has ended since they were last updated.
 
     Best effort: an error is logged and not raised, because a search must not fail over its notes. A study that another
-    program created is left alone.
+    program created is not changed.
 
     Args:
         study: the study.
@@ -161,7 +161,7 @@ def _artifact(study: Study, filename: str, trial_id: int | None = None, *, role:
         study: the study; its unique name, which is random, makes the id hard to guess.
         filename: the file's name in the browser.
         trial_id: the trial that it belongs to; None for the study itself.
-        role: takes the place of the file name in the id, where the file name may change.
+        role: replaces the file name in the id, where the file name may change.
     """
     identity = f"{study.unique_name}/{trial_id}/{role or filename}"
     return Artifact(str(uuid.uuid5(uuid.NAMESPACE_OID, identity)), filename, trial_id)

@@ -1,4 +1,4 @@
-"""Serves optuna-dashboard on the storage, and keeps what it shows of the studies up to date."""
+"""Serves optuna-dashboard on the storage, and keeps its plots, notes and artifacts up to date."""
 
 from __future__ import annotations
 

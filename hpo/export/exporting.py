@@ -58,7 +58,7 @@ class ExportedModel:
 
     Attributes:
         folder: its absolute path.
-        remarks: how the model differs from what storage holds, a sentence each without a full stop.
+        remarks: how the model differs from what storage holds, one sentence each, without a full stop.
     """
 
     folder: Path
@@ -74,7 +74,7 @@ def export_model(
     output: Path | None,
     versions: Mapping[str, Any],
 ) -> ExportedModel:
-    """Write a trial's model into a folder, whole or not at all.
+    """Write a trial's model into a folder, which is replaced only when all new files are written.
 
     Args:
         study: the study of the trial.
@@ -85,7 +85,7 @@ def export_model(
         versions: of the code and the packages that run now.
 
     Raises:
-        SettingError: there is no such trial, its checkpoint is not on this machine, or the folder holds something else.
+        SettingError: there is no such trial, its checkpoint is not on this machine, or the folder contains other files.
         DataError: the data set is missing.
     """
     trial = _choose_trial(study, number)
@@ -143,7 +143,7 @@ def _choose_trial(study: Study, number: int | None) -> FrozenTrial:
             return study.optuna_study.best_trial
         front = ", ".join(str(trial.number) for trial in study.optuna_study.best_trials)
         raise SettingError(
-            f"study {study.name} has several objectives: choose one of the best trials by --trial: {front}"
+            f"study {study.name} has several objectives: choose one of the best trials with --trial: {front}"
         )
     for trial in complete:
         if trial.number == number:
@@ -205,7 +205,7 @@ def _check_replaceable(output: Path) -> None:
     others = sorted(found - set(FILES))
     if others or (found and "export.json" not in found):
         raise SettingError(
-            f"{output} is not an earlier export ({', '.join(others[:3]) or 'no export.json'}): name another folder by "
+            f"{output} is not an earlier export ({', '.join(others[:3]) or 'no export.json'}): pass another folder with "
             "--output, or move it away"
         )
 
@@ -227,7 +227,7 @@ def _write_folder(output: Path, facts: Mapping[str, Any], network: nn.Module, da
         _put_in_place(draft, output)
     except OSError as error:
         raise SettingError(
-            f"cannot write the export to {output}: {error.strerror or error}; name a writable folder by --output"
+            f"cannot write the export to {output}: {error.strerror or error}; pass a writable folder with --output"
         ) from None
     finally:
         shutil.rmtree(draft, ignore_errors=True)

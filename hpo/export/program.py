@@ -22,7 +22,7 @@ class Classifier(nn.Module):
 
 
 def write_program(classifier: nn.Module, path: Path, examples: Tensor) -> nn.Module:
-    """Write a classifier as a program that takes any number of images, and check that it computes the same.
+    """Write a classifier as a program that takes any number of images, and check that it computes the same logits.
 
     Args:
         classifier: from uint8 images of shape (N, 28, 28) to logits.

@@ -1,4 +1,4 @@
-"""What a figure of training curves shows, as plain data: `plotly_figures` and `png_figures` draw it.
+"""Figures of training curves as plain data. `plotly_figures` and `png_figures` draw them.
 
 All curves of a small study are coloured. For a large study, only the best trials are coloured; an even sample of the
 others is grey, and a band shows the middle 80 % of all trials.
@@ -150,7 +150,7 @@ def name_families(results: Results) -> list[Family]:
     """Return the figures to draw, at most `MAX_FAMILIES`."""
     families: dict[str, Family] = {}
     for family, metrics in list(results.curve_families.items())[:MAX_FAMILIES]:
-        # The name depends on the metric alone, so that a later report overwrites the same files.
+        # The name depends only on the metric, so that a later report overwrites the same files.
         name = family if family in {"accuracy", "loss"} else f"curves_{re.sub(r'[^A-Za-z0-9_.-]', '_', family)[:60]}"
         while name in families:  # two metrics may differ in special characters only
             name += "_"
@@ -172,7 +172,14 @@ def select_trials(results: Results) -> Selection:
 def build_figure(
     results: Results, family: Family, selection: Selection, published: Mapping[int, Published]
 ) -> CurveFigure:
-    """Return the figure of some metrics: the selected trials, and the published results where there are some."""
+    """Return the figure of some metrics: the selected trials, and the published results where there are some.
+
+    Args:
+        results: the study, with its epochs; at least one trial.
+        family: the metrics to draw. The first one decides the band and the grey lines.
+        selection: the trials to draw.
+        published: {trial number: published results}; empty if there are none.
+    """
     first = family.metrics[0]
     last_epoch = max(trial.last_epoch for trial in results.trials)
     lines = []

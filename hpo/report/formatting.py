@@ -37,7 +37,7 @@ def format_params(params: Mapping[str, Any]) -> str:
 
 
 def format_command(verb: str, *words: str) -> str:
-    """Return a command line of this program that can be copied as it is: with `uv run` if that started the process."""
+    """Return a command line of this program to copy and run: with `uv run` if that started the process."""
     uv = "uv run " if "UV_RUN_RECURSION_DEPTH" in os.environ else ""
     return f"{uv}python -m hpo.{verb} {shlex.join(words)}".strip()
 

@@ -1,4 +1,4 @@
-"""Optuna's own plots: parallel coordinates, parameter importances, the Pareto front. By plotly and by matplotlib."""
+"""Optuna's own plots: parallel coordinates, parameter importances, the Pareto front. Drawn with plotly and matplotlib."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class PageFigure:
 
     Attributes:
         name: the HTML id, and the PNG file's name without its ending.
-        plotly: for the page, as JSON that may stand inside a <script> element.
+        plotly: for the page, as JSON that is safe inside a <script> element.
         png: the PNG file's content.
         is_curve: whether it shows metrics over epochs.
         min_width: in pixels; a narrower window scrolls.
@@ -54,7 +54,7 @@ class PageFigure:
 
 
 def preload() -> None:
-    """Import what `write_report` needs. Takes a second; call it on a background thread while trials run."""
+    """Import the libraries that `write_report` needs. Takes a second; call it on a background thread while trials run."""
     from matplotlib.figure import Figure
     from optuna.visualization import plot_parallel_coordinate
     from optuna.visualization.matplotlib import plot_parallel_coordinate as draw_parallel_coordinate
@@ -94,7 +94,7 @@ def write_report(results: Results, runs_dir: RunsDir) -> Path:
             write_atomically(folder / name, text)
     except OSError as error:
         raise SettingError(
-            f"cannot write the report to {folder}: {error.strerror}. Make it a writable folder, then `hpo report "
+            f"cannot write the report to {folder}: {error.strerror}. Make the folder writable, then run `hpo report "
             f"{results.study.name}`"
         ) from None
     return folder / "index.html"

@@ -15,7 +15,7 @@ from hpo.report.curves import Band, CurveFigure, Line
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-# As in plotly's own `to_json`: the text may stand inside a <script> element.
+# As in plotly's own `to_json`: the text is safe inside a <script> element.
 _ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "/": "\\u002f"})
 
 
@@ -31,7 +31,7 @@ def to_plotly(figure: CurveFigure) -> dict[str, Any]:
 
 
 def to_json(figure: CurveFigure) -> str:
-    """Return a figure as JSON that may stand inside a <script> element."""
+    """Return a figure as JSON that is safe inside a <script> element."""
     return json.dumps(to_plotly(figure), separators=(",", ":"), allow_nan=False).translate(_ESCAPES)
 
 

@@ -1,4 +1,4 @@
-"""Read a study once: its trials with every metric, its runs, and what they cost. Draws nothing."""
+"""Read a study once: its trials with every metric, its runs, and their cost. Draws nothing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ENDED_STATES = ("COMPLETE", "PRUNED", "FAIL")
 
 @dataclass(frozen=True)
 class TrialResult:
-    """One trial: what was tried, what it reported, and where it ran.
+    """One trial: its configuration, its metrics, and the device that it ran on.
 
     Attributes:
         number: counts from 0 within the study.

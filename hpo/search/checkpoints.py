@@ -1,4 +1,4 @@
-"""Checkpoints of a trial on disk: written whole or not at all, with the previous one as a fallback.
+"""Checkpoints of a trial on disk. They are written atomically; the previous one is the fallback.
 
 A checkpoint holds the trainable's state and the metrics of all epochs so far. If the driver died before it stored an epoch,
 the epoch is reported again from the checkpoint instead of being trained again.
@@ -16,7 +16,7 @@ from typing import Any
 
 from hpo.paths import atomic_file
 
-# torch is imported in the functions that need it: the driver only trims checkpoints, and starts without it.
+# torch is imported in the functions that need it: the driver only trims checkpoints, and starts faster without torch.
 
 KEPT_CHECKPOINTS = 2
 _UNREADABLE = (
@@ -33,7 +33,7 @@ _UNREADABLE = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a trial resumes from.
+    """The state from which a trial resumes.
 
     Attributes:
         epoch: the last finished epoch.
@@ -47,7 +47,7 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint, flushed to disk before it gets its name; then delete all but the newest two.
+    """Write a checkpoint atomically, flushed to disk, and delete all but the newest two.
 
     Raises:
         OSError: it could not be written (disk full, no rights); earlier checkpoints are unchanged.
@@ -98,7 +98,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def _check_plain(value: Any, where: str) -> None:
-    """Refuse what `weights_only` could not load, at the time when the trial's author can still fix it."""
+    """Raise TypeError for values that `weights_only` cannot load, while the trainable's author can still fix it."""
     from torch import Tensor
 
     if isinstance(value, dict):

@@ -17,7 +17,7 @@ from typing import Any
 
 from hpo.errors import SettingError
 
-# Ray reads these when it is imported. Its uv hook would start every worker through `uv run`, its usage report wants a
+# Ray reads these when it is imported. Its uv hook would start every worker through `uv run`, its usage report needs a
 # network, and this process handles Ctrl-C itself.
 os.environ.update(
     RAY_ENABLE_UV_RUN_RUNTIME_ENV="0",
@@ -37,7 +37,7 @@ OBJECT_STORE_BYTES = 100 * 2**20  # reports are small; the workers read data set
 
 
 class RayCluster:
-    """Ray on this machine, or a cluster that was joined. A context manager: Ray ends with the `with`.
+    """Ray on this machine, or a cluster that was joined. Use it as a context manager; leaving it shuts Ray down.
 
     Args:
         address: of the cluster to join; None starts Ray on this machine.
@@ -68,12 +68,12 @@ class RayCluster:
     def start(self) -> None:
         """Start Ray, unless it was started before, and return as soon as Ray's processes are starting."""
         if self._thread.ident is None:
-            import ray  # noqa: F401 # here and not in the thread: what this thread imports next would slow it down
+            import ray  # noqa: F401 # imported before the thread starts: other imports would compete with it
 
             self._thread.start()
 
     def stop(self) -> None:
-        """Start to shut Ray down, and return at once; leaving the `with` waits for the end."""
+        """Begin to shut Ray down, without waiting. Leaving the `with` block waits."""
         if not self._must_stop.is_set():
             # Tune leaves reference cycles with Ray's objects. Freed by this thread while Ray shuts down, they would end the
             # process ("The core worker has already been shutdown").
@@ -85,6 +85,7 @@ class RayCluster:
 
         Raises:
             SettingError: no cluster answers at the address.
+            Exception: any other error of starting Ray, unchanged.
         """
         import ray
 

@@ -1,4 +1,4 @@
-"""What each report of a worker means for the study. Knows storage, the space and the reports, but not ray."""
+"""Claims trials, stores what workers report, and decides when a trial ends. Does not import ray."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class TrialCoordinator:
         self.error: Exception | None = None
 
     def set_deadline(self, deadline: float) -> None:
-        """Stop the search in good order at a time of the monotonic clock."""
+        """Stop claiming at this time of the monotonic clock; running trials are released after their epoch."""
         self._deadline = deadline
 
     def stop(self, reason: str) -> None:
@@ -77,7 +77,7 @@ class TrialCoordinator:
         self.stopping = self.stopping or reason
 
     def next_trial(self, tune_id: str) -> TrialSpec | None:
-        """Claim a trial. None if there is none now; `is_done` says whether there will be one."""
+        """Claim a trial. Return None if no trial is available now. `is_done` says whether one may come later."""
         if self._is_over() or time.monotonic() < self._next_attempt:
             return None
         with self._storage_errors_kept():
@@ -140,7 +140,7 @@ class TrialCoordinator:
         if value is None:
             hint = nearest(self._space.metric, metrics)
             return self._fail(tune_id, f"the trainable reported no metric {self._space.metric!r}, {hint}")
-        # A recalled epoch is news only if the previous worker died before it was stored.
+        # Store a recalled epoch only if storage does not have it: the worker or the driver died before it was stored.
         if epoch > self._epochs[tune_id] or not report.is_recalled:
             self._run.report(claim, epoch, metrics, value)
             self._epochs[tune_id] = epoch
@@ -223,7 +223,7 @@ class TrialCoordinator:
 
     @contextmanager
     def _storage_errors_kept(self, tune_id: str | None = None) -> Iterator[None]:
-        """Keep errors of storage out of Tune's loop: the search stops in good order, and `run_trials` raises the error.
+        """Catch storage errors so that they do not reach Tune's loop. The search stops, and `run_trials` raises the first one.
 
         Args:
             tune_id: the trial that is dropped if another run has taken it over.

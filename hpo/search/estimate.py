@@ -1,4 +1,4 @@
-"""What a search will take, measured before it starts.
+"""Estimate the time and memory of a search from measured training steps.
 
     shapes of training steps -> some steps of each, trials side by side -> trials at a time -> seconds, GPU-hours, memory
 
@@ -30,11 +30,11 @@ SHAPE_PARAMS = ("batch_size", "stem", "precision", "optimizer")  # those that ch
 MAX_SHAPES = 6  # that are measured; the others count as the nearest batch size
 MAX_TRIALS_PER_GPU = 8
 PROBE_SECONDS = 1.5
-WORTH_SECONDS = 60.0  # a shorter search takes the first way to share the machine
+WORTH_SECONDS = 60.0  # seconds; shorter searches are not optimized
 GROWTH = 1.05  # more trials side by side must raise the throughput by this factor
 GPU_MARGIN = 1.25  # on the measured peak: allocators fragment
-CONTEXT_BYTES = 2**30  # GPU memory that CUDA itself takes in a process, an upper bound
-SHORT_SEARCH_IMAGES = 60_000  # image passes of a search that measuring would not make shorter
+CONTEXT_BYTES = 2**30  # upper bound of CUDA's own GPU memory per process
+SHORT_SEARCH_IMAGES = 60_000  # image passes; below this, measuring takes longer than it saves
 CIFAR_STEM_COST = 14  # training time of the cifar stem relative to the imagenet stem
 
 ImageCounts = tuple[int, int, int]  # training, validation and test images
@@ -63,7 +63,7 @@ class Probes:
     """Processes that load the data and train steps at the same time, as trials that run side by side would.
 
     The first process starts at once: it imports torch while Ray starts, and this process never imports it. A context
-    manager: the processes end with the `with`.
+    manager: leaving the context ends the processes.
 
     Args:
         data: what the trainable gets as `data`.
@@ -157,8 +157,8 @@ def _deaths_reported() -> Iterator[None]:
         yield
     except (EOFError, ConnectionError):
         raise SettingError(
-            "a probe process died: give resources.cpu and resources.gpu as numbers, and look for other programs that "
-            "take the memory"
+            "a process that measures training speed died, probably for lack of memory: set resources.cpu and "
+            "resources.gpu to numbers, or close other programs"
         ) from None
 
 
@@ -195,7 +195,7 @@ def _train_steps(pipe: Connection, data: dict[str, Any], shape: Params, threads:
         pipe.send(None)
     except EOFError:
         raise
-    except Exception as error:  # noqa: BLE001 # the process that asked must learn of any error
+    except Exception as error:  # noqa: BLE001 # every error is sent to the parent process
         pipe.send(TrainableError(f"a probe of {shape} failed: {type(error).__name__}: {error}"))
 
 
@@ -213,7 +213,7 @@ def _checkpoint_seconds(state: Mapping[str, Any]) -> float:
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """What a search will take.
+    """The estimated time and memory of a search.
 
     Attributes:
         slots: how trials share the machine.
@@ -238,7 +238,13 @@ class SearchPlan:
 
 
 def is_worth_measuring(space: Space, trials: int | None, images: ImageCounts) -> bool:
-    """Return whether a search is long enough for a better division of the machine to pay for measuring it."""
+    """Return whether measuring is likely to save more time than it takes.
+
+    Args:
+        space: the search.
+        trials: how many trials there are to run; None if unknown.
+        images: the sizes of the data set.
+    """
     if trials is None:
         return True
     train, validation, _ = images
@@ -260,11 +266,16 @@ def measure_plan(
     CPU gets fewer trials with more threads each, if that is faster. A search of up to a minute is not optimized.
 
     Args:
+        space: the search.
         slots: the division by `plan_slots`; it is kept where `resources` gives numbers.
         trials: how many trials there are to run; None if unknown.
         probes: the processes that measure.
         images: the sizes of the data set.
         size: cores and GPUs of the machine or cluster.
+
+    Raises:
+        SettingError: a training step does not fit into the memory of the GPU, or a measuring process died.
+        TrainableError: a training step failed.
     """
     shapes = _shapes(space)
     middle = list(shapes)[len(shapes) // 2]

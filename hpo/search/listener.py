@@ -1,4 +1,4 @@
-"""The events of a search, and who receives them."""
+"""The events of a search, and the listeners that receive them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ProgressListener(Protocol):
         """A search starts. Nothing has been opened yet."""
 
     def preparing(self, what: str) -> None:
-        """Something takes seconds before trials run, such as measuring training steps."""
+        """A slow step starts before trials run, such as measuring training steps."""
 
     def study_opened(self, space: Space, study_name: str, storage_url: str, counts: Mapping[str, int]) -> None:
         """The study is open.
@@ -37,7 +37,7 @@ class ProgressListener(Protocol):
         """A trial starts, or is resumed after `epoch`."""
 
     def epoch_ended(self, number: int, epoch: int, metrics: Mapping[str, float]) -> None:
-        """A trial finished an epoch. Its checkpoint is saved; the database holds the epoch now or in a moment."""
+        """A trial finished an epoch. The database may not contain the epoch yet."""
 
     def trial_ended(self, number: int, state: str, text: str) -> None:
         """A trial is COMPLETE, PRUNED or FAIL, or WAITING to be resumed; `text` is the reason."""

@@ -24,7 +24,7 @@ def replay(
     Args:
         study: the trial's study.
         number: the trial's number.
-        show: receives a line for each version that differs from the recorded one, and a line an epoch.
+        show: receives one line per version that differs from the recorded one, and one line per epoch.
         data_dir: where the data sets are stored.
         environment: the versions of this environment, as `describe_environment` returns them.
 

@@ -53,7 +53,7 @@ def build_sampler(space: Space, run_id: int) -> BaseSampler:
 def build_pruner(space: Space) -> BasePruner:
     """Return the pruner of a space's scheduler.
 
-    Pruners decide from what storage holds: a resumed search decides as one that was never stopped.
+    Pruners decide from stored values, so a resumed search decides like an uninterrupted one.
     """
     from optuna import pruners
 

@@ -34,7 +34,7 @@ class ScriptError(Exception):
 
 @dataclass(frozen=True)
 class ScriptEpoch:
-    """What a script reported for one epoch. Has the attributes of `hpo.trainable.EpochReport`."""
+    """The metrics that a script reported for one epoch. Has the attributes of `hpo.trainable.EpochReport`."""
 
     epoch: int
     metrics: dict[str, float]
@@ -131,7 +131,7 @@ def _take_epoch(metrics: dict[str, float], previous: int, *, needs_epoch: bool) 
 def _started(
     arguments: Sequence[str], log: Path, threads: int
 ) -> Iterator[tuple[subprocess.Popen[str], threading.Thread]]:
-    """Run a script in a separate process group, which outlives neither the `with` block nor this process.
+    """Run a script in a separate process group. It ends with the `with` block or with this process.
 
     Yields:
         The script, whose stdout is to be read, and the thread that copies its stderr to the log.
@@ -166,7 +166,7 @@ def _started(
         _kill_group(script)
         guard.kill()
         guard.communicate()
-        # No reading to the end: a daemon that the script started in another session may hold the pipes open.
+        # Do not read to the end: a daemon that the script started in another session may hold the pipes open.
         script.stdout.close()
         script.wait()
         stderr_copier.join(STDERR_SECONDS)
@@ -184,7 +184,7 @@ def _copy_lines(stderr: IO[str], log: Path) -> None:
 
 
 def _append(log_file: IO[str], line: str) -> None:
-    """Write a line at once. The log is opened for appending: lines from two threads do not mix."""
+    """Write and flush a line. The log is opened for appending: lines from two threads do not mix."""
     log_file.write(line)
     log_file.flush()
 
@@ -193,7 +193,7 @@ def _wait(script: subprocess.Popen[str], seconds: float | None = None) -> str | 
     """Wait until the script has ended, without reaping it.
 
     Returns:
-        How it failed; empty if it succeeded, None if it is still running after so many seconds.
+        How it failed; empty if it succeeded, None if it is still running after `seconds`.
     """
     deadline = None if seconds is None else time.monotonic() + seconds
     while True:

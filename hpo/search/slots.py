@@ -43,7 +43,7 @@ def plan_slots(space: Space, trials: int | None, cores: float, gpus: float) -> S
     """Divide a machine or a cluster among trials, without measuring.
 
     Args:
-        space: its `resources` are used as given; `auto` is one GPU a trial where there are GPUs, else an equal share of
+        space: its `resources` are used as given; `auto` is one GPU per trial where there are GPUs, else an equal share of
             the cores, at least one.
         trials: how many trials there are to run; None if unknown.
         cores: cores of the whole cluster.

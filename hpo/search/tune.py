@@ -1,6 +1,6 @@
-"""Ray Tune runs the trials of a study. With `cluster`, the only modules that import ray.
+"""Ray Tune runs the trials of a study. Only this module and `cluster` import ray.
 
-    Tune asks StudySearcher for a trial -> TrialCoordinator claims one in storage -> a TrialWorker runs it, an epoch a call
+    Tune asks StudySearcher for a trial -> TrialCoordinator claims one in storage -> a TrialWorker runs it, one epoch per call
     -> StudyScheduler gives each TrialReport to the coordinator, which stores it and decides whether the trial ends
 
 Ray's own files are scratch. Everything that a resumed search needs is in SQL and in the checkpoints. Workers receive a
@@ -46,13 +46,13 @@ INTERRUPTED = "interrupted"
 
 
 class TrialWorker(tune.Trainable):
-    """A Ray actor that runs one trial after another, so that torch is imported once a worker and not once a trial."""
+    """A Ray actor that runs one trial after another. Torch is imported once per worker, not once per trial."""
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Take the first trial. Raise nothing here: Tune would not say which trial it was."""
+        """Take the first trial. Errors are not raised here, because Tune would not report the trial."""
         self._spec = TrialSpec(**config["spec"])
         self._reports: Generator[TrialReport, None, None] | None = None
-        # Slow imports belong here, where no epoch is timed. `step` meets the same error again and reports it.
+        # Import slow modules here, outside the timed epochs. If an import fails, `step` raises the error and reports it.
         with suppress(Exception):
             import torch  # noqa: F401
 
@@ -120,12 +120,12 @@ class StudyScheduler(FIFOScheduler):
         """Store an epoch and decide whether the trial ends."""
         has_ended = self._coordinator.on_report(trial.trial_id, result["report"])
         if has_ended and trial.temporary_state.ray_actor is not None:
-            # The actor may get no other trial for a while; what this one runs must stop now.
+            # The actor may stay idle, so stop the trial's script now.
             trial.temporary_state.ray_actor.end.remote()
         return str(TrialScheduler.STOP if has_ended else TrialScheduler.CONTINUE)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """Handle the death of a worker. Tune has counted the failure already, and written Ray's account of it."""
+        """Handle the death of a worker. Tune has counted the failure and written Ray's report to `trial.error_file`."""
         details = ""
         with suppress(OSError):
             details = Path(trial.error_file).read_text().rpartition("Failure # ")[2]
@@ -174,7 +174,7 @@ def run_trials(
     runs_dir: RunsDir,
     listener: ProgressListener,
 ) -> SearchOutcome:
-    """Run the trials that a study still lacks. Ray must be up.
+    """Run the remaining trials of a study. Ray must be up.
 
     Args:
         space: the search.
@@ -186,7 +186,7 @@ def run_trials(
         listener: receives the events.
 
     Raises:
-        StorageError: the database failed for good; the trials in flight are resumable.
+        StorageError: the database cannot be used (after retries); the trials in flight are resumable.
     """
     from storage.run import Run
 
@@ -228,7 +228,7 @@ def _run_tune(coordinator: TrialCoordinator, slots: Slots) -> None:
             search_alg=StudySearcher(coordinator),
             scheduler=StudyScheduler(coordinator),
             num_samples=-1,
-            # Claim no more trials than can run: one that waits in this driver is one that no other driver can take.
+            # Claim no more trials than can run: other drivers cannot take a claimed trial.
             max_concurrent_trials=slots.count,
             resources_per_trial={"cpu": slots.cpu, "gpu": slots.gpu},
             reuse_actors=True,

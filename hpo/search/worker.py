@@ -1,4 +1,4 @@
-"""One trial in a worker process: a `TrialSpec` in, a `TrialReport` an epoch out. Imports neither ray nor the database.
+"""One trial in a worker process: a `TrialSpec` in, one `TrialReport` per epoch out. Imports neither ray nor the database.
 
 The worker iterates the trainable and saves a checkpoint before it reports an epoch. Errors become reports too.
 """
@@ -57,7 +57,7 @@ class TrialSpec:
 
 @dataclass(frozen=True)
 class TrialReport:
-    """What a worker sends after each epoch, or when the trial fails.
+    """The message that a worker sends after each epoch, or when the trial fails.
 
     Attributes:
         epoch: the finished epoch; 0 in the report of a failure.
@@ -96,7 +96,7 @@ def watchdog(spec: TrialSpec) -> Iterator[None]:
 
 
 def run_trial(spec: TrialSpec) -> Generator[TrialReport, None, None]:
-    """Yield a report an epoch, starting from the newest checkpoint. A report with `failure` is the last one."""
+    """Yield one report per epoch, starting from the newest checkpoint. A report with `failure` is the last one."""
     import torch
 
     folder = Path(spec.folder)
@@ -139,7 +139,7 @@ def run_trial(spec: TrialSpec) -> Generator[TrialReport, None, None]:
 
 
 def _start_epochs(spec: TrialSpec, checkpoint: Checkpoint | None) -> Generator[Any, None, None]:
-    """Start the trainable, or the script that replaces it; the generator yields an object like `EpochReport` an epoch."""
+    """Start the trainable, or the script that replaces it; the generator yields one `EpochReport` per epoch."""
     if spec.command is None:
         return load_trainable(spec.trainable)(
             spec.params,

@@ -32,7 +32,7 @@ def find_command_mistakes(command: str, known_names: Iterable[str]) -> list[str]
     except ValueError as error:
         return [f"cannot be split into arguments: {error}"]
     if not arguments:
-        return ["names no program"]
+        return ["is empty"]
     if _PLACEHOLDER.search(arguments[0]):
         return ["the program cannot be a placeholder"]
     names = [*known_names, *PLACEHOLDERS]

@@ -1,6 +1,6 @@
 """A YAML mapping as plain values, with the file, line and column of each key for error messages.
 
-ruamel.yaml reads the file and keeps the positions (`.lc`). On top of it stand the rules of this project: YAML 1.2's core
+ruamel.yaml reads the file and keeps the positions (`.lc`). This module adds the project's rules: YAML 1.2's core
 schema and no other tags, no merge keys, no duplicate keys, and limits on size, depth and number of values.
 """
 
@@ -70,7 +70,7 @@ class Document:
         value = _to_plain(_load_yaml(text, lambda line, column: prefix), lambda line, column: prefix)
         section = self.data
         for name in names[:-1]:
-            if isinstance(section.get(name), str):  # `sampler: tpe` stands for `sampler: {name: tpe}`
+            if isinstance(section.get(name), str):  # `sampler: tpe` means `sampler: {name: tpe}`
                 section[name] = {"name": section[name]}
             section = section.setdefault(name, {})
             if not isinstance(section, dict):

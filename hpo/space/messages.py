@@ -59,7 +59,7 @@ def explain(path: KeyPath, details: Sequence[dict[str, Any]], model: type[BaseMo
     Args:
         path: the key.
         details: pydantic's error details about it.
-        model: the model of the whole file, which knows the keys that are allowed.
+        model: the model of the whole file, which defines the allowed keys.
     """
     detail = details[0]
     kind, value = detail["type"], detail["input"]

@@ -127,7 +127,7 @@ class Space(StrictModel):
             text = "; ".join(f"{'.'.join(map(str, path)) or 'space'}: {text}" for path, text in problems)
             raise SpaceError(f"this version of hpo cannot read the settings of the study: {text}") from None
 
-    # --- what the rest of the program asks
+    # --- properties that depend on sampler, scheduler and trainable
 
     @property
     def is_default_trainable(self) -> bool:

@@ -288,7 +288,7 @@ def _check_range(low: float, high: float, log: bool, step: float | None) -> None
     if log and low <= 0:
         raise ValueError(f"log needs low > 0, got low {low}")
     if log and step is not None:
-        raise ValueError("log and step exclude each other")
+        raise ValueError("log and step cannot be combined")
     if step is not None and not _is_whole((high - low) / step):
         raise ValueError(f"step {step} does not divide the range from {low} to {high}")
     if not math.isfinite(high - low):
@@ -312,7 +312,7 @@ def _kind(raw: object) -> str:
 
 
 def _wrap(key: str, input_type: Any) -> BeforeValidator:
-    """Let a bare value stand for a mapping with one key."""
+    """Accept a bare value for a mapping with one key."""
     return BeforeValidator(lambda raw: {key: raw}, json_schema_input_type=input_type)
 
 

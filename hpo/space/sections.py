@@ -1,7 +1,7 @@
 """The sections of a search space other than its parameters: sampler, scheduler, data, budget, resources.
 
 A sampler's keys are the arguments of the Optuna sampler with that name. They have Optuna's defaults, except that qmc
-scrambles its sequence. What the rest of the program needs to know about a sampler or a scheduler is a property here, so that
+scrambles its sequence. The properties of a sampler or a scheduler that the rest of the program needs are defined here, so that
 no other module compares names.
 """
 
@@ -150,7 +150,7 @@ Sampler = Annotated[
 
 
 def _expand_name(raw: object) -> object:
-    """Let `tpe` stand for `{name: tpe}`."""
+    """Accept `tpe` for `{name: tpe}`."""
     return {"name": raw} if isinstance(raw, str) else raw
 
 
@@ -170,7 +170,7 @@ class Scheduler(StrictModel):
     grace_period: PositiveInt = 1
     """Epochs before a trial may be stopped."""
     reduction_factor: Annotated[int, Field(ge=2)] = 3
-    """asha and hyperband: one in so many trials continues, to so many times the epochs."""
+    """asha and hyperband: 1 of `reduction_factor` trials continues, with `reduction_factor` times the epochs."""
 
     @property
     def stops_trials_early(self) -> bool:
@@ -194,7 +194,7 @@ NamedScheduler = Annotated[Scheduler, BeforeValidator(_expand_name, json_schema_
 
 
 class Data(StrictModel):
-    """The images for training and validation. `hpo.train.data` knows the data sets."""
+    """The images for training and validation. The data sets are defined in `hpo.train.data`."""
 
     dataset: str = "fashion_mnist"
     """The name of the data set."""

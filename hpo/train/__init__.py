@@ -1,4 +1,4 @@
-"""Training of the documented grid: ResNet-18 on Fashion-MNIST. Depends on torch, and on no other package of hpo's search.
+"""Training of the documented grid: ResNet-18 on Fashion-MNIST. Of hpo, it imports `errors` and `trainable` only.
 
 `hpo.train:train` is the default trainable. It is imported on first use, so that `hpo.train.params` does not import torch.
 """

@@ -1,7 +1,7 @@
 """Data sets as tensors on the device: whole, in memory, and always split in the same way.
 
 A process reads a data set once and keeps it; there are no DataLoader workers. The split into training and validation
-images depends on their two numbers alone, so every trial of every search has the same one.
+images depends only on their two numbers, so every trial of every search has the same one.
 """
 
 from __future__ import annotations

@@ -63,8 +63,8 @@ def read_fashion_mnist(data_dir: Path) -> tuple[Part, Part]:
         raise DataError(
             f"Fashion-MNIST is not in {raw} and could not be downloaded ({_first_line(error)}).\n"
             f"Put these four files there, from a machine with a network or from another copy:\n{listed}\n"
-            "or name a writable folder that has them by --data-dir. "
-            "Without them, `python -m hpo.run quick` runs the same search on a small sample that is part of the package."
+            "or pass a writable folder that contains them with --data-dir. "
+            "Without them, `python -m hpo.run quick` runs a smaller search on a sample that is part of the package."
         ) from None
 
 

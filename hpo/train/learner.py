@@ -44,7 +44,7 @@ class Learner:
             use_fast_convolutions(self.model)
         self._weights = list(self.model.parameters())
         self._optimizer = build_optimizer(params, [_in_memory_order(weight.detach()) for weight in self._weights])
-        # Summed on the device and read once an epoch: reading them in each step would make the device wait for Python.
+        # Summed on the device and read once per epoch: reading them in each step would make the device wait for Python.
         self._loss_sum = torch.zeros((), device=self._device)
         self._correct = torch.zeros((), dtype=torch.int64, device=self._device)
         is_cuda = self._device.type == "cuda"

@@ -32,7 +32,7 @@ def train(
     """Train ResNet-18 on Fashion-MNIST and yield a report after each epoch.
 
     The documented recipe: images in [0, 1] without augmentation, cross-entropy, Adam with a constant learning rate. An
-    epoch trains on every image once, in an order that depends on the seed and the epoch alone. The last batch may be
+    epoch trains on every image once, in an order that depends only on the seed and the epoch. The last batch may be
     smaller.
 
     Args:

@@ -1,4 +1,4 @@
-"""The hyperparameters of `hpo.train:train`. Does not import torch, so that a search space is checked at once."""
+"""The hyperparameters of `hpo.train:train`. Does not import torch, so that checking a search space is fast."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class TrainParams:
     """The hyperparameters of `train`. The defaults are those of the documented grid.
 
     Attributes:
-        batch_size: images a step, at least 2.
+        batch_size: images per step, at least 2.
         lr: the learning rate, constant.
         optimizer: `adam`, `adamw` or `sgd`.
         momentum: of `sgd`.
         weight_decay: L2 penalty of `adam` and `sgd`, decoupled for `adamw`.
         stem: the first layers, `imagenet` or `cifar`, see `hpo.train.network.build_model`.
-        precision: of the multiplications: `fp32`, `bf16`, or `auto` for bf16 where the hardware has it.
+        precision: of the multiplications: `fp32`, `bf16`, or `auto` for bf16 where the hardware supports it.
     """
 
     batch_size: int = 64

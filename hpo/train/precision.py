@@ -6,7 +6,7 @@ import torch
 
 
 def choose_precision(precision: str, device: str) -> str:
-    """Return the precision that `auto` means on a device: bf16 if the hardware multiplies in bf16, else fp32.
+    """Return the precision that `auto` means on a device: bf16 if the hardware supports it, else fp32.
 
     Such hardware is a GPU of compute capability 8.0 (Ampere) or later, or a CPU with AVX512-BF16 or AMX.
 

@@ -1,4 +1,4 @@
-"""What a search needs to know before it starts: the data, and the speed and memory of a configuration."""
+"""Measures the data, and the speed and memory of a configuration, before a search."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the dashboard shows in a real browser, in a wide and in a narrow window."""
+"""The dashboard in a real browser, in a wide and in a narrow window."""
 
 from __future__ import annotations
 

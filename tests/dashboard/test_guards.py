@@ -1,4 +1,4 @@
-"""Which requests reach the application behind the guards. The application here only records them."""
+"""The requests that the guards pass on to the application. The application here only records them."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ class Driver:
 
     @property
     def output(self) -> str:
-        """What it has printed so far, stdout and stderr."""
+        """Its output so far, stdout and stderr."""
         return self._printed.read_text()
 
     @property
@@ -123,11 +123,11 @@ class Driver:
         os.killpg(self.pid, signal.SIGINT)
 
     def terminate(self) -> None:
-        """Send SIGTERM to the driver alone, as a service manager does."""
+        """Send SIGTERM to the driver only, as a service manager does."""
         self._process.terminate()
 
     def kill(self) -> None:
-        """Send SIGKILL to the driver alone."""
+        """Send SIGKILL to the driver only."""
         self._process.kill()
         self._process.wait()
 

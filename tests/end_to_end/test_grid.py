@@ -1,4 +1,4 @@
-"""The documented grid, two short epochs on the sample: run once, then looked at from all sides."""
+"""The documented grid, two short epochs on the sample: run once, checked by several tests."""
 
 from __future__ import annotations
 

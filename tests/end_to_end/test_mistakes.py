@@ -1,4 +1,4 @@
-"""What the user got wrong: one message, exit code 2, nothing left behind."""
+"""User errors give one message and exit code 2, and leave nothing behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A search on PostgreSQL: no process and no file gets the password, and a restart of the server is waited out."""
+"""A search on PostgreSQL: no process and no file gets the password, and the search survives a restart of the server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.postgres]
 
 @dataclass(frozen=True)
 class Search:
-    """A search that has ended, and what was seen of its processes while it ran.
+    """A search that has ended, and observations of its processes while it ran.
 
     Attributes:
         url: the database, with the password.

@@ -1,4 +1,4 @@
-"""However a driver ends, the same command resumes its study: nothing is lost, nothing is computed twice."""
+"""The same command resumes a study after its driver was stopped or killed. Each trial loses at most the epoch in flight."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ from tests.factories import toy_space, trial_spec
 
 DATA: dict[str, Any] = {"dataset": "fashion_mnist_sample", "train_samples": 32, "val_samples": 50}
 VERSIONS = {"code": "now", "packages": {"torch": torch.__version__}}
-# What the user of an export may not have installed.
+# Packages that the user of an export may not have installed.
 BLOCKED = "hpo", "storage", "torchvision", "safetensors", "optuna"
 
 
@@ -322,7 +322,7 @@ def test_a_study_of_another_program_is_an_error(tmp_path: Path) -> None:
             two.optuna_study.add_trial(optuna.trial.create_trial(values=values))
         with pytest.raises(SettingError, match="study one was not created by hpo"):
             export(one, tmp_path)
-        with pytest.raises(SettingError, match="choose one of the best trials by --trial: 0, 1"):
+        with pytest.raises(SettingError, match="choose one of the best trials with --trial: 0, 1"):
             export(two, tmp_path)
 
 

@@ -72,12 +72,12 @@ def finish_grid_in(folder: Path, **changes: Any) -> Results:
 def optuna_study(
     database: Database, name: str = "plain", directions: tuple[Direction, ...] = ("minimize",)
 ) -> optuna.Study:
-    """Create a study with Optuna alone, as another program does."""
+    """Create a study with Optuna only, as another program does."""
     return optuna.create_study(study_name=name, storage=database.optuna_storage, directions=list(directions))
 
 
 def add_trial(study: optuna.Study, state: str, values: list[float] | None = None, **options: Any) -> None:
-    """Add a trial with Optuna alone."""
+    """Add a trial with Optuna only."""
     params = options.pop("params", {"x": len(study.trials) / 10, "kind": "ab"[len(study.trials) % 2]})
     distributions: dict[str, BaseDistribution] = {
         name: FloatDistribution(0, 100) if isinstance(value, float) else CategoricalDistribution(["a", "b", HOSTILE])

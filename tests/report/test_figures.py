@@ -1,4 +1,4 @@
-"""Figures: what they show, and how plotly and matplotlib draw it."""
+"""Figures: their content, and how plotly and matplotlib draw it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is read of a study, and the data frames made of it."""
+"""Reading a study, and the data frames of its results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not at all, and the one before as a fallback."""
+"""Checkpoints are written atomically; the previous one is the fallback."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_truncated_file_is_set_aside_and_the_one_before_is_taken(folder: Path,
     assert torch.equal(found.state["weight"], checkpoint_of(1).state["weight"])
     assert newest.with_suffix(".damaged").exists()
     assert not newest.exists()
-    # The trial comes by the same epoch again.
+    # The trial reaches the same epoch again.
     save_checkpoint(folder, checkpoint_of(2))
     assert epoch_in(folder) == 2
 

@@ -1,4 +1,4 @@
-"""What each report of a worker does to the study, without Ray."""
+"""The effect of each report of a worker on the study, without Ray."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ def test_probes_describe_the_data_and_measure_shapes(monkeypatch: pytest.MonkeyP
         with pytest.raises(TrainableError, match="has no parameter 'depth'"):
             probes.measure({"depth": 3}, slots)
         os.kill(probes._processes[0][0].pid, signal.SIGKILL)
-        with pytest.raises(SettingError, match="a probe process died"):
+        with pytest.raises(SettingError, match="a process that measures training speed died"):
             probes.measure({"batch_size": 32}, slots)
     assert list(tmp_path.iterdir()) == []
 

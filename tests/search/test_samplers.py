@@ -146,7 +146,7 @@ def test_search_ends_when_every_configuration_was_tried(tmp_path: Path) -> None:
         study, listener = search_without_ray(space, database, tmp_path)
         assert sorted(trial.params["x"] for trial in study.run_trials()) == [1, 3]
         assert [event[1] for event in listener.events if event[0] == "note"] == [
-            "no new trials: 20 draws in a row were all tried before"
+            "no new trials: 20 draws in a row were duplicates of earlier trials"
         ]
 
 

@@ -1,4 +1,4 @@
-"""What a script may print, how a trial of a script resumes, and that no script outlives its trial."""
+"""The output that a script may print, how a trial of a script resumes, and that no script outlives its trial."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def test_placeholders_are_known_names_and_the_values_of_a_trial() -> None:
          ["there is no value {lrr}, did you mean lr?", "there is no value {sed}, did you mean seed?"]),
         ("python t.py {lr:.3f}", ["write {lr} without ':.3f'"]),
         ("python 't.py", ["cannot be split into arguments: No closing quotation"]),
-        ("", ["names no program"]),
+        ("", ["is empty"]),
         ("{lr} t.py", ["the program cannot be a placeholder"]),
     ],
 )  # fmt: skip

@@ -72,7 +72,7 @@ MISTAKES = {
     ),
     "log with a step": (
         HEAD + "  »lr: {type: int, low: 1, high: 9, step: 2, log: true}\n",
-        ["parameters.lr: ", "log and step exclude each other"],
+        ["parameters.lr: ", "log and step cannot be combined"],
     ),
     "a step that does not divide": (
         HEAD + "  »lr: {type: int, low: 0, high: 10, step: 3}\n",

@@ -1,4 +1,4 @@
-"""What a search-space file means, its identity, and how a stored study becomes a Space again."""
+"""The meaning of a search-space file, its identity, and how a stored study becomes a Space again."""
 
 from __future__ import annotations
 

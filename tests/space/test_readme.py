@@ -71,7 +71,7 @@ def test_the_annotated_file_loads_and_uses_every_key_that_is_built(tmp_path: Pat
     assert {"Fixed", "Choices", "FloatRange"} <= used
     assert space.parameters["momentum"].when == {"optimizer": "sgd"}
     for name, value in space.examples():
-        read_params({name: value})  # the built-in training knows every parameter
+        read_params({name: value})  # the built-in training accepts every parameter
 
 
 @pytest.mark.parametrize("block", [block for block in YAML_BLOCKS if "grdi" not in block])

@@ -169,7 +169,7 @@ RULES = {
         VALID + "»command: python 'train.py\n",
         ["command: cannot be split into arguments", "quotation"],
     ),
-    "an empty command": (VALID + "»command: ''\n", ["command: names no program"]),
+    "an empty command": (VALID + "»command: ''\n", ["command: is empty"]),
     "a placeholder as the program": (VALID + "»command: '{lr} x'\n", ["command: the program cannot be a placeholder"]),
     # Keys of features that are not built are refused, not ignored.
     "several objectives": (

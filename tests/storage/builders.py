@@ -69,7 +69,7 @@ def claim_point(run: Run) -> ClaimedTrial:
 
 
 def kill(run: Run) -> None:
-    """Leave a run as kill -9 does: it stops without a word, and its PID belongs to another process."""
+    """Leave a run as kill -9 does: it stops without updating the database, and its PID belongs to another process."""
     run._lease.stop()
     run._writer.close()
     with run.database.engine.begin() as connection:

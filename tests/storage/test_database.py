@@ -1,4 +1,4 @@
-"""Opening databases, locks, and what the errors of their drivers become."""
+"""Opening databases, locks, and the messages for driver errors."""
 
 from __future__ import annotations
 

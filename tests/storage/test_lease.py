@@ -1,4 +1,4 @@
-"""When a run counts as alive."""
+"""Leases: a run counts as alive until its lease expires or its process ends."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def test_a_run_whose_lease_expired_loses_its_trial(
             expire_leases(database)
             taken = claim_one(run)
             assert taken.number == claim.number
-            far.report(claim, 1, {"m": 0.1}, 0.1)  # it does not know yet
+            far.report(claim, 1, {"m": 0.1}, 0.1)  # it has not yet noticed
             far.flush()
             with pytest.raises(LostTrialError, match="trial 0 was taken over by another run"):
                 far.report(claim, 2, {"m": 0.1}, 0.1)
@@ -202,7 +202,7 @@ def test_a_configuration_is_claimed_once_and_an_exhausted_space_ends(study: Stud
             claimed.append(claim.params["n"])
             run.complete(claim, 0.5)
         assert run.finished
-        assert run.exhausted == "20 draws in a row were all tried before"
+        assert run.exhausted == "20 draws in a row were duplicates of earlier trials"
     assert sorted(claimed) == [1, 2, 3]
     duplicates = [trial for trial in study.trials() if trial.state.name == "FAIL"]
     assert duplicates

@@ -1,4 +1,4 @@
-"""What a driver uses: claiming, reporting and finishing trials, alone and together with other runs."""
+"""A driver's operations: claiming, reporting and finishing trials, with one run and with several."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Opening, finding and summarising studies."""
+"""Opening, finding and summarizing studies."""
 
 from __future__ import annotations
 

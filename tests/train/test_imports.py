@@ -1,4 +1,4 @@
-"""What the package imports: imports are most of the time that a worker needs to start."""
+"""The modules that the package imports: imports are most of the time that a worker needs to start."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ next(train({"batch_size": 4}, checkpoint=torch.load(file, weights_only=True), **
     ("code", "absent"),
     [
         ("import hpo.train.params", ["torch", "numpy"]),
-        # What is slow to import, and the search around the training.
+        # Modules that are slow to import, and the search around the training.
         (
             TRIALS,
             ["torch._dynamo", "sympy", "torchvision", "ray", "optuna", "sqlalchemy", "pydantic", "rich", "storage"],
