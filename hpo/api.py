@@ -13,21 +13,18 @@ from __future__ import annotations
 
 import gc
 import logging
-import platform
-import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpo.errors import HpoError, SettingError, TrainableError, nearest
+from hpo.errors import HpoError, SettingError, nearest
 from hpo.paths import DEFAULT_STORAGE, RunsDir, is_new_database
+from hpo.search.environment import check_trainable, describe_environment
 from hpo.search.listener import CombinedListener, NullListener, ProgressListener
 from hpo.space.model import Space
-from hpo.trainable import load_trainable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,13 +32,12 @@ if TYPE_CHECKING:
     from hpo.export.exporting import ExportedModel
     from hpo.report.results import Results, TrialResult
     from hpo.search.cluster import RayCluster
-    from hpo.search.estimate import ImageCounts, Probes, SearchPlan
+    from hpo.search.estimate import SearchPlan
+    from hpo.search.probes import ImageCounts, Probes
     from hpo.search.slots import Slots
     from hpo.search.tune import SearchOutcome
     from storage.database import Database
     from storage.studies import Study, Summary
-
-PACKAGES = ("torch", "torchvision", "optuna", "sqlalchemy", "ray", "numpy")  # whose versions are recorded
 
 
 # --- search -----------------------------------------------------------------------------------------------------------
@@ -119,7 +115,7 @@ def run_search(
 
     runs, data = RunsDir(Path(runs_dir)).make(), space.trainable_data(Path(data_dir).resolve())
     check_trainable(space)
-    with RayCluster(ray_address) as cluster, _start_probes(space, data) as probes, _warnings_noted(listener):
+    with RayCluster(ray_address) as cluster, _start_probes(space, data, runs.root) as probes, _warnings_noted(listener):
         listener.preparing("starting Ray")
         # A new database has no finished trials, so Ray is needed. An existing one may have nothing left to run.
         if is_new_database(storage):
@@ -234,11 +230,11 @@ def try_to_report(results: Results, runs_dir: RunsDir, listener: ProgressListene
         return None
 
 
-def _start_probes(space: Space, data: Mapping[str, Any]) -> AbstractContextManager[Probes | None]:
+def _start_probes(space: Space, data: Mapping[str, Any], runs_dir: Path) -> AbstractContextManager[Probes | None]:
     """Start a process that loads the data. None for other trainables, whose data and speed are unknown."""
-    from hpo.search.estimate import Probes
+    from hpo.search.probes import Probes
 
-    return Probes(data) if space.is_default_trainable else nullcontext()
+    return Probes(data, runs_dir) if space.is_default_trainable else nullcontext()
 
 
 def _measure(
@@ -308,15 +304,17 @@ def plan_search(
     storage: str = DEFAULT_STORAGE,
     password: str | None = None,
     data_dir: Path | str = "data",
+    runs_dir: Path | str = "runs",
     listener: ProgressListener | None = None,
 ) -> PlannedSearch:
-    """Measure training steps on this machine and estimate the time and memory of a search. Write nothing.
+    """Measure training steps on this machine and estimate the time and memory of a search. Nothing is stored.
 
     Args:
         space: the search.
         storage: the database that may hold some of its trials; one that does not exist is not created.
         password: the PostgreSQL password, used if the URL has none.
         data_dir: where data sets are read from or downloaded to.
+        runs_dir: where a search would write checkpoints: the disk's speed is part of the estimate.
         listener: receives an event before each slow step.
 
     Returns:
@@ -326,18 +324,18 @@ def plan_search(
         SettingError: a resource is not available on this machine, or the measurement failed.
         TrainableError: the trainable cannot be imported, or cannot take the space's parameters.
         DataError: the data set is not there and cannot be downloaded.
-        StorageError: the database failed after it was opened. One that cannot be opened counts as empty.
+        StorageError: the database exists, or should, and cannot be used.
     """
     from hpo.search.estimate import machine_size
     from hpo.search.slots import plan_slots
-    from storage.database import StorageError, open_database
+    from storage.database import open_database
     from storage.studies import find_revision
 
     data, study = space.trainable_data(Path(data_dir).resolve()), None
     states: dict[str, str] = {}
     check_trainable(space)
-    with _start_probes(space, data) as probes:
-        with suppress(StorageError):  # no database yet: it holds no trials
+    with _start_probes(space, data, Path(runs_dir)) as probes:
+        if not is_new_database(storage):
             database = open_database(storage, password, create=False)
             study = find_revision(database, space.name, space.fingerprint)
         if study is not None:
@@ -355,50 +353,6 @@ def _trials_left(space: Space, study: Study) -> int | None:
     """Return how many trials have not ended; None where only time ends the search."""
     total = space.total_trials
     return None if total is None else max(0, total - study.count_ended())
-
-
-def check_trainable(space: Space) -> None:
-    """Check, before anything slow starts, that the trainable can be imported and accepts the values of the space.
-
-    Raises:
-        TrainableError: it cannot be imported, or cannot take a value of the space; one line per mistake.
-    """
-    if space.command is not None:
-        from hpo.search.script import check_program
-
-        with space.locating_errors("command"):
-            check_program(space.command)
-        return
-    if not space.is_default_trainable:
-        with space.locating_errors("trainable"):
-            load_trainable(space.trainable)
-        return
-    from hpo.train.params import read_params  # does not import torch; only workers do
-
-    mistakes: dict[str, None] = {}
-    for name, value in space.examples():
-        try:
-            with space.locating_errors("derived" if name in space.derived else "parameters", name):
-                read_params({name: value})
-        except TrainableError as error:
-            mistakes[str(error)] = None
-    if mistakes:
-        raise TrainableError("\n".join(mistakes))
-
-
-def describe_environment() -> dict[str, Any]:
-    """Return the environment that each run records: code version, package versions, Python, platform, machine."""
-    code = metadata.version("hpo")
-    folder = Path(__file__).parent
-    git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
-    described = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "code": f"{code}+{described}" if described else code,
-        "packages": {name: metadata.version(name) for name in PACKAGES},
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "machine": platform.node(),
-    }
 
 
 # --- studies ----------------------------------------------------------------------------------------------------------

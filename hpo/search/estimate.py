@@ -2,7 +2,7 @@
 
     shapes of training steps -> some steps of each, trials side by side -> trials at a time -> seconds, GPU-hours, memory
 
-The steps run in separate processes, as many at the same time as trials would: they compete for the same resources.
+`hpo.search.probes` measures the steps.
 """
 
 from __future__ import annotations
@@ -10,205 +10,25 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-import multiprocessing
 import os
-import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
-from hpo.errors import DataError, SettingError, TrainableError
+from hpo.errors import SettingError
+from hpo.search.probes import ImageCounts, Probes, Speed
 from hpo.search.slots import Slots
 from hpo.space.model import Space
 from hpo.space.parameters import Params
+from hpo.train.params import CIFAR_STEM_COST, SHAPE_PARAMS, TrainParams
 
-SHAPE_PARAMS = ("batch_size", "stem", "precision", "optimizer")  # those that change what a training step computes
 MAX_SHAPES = 6  # that are measured; the others count as the nearest batch size
 MAX_TRIALS_PER_GPU = 8
-PROBE_SECONDS = 1.5
 WORTH_SECONDS = 60.0  # seconds; shorter searches are not optimized
 GROWTH = 1.05  # more trials side by side must raise the throughput by this factor
 GPU_MARGIN = 1.25  # on the measured peak: allocators fragment
 CONTEXT_BYTES = 2**30  # upper bound of CUDA's own GPU memory per process
 SHORT_SEARCH_IMAGES = 60_000  # image passes; below this, measuring takes longer than it saves
-CIFAR_STEM_COST = 14  # training time of the cifar stem relative to the imagenet stem
-
-ImageCounts = tuple[int, int, int]  # training, validation and test images
-DataDescription = tuple[str, ImageCounts]  # sha256 of all images and labels, and their counts
-
-
-# --- measuring ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Speed:
-    """The measurement of one shape.
-
-    Attributes:
-        images_per_second: of one trial while the others run.
-        memory_bytes: peak memory of one trial: of the GPU, or of the process where there is none.
-        checkpoint_seconds: time to write a checkpoint.
-    """
-
-    images_per_second: float
-    memory_bytes: int
-    checkpoint_seconds: float
-
-
-class Probes:
-    """Processes that load the data and train steps at the same time, as trials that run side by side would.
-
-    The first process starts at once: it imports torch while Ray starts, and this process never imports it. A context
-    manager: leaving the context ends the processes.
-
-    Args:
-        data: what the trainable gets as `data`.
-    """
-
-    def __init__(self, data: Mapping[str, Any]) -> None:
-        self._data = dict(data)
-        self._context = multiprocessing.get_context("spawn")
-        self._processes: list[tuple[Any, Connection]] = []
-        self._started = time.perf_counter()
-        self._start_processes(1)
-        self.start_seconds = 0.0  # of one process: imports and data
-
-    def __enter__(self) -> Probes:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def describe_data(self) -> DataDescription:
-        """Return the hash and the sizes of the data set.
-
-        Raises:
-            DataError: the data set is not there and cannot be downloaded.
-        """
-        pipe = self._processes[0][1]
-        self._send(pipe, None)
-        description: DataDescription = self._receive(pipe)
-        self.start_seconds = time.perf_counter() - self._started
-        return description
-
-    def measure(self, shape: Params, slots: Slots) -> Speed | None:
-        """Train steps of a shape in as many processes as share a device.
-
-        Returns:
-            The speed of one trial next to the others; None if their memory does not suffice.
-
-        Raises:
-            TrainableError: the trainable cannot be given this shape.
-        """
-        count = slots.trials_per_device
-        self._start_processes(count)
-        pipes = [pipe for _, pipe in self._processes[:count]]
-        for pipe in pipes:
-            self._send(pipe, (shape, slots.threads, slots.device))
-        ready = [self._receive(pipe) for pipe in pipes]
-        if not all(ready):
-            return None
-        for pipe in pipes:
-            self._send(pipe, "go")
-        speeds = [speed for pipe in pipes if (speed := self._receive(pipe)) is not None]
-        if len(speeds) < count:
-            return None
-        return Speed(
-            sum(speed.images_per_second for speed in speeds) / count,
-            max(speed.memory_bytes for speed in speeds),
-            max(speed.checkpoint_seconds for speed in speeds),
-        )
-
-    def close(self) -> None:
-        """End the processes."""
-        for process, pipe in self._processes:
-            pipe.close()
-            process.kill()
-            process.join()
-        self._processes.clear()
-
-    def _start_processes(self, count: int) -> None:
-        while len(self._processes) < count:
-            ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_serve_probe, args=(theirs, self._data), daemon=True)
-            process.start()
-            theirs.close()
-            self._processes.append((process, ours))
-
-    def _send(self, pipe: Connection, request: Any) -> None:
-        with _deaths_reported():
-            pipe.send(request)
-
-    def _receive(self, pipe: Connection) -> Any:
-        with _deaths_reported():
-            answer = pipe.recv()
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-
-@contextmanager
-def _deaths_reported() -> Iterator[None]:
-    try:
-        yield
-    except (EOFError, ConnectionError):
-        raise SettingError(
-            "a process that measures training speed died, probably for lack of memory: set resources.cpu and "
-            "resources.gpu to numbers, or close other programs"
-        ) from None
-
-
-def _serve_probe(pipe: Connection, data: dict[str, Any]) -> None:
-    """Answer requests until the pipe closes: None describes the data, (shape, threads, device) trains steps."""
-    from hpo.train.probe import describe_data
-
-    with suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
-        while True:
-            request = pipe.recv()
-            if request is None:
-                try:
-                    pipe.send(describe_data(data))
-                except DataError as error:
-                    pipe.send(error)
-            else:
-                _train_steps(pipe, data, *request)
-
-
-def _train_steps(pipe: Connection, data: dict[str, Any], shape: Params, threads: int, device: str) -> None:
-    """Prepare a shape, send `ready`, wait for `go`, train, send the speed; None if the memory does not suffice."""
-    import torch
-
-    from hpo.train.probe import Probe
-
-    try:
-        torch.set_num_threads(threads)
-        probe = Probe(shape, data=data, device=device)
-        pipe.send("ready")
-        pipe.recv()
-        speed, memory = probe.measure(PROBE_SECONDS)
-        pipe.send(Speed(speed, memory, _checkpoint_seconds(probe.state())))
-    except (torch.OutOfMemoryError, MemoryError):
-        pipe.send(None)
-    except EOFError:
-        raise
-    except Exception as error:  # noqa: BLE001 # every error is sent to the parent process
-        pipe.send(TrainableError(f"a probe of {shape} failed: {type(error).__name__}: {error}"))
-
-
-def _checkpoint_seconds(state: Mapping[str, Any]) -> float:
-    from hpo.search.checkpoints import Checkpoint, save_checkpoint
-
-    with tempfile.TemporaryDirectory(prefix="hpo-probe-", dir=".") as folder:
-        started = time.perf_counter()
-        save_checkpoint(Path(folder), Checkpoint(1, {}, dict(state)))
-        return time.perf_counter() - started
-
-
-# --- from measurements to a plan --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -354,7 +174,7 @@ def _shape_name(shape: Mapping[str, Any]) -> str:
 def _nearest_shape(point: Mapping[str, Any], shapes: Mapping[str, Params]) -> str:
     def distance(shape: Params) -> tuple[int, float]:
         others = sum(shape[name] != point.get(name) for name in shape if name != "batch_size")
-        sizes = [float(each.get("batch_size") or 64) for each in (shape, point)]
+        sizes = [float(each.get("batch_size", TrainParams.batch_size)) for each in (shape, point)]
         return others, abs(math.log(sizes[0] / sizes[1]))
 
     return min(shapes, key=lambda name: distance(shapes[name]))
@@ -388,9 +208,9 @@ def machine_size() -> tuple[float, float]:
     """Return the cores and the GPUs of this machine."""
     import torch
 
-    return float(os.process_cpu_count() if hasattr(os, "process_cpu_count") else len(os.sched_getaffinity(0))), float(
-        torch.cuda.device_count()
-    )
+    # Python 3.13 has os.process_cpu_count.
+    cores = os.process_cpu_count() if hasattr(os, "process_cpu_count") else len(os.sched_getaffinity(0))
+    return float(cores), float(torch.cuda.device_count())
 
 
 def can_measure(slots: Slots) -> bool:

@@ -12,6 +12,8 @@ from hpo.errors import TrainableError, nearest
 OPTIMIZERS = ("adam", "adamw", "sgd")
 PRECISIONS = ("auto", "fp32", "bf16")
 STEMS = ("imagenet", "cifar")
+CIFAR_STEM_COST = 14  # training time of the cifar stem relative to the imagenet stem
+SHAPE_PARAMS = ("batch_size", "stem", "precision", "optimizer")  # those that change what a training step computes
 
 
 @dataclass(frozen=True)

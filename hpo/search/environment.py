@@ -1,0 +1,60 @@
+"""The environment of a search: whether it can run the trainable, and its versions, for the record."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import hpo
+from hpo.errors import TrainableError
+from hpo.space.model import Space
+from hpo.trainable import load_trainable
+
+PACKAGES = ("torch", "torchvision", "optuna", "sqlalchemy", "ray", "numpy")  # whose versions are recorded
+
+
+def check_trainable(space: Space) -> None:
+    """Check, before anything slow starts, that the trainable can be imported and accepts the values of the space.
+
+    Raises:
+        TrainableError: it cannot be imported, or cannot take a value of the space; one line per mistake.
+    """
+    if space.command is not None:
+        from hpo.search.script import check_program
+
+        with space.locating_errors("command"):
+            check_program(space.command)
+        return
+    if not space.is_default_trainable:
+        with space.locating_errors("trainable"):
+            load_trainable(space.trainable)
+        return
+    from hpo.train.params import read_params  # does not import torch; only workers do
+
+    mistakes: dict[str, None] = {}
+    for name, value in space.examples():
+        try:
+            with space.locating_errors("derived" if name in space.derived else "parameters", name):
+                read_params({name: value})
+        except TrainableError as error:
+            mistakes[str(error)] = None
+    if mistakes:
+        raise TrainableError("\n".join(mistakes))
+
+
+def describe_environment() -> dict[str, Any]:
+    """Return the environment that each run records: code version, package versions, Python, platform, machine."""
+    code = metadata.version("hpo")
+    folder = Path(hpo.__file__).parent
+    git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+    described = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "code": f"{code}+{described}" if described else code,
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.node(),
+    }

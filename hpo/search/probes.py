@@ -1,0 +1,214 @@
+"""Processes that measure training steps before a search.
+
+They train at the same time, as trials that run side by side would: they compete for the same resources.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import hpo
+from hpo.errors import DataError, SettingError, TrainableError
+from hpo.search.slots import Slots
+from hpo.space.parameters import Params
+
+PROBE_SECONDS = 1.5
+
+ImageCounts = tuple[int, int, int]  # training, validation and test images
+DataDescription = tuple[str, ImageCounts]  # sha256 of all images and labels, and their counts
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The measurement of one shape.
+
+    Attributes:
+        images_per_second: of one trial while the others run.
+        memory_bytes: peak memory of one trial: of the GPU, or of the process where there is none.
+        checkpoint_seconds: time to write a checkpoint.
+    """
+
+    images_per_second: float
+    memory_bytes: int
+    checkpoint_seconds: float
+
+
+class Probes:
+    """Processes that load the data and train steps at the same time, as trials that run side by side would.
+
+    The first process starts at once: it imports torch while Ray starts, and this process never imports it. A context
+    manager: leaving the context ends the processes.
+
+    Args:
+        data: what the trainable gets as `data`.
+        runs_dir: where trials store their checkpoints: writing one is timed there, if the folder exists.
+    """
+
+    def __init__(self, data: Mapping[str, Any], runs_dir: Path) -> None:
+        # This process owns the folder: a probe that is killed leaves nothing behind.
+        self._scratch = tempfile.TemporaryDirectory(
+            prefix="hpo-probe-", dir=runs_dir if os.access(runs_dir, os.W_OK) else None, ignore_cleanup_errors=True
+        )
+        self._setup = (dict(data), Path(self._scratch.name))
+        self._processes: list[tuple[subprocess.Popen[bytes], Connection]] = []
+        self._started = time.perf_counter()
+        self._start_processes(1)
+        self.start_seconds = 0.0  # of one process: imports and data
+
+    def __enter__(self) -> Probes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def describe_data(self) -> DataDescription:
+        """Return the hash and the sizes of the data set.
+
+        Raises:
+            DataError: the data set is not there and cannot be downloaded.
+        """
+        pipe = self._processes[0][1]
+        self._send(pipe, None)
+        description: DataDescription = self._receive(pipe)
+        self.start_seconds = time.perf_counter() - self._started
+        return description
+
+    def measure(self, shape: Params, slots: Slots) -> Speed | None:
+        """Train steps of a shape in as many processes as share a device.
+
+        Returns:
+            The speed of one trial next to the others; None if their memory does not suffice.
+
+        Raises:
+            TrainableError: the trainable cannot be given this shape.
+        """
+        count = slots.trials_per_device
+        self._start_processes(count)
+        pipes = [pipe for _, pipe in self._processes[:count]]
+        for pipe in pipes:
+            self._send(pipe, (shape, slots.threads, slots.device))
+        ready = [self._receive(pipe) for pipe in pipes]
+        if not all(ready):
+            return None
+        for pipe in pipes:
+            self._send(pipe, "go")
+        speeds = [speed for pipe in pipes if (speed := self._receive(pipe)) is not None]
+        if len(speeds) < count:
+            return None
+        return Speed(
+            sum(speed.images_per_second for speed in speeds) / count,
+            max(speed.memory_bytes for speed in speeds),
+            max(speed.checkpoint_seconds for speed in speeds),
+        )
+
+    def close(self) -> None:
+        """End the processes."""
+        for process, pipe in self._processes:
+            pipe.close()
+            process.kill()
+            process.wait()
+        self._processes.clear()
+        self._scratch.cleanup()
+
+    def _start_processes(self, count: int) -> None:
+        while len(self._processes) < count:
+            ours, theirs = multiprocessing.Pipe()
+            # multiprocessing would import the caller's main module again, which may be a script that starts a search.
+            process = subprocess.Popen(
+                [sys.executable, "-c", f"from hpo.search.probes import serve; serve({theirs.fileno()})"],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(hpo.__file__).parent.parent), *sys.path])},
+                start_new_session=True,  # Ctrl-C is for this process, which ends the others
+            )
+            theirs.close()
+            self._processes.append((process, ours))
+            self._send(ours, self._setup)
+
+    def _send(self, pipe: Connection, request: Any) -> None:
+        with _deaths_reported():
+            pipe.send(request)
+
+    def _receive(self, pipe: Connection) -> Any:
+        with _deaths_reported():
+            answer = pipe.recv()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+@contextmanager
+def _deaths_reported() -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, ConnectionError):
+        raise SettingError(
+            "a process that measures training speed died, probably for lack of memory: set resources.cpu and "
+            "resources.gpu to numbers, or close other programs"
+        ) from None
+
+
+def serve(file_descriptor: int) -> None:
+    """Run a probe process: answer requests until the pipe closes.
+
+    The first message is (data, scratch folder). Then None describes the data, and (shape, threads, device) trains steps.
+
+    Args:
+        file_descriptor: of the pipe.
+    """
+    from hpo.train.probe import describe_data
+
+    with suppress(EOFError, BrokenPipeError), Connection(file_descriptor) as pipe:
+        data, scratch = pipe.recv()
+        while True:
+            request = pipe.recv()
+            if request is None:
+                try:
+                    pipe.send(describe_data(data))
+                except DataError as error:
+                    pipe.send(error)
+            else:
+                _train_steps(pipe, data, scratch, *request)
+
+
+def _train_steps(
+    pipe: Connection, data: dict[str, Any], scratch: Path, shape: Params, threads: int, device: str
+) -> None:
+    """Prepare a shape, send `ready`, wait for `go`, train, send the speed; None if the memory does not suffice."""
+    import torch
+
+    from hpo.train.probe import Probe
+
+    try:
+        torch.set_num_threads(threads)
+        probe = Probe(shape, data=data, device=device)
+        pipe.send("ready")
+        pipe.recv()
+        speed, memory = probe.measure(PROBE_SECONDS)
+        pipe.send(Speed(speed, memory, _checkpoint_seconds(probe.state(), scratch)))
+    except (torch.OutOfMemoryError, MemoryError):
+        pipe.send(None)
+    except EOFError:
+        raise
+    except Exception as error:  # noqa: BLE001 # every error is sent to the parent process
+        pipe.send(TrainableError(f"a probe of {shape} failed: {type(error).__name__}: {error}"))
+
+
+def _checkpoint_seconds(state: Mapping[str, Any], scratch: Path) -> float:
+    from hpo.search.checkpoints import Checkpoint, save_checkpoint
+
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        started = time.perf_counter()
+        save_checkpoint(Path(folder), Checkpoint(1, {}, dict(state)))
+        return time.perf_counter() - started
