@@ -2,8 +2,8 @@
 
     Host check -> Origin check -> password -> gzip -> optuna-dashboard
 
-Without a password, the dashboard accepts requests from this machine only. A web page that the user visits could still send requests to
-it. The Origin check stops cross-site requests, the Host check stops DNS rebinding.
+Without a password, the dashboard accepts requests from this machine only. A web page that the user visits could still
+send requests to it. The Origin check stops cross-site requests, the Host check stops DNS rebinding.
 """
 
 from __future__ import annotations

@@ -223,7 +223,7 @@ class TrialCoordinator:
 
     @contextmanager
     def _storage_errors_kept(self, tune_id: str | None = None) -> Iterator[None]:
-        """Catch storage errors so that they do not reach Tune's loop. The search stops, and `run_trials` raises the first one.
+        """Catch storage errors, so that none reaches Tune's loop. The search stops, and `run_trials` raises the first one.
 
         Args:
             tune_id: the trial that is dropped if another run has taken it over.

@@ -1,6 +1,6 @@
 """Ray Tune runs the trials of a study. Only this module and `cluster` import ray.
 
-    Tune asks StudySearcher for a trial -> TrialCoordinator claims one in storage -> a TrialWorker runs it, one epoch per call
+    Tune asks StudySearcher for a trial -> TrialCoordinator claims it in storage -> a TrialWorker runs it, one epoch per call
     -> StudyScheduler gives each TrialReport to the coordinator, which stores it and decides whether the trial ends
 
 Ray's own files are scratch. Everything that a resumed search needs is in SQL and in the checkpoints. Workers receive a

@@ -1,7 +1,7 @@
 """The sections of a search space other than its parameters: sampler, scheduler, data, budget, resources.
 
 A sampler's keys are the arguments of the Optuna sampler with that name. They have Optuna's defaults, except that qmc
-scrambles its sequence. The properties of a sampler or a scheduler that the rest of the program needs are defined here, so that
+scrambles its sequence. Properties say what a sampler or a scheduler can do, so that
 no other module compares names.
 """
 
