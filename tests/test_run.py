@@ -21,9 +21,8 @@ from hpo import api, run
 from hpo.errors import SettingError
 from storage.database import StorageError, open_database
 from storage.studies import open_study
-from tests.factories import Finished, toy_space
+from tests.factories import Finished, HpoHere, toy_space
 
-HpoHere = Callable[..., Finished]
 Outcome = Mapping[str, Any]
 
 DONE: Outcome = {}

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.end_to_end.processes import hpo, python, rows
-from tests.factories import ROOT, Finished
-
-HpoHere = Callable[..., Finished]
+from tests.factories import ROOT, HpoHere
 
 
 @pytest.mark.parametrize(

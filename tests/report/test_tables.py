@@ -41,7 +41,7 @@ def test_a_narrow_console_loses_columns_and_no_digits(grid_results: Results, wid
     text = shown(grid_results, width)
     assert max(len(line) for line in text.splitlines()) <= width
     best = grid_results.ranked[0]
-    assert re.search(rf"^ *{best.number} +64 .*COMPLETE.* {best.values[0]:.4f}", text, re.M)  # type: ignore[index]
+    assert re.search(rf"^ *{best.number} +64 .*COMPLETE.* {best.values[0]:.4f}", text, re.M)
     assert "…" not in text
     assert ("too narrow for: lr, images/s" in " ".join(text.split())) == (width <= 80)
 

@@ -6,7 +6,7 @@ import io
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from hpo.errors import DataError, TrainableError
-from hpo.train import loop
-from hpo.train.data import Dataset, Images, load
+from hpo.train.data import Images, load
 from hpo.train.loop import epoch_seed, train
 from hpo.train.network import build_model
 from hpo.trainable import EpochReport, is_timing
@@ -31,19 +30,6 @@ Metrics = list[tuple[int, dict[str, float]]]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread", "few_test_images")
-
-
-@pytest.fixture(scope="module")
-def few_test_images() -> Iterator[None]:
-    """Score the first 100 of the 500 test images, to save time."""
-
-    def load_few(**options: Any) -> Dataset:
-        dataset = load(**options)
-        return replace(dataset, test=dataset.test.split(100)[0])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "load", load_few)
-        yield
 
 
 def reports(
