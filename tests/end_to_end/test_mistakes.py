@@ -52,13 +52,6 @@ def test_a_mistake_leaves_no_study_behind(tmp_path: Path, hpo_here: HpoHere) -> 
     assert rows(tmp_path / "runs/hpo.db", "SELECT count(*) FROM studies") in ([(0,)], [])
 
 
-def test_a_runs_folder_that_cannot_be_written_is_named(tmp_path: Path, hpo_here: HpoHere) -> None:
-    (tmp_path / "runs").touch()
-    finished = hpo_here(tmp_path, "run", str(ROOT / "search_spaces/quick.yaml"))
-    assert finished.returncode == 2
-    assert f"cannot write to {tmp_path}/runs" in finished.stderr
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["run", "gird"], ["completion", "bash"]])
 def test_the_command_line_starts_without_heavy_imports(tmp_path: Path, arguments: list[str]) -> None:
