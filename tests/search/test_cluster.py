@@ -62,9 +62,13 @@ def test_a_cluster_is_started_once_and_stopped_once_by_the_same_thread(
 
 
 def test_leaving_the_context_stops_the_cluster_even_after_an_error(fake_ray: FakeRay) -> None:
-    with pytest.raises(KeyError), RayCluster(None) as cluster:
-        cluster.start()
-        raise KeyError
+    def fail() -> None:
+        with RayCluster(None) as cluster:
+            cluster.start()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert [name for name, _ in fake_ray.calls] == ["init", "shutdown"]
 
 

@@ -85,21 +85,6 @@ def test_training_loss_and_accuracy_are_means_over_all_images_before_their_step(
     assert metrics["train_accuracy"] == pytest.approx((logits.argmax(1) == images.labels).float().mean().item())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("images", "batch_size", "same_as", "is_same"),
-    [
-        (21, 20, 21, True),  # a last batch of one image joins the batch before
-        (22, 20, 22, False),  # a last batch of two images does not
-        (20, 1000, 20, True),  # a batch is at most the whole data set
-    ],
-)
-def test_the_last_batch(images: int, batch_size: int, same_as: int, is_same: bool) -> None:
-    data = {**SAMPLE, "train_samples": images, "val_samples": 20}
-    one, other = (first_epoch({"batch_size": size}, data=data) for size in (batch_size, same_as))
-    assert (one == other) == is_same
-
-
 # --- reproducible and resumable -----------------------------------------------------------------------------------
 
 
