@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
     from benchmarks.postgres import Postgres
-    from tests.factories import Finished
+    from storage.database import Database
+    from tests.factories import HpoHere
 
 _numbers = itertools.count()
 
@@ -67,6 +68,26 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return server.create_database(f"test_{next(_numbers)}")
 
 
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite database without studies. Copying it is faster than creating the tables in each test."""
+    from storage.database import open_database
+
+    path = tmp_path_factory.mktemp("empty") / "hpo.db"
+    open_database(f"sqlite:///{path}").close()
+    return path
+
+
+@pytest.fixture
+def database(empty_database: Path, tmp_path: Path) -> Iterator[Database]:
+    """An open database without studies, `tmp_path / "hpo.db"`."""
+    from storage.database import open_database
+
+    shutil.copy(empty_database, tmp_path)
+    with open_database(f"sqlite:///{tmp_path}/hpo.db") as opened:
+        yield opened
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Train with one thread: trials set the number of threads of the process that they run in."""
@@ -76,6 +97,20 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def few_test_images() -> Iterator[None]:
+    """Score the first 100 of the 500 test images of the sample, to save time."""
+    from hpo.train.data import load
+    from hpo.train.fashion_mnist import read_sample
+
+    train, (images, labels) = read_sample()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hpo.train.data.read_sample", lambda: (train, (images[:100], labels[:100])))
+        load.cache_clear()
+        yield
+    load.cache_clear()
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +128,7 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def hpo_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Finished]:
+def hpo_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> HpoHere:
     """`hpo_here(folder, "report", "grid")` runs `hpo report grid` in a folder, in this process: no imports are repeated."""
     from hpo.run import main
     from tests.factories import Finished

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from hpo.search.coordinator import TrialCoordinator
 from hpo.search.listener import NullListener
 from hpo.search.samplers import build_pruner, build_sampler
 from hpo.search.slots import Slots
-from hpo.search.worker import TrialSpec, run_trial
+from hpo.search.worker import TrialReport, TrialSpec, run_trial
 from hpo.space.model import Space, load_space
 from storage.database import Database
 from storage.run import Run
 from storage.studies import Study, open_study
+from storage.writer import ClaimedTrial
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,6 +40,17 @@ class Finished:
     returncode: int
     stdout: str
     stderr: str
+
+
+HpoHere = Callable[..., Finished]  # the fixture `hpo_here`
+
+
+def wait_until(condition: Callable[[], bool], timeout_seconds: float = 60.0) -> None:
+    """Wait for a condition; fail the test if it does not become true in time."""
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"the condition did not become true within {timeout_seconds:g} s"
+        time.sleep(0.02)
 
 
 def shipped_space(name: str, *overrides: str) -> Space:
@@ -71,6 +84,17 @@ def trial_spec(folder: Path, **changes: Any) -> TrialSpec:
     return TrialSpec(**(values | changes))
 
 
+def trial_states(study: Study) -> list[str]:
+    """Return the state of each trial of a study."""
+    return [trial.state.name for trial in study.trials()]
+
+
+def take_reports(spec: TrialSpec, count: int) -> list[TrialReport]:
+    """Start a trial and return its first reports."""
+    reports = run_trial(spec)
+    return [next(reports) for _ in range(count)]
+
+
 class RecordingListener(NullListener):
     """Keeps the events of trials."""
 
@@ -101,6 +125,38 @@ def run_of(study: Study, space: Space, **options: Any) -> Run:
         learns=space.learns_from_results,
         **options,
     )
+
+
+def finish_study(
+    database: Database,
+    space: Space,
+    points: Iterable[dict[str, Any]],
+    *,
+    provenance: Mapping[str, Any],
+    device: Mapping[str, Any],
+    epochs_of: Callable[[ClaimedTrial], list[dict[str, float]]],
+    end: Callable[[Run, ClaimedTrial, float], None] = Run.complete,
+) -> Study:
+    """Create a study as a run leaves it, without training.
+
+    Args:
+        database: where the study is stored.
+        space: the search.
+        points: the configurations.
+        provenance: of the run.
+        device: the provenance of each trial.
+        epochs_of: returns the metrics of each epoch of a trial.
+        end: ends a trial, given its last value.
+    """
+    study = open_study(database, **space.study_options)
+    with Run(study, config_key=space.config_key, provenance=provenance) as run:
+        run.enqueue(list(points), space.distributions())
+        while claim := run.claim():
+            run.record(claim, {}, device)
+            for epoch, metrics in enumerate(epochs_of(claim), start=1):
+                run.report(claim, epoch, metrics, metrics[space.metric])
+            end(run, claim, metrics[space.metric])
+    return study
 
 
 def search_without_ray(

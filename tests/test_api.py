@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +42,15 @@ def test_the_package_offers_the_api() -> None:
         _ = hpo.run_serach
 
 
-@pytest.mark.parametrize("function", [getattr(hpo, name) for name in hpo.__all__ if name.islower()])
-def test_each_function_documents_its_arguments(function: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("name", [name for name in hpo.__all__ if name.islower()])
+def test_each_function_documents_its_arguments(name: str, request: pytest.FixtureRequest) -> None:
+    if name in {"list_studies", "write_report"}:
+        request.applymarker(pytest.mark.xfail(reason="its docstring has no arguments yet", strict=False))
+    function = getattr(hpo, name)
     text = inspect.getdoc(function) or ""
-    assert text
-    documented = set(re.findall(r"^    (\w+): ", text, re.MULTILINE))
-    if "Args:" in text:
-        assert set(inspect.signature(function).parameters) <= documented
+    _, _, arguments = text.partition("\nArgs:\n")
+    documented = re.findall(r"^    (\w+): ", re.split(r"\n(?=\w)", arguments)[0], re.MULTILINE)
+    assert documented == list(inspect.signature(function).parameters)
     assert inspect.signature(function).return_annotation is not inspect.Signature.empty
 
 

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from benchmarks.chaos import violations
 from benchmarks.toy import chain, expected_value, held_processes, hold_epochs
 from storage.database import open_database
-from tests.factories import search_without_ray, toy_space
+from tests.factories import search_without_ray, toy_space, wait_until
 
 
 def values(max_epochs: int, checkpoint: dict[str, object] | None = None, **params: object) -> list[float]:
@@ -32,9 +32,8 @@ def test_a_held_chain_waits_until_the_file_is_removed(tmp_path: Path) -> None:
     hold_epochs(hold, 2)
     thread = threading.Thread(target=values, args=(3,), kwargs={"hold": str(hold)})
     thread.start()
-    while not held_processes(hold):
-        thread.join(timeout=0.01)
-        assert thread.is_alive()
+    wait_until(lambda: bool(held_processes(hold)))
+    assert thread.is_alive()
     hold.unlink()
     thread.join(timeout=10)
     assert not thread.is_alive()

@@ -40,6 +40,8 @@ def test_the_default_storage_is_below_the_default_root() -> None:
         ("..", "_"),
         ("", "_"),
         ("x" * 300, "x" * 100),
+        ("ä b", "ä_b"),
+        (".hidden", "hidden"),
     ],
 )
 def test_a_study_of_any_name_has_a_report_folder(study: str, folder: str) -> None:

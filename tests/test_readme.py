@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import itertools
 import os
 import re
 import shlex
@@ -100,6 +101,27 @@ def test_the_table_of_commands_lists_every_verb() -> None:
 def test_ci_finds_the_test_command_in_the_readme() -> None:
     found = re.findall(r"^pip install uv && (uv run pytest.*)$", TEXTS["README.md"], re.MULTILINE)
     assert found == ["uv run pytest"]
+
+
+def test_the_sample_output_is_that_of_the_shipped_quick() -> None:
+    first, *lines = block("quick: ").splitlines()
+    quick = load_space(str(ROOT / "search_spaces/quick.yaml"))
+    assert first == f"quick: {quick.description}"
+    rule = next(number for number, line in enumerate(lines) if "──" in line)
+    header = lines[rule - 1].split()
+    table = list(itertools.takewhile(str.strip, lines[rule + 1 :]))
+    found = [dict(zip(header, row.split(), strict=False)) for row in table]
+    points = [{name: str(value) for name, value in point.items()} for point in quick.grid_points()]
+    by_number = sorted(found, key=lambda row: int(row["trial"]))
+    assert [{name: row[name] for name in points[0]} for row in by_number] == points
+    assert {row["epochs"] for row in found} == {str(quick.max_epochs)}
+    started = re.findall(r"^trial (\d+) starts: (.*)$", "\n".join(lines), re.MULTILINE)
+    for number, params in [
+        *started,
+        *re.findall(r"^trial (\d+) COMPLETE: .*\((.*)\)$", "\n".join(lines), re.MULTILINE),
+    ]:
+        assert params == ", ".join(f"{name} {value}" for name, value in points[int(number)].items())
+    assert started
 
 
 @pytest.mark.slow

@@ -40,6 +40,7 @@ def test_the_default_trainable_is_the_training_loop() -> None:
     from hpo.train.loop import train
 
     assert load_trainable(DEFAULT_TRAINABLE) is train
+    assert DEFAULT_TRAINABLE == "hpo.train:train", "it is part of fingerprints"
 
 
 def test_a_trainable_can_be_any_generator_function_with_the_signature(module: str) -> None:

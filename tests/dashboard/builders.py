@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from email.message import Message
 from typing import TYPE_CHECKING, Any
 
-import optuna
-
 from hpo.dashboard.server import build_server, listen
 from hpo.paths import RunsDir
 from hpo.space.model import Space
 from storage.database import Database
 from storage.run import Run
-from storage.studies import Study, open_study
+from storage.studies import Study
+from storage.writer import ClaimedTrial
+from tests.factories import finish_study
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -62,30 +62,32 @@ def make_study(database: Database, runs_dir: RunsDir, name: str = "search") -> S
 
     Trials 0 to 2 are COMPLETE: 2 is the best and a child of 0. Trial 3 is PRUNED, trial 4 is FAIL and has a log.
     """
-    settings = space_settings(name=name)
-    study = open_study(database, name, direction="maximize", fingerprint="f", settings=settings)
-    provenance = {"machine": "node-7", "code": "1.2", "python": "3"}
-    with Run(study, config_key=lambda params: str(params["lr"]), provenance=provenance) as run:
-        run.enqueue(POINTS, {"lr": optuna.distributions.FloatDistribution(0.0, 1.0)})
-        for number in range(len(POINTS)):
-            claim = run.claim()
-            assert claim is not None
-            assert claim.number == number
-            run.record(claim, {}, {"device": "cuda", "device_name": "NVIDIA H200"})
-            folder = runs_dir.trial(study.unique_name, number)
-            folder.mkdir(parents=True)
-            for epoch in range(1, {3: 3, 4: 1}.get(number, EPOCHS) + 1):
-                metrics = metrics_of(number, epoch)
-                run.report(claim, epoch, metrics, metrics["val_accuracy"])
-            if number == 3:
-                run.prune(claim)
-            elif number == 4:
-                (folder / "log.txt").write_text("printed by the script")
-                run.fail(claim, REASON, "Traceback (most recent call last): ...")
-            else:
-                (folder / "epoch-000005.pt").write_bytes(CHECKPOINT if number == 2 else b"less")
-                run.complete(claim, metrics["val_accuracy"], {"parent": 0} if number == 2 else {})
-    return study
+    lengths = {3: 3, 4: 1}
+
+    def epochs_of(claim: ClaimedTrial) -> list[dict[str, float]]:
+        return [metrics_of(claim.number, epoch) for epoch in range(1, lengths.get(claim.number, EPOCHS) + 1)]
+
+    def end(run: Run, claim: ClaimedTrial, value: float) -> None:
+        folder = runs_dir.trial(run.study.unique_name, claim.number)
+        folder.mkdir(parents=True)
+        if claim.number == 3:
+            run.prune(claim)
+        elif claim.number == 4:
+            (folder / "log.txt").write_text("printed by the script")
+            run.fail(claim, REASON, "Traceback (most recent call last): ...")
+        else:
+            (folder / "epoch-000005.pt").write_bytes(CHECKPOINT if claim.number == 2 else b"less")
+            run.complete(claim, value, {"parent": 0} if claim.number == 2 else {})
+
+    return finish_study(
+        database,
+        Space.model_validate(space_settings(name=name)),
+        POINTS,
+        provenance={"machine": "node-7", "code": "1.2", "python": "3"},
+        device={"device": "cuda", "device_name": "NVIDIA H200"},
+        epochs_of=epochs_of,
+        end=end,
+    )
 
 
 def listed_artifacts(study: Study) -> dict[str, tuple[str, str]]:

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import sqlalchemy as sa
 
 from benchmarks.chaos import violations
 from benchmarks.toy import held_processes
-from tests.factories import ROOT
+from tests.factories import ROOT, wait_until
 
 DEADLINE_SECONDS = 240.0  # on two slow cores, with another test at work
 
@@ -107,12 +106,12 @@ class Driver:
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         """Wait for a condition; fail the test if the driver exits first."""
-        deadline = time.monotonic() + DEADLINE_SECONDS
-        while not condition():
-            if not self.is_running or time.monotonic() > deadline:
-                self.kill()
-                pytest.fail(f"the condition never became true:\n{self.output}")
-            time.sleep(0.05)
+        try:
+            wait_until(lambda: condition() or not self.is_running, DEADLINE_SECONDS)
+            assert condition(), "the driver has exited"
+        except AssertionError as error:
+            self.kill()
+            pytest.fail(f"{error}:\n{self.output}")
 
     def wait(self) -> int:
         """Wait until it exits; return its exit code."""

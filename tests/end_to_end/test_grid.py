@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import sqlite3
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.end_to_end.processes import hpo, rows
-from tests.factories import ROOT, Finished
+from tests.factories import ROOT, HpoHere
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
@@ -23,8 +22,6 @@ for key_value in (
     "max_epochs=2",
 ):
     RUN += ["--set", key_value]
-
-HpoHere = Callable[..., Finished]
 
 
 @pytest.fixture(scope="module")

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.end_to_end.processes import hpo, python, rows
-from tests.factories import ROOT, Finished
-
-HpoHere = Callable[..., Finished]
+from tests.factories import ROOT, HpoHere
 
 
 @pytest.mark.parametrize(
@@ -53,13 +50,6 @@ def test_a_mistake_leaves_no_study_behind(tmp_path: Path, hpo_here: HpoHere) -> 
     assert finished.returncode == 2
     assert "has no parameter 'learning_rate'" in finished.stderr
     assert rows(tmp_path / "runs/hpo.db", "SELECT count(*) FROM studies") in ([(0,)], [])
-
-
-def test_a_runs_folder_that_cannot_be_written_is_named(tmp_path: Path, hpo_here: HpoHere) -> None:
-    (tmp_path / "runs").touch()
-    finished = hpo_here(tmp_path, "run", str(ROOT / "search_spaces/quick.yaml"))
-    assert finished.returncode == 2
-    assert f"cannot write to {tmp_path}/runs" in finished.stderr
 
 
 @pytest.mark.slow

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.end_to_end.processes import python, rows, write_space
-from tests.factories import Finished
+from tests.factories import HpoHere
 
 TRAIN_PY = """
-import argparse, json, pathlib, signal, sys, time
+import argparse, json, os, pathlib, signal, sys, time
 parser = argparse.ArgumentParser()
 for name in ("lr", "momentum", "half"):
     parser.add_argument(f"--{name}", type=float)
@@ -29,10 +28,18 @@ def stop(*_):
 signal.signal(signal.SIGTERM, stop)
 print("starting with", given, file=sys.stderr)
 for epoch in range(given.epochs):
-    time.sleep(1.0 if epoch == given.epochs - 1 else 0.1)  # long enough to be stopped before its end
     accuracy = given.lr - (given.momentum or 0) / 10 - 1 / (epoch + 2)
     print(f"epoch {epoch} is done")
     print(json.dumps({"accuracy": accuracy}))
+    # The worker reads, and logs, no further line before the driver has decided that the trial continues.
+    line = f"process {os.getpid()} continues after epoch {epoch}"
+    print(line)
+    deadline = time.monotonic() + 120
+    while "IS_REPLAY" not in os.environ:
+        if any(line in log.read_text() for log in pathlib.Path("runs/checkpoints").glob("*/*/log.txt")):
+            break
+        assert time.monotonic() < deadline, "neither continued nor stopped"
+        time.sleep(0.05)
     if accuracy > 0.6:
         raise ValueError("too good to be true")
 """
@@ -71,9 +78,7 @@ print(json.dumps({
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_a_script_is_searched_pruned_killed_logged_and_replayed(
-    tmp_path: Path, hpo_here: Callable[..., Finished]
-) -> None:
+def test_a_script_is_searched_pruned_killed_logged_and_replayed(tmp_path: Path, hpo_here: HpoHere) -> None:
     (tmp_path / "train.py").write_text(TRAIN_PY)
     (tmp_path / "search.py").write_text(SEARCH_PY)
     (tmp_path / "search_spaces").mkdir()
@@ -89,7 +94,7 @@ def test_a_script_is_searched_pruned_killed_logged_and_replayed(
     assert len(trials) == 9
     states = {state for _, _, state in trials}
     assert states >= {"COMPLETE", "PRUNED"}
-    conditional, stopped = set(), set()
+    conditional, stopped = set(), []
     for trial, number, state in trials:
         params = dict(rows(database, f"SELECT param_name, param_value FROM trial_params WHERE trial_id = {trial}"))
         attrs = dict(rows(database, f"SELECT key, value_json FROM trial_user_attributes WHERE trial_id = {trial}"))
@@ -110,15 +115,17 @@ def test_a_script_is_searched_pruned_killed_logged_and_replayed(
         assert "starting with Namespace" in log.read_text()
         assert log.read_text().count(" is done") >= len(values)
         if (tmp_path / f"stopped-{params['lr']}").exists():
-            stopped.add(state)
+            stopped.append(number)
         if state == "FAIL":
             assert "too good to be true" in json.loads(attrs["fail_reason"])
     assert conditional == {True, False}
-    assert stopped == {"PRUNED"}, "a script gets SIGTERM if its trial is pruned, and only then"
+    pruned = [number for _, number, state in trials if state == "PRUNED"]
+    assert stopped == pruned, "a script gets SIGTERM if its trial is pruned, and only then"
     values = rows(database, "SELECT value FROM trial_values JOIN trials USING (trial_id) WHERE state = 'COMPLETE'")
     assert (result["best_value"],) == max(values)
     assert (result["stopped"], result["interrupted"]) == ("", False)
     assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
-    replay = hpo_here(tmp_path, "replay", "script", str(result["best"]), "--storage", "sqlite:///script.db")
+    arguments = ["replay", "script", str(result["best"]), "--storage", "sqlite:///script.db"]
+    replay = hpo_here(tmp_path, *arguments, IS_REPLAY="1")
     assert replay.returncode == 0, replay.stdout + replay.stderr
     assert replay.stdout.endswith("epoch 1: 1 metrics equal\nepoch 2: 1 metrics equal\nepoch 3: 1 metrics equal\n")

@@ -29,7 +29,6 @@ from hpo.run import cli
 from hpo.search.checkpoints import load_checkpoint
 from hpo.search.worker import run_trial
 from hpo.space.model import Space
-from hpo.train import data, fashion_mnist
 from hpo.train.data import load
 from hpo.train.network import build_model
 from storage.database import open_database
@@ -44,7 +43,7 @@ VERSIONS = {"code": "now", "packages": {"torch": torch.__version__}}
 BLOCKED = "hpo", "storage", "torchvision", "safetensors", "optuna"
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "few_test_images")
 
 
 def grid_space(folder: Path, **changes: Any) -> Space:
@@ -58,17 +57,6 @@ def grid_space(folder: Path, **changes: Any) -> Space:
         "parameters": {"batch_size": [16, 32, 8], "lr": 0.003, "precision": "bf16"},
     }
     return toy_space(folder, **(written | changes))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_test_images() -> Iterator[None]:
-    """Score the first 100 of the 500 test images, to save time."""
-    train, (images, labels) = fashion_mnist.read_sample()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "read_sample", lambda: (train, (images[:100], labels[:100])))
-        load.cache_clear()
-        yield
-    load.cache_clear()
 
 
 @pytest.fixture(scope="module")

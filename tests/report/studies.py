@@ -13,8 +13,9 @@ from optuna.trial import TrialState, create_trial
 from hpo.report.results import Results, read_results
 from hpo.space.model import Space
 from storage.database import Database, open_database
-from storage.run import Run
-from storage.studies import Study, find_study, open_study
+from storage.studies import Study, find_study
+from storage.writer import ClaimedTrial
+from tests.factories import finish_study
 
 Direction = Literal["minimize", "maximize"]
 
@@ -48,19 +49,20 @@ def epoch_metrics(params: Mapping[str, Any], epoch: int) -> dict[str, float]:
 def finish_grid(database: Database, *, gpu: float = 1.0, **changes: Any) -> Study:
     """Create a finished grid, as a run leaves it. Batch size 64 is the best."""
     space = grid_space(**changes)
-    study = open_study(database, **space.study_options)
-    provenance = {"command": "hpo run grid", "packages": {"torch": "2"}}
-    with Run(study, config_key=space.config_key, provenance=provenance) as run:
-        run.enqueue(space.grid_points(), space.distributions())
-        while claim := run.claim():
-            run.record(claim, {}, {"device": "cuda", "device_name": "a GPU", "gpu": gpu})
-            for epoch in range(1, space.max_epochs + 1):
-                metrics = epoch_metrics(claim.params, epoch)
-                if epoch == space.max_epochs:
-                    metrics |= {"test_accuracy": metrics["val_accuracy"] - 0.01, "test_loss": 1.0}
-                run.report(claim, epoch, metrics, metrics["val_accuracy"])
-            run.complete(claim, metrics["val_accuracy"])
-    return study
+
+    def epochs_of(claim: ClaimedTrial) -> list[dict[str, float]]:
+        epochs = [epoch_metrics(claim.params, epoch) for epoch in range(1, space.max_epochs + 1)]
+        epochs[-1] |= {"test_accuracy": epochs[-1]["val_accuracy"] - 0.01, "test_loss": 1.0}
+        return epochs
+
+    return finish_study(
+        database,
+        space,
+        space.grid_points(),
+        provenance={"command": "hpo run grid", "packages": {"torch": "2"}},
+        device={"device": "cuda", "device_name": "a GPU", "gpu": gpu},
+        epochs_of=epochs_of,
+    )
 
 
 def finish_grid_in(folder: Path, **changes: Any) -> Results:

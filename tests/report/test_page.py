@@ -111,14 +111,6 @@ def test_a_second_report_replaces_the_first(database: Database, tmp_path: Path) 
     assert {file.suffix for file in first.parent.iterdir()} == {".html", ".md"}
 
 
-@pytest.mark.parametrize("name", ["../../etc", "a/b", "..", "", "ä b", "grid@2", ".hidden", "x" * 500])
-def test_a_study_of_any_name_gets_a_folder_inside_the_reports(tmp_path: Path, name: str) -> None:
-    folder = RunsDir(tmp_path).report(name)
-    assert folder.parent == tmp_path / "reports"
-    assert folder.name not in {"", ".", ".."}
-    folder.mkdir(parents=True)
-
-
 # --- studies of every kind --------------------------------------------------------------------------------------------
 
 
@@ -263,7 +255,7 @@ def test_a_large_study_is_reported_fast_in_a_page_that_opens(
     started = time.process_time()
     results = read_results(study)
     page = write_report(results, RunsDir(tmp_path))
-    assert time.process_time() - started < 40  # 4 s where scikit-learn's bytecode is cached
+    assert time.process_time() - started < 20  # 4 s; some machines are four times slower and do other work too
     assert page.stat().st_size < 8e6
     tab = browser.new_page()
     tab.goto(page.as_uri())

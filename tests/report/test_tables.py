@@ -16,7 +16,7 @@ from rich.console import Console
 from hpo.report.results import Results
 from hpo.report.tables import failures, trial_table
 from hpo.run import cli
-from storage.database import Database, StorageError
+from storage.database import Database
 from tests.report.studies import add_trial, finish_grid, optuna_study, read
 
 
@@ -82,16 +82,3 @@ def test_list_shows_each_study_in_a_line_and_as_json(database: Database, tmp_pat
     assert first["best"] == pytest.approx(0.4 + (1 / 64 + 0.4) / 4)
     assert abs(first["last_activity"] - time.time()) < 60
     assert abs(second["last_activity"] - time.time()) < 60, "Optuna's timestamps are local time"
-
-
-def test_list_of_an_empty_database_says_so(database: Database, tmp_path: Path) -> None:
-    assert "no studies yet" in listed(tmp_path)
-    assert json.loads(listed(tmp_path, "--json")) == []
-
-
-@pytest.mark.parametrize("words", [["list"], ["report", "grid"]])
-def test_a_verb_that_only_reads_creates_no_database(tmp_path: Path, words: list[str]) -> None:
-    result = CliRunner().invoke(cli, [*words, "--storage", f"sqlite:///{tmp_path}/no/hpo.db"])
-    assert isinstance(result.exception, StorageError)
-    assert re.search(r"there is no database sqlite:.*hpo run SPACE", str(result.exception))
-    assert list(tmp_path.iterdir()) == []

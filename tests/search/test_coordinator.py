@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,32 +10,16 @@ from benchmarks.toy import expected_value
 from hpo.paths import RunsDir
 from hpo.search.coordinator import TrialCoordinator
 from hpo.search.slots import Slots
-from hpo.search.worker import TrialReport, TrialSpec, run_trial
 from hpo.space.model import Space
-from storage.database import StorageError, open_database
+from storage.database import StorageError
 from storage.run import Run
-from storage.studies import Study, open_study
-from tests.factories import RecordingListener, run_of, toy_space
-
-
-@pytest.fixture
-def study(tmp_path: Path) -> Iterator[Study]:
-    with open_database(f"sqlite:///{tmp_path}/hpo.db") as database:
-        yield open_study(database, "toy", direction="maximize", fingerprint="f", settings={"metric": "value"})
+from storage.studies import Study
+from tests.factories import RecordingListener, run_of, take_reports, toy_space, trial_states
 
 
 def coordinator_of(space: Space, run: Run, folder: Path, listener: RecordingListener) -> TrialCoordinator:
     run.enqueue(space.grid_points(), space.distributions())
     return TrialCoordinator(space, run, Slots(1, 1.0, 0.0), data={}, runs_dir=RunsDir(folder), listener=listener)
-
-
-def take(spec: TrialSpec, count: int) -> list[TrialReport]:
-    reports = run_trial(spec)
-    return [next(reports) for _ in range(count)]
-
-
-def states(study: Study) -> list[str]:
-    return [trial.state.name for trial in study.trials()]
 
 
 def test_last_epoch_that_was_stored_before_a_crash_still_completes_the_trial(study: Study, tmp_path: Path) -> None:
@@ -45,10 +28,10 @@ def test_last_epoch_that_was_stored_before_a_crash_still_completes_the_trial(stu
         coordinator = coordinator_of(space, run, tmp_path, listener)
         spec = coordinator.next_trial("a")
         assert spec is not None
-        for report in take(spec, 2):
+        for report in take_reports(spec, 2):
             assert not coordinator.on_report("a", report)
         claim = coordinator._claims["a"]
-        last = take(spec, 3)[-1]
+        last = take_reports(spec, 3)[-1]
         run.report(claim, 3, last.metrics, last.metrics["value"])  # the driver is killed here
         run.release(claim)
     with run_of(study, space) as run:
@@ -56,8 +39,8 @@ def test_last_epoch_that_was_stored_before_a_crash_still_completes_the_trial(stu
         spec = coordinator.next_trial("b")
         assert spec is not None
         assert spec.stored_epoch == 3
-        assert coordinator.on_report("b", take(spec, 1)[0])
-    assert states(study) == ["COMPLETE"]
+        assert coordinator.on_report("b", take_reports(spec, 1)[0])
+    assert trial_states(study) == ["COMPLETE"]
     assert study.trials()[0].value == expected_value({"x": 1}, 0, 3)
 
 
@@ -68,10 +51,10 @@ def test_stop_releases_the_trial_after_its_epoch_and_claims_no_more(study: Study
         spec = coordinator.next_trial("a")
         assert spec is not None
         coordinator.stop("interrupted")
-        assert coordinator.on_report("a", take(spec, 1)[0])
+        assert coordinator.on_report("a", take_reports(spec, 1)[0])
         assert coordinator.next_trial("b") is None
         assert coordinator.is_done
-    assert states(study) == ["WAITING"]
+    assert trial_states(study) == ["WAITING"]
     assert study.trials()[0].intermediate_values == {1: expected_value({"x": 1}, 0, 1)}
 
 
@@ -82,9 +65,9 @@ def test_end_of_the_time_budget_releases_trials(study: Study, tmp_path: Path) ->
         spec = coordinator.next_trial("a")
         assert spec is not None
         coordinator.set_deadline(0.0)
-        assert coordinator.on_report("a", take(spec, 1)[0])
+        assert coordinator.on_report("a", take_reports(spec, 1)[0])
     assert coordinator.stopping == "the time budget is spent"
-    assert states(study) == ["WAITING"]
+    assert trial_states(study) == ["WAITING"]
 
 
 def test_trial_taken_over_by_another_run_is_dropped_and_not_written(study: Study, tmp_path: Path) -> None:
@@ -97,12 +80,12 @@ def test_trial_taken_over_by_another_run_is_dropped_and_not_written(study: Study
         taken = thief.claim()
         assert taken is not None
         assert taken.number == 0
-        first, second = take(spec, 2)
+        first, second = take_reports(spec, 2)
         assert not coordinator.on_report("a", first), "not known yet"
         run.flush()
         assert coordinator.on_report("a", second)
         assert coordinator.error is None
-        assert states(study)[0] == "RUNNING"
+        assert trial_states(study)[0] == "RUNNING"
         assert not study.trials()[0].intermediate_values
         assert ("note", "trial 0 was taken over by another run") in listener.events
 
@@ -120,6 +103,6 @@ def test_storage_error_stops_the_search_and_is_kept(
         spec = coordinator.next_trial("a")
         assert spec is not None
         monkeypatch.setattr(run, "report", fail)
-        assert coordinator.on_report("a", take(spec, 1)[0]), "Tune sees a trial that ended, not an error"
+        assert coordinator.on_report("a", take_reports(spec, 1)[0]), "Tune sees a trial that ended, not an error"
         assert isinstance(coordinator.error, StorageError)
         assert coordinator.is_done

@@ -72,7 +72,8 @@ def test_estimate_is_the_end_of_the_last_trial() -> None:
 
 
 def test_unmeasured_batch_size_counts_as_the_nearest_one() -> None:
-    sizes = [2**k for k in range(2, 12)]
+    sizes = [4, 13, 16, 20, 64, 200, 256, 300, 1024, 1100]  # every second one is measured
+    nearest = [4, 16, 16, 16, 64, 256, 256, 256, 1024, 1024]
     probes = FakeProbes(lambda shape, _: float(shape["batch_size"]))
     made = measure_plan(
         documented_space(f"parameters.batch_size={sizes}", "resources={cpu: 1}"),
@@ -83,7 +84,9 @@ def test_unmeasured_batch_size_counts_as_the_nearest_one() -> None:
         (1.0, 0.0),
     )
     assert len(probes.asked) == len(made.speeds) <= estimate.MAX_SHAPES
-    assert made.seconds > 0
+    assert set(made.speeds) == {f"batch_size {size}" for size in nearest}
+    images = 5 * (1600 + 400 / 3) + 500 / 3
+    assert made.seconds == pytest.approx(sum(images / size for size in nearest))
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,6 @@ from hpo.search.samplers import build_pruner, build_sampler
 from storage.database import open_database
 from storage.studies import Study, open_study
 from tests.factories import ROOT, run_of, search_without_ray, shipped_space, toy_space
-
-
-@pytest.fixture
-def study(tmp_path: Path) -> Iterator[Study]:
-    with open_database(f"sqlite:///{tmp_path}/hpo.db") as database:
-        yield open_study(database, "toy", direction="maximize", fingerprint="f", settings={"metric": "value"})
 
 
 @pytest.mark.parametrize("name", ["random", "qmc", "tpe", "gp", "cmaes", "nsga2"])

@@ -18,7 +18,7 @@ from hpo.errors import TrainableError
 from hpo.search import script
 from hpo.search.script import ScriptEpoch, ScriptError, check_program, run_script
 from hpo.search.worker import TrialReport, run_trial
-from tests.factories import ROOT, trial_spec
+from tests.factories import ROOT, trial_spec, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -67,12 +67,16 @@ def test_each_line_of_json_with_numbers_is_an_epoch_and_all_output_is_in_the_log
 
 
 def test_a_line_of_stderr_stays_whole_when_stdout_is_printed_meanwhile(start: Start, log: Path) -> None:
-    code = """
-import sys, time
+    code = f"""
+import pathlib, sys, time
+log = pathlib.Path({str(log)!r})
+deadline = time.monotonic() + 60
 for epoch in (1, 2, 3):
     sys.stderr.write("one ")
-    print('{"loss": %d}' % epoch)
-    time.sleep(0.1)
+    line = '{{"loss": %d}}' % epoch
+    print(line)
+    while line not in log.read_text() and time.monotonic() < deadline:
+        time.sleep(0.01)
     sys.stderr.write("line\\n")
 """
     assert len(list(start(code))) == 3
@@ -89,7 +93,7 @@ print('{"loss": 1}')
 """
     epochs = start(code)
     next(epochs)
-    wait_for(lambda: log.read_text().endswith("\ndone\n"))
+    wait_until(lambda: log.read_text().endswith("\ndone\n"))
     assert len(list(epochs)) == 2
 
 
@@ -167,13 +171,6 @@ time.sleep(600)
 """
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def is_running(pid: float) -> bool:
     try:
         return psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE
@@ -186,7 +183,7 @@ def test_a_stopped_script_and_its_children_are_killed(start: Start) -> None:
     metrics = next(epochs).metrics
     assert is_running(metrics["child"])
     epochs.close()
-    wait_for(lambda: not is_running(metrics["pid"]) and not is_running(metrics["child"]))
+    wait_until(lambda: not is_running(metrics["pid"]) and not is_running(metrics["child"]))
     assert not [child for child in psutil.Process().children() if "guard" in child.cmdline()]
 
 
@@ -195,7 +192,7 @@ def test_a_script_that_ignores_sigterm_is_killed(start: Start, monkeypatch: pyte
     epochs = start("import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + START_CHILD)
     metrics = next(epochs).metrics
     epochs.close()
-    wait_for(lambda: not is_running(metrics["pid"]) and not is_running(metrics["child"]))
+    wait_until(lambda: not is_running(metrics["pid"]) and not is_running(metrics["child"]))
 
 
 def test_a_daemon_of_the_script_does_not_delay_the_end_of_the_trial(
@@ -230,7 +227,7 @@ time.sleep(600)
     assert len(pids) == 2
     os.kill(worker.pid, signal.SIGKILL)
     worker.communicate()
-    wait_for(lambda: not any(map(is_running, pids)))
+    wait_until(lambda: not any(map(is_running, pids)))
 
 
 # --- as a trial -------------------------------------------------------------------------------------------------------

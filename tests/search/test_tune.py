@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest.mock import Mock, create_autospec
 
 import pytest
+
+from hpo.search.coordinator import TrialCoordinator
+from hpo.search.worker import TrialReport, TrialSpec
+from tests.factories import trial_spec
 
 
 @pytest.mark.slow
@@ -23,3 +31,121 @@ def test_drivers_import_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+# --- the search ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tune() -> ModuleType:
+    """The module under test. It imports ray."""
+    from hpo.search import tune
+
+    return tune
+
+
+@pytest.fixture
+def coordinator() -> Mock:
+    """A coordinator that has the methods of the real one, and does nothing."""
+    fake: Mock = create_autospec(TrialCoordinator, instance=True)
+    fake.stopping = ""
+    return fake
+
+
+class FakeTrial(SimpleNamespace):
+    """A trial of Tune's, with the parts that StudyScheduler uses."""
+
+    PENDING = "PENDING"
+
+    def __init__(self, **changes: Any) -> None:
+        given = {"trial_id": "a", "status": "RUNNING", "num_failures": 0, "max_failures": 0, "error_file": "none"}
+        super().__init__(**(given | {"temporary_state": SimpleNamespace(ray_actor=None)} | changes))
+
+
+class FakeController:
+    """Tune's controller, which keeps the trials that it stops."""
+
+    def __init__(self, *trials: FakeTrial) -> None:
+        self._trials = trials
+        self.stopped: list[str] = []
+
+    def get_trials(self) -> tuple[FakeTrial, ...]:
+        return self._trials
+
+    def stop_trial(self, trial: FakeTrial) -> None:
+        trial.status = "TERMINATED"
+        self.stopped.append(trial.trial_id)
+
+
+@pytest.mark.slow
+def test_the_configuration_of_a_trial_is_its_whole_spec(tune: ModuleType, coordinator: Mock, tmp_path: Path) -> None:
+    spec = coordinator.next_trial.return_value = trial_spec(tmp_path)
+    suggested = tune.StudySearcher(coordinator).suggest("a")
+    coordinator.next_trial.assert_called_once_with("a")
+    assert list(suggested) == ["spec"]
+    assert TrialSpec(**suggested["spec"]) == spec
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("is_done", "answer"), [(False, None), (True, "FINISHED")])
+def test_without_a_trial_tune_asks_again_until_the_coordinator_is_done(
+    tune: ModuleType, coordinator: Mock, is_done: bool, answer: str | None
+) -> None:
+    coordinator.next_trial.return_value = None
+    coordinator.is_done = is_done
+    assert tune.StudySearcher(coordinator).suggest("a") == answer
+
+
+@pytest.mark.slow
+def test_a_trial_may_be_restarted_as_often_as_the_coordinator_says(tune: ModuleType, coordinator: Mock) -> None:
+    coordinator.retries_left.return_value = 2
+    scheduler = tune.StudyScheduler(coordinator)
+    new, restarted = FakeTrial(), FakeTrial(num_failures=1, max_failures=3)
+    for trial in (new, restarted):
+        scheduler.on_trial_add(None, trial)
+    assert (new.max_failures, restarted.max_failures) == (2, 3), "Tune adds a restarted trial again"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("has_ended", "decision"), [(False, "CONTINUE"), (True, "STOP")])
+@pytest.mark.parametrize("has_actor", [True, False])
+def test_a_report_goes_to_the_coordinator_and_what_an_ended_trial_runs_is_stopped(
+    tune: ModuleType, coordinator: Mock, has_ended: bool, decision: str, has_actor: bool
+) -> None:
+    coordinator.on_report.return_value = has_ended
+    actor = Mock() if has_actor else None
+    report = TrialReport(epoch=1, metrics={"value": 0.5})
+    trial = FakeTrial(temporary_state=SimpleNamespace(ray_actor=actor))
+    assert tune.StudyScheduler(coordinator).on_trial_result(None, trial, {"report": report}) == decision
+    coordinator.on_report.assert_called_once_with("a", report)
+    if actor is not None:
+        assert actor.end.remote.called == has_ended
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_retried", [True, False])
+@pytest.mark.parametrize(
+    ("content", "details"),
+    [(None, ""), ("Failure # 1 (at 10:00)\nfirst\nFailure # 2 (at 11:00)\nlast\n", "2 (at 11:00)\nlast\n")],
+)
+def test_the_death_of_a_worker_is_reported_with_rays_last_account(
+    tune: ModuleType, coordinator: Mock, tmp_path: Path, content: str | None, details: str, is_retried: bool
+) -> None:
+    file = tmp_path / "error.txt"
+    if content is not None:
+        file.write_text(content)
+    trial = FakeTrial(error_file=str(file), should_recover=lambda: is_retried)
+    tune.StudyScheduler(coordinator).on_trial_error(None, trial)
+    coordinator.on_crash.assert_called_once_with("a", details, is_retried=is_retried)
+
+
+@pytest.mark.slow
+def test_a_search_that_stops_releases_the_trials_that_have_not_started(tune: ModuleType, coordinator: Mock) -> None:
+    running, waiting = FakeTrial(trial_id="a"), FakeTrial(trial_id="b", status="PENDING")
+    controller, scheduler = FakeController(running, waiting), tune.StudyScheduler(coordinator)
+    assert scheduler.choose_trial_to_run(controller) is waiting
+    assert controller.stopped == []
+    coordinator.stopping = "interrupted"
+    assert scheduler.choose_trial_to_run(controller) is None
+    assert controller.stopped == ["b"]
+    coordinator.release.assert_called_once_with("b")

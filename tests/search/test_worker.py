@@ -5,17 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.toy import expected_value
-from hpo.search.worker import TrialReport, TrialSpec, run_trial
-from tests.factories import trial_spec
-
-
-def take(spec: TrialSpec, count: int) -> list[TrialReport]:
-    reports = run_trial(spec)
-    return [next(reports) for _ in range(count)]
+from hpo.search.worker import run_trial
+from tests.factories import take_reports, trial_spec
 
 
 def test_trial_reports_each_epoch_once_with_provenance_first(tmp_path: Path) -> None:
-    reports = take(trial_spec(tmp_path), 4)
+    reports = take_reports(trial_spec(tmp_path), 4)
     assert [report.epoch for report in reports] == [1, 2, 3, 4]
     assert [report.metrics["value"] for report in reports] == [expected_value({"x": 1}, 0, e) for e in (1, 2, 3, 4)]
     assert all(report.metrics["epoch_seconds"] >= 0 for report in reports)
@@ -23,30 +18,30 @@ def test_trial_reports_each_epoch_once_with_provenance_first(tmp_path: Path) -> 
 
 
 def test_trial_resumes_from_its_checkpoint_with_the_same_numbers(tmp_path: Path) -> None:
-    take(trial_spec(tmp_path), 2)
-    rest = take(trial_spec(tmp_path, stored_epoch=2), 3)
+    take_reports(trial_spec(tmp_path), 2)
+    rest = take_reports(trial_spec(tmp_path, stored_epoch=2), 3)
     assert [(report.epoch, report.is_recalled) for report in rest] == [(2, True), (3, False), (4, False)]
     assert [report.metrics["value"] for report in rest] == [expected_value({"x": 1}, 0, e) for e in (2, 3, 4)]
 
 
 def test_epochs_missing_in_storage_are_recalled_from_the_checkpoint(tmp_path: Path) -> None:
-    take(trial_spec(tmp_path), 3)  # the driver died before it stored epochs 2 and 3
-    rest = take(trial_spec(tmp_path, stored_epoch=1), 4)
+    take_reports(trial_spec(tmp_path), 3)  # the driver died before it stored epochs 2 and 3
+    rest = take_reports(trial_spec(tmp_path, stored_epoch=1), 4)
     assert [(report.epoch, report.is_recalled) for report in rest] == [(1, True), (2, True), (3, True), (4, False)]
 
 
 def test_damaged_checkpoint_falls_back_to_the_previous_one(tmp_path: Path) -> None:
-    take(trial_spec(tmp_path), 3)
+    take_reports(trial_spec(tmp_path), 3)
     newest = max((tmp_path / "trial").glob("*.pt"))
     newest.write_bytes(newest.read_bytes()[:50])
-    rest = take(trial_spec(tmp_path, stored_epoch=3), 2)
+    rest = take_reports(trial_spec(tmp_path, stored_epoch=3), 2)
     assert [(report.epoch, report.is_recalled) for report in rest] == [(3, False), (4, False)]
     assert rest[-1].metrics["value"] == expected_value({"x": 1}, 0, 4)
 
 
 def test_checkpoint_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
     (tmp_path / "trial").touch()  # a file where the folder should be
-    reports = take(trial_spec(tmp_path), 4)
+    reports = take_reports(trial_spec(tmp_path), 4)
     assert [report.epoch for report in reports] == [1, 2, 3, 4]
     assert all("no checkpoint after epoch" in report.warning for report in reports)
 

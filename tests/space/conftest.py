@@ -11,10 +11,12 @@ import pytest
 
 from hpo.errors import SpaceError
 from hpo.space.model import Space, load_space
+from tests.space.examples import unmark
 
 Write = Callable[[str], Path]
 Load = Callable[..., Space]
 ErrorOf = Callable[..., str]
+CheckError = Callable[[str, list[str]], None]
 
 
 @pytest.fixture
@@ -57,3 +59,17 @@ def error_of(write: Write) -> ErrorOf:
         return str(caught.value)
 
     return error_of
+
+
+@pytest.fixture
+def check_error(tmp_path: Path, error_of: ErrorOf) -> CheckError:
+    """Load a search space with one mistake, marked by »; check that the message is one line with its position and texts."""
+
+    def check_error(marked: str, fragments: list[str]) -> None:
+        text, position = unmark(marked)
+        error = error_of(text)
+        assert error.startswith(f"{tmp_path}/space.yaml:{position}: ")
+        assert "\n" not in error
+        assert [fragment for fragment in fragments if fragment not in error] == []
+
+    return check_error

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
 from hpo.space.messages import MAX_VALUE_LENGTH
-from tests.space.conftest import ErrorOf
-from tests.space.examples import HEAD, VALID, unmark
+from tests.space.conftest import CheckError, ErrorOf
+from tests.space.examples import HEAD, VALID
 
 # » marks the position that the message must give.
 MISTAKES = {
@@ -151,14 +150,8 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line_with_its_position_and_a_remedy(tmp_path: Path, error_of: ErrorOf, name: str) -> None:
-    marked, fragments = MISTAKES[name]
-    text, position = unmark(marked)
-    error = error_of(text)
-    assert error.startswith(f"{tmp_path}/space.yaml:{position}: ")
-    assert "\n" not in error
-    for fragment in fragments:
-        assert fragment in error
+def test_a_mistake_is_one_line_with_its_position_and_a_remedy(check_error: CheckError, name: str) -> None:
+    check_error(*MISTAKES[name])
 
 
 def test_all_mistakes_of_a_file_are_reported_together(error_of: ErrorOf) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 
-from tests.space.conftest import ErrorOf
-from tests.space.examples import CONDITIONAL, HEAD, SAMPLED, VALID, unmark
+from tests.space.conftest import CheckError, ErrorOf
+from tests.space.examples import CONDITIONAL, HEAD, SAMPLED, VALID
 
 # » marks the key that the message must give.
 RULES = {
@@ -184,14 +183,8 @@ RULES = {
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_a_broken_rule_is_one_line_with_its_position_and_a_remedy(tmp_path: Path, error_of: ErrorOf, name: str) -> None:
-    marked, fragments = RULES[name]
-    text, position = unmark(marked)
-    error = error_of(text)
-    assert error.startswith(f"{tmp_path}/space.yaml:{position}: ")
-    assert "\n" not in error
-    for fragment in fragments:
-        assert fragment in error
+def test_a_broken_rule_is_one_line_with_its_position_and_a_remedy(check_error: CheckError, name: str) -> None:
+    check_error(*RULES[name])
 
 
 def test_broken_rules_and_invalid_keys_are_reported_together(error_of: ErrorOf) -> None:

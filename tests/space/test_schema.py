@@ -49,11 +49,10 @@ def test_the_schema_is_valid_json_schema() -> None:
 
 
 @pytest.mark.parametrize("path", SPACES, ids=lambda path: path.stem)
-def test_each_shipped_space_names_the_schema_and_is_valid(path: Path) -> None:
+def test_each_shipped_space_names_the_schema_and_conforms_to_it(path: Path) -> None:
     text = path.read_text()
     assert text.startswith("# yaml-language-server: $schema=schema.json\n")
     assert errors(text) == []
-    assert load_space(str(path)).description
 
 
 SHORT_FORMS = [

@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 from optuna import samplers
 
-from hpo.space.sections import Sampler, Scheduler
+from hpo.space.sections import Sampler
 from tests.space.conftest import Load
 from tests.space.examples import SAMPLED
 
@@ -69,11 +69,3 @@ def test_the_options_of_a_sampler_have_optunas_defaults_except_for_scramble() ->
             if key not in {"name", "seed"} and field.default is not None and field.default != arguments[key].default:
                 different.add(f"{name}.{key}")
     assert different == {"qmc.scramble"}
-
-
-@pytest.mark.parametrize("name", ["none", "asha", "hyperband", "median", "pbt"])
-def test_each_scheduler_declares_what_it_does(name: str) -> None:
-    scheduler = Scheduler.model_validate({"name": name})
-    assert scheduler.stops_trials_early == (name != "none")
-    assert scheduler.uses_reduction_factor == (name != "median")
-    assert scheduler.is_built == (name != "pbt")

@@ -82,10 +82,6 @@ def expire_leases(database: Database) -> None:
         connection.execute(tables.runs.update().values(lease_until=0.0))
 
 
-def states(study: Study) -> list[str]:
-    return [trial.state.name for trial in study.trials()]
-
-
 def sql(database: Database, query: str) -> list[tuple[Any, ...]]:
     with database.engine.connect() as connection:
         return [tuple(row) for row in connection.execute(sa.text(query))]

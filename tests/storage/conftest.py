@@ -13,18 +13,10 @@ from storage.studies import Study
 from tests.storage.builders import open_s
 
 
-@pytest.fixture(scope="session")
-def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database without studies. Copying it is faster than creating the tables in each test."""
-    path = tmp_path_factory.mktemp("template") / "hpo.db"
-    open_database(f"sqlite:///{path}").close()
-    return path
-
-
 @pytest.fixture
-def database(url: str, sqlite_template: Path) -> Iterator[Database]:
+def database(url: str, empty_database: Path) -> Iterator[Database]:
     if url.startswith("sqlite:"):
-        shutil.copy(sqlite_template, url.removeprefix("sqlite:///"))
+        shutil.copy(empty_database, url.removeprefix("sqlite:///"))
     with open_database(url) as opened:
         yield opened
 

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from benchmarks.postgres import Postgres
 from storage.database import StorageError, open_database, retry_while_down
 from storage.studies import find_study, open_study
+from tests.factories import wait_until
 from tests.storage.builders import open_in_process
 
 PASSWORD = "do-not-show-me"
@@ -165,10 +166,17 @@ def test_an_operation_is_retried_until_the_server_is_back(postgres: Postgres, ca
     with open_database(postgres.create_database("outage")) as database:
         open_study(database, "s", direction="maximize", fingerprint="f", settings={})
         postgres.stop(immediate=True)
-        timer = threading.Timer(0.5, postgres.start)
-        timer.start()
+
+        def start_when_unavailable() -> None:
+            try:
+                wait_until(lambda: "the database is unavailable" in caplog.text)
+            finally:
+                postgres.start()
+
+        thread = threading.Thread(target=start_when_unavailable)
+        thread.start()
         found = find_study(database, "s")
-        timer.join()
+        thread.join()
         assert found is not None
     assert "the database is unavailable" in caplog.text
 

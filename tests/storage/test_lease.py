@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,14 +18,8 @@ from storage.database import Database
 from storage.lease import Lease, host_id, is_process_dead
 from storage.studies import Study
 from storage.tables import read_runs
+from tests.factories import ROOT, wait_until
 from tests.storage.builders import expire_leases
-
-
-def wait_until(condition: Callable[[], bool], timeout_seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def start_lease(study: Study, **options: Any) -> Lease:
@@ -84,6 +80,7 @@ def test_after_an_outage_the_other_runs_get_time_to_renew(
     far.stop()
 
 
+@pytest.mark.slow
 def test_a_run_on_this_machine_is_dead_as_soon_as_its_process_is() -> None:
     child = subprocess.Popen(["sleep", "60"])
     process = psutil.Process(child.pid)
@@ -97,6 +94,21 @@ def test_a_run_on_this_machine_is_dead_as_soon_as_its_process_is() -> None:
     assert is_process_dead(run)
 
 
-def test_the_identity_of_a_machine_does_not_change() -> None:
-    assert host_id() == host_id()
-    assert host_id().count("/") >= 1
+@pytest.mark.slow
+def test_all_processes_of_a_machine_have_the_same_host_id() -> None:
+    code = "from storage.lease import host_id; print(host_id())"
+    other = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert other.stdout == f"{host_id()}\n"
+
+
+def test_a_container_with_another_host_name_is_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = host_id()
+    monkeypatch.setattr(platform, "node", lambda: "another name")
+    assert host_id() != here
+
+
+@pytest.mark.skipif(not Path("/proc/sys/kernel/random/boot_id").exists(), reason="needs Linux")
+def test_a_reboot_changes_the_host_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, read_text = host_id(), Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path: "another boot" if path.name == "boot_id" else read_text(path))
+    assert host_id() != here

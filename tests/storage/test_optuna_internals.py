@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 
 import pytest
 from optuna.trial import TrialState
@@ -12,8 +11,8 @@ from optuna.trial import TrialState
 from storage import optuna_internals
 from storage.database import Database
 from storage.studies import Study
+from tests.factories import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
 PRIVATE = re.compile(r"(?<!\bself)\._(trial_id|study_id|storage|suggest)\b|\b_rdb\b|\boptuna(\.\w+)*\._")
 
 

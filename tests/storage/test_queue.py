@@ -15,6 +15,7 @@ from storage.database import Database
 from storage.queue import TrialQueue
 from storage.studies import Study
 from storage.writer import LostTrialError
+from tests.factories import trial_states
 from tests.storage.builders import (
     GRID,
     POINTS,
@@ -26,7 +27,6 @@ from tests.storage.builders import (
     kill,
     sampled_run,
     sql,
-    states,
 )
 
 # --- grids
@@ -76,14 +76,14 @@ def test_a_trial_of_a_dead_run_resumes_after_its_last_epoch(study: Study) -> Non
     dead.report(unfinished, 1, {"m": 0.1}, 0.1)
     dead.flush()
     kill(dead)
-    assert states(study) == ["COMPLETE", "RUNNING"]
+    assert trial_states(study) == ["COMPLETE", "RUNNING"]
     with grid_run(study) as run:
         claim = claim_one(run)
         assert (claim.number, claim.params, claim.epoch, claim.values) == (1, POINTS[1], 1, {1: 0.1})
         run.complete(claim, 0.1)
         assert run.claim() is None
         assert run.finished
-    assert states(study) == ["COMPLETE", "COMPLETE"]
+    assert trial_states(study) == ["COMPLETE", "COMPLETE"]
 
 
 def test_a_trial_of_a_living_run_is_not_taken(study: Study) -> None:
@@ -118,7 +118,7 @@ def test_a_run_whose_lease_expired_loses_its_trial(
             with pytest.raises(LostTrialError):
                 far.complete(claim, 0.1)
             far.release(claim)
-            assert states(study) == ["RUNNING"]
+            assert trial_states(study) == ["RUNNING"]
             run.report(taken, 1, {"m": 0.2}, 0.2)
             run.complete(taken, 0.2)
     trial = study.trials()[0]
@@ -152,7 +152,7 @@ def test_a_claim_whose_answer_was_lost_is_claimed_again(study: Study, monkeypatc
         assert claim_point(run).params == POINTS[0]
         assert run.claim() is None
     assert calls == 1
-    assert states(study) == ["RUNNING"]
+    assert trial_states(study) == ["RUNNING"]
 
 
 # --- drawn trials

@@ -12,7 +12,8 @@ from optuna.distributions import CategoricalDistribution
 
 from storage.database import Database, open_database
 from storage.studies import Study
-from tests.storage.builders import GRID, POINTS, claim_one, claim_point, grid_run, open_s, sql, states
+from tests.factories import trial_states
+from tests.storage.builders import GRID, POINTS, claim_one, claim_point, grid_run, open_s, sql
 
 
 def test_a_grid_is_claimed_point_by_point_until_it_is_finished(study: Study) -> None:
@@ -26,7 +27,7 @@ def test_a_grid_is_claimed_point_by_point_until_it_is_finished(study: Study) -> 
             run.complete(claim, 0.5)
         assert run.finished
     assert claimed == POINTS
-    assert states(study) == ["COMPLETE"] * 4
+    assert trial_states(study) == ["COMPLETE"] * 4
 
 
 def test_report_stores_every_metric_and_can_be_repeated(study: Study, database: Database) -> None:
@@ -59,7 +60,7 @@ def test_the_state_of_a_trial_says_how_it_ended(study: Study) -> None:
         run.fail(claims[2], "m is nan after epoch 2", "Traceback ...")
         run.release(claims[3])
     trials = study.trials()
-    assert states(study) == ["COMPLETE", "PRUNED", "FAIL", "WAITING"]
+    assert trial_states(study) == ["COMPLETE", "PRUNED", "FAIL", "WAITING"]
     assert trials[1].value == 0.2
     assert all(trial.intermediate_values == {1: 0.1, 2: 0.2} for trial in trials)
     assert trials[2].user_attrs == {"fail_reason": "m is nan after epoch 2", "traceback": "Traceback ..."}
@@ -70,7 +71,7 @@ def test_complete_can_be_repeated(study: Study) -> None:
         claim = claim_point(run)
         run.complete(claim, 0.5)
         run.complete(claim, 0.5)
-    assert states(study) == ["COMPLETE"]
+    assert trial_states(study) == ["COMPLETE"]
 
 
 def test_crashes_are_counted_across_runs(study: Study) -> None:
@@ -128,4 +129,4 @@ def test_four_runs_share_a_grid_without_a_duplicate(url: str, study: Study) -> N
         thread.join()
     assert errors == []
     assert sorted(claimed) == values
-    assert Counter(states(study)) == {"COMPLETE": len(values)}
+    assert Counter(trial_states(study)) == {"COMPLETE": len(values)}

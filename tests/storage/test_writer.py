@@ -9,7 +9,8 @@ import pytest
 from storage import writer
 from storage.database import Database, StorageError
 from storage.studies import Study
-from tests.storage.builders import claim_point, grid_run, sql, states
+from tests.factories import trial_states
+from tests.storage.builders import claim_point, grid_run, sql
 
 
 def test_no_update_is_lost_between_put_and_the_background_thread(
@@ -39,5 +40,5 @@ def test_updates_that_could_not_be_written_are_kept(study: Study, monkeypatch: p
             with pytest.raises(StorageError, match="disk is full"):
                 run.flush()
         run.complete(claim, 0.5)
-    assert states(study) == ["COMPLETE"]
+    assert trial_states(study) == ["COMPLETE"]
     assert study.trials()[0].intermediate_values == {1: 0.5}

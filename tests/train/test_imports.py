@@ -7,10 +7,6 @@ import sys
 
 import pytest
 
-from hpo.errors import TrainableError
-from hpo.train.loop import train
-from hpo.trainable import DEFAULT_TRAINABLE, load_trainable
-
 # A trial with SGD, a trial with Adam, and one that resumes from its checkpoint.
 TRIALS = """
 import io
@@ -46,13 +42,3 @@ def test_slow_and_foreign_packages_are_not_imported(code: str, absent: list[str]
     check = f"{code}\nimport sys\nprint([name for name in {absent} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
     assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
-
-
-def test_the_default_trainable_resolves_by_its_name() -> None:
-    assert DEFAULT_TRAINABLE == "hpo.train:train"
-    assert load_trainable(DEFAULT_TRAINABLE) is train
-
-
-def test_a_misspelt_trainable_is_an_error_with_the_nearest_name() -> None:
-    with pytest.raises(TrainableError, match=r"hpo\.train has no function 'trian', did you mean train\?"):
-        load_trainable("hpo.train:trian")

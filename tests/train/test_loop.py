@@ -6,7 +6,7 @@ import io
 import itertools
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from hpo.errors import DataError, TrainableError
-from hpo.train import loop
-from hpo.train.data import Dataset, Images, load
+from hpo.train.data import Images, load
 from hpo.train.loop import epoch_seed, train
 from hpo.train.network import build_model
 from hpo.trainable import EpochReport, is_timing
@@ -31,19 +30,6 @@ Metrics = list[tuple[int, dict[str, float]]]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread", "few_test_images")
-
-
-@pytest.fixture(scope="module")
-def few_test_images() -> Iterator[None]:
-    """Score the first 100 of the 500 test images, to save time."""
-
-    def load_few(**options: Any) -> Dataset:
-        dataset = load(**options)
-        return replace(dataset, test=dataset.test.split(100)[0])
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "load", load_few)
-        yield
 
 
 def reports(
@@ -97,21 +83,6 @@ def test_training_loss_and_accuracy_are_means_over_all_images_before_their_step(
     logits = build_model().train()(images.images[:, None] / 255)
     assert metrics["train_loss"] == pytest.approx(F.cross_entropy(logits, images.labels).item(), rel=1e-4)
     assert metrics["train_accuracy"] == pytest.approx((logits.argmax(1) == images.labels).float().mean().item())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("images", "batch_size", "same_as", "is_same"),
-    [
-        (21, 20, 21, True),  # a last batch of one image joins the batch before
-        (22, 20, 22, False),  # a last batch of two images does not
-        (20, 1000, 20, True),  # a batch is at most the whole data set
-    ],
-)
-def test_the_last_batch(images: int, batch_size: int, same_as: int, is_same: bool) -> None:
-    data = {**SAMPLE, "train_samples": images, "val_samples": 20}
-    one, other = (first_epoch({"batch_size": size}, data=data) for size in (batch_size, same_as))
-    assert (one == other) == is_same
 
 
 # --- reproducible and resumable -----------------------------------------------------------------------------------

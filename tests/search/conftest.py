@@ -1,0 +1,13 @@
+"""A study of toy trials."""
+
+from __future__ import annotations
+
+import pytest
+
+from storage.database import Database
+from storage.studies import Study, open_study
+
+
+@pytest.fixture
+def study(database: Database) -> Study:
+    return open_study(database, "toy", direction="maximize", fingerprint="f", settings={"metric": "value"})

@@ -1,0 +1,111 @@
+"""Starting, joining and stopping a cluster. Ray is replaced: the end-to-end tests start it."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hpo.errors import SettingError
+from hpo.search.cluster import RayCluster
+
+
+class FakeRay(SimpleNamespace):
+    """Stands in for the module `ray`, and keeps the calls."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, Any]] = []
+        self.threads: set[threading.Thread] = set()
+        self._error = error
+
+    def init(self, **options: Any) -> None:
+        self.calls.append(("init", options["address"]))
+        self.threads.add(threading.current_thread())
+        if self._error is not None:
+            raise self._error
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 6.0, "memory": 1e9}
+
+    def shutdown(self) -> None:
+        self.calls.append(("shutdown", None))
+        self.threads.add(threading.current_thread())
+
+
+@pytest.fixture
+def fake_ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
+    fake = FakeRay()
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    return fake
+
+
+@pytest.mark.parametrize(("address", "joined"), [(None, "local"), ("host:6379", "host:6379")])
+def test_a_cluster_is_started_once_and_stopped_once_by_the_same_thread(
+    fake_ray: FakeRay, address: str | None, joined: str
+) -> None:
+    with RayCluster(address) as cluster:
+        for _ in range(2):
+            cluster.start()
+        assert cluster.size() == (6.0, 0.0)
+        assert fake_ray.calls == [("init", joined)]
+        for _ in range(2):
+            cluster.stop()
+    assert fake_ray.calls == [("init", joined), ("shutdown", None)]
+    (thread,) = fake_ray.threads
+    assert thread is not threading.current_thread()
+    assert not thread.is_alive()
+
+
+def test_leaving_the_context_stops_the_cluster_even_after_an_error(fake_ray: FakeRay) -> None:
+    def fail() -> None:
+        with RayCluster(None) as cluster:
+            cluster.start()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert [name for name, _ in fake_ray.calls] == ["init", "shutdown"]
+
+
+def test_a_cluster_that_was_never_started_needs_no_ray(fake_ray: FakeRay) -> None:
+    with RayCluster(None):
+        pass
+    assert fake_ray.calls == []
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (
+            ConnectionError("timed out"),
+            SettingError,
+            "no Ray cluster answers at RAY_ADDRESS host:6379: timed out",
+        ),
+        (ValueError("no such option"), ValueError, "no such option"),
+    ],
+)
+def test_an_error_of_ray_is_raised_where_the_size_is_needed(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception], message: str
+) -> None:
+    fake = FakeRay(error)
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    with RayCluster("host:6379") as cluster:
+        cluster.start()
+        with pytest.raises(kind) as caught:
+            cluster.size()
+    assert str(caught.value) == message
+    assert [name for name, _ in fake.calls] == ["init", "shutdown"]
+
+
+def test_sigterm_is_an_interrupt_until_the_cluster_is_left(fake_ray: FakeRay) -> None:
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("only the main thread handles signals")
+    before = signal.getsignal(signal.SIGTERM)
+    with RayCluster(None), pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
