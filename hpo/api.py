@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from hpo.export.exporting import ExportedModel
     from hpo.report.results import Results, TrialResult
     from hpo.search.cluster import RayCluster
-    from hpo.search.estimate import SearchPlan
+    from hpo.search.estimate import SearchEstimate
     from hpo.search.probes import ImageCounts, Probes
     from hpo.search.slots import Slots
     from hpo.search.tune import SearchOutcome
@@ -50,13 +50,13 @@ class SearchResult:
     Attributes:
         results: every trial of the study, with every metric of every epoch.
         report: the HTML file of the report; None if it could not be written.
-        stopped: why the search ended before its work was done; empty if it was done.
+        stop_reason: why the search ended before its work was done; empty if it was done.
         interrupted: whether Ctrl-C or SIGTERM stopped it. The same search again resumes it.
     """
 
     results: Results
     report: Path | None = None
-    stopped: str = ""
+    stop_reason: str = ""
     interrupted: bool = False
 
     @property
@@ -153,7 +153,7 @@ def run_search(
         from hpo.dashboard.publishing import publish
 
         publish(study, runs, always=True)
-        return SearchResult(results, report, outcome.stopped, outcome.interrupted)
+        return SearchResult(results, report, outcome.stop_reason, outcome.interrupted)
 
 
 def _search(
@@ -174,7 +174,7 @@ def _search(
     from hpo.search.tune import run_trials
     from storage.studies import open_study
 
-    plan, images = None, None
+    estimate, images = None, None
     if probes is not None:
         provenance["data_sha256"], images = probes.describe_data()
     # Only now, so that a missing data set does not leave an empty study.
@@ -184,10 +184,10 @@ def _search(
     slots = plan_slots(space, left, *size)
     if probes is not None:
         if images is not None and is_worth_measuring(space, left, images):
-            plan = _measure(space, slots, left, probes, images, size, listener)
+            estimate = _measure(space, slots, left, probes, images, size, listener)
         probes.close()  # frees its memory and CPU for the trials
-    slots = slots if plan is None else plan.slots
-    listener.search_planned(space, slots, plan)
+    slots = slots if estimate is None else estimate.slots
+    listener.search_planned(space, slots, estimate)
     listener = CombinedListener(listener, _ReportPreloader())
     gc.freeze()  # excludes imported objects from later garbage collections
     outcome = run_trials(space, study, slots, provenance=provenance, data=data, runs_dir=runs_dir, listener=listener)
@@ -245,14 +245,14 @@ def _measure(
     images: ImageCounts,
     size: tuple[float, float],
     listener: ProgressListener,
-) -> SearchPlan | None:
+) -> SearchEstimate | None:
     """Measure training steps; None if nothing is left to train, or the device is not on this machine."""
-    from hpo.search.estimate import can_measure, measure_plan
+    from hpo.search.estimate import can_measure, estimate_search
 
     if left == 0 or not can_measure(slots):
         return None
     listener.preparing("measuring training steps")
-    return measure_plan(space, slots, left, probes, images, size)
+    return estimate_search(space, slots, left, probes, images, size)
 
 
 @contextmanager
@@ -286,14 +286,14 @@ class PlannedSearch:
     Attributes:
         space: the search.
         slots: how many trials run at a time, and on what.
-        plan: seconds, GPU-hours and memory, measured; None where nothing could be measured.
+        estimate: seconds, GPU-hours and memory, measured; None where nothing could be measured.
         states: {`Space.config_key`: state} of the configurations that storage holds.
         trials_left: how many trials have not ended; None if only time ends the search.
     """
 
     space: Space
     slots: Slots
-    plan: SearchPlan | None
+    estimate: SearchEstimate | None
     states: Mapping[str, str]
     trials_left: int | None
 
@@ -339,14 +339,14 @@ def plan_search(
             database = open_database(storage, password, create=False)
             study = find_revision(database, space.name, space.fingerprint)
         if study is not None:
-            states = {space.config_key(trial.params): trial.state.name for trial in study.run_trials()}
+            states = {space.config_key(trial.params): trial.state.name for trial in study.trained_trials()}
         left = space.total_trials if study is None else _trials_left(space, study)
-        size, plan = machine_size(), None
+        size, estimate = machine_size(), None
         slots = plan_slots(space, left, *size)
         if probes is not None:
             _, images = probes.describe_data()
-            plan = _measure(space, slots, left, probes, images, size, listener or NullListener())
-    return PlannedSearch(space, slots if plan is None else plan.slots, plan, states, left)
+            estimate = _measure(space, slots, left, probes, images, size, listener or NullListener())
+    return PlannedSearch(space, slots if estimate is None else estimate.slots, estimate, states, left)
 
 
 def _trials_left(space: Space, study: Study) -> int | None:

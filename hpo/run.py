@@ -261,10 +261,10 @@ def plan(space: str, overrides: Sequence[str], storage: str, data_dir: Path) -> 
             loaded, storage=storage, password=_secret("PGPASSWORD"), data_dir=data_dir, listener=progress
         )
     console.print(configuration_table(loaded, planned.states))
-    for line in plan_lines(loaded, planned.slots, planned.plan):
+    for line in plan_lines(loaded, planned.slots, planned.estimate):
         console.print(line, markup=False)
-    if planned.plan is not None:
-        console.print(speed_table(planned.plan, loaded))
+    if planned.estimate is not None:
+        console.print(speed_table(planned.estimate, loaded))
     elif planned.trials_left != 0:
         console.print("No estimate: only steps of hpo.train:train can be measured, on the machine that has the device.")
     return 0
@@ -440,9 +440,9 @@ def _print_report(console: Console, page: Path) -> None:
 
 
 def _print_ending(console: Console, result: SearchResult, storage: str) -> None:
-    if result.stopped:
+    if result.stop_reason:
         remedy = "The same command" if result.interrupted else "With a larger budget.time, the same command"
-        console.print(f"Stopped: {result.stopped}. {remedy} resumes it.", style="yellow")
+        console.print(f"Stopped: {result.stop_reason}. {remedy} resumes it.", style="yellow")
     name = result.results.study.name
     if result.report is not None:
         _print_report(console, result.report)

@@ -54,12 +54,12 @@ class Study:
         with without_garbage_collection():
             return retry_while_down(self.database, lambda: self.optuna_study.get_trials(deepcopy=False))
 
-    def run_trials(self) -> list[FrozenTrial]:
+    def trained_trials(self) -> list[FrozenTrial]:
         """Return the trials without those never run: draws that were duplicates or broke a constraint."""
         return [trial for trial in self.trials() if trial.user_attrs.get("fail_reason") not in NEVER_RUN]
 
     def counts(self) -> Counter[str]:
-        """Return {state: number of trials} for `run_trials`, without reading the trials."""
+        """Return {state: number of trials} for `trained_trials`, without reading the trials."""
         rows = retry_while_down(
             self.database, lambda: tables.count_trials(self.database, without=NEVER_RUN, study_id=self.study_id)
         )

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpo.api import check_trainable
 from hpo.paths import RunsDir
 from hpo.search.coordinator import TrialCoordinator
+from hpo.search.environment import check_trainable
 from hpo.search.listener import NullListener
 from hpo.search.samplers import build_pruner, build_sampler
 from hpo.search.slots import Slots

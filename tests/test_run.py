@@ -27,8 +27,8 @@ from tests.factories import Finished, HpoHere, toy_space
 Outcome = Mapping[str, Any]
 
 DONE: Outcome = {}
-INTERRUPTED: Outcome = {"stopped": "interrupted", "interrupted": True}
-OUT_OF_TIME: Outcome = {"stopped": "the time budget is spent"}
+INTERRUPTED: Outcome = {"stop_reason": "interrupted", "interrupted": True}
+OUT_OF_TIME: Outcome = {"stop_reason": "the time budget is spent"}
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from hpo.report.formatting import format_command, format_seconds
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from hpo.search.estimate import SearchPlan
+    from hpo.search.estimate import SearchEstimate
     from hpo.search.slots import Slots
     from hpo.space.model import Space
 
@@ -22,12 +22,12 @@ MAX_ROWS = 50  # of a listed grid
 LONG_SECONDS = 900.0  # a longer search on the CPU gets a hint how to shorten it
 
 
-def plan_lines(space: Space, slots: Slots, plan: SearchPlan | None) -> list[str]:
+def plan_lines(space: Space, slots: Slots, estimate: SearchEstimate | None) -> list[str]:
     """Return how trials share the machine and how long the search takes, one sentence per line."""
-    lines = [describe_slots(slots, plan)]
-    if plan is not None:
-        lines.append(describe_time(plan))
-        if slots.device == "cpu" and plan.seconds > LONG_SECONDS:
+    lines = [describe_slots(slots, estimate)]
+    if estimate is not None:
+        lines.append(describe_time(estimate))
+        if slots.device == "cpu" and estimate.seconds > LONG_SECONDS:
             lines += [
                 f"Shorter: `{format_command('run', 'quick')}` (a small sample, about a minute), or",
                 f"  {format_command('run', space.name, '--set', 'max_epochs=2', '--set', 'data.train_samples=2048')}",
@@ -35,32 +35,34 @@ def plan_lines(space: Space, slots: Slots, plan: SearchPlan | None) -> list[str]
     return lines
 
 
-def describe_slots(slots: Slots, plan: SearchPlan | None) -> str:
+def describe_slots(slots: Slots, estimate: SearchEstimate | None) -> str:
     """Return how trials share the machine, and the throughput of every way that was measured."""
     share = f"{slots.gpu:.3g} GPU" if slots.gpu else f"{slots.threads} CPU thread{'s' if slots.threads > 1 else ''}"
     text = f"{slots.count} {'trial' if slots.count == 1 else 'trials'} at a time, {share} each"
-    if plan is not None and len(plan.tried) > 1:
-        tried = ", ".join(f"{speed:,.0f} with {count}" for count, speed in plan.tried.items())
+    if estimate is not None and len(estimate.tried) > 1:
+        tried = ", ".join(f"{speed:,.0f} with {count}" for count, speed in estimate.tried.items())
         text += f" (measured total images/s: {tried} at a time)"
     return f"{text}."
 
 
-def describe_time(plan: SearchPlan) -> str:
+def describe_time(estimate: SearchEstimate) -> str:
     """Return how long the search takes, and the measured speeds."""
-    subject, seconds = ("this search", plan.seconds) if plan.trials is not None else ("a trial", plan.trial_seconds)
+    subject, seconds = (
+        ("this search", estimate.seconds) if estimate.trials is not None else ("a trial", estimate.trial_seconds)
+    )
     took = f"{subject} takes about {format_seconds(seconds)}"
-    took = f"{took} and {plan.gpu_hours:.2f} GPU-hours" if plan.slots.gpu else f"No GPU: {took} on this CPU"
-    measured = ", ".join(f"{speed.images_per_second:,.0f} at {name}" for name, speed in plan.speeds.items())
+    took = f"{took} and {estimate.gpu_hours:.2f} GPU-hours" if estimate.slots.gpu else f"No GPU: {took} on this CPU"
+    measured = ", ".join(f"{speed.images_per_second:,.0f} at {name}" for name, speed in estimate.speeds.items())
     return f"{took[0].upper()}{took[1:]} (measured, images/s of one trial: {measured})."
 
 
-def speed_table(plan: SearchPlan, space: Space) -> Table:
+def speed_table(estimate: SearchEstimate, space: Space) -> Table:
     """Return the measured training steps as a table."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("training step", "images/s of one trial", "memory of one trial", "checkpoint"):
         table.add_column(column, justify="left" if column == "training step" else "right")
-    for name, speed in plan.speeds.items():
-        memory = f"{speed.memory_bytes / 2**30:.2f} GiB{' of the GPU' if plan.slots.gpu else ''}"
+    for name, speed in estimate.speeds.items():
+        memory = f"{speed.memory_bytes / 2**30:.2f} GiB{' of the GPU' if estimate.slots.gpu else ''}"
         table.add_row(name, f"{speed.images_per_second:,.0f}", memory, f"{speed.checkpoint_seconds:.2f} s")
     pruned = "; the scheduler stops some trials earlier" if space.stops_trials_early else ""
     table.caption = f"{space.max_epochs} epochs per trial{pruned}"

@@ -25,7 +25,7 @@ from hpo.report.formatting import format_params, format_seconds
 from hpo.report.plan import plan_lines
 
 if TYPE_CHECKING:
-    from hpo.search.estimate import SearchPlan
+    from hpo.search.estimate import SearchEstimate
     from hpo.search.slots import Slots
     from hpo.space.model import Space
 
@@ -128,11 +128,11 @@ class TerminalProgress:
         elif states:
             self._print(f"Resuming: storage holds {states}.")
 
-    def search_planned(self, space: Space, slots: Slots, plan: SearchPlan | None) -> None:
+    def search_planned(self, space: Space, slots: Slots, estimate: SearchEstimate | None) -> None:
         """Print the plan and start the live table."""
         self._slots = slots.count
         self._end_status()
-        for line in plan_lines(space, slots, plan):
+        for line in plan_lines(space, slots, estimate):
             self._print(line)
         if self._console.is_terminal:
             self._live.start()

@@ -302,7 +302,7 @@ def read_results(study: Study, *, epochs: bool = True) -> Results:
         StorageError: the database cannot be reached.
     """
     with without_garbage_collection():
-        trials = study.run_trials()
+        trials = study.trained_trials()
         metrics: dict[int, Metrics | None] = dict.fromkeys(trial.number for trial in trials)
         if epochs:
             metrics |= study.metrics(trials)

@@ -43,18 +43,18 @@ def trial_table(results: Results, console: Console) -> Table:
 def _layouts(results: Results) -> Iterator[Table]:
     """Yield tables of the same trials, each narrower than the one before."""
     columns = trial_columns(results)
-    yield _trials_under(results, columns)
-    yield _trials_under(results, columns, fold=True)
+    yield _build_trial_table(results, columns)
+    yield _build_trial_table(results, columns, fold=True)
     fixed = [name for name in results.param_names if name not in results.varying_params]
     left_out: list[str] = []
     for name in [*fixed, "images/s", "seconds", f"last {results.metric}", "test_accuracy", "epochs"]:
         if any(name == heading for heading, _ in columns):
             columns = [column for column in columns if column[0] != name]
             left_out.append(name)
-            yield _trials_under(results, columns, left_out, fold=True)
+            yield _build_trial_table(results, columns, left_out, fold=True)
 
 
-def _trials_under(
+def _build_trial_table(
     results: Results, columns: Sequence[Column], left_out: Sequence[str] = (), *, fold: bool = False
 ) -> Table:
     """Return the table of trials with these columns; `fold` breaks the headings at underscores too."""

@@ -45,8 +45,8 @@ class RayCluster:
 
     def __init__(self, address: str | None) -> None:
         self._address = address
-        self._thread = threading.Thread(target=self._own_ray, name="hpo-ray", daemon=True)
-        self._is_up = threading.Event()
+        self._thread = threading.Thread(target=self._run_ray, name="hpo-ray", daemon=True)
+        self._start_ended = threading.Event()
         self._must_stop = threading.Event()
         self._error: Exception | None = None
         self._sigterm_before: Any = None
@@ -89,13 +89,13 @@ class RayCluster:
         """
         import ray
 
-        self._is_up.wait()
+        self._start_ended.wait()
         if self._error is not None:
             raise self._error
         resources = ray.cluster_resources()
         return resources.get("CPU", 1.0), resources.get("GPU", 0.0)
 
-    def _own_ray(self) -> None:
+    def _run_ray(self) -> None:
         import ray
 
         logging.getLogger("ray").setLevel(logging.CRITICAL)
@@ -110,7 +110,7 @@ class RayCluster:
                 self._error = SettingError(f"no Ray cluster answers at RAY_ADDRESS {self._address}: {error}")
             except Exception as error:  # noqa: BLE001 # raised again in the thread that waits for Ray
                 self._error = error
-            self._is_up.set()
+            self._start_ended.set()
             self._must_stop.wait()
             ray.shutdown()
 

@@ -39,7 +39,7 @@ class TrialCoordinator:
         listener: receives the events.
 
     Attributes:
-        stopping: why no new trial is claimed; empty while there is no reason.
+        stop_reason: why no new trial is claimed; empty while there is no reason.
         error: the first error of storage.
     """
 
@@ -65,7 +65,7 @@ class TrialCoordinator:
         self._deadline = math.inf
         self._next_attempt = 0.0
         self._is_exhaustion_noted = False
-        self.stopping = ""
+        self.stop_reason = ""
         self.error: Exception | None = None
 
     def set_deadline(self, deadline: float) -> None:
@@ -74,7 +74,7 @@ class TrialCoordinator:
 
     def stop(self, reason: str) -> None:
         """Claim no more trials, and release each running trial after its epoch."""
-        self.stopping = self.stopping or reason
+        self.stop_reason = self.stop_reason or reason
 
     def next_trial(self, tune_id: str) -> TrialSpec | None:
         """Claim a trial. Return None if no trial is available now. `is_done` says whether one may come later."""
@@ -208,7 +208,7 @@ class TrialCoordinator:
     def _is_over(self) -> bool:
         if time.monotonic() >= self._deadline:
             self.stop("the time budget is spent")
-        return bool(self.stopping)
+        return bool(self.stop_reason)
 
     def _crash_reason(self, claim: ClaimedTrial, details: str) -> tuple[str, str]:
         hang = self._folder(claim) / HANG_FILE

@@ -32,7 +32,7 @@ SHORT_SEARCH_IMAGES = 60_000  # image passes; below this, measuring takes longer
 
 
 @dataclass(frozen=True)
-class SearchPlan:
+class SearchEstimate:
     """The estimated time and memory of a search.
 
     Attributes:
@@ -72,14 +72,14 @@ def is_worth_measuring(space: Space, trials: int | None, images: ImageCounts) ->
     return trials * space.max_epochs * (train + validation / 3) * cost > SHORT_SEARCH_IMAGES
 
 
-def measure_plan(
+def estimate_search(
     space: Space,
     slots: Slots,
     trials: int | None,
     probes: Probes,
     images: ImageCounts,
     size: tuple[float, float],
-) -> SearchPlan:
+) -> SearchEstimate:
     """Measure the shapes of a space on this machine, choose how many trials run at a time, and add up their times.
 
     Where `resources` is auto, a GPU gets as many trials as its memory holds, as long as one more raises the throughput. The
@@ -100,15 +100,15 @@ def measure_plan(
     shapes = _shapes(space)
     middle = list(shapes)[len(shapes) // 2]
 
-    def plan(slots: Slots) -> SearchPlan:
+    def estimate_for(slots: Slots) -> SearchEstimate:
         speeds = {name: _require(probes.measure(shape, slots), name) for name, shape in shapes.items()}
         points = _points(space, trials)
         lengths = [_trial_seconds(space, speeds[_nearest_shape(point, shapes)], images) for point in points]
         together = {slots.count: slots.count * speeds[middle].images_per_second}
         seconds = _makespan(lengths, slots.count) + probes.start_seconds
-        return SearchPlan(slots, speeds, together, trials, seconds, sum(lengths))
+        return SearchEstimate(slots, speeds, together, trials, seconds, sum(lengths))
 
-    first = best = plan(slots)
+    first = best = estimate_for(slots)
     if first.seconds < WORTH_SECONDS:
         return first
     tried = dict(first.tried)
@@ -118,7 +118,7 @@ def measure_plan(
             break
         tried[candidate.count] = candidate.count * speed.images_per_second
         if tried[candidate.count] >= GROWTH * tried[best.slots.count]:
-            best = plan(candidate)
+            best = estimate_for(candidate)
         elif slots.device == "cuda":
             break
     return replace(best, tried=tried)
@@ -208,9 +208,7 @@ def machine_size() -> tuple[float, float]:
     """Return the cores and the GPUs of this machine."""
     import torch
 
-    # Python 3.13 has os.process_cpu_count.
-    cores = os.process_cpu_count() if hasattr(os, "process_cpu_count") else len(os.sched_getaffinity(0))
-    return float(cores), float(torch.cuda.device_count())
+    return float(len(os.sched_getaffinity(0))), float(torch.cuda.device_count())
 
 
 def can_measure(slots: Slots) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from hpo.search.estimate import SearchPlan
+    from hpo.search.estimate import SearchEstimate
     from hpo.search.slots import Slots
     from hpo.space.model import Space
 
@@ -30,8 +30,8 @@ class ProgressListener(Protocol):
             counts: {state: trials} of what storage holds already.
         """
 
-    def search_planned(self, space: Space, slots: Slots, plan: SearchPlan | None) -> None:
-        """The number of trials at a time is decided; `plan` is None where nothing was measured."""
+    def search_planned(self, space: Space, slots: Slots, estimate: SearchEstimate | None) -> None:
+        """The number of trials at a time is decided; `estimate` is None where nothing was measured."""
 
     def trial_started(self, number: int, params: Mapping[str, Any], epoch: int, max_epochs: int) -> None:
         """A trial starts, or is resumed after `epoch`."""
@@ -58,7 +58,7 @@ class NullListener:
     def study_opened(self, space: Space, study_name: str, storage_url: str, counts: Mapping[str, int]) -> None:
         """Ignore it."""
 
-    def search_planned(self, space: Space, slots: Slots, plan: SearchPlan | None) -> None:
+    def search_planned(self, space: Space, slots: Slots, estimate: SearchEstimate | None) -> None:
         """Ignore it."""
 
     def trial_started(self, number: int, params: Mapping[str, Any], epoch: int, max_epochs: int) -> None:
@@ -95,10 +95,10 @@ class CombinedListener:
         for listener in self._listeners:
             listener.study_opened(space, study_name, storage_url, counts)
 
-    def search_planned(self, space: Space, slots: Slots, plan: SearchPlan | None) -> None:
+    def search_planned(self, space: Space, slots: Slots, estimate: SearchEstimate | None) -> None:
         """Pass it on."""
         for listener in self._listeners:
-            listener.search_planned(space, slots, plan)
+            listener.search_planned(space, slots, estimate)
 
     def trial_started(self, number: int, params: Mapping[str, Any], epoch: int, max_epochs: int) -> None:
         """Pass it on."""

@@ -133,7 +133,7 @@ class StudyScheduler(FIFOScheduler):
 
     def choose_trial_to_run(self, tune_controller: Any, **_: Any) -> Any:
         """Release the trials whose workers have not started yet, if the search is stopping."""
-        if self._coordinator.stopping:
+        if self._coordinator.stop_reason:
             for trial in list(tune_controller.get_trials()):
                 if trial.status == trial.PENDING:
                     self._coordinator.release(trial.trial_id)
@@ -156,11 +156,11 @@ class SearchOutcome:
     """How a search ended.
 
     Attributes:
-        stopped: why it ended before its work was done; empty if it was done.
+        stop_reason: why it ended before its work was done; empty if it was done.
         interrupted: whether Ctrl-C or SIGTERM stopped it.
     """
 
-    stopped: str
+    stop_reason: str
     interrupted: bool
 
 
@@ -216,7 +216,7 @@ def run_trials(
             coordinator.release_all()
         if coordinator.error is not None:
             raise coordinator.error
-        return SearchOutcome(coordinator.stopping, coordinator.stopping == INTERRUPTED)
+        return SearchOutcome(coordinator.stop_reason, coordinator.stop_reason == INTERRUPTED)
 
 
 def _run_tune(coordinator: TrialCoordinator, slots: Slots) -> None:
@@ -246,7 +246,7 @@ def _signals_stop(coordinator: TrialCoordinator, listener: ProgressListener) -> 
         return
 
     def handle(number: int, _frame: object) -> None:
-        if coordinator.stopping == INTERRUPTED:
+        if coordinator.stop_reason == INTERRUPTED:
             raise KeyboardInterrupt
         coordinator.stop(INTERRUPTED)
         listener.note("stopping after the epochs in flight; Ctrl-C again stops at once. Both are resumable")

@@ -134,7 +134,7 @@ def _sampler_fits_parameters(sections: ValidSections) -> Iterator[Problem]:
             )
 
 
-def _scheduler_has_room(sections: ValidSections) -> Iterator[Problem]:
+def _scheduler_fits_max_epochs(sections: ValidSections) -> Iterator[Problem]:
     scheduler, max_epochs = sections["scheduler"], sections["max_epochs"]
     if not scheduler.is_built:
         yield ("scheduler",), f"{scheduler.name} is not built yet: use asha, hyperband or median"
@@ -236,7 +236,7 @@ def _command_is_complete(sections: ValidSections) -> Iterator[Problem]:
         yield ("command",), text
 
 
-def _everything_is_built(sections: ValidSections) -> Iterator[Problem]:
+def _features_are_built(sections: ValidSections) -> Iterator[Problem]:
     for path, text in NOT_BUILT.items():
         value: Any = sections.data
         for key in path:
@@ -251,11 +251,11 @@ RULES: tuple[Rule, ...] = (
     _grid_is_finite,
     _search_ends,
     _sampler_fits_parameters,
-    _scheduler_has_room,
+    _scheduler_fits_max_epochs,
     _names_are_identifiers,
     _conditions_are_consistent,
     _expressions_are_valid,
     _some_configuration_is_valid,
     _command_is_complete,
-    _everything_is_built,
+    _features_are_built,
 )

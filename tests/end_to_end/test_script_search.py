@@ -71,7 +71,7 @@ print(json.dumps({
     "states": {trial.number: trial.state for trial in result.trials},
     "params": {trial.number: trial.params for trial in result.trials},
     "interrupted": result.interrupted,
-    "stopped": result.stopped,
+    "stopped": result.stop_reason,
 }))
 """
 

@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console, RenderableType
 
 from hpo.report.plan import configuration_table, plan_lines, speed_table
-from hpo.search.estimate import SearchPlan, Speed
+from hpo.search.estimate import SearchEstimate
+from hpo.search.probes import Speed
 from hpo.search.slots import Slots
 from tests.report.studies import grid_space
 
@@ -20,9 +21,9 @@ def shown(text: RenderableType) -> str:
     return file.getvalue()
 
 
-def made_plan(slots: Slots = Slots(2, 1.0, 0.0), seconds: float = 120.0, trials: int | None = 3) -> SearchPlan:  # noqa: B008
+def made_plan(slots: Slots = Slots(2, 1.0, 0.0), seconds: float = 120.0, trials: int | None = 3) -> SearchEstimate:  # noqa: B008
     speeds = {"batch_size 64": Speed(100.0, 2**30, 0.25)}
-    return SearchPlan(slots, speeds, {slots.count: 200.0}, trials, seconds, 1.5 * seconds)
+    return SearchEstimate(slots, speeds, {slots.count: 200.0}, trials, seconds, 1.5 * seconds)
 
 
 def test_a_grid_is_listed_with_the_state_of_each_configuration() -> None:

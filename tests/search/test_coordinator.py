@@ -66,7 +66,7 @@ def test_end_of_the_time_budget_releases_trials(study: Study, tmp_path: Path) ->
         assert spec is not None
         coordinator.set_deadline(0.0)
         assert coordinator.on_report("a", take_reports(spec, 1)[0])
-    assert coordinator.stopping == "the time budget is spent"
+    assert coordinator.stop_reason == "the time budget is spent"
     assert trial_states(study) == ["WAITING"]
 
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hpo import plan_search
-from hpo.errors import DataError, SettingError, TrainableError
+from hpo.errors import SettingError
 from hpo.search import estimate
-from hpo.search.estimate import Probes, Speed, is_worth_measuring, measure_plan
+from hpo.search.estimate import estimate_search, is_worth_measuring
+from hpo.search.probes import Probes, Speed
 from hpo.search.slots import Slots
 from hpo.space.model import Space
+from storage.database import StorageError
 from tests.factories import shipped_space
 
 IMAGES = (1600, 400, 500)  # training, validation, test
-SAMPLE = {"dataset": "fashion_mnist_sample", "train_samples": 64, "val_samples": 20, "data_dir": "data"}
 
 
 def documented_space(*overrides: str) -> Space:
@@ -56,7 +55,7 @@ def _no_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_estimate_is_the_end_of_the_last_trial() -> None:
     probes = FakeProbes(lambda shape, _: 1000.0 / shape["batch_size"])
     found = {
-        count: measure_plan(
+        count: estimate_search(
             documented_space("resources={cpu: 1}"), Slots(count, 1.0, 0.0), 3, probes, IMAGES, (2.0, 0.0)
         )
         for count in (1, 2, 3)
@@ -75,7 +74,7 @@ def test_unmeasured_batch_size_counts_as_the_nearest_one() -> None:
     sizes = [4, 13, 16, 20, 64, 200, 256, 300, 1024, 1100]  # every second one is measured
     nearest = [4, 16, 16, 16, 64, 256, 256, 256, 1024, 1024]
     probes = FakeProbes(lambda shape, _: float(shape["batch_size"]))
-    made = measure_plan(
+    made = estimate_search(
         documented_space(f"parameters.batch_size={sizes}", "resources={cpu: 1}"),
         Slots(1, 1.0, 0.0),
         len(sizes),
@@ -106,7 +105,7 @@ def test_gpu_is_packed_while_memory_suffices_and_throughput_grows(
     speed: Any, device_bytes: int, count: int, tried: list[int]
 ) -> None:
     probes = FakeProbes(speed, device_bytes=device_bytes)
-    made = measure_plan(documented_space(), Slots(1, 16.0, 1.0), 30, probes, IMAGES, (16.0, 1.0))
+    made = estimate_search(documented_space(), Slots(1, 16.0, 1.0), 30, probes, IMAGES, (16.0, 1.0))
     assert made.slots == Slots(count, float(16 // count), 1 / count)
     assert list(made.tried) == tried
     assert made.gpu_hours == pytest.approx(made.trial_seconds / count / 3600)
@@ -114,9 +113,9 @@ def test_gpu_is_packed_while_memory_suffices_and_throughput_grows(
 
 def test_two_gpus_are_packed_alike_and_a_given_share_is_kept() -> None:
     probes = FakeProbes(lambda _, slots: 10.0)
-    made = measure_plan(documented_space(), Slots(2, 8.0, 1.0), 6, probes, IMAGES, (16.0, 2.0))
+    made = estimate_search(documented_space(), Slots(2, 8.0, 1.0), 6, probes, IMAGES, (16.0, 2.0))
     assert made.slots == Slots(6, 2.0, 1 / 3), "six trials: three a GPU"
-    kept = measure_plan(documented_space("resources.gpu=0.5"), Slots(4, 4.0, 0.5), 30, probes, IMAGES, (16.0, 2.0))
+    kept = estimate_search(documented_space("resources.gpu=0.5"), Slots(4, 4.0, 0.5), 30, probes, IMAGES, (16.0, 2.0))
     assert kept.slots == Slots(4, 4.0, 0.5)
     assert {slots.trials_per_device for _, slots in probes.asked} == {1, 2, 3}
 
@@ -130,16 +129,16 @@ def test_two_gpus_are_packed_alike_and_a_given_share_is_kept() -> None:
 )
 def test_cpu_gets_trials_or_threads_by_throughput(speed: Any, expected: Slots) -> None:
     probes = FakeProbes(speed)
-    made = measure_plan(documented_space(), Slots(8, 1.0, 0.0), 30, probes, IMAGES, (8.0, 0.0))
+    made = estimate_search(documented_space(), Slots(8, 1.0, 0.0), 30, probes, IMAGES, (8.0, 0.0))
     assert made.slots == expected
-    given = measure_plan(documented_space("resources={cpu: 1}"), Slots(8, 1.0, 0.0), 30, probes, IMAGES, (8.0, 0.0))
+    given = estimate_search(documented_space("resources={cpu: 1}"), Slots(8, 1.0, 0.0), 30, probes, IMAGES, (8.0, 0.0))
     assert given.slots == Slots(8, 1.0, 0.0), "a given number is kept"
 
 
 def test_shape_that_does_not_fit_is_named() -> None:
     probes = FakeProbes(lambda *_: None)
     with pytest.raises(SettingError, match="batch_size 64 does not fit"):
-        measure_plan(documented_space(), Slots(1, 1.0, 0.0), 3, probes, IMAGES, (1.0, 0.0))
+        estimate_search(documented_space(), Slots(1, 1.0, 0.0), 3, probes, IMAGES, (1.0, 0.0))
 
 
 @pytest.mark.parametrize(
@@ -155,43 +154,19 @@ def test_short_searches_are_not_measured(overrides: list[str], trials: int | Non
     assert is_worth_measuring(documented_space(*overrides), trials, IMAGES) == expected
 
 
-# --- real processes
-
-
-@pytest.mark.slow
-def test_probes_describe_the_data_and_measure_shapes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    with Probes(SAMPLE) as probes:
-        sha256, images = probes.describe_data()
-        assert len(sha256) == 64
-        assert images[:2] == (64, 20)
-        assert probes.start_seconds > 0
-        slots = Slots(2, 1.0, 0.0)
-        speed = probes.measure({"batch_size": 32}, slots)
-        assert speed is not None
-        assert speed.images_per_second > 0
-        assert speed.memory_bytes > 10**8
-        with pytest.raises(TrainableError, match="has no parameter 'depth'"):
-            probes.measure({"depth": 3}, slots)
-        os.kill(probes._processes[0][0].pid, signal.SIGKILL)
-        with pytest.raises(SettingError, match="a process that measures training speed died"):
-            probes.measure({"batch_size": 32}, slots)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.slow
-def test_missing_data_are_reported_by_the_process_that_asked() -> None:
-    with Probes({**SAMPLE, "dataset": "mnist"}) as probes, pytest.raises(DataError, match="no data set 'mnist'"):
-        probes.describe_data()
-
-
 @pytest.mark.slow
 def test_plan_is_measured_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     space = documented_space("data.train_samples=64", "parameters.batch_size=[16, 32]", "max_epochs=1")
     planned = plan_search(space, storage="sqlite:///hpo.db", data_dir=tmp_path)
-    assert planned.plan is not None
-    assert list(planned.plan.speeds) == ["batch_size 16", "batch_size 32"]
-    assert planned.plan.seconds > 0
+    assert planned.estimate is not None
+    assert list(planned.estimate.speeds) == ["batch_size 16", "batch_size 32"]
+    assert planned.estimate.seconds > 0
     assert (planned.trials_left, planned.states) == (2, {})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_reads_a_database_that_exists(tmp_path: Path) -> None:
+    (tmp_path / "hpo.db").write_text("no database, but a text that is longer than the header of one " * 3)
+    with pytest.raises(StorageError, match="not a SQLite database"):
+        plan_search(documented_space(), storage=f"sqlite:///{tmp_path}/hpo.db", data_dir=tmp_path)

@@ -86,7 +86,7 @@ def test_every_sampler_draws_only_what_the_space_allows(
     )
     with open_database(f"sqlite:///{tmp_path}/hpo.db") as database:
         study, listener = search_without_ray(space, database, tmp_path, at_a_time=2)
-        trials = study.run_trials()
+        trials = study.trained_trials()
         assert [trial.state.name for trial in trials] == ["COMPLETE"] * (4 * (3 + 1) - 1 if is_grid else 12)
         for trial in trials:
             params = trial.params
@@ -137,7 +137,7 @@ def test_search_ends_when_every_configuration_was_tried(tmp_path: Path) -> None:
     )
     with open_database(f"sqlite:///{tmp_path}/hpo.db") as database:
         study, listener = search_without_ray(space, database, tmp_path)
-        assert sorted(trial.params["x"] for trial in study.run_trials()) == [1, 3]
+        assert sorted(trial.params["x"] for trial in study.trained_trials()) == [1, 3]
         assert [event[1] for event in listener.events if event[0] == "note"] == [
             "no new trials: 20 draws in a row were duplicates of earlier trials"
         ]
@@ -155,7 +155,7 @@ def test_every_shipped_space_runs(tmp_path: Path, name: str) -> None:
     space = shipped_space(name, *short)
     with open_database(f"sqlite:///{tmp_path}/hpo.db") as database:
         study, _ = search_without_ray(space, database, tmp_path)
-        trials = study.run_trials()
+        trials = study.trained_trials()
         assert len(trials) == 3
         assert "COMPLETE" in {trial.state.name for trial in trials} <= {"COMPLETE", "PRUNED"}
         assert all(0 <= value <= 1 for trial in trials for value in trial.intermediate_values.values())

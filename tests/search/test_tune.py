@@ -48,7 +48,7 @@ def tune() -> ModuleType:
 def coordinator() -> Mock:
     """A coordinator that has the methods of the real one, and does nothing."""
     fake: Mock = create_autospec(TrialCoordinator, instance=True)
-    fake.stopping = ""
+    fake.stop_reason = ""
     return fake
 
 
@@ -145,7 +145,7 @@ def test_a_search_that_stops_releases_the_trials_that_have_not_started(tune: Mod
     controller, scheduler = FakeController(running, waiting), tune.StudyScheduler(coordinator)
     assert scheduler.choose_trial_to_run(controller) is waiting
     assert controller.stopped == []
-    coordinator.stopping = "interrupted"
+    coordinator.stop_reason = "interrupted"
     assert scheduler.choose_trial_to_run(controller) is None
     assert controller.stopped == ["b"]
     coordinator.release.assert_called_once_with("b")

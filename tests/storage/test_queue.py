@@ -230,7 +230,7 @@ def test_a_draw_that_breaks_a_constraint_is_never_claimed_and_not_counted(study:
     assert rejected
     assert all(trial.state.name == "FAIL" and trial.params["m"] < 0.5 for trial in rejected)
     assert {trial.user_attrs["constraint"] for trial in rejected} == {"m >= 0.5"}
-    assert study.count_ended() == len(study.run_trials()) == len(claimed)
+    assert study.count_ended() == len(study.trained_trials()) == len(claimed)
 
 
 def test_partial_trials_are_completed_and_checked_against_the_constraints(study: Study) -> None:
@@ -281,7 +281,7 @@ def test_a_space_that_rejects_every_draw_ends_the_search(study: Study, monkeypat
         assert run.claim() is None
         assert len(study.trials()) == 7, "an exhausted space is not drawn from again"
         assert other.claim() is None
-    assert study.run_trials() == []
+    assert study.trained_trials() == []
 
 
 def test_a_trial_enqueued_through_optuna_is_claimed(study: Study) -> None:
