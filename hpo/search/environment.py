@@ -5,11 +5,10 @@ from __future__ import annotations
 import platform
 import subprocess
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
-import hpo
 from hpo.errors import TrainableError
+from hpo.paths import PACKAGE_DIR
 from hpo.space.model import Space
 from hpo.trainable import load_trainable
 
@@ -48,8 +47,7 @@ def check_trainable(space: Space) -> None:
 def describe_environment() -> dict[str, Any]:
     """Return the environment that each run records: code version, package versions, Python, platform, machine."""
     code = metadata.version("hpo")
-    folder = Path(hpo.__file__).parent
-    git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+    git = ["git", "-C", str(PACKAGE_DIR), "describe", "--always", "--dirty", "--abbrev=12"]
     described = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "code": f"{code}+{described}" if described else code,

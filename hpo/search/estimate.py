@@ -174,7 +174,7 @@ def _shape_name(shape: Mapping[str, Any]) -> str:
 def _nearest_shape(point: Mapping[str, Any], shapes: Mapping[str, Params]) -> str:
     def distance(shape: Params) -> tuple[int, float]:
         others = sum(shape[name] != point.get(name) for name in shape if name != "batch_size")
-        sizes = [float(each.get("batch_size", TrainParams.batch_size)) for each in (shape, point)]
+        sizes = [float(each.get("batch_size") or TrainParams.batch_size) for each in (shape, point)]
         return others, abs(math.log(sizes[0] / sizes[1]))
 
     return min(shapes, key=lambda name: distance(shapes[name]))

@@ -18,8 +18,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import hpo
 from hpo.errors import DataError, SettingError, TrainableError
+from hpo.paths import PACKAGE_DIR
 from hpo.search.slots import Slots
 from hpo.space.parameters import Params
 
@@ -129,7 +129,7 @@ class Probes:
                 [sys.executable, "-c", f"from hpo.search.probes import serve; serve({theirs.fileno()})"],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(hpo.__file__).parent.parent), *sys.path])},
+                env=os.environ | {"PYTHONPATH": os.pathsep.join([str(PACKAGE_DIR.parent), *sys.path])},
                 start_new_session=True,  # Ctrl-C is for this process, which ends the others
             )
             theirs.close()
