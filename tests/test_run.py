@@ -98,7 +98,7 @@ def test_exit_codes(
     assert finished.returncode == code
     assert finished.stdout.count("failed: its reason") == states.count("FAIL")
     stopped = [line for line in finished.stdout.splitlines() if line.startswith("Stopped: ")]
-    assert stopped == ([f"Stopped: {outcome['stopped']}. {_remedy(outcome)} resumes it."] if outcome else [])
+    assert stopped == ([f"Stopped: {outcome['stop_reason']}. {_remedy(outcome)} resumes it."] if outcome else [])
 
 
 def _remedy(outcome: Outcome) -> str:
