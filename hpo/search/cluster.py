@@ -106,6 +106,8 @@ class RayCluster:
                 options["_temp_dir"] = scratch
             try:
                 ray.init(logging_level=logging.CRITICAL, log_to_driver=False, **options)
+                if self._address is None:
+                    _stop_autoscaler()
             except ConnectionError as error:
                 self._error = SettingError(f"no Ray cluster answers at RAY_ADDRESS {self._address}: {error}")
             except Exception as error:  # noqa: BLE001 # raised again in the thread that waits for Ray
@@ -113,6 +115,17 @@ class RayCluster:
             self._start_ended.set()
             self._must_stop.wait()
             ray.shutdown()
+
+
+def _stop_autoscaler() -> None:
+    """Stop Ray's autoscaler: it has nothing to scale on one machine, and `ray.shutdown` would wait a second for it.
+
+    No option of `ray.init` leaves it out, hence the private name; pyproject.toml bounds the version of Ray.
+    """
+    import ray
+
+    node: Any = ray._private.worker._global_node  # noqa: SLF001
+    node.kill_monitor(check_alive=False)
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:

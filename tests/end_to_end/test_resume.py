@@ -31,6 +31,9 @@ def test_a_study_survives_signals_kill_9_and_two_drivers(tmp_path: Path, start_d
     hold_epochs(hold, 1)
     driver = start_driver(path)
     driver.wait_until(lambda: driver.is_held(hold))
+    commands = [" ".join(child.cmdline()) for child in driver.children()]
+    assert any("gcs_server" in command for command in commands)
+    assert not any("/autoscaler/" in command for command in commands), "ray.shutdown would wait a second for it"
     driver.terminate()
     driver.wait_until(lambda: "Ctrl-C again" in driver.output)
     assert driver.is_running, "the first signal waits for the epoch in flight"

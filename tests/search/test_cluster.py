@@ -22,6 +22,8 @@ class FakeRay(SimpleNamespace):
         self.calls: list[tuple[str, Any]] = []
         self.threads: set[threading.Thread] = set()
         self._error = error
+        node = SimpleNamespace(kill_monitor=lambda check_alive: self.calls.append(("kill_monitor", None)))
+        self._private = SimpleNamespace(worker=SimpleNamespace(_global_node=node))
 
     def init(self, **options: Any) -> None:
         self.calls.append(("init", options["address"]))
@@ -44,18 +46,24 @@ def fake_ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     return fake
 
 
-@pytest.mark.parametrize(("address", "joined"), [(None, "local"), ("host:6379", "host:6379")])
+@pytest.mark.parametrize(
+    ("address", "start_calls"),
+    [
+        (None, [("init", "local"), ("kill_monitor", None)]),
+        ("host:6379", [("init", "host:6379")]),  # the autoscaler of a cluster belongs to its owner
+    ],
+)
 def test_a_cluster_is_started_once_and_stopped_once_by_the_same_thread(
-    fake_ray: FakeRay, address: str | None, joined: str
+    fake_ray: FakeRay, address: str | None, start_calls: list[tuple[str, str | None]]
 ) -> None:
     with RayCluster(address) as cluster:
         for _ in range(2):
             cluster.start()
         assert cluster.size() == (6.0, 0.0)
-        assert fake_ray.calls == [("init", joined)]
+        assert fake_ray.calls == start_calls
         for _ in range(2):
             cluster.stop()
-    assert fake_ray.calls == [("init", joined), ("shutdown", None)]
+    assert fake_ray.calls == [*start_calls, ("shutdown", None)]
     (thread,) = fake_ray.threads
     assert thread is not threading.current_thread()
     assert not thread.is_alive()
@@ -69,7 +77,7 @@ def test_leaving_the_context_stops_the_cluster_even_after_an_error(fake_ray: Fak
 
     with pytest.raises(KeyError):
         fail()
-    assert [name for name, _ in fake_ray.calls] == ["init", "shutdown"]
+    assert [name for name, _ in fake_ray.calls] == ["init", "kill_monitor", "shutdown"]
 
 
 def test_a_cluster_that_was_never_started_needs_no_ray(fake_ray: FakeRay) -> None:
