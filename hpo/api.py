@@ -103,6 +103,9 @@ def run_search(
         on_results: receives the results as soon as the last trial has ended, before the report is written.
         command: how the search was started, for the record.
 
+    Returns:
+        The results, where the report is, and why the search ended.
+
     Raises:
         SettingError: a folder, a resource or the Ray address cannot be used.
         TrainableError: the trainable cannot be imported, or cannot take the space's parameters.
