@@ -192,8 +192,13 @@ def _search(
     slots = slots if estimate is None else estimate.slots
     listener.search_planned(space, slots, estimate)
     listener = CombinedListener(listener, _ReportPreloader())
-    gc.freeze()  # excludes imported objects from later garbage collections
-    outcome = run_trials(space, study, slots, provenance=provenance, data=data, runs_dir=runs_dir, listener=listener)
+    gc.freeze()  # excludes imported objects from the garbage collections of the search
+    try:
+        outcome = run_trials(
+            space, study, slots, provenance=provenance, data=data, runs_dir=runs_dir, listener=listener
+        )
+    finally:
+        gc.unfreeze()  # the caller's garbage must not live forever
     return study, outcome
 
 

@@ -73,7 +73,7 @@ class RunsDir:
             SettingError: it cannot be created or written to.
         """
         try:
-            self.root.mkdir(exist_ok=True)
+            self.root.mkdir(parents=True, exist_ok=True)
             probe = self.root / f".writable-{os.getpid()}-{secrets.token_hex(4)}"
             probe.touch()
             probe.unlink()

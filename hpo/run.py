@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
-from hpo.errors import HpoError
+from hpo.errors import HpoError, nearest
 from hpo.paths import DEFAULT_STORAGE
 
 if TYPE_CHECKING:
@@ -31,7 +32,9 @@ COMPLETE_VARIABLE = "_HPO_COMPLETE"  # how a shell asks click for completions
 HIDDEN_VARIABLE = "_HPO_STORAGE_WAS_AN_OPTION"  # set by `_hide_password`
 SECRET_VARIABLES = ("PGPASSWORD", "HPO_STORAGE", "HPO_DASHBOARD_PASSWORD", HIDDEN_VARIABLE)
 _SECRETS = "hpo.run.secrets"  # in `click.Context.meta`
-_PASSWORD = re.compile(r"(?<=://)(?P<user>[^:/?]*):[^@]*@")  # in a URL, as SQLAlchemy reads it
+# In a URL, as SQLAlchemy reads it: `://user:password@`, or `?password=...`.
+_PASSWORD = re.compile(r"(?<=://)(?P<user>[^:/?]*):[^@]*@")
+_QUERY_PASSWORD = re.compile(r"(?<=[?&])password=[^&]*&?")
 
 
 def main(prefix: Sequence[str] = ()) -> NoReturn:
@@ -54,7 +57,6 @@ def main(prefix: Sequence[str] = ()) -> NoReturn:
             complete_var=COMPLETE_VARIABLE,
             obj=shlex.join(["hpo", *words]),
         )
-        gc.freeze()  # skips the garbage collection at exit, which takes 0.7 s after a search
         sys.exit(code if isinstance(code, int) else 0)
     except click.ClickException as error:
         error.show()
@@ -94,11 +96,11 @@ def _hide_password(words: Sequence[str]) -> None:
 
 
 def _has_password(url: str) -> bool:
-    return _PASSWORD.search(url) is not None
+    return _PASSWORD.search(url) is not None or _QUERY_PASSWORD.search(url) is not None
 
 
 def _without_password(url: str) -> str:
-    return _PASSWORD.sub(r"\g<user>@", url)
+    return _QUERY_PASSWORD.sub("", _PASSWORD.sub(r"\g<user>@", url)).rstrip("?&")
 
 
 def _take_secrets(context: click.Context, _parameter: click.Parameter, storage: str) -> str:
@@ -115,8 +117,9 @@ def _secret(name: str) -> str | None:
 # --- options that several verbs share ---------------------------------------------------------------------------------
 
 
-def _complete_space(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
-    return [path.stem for path in sorted(Path("search_spaces").glob(f"{incomplete}*.yaml"))]
+def _complete_space(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    names = [path.stem for path in sorted(Path("search_spaces").glob(f"{incomplete}*.yaml"))]
+    return [CompletionItem(name) for name in names] or [CompletionItem(incomplete, type="file")]
 
 
 def storage_option(verb: Callable[..., Any]) -> Callable[..., Any]:
@@ -164,6 +167,11 @@ class _Verbs(click.Group):
 
     def list_commands(self, _context: click.Context) -> list[str]:
         return list(self.commands)
+
+    def resolve_command(self, context: click.Context, args: list[str]) -> Any:
+        if self.get_command(context, args[0]) is None and not args[0].startswith("-"):
+            context.fail(f"there is no verb {args[0]!r}: {nearest(args[0], self.commands)}")
+        return super().resolve_command(context, args)
 
 
 @click.group(
@@ -232,6 +240,8 @@ def run(
             command=context.obj,
         )
     _print_ending(console, result, storage)
+    if "torch" not in sys.modules:  # torch's extensions would report what is left at exit as leaks
+        gc.freeze()  # skips the garbage collection at exit, which takes 0.6 s after a search
     return _exit_code(result)
 
 
@@ -436,6 +446,7 @@ def _print_results(console: Console, results: Results) -> None:
 
 
 def _print_report(console: Console, page: Path) -> None:
+    page = page.relative_to(Path.cwd()) if page.is_relative_to(Path.cwd()) else page
     console.print(f"Report: {page}  (report.md has the same figures as PNG)", soft_wrap=True, markup=False)
 
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from hpo.errors import TrainableError, nearest
@@ -59,7 +61,7 @@ class Trainable(Protocol):
 
 
 def load_trainable(name: str) -> Callable[..., Generator[Any, None, None]]:
-    """Import a `Trainable`.
+    """Import a `Trainable`, from the current folder or the packages that Python finds.
 
     Args:
         name: `module:function`.
@@ -67,6 +69,9 @@ def load_trainable(name: str) -> Callable[..., Generator[Any, None, None]]:
     Raises:
         TrainableError: the module or the function does not exist, or the function does not have the right signature.
     """
+    here = str(Path.cwd())
+    if here not in sys.path:  # as for a Python script in another folder
+        sys.path.append(here)
     module_name, _, function_name = name.partition(":")
     try:
         module = importlib.import_module(module_name)

@@ -167,6 +167,10 @@ def _parse_url(url: str) -> sa.URL:
         raise StorageError(f"{parsed.get_backend_name()} is not supported; {examples}")
     if parsed.get_backend_name() == "sqlite" and parsed.database in {None, "", ":memory:"}:
         raise StorageError(f"a SQLite database in memory ends with the process; name a file, {examples}")
+    if "password" in parsed.query:  # messages hide the password in its usual place only
+        found = parsed.query["password"]
+        password = parsed.password or (found if isinstance(found, str) else found[0])
+        parsed = parsed.set(password=password).difference_update_query(["password"])
     if parsed.drivername == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
     return parsed

@@ -50,8 +50,8 @@ def test_a_study_of_any_name_has_a_report_folder(study: str, folder: str) -> Non
 
 def test_make_creates_the_folder_and_leaves_nothing_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    runs = RunsDir(Path("runs")).make()
-    assert runs.root == tmp_path.resolve() / "runs"
+    runs = RunsDir(Path("new/runs")).make()
+    assert runs.root == tmp_path.resolve() / "new/runs"
     assert list(runs.root.iterdir()) == []
     assert runs.make() == runs
 

@@ -130,7 +130,8 @@ def test_ctrl_c_outside_of_a_search_is_exit_code_130(
     ("arguments", "message"),
     [
         ([], "Usage: hpo"),
-        (["rnu", "grid"], "No such command 'rnu'"),
+        (["rnu", "grid"], "there is no verb 'rnu': did you mean run?"),
+        (["frobnicate"], "there is no verb 'frobnicate': allowed: run, plan, report, list, replay"),
         (["run"], "Missing argument 'SPACE'"),
         (["run", "grid", "--sett", "a=1"], "No such option"),
         (["replay", "grid", "first"], "'first' is not a valid integer"),
@@ -166,6 +167,16 @@ def test_a_usage_error_is_exit_code_2(tmp_path: Path, hpo_here: HpoHere, argumen
         (  # what `_hide_password` starts for `--storage postgresql://me:secret@host/db`
             [],
             {"HPO_STORAGE": "postgresql://me:secret@host/db", run.HIDDEN_VARIABLE: "1"},
+            " --storage postgresql://me@host/db",
+        ),
+        (
+            [],
+            {"HPO_STORAGE": "postgresql://me@host/db?password=secret&sslmode=require", run.HIDDEN_VARIABLE: "1"},
+            " --storage 'postgresql://me@host/db?sslmode=require'",
+        ),
+        (
+            [],
+            {"HPO_STORAGE": "postgresql://me@host/db?password=secret", run.HIDDEN_VARIABLE: "1"},
             " --storage postgresql://me@host/db",
         ),
     ],
@@ -231,13 +242,18 @@ def test_no_verb_leaves_a_password_to_the_processes_that_it_starts(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--storage", "postgresql://me:secret@host/db"], ["--storage=postgresql://me:secret@host/db"]]
+    ("arguments", "url"),
+    [
+        (["--storage", "postgresql://me:secret@host/db"], "postgresql://me:secret@host/db"),
+        (["--storage=postgresql://me:secret@host/db"], "postgresql://me:secret@host/db"),
+        (["--storage", "postgresql://me@host/db?password=secret"], "postgresql://me@host/db?password=secret"),
+    ],
 )
 @pytest.mark.parametrize(
     ("start", "prefix"), [(["-m", "hpo.run"], ["run"]), (["-m", "hpo", "run"], []), (["bin/hpo", "run"], [])]
 )
 def test_a_password_on_the_command_line_moves_into_the_environment(
-    monkeypatch: pytest.MonkeyPatch, arguments: list[str], start: list[str], prefix: list[str]
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], url: str, start: list[str], prefix: list[str]
 ) -> None:
     called: list[tuple[list[str], dict[str, str]]] = []
     monkeypatch.setattr(sys, "orig_argv", ["python", *start, "grid", *arguments, "--data-dir", "d"])
@@ -245,7 +261,7 @@ def test_a_password_on_the_command_line_moves_into_the_environment(
     run._hide_password([*(prefix or start[-1:]), "grid", *arguments, "--data-dir", "d"])
     ((argv, environment),) = called
     assert argv[1:] == [*start, "grid", "--data-dir", "d"]
-    assert environment["HPO_STORAGE"] == "postgresql://me:secret@host/db"
+    assert environment["HPO_STORAGE"] == url
 
 
 @pytest.mark.parametrize(

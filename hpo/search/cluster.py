@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import signal
+import socket
 import tempfile
 import threading
 from types import FrameType, TracebackType
@@ -33,6 +34,7 @@ os.environ.update(
     TUNE_GLOBAL_CHECKPOINT_S="86400",
 )
 
+CONNECT_SECONDS = 10.0  # how long a cluster may take to answer
 OBJECT_STORE_BYTES = 100 * 2**20  # reports are small; the workers read data sets from disk
 
 
@@ -60,7 +62,8 @@ class RayCluster:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.stop()
-        if self._thread.is_alive():
+        # A cluster that does not answer may keep `ray.init` waiting for many minutes; there is nothing to stop then.
+        if self._thread.is_alive() and (self._address is None or self._start_ended.is_set()):
             self._thread.join()
         if self._sigterm_before is not None:
             signal.signal(signal.SIGTERM, self._sigterm_before)
@@ -105,16 +108,34 @@ class RayCluster:
                 options = {"address": "local", "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
                 options["_temp_dir"] = scratch
             try:
+                _check_answers(self._address)
                 ray.init(logging_level=logging.CRITICAL, log_to_driver=False, **options)
                 if self._address is None:
                     _stop_autoscaler()
             except ConnectionError as error:
-                self._error = SettingError(f"no Ray cluster answers at RAY_ADDRESS {self._address}: {error}")
+                self._error = _no_answer(self._address, error)
             except Exception as error:  # noqa: BLE001 # raised again in the thread that waits for Ray
                 self._error = error
             self._start_ended.set()
             self._must_stop.wait()
             ray.shutdown()
+
+
+def _check_answers(address: str | None) -> None:
+    """Raise SettingError if nothing listens at `host:port`: Ray would retry for many minutes."""
+    host, _, port = (address or "").rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise _no_answer(address, error) from None
+
+
+def _no_answer(address: str | None, error: Exception) -> SettingError:
+    return SettingError(
+        f"no Ray cluster answers at RAY_ADDRESS {address}: {error}. Start one with `ray start --head`, or unset RAY_ADDRESS"
+    )
 
 
 def _stop_autoscaler() -> None:

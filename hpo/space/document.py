@@ -20,6 +20,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.resolver import VersionedResolver
+from ruamel.yaml.scanner import RoundTripScanner
 from ruamel.yaml.tag import Tag
 
 from hpo.errors import SettingError, SpaceError
@@ -149,7 +150,7 @@ _TOO_DEEP = f"more than {MAX_YAML_DEPTH} lists or mappings inside each other"
 def _load_yaml(text: str, locate: Locate) -> Any:
     """Return ruamel's tree: CommentedMap and CommentedSeq with plain scalars in them."""
     yaml = YAML(typ="rt", pure=True)
-    yaml.Composer, yaml.Constructor, yaml.Resolver = _Composer, _Constructor, _Resolver
+    yaml.Scanner, yaml.Composer, yaml.Constructor, yaml.Resolver = _Scanner, _Composer, _Constructor, _Resolver
     try:
         return yaml.load(text)
     except _RefusedError as error:
@@ -158,7 +159,7 @@ def _load_yaml(text: str, locate: Locate) -> Any:
         mark = error.problem_mark or error.context_mark
         has_tab = re.match(r" *\t", "".join(text.splitlines()[mark.line : mark.line + 1])) is not None
         hint = "; indent YAML with spaces, not with tabs" if has_tab else ""
-        problem = str(error.problem).removeprefix("but ")
+        problem = str(error.problem or error.context).removeprefix("but ")
         raise SpaceError(f"{locate(mark.line, mark.column)}not YAML: {problem}{hint}") from None
     except ReaderError as error:
         before = text[: error.position]
@@ -194,6 +195,39 @@ class _RefusedError(MarkedYAMLError):
 
 def _refuse(text: str, mark: Any) -> NoReturn:
     raise _RefusedError(problem=text, problem_mark=mark)
+
+
+class _Scanner(RoundTripScanner):
+    """Allows tabs wherever YAML does. ruamel refuses them outside of quotes and flow collections."""
+
+    def scan_to_next_token(self) -> Any:
+        # Where a key may start, a tab would be indentation, which YAML forbids.
+        if not self.allow_simple_key:
+            while self.reader.peek() in " \t":
+                self.reader.forward()
+        return super().scan_to_next_token()
+
+    def scan_plain_spaces(self, indent: int, start_mark: Any) -> list[str]:
+        """Return what separates two words of a plain scalar: blanks, or the line breaks between them, folded."""
+        peek, forward = self.reader.peek, self.reader.forward
+        blanks, breaks = "", 0
+        while True:
+            # On a later line, a tab left of `indent` would be indentation.
+            is_inner_tab = peek() == "\t" and (not breaks or self.reader.column >= indent)
+            if is_inner_tab or peek() in " \x85\u2028\u2029":  # in YAML 1.2, the last three do not end a line
+                blanks += peek()
+                forward()
+            elif peek() in "\r\n":
+                self.scan_line_break()
+                self.allow_simple_key = True
+                breaks += 1
+                if self.check_document_start() or self.check_document_end():
+                    return []
+            else:
+                break
+        if breaks:
+            return ["\n" * (breaks - 1) or " "]
+        return [blanks] if blanks else []
 
 
 class _Composer(Composer):

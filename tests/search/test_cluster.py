@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import sys
 import threading
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 
 from hpo.errors import SettingError
 from hpo.search.cluster import RayCluster
+from tests.factories import wait_until
 
 
 class FakeRay(SimpleNamespace):
@@ -50,7 +52,7 @@ def fake_ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     ("address", "start_calls"),
     [
         (None, [("init", "local"), ("kill_monitor", None)]),
-        ("host:6379", [("init", "host:6379")]),  # the autoscaler of a cluster belongs to its owner
+        ("auto", [("init", "auto")]),  # the autoscaler of a cluster belongs to its owner
     ],
 )
 def test_a_cluster_is_started_once_and_stopped_once_by_the_same_thread(
@@ -92,7 +94,7 @@ def test_a_cluster_that_was_never_started_needs_no_ray(fake_ray: FakeRay) -> Non
         (
             ConnectionError("timed out"),
             SettingError,
-            "no Ray cluster answers at RAY_ADDRESS host:6379: timed out",
+            "no Ray cluster answers at RAY_ADDRESS auto: timed out. Start one with `ray start --head`, or unset RAY_ADDRESS",
         ),
         (ValueError("no such option"), ValueError, "no such option"),
     ],
@@ -102,12 +104,40 @@ def test_an_error_of_ray_is_raised_where_the_size_is_needed(
 ) -> None:
     fake = FakeRay(error)
     monkeypatch.setitem(sys.modules, "ray", fake)
-    with RayCluster("host:6379") as cluster:
+    with RayCluster("auto") as cluster:
         cluster.start()
         with pytest.raises(kind) as caught:
             cluster.size()
     assert str(caught.value) == message
     assert [name for name, _ in fake.calls] == ["init", "shutdown"]
+
+
+def test_an_address_where_nothing_listens_is_reported_at_once(fake_ray: FakeRay) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with RayCluster(f"127.0.0.1:{port}") as cluster:
+        cluster.start()
+        with pytest.raises(SettingError, match=f"RAY_ADDRESS 127.0.0.1:{port}: .*Connection refused. Start one"):
+            cluster.size()
+    assert [name for name, _ in fake_ray.calls] == ["shutdown"]
+
+
+def test_an_interrupt_does_not_wait_for_a_cluster_that_does_not_answer(
+    fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = threading.Event()
+    monkeypatch.setattr(fake_ray, "init", lambda **_: answers.wait(60))
+
+    def be_interrupted() -> None:
+        with RayCluster("auto") as cluster:
+            cluster.start()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        be_interrupted()
+    assert not answers.is_set()
+    answers.set()
+    wait_until(lambda: ("shutdown", None) in fake_ray.calls)
 
 
 def test_sigterm_is_an_interrupt_until_the_cluster_is_left(fake_ray: FakeRay) -> None:

@@ -73,6 +73,24 @@ def test_a_key_is_a_string(write: Write, name: str) -> None:
     assert [type(part) for part in (data, *data, data[key])] == [dict, str, dict]
 
 
+@pytest.mark.parametrize(
+    ("text", "description"),
+    [
+        ("description:\ta\t# comment\n", "a"),
+        ("description\t: a\t\n", "a"),
+        ("description: a\tb \t c\n", "a\tb \t c"),
+        ("description: a \t\n  b\n  \t c\n\n  d\t\n", "a b c\nd"),
+        ("description: a\n \t# comment\n", "a"),
+        ("description: |\n  a\tb\n", "a\tb\n"),
+        ("description: 'a\tb'\t\n", "a\tb"),
+        ("description: a\u2028b\x85 c\n", "a\u2028b\x85 c"),
+    ],
+)
+def test_tabs_separate_words_as_spaces_do(write: Write, text: str, description: str) -> None:
+    document = Document(write(text + "seed:\t1\n"))
+    assert document.data == {"description": description, "seed": 1}
+
+
 def test_infinity_and_nan_are_numbers(write: Write) -> None:
     data = Document(write("a: [.inf, -.INF, .nan]\n")).data
     assert str(data["a"]) == "[inf, -inf, nan]"

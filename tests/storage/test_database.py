@@ -67,6 +67,7 @@ def test_a_bare_postgresql_url_uses_psycopg_3_with_pre_ping(postgres: Postgres) 
         (f"nonsense://user:{PASSWORD}@host/name", "no driver for nonsense"),
         ("sqlite://", "ends with the process; name a file"),
         (f"postgresql://user:{PASSWORD}@127.0.0.1:9/name", "no server answers there"),
+        (f"postgresql://user@127.0.0.1:9/name?connect_timeout=5&password={PASSWORD}", "no server answers there"),
     ],
 )
 def test_a_wrong_url_raises_an_error_without_the_password(bad: str, message: str) -> None:
