@@ -23,9 +23,11 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
 
+from storage import migrations
+from storage.tables import metadata, schema
+
 BUSY_SECONDS = 60.0  # how long a SQLite writer waits for another writer
 RETRY_SECONDS = 600.0  # how long an operation is retried while the database is down
-SCHEMA_VERSION = 1  # of our tables
 
 T = TypeVar("T")
 logger = logging.getLogger("hpo.storage")
@@ -107,8 +109,12 @@ def open_database(url: str, password: str | None = None, *, create: bool = True)
         try:
             # The first connection needs the lock, too: it turns on WAL, for which SQLite does not wait for other writers.
             with _lock(engine, "schema"):
-                if not _has_tables(engine, safe_url):
+                version = _read_version(engine, safe_url)
+                if version is None:
                     return Database(safe_url, engine, _create_tables(parsed, engine, options))
+                if version < migrations.VERSION:
+                    _open_optuna(parsed, options, safe_url).engine.dispose()  # first: it may refuse Optuna's tables
+                    _migrate(engine, version, safe_url)
             return Database(safe_url, engine, _open_optuna(parsed, options, safe_url))
         except BaseException:
             engine.dispose()
@@ -118,9 +124,37 @@ def open_database(url: str, password: str | None = None, *, create: bool = True)
 def _create_tables(url: sa.URL, engine: sa.Engine, options: dict[str, Any]) -> RDBStorage:
     metadata.create_all(engine)  # first: without the right to create tables, RDBStorage would leak its connections
     storage = _create_optuna_storage(url, options, skip_table_creation=False)
-    with engine.begin() as connection:
-        connection.execute(schema.insert().values(version=SCHEMA_VERSION))  # last: it marks the tables as complete
+    try:
+        with _write_transaction(engine) as connection:
+            migrations.create(connection)
+    except BaseException:
+        storage.engine.dispose()
+        raise
     return storage
+
+
+def _migrate(engine: sa.Engine, version: int, safe_url: str) -> None:
+    with engine.connect() as connection:
+        try:
+            copy = migrations.back_up(connection, version)
+        except OSError as error:
+            raise StorageError(
+                f"{safe_url} has tables of version {version}, which this version of hpo replaces, but the file cannot be "
+                f"backed up first: {error.strerror}. Make its folder writable"
+            ) from None
+    with _write_transaction(engine) as connection:
+        migrations.migrate(connection, version)
+    kept = "" if copy is None else f"; the old file is kept as {copy}"
+    logger.warning("%s: tables migrated from version %d to %d%s", safe_url, version, migrations.VERSION, kept)
+
+
+@contextlib.contextmanager
+def _write_transaction(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """Begin a transaction that may contain DDL, which the SQLite driver would otherwise commit piece by piece."""
+    with engine.begin() as connection:
+        if engine.dialect.name == "sqlite":
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        yield connection
 
 
 def _open_optuna(url: sa.URL, options: dict[str, Any], safe_url: str) -> RDBStorage:
@@ -147,10 +181,6 @@ def _create_optuna_storage(url: sa.URL, options: dict[str, Any], *, skip_table_c
         sa.event.listen(storage.engine, "connect", _configure_sqlite)
         storage.engine.dispose()  # connections opened so far were not configured
     return storage
-
-
-metadata = sa.MetaData()
-schema = sa.Table("hpo_schema", metadata, sa.Column("version", sa.Integer, primary_key=True))
 
 
 def _parse_url(url: str) -> sa.URL:
@@ -203,11 +233,11 @@ def _configure_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     connection.execute("PRAGMA synchronous=NORMAL")
 
 
-def _has_tables(engine: sa.Engine, safe_url: str) -> bool:
-    """Return whether our tables are complete; False for an empty database, or one with Optuna's tables only.
+def _read_version(engine: sa.Engine, safe_url: str) -> int | None:
+    """Return the version of our tables; None for an empty database, or one whose tables are incomplete or Optuna's only.
 
     Raises:
-        StorageError: another program or another version created the tables.
+        StorageError: another program or a newer version created the tables.
     """
     tables = set(sa.inspect(engine).get_table_names())
     if tables and not tables & {"studies", "hpo_schema"}:
@@ -216,15 +246,15 @@ def _has_tables(engine: sa.Engine, safe_url: str) -> bool:
             "name an empty database or one of Optuna's"
         )
     if "hpo_schema" not in tables:
-        return False
+        return None
     with engine.connect() as connection:
         version = connection.scalar(sa.select(schema.c.version))
-    if version not in {None, SCHEMA_VERSION}:
+    if version is not None and version > migrations.VERSION:
         raise StorageError(
-            f"{safe_url} was written by another version of hpo (its tables have version {version}, expected: "
-            f"{SCHEMA_VERSION}); use that version, or name another database"
+            f"{safe_url} was written by a newer version of hpo (its tables have version {version}, this one knows up to "
+            f"{migrations.VERSION}); update hpo, or name another database"
         )
-    return version is not None
+    return version
 
 
 @contextlib.contextmanager

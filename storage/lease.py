@@ -91,6 +91,12 @@ class Lease:
                 # During an outage all leases expire. Let the other living runs renew theirs before their trials are taken.
                 self._no_takeover_before = time.monotonic() + self._lease_seconds
 
+    def exists(self) -> bool:
+        """Return whether the run is in the database. It is deleted with its study."""
+        query = sa.select(tables.runs.c.run).where(tables.runs.c.run == self.run_id)
+        with self._database.engine.connect() as connection:
+            return connection.scalar(query) is not None
+
     def is_dead(self, run: Any) -> bool:
         """Return whether another run is dead, so that its trials may be taken.
 

@@ -49,6 +49,8 @@ def encode_intermediate_value(value: float) -> tuple[float | None, str]:
     return stored, kind.name
 
 
+studies = sa.table("studies", sa.column("study_id", sa.Integer))
+
 # Counting the trials of a large study through `Study.get_trials` reads all of them, which takes many seconds.
 trials = sa.table(
     "trials",

@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.exc import IntegrityError
 
 from storage import optuna_internals, tables
-from storage.database import retry_while_down
+from storage.database import StorageError, retry_while_down
 from storage.lease import Lease
 from storage.studies import DUPLICATE, REJECTED, Params, Study
 from storage.writer import ClaimedTrial, Writer
@@ -97,8 +97,17 @@ class TrialQueue:
         self._points.reverse()
 
     def claim(self) -> ClaimedTrial | None:
-        """Claim a trial; return None if there is none now. Idempotent: use it with `retry_while_down`."""
+        """Claim a trial; return None if there is none now. Idempotent: use it with `retry_while_down`.
+
+        Raises:
+            StorageError: the study was deleted.
+        """
         with self._database.lock(f"study {self._study.name.partition('@')[0]}"):
+            if not self._lease.exists():
+                raise StorageError(
+                    f"{self._database.url}: the study {self._study.name!r} was deleted while this search worked on it; the "
+                    "same command starts it anew"
+                )
             if time.monotonic() >= self._next_scan and (claim := self._claim_existing()):
                 return claim
             claim = self._claim_new() or self._claim_existing()

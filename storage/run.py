@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
+import sqlalchemy as sa
 from optuna.distributions import BaseDistribution
 from optuna.trial import TrialState
 
@@ -160,9 +161,8 @@ class Run:
 
         def write() -> None:
             with self.database.engine.begin() as connection:
-                connection.execute(
-                    table.update().where(table.c.trial == claim.trial_id).values(crashes=table.c.crashes + 1)
-                )
+                is_ours = sa.and_(table.c.trial == claim.trial_id, table.c.run == self.run_id)
+                connection.execute(table.update().where(is_ours).values(crashes=table.c.crashes + 1))
 
         retry_while_down(self.database, write)
 

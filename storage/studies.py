@@ -15,7 +15,7 @@ from typing import Any, Literal
 import optuna
 from optuna.trial import FrozenTrial
 
-from storage import tables
+from storage import records
 from storage.database import Database, StorageError, retry_while_down
 from storage.lease import host_id, is_process_dead
 from storage.optuna_internals import study_id, trial_id
@@ -61,7 +61,7 @@ class Study:
     def counts(self) -> Counter[str]:
         """Return {state: number of trials} for `trained_trials`, without reading the trials."""
         rows = retry_while_down(
-            self.database, lambda: tables.count_trials(self.database, without=NEVER_RUN, study_id=self.study_id)
+            self.database, lambda: records.count_trials(self.database, without=NEVER_RUN, study_id=self.study_id)
         )
         return Counter({row.state: row.trials for row in rows})
 
@@ -70,33 +70,33 @@ class Study:
         counts = self.counts()
         return counts["COMPLETE"] + counts["PRUNED"] + counts["FAIL"]
 
-    def metrics(self, trials: Iterable[FrozenTrial] | None = None) -> dict[int, tables.Metrics]:
+    def metrics(self, trials: Iterable[FrozenTrial] | None = None) -> dict[int, records.Metrics]:
         """Return {trial number: {epoch: {name: value}}}.
 
         Args:
             trials: the trials to include, if the caller has read them; None reads and includes all.
         """
-        by_trial = retry_while_down(self.database, lambda: tables.read_metrics(self.database, self.study_id))
+        by_trial = retry_while_down(self.database, lambda: records.read_metrics(self.database, self.study_id))
         trials = self.trials() if trials is None else trials
         return {trial.number: by_trial.get(trial_id(trial), {}) for trial in trials}
 
     def provenances(self, trials: Iterable[FrozenTrial]) -> dict[int, dict[str, Any]]:
         """Return {trial number: provenance} of these trials: device, threads, data hash."""
-        by_trial = retry_while_down(self.database, lambda: tables.read_provenances(self.database, self.study_id))
+        by_trial = retry_while_down(self.database, lambda: records.read_provenances(self.database, self.study_id))
         return {trial.number: by_trial.get(trial_id(trial), {}) for trial in trials}
 
     def runs(self) -> list[Any]:
         """Return the rows of hpo_runs for this study, oldest first, each with `now`, the database's time."""
-        return retry_while_down(self.database, lambda: tables.read_runs(self.database, self.study_id))
+        return retry_while_down(self.database, lambda: records.read_runs(self.database, self.study_id))
 
     def provenance(self, number: int) -> dict[str, Any]:
         """Return what is needed to run a trial again, for the trial with this number."""
         trial = trial_id(self.trials()[number])
-        return retry_while_down(self.database, lambda: tables.read_provenance(self.database, trial))
+        return retry_while_down(self.database, lambda: records.read_provenance(self.database, trial))
 
-    def metrics_of(self, trial_ids: Collection[int]) -> dict[int, tables.Metrics]:
+    def metrics_of(self, trial_ids: Collection[int]) -> dict[int, records.Metrics]:
         """Return {trial_id: {epoch: {name: value}}} of these trials. The metrics of others are not read."""
-        found = retry_while_down(self.database, lambda: tables.read_metrics(self.database, self.study_id, trial_ids))
+        found = retry_while_down(self.database, lambda: records.read_metrics(self.database, self.study_id, trial_ids))
         return {trial_id: found.get(trial_id, {}) for trial_id in trial_ids}
 
     def system_attrs(self) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class Study:
 
     def set_system_attrs(self, attrs: Mapping[str, Any]) -> None:
         """Set these system attributes in one transaction."""
-        retry_while_down(self.database, lambda: tables.write_study_attrs(self.database, self.study_id, attrs))
+        retry_while_down(self.database, lambda: records.write_study_attrs(self.database, self.study_id, attrs))
 
     @property
     def is_ours(self) -> bool:
@@ -169,7 +169,7 @@ def summarize(database: Database) -> list[Summary]:
     """Return a summary of each study, oldest first, without reading the trials."""
     counts: dict[int, dict[str, int]] = {}
     last: dict[int, float] = {}
-    for row in retry_while_down(database, lambda: tables.count_trials(database, without=NEVER_RUN)):
+    for row in retry_while_down(database, lambda: records.count_trials(database, without=NEVER_RUN)):
         counts.setdefault(row.study, {})[row.state] = row.trials
         if row.last is not None:  # Optuna stores the local time without a time zone
             last[row.study] = max(last.get(row.study, 0.0), row.last.timestamp())
@@ -182,7 +182,7 @@ def _summary(database: Database, study: Any, counts: dict[str, int], last: float
     if len(study.directions) == 1 and "COMPLETE" in counts:
         trial = retry_while_down(database, lambda: database.optuna_storage.get_best_trial(study_id(study)))
         best = trial.value if trial.value is not None and math.isfinite(trial.value) else None
-    runs = retry_while_down(database, lambda: tables.read_runs(database, study_id(study)))
+    runs = retry_while_down(database, lambda: records.read_runs(database, study_id(study)))
     settings = study.user_attrs.get("hpo:settings", {})
     heard = [run.last_heard for run in runs]
     return Summary(
@@ -201,7 +201,7 @@ def state_of(attrs: Mapping[str, Any], counts: Mapping[str, int], runs: Iterable
     Args:
         attrs: the study's user attributes, see `Study.attrs`.
         counts: {state: number of trials}.
-        runs: rows of `tables.read_runs`.
+        runs: rows of `records.read_runs`.
     """
     if "hpo:settings" not in attrs:
         return ""
@@ -313,7 +313,7 @@ def elapsed_seconds(runs: Iterable[Any]) -> float:
     """Return for how long any of these runs was active. Simultaneous runs count once.
 
     Args:
-        runs: rows of `tables.read_runs`, oldest first.
+        runs: rows of `records.read_runs`, oldest first.
     """
     spent, covered_until = 0.0, 0.0
     for run in runs:

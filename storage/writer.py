@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import TrialState
 
-from storage import tables
+from storage import records, tables
 from storage.database import RETRY_SECONDS, StorageError, retry_while_down
 from storage.studies import Params, Study
 
@@ -159,8 +159,8 @@ class Writer:
             self._lost |= {trial_id for trial_id in trial_ids if owners.get(trial_id) != self._run_id}
             updates = [update for update in updates if update.claim.trial_id not in self._lost]
             epochs = [update for update in updates if update.value is not None and update.epoch]
-            tables.write_metrics(connection, [(each.claim.trial_id, each.epoch, each.metrics) for each in epochs])
-            tables.write_values(connection, [(each.claim.trial_id, each.epoch, each.value or 0.0) for each in epochs])
+            records.write_metrics(connection, [(each.claim.trial_id, each.epoch, each.metrics) for each in epochs])
+            records.write_values(connection, [(each.claim.trial_id, each.epoch, each.value or 0.0) for each in epochs])
             for update in updates:
                 if update.provenance is not None:
                     is_trial = trials.c.trial == update.claim.trial_id

@@ -21,7 +21,7 @@ def describe_trial(results: Results, trial: TrialResult, space: Space | None) ->
         space: the study's search space; None if this version of hpo cannot read it.
     """
     from storage.database import retry_while_down
-    from storage.tables import read_provenance
+    from storage.records import read_provenance
 
     study, epochs = results.study, len(trial.epochs)
     # Unlike `trial.provenance`, this also has what was recorded of the run: machine, code, Python.

@@ -15,8 +15,6 @@ from hpo.dashboard.guards import LOOPBACK_HOSTS, is_loopback, protect
 from hpo.dashboard.publishing import publish
 from hpo.errors import SettingError
 from hpo.paths import RunsDir
-
-# Not imported late: `open_database` creates the tables of the modules that are imported by then.
 from storage.studies import all_studies
 
 if TYPE_CHECKING:

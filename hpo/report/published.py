@@ -12,7 +12,7 @@ from hpo.report.results import Results
 
 if TYPE_CHECKING:
     from hpo.space.model import Space
-    from storage.tables import Metrics
+    from storage.records import Metrics
 
 PUBLISHED_DIR = Path(__file__).parent / "published"
 PUBLISHED_PARAMS = {"batch_size", "lr"}

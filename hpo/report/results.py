@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from optuna.trial import FrozenTrial
 
+    from storage.records import Metrics
     from storage.studies import Study
-    from storage.tables import Metrics
 
 STATES = ("COMPLETE", "PRUNED", "RUNNING", "WAITING", "FAIL")  # in the order of the ranking
 ENDED_STATES = ("COMPLETE", "PRUNED", "FAIL")

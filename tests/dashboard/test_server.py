@@ -4,7 +4,6 @@ import base64
 import gzip
 import json
 import os
-import subprocess
 import sys
 import threading
 
@@ -19,7 +18,6 @@ from hpo.paths import RunsDir
 from storage.database import Database
 from storage.studies import Study, find_study
 from tests.dashboard.builders import CHECKPOINT, PASSWORD, basic_auth, listed_artifacts, make_study, request, serving
-from tests.factories import ROOT
 
 
 @pytest.mark.slow
@@ -170,21 +168,6 @@ def tmp_path_as_current(runs_dir: RunsDir, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(runs_dir.root)
     monkeypatch.delenv("HPO_DASHBOARD_PASSWORD", raising=False)
     monkeypatch.setattr(sys, "argv", ["hpo", "--host", "0.0.0.0", "--storage", "sqlite:///hpo.db"])
-
-
-@pytest.mark.slow
-def test_a_database_that_the_dashboard_creates_has_all_tables(runs_dir: RunsDir) -> None:
-    code = f"""
-import hpo.dashboard.server
-from storage.database import open_database
-import sqlalchemy as sa
-with open_database({runs_dir.default_storage!r}) as database:
-    print(sa.inspect(database.engine).get_table_names())
-"""
-    # In another process: here, other tests have imported the modules that define the tables.
-    tables = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert "'hpo_runs'" in tables
-    assert "'hpo_schema'" in tables
 
 
 @pytest.mark.slow

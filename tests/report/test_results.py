@@ -16,7 +16,7 @@ from hpo.paths import RunsDir
 from hpo.report.page import write_report
 from hpo.report.results import Results, read_epochs, read_results
 from hpo.report.tables import trial_table
-from storage import tables
+from storage import records
 from storage.database import Database
 from storage.studies import DUPLICATE, Study, open_study
 from tests.report.studies import add_trial, finish_grid, grid_space, optuna_study, read
@@ -115,9 +115,9 @@ def test_a_report_reads_each_table_once(database: Database, monkeypatch: pytest.
         monkeypatch.setattr(owner, name, counted)
 
     count(Study, "trials")
-    count(tables, "read_metrics")
-    count(tables, "read_provenances")
-    count(tables, "read_runs")
+    count(records, "read_metrics")
+    count(records, "read_provenances")
+    count(records, "read_runs")
     results = read_results(study)
     trial_table(results, Console(width=80))
     write_report(results, RunsDir(tmp_path))

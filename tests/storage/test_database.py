@@ -12,6 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from benchmarks.postgres import Postgres
+from storage import migrations
 from storage.database import StorageError, open_database, retry_while_down
 from storage.studies import find_study, open_study
 from tests.factories import wait_until
@@ -115,10 +116,10 @@ def test_a_database_of_another_version_is_refused(url: str) -> None:
     with open_database(url) as database:
         with database.engine.begin() as connection:
             connection.execute(sa.text("UPDATE hpo_schema SET version = 99"))
-        with pytest.raises(StorageError, match="another version of hpo"):
+        with pytest.raises(StorageError, match=r"written by a newer version of hpo .* version 99"):
             open_database(url)
         with database.engine.begin() as connection:
-            connection.execute(sa.text("UPDATE hpo_schema SET version = 1"))
+            connection.execute(sa.text(f"UPDATE hpo_schema SET version = {migrations.VERSION}"))
             connection.execute(sa.text("UPDATE alembic_version SET version_num = 'v0.9.0.a'"))
         with pytest.raises(StorageError, match="another version of Optuna"):
             open_database(url)

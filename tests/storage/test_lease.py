@@ -16,8 +16,8 @@ import pytest
 from storage import lease
 from storage.database import Database
 from storage.lease import Lease, host_id, is_process_dead
+from storage.records import read_runs
 from storage.studies import Study
-from storage.tables import read_runs
 from tests.factories import ROOT, wait_until
 from tests.storage.builders import expire_leases
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from storage import tables
-from storage.database import Database, metadata, open_database
+from storage.database import Database, open_database
 from storage.studies import open_study
+from storage.tables import metadata
 from tests.storage.builders import GRID, POINTS, claim_one, grid_run, sql
 
 README = (Path(__file__).parent.parent.parent / "storage/README.md").read_text()

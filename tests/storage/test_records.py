@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from storage import tables
+from storage import records, tables
 from storage.database import Database
 from storage.studies import Study
 
@@ -24,24 +24,24 @@ def add_trials(study: Study, count: int) -> list[int]:
 def test_optuna_reads_the_intermediate_values_that_we_write(study: Study, database: Database, value: float) -> None:
     (trial_id,) = add_trials(study, 1)
     with database.engine.begin() as connection:
-        tables.write_values(connection, [(trial_id, 1, 0.0), (trial_id, 2, 0.5)])
-        tables.write_values(connection, [(trial_id, 1, value)])
-        tables.write_values(connection, [])
+        records.write_values(connection, [(trial_id, 1, 0.0), (trial_id, 2, 0.5)])
+        records.write_values(connection, [(trial_id, 1, value)])
+        records.write_values(connection, [])
     assert repr(study.trials()[0].intermediate_values) == repr({1: value, 2: 0.5})
 
 
 def test_metrics_are_read_as_they_were_last_written(study: Study, database: Database) -> None:
     one, two = add_trials(study, 2)
     with database.engine.begin() as connection:
-        tables.write_metrics(
+        records.write_metrics(
             connection, [(one, 2, {"m": 0.2}), (one, 1, {"m": 0.1, "loss": 1.0}), (two, 1, {"m": 0.3})]
         )
-        tables.write_metrics(connection, [(one, 1, {"loss": math.nan, "huge": math.inf})])
-        tables.write_metrics(connection, [])
+        records.write_metrics(connection, [(one, 1, {"loss": math.nan, "huge": math.inf})])
+        records.write_metrics(connection, [])
     nan = pytest.approx(math.nan, nan_ok=True)
     of_one = {1: {"m": 0.1, "loss": nan, "huge": math.inf}, 2: {"m": 0.2}}
-    assert tables.read_metrics(database, study.study_id) == {one: of_one, two: {1: {"m": 0.3}}}
-    assert list(tables.read_metrics(database, study.study_id, [one])) == [one]
+    assert records.read_metrics(database, study.study_id) == {one: of_one, two: {1: {"m": 0.3}}}
+    assert list(records.read_metrics(database, study.study_id, [one])) == [one]
     assert study.metrics() == {0: of_one, 1: {1: {"m": 0.3}}}
     assert study.metrics_of([two, -1]) == {two: {1: {"m": 0.3}}, -1: {}}
 
@@ -56,5 +56,5 @@ def test_study_attributes_are_replaced_together(study: Study) -> None:
 
 def test_a_trial_that_never_started_has_no_provenance(study: Study, database: Database) -> None:
     (trial_id,) = add_trials(study, 1)
-    assert tables.read_provenance(database, trial_id) == tables.read_provenance(database, -1) == {}
+    assert records.read_provenance(database, trial_id) == records.read_provenance(database, -1) == {}
     assert study.provenances(study.trials()) == {0: {}}

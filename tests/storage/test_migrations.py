@@ -1,0 +1,214 @@
+"""Databases of older versions are brought forward, and rows of deleted studies are deleted."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import sqlalchemy as sa
+from optuna.storages._rdb.models import BaseModel
+
+from storage import migrations
+from storage.database import Database, StorageError, open_database
+from storage.tables import metadata
+from storage.writer import LostTrialError
+from tests.storage.builders import claim_one, claim_point, grid_run, open_s, sql
+
+VERSION_1 = Path(__file__).parent / "data/version_1.sql"  # written by version 1: six points, five of them claimed
+OUR_TABLES = ["hpo_metrics", "hpo_runs", "hpo_trials"]
+POINTS_OF_VERSION_1 = [{"x": x} for x in range(1, 7)]
+GRID_OF_VERSION_1 = {"x": optuna.distributions.CategoricalDistribution([1, 2, 3, 4, 5, 6])}
+
+
+def write_version_1(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(VERSION_1.read_text())
+
+
+@pytest.fixture
+def old_url(url: str, tmp_path: Path) -> str:
+    """The URL of a database of version 1, on each backend in turn."""
+    if url.startswith("sqlite:"):
+        write_version_1(Path(url.removeprefix("sqlite:///")))
+        return url
+    write_version_1(tmp_path / "source.db")
+    with open_database(url) as target:
+        _make_version_1(target, tmp_path / "source.db")
+    return url
+
+
+def _make_version_1(target: Database, source: Path) -> None:
+    """Empty a PostgreSQL database, take back what later versions added, and fill it from a SQLite file of version 1."""
+    engine = sa.create_engine(f"sqlite:///{source}")
+    tables = [*BaseModel.metadata.sorted_tables, *metadata.sorted_tables]
+    with target.engine.begin() as connection, engine.connect() as old:
+        for name, table in (("hpo_trial_deleted", "trials"), ("hpo_study_deleted", "studies")):
+            connection.execute(sa.text(f"DROP TRIGGER {name} ON {table}"))
+            connection.execute(sa.text(f"DROP FUNCTION {name}"))
+        for table in tables:
+            connection.execute(table.delete())
+        for table in tables:
+            rows = [dict(row) for row in old.execute(sa.select(table)).mappings()]
+            if rows:
+                connection.execute(table.insert(), rows)
+            (key, *more) = table.primary_key.columns
+            sequence = (
+                None if more else connection.scalar(sa.select(sa.func.pg_get_serial_sequence(table.name, key.name)))
+            )
+            if sequence is not None and rows:
+                connection.execute(sa.select(sa.func.setval(sequence, max(row[key.name] for row in rows))))
+    engine.dispose()
+
+
+@pytest.fixture
+def migrated(old_url: str) -> Iterator[Database]:
+    with open_database(old_url) as database:
+        yield database
+
+
+def delete_in_optuna(url: str, study: str) -> None:
+    """Delete a study as a program does that knows Optuna only."""
+    storage = optuna.storages.RDBStorage(url)
+    optuna.delete_study(study_name=study, storage=storage)
+    storage.engine.dispose()
+
+
+def rows_of(database: Database) -> dict[str, list[tuple[Any, ...]]]:
+    return {table: sql(database, f"SELECT * FROM {table}") for table in OUR_TABLES}
+
+
+def test_a_search_of_version_1_goes_on_where_it_stopped(migrated: Database) -> None:
+    assert sql(migrated, "SELECT version FROM hpo_schema") == [(migrations.VERSION,)]
+    study = open_s(migrated)
+    assert study.name == "s", "the same study, not a new revision"
+    assert [trial.state.name for trial in study.trials()] == ["COMPLETE", "PRUNED", "FAIL", "RUNNING", "RUNNING"]
+    assert study.metrics()[0] == {1: {"m": 0.1, "loss": 1.0}, 2: {"m": 0.2, "loss": 0.5}}
+    with grid_run(study) as run:
+        run.enqueue(POINTS_OF_VERSION_1, GRID_OF_VERSION_1)
+        claims = [claim_one(run) for _ in range(3)]
+        assert [(claim.number, claim.epoch) for claim in claims] == [(3, 1), (4, 1), (5, 0)]
+        assert run.claim() is None
+
+
+def test_a_migration_happens_once(old_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "hpo.storage"):
+        for _ in range(2):
+            open_database(old_url).close()
+    assert len(caplog.messages) == 1
+    assert f"migrated from version 1 to {migrations.VERSION}" in caplog.messages[0]
+
+
+def test_a_migrated_database_equals_a_new_one(tmp_path: Path) -> None:
+    write_version_1(tmp_path / "old.db")
+    ddl = []
+    for name in ("old", "new"):
+        with open_database(f"sqlite:///{tmp_path}/{name}.db") as database:
+            ddl.append(
+                sql(database, "SELECT type, name, sql FROM sqlite_master WHERE sql LIKE '%hpo_%' ORDER BY type, name")
+            )
+    assert ddl[0] == ddl[1]
+
+
+def test_the_old_sqlite_file_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, copy = tmp_path / "hpo.db", tmp_path / "hpo.db.version-1"
+    write_version_1(path)
+    path.chmod(0o640)
+    open_database(f"sqlite:///{path}").close()
+    with closing(sqlite3.connect(copy)) as connection:
+        assert list(connection.execute("SELECT version FROM hpo_schema")) == [(1,)]
+        assert list(connection.execute("SELECT count(*) FROM hpo_metrics")) == [(10,)]
+    assert copy.stat().st_mode & 0o777 == 0o640
+    assert str(copy) in caplog.text
+
+
+def test_without_a_copy_nothing_is_migrated(tmp_path: Path) -> None:
+    write_version_1(tmp_path / "hpo.db")
+    (tmp_path / "hpo.db.version-1/in the way").mkdir(parents=True)
+    with pytest.raises(StorageError, match="cannot be backed up first: Is a directory"):
+        open_database(f"sqlite:///{tmp_path}/hpo.db")
+    with closing(sqlite3.connect(tmp_path / "hpo.db")) as connection:
+        assert list(connection.execute("SELECT version FROM hpo_schema")) == [(1,)]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "hpo.db"
+    write_version_1(path)
+
+    def fail(connection: sa.Connection) -> None:
+        migrations._from_1(connection)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setitem(migrations._STEPS, 1, fail)
+        with pytest.raises(KeyboardInterrupt):
+            open_database(f"sqlite:///{path}")
+    with closing(sqlite3.connect(path)) as connection:
+        assert list(connection.execute("SELECT version FROM hpo_schema")) == [(1,)]
+        assert list(connection.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'")) == []
+    open_database(f"sqlite:///{path}").close()
+
+
+def test_tables_that_the_dashboard_did_not_create_are_created(old_url: str) -> None:
+    """`hpo dashboard` of version 1 left a new database without hpo_runs, hpo_trials and hpo_metrics."""
+    engine = sa.create_engine(old_url.replace("postgresql://", "postgresql+psycopg://"))
+    with engine.begin() as connection:
+        for table in OUR_TABLES:
+            connection.execute(sa.text(f"DROP TABLE {table}"))
+    engine.dispose()
+    with open_database(old_url) as database:
+        assert rows_of(database) == {table: [] for table in OUR_TABLES}
+        with grid_run(open_s(database, "another space")) as run:
+            assert claim_point(run).number == 0
+
+
+def test_rows_of_deleted_studies_are_removed(old_url: str) -> None:
+    """Version 1 left our rows when another program deleted a study."""
+    delete_in_optuna(old_url, "s")
+    with open_database(old_url) as database:
+        assert rows_of(database) == {table: [] for table in OUR_TABLES}
+
+
+def test_deleting_a_study_deletes_its_rows_whatever_program_does_it(url: str) -> None:
+    with open_database(url) as database:
+        for fingerprint in ("kept", "deleted"):
+            with grid_run(open_s(database, fingerprint)) as run:
+                claim = claim_point(run)
+                run.report(claim, 1, {"m": 0.5}, 0.5)
+                run.complete(claim, 0.5)
+        before = rows_of(database)
+        assert {table: len(rows) for table, rows in before.items()} == dict.fromkeys(OUR_TABLES, 2)
+        delete_in_optuna(url, "s@2")
+        assert rows_of(database) == {table: rows[:1] for table, rows in before.items()}
+
+
+def test_a_run_whose_study_is_deleted_stops_and_touches_no_other_study(url: str) -> None:
+    """SQLite gives the ids of the deleted study and trials to the next ones."""
+    with open_database(url) as database, grid_run(open_s(database)) as stale:
+        lost = claim_point(stale)
+        stale.report(lost, 1, {"m": 0.5}, 0.5)
+        stale.flush()
+        delete_in_optuna(url, "s")
+        again = open_s(database)
+        assert again.metrics() == {}
+        with grid_run(again) as run:
+            claim = claim_point(run)
+            assert claim.epoch == 0
+            stale.record_crash(lost)
+            stale.report(lost, 2, {"m": 0.75}, 0.75)
+            stale.flush()
+            with pytest.raises(LostTrialError):
+                stale.complete(lost, 0.75)
+            with pytest.raises(StorageError, match=r"the study 's' was deleted .* the same command starts it anew"):
+                stale.claim()
+            assert rows_of(database)["hpo_metrics"] == []
+            assert sql(database, "SELECT run, crashes FROM hpo_trials") == [(run.run_id, 0)]
+            run.report(claim, 1, {"m": 0.25}, 0.25)
+            run.complete(claim, 0.25)
+        assert again.metrics() == {0: {1: {"m": 0.25}}}
