@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hpo.space.model import Space
 
 if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
     from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
 
@@ -29,11 +30,7 @@ def build_sampler(space: Space, run_id: int) -> BaseSampler:
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         match space.sampler.name:
             case "qmc":
-                # All runs share one sequence, whose position storage keeps. The random draws before it differ.
-                first = samplers.RandomSampler(seed=seed)
-                return samplers.QMCSampler(
-                    seed=base, independent_sampler=first, warn_independent_sampling=False, **options
-                )
+                return _build_qmc(space, seed=base, **options)
             case "tpe":
                 if space.has_conditions and options.get("multivariate") is not False:
                     options = {"group": True} | options
@@ -48,6 +45,20 @@ def build_sampler(space: Space, run_id: int) -> BaseSampler:
                 return samplers.RandomSampler(seed=seed)
             case other:
                 raise NotImplementedError(f"sampler {other}")
+
+
+def _build_qmc(space: Space, **options: Any) -> BaseSampler:
+    """Return a sampler of one sequence, which all runs of a study share: storage keeps the position."""
+    from optuna.samplers import QMCSampler
+
+    distributions = space.distributions()
+
+    class SpaceQMCSampler(QMCSampler):
+        # Optuna learns the search space from earlier trials and draws at random until it sees one. Ours is known before.
+        def infer_relative_search_space(self, *_: object) -> dict[str, BaseDistribution]:
+            return distributions
+
+    return SpaceQMCSampler(warn_independent_sampling=False, **options)
 
 
 def build_pruner(space: Space) -> BasePruner:

@@ -43,6 +43,21 @@ def test_runs_draw_different_points_and_a_run_is_reproducible(study: Study, tmp_
         assert draw(1) == first
 
 
+@pytest.mark.parametrize("qmc_type", ["sobol", "halton"])
+def test_qmc_covers_the_space_evenly_from_the_first_trial_of_a_search(tmp_path: Path, qmc_type: str) -> None:
+    """Each eighth of the range gets one of the first eight points. Random points do so with a probability of 0.0024."""
+    for seed in range(3):
+        space = toy_space(
+            tmp_path,
+            sampler={"name": "qmc", "qmc_type": qmc_type, "seed": seed},
+            budget={"trials": 8},
+            parameters={"x": {"type": "float", "low": 0.0, "high": 1.0}},
+        )
+        with open_database(f"sqlite:///{tmp_path}/{seed}.db") as database:
+            study, _ = search_without_ray(space, database, tmp_path)
+            assert {int(8 * trial.params["x"]) for trial in study.trials()} == set(range(8))
+
+
 CONDITIONAL = {
     "x": {"type": "float", "low": 0.0, "high": 1.0},
     "kind": ["a", "b"],
