@@ -70,6 +70,7 @@ def trial_spec(folder: Path, **changes: Any) -> TrialSpec:
     values: dict[str, Any] = {
         "trainable": "benchmarks.toy:chain",
         "command": None,
+        "key": "k",
         "params": {"x": 1},
         "data": {},
         "seed": 0,

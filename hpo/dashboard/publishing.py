@@ -25,7 +25,7 @@ from hpo.dashboard.notes import describe_trial
 from hpo.paths import LOG_FILE, RunsDir, write_atomically
 from hpo.report.published import match_published
 from hpo.report.results import Results, TrialResult, read_epochs, read_results
-from hpo.search.checkpoints import list_checkpoints
+from hpo.search.checkpoints import belongs_to, list_checkpoints
 
 if TYPE_CHECKING:
     from storage.studies import Study
@@ -116,7 +116,9 @@ def _publish_best_checkpoint(
     study, best = results.study, results.best
     if best is None:
         return
-    for newest in list_checkpoints(runs_dir.trial(study.unique_name, best.number))[:1]:
+    folder = runs_dir.trial(study.unique_name, best.number)
+    is_other = results.space is not None and not belongs_to(folder, results.space.config_key(best.params))
+    for newest in [] if is_other else list_checkpoints(folder)[:1]:
         artifact = _artifact(study, newest.name, best.trial_id, role="checkpoint")
         _publish_file(artifact, attributes, runs_dir, partial(_link_or_copy, newest))
     for trial in ranked:

@@ -34,7 +34,7 @@ from hpo.export.scoring import (
     score_as_trained,
 )
 from hpo.paths import RunsDir
-from hpo.search.checkpoints import Checkpoint, load_checkpoint
+from hpo.search.checkpoints import Checkpoint, belongs_to, load_checkpoint
 from hpo.space.model import Space
 from hpo.train.data import Dataset, load
 from hpo.train.evaluation import CPU_BATCH
@@ -93,7 +93,8 @@ def export_model(
     output = (output or runs_dir.export(study.name, trial.number)).absolute()
     _check_replaceable(output)
     provenance = study.provenance(trial.number)
-    checkpoint = _load_checkpoint(runs_dir.trial(study.unique_name, trial.number), trial, provenance)
+    folder, key = runs_dir.trial(study.unique_name, trial.number), space.config_key(trial.params)
+    checkpoint = _load_checkpoint(folder, trial, key, provenance)
     params = read_params({**trial.params, **trial.user_attrs.get("derived", {})})
     network = build_model(stem=params.stem)
     network.load_state_dict(checkpoint.state["model"])
@@ -170,7 +171,12 @@ def _space_of(study: Study, runs_dir: RunsDir, trial: FrozenTrial) -> Space:
     return space
 
 
-def _load_checkpoint(folder: Path, trial: FrozenTrial, provenance: Mapping[str, Any]) -> Checkpoint:
+def _load_checkpoint(folder: Path, trial: FrozenTrial, key: str, provenance: Mapping[str, Any]) -> Checkpoint:
+    if not belongs_to(folder, key):
+        raise SettingError(
+            f"the files in {folder} are of another configuration than trial {trial.number}, as after restoring an older "
+            "copy of the database. Use the database that they belong to"
+        )
     checkpoint = load_checkpoint(folder)
     if checkpoint is None:
         raise SettingError(

@@ -1,4 +1,4 @@
-"""Checkpoints of a trial on disk. They are written atomically; the previous one is the fallback.
+"""The folder of a trial, and its checkpoints. They are written atomically; the previous one is the fallback.
 
 A checkpoint holds the trainable's state and the metrics of all epochs so far. If the driver died before it stored an epoch,
 the epoch is reported again from the checkpoint instead of being trained again.
@@ -7,6 +7,8 @@ the epoch is reported again from the checkpoint instead of being trained again.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import pickle
 import zipfile
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from hpo.paths import atomic_file
+from hpo.paths import CONFIGURATION_FILE, atomic_file, write_atomically
 
 # torch is imported in the functions that need it: the driver only trims checkpoints, and starts faster without torch.
 
@@ -44,6 +46,50 @@ class Checkpoint:
     epoch: int
     history: dict[int, dict[str, float]]
     state: dict[str, Any]
+
+
+def claim_folder(folder: Path, key: str) -> str:
+    """Make a folder that of a configuration, so that files of another one are never taken for its own.
+
+    Folders are named after trial numbers. A database that was restored from a copy gives numbers out again.
+
+    Args:
+        folder: the trial's folder. It is created, or kept if it is that of the same configuration, else renamed first.
+        key: the configuration's key.
+
+    Returns:
+        A warning if files of another configuration were renamed; else empty.
+
+    Raises:
+        OSError: a folder of another configuration cannot be renamed.
+    """
+    owner = _owner(folder)
+    warning = ""
+    if owner not in {None, key}:
+        aside = next(
+            path
+            for number in itertools.count(1)
+            if not (path := folder.with_name(f"{folder.name}.other-{number}")).exists()
+        )
+        folder.rename(aside)
+        warning = f"the files in {folder} were of another configuration; they are now in {aside.name}"
+    if owner != key:
+        with contextlib.suppress(OSError):  # if the disk is full, saving a checkpoint says so
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / CONFIGURATION_FILE, json.dumps({"key": key}).encode())
+    return warning
+
+
+def belongs_to(folder: Path, key: str) -> bool:
+    """Return whether a trial's folder is that of a configuration. Folders of older versions do not say whose they are."""
+    return _owner(folder) in {None, key}
+
+
+def _owner(folder: Path) -> str | None:
+    """Return the key of the configuration that a folder belongs to, or None if the folder does not say."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return str(json.loads((folder / CONFIGURATION_FILE).read_bytes())["key"])
+    return None
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:

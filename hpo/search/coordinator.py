@@ -97,6 +97,7 @@ class TrialCoordinator:
             return TrialSpec(
                 trainable=self._space.trainable,
                 command=self._space.command,
+                key=self._space.config_key(claim.params),
                 params=claim.params | derived,
                 data=self._data,
                 seed=self._space.seed,

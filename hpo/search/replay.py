@@ -48,6 +48,7 @@ def replay(
         spec = TrialSpec(
             trainable=space.trainable,
             command=space.command,
+            key=space.config_key(trials[number].params),
             params={**trials[number].params, **trials[number].user_attrs.get("derived", {})},
             data=space.trainable_data(data_dir),
             seed=space.seed,

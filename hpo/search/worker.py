@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hpo.paths import HANG_FILE, LOG_FILE, SCRIPT_DIR
-from hpo.search.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
+from hpo.search.checkpoints import Checkpoint, claim_folder, load_checkpoint, save_checkpoint
 from hpo.search.script import ScriptError, run_script
 from hpo.space.command import CHECKPOINT_DIR, build_arguments, uses_checkpoint_dir
 from hpo.trainable import load_trainable
@@ -29,6 +29,7 @@ class TrialSpec:
     Attributes:
         trainable: `module:function`.
         command: the script that is run instead of the trainable, or None.
+        key: of the configuration: files of another one are not used.
         params: hyperparameters and derived values.
         data: what the trainable gets as `data`.
         seed: of the training.
@@ -43,6 +44,7 @@ class TrialSpec:
 
     trainable: str
     command: str | None
+    key: str
     params: dict[str, Any]
     data: dict[str, Any]
     seed: int
@@ -102,6 +104,7 @@ def run_trial(spec: TrialSpec) -> Generator[TrialReport, None, None]:
     folder = Path(spec.folder)
     try:
         torch.set_num_threads(spec.threads)
+        warning = claim_folder(folder, spec.key)
         # A script that keeps no checkpoints starts from its first epoch and reports all of them again.
         keeps_checkpoints = spec.command is None or uses_checkpoint_dir(spec.command)
         checkpoint = load_checkpoint(folder) if keeps_checkpoints else None
@@ -118,16 +121,15 @@ def run_trial(spec: TrialSpec) -> Generator[TrialReport, None, None]:
                 metrics = {str(name): float(value) for name, value in finished.metrics.items()}
                 metrics["epoch_seconds"] = time.perf_counter() - started
                 history[finished.epoch] = metrics
-                warning = ""
                 is_due = finished.epoch % spec.checkpoint_every == 0 or finished.epoch == spec.max_epochs
                 if keeps_checkpoints and is_due:
                     try:
                         # Before the report: training can resume from every epoch that storage holds.
                         save_checkpoint(folder, Checkpoint(finished.epoch, history, finished.state()))
                     except OSError as error:
-                        warning = f"no checkpoint after epoch {finished.epoch}: {error}"
+                        warning = warning or f"no checkpoint after epoch {finished.epoch}: {error}"
                 yield TrialReport(finished.epoch, metrics, warning=warning, provenance=provenance)
-                provenance = None
+                warning, provenance = "", None
                 started = time.perf_counter()
         yield TrialReport(failure=f"the trainable ended after epoch {max(history, default=0)} of {spec.max_epochs}")
     except ScriptError as error:

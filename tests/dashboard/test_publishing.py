@@ -15,6 +15,7 @@ from hpo.dashboard.publishing import PUBLISHED, publish
 from hpo.paths import RunsDir
 from hpo.report import curves, plotly_figures
 from hpo.report.results import read_results
+from hpo.search.checkpoints import claim_folder
 from storage.database import Database, open_database
 from storage.optuna_internals import trial_id
 from storage.run import Run
@@ -159,6 +160,13 @@ def test_the_best_checkpoint_and_the_log_of_a_failed_trial_are_artifacts(study: 
     log = (runs_dir.artifacts / artifact_id).read_text()
     for part in (REASON, "Traceback (most recent call last)", "printed by the script"):
         assert part in log
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_the_checkpoint_of_another_configuration_is_not_published(study: Study, runs_dir: RunsDir) -> None:
+    claim_folder(runs_dir.trial(study.unique_name, 2), "another key")
+    publish(study, runs_dir)
+    assert set(listed_artifacts(study)) == {"log.txt"}
 
 
 @pytest.mark.usefixtures("no_curves")

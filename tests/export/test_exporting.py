@@ -26,7 +26,7 @@ from hpo.export.exporting import FILES, ExportedModel, export_model
 from hpo.export.program import Classifier
 from hpo.paths import RunsDir
 from hpo.run import cli
-from hpo.search.checkpoints import load_checkpoint
+from hpo.search.checkpoints import claim_folder, load_checkpoint
 from hpo.search.worker import run_trial
 from hpo.space.model import Space
 from hpo.train.data import load
@@ -76,6 +76,7 @@ def searched(one_thread: None, few_test_images: None, tmp_path_factory: pytest.T
             spec = trial_spec(
                 folder,
                 trainable=space.trainable,
+                key=space.config_key(best.params),
                 params=best.params,
                 data=space.trainable_data(folder),
                 seed=space.seed,
@@ -270,6 +271,13 @@ def test_a_trial_that_cannot_be_exported_is_an_error(study: Study, tmp_path: Pat
     with pytest.raises(SettingError, match=message):
         export(study, tmp_path, number)
     assert not (tmp_path / "exports").exists()
+
+
+@pytest.mark.slow
+def test_the_checkpoint_of_another_configuration_is_not_exported(study: Study, tmp_path: Path) -> None:
+    claim_folder(RunsDir(tmp_path).trial(study.unique_name, 1), "another key")
+    with pytest.raises(SettingError, match=r"the files in .*/1 are of another configuration than trial 1"):
+        export(study, tmp_path, 1)
 
 
 @pytest.mark.slow

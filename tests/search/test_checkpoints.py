@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from hpo.search.checkpoints import Checkpoint, load_checkpoint, save_checkpoint, trim_checkpoints
+from hpo.search.checkpoints import (
+    Checkpoint,
+    belongs_to,
+    claim_folder,
+    load_checkpoint,
+    save_checkpoint,
+    trim_checkpoints,
+)
 
 
 def checkpoint_of(epoch: int, **more: Any) -> Checkpoint:
@@ -130,6 +137,39 @@ def test_with_every_file_damaged_there_is_no_checkpoint(folder: Path) -> None:
         path.write_bytes(b"")
     assert load_checkpoint(folder) is None
     assert [path.suffix for path in folder.iterdir()] == [".damaged", ".damaged"]
+
+
+# --- whose files ----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_belongs_to_the_configuration_that_claims_it_first(tmp_path: Path) -> None:
+    folder = tmp_path / "study" / "0"
+    assert belongs_to(folder, "a")
+    assert claim_folder(folder, "a") == ""
+    save_checkpoint(folder, checkpoint_of(1))
+    assert claim_folder(folder, "a") == ""
+    assert epoch_in(folder) == 1
+    assert belongs_to(folder, "a")
+    assert not belongs_to(folder, "b")
+
+
+def test_files_of_other_configurations_are_kept_elsewhere(tmp_path: Path) -> None:
+    folder = tmp_path / "0"
+    for key, warning in (("a", ""), ("b", "they are now in 0.other-1"), ("c", "they are now in 0.other-2")):
+        assert claim_folder(folder, key).endswith(warning)
+        assert load_checkpoint(folder) is None
+        save_checkpoint(folder, checkpoint_of(1, key=key))
+    assert names_in(tmp_path) == ["0", "0.other-1", "0.other-2"]
+    found = load_checkpoint(tmp_path / "0.other-1")
+    assert found is not None
+    assert found.state["key"] == "a"
+
+
+def test_a_folder_of_an_older_version_is_that_of_the_trial_that_resumes(folder: Path) -> None:
+    assert belongs_to(folder, "a")
+    assert claim_folder(folder, "a") == ""
+    assert epoch_in(folder) == 2
+    assert not belongs_to(folder, "b")
 
 
 # --- writing that fails -------------------------------------------------------------------------------------------

@@ -53,3 +53,14 @@ def test_checkpoints_are_written_every_n_epochs_and_at_the_end(tmp_path: Path) -
             break
         written.append(sorted(path.name for path in (tmp_path / "trial").glob("*.pt")))
     assert [len(names) for names in written] == [0, 0, 1, 2]
+
+
+def test_a_checkpoint_of_another_configuration_is_not_used(tmp_path: Path) -> None:
+    """A database that was restored from a copy gives the number to another configuration."""
+    take_reports(trial_spec(tmp_path, key="a"), 3)
+    reports = take_reports(trial_spec(tmp_path, key="b", params={"x": 2}), 4)
+    assert [(report.epoch, report.is_recalled) for report in reports] == [(epoch, False) for epoch in range(1, 5)]
+    assert reports[-1].metrics["value"] == expected_value({"x": 2}, 0, 4)
+    assert [bool(report.warning) for report in reports] == [True, False, False, False]
+    assert "files in" in reports[0].warning
+    assert "were of another configuration; they are now in trial.other-1" in reports[0].warning
