@@ -15,12 +15,12 @@ import gc
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpo.errors import HpoError, SettingError, nearest
+from hpo.errors import HpoError, SettingError, SpaceError, nearest
 from hpo.paths import DEFAULT_STORAGE, RunsDir, is_new_database
 from hpo.search.environment import check_trainable, describe_environment
 from hpo.search.listener import CombinedListener, NullListener, ProgressListener
@@ -134,6 +134,7 @@ def run_search(
             outcome = None
         else:
             cluster.start()
+            _note_changes(space, study, listener)
             provenance = {"command": command} | describe_environment()
             study, outcome = _search(
                 space,
@@ -200,6 +201,20 @@ def _search(
     finally:
         gc.unfreeze()  # the caller's garbage must not live forever
     return study, outcome
+
+
+def _note_changes(space: Space, study: Study | None, listener: ProgressListener) -> None:
+    """Notify the listener if the study was last searched with another sampler or scheduler."""
+    if study is None:
+        return
+    with suppress(SpaceError):  # settings of another version
+        before = Space.from_settings(study.settings)
+        for key in ("sampler", "scheduler"):
+            was, now = getattr(before, key).model_dump(), getattr(space, key).model_dump()
+            changed = [name for name in now if was.get(name) != now[name]]
+            for name in ["name"] if "name" in changed else changed:
+                what = key if name == "name" else f"{key}'s {name}"
+                listener.note(f"the {what} was {was.get(name)} and is now {now[name]}; the trials so far are kept")
 
 
 class _ReportPreloader(NullListener):

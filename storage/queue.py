@@ -85,8 +85,6 @@ class TrialQueue:
         """Set the points that `claim` returns, in this order; see `storage.run.Run.enqueue`."""
 
         def read_keys() -> set[str]:
-            if self._study.attrs.get("hpo:points") != len(self._points):
-                self._study.optuna_study.set_user_attr("hpo:points", len(self._points))
             table = tables.trials
             with self._database.engine.connect() as connection:
                 return set(connection.scalars(sa.select(table.c.key).where(table.c.study == self._study.study_id)))

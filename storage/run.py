@@ -106,8 +106,7 @@ class Run:
     def enqueue(self, points: Iterable[Params], distributions: Mapping[str, BaseDistribution]) -> None:
         """Set the points of a grid. `claim` returns them in this order and skips those that the study already has.
 
-        A point becomes a trial when it is claimed. Only the number of points is written, so that readers know how many
-        trials there will be.
+        A point becomes a trial when it is claimed.
         """
         self._queue.enqueue(points, distributions)
 

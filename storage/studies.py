@@ -210,8 +210,10 @@ def state_of(attrs: Mapping[str, Any], counts: Mapping[str, int], runs: Iterable
         if run.ended is None and run.lease_until >= run.now and not (run.host == host and is_process_dead(run)):
             return "running"
     ended = sum(counts.get(state, 0) for state in ("COMPLETE", "PRUNED", "FAIL"))
-    # A grid is finished when all its points are, a sampled search when its budget is spent.
-    wanted = attrs.get("hpo:points", attrs["hpo:settings"].get("budget", {}).get("trials"))
+    if "hpo:total" in attrs:
+        wanted = attrs["hpo:total"]
+    else:  # opened by version 1 of our tables only, which stored the number of a grid's points
+        wanted = attrs.get("hpo:points", attrs["hpo:settings"].get("budget", {}).get("trials"))
     left = counts.get("WAITING", 0) + counts.get("RUNNING", 0)
     return "finished" if ended and not left and ended >= (wanted or 0) else "resumable"
 
@@ -260,6 +262,7 @@ def open_study(
     direction: Literal["maximize", "minimize"],
     fingerprint: str,
     settings: Mapping[str, Any],
+    total_trials: int | None = None,
 ) -> Study:
     """Return the revision of a study that has this fingerprint; create it if there is none.
 
@@ -268,7 +271,8 @@ def open_study(
         name: the first revision's name; later ones are `name@2`, `name@3`, ...
         direction: maximize or minimize.
         fingerprint: the identity of the search. Studies of different fingerprints never share trials.
-        settings: plain values to store with the study.
+        settings: plain values to store with the study. They replace those of an earlier opening.
+        total_trials: after how many ended trials the study is finished; None if only time ends it.
 
     Raises:
         StorageError: a study of another program has the name, or the database cannot be used.
@@ -282,9 +286,13 @@ def open_study(
                 new = f"{name}@{_revision(revisions[-1]) + 1}" if revisions else name
                 optuna.create_study(storage=database.optuna_storage, study_name=new, direction=direction)
                 study = _load(database, new)
+            attrs = study.attrs
+            # The budget, for example, may have changed since the study was last opened.
+            for attr, value in {"hpo:settings": dict(settings), "hpo:total": total_trials}.items():
+                if attr not in attrs or attrs[attr] != value:
+                    study.optuna_study.set_user_attr(attr, value)
             # New, or its creator died before the study was complete.
-            if "hpo:fingerprint" not in study.attrs:
-                study.optuna_study.set_user_attr("hpo:settings", dict(settings))
+            if "hpo:fingerprint" not in attrs:
                 study.optuna_study.set_user_attr("hpo:id", uuid.uuid4().hex[:12])
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

@@ -13,7 +13,8 @@ import hpo
 from hpo import api
 from hpo.errors import SettingError
 from storage.database import StorageError, open_database
-from tests.factories import search_without_ray, toy_space
+from storage.studies import find_revision, open_study
+from tests.factories import RecordingListener, search_without_ray, toy_space
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,26 @@ def test_a_search_needs_a_runs_folder_that_can_be_written(tmp_path: Path) -> Non
 
 
 # --- a plan -----------------------------------------------------------------------------------------------------------
+
+
+def test_another_sampler_or_scheduler_is_noted(tmp_path: Path) -> None:
+    changes: list[dict[str, Any]] = [
+        {"sampler": "random", "scheduler": {"name": "asha", "grace_period": 2}},
+        {"sampler": "random", "scheduler": {"name": "asha", "grace_period": 2}},
+        {"sampler": "random", "scheduler": {"name": "asha", "grace_period": 1}},
+        {"sampler": {"name": "qmc", "scramble": True}},
+    ]
+    listener = RecordingListener()
+    with open_database(f"sqlite:///{tmp_path}/hpo.db") as database:
+        for change in changes:
+            space = toy_space(tmp_path, budget={"trials": 4}, **change)
+            api._note_changes(space, find_revision(database, space.name, space.fingerprint), listener)
+            open_study(database, **space.study_options)
+    assert [text for _, text in listener.events] == [
+        "the scheduler's grace_period was 2 and is now 1; the trials so far are kept",
+        "the sampler was random and is now qmc; the trials so far are kept",
+        "the scheduler was asha and is now none; the trials so far are kept",
+    ]
 
 
 def test_a_plan_counts_what_storage_holds(finished: Path, storage: str) -> None:

@@ -175,6 +175,7 @@ class Space(StrictModel):
             "direction": self.direction,
             "fingerprint": self.fingerprint,
             "settings": self.model_dump(mode="json"),
+            "total_trials": self.total_trials,
         }
 
     @contextmanager

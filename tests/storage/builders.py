@@ -26,8 +26,15 @@ def config_key(params: Mapping[str, Any]) -> str:
     return repr(sorted(params.items()))
 
 
-def open_s(database: Database, fingerprint: str = "f") -> Study:
-    return open_study(database, "s", direction="maximize", fingerprint=fingerprint, settings={"metric": "m"})
+def open_s(database: Database, fingerprint: str = "f", total_trials: int | None = None) -> Study:
+    return open_study(
+        database,
+        "s",
+        direction="maximize",
+        fingerprint=fingerprint,
+        settings={"metric": "m"},
+        total_trials=total_trials,
+    )
 
 
 def open_in_process(url: str, barrier: Barrier, answers: multiprocessing.Queue[str]) -> None:

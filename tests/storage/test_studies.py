@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from typing import Any
 
 import optuna
 import pytest
@@ -52,7 +53,8 @@ def summary(database: Database) -> studies.Summary:
     return only
 
 
-def test_a_grid_is_running_then_resumable_then_finished(study: Study, database: Database) -> None:
+def test_a_grid_is_running_then_resumable_then_finished(database: Database) -> None:
+    study = open_s(database, total_trials=len(POINTS))
     line = summary(database)
     assert (line.state, line.counts, line.best, line.last_activity) == ("resumable", {}, None, None)
     with grid_run(study) as run:
@@ -83,7 +85,7 @@ def test_a_study_whose_run_was_killed_is_resumable_at_once(study: Study, databas
 
 def test_a_sampled_study_is_finished_when_its_budget_is_spent(database: Database) -> None:
     settings = {"metric": "m", "sampler": {"name": "random"}, "budget": {"trials": 2}}
-    study = open_study(database, "s", direction="minimize", fingerprint="f", settings=settings)
+    study = open_study(database, "s", direction="minimize", fingerprint="f", settings=settings, total_trials=2)
     states = []
     with sampled_run(study) as run:
         for value in (0.5, 0.25):
@@ -92,6 +94,28 @@ def test_a_sampled_study_is_finished_when_its_budget_is_spent(database: Database
             states.append(studies.state_of(study.attrs, summary(database).counts, []))
     assert states == ["resumable", "finished"]
     assert summary(database).best == 0.25
+
+
+@pytest.mark.parametrize(("total", "state"), [(1, "finished"), (2, "resumable"), (None, "finished")])
+def test_the_state_and_the_settings_are_those_of_the_latest_opening(
+    database: Database, total: int | None, state: str
+) -> None:
+    options: dict[str, Any] = {"direction": "minimize", "fingerprint": "f"}
+    study = open_study(database, "s", settings={"scheduler": "asha"}, total_trials=5, **options)
+    with sampled_run(study) as run:
+        run.complete(claim_one(run), 0.5)
+    assert summary(database).state == "resumable"
+    again = open_study(database, "s", settings={"scheduler": "none"}, total_trials=total, **options)
+    assert again.name == "s"
+    assert study.settings == {"scheduler": "none"}
+    assert summary(database).state == state
+
+
+def test_the_state_of_a_study_that_version_1_opened_last_is_read(database: Database) -> None:
+    states = []
+    for attrs in ({"hpo:points": 2}, {"hpo:points": 1}, {"hpo:settings": {"budget": {"trials": 2}}}):
+        states.append(studies.state_of({"hpo:settings": {}} | attrs, {"COMPLETE": 1}, []))
+    assert states == ["resumable", "finished", "resumable"]
 
 
 def test_a_duplicate_is_not_counted_as_a_failure(study: Study, database: Database) -> None:
