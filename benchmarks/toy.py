@@ -124,7 +124,7 @@ def failing(
     device: str,
     checkpoint: Mapping[str, Any] | None = None,
 ) -> Iterator[Report]:
-    """Fail in epoch 2 in the way that `params["how"]` names. `die_once` dies only the first time."""
+    """Fail in epoch 2 in the way that `params["how"]` names. `die_once` and `raise_once` fail only the first time."""
     done = checkpoint["epoch"] if checkpoint else 0
     for epoch in range(done + 1, max_epochs + 1):
         value = epoch / 10
@@ -136,6 +136,11 @@ def failing(
                     value = math.inf
                 case "raise":
                     raise ValueError("the trainable's own words")
+                case "raise_once":
+                    flag = Path(params["folder"]) / "raised"
+                    if not flag.exists():
+                        flag.touch()
+                        raise ValueError("only the first time")
                 case "memory":
                     raise MemoryError("no room for the batch")
                 case "die":

@@ -14,7 +14,7 @@ from __future__ import annotations
 import gc
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -435,6 +435,45 @@ def write_report(results: Results, *, runs_dir: Path | str = "runs") -> Path:
     from hpo.report.page import write_report
 
     return write_report(results, RunsDir(Path(runs_dir)))
+
+
+def retry_trials(
+    study: str,
+    numbers: Collection[int] = (),
+    *,
+    resume: bool = False,
+    storage: str = DEFAULT_STORAGE,
+    password: str | None = None,
+) -> list[int]:
+    """Let failed trials run again: the next search of the study starts them anew.
+
+    Args:
+        study: the study's name.
+        numbers: the trials; empty for all that failed.
+        resume: whether they go on from their last checkpoint. Otherwise what they stored is deleted.
+        storage: the database; it is not created.
+        password: the PostgreSQL password, used if the URL has none.
+
+    Returns:
+        The numbers of the trials, ascending; empty if none has failed.
+
+    Raises:
+        SettingError: the study does not exist, or one of the trials has not failed.
+        StorageError: the database cannot be used.
+    """
+    from storage import retry
+
+    opened = _existing_study(study, storage, password)
+    if not opened.is_ours:
+        raise SettingError(f"study {opened.name} was not created by hpo, so hpo cannot run its trials")
+    failed = retry.failed_trials(opened)
+    for number in sorted(numbers):
+        if number not in failed:
+            listed = ", ".join(map(str, failed)) or "none"
+            raise SettingError(f"trial {number} of study {opened.name} has not failed; failed trials: {listed}")
+    chosen = sorted(set(numbers) or failed)
+    retry.retry_trials(opened, chosen, resume=resume)
+    return chosen
 
 
 def replay_trial(

@@ -326,6 +326,31 @@ def list_(storage: str, as_json: bool) -> int:
 
 @cli.command()
 @click.argument("study")
+@click.argument("numbers", nargs=-1, type=int, metavar="[NUMBER]...")
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoints, instead of starting anew.")
+@storage_option
+def retry(study: str, numbers: Sequence[int], resume: bool, storage: str) -> int:
+    """Let failed trials run again, after their cause is mended.
+
+    Without a NUMBER, all failed trials of the study. They start anew when `hpo run` is started again, or at once if
+    it still runs.
+
+    \b
+    Example:  hpo retry grid 1 4
+    """
+    from hpo.api import retry_trials
+
+    chosen = retry_trials(study, numbers, resume=resume, storage=storage, password=_secret("PGPASSWORD"))
+    if chosen:
+        listed = ", ".join(map(str, chosen))
+        print(f"{study}: waiting to run again: {listed}. The command that started the search runs them")
+    else:
+        print(f"{study}: no trial has failed")
+    return 0
+
+
+@cli.command()
+@click.argument("study")
 @click.argument("number", type=int)
 @storage_option
 @data_option
@@ -452,11 +477,19 @@ def _print_report(console: Console, page: Path) -> None:
 
 def _print_ending(console: Console, result: SearchResult, storage: str) -> None:
     if result.stop_reason:
-        remedy = "The same command" if result.interrupted else "With a larger budget.time, the same command"
-        console.print(f"Stopped: {result.stop_reason}. {remedy} resumes it.", style="yellow")
+        from hpo.search.coordinator import TIME_SPENT
+
+        remedy = "The same command resumes it"
+        if result.stop_reason == TIME_SPENT:
+            remedy = "With a larger budget.time, the same command resumes it"
+        elif not result.interrupted:
+            remedy = "Mend the cause, retry the failed trials, and start the same command again"
+        console.print(f"Stopped: {result.stop_reason}. {remedy}.", style="yellow", soft_wrap=True, markup=False)
     name = result.results.study.name
     if result.report is not None:
         _print_report(console, result.report)
+    if result.results.counts["FAIL"]:
+        console.print(f"Retry failed trials: {_hint('retry', name, storage=storage)}", soft_wrap=True, markup=False)
     console.print(f"Dashboard: {_hint('dashboard', storage=storage)}", soft_wrap=True, markup=False)
     console.print(f"Report again: {_hint('report', name, storage=storage)}", soft_wrap=True, markup=False)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import optuna
 import sqlalchemy as sa
-from optuna.storages._rdb.models import TrialIntermediateValueModel
+from optuna.storages._rdb.models import TrialIntermediateValueModel, TrialModel, TrialUserAttributeModel
 from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial
 
@@ -37,6 +37,12 @@ def new_trial(study: optuna.Study) -> optuna.Trial:
     return optuna.Trial(study, study._storage.create_new_trial(study._study_id))
 
 
+def forget_finished(study: optuna.Study, trial_id: int) -> None:
+    """Let a study read a trial again that Optuna keeps in memory as finished. `hpo retry` makes failed ones unfinished."""
+    if study._storage.get_trial(trial_id).state.is_finished():
+        study._storage = optuna.storages.get_storage(study._storage._backend)  # type: ignore[attr-defined]
+
+
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 # `Trial.report` writes one value in one transaction; we write a batch of epochs together with their metrics.
@@ -51,18 +57,10 @@ def encode_intermediate_value(value: float) -> tuple[float | None, str]:
 
 studies = sa.table("studies", sa.column("study_id", sa.Integer))
 
-# Counting the trials of a large study through `Study.get_trials` reads all of them, which takes many seconds.
-trials = sa.table(
-    "trials",
-    sa.column("trial_id", sa.Integer),
-    sa.column("study_id", sa.Integer),
-    sa.column("state", sa.String),
-    sa.column("datetime_start", sa.DateTime),
-    sa.column("datetime_complete", sa.DateTime),
-)
-trial_user_attributes = sa.table(
-    "trial_user_attributes", sa.column("trial_id", sa.Integer), sa.column("key", sa.String), sa.column("value_json")
-)
+# Counting the trials of a large study through `Study.get_trials` reads all of them, which takes many seconds. Optuna
+# cannot change the state of a failed trial.
+trials: sa.Table = sa.inspect(TrialModel).local_table
+trial_user_attributes: sa.Table = sa.inspect(TrialUserAttributeModel).local_table
 
 # `set_study_system_attr` writes one attribute in one transaction; a plot of a hundred parts could be read half-written.
 study_system_attributes = sa.table(

@@ -22,7 +22,7 @@ from sqlalchemy.exc import IntegrityError
 from storage import optuna_internals, tables
 from storage.database import StorageError, retry_while_down
 from storage.lease import Lease
-from storage.studies import DUPLICATE, REJECTED, Params, Study
+from storage.studies import DUPLICATE, REJECTED, Params, Study, attempt_of
 from storage.writer import ClaimedTrial, Writer
 
 SCAN_SECONDS = 1.0  # between scans for trials that other runs left
@@ -100,7 +100,7 @@ class TrialQueue:
         Raises:
             StorageError: the study was deleted.
         """
-        with self._database.lock(f"study {self._study.name.partition('@')[0]}"):
+        with self._study.lock():
             if not self._lease.exists():
                 raise StorageError(
                     f"{self._database.url}: the study {self._study.name!r} was deleted while this search worked on it; the "
@@ -229,8 +229,10 @@ class TrialQueue:
             ).rowcount
         if not updated:
             return None
+        optuna_internals.forget_finished(self._study.optuna_study, trial_id)
         self._held.add(trial_id)
-        return ClaimedTrial(trial_id, trial.number, trial.params, dict(trial.intermediate_values), row.crashes)
+        values = dict(trial.intermediate_values)
+        return ClaimedTrial(trial_id, trial.number, trial.params, values, row.crashes, attempt_of(trial))
 
     def _claim_point(self) -> ClaimedTrial | None:
         """Create a trial for the next point that no run has claimed."""

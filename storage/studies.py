@@ -9,6 +9,7 @@ import uuid
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -51,8 +52,9 @@ class Study:
 
     def trials(self) -> list[FrozenTrial]:
         """Return all trials, ordered by number."""
+        storage = self.database.optuna_storage  # not through `optuna_study`, which never reads finished trials again
         with without_garbage_collection():
-            return retry_while_down(self.database, lambda: self.optuna_study.get_trials(deepcopy=False))
+            return retry_while_down(self.database, lambda: storage.get_all_trials(self.study_id, deepcopy=False))
 
     def trained_trials(self) -> list[FrozenTrial]:
         """Return the trials without those never run: draws that were duplicates or broke a constraint."""
@@ -109,6 +111,10 @@ class Study:
         """Set these system attributes in one transaction."""
         retry_while_down(self.database, lambda: records.write_study_attrs(self.database, self.study_id, attrs))
 
+    def lock(self) -> AbstractContextManager[None]:
+        """Hold the lock of the study and its revisions: claims happen under it."""
+        return self.database.lock(f"study {self.name.partition('@')[0]}")
+
     @property
     def is_ours(self) -> bool:
         """Whether hpo created the study, not another program that uses Optuna."""
@@ -124,6 +130,11 @@ class Study:
     def unique_name(self) -> str:
         """A name that no other study has, in any database. Files of the study are stored under it."""
         return f"{self.name}-{self.attrs['hpo:id']}"
+
+
+def attempt_of(trial: FrozenTrial) -> int:
+    """Return how often a trial was started anew, the first time included."""
+    return int(trial.user_attrs.get("attempt", 1))
 
 
 @contextlib.contextmanager

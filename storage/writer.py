@@ -37,6 +37,7 @@ class ClaimedTrial:
         params: its configuration.
         values: {epoch: value} of the objective, as reported before an interruption.
         crashes: how many workers have died while they trained it.
+        attempt: how often it was started anew, the first time included.
     """
 
     trial_id: int
@@ -44,6 +45,7 @@ class ClaimedTrial:
     params: Params
     values: dict[int, float]
     crashes: int
+    attempt: int = 1
 
     @property
     def epoch(self) -> int:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 
 import hpo
@@ -158,6 +159,39 @@ def test_an_unknown_study_is_answered_with_the_nearest_name(tmp_path: Path, stor
     open_database(f"sqlite:///{tmp_path}/empty.db").close()
     with pytest.raises(SettingError, match=r"there is no study 'toy' in .*: it has none yet"):
         api.read_results("toy", storage=f"sqlite:///{tmp_path}/empty.db")
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_failed_trial_is_retried_from_its_start_or_its_checkpoint(tmp_path: Path, *, resume: bool) -> None:
+    """With `die_once`, the second attempt works. Its checkpoint of epoch 1 is used only with `resume`."""
+    url = f"sqlite:///{tmp_path}/hpo.db"
+    space = toy_space(
+        tmp_path,
+        trainable="benchmarks.toy:failing",
+        max_epochs=2,
+        parameters={"how": ["raise_once", "raise"], "folder": str(tmp_path)},
+    )
+    with open_database(url) as database:
+        study, _ = search_without_ray(space, database, tmp_path)
+        assert [trial.state.name for trial in study.trials()] == ["FAIL", "FAIL"]
+        assert api.retry_trials("toy", resume=resume, storage=url) == [0, 1]
+        _, listener = search_without_ray(space, database, tmp_path)
+        assert [trial.state.name for trial in study.trials()] == ["COMPLETE", "FAIL"]
+    assert [event for event in listener.events if event[0] in {"epoch", "note"} and event[1] == 0] == [
+        ("epoch", 0, epoch) for epoch in ([2] if resume else [1, 2])
+    ]
+    with pytest.raises(SettingError, match="trial 0 of study toy has not failed; failed trials: 1"):
+        api.retry_trials("toy", [0, 1], storage=url)
+
+
+def test_only_failed_trials_of_hpo_are_retried(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/hpo.db"
+    with open_database(url) as database:
+        search_without_ray(toy_space(tmp_path, max_epochs=1, parameters={"x": [1]}), database, tmp_path)
+        optuna.create_study(storage=database.optuna_storage, study_name="theirs")
+    assert api.retry_trials("toy", storage=url) == []
+    with pytest.raises(SettingError, match="study theirs was not created by hpo"):
+        api.retry_trials("theirs", storage=url)
 
 
 def test_a_trial_is_replayed(storage: str) -> None:

@@ -131,7 +131,7 @@ def test_ctrl_c_outside_of_a_search_is_exit_code_130(
     [
         ([], "Usage: hpo"),
         (["rnu", "grid"], "there is no verb 'rnu': did you mean run?"),
-        (["frobnicate"], "there is no verb 'frobnicate': allowed: run, plan, report, list, replay"),
+        (["frobnicate"], "there is no verb 'frobnicate': allowed: run, plan, report, list, retry"),
         (["run"], "Missing argument 'SPACE'"),
         (["run", "grid", "--sett", "a=1"], "No such option"),
         (["replay", "grid", "first"], "'first' is not a valid integer"),
@@ -274,6 +274,44 @@ def test_a_command_line_without_a_password_is_not_started_again(monkeypatch: pyt
     run._hide_password(["run", "grid", "--storage"])  # click says what is missing
 
 
+@pytest.mark.parametrize(
+    ("states", "hints"),
+    [
+        (["COMPLETE"], []),
+        (["COMPLETE", "FAIL"], ["Retry failed trials: python -m hpo retry toy --storage sqlite:///x.db"]),
+    ],
+)
+def test_failed_trials_are_offered_for_retry(
+    tmp_path: Path,
+    hpo_here: HpoHere,
+    fake_search: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    states: list[str],
+    hints: list[str],
+) -> None:
+    fake_search(states)
+    monkeypatch.delenv("UV_RUN_RECURSION_DEPTH", raising=False)
+    finished = hpo_here(tmp_path, "run", "toy.yaml", "--storage", "sqlite:///x.db")
+    assert [line for line in finished.stdout.splitlines() if line.startswith("Retry")] == hints
+
+
+def test_retry_lists_the_trials_that_wait_again(
+    tmp_path: Path, hpo_here: HpoHere, faked: Callable[[tuple[str, ...]], Path]
+) -> None:
+    shutil.copytree(faked(("COMPLETE", "FAIL", "FAIL")), tmp_path, dirs_exist_ok=True)
+    storage = ("--storage", f"sqlite:///{tmp_path}/faked.db")
+    wrong = hpo_here(tmp_path, "retry", "toy", "0", "1", *storage)
+    assert wrong == Finished(2, "", "hpo: trial 0 of study toy has not failed; failed trials: 1, 2\n")
+    for numbers, text in (
+        (["2"], "waiting to run again: 2"),
+        ([], "waiting to run again: 1"),
+        ([], "no trial has failed"),
+    ):
+        finished = hpo_here(tmp_path, "retry", "toy", *numbers, *storage)
+        assert finished.returncode == 0
+        assert finished.stdout.startswith(f"toy: {text}")
+
+
 # --- verbs ------------------------------------------------------------------------------------------------------------
 
 
@@ -337,7 +375,7 @@ def test_completion_prints_a_script(tmp_path: Path, hpo_here: HpoHere, shell: st
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("typed", "candidates"), [("hpo re", {"replay", "report"}), ("hpo run q", {"quick"}), ("hpo list --j", {"--json"})]
+    ("typed", "candidates"), [("hpo rep", {"replay", "report"}), ("hpo run q", {"quick"}), ("hpo list --j", {"--json"})]
 )
 def test_bash_completes_verbs_spaces_and_options(typed: str, candidates: set[str]) -> None:
     words = typed.split()

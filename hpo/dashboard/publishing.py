@@ -25,7 +25,7 @@ from hpo.dashboard.notes import describe_trial
 from hpo.paths import LOG_FILE, RunsDir, write_atomically
 from hpo.report.published import match_published
 from hpo.report.results import Results, TrialResult, read_epochs, read_results
-from hpo.search.checkpoints import belongs_to, list_checkpoints
+from hpo.search.checkpoints import belongs_to, list_checkpoints, owner_key
 
 if TYPE_CHECKING:
     from storage.studies import Study
@@ -117,7 +117,9 @@ def _publish_best_checkpoint(
     if best is None:
         return
     folder = runs_dir.trial(study.unique_name, best.number)
-    is_other = results.space is not None and not belongs_to(folder, results.space.config_key(best.params))
+    is_other = results.space is not None and not belongs_to(
+        folder, owner_key(results.space.config_key(best.params), best.attempt)
+    )
     for newest in [] if is_other else list_checkpoints(folder)[:1]:
         artifact = _artifact(study, newest.name, best.trial_id, role="checkpoint")
         _publish_file(artifact, attributes, runs_dir, partial(_link_or_copy, newest))

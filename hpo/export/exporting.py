@@ -34,7 +34,7 @@ from hpo.export.scoring import (
     score_as_trained,
 )
 from hpo.paths import RunsDir
-from hpo.search.checkpoints import Checkpoint, belongs_to, load_checkpoint
+from hpo.search.checkpoints import Checkpoint, belongs_to, load_checkpoint, owner_key
 from hpo.space.model import Space
 from hpo.train.data import Dataset, load
 from hpo.train.evaluation import CPU_BATCH
@@ -43,6 +43,7 @@ from hpo.train.network import build_model
 from hpo.train.params import read_params
 from hpo.trainable import DEFAULT_TRAINABLE
 from storage.optuna_internals import trial_id
+from storage.studies import attempt_of
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -93,7 +94,10 @@ def export_model(
     output = (output or runs_dir.export(study.name, trial.number)).absolute()
     _check_replaceable(output)
     provenance = study.provenance(trial.number)
-    folder, key = runs_dir.trial(study.unique_name, trial.number), space.config_key(trial.params)
+    folder, key = (
+        runs_dir.trial(study.unique_name, trial.number),
+        owner_key(space.config_key(trial.params), attempt_of(trial)),
+    )
     checkpoint = _load_checkpoint(folder, trial, key, provenance)
     params = read_params({**trial.params, **trial.user_attrs.get("derived", {})})
     network = build_model(stem=params.stem)

@@ -39,7 +39,8 @@ def format_params(params: Mapping[str, Any]) -> str:
 def format_command(verb: str, *words: str) -> str:
     """Return a command line of this program to copy and run: with `uv run` if that started the process."""
     uv = "uv run " if "UV_RUN_RECURSION_DEPTH" in os.environ else ""
-    return f"{uv}python -m hpo.{verb} {shlex.join(words)}".strip()
+    module = f"hpo.{verb}" if verb in {"run", "report", "dashboard"} else f"hpo {verb}"
+    return f"{uv}python -m {module} {shlex.join(words)}".strip()
 
 
 def shorten(text: str, length: int = 64) -> str:

@@ -48,6 +48,16 @@ class Checkpoint:
     state: dict[str, Any]
 
 
+def owner_key(key: str, attempt: int) -> str:
+    """Return whose a trial's folder is: an attempt to train a configuration.
+
+    Args:
+        key: the configuration's key.
+        attempt: how often its training was started anew, the first time included.
+    """
+    return key if attempt == 1 else f"{key}-{attempt}"
+
+
 def claim_folder(folder: Path, key: str) -> str:
     """Make a folder that of a configuration, so that files of another one are never taken for its own.
 
@@ -55,7 +65,7 @@ def claim_folder(folder: Path, key: str) -> str:
 
     Args:
         folder: the trial's folder. It is created, or kept if it is that of the same configuration, else renamed first.
-        key: the configuration's key.
+        key: see `owner_key`.
 
     Returns:
         A warning if files of another configuration were renamed; else empty.
@@ -72,7 +82,8 @@ def claim_folder(folder: Path, key: str) -> str:
             if not (path := folder.with_name(f"{folder.name}.other-{number}")).exists()
         )
         folder.rename(aside)
-        warning = f"the files in {folder} were of another configuration; they are now in {aside.name}"
+        if str(owner).partition("-")[0] != key.partition("-")[0]:  # else of an earlier attempt
+            warning = f"the files in {folder} were of another configuration; they are now in {aside.name}"
     if owner != key:
         with contextlib.suppress(OSError):  # if the disk is full, saving a checkpoint says so
             folder.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.errors import nearest
 from hpo.paths import HANG_FILE, RunsDir
-from hpo.search.checkpoints import trim_checkpoints
+from hpo.search.checkpoints import owner_key, trim_checkpoints
 from hpo.search.listener import ProgressListener
 from hpo.search.slots import Slots
 from hpo.search.worker import TrialReport, TrialSpec
@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # workers import this module too, and need no database
     from storage.run import Run
     from storage.writer import ClaimedTrial
 
+TIME_SPENT = "the time budget is spent"
+MIN_EARLY_FAILURES = 4  # and at least two per slot: then the machine or the code is at fault, not the configurations
 POLL_SECONDS = 1.0  # between attempts to claim a trial while other runs hold the rest
 
 
@@ -65,6 +67,8 @@ class TrialCoordinator:
         self._deadline = math.inf
         self._next_attempt = 0.0
         self._is_exhaustion_noted = False
+        self._has_epochs = False  # whether any trial of this run has finished an epoch
+        self._early_failures = 0  # trials that failed before
         self.stop_reason = ""
         self.error: Exception | None = None
 
@@ -97,7 +101,7 @@ class TrialCoordinator:
             return TrialSpec(
                 trainable=self._space.trainable,
                 command=self._space.command,
-                key=self._space.config_key(claim.params),
+                key=owner_key(self._space.config_key(claim.params), claim.attempt),
                 params=claim.params | derived,
                 data=self._data,
                 seed=self._space.seed,
@@ -137,6 +141,7 @@ class TrialCoordinator:
 
     def _on_epoch(self, tune_id: str, claim: ClaimedTrial, report: TrialReport) -> bool:
         epoch, metrics = report.epoch, report.metrics
+        self._has_epochs = True
         value = metrics.get(self._space.metric)
         if value is None:
             hint = nearest(self._space.metric, metrics)
@@ -192,6 +197,9 @@ class TrialCoordinator:
 
     def _fail(self, tune_id: str, reason: str, details: str = "") -> bool:
         self._run.fail(self._claims[tune_id], reason, details)
+        self._early_failures += not self._has_epochs
+        if not self._has_epochs and self._early_failures >= max(MIN_EARLY_FAILURES, 2 * self._slots.count):
+            self.stop(f"the first {self._early_failures} trials failed before their first epoch")
         return self._end(tune_id, "FAIL", reason)
 
     def _end(self, tune_id: str, state: str, text: str) -> bool:
@@ -208,7 +216,7 @@ class TrialCoordinator:
 
     def _is_over(self) -> bool:
         if time.monotonic() >= self._deadline:
-            self.stop("the time budget is spent")
+            self.stop(TIME_SPENT)
         return bool(self.stop_reason)
 
     def _crash_reason(self, claim: ClaimedTrial, details: str) -> tuple[str, str]:

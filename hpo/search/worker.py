@@ -29,7 +29,7 @@ class TrialSpec:
     Attributes:
         trainable: `module:function`.
         command: the script that is run instead of the trainable, or None.
-        key: of the configuration: files of another one are not used.
+        key: of the configuration and the attempt: files of another one are not used.
         params: hyperparameters and derived values.
         data: what the trainable gets as `data`.
         seed: of the training.

@@ -10,6 +10,7 @@ from benchmarks.toy import expected_value
 from hpo.paths import RunsDir
 from hpo.search.coordinator import TrialCoordinator
 from hpo.search.slots import Slots
+from hpo.search.worker import TrialReport
 from hpo.space.model import Space
 from storage.database import StorageError
 from storage.run import Run
@@ -68,6 +69,37 @@ def test_end_of_the_time_budget_releases_trials(study: Study, tmp_path: Path) ->
         assert coordinator.on_report("a", take_reports(spec, 1)[0])
     assert coordinator.stop_reason == "the time budget is spent"
     assert trial_states(study) == ["WAITING"]
+
+
+BROKEN = TrialReport(failure="ModuleNotFoundError: No module named 'helpers'")
+
+
+def test_a_search_whose_first_trials_all_fail_stops_before_it_burns_the_rest(study: Study, tmp_path: Path) -> None:
+    space = toy_space(tmp_path, parameters={"x": list(range(9))})
+    with run_of(study, space) as run:
+        coordinator = coordinator_of(space, run, tmp_path, RecordingListener())
+        for number in range(4):
+            assert not coordinator.stop_reason
+            assert coordinator.next_trial(str(number)) is not None
+            assert coordinator.on_report(str(number), BROKEN)
+        assert coordinator.stop_reason == "the first 4 trials failed before their first epoch"
+        assert coordinator.next_trial("4") is None
+        assert coordinator.is_done
+    assert trial_states(study) == ["FAIL"] * 4
+
+
+def test_one_epoch_shows_that_the_machine_works(study: Study, tmp_path: Path) -> None:
+    space = toy_space(tmp_path, parameters={"x": list(range(9))})
+    with run_of(study, space) as run:
+        coordinator = coordinator_of(space, run, tmp_path, RecordingListener())
+        spec = coordinator.next_trial("works")
+        assert spec is not None
+        assert not coordinator.on_report("works", take_reports(spec, 1)[0])
+        for number in range(8):
+            assert coordinator.next_trial(str(number)) is not None
+            assert coordinator.on_report(str(number), BROKEN)
+        assert not coordinator.stop_reason
+    assert trial_states(study) == ["RUNNING"] + ["FAIL"] * 8
 
 
 def test_trial_taken_over_by_another_run_is_dropped_and_not_written(study: Study, tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+"""Failed trials are tried again."""
+
+from __future__ import annotations
+
+import optuna
+import pytest
+
+from storage.database import Database
+from storage.retry import failed_trials, retry_trials
+from storage.run import Run
+from storage.studies import DUPLICATE, Study
+from tests.storage.builders import GRID, POINTS, claim_one, grid_run, sql
+
+
+def fail_two_of_three(run: Run) -> None:
+    """Complete trial 0; fail trials 1 and 2 after their first epoch."""
+    run.enqueue(POINTS, GRID)
+    for number in range(3):
+        claim = claim_one(run)
+        run.report(claim, 1, {"m": 0.5, "loss": 1.0}, 0.5)
+        run.record_crash(claim)
+        if number:
+            run.fail(claim, "ValueError: no", "Traceback ...")
+        else:
+            run.complete(claim, 0.5)
+    run.flush()
+
+
+def states(study: Study) -> list[str]:
+    return [trial.state.name for trial in study.trials()]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_failed_trial_waits_again_without_its_failure(study: Study, database: Database, *, resume: bool) -> None:
+    with grid_run(study) as run:
+        fail_two_of_three(run)
+    retry_trials(study, [1], resume=resume)
+    assert states(study) == ["COMPLETE", "WAITING", "FAIL"]
+    retried = study.trials()[1]
+    assert retried.user_attrs == ({} if resume else {"attempt": 2})
+    assert retried.datetime_complete is None
+    assert study.metrics()[1] == ({1: {"m": 0.5, "loss": 1.0}} if resume else {})
+    assert sql(database, "SELECT run, crashes FROM hpo_trials WHERE trial = 2") == [(None, 0)]
+    assert study.metrics()[0] == study.metrics()[2] == {1: {"m": 0.5, "loss": 1.0}}
+    with grid_run(study) as run:
+        claim = claim_one(run)
+        assert (claim.number, claim.epoch, claim.attempt) == (1, 1 if resume else 0, 1 if resume else 2)
+        run.complete(claim, 0.75)
+    assert states(study) == ["COMPLETE", "COMPLETE", "FAIL"]
+
+
+def test_the_run_that_failed_it_may_claim_it_again(study: Study) -> None:
+    with grid_run(study) as run:
+        fail_two_of_three(run)
+        assert len(study.optuna_study.trials) == 3, "Optuna now keeps them in memory as finished"
+        retry_trials(study, failed_trials(study))
+        run._queue._next_scan = 0.0
+        claims = [claim_one(run) for _ in range(3)]
+        assert [claim.number for claim in claims] == [1, 2, 3]
+        for claim in claims:
+            run.complete(claim, 0.75)
+    assert states(study) == ["COMPLETE"] * 4
+
+
+def test_each_retry_is_a_new_attempt(study: Study) -> None:
+    with grid_run(study) as run:
+        fail_two_of_three(run)
+    for attempt in (2, 3):
+        retry_trials(study, [2])
+        retry_trials(study, [2])  # the answer was lost, and the operation repeated
+        with grid_run(study) as run:
+            claim = claim_one(run)
+            assert (claim.number, claim.attempt) == (2, attempt)
+            run.fail(claim, "again")
+
+
+def test_trials_that_did_not_fail_in_training_are_left_as_they_are(study: Study) -> None:
+    with grid_run(study) as run:
+        fail_two_of_three(run)
+    duplicate = optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL, user_attrs={"fail_reason": DUPLICATE})
+    study.optuna_study.add_trial(duplicate)
+    assert failed_trials(study) == [1, 2]
+    retry_trials(study, [0])
+    assert states(study) == ["COMPLETE", "FAIL", "FAIL", "FAIL"]
+    assert study.metrics()[0] == {1: {"m": 0.5, "loss": 1.0}}
