@@ -18,6 +18,7 @@ from storage import tables
 from storage.database import RETRY_SECONDS, Database, retry_while_down
 
 LEASE_SECONDS = 60.0
+SECONDS_1970 = 1e9  # version 1 of our tables stored the start of a process in seconds since 1970, far above any uptime
 
 
 class Lease:
@@ -53,7 +54,7 @@ class Lease:
                 study=self._study_id,
                 host=host_id(),
                 pid=os.getpid(),
-                process_started=psutil.Process().create_time(),
+                process_started=started_after_boot(psutil.Process()),
                 started=now,
                 last_heard=now,
                 lease_until=now + self._lease_seconds,
@@ -126,6 +127,11 @@ def host_id() -> str:
     return "/".join(parts)
 
 
+def started_after_boot(process: psutil.Process) -> float:
+    """Return when a process started, in seconds after the machine did: a change of the clock does not change it."""
+    return process.create_time() - psutil.boot_time()
+
+
 def is_process_dead(run: Any) -> bool:
     """Return whether the process of a run on this machine has ended.
 
@@ -134,7 +140,10 @@ def is_process_dead(run: Any) -> bool:
     """
     try:
         process = psutil.Process(run.pid)
-        is_other = abs(process.create_time() - run.process_started) > 1.0  # the PID was reused
+        started = run.process_started
+        if started > SECONDS_1970:
+            started -= psutil.boot_time()
+        is_other = abs(started_after_boot(process) - started) > 1.0  # the PID was reused
         return is_other or bool(process.status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True

@@ -1,7 +1,8 @@
 """Versions of our tables: how they are created, and how a database of an older version is brought forward.
 
     1   the tables
-    2   triggers delete our rows of a study or a trial that any program deletes; SQLite never reuses a run's key
+    2   triggers delete our rows of a study or a trial that any program deletes; SQLite never reuses a run's key; names of
+        metrics have any length
 
 Optuna's own tables have versions of their own, which Optuna migrates.
 """
@@ -87,6 +88,8 @@ def _from_1(connection: sa.Connection) -> None:
     connection.execute(trials.delete().where(~has_trial))
     connection.execute(metrics.delete().where(~sa.exists().where(trials.c.trial == metrics.c.trial)))
     connection.execute(runs.delete().where(~sa.exists().where(study.c.study_id == runs.c.study)))
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql("ALTER TABLE hpo_metrics ALTER COLUMN name TYPE TEXT")
     if connection.dialect.name == "sqlite":  # which cannot add AUTOINCREMENT to a table
         connection.exec_driver_sql("ALTER TABLE hpo_runs RENAME TO hpo_runs_1")
         connection.exec_driver_sql("DROP INDEX ix_hpo_runs_study")

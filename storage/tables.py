@@ -54,7 +54,8 @@ metrics = sa.Table(
     metadata,
     sa.Column("trial", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("epoch", sa.Integer, primary_key=True, autoincrement=False),
-    sa.Column("name", sa.String(100), primary_key=True),
+    # SQLite does not enforce the length. In PostgreSQL, a longer name would block every later write.
+    sa.Column("name", sa.String(100).with_variant(sa.Text(), "postgresql"), primary_key=True),
     # NULL means NaN, which SQLite cannot store.
     sa.Column("value", sa.Double),
 )

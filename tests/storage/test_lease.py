@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 
 from storage import lease
 from storage.database import Database
-from storage.lease import Lease, host_id, is_process_dead
+from storage.lease import Lease, host_id, is_process_dead, started_after_boot
 from storage.records import read_runs
 from storage.studies import Study
 from tests.factories import ROOT, wait_until
@@ -84,7 +85,7 @@ def test_after_an_outage_the_other_runs_get_time_to_renew(
 def test_a_run_on_this_machine_is_dead_as_soon_as_its_process_is() -> None:
     child = subprocess.Popen(["sleep", "60"])
     process = psutil.Process(child.pid)
-    run = SimpleNamespace(pid=child.pid, process_started=process.create_time())
+    run = SimpleNamespace(pid=child.pid, process_started=started_after_boot(process))
     assert not is_process_dead(run)
     assert is_process_dead(SimpleNamespace(pid=run.pid, process_started=run.process_started - 60)), "the PID was reused"
     child.kill()
@@ -92,6 +93,17 @@ def test_a_run_on_this_machine_is_dead_as_soon_as_its_process_is() -> None:
     assert is_process_dead(run), "a zombie is dead"
     child.wait()
     assert is_process_dead(run)
+
+
+def test_a_change_of_the_clock_kills_no_run(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = start_lease(study)
+    started, boot = psutil.Process().create_time(), psutil.boot_time()
+    of_version_1 = SimpleNamespace(pid=os.getpid(), process_started=started)
+    assert not is_process_dead(of_version_1)
+    monkeypatch.setattr(psutil.Process, "create_time", lambda _: started + 3600)  # psutil adds the time of the boot
+    monkeypatch.setattr(psutil, "boot_time", lambda: boot + 3600)
+    assert not is_process_dead(row_of(study, own))
+    own.stop()
 
 
 @pytest.mark.slow

@@ -63,6 +63,7 @@ def _make_version_1(target: Database, source: Path) -> None:
             )
             if sequence is not None and rows:
                 connection.execute(sa.select(sa.func.setval(sequence, max(row[key.name] for row in rows))))
+        connection.execute(sa.text("ALTER TABLE hpo_metrics ALTER COLUMN name TYPE VARCHAR(100)"))
     engine.dispose()
 
 
@@ -94,6 +95,15 @@ def test_a_search_of_version_1_goes_on_where_it_stopped(migrated: Database) -> N
         claims = [claim_one(run) for _ in range(3)]
         assert [(claim.number, claim.epoch) for claim in claims] == [(3, 1), (4, 1), (5, 0)]
         assert run.claim() is None
+
+
+def test_after_a_migration_the_name_of_a_metric_may_be_long(migrated: Database) -> None:
+    study, name = open_s(migrated), "layer." * 50
+    with grid_run(study) as run:
+        claim = claim_one(run)
+        run.report(claim, 2, {name: 0.5}, 0.5)
+        run.flush()
+    assert study.metrics()[claim.number][2] == {name: 0.5}
 
 
 def test_a_migration_happens_once(old_url: str, caplog: pytest.LogCaptureFixture) -> None:

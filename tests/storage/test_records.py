@@ -46,6 +46,14 @@ def test_metrics_are_read_as_they_were_last_written(study: Study, database: Data
     assert study.metrics_of([two, -1]) == {two: {1: {"m": 0.3}}, -1: {}}
 
 
+def test_the_name_of_a_metric_may_be_long(study: Study, database: Database) -> None:
+    (trial_id,) = add_trials(study, 1)
+    name = "layer." * 50
+    with database.engine.begin() as connection:
+        records.write_metrics(connection, [(trial_id, 1, {name: 0.5})])
+    assert study.metrics() == {0: {1: {name: 0.5}}}
+
+
 def test_study_attributes_are_replaced_together(study: Study) -> None:
     study.set_system_attrs({"a": 1, "b": [1, 2]})
     study.set_system_attrs({"b": {"c": None}, "d": "text"})
