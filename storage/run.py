@@ -15,7 +15,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import TrialState
 
 from storage import tables
-from storage.database import Database, StorageError, retry_while_down
+from storage.database import RETRY_SECONDS, Database, StorageError, retry_while_down
 from storage.lease import LEASE_SECONDS, Lease
 from storage.queue import ConfigKey, Draw, TrialQueue
 from storage.studies import Params, Study, elapsed_seconds, without_garbage_collection
@@ -123,9 +123,13 @@ class Run:
             self._writer.flush()
         return claim
 
-    def flush(self) -> None:
-        """Return when all updates so far are in the database."""
-        self._writer.flush()
+    def flush(self, timeout_seconds: float = RETRY_SECONDS) -> None:
+        """Return when all updates so far are in the database.
+
+        Args:
+            timeout_seconds: how long to retry while the database is down.
+        """
+        self._writer.flush(timeout_seconds)
 
     def report(self, claim: ClaimedTrial, epoch: int, metrics: Mapping[str, float], value: float) -> None:
         """Store one finished epoch. Idempotent.

@@ -114,7 +114,8 @@ class Writer:
         """Write all updates.
 
         Raises:
-            StorageError: the database cannot be used (after retries). The updates are kept for the next flush.
+            StorageError: the database cannot be used (after retries), or refuses an update. The updates are kept for the
+                next flush.
         """
         with self._write_lock:
             with self._updates_lock:
@@ -122,10 +123,12 @@ class Writer:
             try:
                 if updates:
                     retry_while_down(self._study.database, lambda: self._write(updates), timeout_seconds)
-            except StorageError:
+            except BaseException as error:
                 with self._updates_lock:
                     self._updates[:0] = updates
-                raise
+                if isinstance(error, StorageError) or not isinstance(error, Exception):
+                    raise
+                raise StorageError(f"{self._study.database.url}: cannot store updates of trials: {error!r}") from error
 
     def unwritten(self) -> set[int]:
         """Return the ids of the trials that have updates which are not written yet."""

@@ -179,11 +179,21 @@ class TrialCoordinator:
                 self._fail(tune_id, f"{reason} (max_failures {self._space.max_failures})", details)
 
     def release_all(self) -> None:
-        """Store everything reported so far, and release the trials that have not ended."""
+        """Store everything reported so far, and release the trials that have not ended.
+
+        If the database cannot be used, no trial is released, because each attempt would wait as long as the first. Other
+        runs take the trials when the lease of this run has expired.
+        """
+        from storage.database import RETRY_SECONDS
+        from storage.run import EXIT_SECONDS
+
+        is_stored = False
         with self._storage_errors_kept():
-            self._run.flush()
-        for tune_id in list(self._claims):
-            self.release(tune_id)
+            self._run.flush(RETRY_SECONDS if self.error is None else EXIT_SECONDS)
+            is_stored = True
+        if is_stored:
+            for tune_id in list(self._claims):
+                self.release(tune_id)
 
     def release(self, tune_id: str) -> None:
         """Release one trial if it has not ended: it is WAITING, and any run may resume it."""

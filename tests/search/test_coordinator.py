@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -138,3 +139,31 @@ def test_storage_error_stops_the_search_and_is_kept(
         assert coordinator.on_report("a", take_reports(spec, 1)[0]), "Tune sees a trial that ended, not an error"
         assert isinstance(coordinator.error, StorageError)
         assert coordinator.is_done
+
+
+def test_with_the_database_away_leaving_waits_for_it_once(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def fail(name: str) -> Callable[..., None]:
+        def raise_error(*_: object) -> None:
+            calls.append(name)
+            raise StorageError("still unavailable after 600 s")
+
+        return raise_error
+
+    space = toy_space(tmp_path, parameters={"x": [1, 2, 3]})
+    with run_of(study, space) as run:
+        coordinator = coordinator_of(space, run, tmp_path, RecordingListener())
+        for tune_id in "abc":
+            assert coordinator.next_trial(tune_id) is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "flush", fail("flush"))
+            patch.setattr(run, "release", fail("release"))
+            coordinator.release_all()
+        assert calls == ["flush"]
+        assert str(coordinator.error) == "still unavailable after 600 s"
+        assert trial_states(study) == ["RUNNING"] * 3
+        coordinator.release_all()
+        assert trial_states(study) == ["WAITING"] * 3

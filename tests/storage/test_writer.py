@@ -9,7 +9,7 @@ import pytest
 from storage import writer
 from storage.database import Database, StorageError
 from storage.studies import Study
-from tests.factories import trial_states
+from tests.factories import trial_states, wait_until
 from tests.storage.builders import claim_point, grid_run, sql
 
 
@@ -27,17 +27,24 @@ def test_no_update_is_lost_between_put_and_the_background_thread(
     assert len(study.trials()[0].intermediate_values) == 400
 
 
-def test_updates_that_could_not_be_written_are_kept(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [StorageError("the disk is full"), KeyError("Record does not exist")])
+def test_updates_that_could_not_be_written_are_kept(
+    study: Study, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    monkeypatch.setattr(writer, "BATCH_SECONDS", 0.0)
     with grid_run(study) as run:
         claim = claim_point(run)
         with monkeypatch.context() as patch:
+            failures: list[Exception] = []
 
             def fail(*_: Any) -> None:
-                raise StorageError("the disk is full")
+                failures.append(error)
+                raise error
 
             patch.setattr(writer, "retry_while_down", fail)
             run.report(claim, 1, {"m": 0.5}, 0.5)
-            with pytest.raises(StorageError, match="disk is full"):
+            wait_until(lambda: len(failures) > 2)  # the background thread goes on after an error
+            with pytest.raises(StorageError, match=str(error.args[0])):
                 run.flush()
         run.complete(claim, 0.5)
     assert trial_states(study) == ["COMPLETE"]
