@@ -445,12 +445,12 @@ def retry_trials(
     storage: str = DEFAULT_STORAGE,
     password: str | None = None,
 ) -> list[int]:
-    """Let failed trials run again: the next search of the study starts them anew.
+    """Let failed trials run again: the next search of the study restarts them from the first epoch.
 
     Args:
         study: the study's name.
         numbers: the trials; empty for all that failed.
-        resume: whether they go on from their last checkpoint. Otherwise what they stored is deleted.
+        resume: whether they resume from their last checkpoint. Otherwise their stored epochs are deleted.
         storage: the database; it is not created.
         password: the PostgreSQL password, used if the URL has none.
 

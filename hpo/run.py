@@ -327,13 +327,13 @@ def list_(storage: str, as_json: bool) -> int:
 @cli.command()
 @click.argument("study")
 @click.argument("numbers", nargs=-1, type=int, metavar="[NUMBER]...")
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoints, instead of starting anew.")
+@click.option("--resume", is_flag=True, help="Resume from the last checkpoints instead of the first epoch.")
 @storage_option
 def retry(study: str, numbers: Sequence[int], resume: bool, storage: str) -> int:
-    """Let failed trials run again, after their cause is mended.
+    """Let failed trials run again, after you fixed the cause.
 
-    Without a NUMBER, all failed trials of the study. They start anew when `hpo run` is started again, or at once if
-    it still runs.
+    Without a NUMBER, all failed trials of the study. They restart from the first epoch when `hpo run` is started
+    again, or at once if it is still running.
 
     \b
     Example:  hpo retry grid 1 4
@@ -483,7 +483,7 @@ def _print_ending(console: Console, result: SearchResult, storage: str) -> None:
         if result.stop_reason == TIME_SPENT:
             remedy = "With a larger budget.time, the same command resumes it"
         elif not result.interrupted:
-            remedy = "Mend the cause, retry the failed trials, and start the same command again"
+            remedy = "Fix the cause, retry the failed trials, and start the same command again"
         console.print(f"Stopped: {result.stop_reason}. {remedy}.", style="yellow", soft_wrap=True, markup=False)
     name = result.results.study.name
     if result.report is not None:

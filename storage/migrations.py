@@ -4,7 +4,7 @@
     2   triggers delete our rows of a study or a trial that any program deletes; SQLite never reuses a run's key; names of
         metrics have any length
 
-Optuna's own tables have versions of their own, which Optuna migrates.
+Optuna's tables have other versions, which Optuna migrates.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ class TrialQueue:
             if not self._lease.exists():
                 raise StorageError(
                     f"{self._database.url}: the study {self._study.name!r} was deleted while this search worked on it; the "
-                    "same command starts it anew"
+                    "same command creates it again"
                 )
             if time.monotonic() >= self._next_scan and (claim := self._claim_existing()):
                 return claim

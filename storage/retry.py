@@ -31,8 +31,8 @@ def retry_trials(study: Study, numbers: Collection[int], *, resume: bool = False
     Args:
         study: the study.
         numbers: the numbers of the trials.
-        resume: whether they go on after the last epoch in storage. Otherwise their epochs are deleted, and they start anew
-            with a new number of the attempt.
+        resume: whether they resume after the last epoch in storage. Otherwise their epochs are deleted, and the number of
+            the attempt grows.
 
     Raises:
         StorageError: the database cannot be used (after retries).

@@ -133,7 +133,7 @@ class Study:
 
 
 def attempt_of(trial: FrozenTrial) -> int:
-    """Return how often a trial was started anew, the first time included."""
+    """Return how often a trial was started from its first epoch."""
     return int(trial.user_attrs.get("attempt", 1))
 
 

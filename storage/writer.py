@@ -37,7 +37,7 @@ class ClaimedTrial:
         params: its configuration.
         values: {epoch: value} of the objective, as reported before an interruption.
         crashes: how many workers have died while they trained it.
-        attempt: how often it was started anew, the first time included.
+        attempt: how often it was started from its first epoch.
     """
 
     trial_id: int

@@ -66,7 +66,7 @@ class TrialResult:
 
     @property
     def attempt(self) -> int:
-        """How often the trial was started anew, the first time included."""
+        """How often the trial was started from its first epoch."""
         return int(self.attrs.get("attempt", 1))
 
     @property

@@ -53,7 +53,7 @@ def owner_key(key: str, attempt: int) -> str:
 
     Args:
         key: the configuration's key.
-        attempt: how often its training was started anew, the first time included.
+        attempt: how often its training was started from the first epoch.
     """
     return key if attempt == 1 else f"{key}-{attempt}"
 
@@ -98,7 +98,8 @@ def belongs_to(folder: Path, key: str) -> bool:
 
 def _owner(folder: Path) -> str | None:
     """Return the key of the configuration that a folder belongs to, or None if the folder does not say."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+    # The file is not flushed to disk: after a power cut it may be empty.
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return str(json.loads((folder / CONFIGURATION_FILE).read_bytes())["key"])
     return None
 

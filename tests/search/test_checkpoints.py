@@ -165,6 +165,15 @@ def test_files_of_other_configurations_are_kept_elsewhere(tmp_path: Path) -> Non
     assert found.state["key"] == "a"
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"key": '])
+def test_a_folder_whose_owner_cannot_be_read_is_claimed(folder: Path, content: str) -> None:
+    (folder / "configuration.json").write_text(content)
+    assert belongs_to(folder, "a")
+    assert claim_folder(folder, "a") == ""
+    assert not belongs_to(folder, "b")
+    assert epoch_in(folder) == 2
+
+
 def test_a_folder_of_an_older_version_is_that_of_the_trial_that_resumes(folder: Path) -> None:
     assert belongs_to(folder, "a")
     assert claim_folder(folder, "a") == ""

@@ -84,7 +84,7 @@ def rows_of(database: Database) -> dict[str, list[tuple[Any, ...]]]:
     return {table: sql(database, f"SELECT * FROM {table}") for table in OUR_TABLES}
 
 
-def test_a_search_of_version_1_goes_on_where_it_stopped(migrated: Database) -> None:
+def test_a_search_of_version_1_is_resumed(migrated: Database) -> None:
     assert sql(migrated, "SELECT version FROM hpo_schema") == [(migrations.VERSION,)]
     study = open_s(migrated)
     assert study.name == "s", "the same study, not a new revision"
@@ -185,7 +185,7 @@ def test_rows_of_deleted_studies_are_removed(old_url: str) -> None:
         assert rows_of(database) == {table: [] for table in OUR_TABLES}
 
 
-def test_deleting_a_study_deletes_its_rows_whatever_program_does_it(url: str) -> None:
+def test_deleting_a_study_deletes_its_rows_by_any_program(url: str) -> None:
     with open_database(url) as database:
         for fingerprint in ("kept", "deleted"):
             with grid_run(open_s(database, fingerprint)) as run:
@@ -215,7 +215,7 @@ def test_a_run_whose_study_is_deleted_stops_and_touches_no_other_study(url: str)
             stale.flush()
             with pytest.raises(LostTrialError):
                 stale.complete(lost, 0.75)
-            with pytest.raises(StorageError, match=r"the study 's' was deleted .* the same command starts it anew"):
+            with pytest.raises(StorageError, match=r"the study 's' was deleted .* the same command creates it again"):
                 stale.claim()
             assert rows_of(database)["hpo_metrics"] == []
             assert sql(database, "SELECT run, crashes FROM hpo_trials") == [(run.run_id, 0)]

@@ -43,7 +43,7 @@ def test_updates_that_could_not_be_written_are_kept(
 
             patch.setattr(writer, "retry_while_down", fail)
             run.report(claim, 1, {"m": 0.5}, 0.5)
-            wait_until(lambda: len(failures) > 2)  # the background thread goes on after an error
+            wait_until(lambda: len(failures) > 2)  # the background thread survives an error
             with pytest.raises(StorageError, match=str(error.args[0])):
                 run.flush()
         run.complete(claim, 0.5)
