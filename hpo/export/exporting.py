@@ -181,7 +181,10 @@ def _load_checkpoint(folder: Path, trial: FrozenTrial, key: str, provenance: Map
             f"the files in {folder} are of another configuration than trial {trial.number}, as after restoring an older "
             "copy of the database. Use the database that they belong to"
         )
-    checkpoint = load_checkpoint(folder)
+    try:
+        checkpoint = load_checkpoint(folder)
+    except (OSError, MemoryError, RuntimeError) as error:
+        raise SettingError(f"cannot read the checkpoint of trial {trial.number} in {folder}: {error}") from None
     if checkpoint is None:
         raise SettingError(
             f"there is no checkpoint of trial {trial.number} in {folder}. It was trained on "

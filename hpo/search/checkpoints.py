@@ -7,6 +7,7 @@ the epoch is reported again from the checkpoint instead of being trained again.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import json
 import pickle
@@ -23,7 +24,8 @@ from hpo.paths import CONFIGURATION_FILE, atomic_file, write_atomically
 KEPT_CHECKPOINTS = 2
 _UNREADABLE = (
     OSError,
-    RuntimeError,
+    MemoryError,
+    RuntimeError,  # torch's reader, and its allocator
     EOFError,
     ValueError,
     KeyError,
@@ -125,11 +127,16 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
-    """Return the newest readable checkpoint, or None. Damaged ones are renamed to `*.damaged`."""
+    """Return the newest readable checkpoint, or None. Damaged ones are renamed to `*.damaged`.
+
+    Raises:
+        OSError, MemoryError, RuntimeError: no checkpoint could be read, and at least one may be intact.
+    """
     import torch
 
     for leftover in folder.glob("*.tmp"):  # of a worker that was killed while it wrote
         leftover.unlink(missing_ok=True)
+    passing: Exception | None = None
     for path in list_checkpoints(folder):
         try:
             with zipfile.ZipFile(path) as archive:
@@ -138,10 +145,24 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
             # weights_only: tensors and plain values, nothing that runs code.
             found = torch.load(path, map_location="cpu", weights_only=True)
             return Checkpoint(found["epoch"], found["history"], found["state"])
-        except _UNREADABLE:
+        except FileNotFoundError:  # deleted meanwhile
+            continue
+        except _UNREADABLE as error:
+            if _may_pass(error):
+                passing = error
+                continue
             with contextlib.suppress(OSError):
                 path.replace(path.with_suffix(".damaged"))
+    if passing is not None:
+        raise passing
     return None
+
+
+def _may_pass(error: Exception) -> bool:
+    """Return whether an error of reading says nothing about the file: a stale file handle, no memory."""
+    if isinstance(error, OSError):
+        return error.errno != errno.EINVAL  # a damaged file can name a position before its start
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))
 
 
 def trim_checkpoints(folder: Path) -> None:

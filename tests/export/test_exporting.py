@@ -274,6 +274,20 @@ def test_a_trial_that_cannot_be_exported_is_an_error(study: Study, tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_a_checkpoint_that_cannot_be_read_is_an_error(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(
+        SettingError, match=r"cannot read the checkpoint of trial 0 in .*: \[Errno 5\] Input/output error"
+    ):
+        export(study, tmp_path)
+
+
+@pytest.mark.slow
 def test_the_checkpoint_of_another_configuration_is_not_exported(study: Study, tmp_path: Path) -> None:
     claim_folder(RunsDir(tmp_path).trial(study.unique_name, 1), "another key")
     with pytest.raises(SettingError, match=r"the files in .*/1 are of another configuration than trial 1"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,38 @@ def test_a_checkpoint_without_its_parts_is_set_aside(folder: Path) -> None:
     newest = max(folder.glob("*.pt"))
     torch.save({"epoch": 2}, newest)
     assert epoch_in(folder) == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ESTALE, os.strerror(errno.ESTALE)),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+    ],
+    ids=["stale", "memory", "allocator"],
+)
+def test_an_error_that_may_pass_damages_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    before, load = names_in(folder), torch.load
+
+    def fail_for(epochs: set[int]) -> Callable[..., Any]:
+        def fail(path: Path, **options: Any) -> Any:
+            if int(path.stem.removeprefix("epoch-")) in epochs:
+                raise error
+            return load(path, **options)
+
+        return fail
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", fail_for({2}))
+        assert epoch_in(folder) == 1
+        patch.setattr(torch, "load", fail_for({1, 2}))
+        with pytest.raises(type(error)):
+            load_checkpoint(folder)
+    assert names_in(folder) == before
+    assert epoch_in(folder) == 2
 
 
 def test_with_every_file_damaged_there_is_no_checkpoint(folder: Path) -> None:
