@@ -29,6 +29,15 @@ from storage.tables import metadata, schema
 BUSY_SECONDS = 60.0  # how long a SQLite writer waits for another writer
 RETRY_SECONDS = 600.0  # how long an operation is retried while the database is down
 
+# A connection whose packets are dropped ends after about a minute instead of hours. PostgreSQL's names and units, for the
+# client and, with the prefix `tcp_`, for the server.
+_TCP_OPTIONS = {
+    "keepalives_idle": 30,  # seconds
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 60_000,  # milliseconds
+}
+
 T = TypeVar("T")
 logger = logging.getLogger("hpo.storage")
 
@@ -104,8 +113,7 @@ def open_database(url: str, password: str | None = None, *, create: bool = True)
             _create_folder(parsed, safe_url)
         options = _engine_options(parsed)
         engine = sa.create_engine(parsed, **options)
-        if engine.dialect.name == "sqlite":
-            sa.event.listen(engine, "connect", _configure_sqlite)
+        _configure(engine)
         try:
             # The first connection needs the lock, too: it turns on WAL, for which SQLite does not wait for other writers.
             with _lock(engine, "schema"):
@@ -177,9 +185,8 @@ def _create_optuna_storage(url: sa.URL, options: dict[str, Any], *, skip_table_c
         skip_compatibility_check=True,  # where it fails, it leaks its connections; _open_optuna checks instead
         skip_table_creation=skip_table_creation,
     )
-    if storage.engine.dialect.name == "sqlite":
-        sa.event.listen(storage.engine, "connect", _configure_sqlite)
-        storage.engine.dispose()  # connections opened so far were not configured
+    _configure(storage.engine)
+    storage.engine.dispose()  # connections opened so far were not configured
     return storage
 
 
@@ -221,8 +228,24 @@ def _engine_options(url: sa.URL) -> dict[str, Any]:
     if url.get_backend_name() == "sqlite":
         return {"connect_args": {"timeout": BUSY_SECONDS}}
     # pre_ping: after a restart of the server, stale connections are replaced before a statement fails on one.
-    connect_args = {"connect_timeout": 10, "application_name": "hpo"}
-    return {"pool_pre_ping": True, "connect_args": connect_args}
+    connect_args = {"connect_timeout": 10, "application_name": "hpo", "keepalives": 1} | _TCP_OPTIONS
+    given = {name: value for name, value in connect_args.items() if name not in url.query}
+    return {"pool_pre_ping": True, "connect_args": given}
+
+
+def _configure_postgresql(connection: Any, _record: object) -> None:
+    # The server must notice, too: otherwise, a driver that a network lost would hold its locks for hours.
+    settings = ", ".join(
+        f"set_config('tcp_{name.removeprefix('tcp_')}', '{value}', false)" for name, value in _TCP_OPTIONS.items()
+    )
+    connection.execute(f"SELECT {settings}")
+    connection.commit()
+
+
+def _configure(engine: sa.Engine) -> None:
+    """Configure the connections that an engine opens from now on."""
+    is_sqlite = engine.dialect.name == "sqlite"
+    sa.event.listen(engine, "connect", _configure_sqlite if is_sqlite else _configure_postgresql)
 
 
 def _configure_sqlite(connection: sqlite3.Connection, _record: object) -> None:

@@ -60,6 +60,24 @@ def test_a_bare_postgresql_url_uses_psycopg_3_with_pre_ping(postgres: Postgres) 
             assert engine.pool._pre_ping
 
 
+@pytest.mark.postgres
+@pytest.mark.slow
+def test_a_lost_connection_is_noticed_on_both_sides_within_about_a_minute(postgres: Postgres) -> None:
+    url = postgres.create_database("tcp") + "?keepalives_count=5"
+    with open_database(url) as database:
+        for engine in (database.engine, database.optuna_storage.engine):
+            with engine.connect() as connection:
+                names = ("tcp_keepalives_idle", "tcp_keepalives_interval", "tcp_keepalives_count", "tcp_user_timeout")
+                shown = [connection.exec_driver_sql(f"SHOW {name}").scalar() for name in names]
+                assert shown == ["30", "10", "3", "60000"]
+                client = connection.connection.driver_connection.info.get_parameters()  # type: ignore[union-attr]
+                assert {name: client[name] for name in ("keepalives_idle", "keepalives_count", "tcp_user_timeout")} == {
+                    "keepalives_idle": "30",
+                    "keepalives_count": "5",  # what the URL says
+                    "tcp_user_timeout": "60000",
+                }
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
