@@ -136,20 +136,14 @@ def failing(
                     value = math.inf
                 case "raise":
                     raise ValueError("the trainable's own words")
-                case "raise_once":
-                    flag = Path(params["folder"]) / "raised"
-                    if not flag.exists():
-                        flag.touch()
-                        raise ValueError("only the first time")
+                case "raise_once" if _is_first_time(params):
+                    raise ValueError("only the first time")
                 case "memory":
                     raise MemoryError("no room for the batch")
                 case "die":
                     os.kill(os.getpid(), signal.SIGKILL)
-                case "die_once":
-                    flag = Path(params["folder"]) / "died"
-                    if not flag.exists():
-                        flag.touch()
-                        os.kill(os.getpid(), signal.SIGKILL)
+                case "die_once" if _is_first_time(params):
+                    os.kill(os.getpid(), signal.SIGKILL)
                 case "hang":
                     time.sleep(3600)
                 case "end_early":
@@ -157,6 +151,14 @@ def failing(
                 case "forget_metric":
                     yield Report(epoch, {"valeu": value}, {"epoch": epoch})
         yield Report(epoch, {"value": value}, {"epoch": epoch})
+
+
+def _is_first_time(params: Mapping[str, Any]) -> bool:
+    """Return whether this way to fail was not used before, and note in `params["folder"]` that it is now."""
+    flag = Path(params["folder"]) / params["how"]
+    is_first = not flag.exists()
+    flag.touch()
+    return is_first
 
 
 def noop(

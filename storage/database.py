@@ -88,7 +88,7 @@ class Database:
 
 
 def open_database(url: str, password: str | None = None, *, create: bool = True) -> Database:
-    """Open a database and create its missing tables. Any number of processes may do so at the same time.
+    """Open a database. Create its tables, or migrate those of an older version. Any number of processes may do so at once.
 
     Args:
         url: an SQLAlchemy URL: `sqlite:///path/to/file.db` or `postgresql://user:password@host/name`.
@@ -96,8 +96,8 @@ def open_database(url: str, password: str | None = None, *, create: bool = True)
         create: whether to create a missing SQLite file. Readers pass False.
 
     Raises:
-        StorageError: the URL is wrong; the database is down or forbids access; another program or another version
-            created its tables.
+        StorageError: the URL is wrong; the database is down or forbids access; another program, a newer version
+            of hpo or another version of Optuna created its tables.
     """
     parsed = _parse_url(url)
     if parsed.get_backend_name() == "postgresql" and parsed.password is None:
@@ -134,7 +134,7 @@ def _create_tables(url: sa.URL, engine: sa.Engine, options: dict[str, Any]) -> R
     storage = _create_optuna_storage(url, options, skip_table_creation=False)
     try:
         with _write_transaction(engine) as connection:
-            migrations.create(connection)
+            migrations.complete(connection)
     except BaseException:
         storage.engine.dispose()
         raise

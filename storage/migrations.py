@@ -23,13 +23,12 @@ from storage.tables import metadata, metrics, runs, schema, trials
 VERSION = 2
 
 
-def create(connection: sa.Connection) -> None:
-    """Create what our tables lack, and write their version last: without it, they are incomplete.
+def complete(connection: sa.Connection) -> None:
+    """Complete new tables. Their version is written last: without it, they are incomplete.
 
     Args:
-        connection: in a transaction of the caller, who holds the schema's lock. Optuna's tables exist.
+        connection: in a transaction of the caller, who holds the schema's lock. Our tables and Optuna's exist.
     """
-    metadata.create_all(connection)
     _create_triggers(connection)
     connection.execute(schema.insert().values(version=VERSION))
 
@@ -38,7 +37,7 @@ def migrate(connection: sa.Connection, version: int) -> None:
     """Bring our tables from an older version to `VERSION`.
 
     Args:
-        connection: see `create`.
+        connection: see `complete`.
         version: the version that they have.
     """
     for step in range(version, VERSION):

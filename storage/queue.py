@@ -232,7 +232,7 @@ class TrialQueue:
         optuna_internals.forget_finished(self._study.optuna_study, trial_id)
         self._held.add(trial_id)
         values = dict(trial.intermediate_values)
-        return ClaimedTrial(trial_id, trial.number, trial.params, values, row.crashes, attempt_of(trial))
+        return ClaimedTrial(trial_id, trial.number, trial.params, values, row.crashes, attempt_of(trial.user_attrs))
 
     def _claim_point(self) -> ClaimedTrial | None:
         """Create a trial for the next point that no run has claimed."""

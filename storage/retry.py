@@ -9,18 +9,14 @@ from optuna.trial import TrialState
 
 from storage import optuna_internals, tables
 from storage.database import retry_while_down
-from storage.studies import NEVER_RUN, Study, attempt_of
+from storage.studies import Study, attempt_of
 
 _OF_FAILURE = ("fail_reason", "traceback")  # user attributes of a failed trial
 
 
 def failed_trials(study: Study) -> list[int]:
     """Return the numbers of the trials that failed while they were trained, in ascending order."""
-    return [
-        trial.number
-        for trial in study.trials()
-        if trial.state == TrialState.FAIL and trial.user_attrs.get("fail_reason") not in NEVER_RUN
-    ]
+    return [trial.number for trial in study.trained_trials() if trial.state == TrialState.FAIL]
 
 
 def retry_trials(study: Study, numbers: Collection[int], *, resume: bool = False) -> None:
@@ -38,7 +34,7 @@ def retry_trials(study: Study, numbers: Collection[int], *, resume: bool = False
         StorageError: the database cannot be used (after retries).
     """
     chosen = {
-        optuna_internals.trial_id(trial): attempt_of(trial) + (not resume)
+        optuna_internals.trial_id(trial): attempt_of(trial.user_attrs) + (not resume)
         for trial in study.trials()
         if trial.number in numbers
     }

@@ -132,9 +132,13 @@ class Study:
         return f"{self.name}-{self.attrs['hpo:id']}"
 
 
-def attempt_of(trial: FrozenTrial) -> int:
-    """Return how often a trial was started from its first epoch."""
-    return int(trial.user_attrs.get("attempt", 1))
+def attempt_of(attrs: Mapping[str, Any]) -> int:
+    """Return how often a trial was started from its first epoch.
+
+    Args:
+        attrs: its user attributes.
+    """
+    return int(attrs.get("attempt", 1))
 
 
 @contextlib.contextmanager

@@ -163,7 +163,7 @@ def test_an_unknown_study_is_answered_with_the_nearest_name(tmp_path: Path, stor
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_failed_trial_is_retried_from_its_start_or_its_checkpoint(tmp_path: Path, *, resume: bool) -> None:
-    """With `die_once`, the second attempt works. Its checkpoint of epoch 1 is used only with `resume`."""
+    """With `raise_once`, the second attempt works. Its checkpoint of epoch 1 is used only with `resume`."""
     url = f"sqlite:///{tmp_path}/hpo.db"
     space = toy_space(
         tmp_path,

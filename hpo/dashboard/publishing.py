@@ -26,6 +26,7 @@ from hpo.paths import LOG_FILE, RunsDir, write_atomically
 from hpo.report.published import match_published
 from hpo.report.results import Results, TrialResult, read_epochs, read_results
 from hpo.search.checkpoints import belongs_to, list_checkpoints, owner_key
+from storage.studies import attempt_of
 
 if TYPE_CHECKING:
     from storage.studies import Study
@@ -113,16 +114,14 @@ def _publish_notes_and_logs(
 def _publish_best_checkpoint(
     results: Results, ranked: Sequence[TrialResult], attributes: DashboardAttributes, runs_dir: RunsDir
 ) -> None:
-    study, best = results.study, results.best
+    study, space, best = results.study, results.space, results.best
     if best is None:
         return
     folder = runs_dir.trial(study.unique_name, best.number)
-    is_other = results.space is not None and not belongs_to(
-        folder, owner_key(results.space.config_key(best.params), best.attempt)
-    )
-    for newest in [] if is_other else list_checkpoints(folder)[:1]:
-        artifact = _artifact(study, newest.name, best.trial_id, role="checkpoint")
-        _publish_file(artifact, attributes, runs_dir, partial(_link_or_copy, newest))
+    if space is None or belongs_to(folder, owner_key(space.config_key(best.params), attempt_of(best.attrs))):
+        for newest in list_checkpoints(folder)[:1]:
+            artifact = _artifact(study, newest.name, best.trial_id, role="checkpoint")
+            _publish_file(artifact, attributes, runs_dir, partial(_link_or_copy, newest))
     for trial in ranked:
         former = _artifact(study, "", trial.trial_id, role="checkpoint")
         if trial is not best and attributes.lists(former):

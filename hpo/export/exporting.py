@@ -94,10 +94,8 @@ def export_model(
     output = (output or runs_dir.export(study.name, trial.number)).absolute()
     _check_replaceable(output)
     provenance = study.provenance(trial.number)
-    folder, key = (
-        runs_dir.trial(study.unique_name, trial.number),
-        owner_key(space.config_key(trial.params), attempt_of(trial)),
-    )
+    folder = runs_dir.trial(study.unique_name, trial.number)
+    key = owner_key(space.config_key(trial.params), attempt_of(trial.user_attrs))
     checkpoint = _load_checkpoint(folder, trial, key, provenance)
     params = read_params({**trial.params, **trial.user_attrs.get("derived", {})})
     network = build_model(stem=params.stem)

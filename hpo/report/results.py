@@ -65,11 +65,6 @@ class TrialResult:
         return self.state in ENDED_STATES
 
     @property
-    def attempt(self) -> int:
-        """How often the trial was started from its first epoch."""
-        return int(self.attrs.get("attempt", 1))
-
-    @property
     def last_epoch(self) -> int:
         """The last epoch that storage holds; 0 without epochs."""
         return max(self.epochs, default=0)
