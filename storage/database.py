@@ -12,6 +12,7 @@ import sqlite3
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +25,7 @@ from optuna.storages import RDBStorage
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
 
 from storage import migrations
+from storage.optuna_tables import SCHEMA
 from storage.tables import metadata, schema
 
 BUSY_SECONDS = 60.0  # how long a SQLite writer waits for another writer
@@ -80,11 +82,13 @@ class Database:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @contextlib.contextmanager
-    def lock(self, name: str) -> Iterator[None]:
-        """Hold a lock that at most one process holds at a time. The lock of a process that dies is released."""
-        with _lock(self.engine, name):
-            yield
+    def transaction(self) -> AbstractContextManager[sa.Connection]:
+        """Begin a transaction that reads and writes.
+
+        On SQLite, it is the only one that writes, from its first statement on. On PostgreSQL, it locks the rows that it
+        asks for (`with_for_update`).
+        """
+        return _transaction(self.engine)
 
 
 def open_database(url: str, password: str | None = None, *, create: bool = True) -> Database:
@@ -116,7 +120,7 @@ def open_database(url: str, password: str | None = None, *, create: bool = True)
         _configure(engine)
         try:
             # The first connection needs the lock, too: it turns on WAL, for which SQLite does not wait for other writers.
-            with _lock(engine, "schema"):
+            with _schema_lock(engine):
                 version = _read_version(engine, safe_url)
                 if version is None:
                     return Database(safe_url, engine, _create_tables(parsed, engine, options))
@@ -133,7 +137,7 @@ def _create_tables(url: sa.URL, engine: sa.Engine, options: dict[str, Any]) -> R
     metadata.create_all(engine)  # first: without the right to create tables, RDBStorage would leak its connections
     storage = _create_optuna_storage(url, options, skip_table_creation=False)
     try:
-        with _write_transaction(engine) as connection:
+        with _transaction(engine) as connection:
             migrations.complete(connection)
     except BaseException:
         storage.engine.dispose()
@@ -150,15 +154,15 @@ def _migrate(engine: sa.Engine, version: int, safe_url: str) -> None:
                 f"{safe_url} has tables of version {version}, which this version of hpo replaces, but the file cannot be "
                 f"backed up first: {error.strerror}. Make its folder writable"
             ) from None
-    with _write_transaction(engine) as connection:
+    with _transaction(engine) as connection:
         migrations.migrate(connection, version)
     kept = "" if copy is None else f"; the old file is kept as {copy}"
     logger.warning("%s: tables migrated from version %d to %d%s", safe_url, version, migrations.VERSION, kept)
 
 
 @contextlib.contextmanager
-def _write_transaction(engine: sa.Engine) -> Iterator[sa.Connection]:
-    """Begin a transaction that may contain DDL, which the SQLite driver would otherwise commit piece by piece."""
+def _transaction(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """Begin a transaction, see `Database.transaction`. It may contain DDL."""
     with engine.begin() as connection:
         if engine.dialect.name == "sqlite":
             connection.exec_driver_sql("BEGIN IMMEDIATE")
@@ -167,11 +171,11 @@ def _write_transaction(engine: sa.Engine) -> Iterator[sa.Connection]:
 
 def _open_optuna(url: sa.URL, options: dict[str, Any], safe_url: str) -> RDBStorage:
     storage = _create_optuna_storage(url, options, skip_table_creation=True)
-    found, wanted = storage.get_current_version(), storage.get_head_version()
-    if found != wanted:
+    found = storage.get_current_version()
+    if found != SCHEMA:
         storage.engine.dispose()
         raise StorageError(
-            f"{safe_url} was written by another version of Optuna (its tables: {found}, expected: {wanted}); back it up "
+            f"{safe_url} was written by another version of Optuna (its tables: {found}, expected: {SCHEMA}); back it up "
             "and run `optuna storage upgrade --storage URL`, or name another database"
         )
     return storage
@@ -281,9 +285,10 @@ def _read_version(engine: sa.Engine, safe_url: str) -> int | None:
 
 
 @contextlib.contextmanager
-def _lock(engine: sa.Engine, name: str) -> Iterator[None]:
+def _schema_lock(engine: sa.Engine) -> Iterator[None]:
+    """Hold the lock under which tables are created. The lock of a process that dies is released."""
     if engine.dialect.name == "sqlite":
-        lock = FileLock(f"{engine.url.database}.{zlib.crc32(name.encode()):08x}.lock")
+        lock = FileLock(f"{engine.url.database}.{zlib.crc32(b'schema'):08x}.lock")
         try:
             lock.acquire()
         except OSError as error:
@@ -293,7 +298,7 @@ def _lock(engine: sa.Engine, name: str) -> Iterator[None]:
         finally:
             lock.release()
         return
-    number = zlib.crc32(f"hpo/{name}".encode())
+    number = zlib.crc32(b"hpo/schema")
     # A separate connection without a transaction: the lock is held until it is released or the connection ends.
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(sa.select(sa.func.pg_advisory_lock(number)))

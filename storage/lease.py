@@ -6,8 +6,8 @@ import contextlib
 import os
 import platform
 import threading
-import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,12 @@ import sqlalchemy as sa
 
 from storage import tables
 from storage.database import RETRY_SECONDS, Database, retry_while_down
+from storage.protocol import RunKey, renew_lease
 
 LEASE_SECONDS = 60.0
+MAX_FAILURES = 2
+# A run that starts just after an outage must not take the trials of living runs, which renew every sixth of a lease.
+STARTUP_SHARE = 1 / 3
 SECONDS_1970 = 1e9  # version 1 of our tables stored the start of a process in seconds since 1970, far above any uptime
 
 
@@ -27,43 +31,48 @@ class Lease:
     Args:
         provenance: versions and command of the run, for a replay.
         lease_seconds: how long the run counts as alive after its last renewal. It renews six times as often.
+        max_failures: see `protocol.RunKey`.
     """
 
     def __init__(
         self,
         database: Database,
         study_id: int,
+        study_name: str,
         *,
         provenance: Mapping[str, Any],
         lease_seconds: float = LEASE_SECONDS,
+        max_failures: int = MAX_FAILURES,
     ) -> None:
-        self.run_id = -1  # set by `start`
+        self.key = RunKey(study_id, study_name, -1, lease_seconds, max_failures)  # `start` sets the run_id
         self._database = database
-        self._study_id = study_id
         self._provenance = dict(provenance)
-        self._lease_seconds = lease_seconds
         self._stopped = threading.Event()
-        self._no_takeover_before = 0.0  # by the monotonic clock
 
     def start(self) -> None:
-        """Insert the row, which sets `run_id`, and start the thread."""
+        """Insert the row, which sets `key.run_id`, and start the thread.
+
+        If the answer was lost, the repetition inserts another row. The first one owns no trial.
+        """
+        seconds = self.key.lease_seconds
 
         def insert() -> int:
             now = self._database.now_seconds()
             row = sa.insert(tables.runs).values(
-                study=self._study_id,
+                study=self.key.study_id,
                 host=host_id(),
                 pid=os.getpid(),
                 process_started=started_after_boot(psutil.Process()),
                 started=now,
                 last_heard=now,
-                lease_until=now + self._lease_seconds,
+                lease_until=now + seconds,
+                takeover_after=now + seconds * STARTUP_SHARE,
                 provenance=self._provenance,
             )
-            with self._database.engine.begin() as connection:
+            with self._database.transaction() as connection:
                 return int(connection.execute(row.returning(tables.runs.c.run)).scalar_one())
 
-        self.run_id = retry_while_down(self._database, insert)
+        self.key = replace(self.key, run_id=retry_while_down(self._database, insert))
         threading.Thread(target=self._keep_renewing, name="hpo-lease", daemon=True).start()
 
     def stop(self) -> None:
@@ -75,44 +84,20 @@ class Lease:
 
         def write() -> None:
             now = self._database.now_seconds()
-            with self._database.engine.begin() as connection:
-                connection.execute(self._update().values(ended=now, last_heard=now, lease_until=now))
+            update = tables.runs.update().where(tables.runs.c.run == self.key.run_id)
+            with self._database.transaction() as connection:
+                connection.execute(update.values(ended=now, last_heard=now, lease_until=now))
 
         self.stop()
         retry_while_down(self._database, write, timeout_seconds)
 
     def renew(self) -> None:
-        """Extend the lease from now."""
-        table = tables.runs
-        with self._database.engine.begin() as connection:
-            now = self._database.now_seconds()
-            had_expired = connection.scalar(sa.select(table.c.lease_until < now).where(table.c.run == self.run_id))
-            connection.execute(self._update().values(last_heard=now, lease_until=now + self._lease_seconds))
-            if had_expired:
-                # During an outage all leases expire. Let the other living runs renew theirs before their trials are taken.
-                self._no_takeover_before = time.monotonic() + self._lease_seconds
-
-    def exists(self) -> bool:
-        """Return whether the run is in the database. It is deleted with its study."""
-        query = sa.select(tables.runs.c.run).where(tables.runs.c.run == self.run_id)
-        with self._database.engine.connect() as connection:
-            return connection.scalar(query) is not None
-
-    def is_dead(self, run: Any) -> bool:
-        """Return whether another run is dead, so that its trials may be taken.
-
-        Args:
-            run: its row in hpo_runs, with `now`, the database's time.
-        """
-        if run.host == host_id():
-            return is_process_dead(run)  # no need to wait until the lease expires
-        return bool(run.lease_until < run.now) and time.monotonic() >= self._no_takeover_before
-
-    def _update(self) -> sa.Update:
-        return tables.runs.update().where(tables.runs.c.run == self.run_id)
+        """Extend the lease from now. Idempotent."""
+        with self._database.transaction() as connection:
+            renew_lease(connection, self._database, self.key)
 
     def _keep_renewing(self) -> None:
-        while not self._stopped.wait(self._lease_seconds / 6):
+        while not self._stopped.wait(self.key.lease_seconds / 6):
             # While the database is down, the next renewal tries again.
             with contextlib.suppress(Exception):
                 self.renew()
@@ -132,12 +117,14 @@ def started_after_boot(process: psutil.Process) -> float:
     return process.create_time() - psutil.boot_time()
 
 
-def is_process_dead(run: Any) -> bool:
-    """Return whether the process of a run on this machine has ended.
+def is_process_dead(run: Any) -> bool | None:
+    """Return whether the process of a run has ended; None if it runs on another machine.
 
     Args:
-        run: a row of hpo_runs whose `host` is `host_id()`.
+        run: a row with `host`, `pid` and `process_started` of hpo_runs.
     """
+    if run.host != host_id():
+        return None
     try:
         process = psutil.Process(run.pid)
         started = run.process_started

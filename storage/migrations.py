@@ -3,6 +3,7 @@
     1   the tables
     2   triggers delete our rows of a study or a trial that any program deletes; SQLite never reuses a run's key; names of
         metrics have any length
+    3   a token for each claim; the values that pruners compare; deleted studies are recorded; an index on trials' states
 
 Optuna's tables have other versions, which Optuna migrates.
 """
@@ -17,10 +18,10 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from storage import optuna_internals
+from storage import optuna_tables
 from storage.tables import metadata, metrics, runs, schema, trials
 
-VERSION = 2
+VERSION = 3
 
 
 def complete(connection: sa.Connection) -> None:
@@ -29,7 +30,7 @@ def complete(connection: sa.Connection) -> None:
     Args:
         connection: in a transaction of the caller, who holds the schema's lock. Our tables and Optuna's exist.
     """
-    _create_triggers(connection)
+    _extend_optuna(connection)
     connection.execute(schema.insert().values(version=VERSION))
 
 
@@ -80,33 +81,77 @@ def back_up(connection: sa.Connection, version: int) -> Path | None:
 
 def _from_1(connection: sa.Connection) -> None:
     # `hpo dashboard` could create a database without some of these tables.
-    metadata.create_all(connection)
+    for table in metadata.sorted_tables:
+        if not sa.inspect(connection).has_table(table.name):
+            table.create(connection)
     # Rows that the deletion of a study left. SQLite gives their ids to new studies and trials.
-    trial, study = optuna_internals.trials, optuna_internals.studies
+    trial, study = optuna_tables.trials, optuna_tables.studies
     has_trial = sa.exists().where(trial.c.trial_id == trials.c.trial, trial.c.study_id == trials.c.study)
     connection.execute(trials.delete().where(~has_trial))
     connection.execute(metrics.delete().where(~sa.exists().where(trials.c.trial == metrics.c.trial)))
     connection.execute(runs.delete().where(~sa.exists().where(study.c.study_id == runs.c.study)))
     if connection.dialect.name == "postgresql":
         connection.exec_driver_sql("ALTER TABLE hpo_metrics ALTER COLUMN name TYPE TEXT")
-    if connection.dialect.name == "sqlite":  # which cannot add AUTOINCREMENT to a table
-        connection.exec_driver_sql("ALTER TABLE hpo_runs RENAME TO hpo_runs_1")
-        connection.exec_driver_sql("DROP INDEX ix_hpo_runs_study")
-        runs.create(connection)
-        connection.exec_driver_sql("INSERT INTO hpo_runs SELECT * FROM hpo_runs_1")
-        connection.exec_driver_sql("DROP TABLE hpo_runs_1")
-    _create_triggers(connection)
 
 
-_STEPS: dict[int, Callable[[sa.Connection], None]] = {1: _from_1}
+def _from_2(connection: sa.Connection) -> None:
+    for table in (runs, trials):
+        if connection.dialect.name == "sqlite":
+            _rebuild(connection, table)
+        else:
+            _add_columns(connection, table)
+    metadata.create_all(connection)
+    _extend_optuna(connection)
 
-_TRIAL_DELETED = (
-    "DELETE FROM hpo_metrics WHERE trial = OLD.trial_id; DELETE FROM hpo_trials WHERE trial = OLD.trial_id;"
-)
-_STUDY_DELETED = "DELETE FROM hpo_runs WHERE study = OLD.study_id;"
+
+_STEPS: dict[int, Callable[[sa.Connection], None]] = {1: _from_1, 2: _from_2}
+
+
+def _rebuild(connection: sa.Connection, table: sa.Table) -> None:
+    """Replace a table by one with the present columns. SQLite cannot add AUTOINCREMENT or constraints to a table."""
+    inspector = sa.inspect(connection)
+    names = [column["name"] for column in inspector.get_columns(table.name)]
+    for index in inspector.get_indexes(table.name):
+        connection.exec_driver_sql(f"DROP INDEX {index['name']}")
+    connection.exec_driver_sql(f"ALTER TABLE {table.name} RENAME TO {table.name}_old")
+    table.create(connection)
+    columns = ", ".join(f'"{name}"' for name in names)
+    connection.exec_driver_sql(f"INSERT INTO {table.name} ({columns}) SELECT {columns} FROM {table.name}_old")
+    connection.exec_driver_sql(f"DROP TABLE {table.name}_old")
+
+
+def _add_columns(connection: sa.Connection, table: sa.Table) -> None:
+    existing = {column["name"] for column in sa.inspect(connection).get_columns(table.name)}
+    for column in table.columns:
+        if column.name not in existing:
+            definition = sa.schema.CreateColumn(column).compile(dialect=connection.dialect)
+            connection.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {definition}")
+    for index in table.indexes:
+        index.create(connection, checkfirst=True)
+
+
+# --- triggers and indexes on Optuna's tables --------------------------------------------------------------------------
+
+# Triggers, not foreign keys: SQLite checks foreign keys only for programs that ask for it, and cannot add them later.
+# Deleting a study in Optuna deletes its trials one by one.
 _TRIGGERS = {
+    "hpo_trial_deleted": (
+        "trials",
+        "DELETE FROM hpo_metrics WHERE trial = OLD.trial_id; DELETE FROM hpo_rungs WHERE trial = OLD.trial_id; "
+        "DELETE FROM hpo_trials WHERE trial = OLD.trial_id;",
+    ),
+    "hpo_study_deleted": ("studies", "DELETE FROM hpo_runs WHERE study = OLD.study_id;"),
+    # Attributes of a study are deleted with it only.
+    "hpo_id_deleted": (
+        "study_user_attributes",
+        "INSERT INTO hpo_deleted_studies (id) SELECT replace(OLD.value_json, '\"', '') WHERE OLD.key = 'hpo:id' "
+        "ON CONFLICT DO NOTHING;",
+    ),
+}
+_TRIGGER_TEMPLATES = {
     "sqlite": [
-        "CREATE TRIGGER IF NOT EXISTS {name} AFTER DELETE ON {table} BEGIN {statements} END",
+        "DROP TRIGGER IF EXISTS {name}",
+        "CREATE TRIGGER {name} AFTER DELETE ON {table} BEGIN {statements} END",
     ],
     "postgresql": [
         "CREATE OR REPLACE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS "
@@ -117,12 +162,9 @@ _TRIGGERS = {
 }
 
 
-def _create_triggers(connection: sa.Connection) -> None:
-    # Triggers, not foreign keys: SQLite checks foreign keys only for programs that ask for it, and cannot add them later.
-    # Deleting a study in Optuna deletes its trials one by one.
-    for name, table, statements in (
-        ("hpo_trial_deleted", "trials", _TRIAL_DELETED),
-        ("hpo_study_deleted", "studies", _STUDY_DELETED),
-    ):
-        for template in _TRIGGERS[connection.dialect.name]:
+def _extend_optuna(connection: sa.Connection) -> None:
+    # A study has few unfinished trials among many: without the index, each claim would read all of them.
+    connection.exec_driver_sql("CREATE INDEX IF NOT EXISTS hpo_trials_by_state ON trials (study_id, state)")
+    for name, (table, statements) in _TRIGGERS.items():
+        for template in _TRIGGER_TEMPLATES[connection.dialect.name]:
             connection.exec_driver_sql(template.format(name=name, table=table, statements=statements))

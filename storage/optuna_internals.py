@@ -1,18 +1,21 @@
-"""Every private part of Optuna that this project uses.
+"""Private parts of Optuna's Python code that this project uses.
 
-Optuna keeps its database ids private and writes each value in its own transaction. Each definition below says what it
-replaces and why. pyproject.toml bounds Optuna to one minor version; review this module before raising that bound.
+Optuna keeps its database ids private, and can only draw the params of a trial that is stored already. pyproject.toml bounds
+Optuna to one minor version: review this module and `optuna_tables` before raising that bound.
 """
 
 from __future__ import annotations
 
-import optuna
-import sqlalchemy as sa
-from optuna.storages._rdb.models import TrialIntermediateValueModel, TrialModel, TrialUserAttributeModel
-from optuna.study._frozen import FrozenStudy
-from optuna.trial import FrozenTrial
+from typing import Any
 
-# --- ids and objects --------------------------------------------------------------------------------------------------
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.storages import RDBStorage
+from optuna.storages._cached_storage import _CachedStorage
+from optuna.study._frozen import FrozenStudy
+from optuna.trial import FrozenTrial, TrialState
+
+DRAFT_ID = -1  # the trial_id of a trial that is not stored yet
 
 
 def trial_id(trial: FrozenTrial | optuna.Trial) -> int:
@@ -29,40 +32,76 @@ def study_id(study: optuna.Study | FrozenStudy) -> int:
     return study._study_id
 
 
-def new_trial(study: optuna.Study) -> optuna.Trial:
-    """Return a new RUNNING trial without parameters.
+class DraftStorage(_CachedStorage):
+    """Optuna's storage, and one trial in memory that a sampler draws before it is stored.
 
-    The public `Study.ask` first looks for WAITING trials, which reads the whole study.
+    A trial that Optuna's `ask` creates is in the database before it has params: other runs see it, and if its creator dies,
+    it stays. A draft becomes a row with all of its params in one transaction, or never. Samplers read the study's other
+    trials as usual.
+
+    Args:
+        backend: the database. Finished trials are kept in memory.
     """
-    return optuna.Trial(study, study._storage.create_new_trial(study._study_id))
+
+    def __init__(self, backend: RDBStorage) -> None:
+        super().__init__(backend)
+        self._draft: FrozenTrial | None = None
+
+    def start_draft(self, draft: FrozenTrial) -> None:
+        """Replace the draft."""
+        self._draft = draft
+
+    def forget_finished(self, study_id: int, trial_id: int) -> None:
+        """Read a study again if an unfinished trial is kept in memory as finished: `hpo retry` changes failed ones."""
+        with self._lock:
+            if self._get_cached_trial(trial_id) is not None:
+                del self._studies[study_id]
+                self._trial_id_to_study_id_and_number.clear()
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        """Return a trial, or the draft."""
+        if trial_id == DRAFT_ID and self._draft is not None:
+            return self._draft
+        return super().get_trial(trial_id)
+
+    def set_trial_param(
+        self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
+    ) -> None:
+        """Set a param of a trial. Nothing is stored for the draft: `optuna.Trial` writes it into the object."""
+        if trial_id != DRAFT_ID:
+            super().set_trial_param(trial_id, param_name, param_value_internal, distribution)
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        """Set what a sampler notes about a trial."""
+        if trial_id == DRAFT_ID:
+            self.get_trial(trial_id).system_attrs[key] = value
+        else:
+            super().set_trial_system_attr(trial_id, key, value)
 
 
-def forget_finished(study: optuna.Study, trial_id: int) -> None:
-    """Let a study read a trial again that Optuna keeps in memory as finished. `hpo retry` makes failed ones unfinished."""
-    if study._storage.get_trial(trial_id).state.is_finished():
-        study._storage = optuna.storages.get_storage(study._storage._backend)  # type: ignore[attr-defined]
+def draft_trial(
+    study: optuna.Study, number: int, partial: FrozenTrial | None = None
+) -> tuple[optuna.Trial, FrozenTrial]:
+    """Return a trial whose `suggest_*` methods ask the study's sampler and store nothing, and what they fill.
 
-
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-# `Trial.report` writes one value in one transaction; we write a batch of epochs together with their metrics.
-intermediate_values: sa.Table = sa.inspect(TrialIntermediateValueModel).local_table
-
-
-def encode_intermediate_value(value: float) -> tuple[float | None, str]:
-    """Return the columns (intermediate_value, intermediate_value_type) for a value, which may be NaN or infinite."""
-    stored, kind = TrialIntermediateValueModel.intermediate_value_to_stored_repr(value)
-    return stored, kind.name
-
-
-studies = sa.table("studies", sa.column("study_id", sa.Integer))
-
-# Counting the trials of a large study through `Study.get_trials` reads all of them, which takes many seconds. Optuna
-# cannot change the state of a failed trial.
-trials: sa.Table = sa.inspect(TrialModel).local_table
-trial_user_attributes: sa.Table = sa.inspect(TrialUserAttributeModel).local_table
-
-# `set_study_system_attr` writes one attribute in one transaction; a plot of a hundred parts could be read half-written.
-study_system_attributes = sa.table(
-    "study_system_attributes", sa.column("study_id", sa.Integer), sa.column("key", sa.String), sa.column("value_json")
-)
+    Args:
+        study: a study whose storage is a `DraftStorage`.
+        number: the number that the trial will probably get. Hyperband derives the trial's bracket from it.
+        partial: a stored trial, such as an enqueued one, whose missing params are drawn.
+    """
+    draft = FrozenTrial(
+        number=number,
+        trial_id=DRAFT_ID,
+        state=TrialState.RUNNING,
+        value=None,
+        datetime_start=None,
+        datetime_complete=None,
+        params={} if partial is None else dict(partial.params),
+        distributions={} if partial is None else dict(partial.distributions),
+        user_attrs={},
+        system_attrs={} if partial is None else dict(partial.system_attrs),
+        intermediate_values={},
+    )
+    study._thread_local.cached_all_trials = None  # as `Study.ask` does
+    study._storage.start_draft(draft)  # type: ignore[attr-defined]
+    return optuna.Trial(study, DRAFT_ID), draft

@@ -1,29 +1,22 @@
-"""Finding and claiming trials: interrupted ones, those of dead runs, grid points, and points that a sampler draws.
-
-A claim is a compare-and-set on hpo_trials.run: two runs never both get a trial. The study's lock makes budgets exact. Under
-it, a RUNNING trial without a row in hpo_trials is one whose creator died. If a crash of the database server releases the
-lock, the compare-and-set still holds.
-"""
+"""Which trial a run claims next: an interrupted one, a grid point, or a configuration that a sampler draws."""
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import optuna
-import sqlalchemy as sa
 from optuna.distributions import BaseDistribution
-from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import FrozenTrial, TrialState, create_trial
-from sqlalchemy.exc import IntegrityError
+from optuna.trial import FrozenTrial
 
-from storage import optuna_internals, tables
-from storage.database import StorageError, retry_while_down
-from storage.lease import Lease
-from storage.studies import DUPLICATE, REJECTED, Params, Study, attempt_of
-from storage.writer import ClaimedTrial, Writer
+from storage import optuna_internals, optuna_tables, protocol, records
+from storage.database import retry_while_down
+from storage.lease import Lease, is_process_dead
+from storage.protocol import ClaimedTrial, Configuration, Refusal
+from storage.records import Params
+from storage.studies import Study
 
 SCAN_SECONDS = 1.0  # between scans for trials that other runs left
 MAX_DUPLICATE_DRAWS = 20  # in one claim; then the space counts as exhausted
@@ -34,6 +27,9 @@ ConfigKey = Callable[[Mapping[str, Any]], str]
 # Draws the params that a trial lacks. Returns the constraint that they break; empty if they break none.
 Draw = Callable[[optuna.Trial], str]
 
+T = TypeVar("T")
+logger = logging.getLogger("hpo.storage")
+
 
 class TrialQueue:
     """The trials that one run may claim. Not thread-safe.
@@ -41,11 +37,9 @@ class TrialQueue:
     Args:
         study: the study.
         lease: the run's lease, started.
-        writer: the run's writer. A trial with unwritten updates is not reclaimed.
         config_key: returns the identity of a configuration.
         draw: see `storage.run.Run`.
         max_trials: see `storage.run.Run`.
-        learns: see `storage.run.Run`.
 
     Attributes:
         finished: set by `claim`: no run has or will get another trial.
@@ -53,234 +47,139 @@ class TrialQueue:
     """
 
     def __init__(
-        self,
-        study: Study,
-        lease: Lease,
-        writer: Writer,
-        *,
-        config_key: ConfigKey,
-        draw: Draw | None,
-        max_trials: int | None,
-        learns: bool,
+        self, study: Study, lease: Lease, *, config_key: ConfigKey, draw: Draw | None, max_trials: int | None
     ) -> None:
         self.finished = False
         self.exhausted = ""
         self._study = study
         self._database = study.database
-        self._lease = lease
-        self._writer = writer
+        self._run = lease.key
         self._config_key = config_key
         self._draw = draw
         self._max_trials = max_trials
-        self._learns = learns
         self._points: list[Params] = []  # the next one is last
         self._distributions: Mapping[str, BaseDistribution] = {}
         self._known_keys: set[str] = set()
-        self._held: set[int] = set()  # ids of the trials that this run works on
-        self._has_partial_trials = False  # WAITING ones without a row in hpo_trials
+        self._tokens: set[int] = set()  # of all claims of this run
         self._others_are_running = False
         self._next_scan = 0.0  # by the monotonic clock
 
     def enqueue(self, points: Iterable[Params], distributions: Mapping[str, BaseDistribution]) -> None:
         """Set the points that `claim` returns, in this order; see `storage.run.Run.enqueue`."""
-
-        def read_keys() -> set[str]:
-            table = tables.trials
-            with self._database.engine.connect() as connection:
-                return set(connection.scalars(sa.select(table.c.key).where(table.c.study == self._study.study_id)))
-
         self._points = list(points)
-        self._distributions = distributions
-        self._known_keys = retry_while_down(self._database, read_keys)
         self._points.reverse()
+        self._distributions = distributions
+        self._known_keys = self._retry(lambda: records.read_keys(self._database, self._run.study_id))
 
     def claim(self) -> ClaimedTrial | None:
-        """Claim a trial; return None if there is none now. Idempotent: use it with `retry_while_down`.
+        """Claim a trial; return None if there is none now.
 
         Raises:
-            StorageError: the study was deleted.
+            StorageError: the study was deleted, or the database cannot be used (after retries).
         """
-        with self._study.lock():
-            if not self._lease.exists():
-                raise StorageError(
-                    f"{self._database.url}: the study {self._study.name!r} was deleted while this search worked on it; the "
-                    "same command creates it again"
-                )
-            if time.monotonic() >= self._next_scan and (claim := self._claim_existing()):
-                return claim
-            claim = self._claim_new() or self._claim_existing()
+        token = protocol.new_token()
+        self._tokens.add(token)
+        claim = None
+        if time.monotonic() >= self._next_scan:
+            claim = self._claim_existing(token)
+        claim = claim or self._claim_new(token)
+        if claim is None:
+            # Last, so that `finished` is true: another run may have claimed the last trial meanwhile.
+            claim = self._claim_existing(token)
             self.finished = claim is None and not self._others_are_running
-            return claim
+        return claim
 
     def release(self, claim: ClaimedTrial) -> None:
-        """Set an unfinished trial to WAITING, if it still belongs to this run."""
-        table = tables.trials
-
-        def write() -> None:
-            with contextlib.suppress(UpdateFinishedTrialError):
-                with self._database.engine.connect() as connection:
-                    owner = connection.scalar(sa.select(table.c.run).where(table.c.trial == claim.trial_id))
-                if owner == self._lease.run_id:
-                    self._set_waiting(claim.trial_id, owner)
-
-        self.forget(claim)
+        """Set an unfinished trial to WAITING, if this run still owns it."""
+        self._retry(lambda: protocol.release(self._database, claim))
+        self._tokens.discard(claim.token)
         self._next_scan = 0.0
-        retry_while_down(self._database, write)
 
-    def forget(self, claim: ClaimedTrial) -> None:
-        """Note that this run no longer works on a trial."""
-        self._held.discard(claim.trial_id)
+    # --- existing trials
 
-    # --- below: called with the lock of the study
-
-    def _claim_existing(self) -> ClaimedTrial | None:
-        """Claim a trial that a run released or a dead run left.
-
-        This reads every unfinished trial, so `claim` does not do it each time.
-        """
-        self._others_are_running = self._reclaim_from_dead_runs()
-        claim = self._claim_waiting()
+    def _claim_existing(self, token: int) -> ClaimedTrial | None:
+        """Claim a trial that a run released, a dead run left, or another program enqueued."""
+        scan = self._retry(
+            lambda: protocol.claim_existing(
+                self._database, self._run, token, own_tokens=self._tokens, is_process_dead=is_process_dead
+            )
+        )
+        for number, reason in scan.failed.items():
+            logger.warning("trial %d failed: %s", number, reason)
+        self._others_are_running = scan.others_are_running
+        claim = scan.claim
+        if claim is not None:
+            self._study.drafts.forget_finished(self._run.study_id, claim.trial_id)
+        for trial_id in scan.partial_ids if claim is None else ():
+            claim = claim or self._claim_partial(token, trial_id)
         if claim is None:
             self._next_scan = time.monotonic() + SCAN_SECONDS
         return claim
 
-    def _claim_new(self) -> ClaimedTrial | None:
+    def _claim_partial(self, token: int, trial_id: int) -> ClaimedTrial | None:
+        """Complete and claim a trial that another program enqueued; set it to FAIL if it is a duplicate or not allowed."""
+        partial = self._retry(lambda: self._database.optuna_storage.get_trial(trial_id))
         if self._draw is None:
-            return self._claim_point()
-        if self.exhausted or self._is_budget_spent():
+            if not partial.params:
+                return None
+            claim = self._register(token, partial, trial_id)
+        else:
+            constraint, draft = self._retry(lambda: self._draw_once(partial.number, partial))
+            if constraint:
+                self._retry(lambda: protocol.refuse(self._database, self._run, trial_id, constraint))
+                return None
+            claim = self._register(token, draft, trial_id)
+        return claim if isinstance(claim, ClaimedTrial) else None
+
+    # --- new trials
+
+    def _claim_new(self, token: int) -> ClaimedTrial | None:
+        if self._draw is None:
+            return self._claim_point(token)
+        if self.exhausted:
             return None
-        return self._claim_drawn(self._draw)
+        sampler = self._study.optuna_study.sampler
+        try:
+            return self._claim_drawn(token)
+        finally:
+            self._study.optuna_study.sampler = sampler
 
-    def _reclaim_from_dead_runs(self) -> bool:
-        """Set the trials of dead runs to WAITING; return whether other living runs work on trials."""
-        running = self._trials(TrialState.RUNNING)
-        if not running:
-            return False
-        table, owners = tables.trials, tables.runs
-        query = (
-            sa.select(table.c.trial, owners, self._database.now_seconds().label("now"))
-            .join(owners, owners.c.run == table.c.run)
-            .where(table.c.trial.in_([optuna_internals.trial_id(trial) for trial in running]))
-        )
-        with self._database.engine.connect() as connection:
-            rows = {row.trial: row for row in connection.execute(query)}
-        others_are_running = False
-        own = self._held | self._writer.unwritten()
-        for trial_id in map(optuna_internals.trial_id, running):
-            row = rows.get(trial_id)
-            if trial_id in own:
-                continue
-            if row is not None and row.run != self._lease.run_id and not self._lease.is_dead(row):
-                others_are_running = True
-                continue
-            # Its run is dead; or it has no owner: its creator died, or lost the database, before it registered the trial.
-            with contextlib.suppress(UpdateFinishedTrialError):
-                self._set_waiting(trial_id, row.run if row is not None else None)
-        return others_are_running
-
-    def _set_waiting(self, trial_id: int, owner: int | None) -> None:
-        self._database.optuna_storage.set_trial_state_values(trial_id, TrialState.WAITING)
-        table = tables.trials
-        with self._database.engine.begin() as connection:
-            connection.execute(
-                table.update()
-                .where(table.c.trial == trial_id, table.c.run.is_not_distinct_from(owner))
-                .values(run=None)
-            )
-
-    def _claim_waiting(self) -> ClaimedTrial | None:
-        # Interrupted trials first: they are nearest to a result.
-        for trial, row in sorted(self._waiting(), key=lambda pair: (not pair[0].intermediate_values, pair[0].number)):
-            claim = self._acquire(trial, row)
-            if claim is not None and self._database.optuna_storage.set_trial_state_values(
-                claim.trial_id, TrialState.RUNNING
-            ):
-                return claim
-        return None
-
-    def _waiting(self) -> list[tuple[FrozenTrial, Any]]:
-        """Return the WAITING trials, each with its row in hpo_trials.
-
-        A grid's trial without a row, whose creator died before it registered the trial, is registered here. In other
-        searches, such a trial may lack params: its creator died while drawing, or it was enqueued through Optuna.
-        `_claim_drawn` completes those.
-        """
-        waiting = self._trials(TrialState.WAITING)
-        rows = self._rows(map(optuna_internals.trial_id, waiting))
-        for trial in waiting:
-            if optuna_internals.trial_id(trial) not in rows and self._draw is None and trial.params:
-                self._register_or_fail(optuna_internals.trial_id(trial), self._config_key(trial.params), run_id=None)
-                rows |= self._rows([optuna_internals.trial_id(trial)])
-        self._has_partial_trials = any(optuna_internals.trial_id(trial) not in rows for trial in waiting)
-        return [
-            (trial, rows[optuna_internals.trial_id(trial)])
-            for trial in waiting
-            if optuna_internals.trial_id(trial) in rows
-        ]
-
-    def _acquire(self, trial: FrozenTrial, row: Any) -> ClaimedTrial | None:
-        """Make this run the owner of a trial; return None if another run was faster."""
-        table, trial_id = tables.trials, optuna_internals.trial_id(trial)
-        with self._database.engine.begin() as connection:
-            updated = connection.execute(
-                table.update()
-                .where(table.c.trial == trial_id, table.c.run.is_not_distinct_from(row.run))
-                .values(run=self._lease.run_id)
-            ).rowcount
-        if not updated:
-            return None
-        optuna_internals.forget_finished(self._study.optuna_study, trial_id)
-        self._held.add(trial_id)
-        values = dict(trial.intermediate_values)
-        return ClaimedTrial(trial_id, trial.number, trial.params, values, row.crashes, attempt_of(trial.user_attrs))
-
-    def _claim_point(self) -> ClaimedTrial | None:
+    def _claim_point(self, token: int) -> ClaimedTrial | None:
         """Create a trial for the next point that no run has claimed."""
         while self._points:
             point = self._points[-1]
             key = self._config_key(point)
-            if key not in self._known_keys and not self._is_known(key):
-                active = {name: self._distributions[name] for name in point}
-                template = create_trial(state=TrialState.RUNNING, params=point, distributions=active)
-                trial_id = self._database.optuna_storage.create_new_trial(self._study.study_id, template)
-                if self._register_or_fail(trial_id, key, run_id=self._lease.run_id):
+            if key not in self._known_keys:
+                configuration = Configuration(key, point, {name: self._distributions[name] for name in point})
+                claim = self._retry(
+                    lambda configuration=configuration: protocol.register(  # type: ignore[misc]
+                        self._database, self._run, token, configuration, None
+                    )
+                )
+                if isinstance(claim, ClaimedTrial):
                     self._points.pop()
-                    self._held.add(trial_id)
-                    number = self._database.optuna_storage.get_trial_number_from_id(trial_id)
-                    return ClaimedTrial(trial_id, number, point, {}, 0)
-            self._points.pop()  # only now: after an error, the retry starts with the same point
+                    return claim
+            self._points.pop()  # only now: after an error, the next claim starts with the same point
         return None
 
-    def _claim_drawn(self, draw: Draw) -> ClaimedTrial | None:
-        sampler = self._study.optuna_study.sampler
-        try:
-            return self._draw_until_new(draw)
-        finally:
-            self._study.optuna_study.sampler = sampler
-
-    def _draw_until_new(self, draw: Draw) -> ClaimedTrial | None:
+    def _claim_drawn(self, token: int) -> ClaimedTrial | None:
         duplicates = rejected = 0
         while duplicates < MAX_DUPLICATE_DRAWS and rejected < MAX_REJECTED_DRAWS:
-            trial = self._new_trial()
-            trial_id = optuna_internals.trial_id(trial)
-            row = self._rows([trial_id]).get(trial_id)
-            if row is not None:  # `ask` returned a trial that was interrupted after the last scan
-                claim = self._acquire(self._database.optuna_storage.get_trial(trial_id), row)
-                if claim is not None:
-                    return claim
-                continue
+            number = self._retry(self._next_number)
+            if number is None:
+                return None
             if duplicates + rejected == RANDOM_AFTER_DRAWS:
                 # A sampler does not learn from trials that never ran: it may draw the same point forever.
-                self._study.optuna_study.sampler = optuna.samplers.RandomSampler(seed=trial.number)
-            constraint = draw(trial)
+                self._study.optuna_study.sampler = optuna.samplers.RandomSampler(seed=number)
+            constraint, draft = self._retry(lambda number=number: self._draw_once(number))  # type: ignore[misc]
             if constraint:
-                self._database.optuna_storage.set_trial_user_attr(trial_id, "constraint", constraint)
-                self._fail_never_run(trial_id, REJECTED)
                 rejected += 1
                 continue
-            if self._register_or_fail(trial_id, self._config_key(trial.params), run_id=self._lease.run_id):
-                self._held.add(trial_id)
-                return ClaimedTrial(trial_id, trial.number, trial.params, {}, 0)
+            claim = self._register(token, draft)
+            if isinstance(claim, ClaimedTrial):
+                return claim
+            if claim == Refusal.SPENT:
+                return None
             duplicates += 1
         self.exhausted = (
             f"{duplicates} draws in a row were duplicates of earlier trials"
@@ -289,54 +188,24 @@ class TrialQueue:
         )
         return None
 
-    def _new_trial(self) -> optuna.Trial:
-        """Return a trial to draw.
-
-        `ask` prefers a WAITING trial to a new one, and reads the whole study to find it. A sampler that learns reads the
-        study anyway.
-        """
-        study = self._study.optuna_study
-        return study.ask() if self._learns or self._has_partial_trials else optuna_internals.new_trial(study)
-
-    def _register_or_fail(self, trial_id: int, key: str, run_id: int | None) -> bool:
-        if self._register(trial_id, key, run_id):
-            return True
-        self._fail_never_run(trial_id, DUPLICATE)
-        return False
-
-    def _register(self, trial_id: int, key: str, run_id: int | None) -> bool:
-        """Insert the trial's row; return False if the study already has that configuration."""
-        row = tables.trials.insert().values(trial=trial_id, study=self._study.study_id, key=key, run=run_id)
-        try:
-            with self._database.engine.begin() as connection:
-                connection.execute(row)
-        except IntegrityError:
-            return False
-        return True
-
-    def _fail_never_run(self, trial_id: int, reason: str) -> None:
-        self._database.optuna_storage.set_trial_user_attr(trial_id, "fail_reason", reason)
-        self._database.optuna_storage.set_trial_state_values(trial_id, TrialState.FAIL)
-
-    def _is_budget_spent(self) -> bool:
-        if self._max_trials is None:
-            return False
-        table = tables.trials
-        query = sa.select(sa.func.count()).where(table.c.study == self._study.study_id)
+    def _next_number(self) -> int | None:
+        """Return the number that the next trial gets, unless another run is faster; None if the budget is spent."""
         with self._database.engine.connect() as connection:
-            return int(connection.execute(query).scalar_one()) >= self._max_trials
+            if self._max_trials is not None and records.count_keys(connection, self._run.study_id) >= self._max_trials:
+                return None
+            return optuna_tables.next_number(connection, self._run.study_id)
 
-    def _is_known(self, key: str) -> bool:
-        table = tables.trials
-        query = sa.select(table.c.trial).where(table.c.study == self._study.study_id, table.c.key == key)
-        with self._database.engine.connect() as connection:
-            return connection.scalar(query) is not None
+    def _draw_once(self, number: int, partial: FrozenTrial | None = None) -> tuple[str, FrozenTrial]:
+        """Draw a configuration in memory; return the constraint that it breaks, and a trial with its params."""
+        assert self._draw is not None
+        trial, draft = optuna_internals.draft_trial(self._study.optuna_study, number, partial)
+        return self._draw(trial), draft
 
-    def _trials(self, state: TrialState) -> list[FrozenTrial]:
-        return self._database.optuna_storage.get_all_trials(self._study.study_id, deepcopy=False, states=(state,))
+    def _register(self, token: int, draft: FrozenTrial, trial_id: int | None = None) -> ClaimedTrial | Refusal:
+        key = self._config_key(draft.params)
+        configuration = Configuration(key, draft.params, draft.distributions, draft.system_attrs, trial_id)
+        max_trials = None if self._draw is None else self._max_trials
+        return self._retry(lambda: protocol.register(self._database, self._run, token, configuration, max_trials))
 
-    def _rows(self, ids: Iterable[int]) -> dict[int, Any]:
-        table = tables.trials
-        query = sa.select(table).where(table.c.trial.in_(list(ids)))
-        with self._database.engine.connect() as connection:
-            return {row.trial: row for row in connection.execute(query)}
+    def _retry(self, operation: Callable[[], T]) -> T:
+        return retry_while_down(self._database, operation)

@@ -1,4 +1,4 @@
-"""Reading and writing the rows of our tables, and of those of Optuna's that are written in bulk."""
+"""Reading and writing the rows of our tables."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
-from storage import optuna_internals
+from storage import optuna_tables
 from storage.database import Database
-from storage.tables import metrics, runs, trials
+from storage.tables import metrics, rungs, runs, trials
 
+DUPLICATE = "duplicate of an earlier trial"
+REJECTED = "breaks a constraint"
+NEVER_RUN = {DUPLICATE, REJECTED}  # values of `fail_reason` of trials that no run trained
+
+Params = dict[str, Any]
 Metrics = dict[int, dict[str, float]]  # {epoch: {name: value}}
 
 
@@ -32,31 +36,13 @@ def write_metrics(connection: sa.Connection, epochs: Iterable[tuple[int, int, Ma
         for trial_id, epoch, values in epochs
         for name, value in values.items()
     ]
-    _upsert(connection, metrics, ("trial", "epoch", "name"), rows)
+    optuna_tables.upsert(connection, metrics, ("trial", "epoch", "name"), rows)
 
 
-def write_values(connection: sa.Connection, values: Iterable[tuple[int, int, float]]) -> None:
-    """Write Optuna's intermediate values of any number of epochs. Existing values are replaced.
-
-    Args:
-        connection: in the caller's transaction.
-        values: (trial_id, epoch, value).
-    """
-    rows = []
-    for trial_id, epoch, value in values:
-        stored, kind = optuna_internals.encode_intermediate_value(value)
-        rows.append(
-            {"trial_id": trial_id, "step": epoch, "intermediate_value": stored, "intermediate_value_type": kind}
-        )
-    _upsert(connection, optuna_internals.intermediate_values, ("trial_id", "step"), rows)
-
-
-def _upsert(connection: sa.Connection, table: sa.TableClause, key: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
-    if not rows:
-        return
-    insert = (sqlite if connection.dialect.name == "sqlite" else postgresql).insert(table)
-    updated = {name: insert.excluded[name] for name in rows[0] if name not in key}
-    connection.execute(insert.on_conflict_do_update(index_elements=list(key), set_=updated), rows)
+def delete_epochs(connection: sa.Connection, trial_id: int, after_epoch: int) -> None:
+    """Delete a trial's metrics after an epoch, and what its pruner compared from this epoch on; 0 deletes all."""
+    connection.execute(metrics.delete().where(metrics.c.trial == trial_id, metrics.c.epoch > after_epoch))
+    connection.execute(rungs.delete().where(rungs.c.trial == trial_id, rungs.c.epoch >= after_epoch))
 
 
 def read_metrics(database: Database, study_id: int, trial_ids: Collection[int] | None = None) -> dict[int, Metrics]:
@@ -85,11 +71,30 @@ def read_metrics(database: Database, study_id: int, trial_ids: Collection[int] |
 # --- studies and trials -----------------------------------------------------------------------------------------------
 
 
-def write_study_attrs(database: Database, study_id: int, attrs: Mapping[str, Any]) -> None:
-    """Write system attributes of an Optuna study in one transaction."""
-    rows = [{"study_id": study_id, "key": key, "value_json": json.dumps(value)} for key, value in attrs.items()]
-    with database.engine.begin() as connection:
-        _upsert(connection, optuna_internals.study_system_attributes, ("study_id", "key"), rows)
+def attempt_of(attrs: Mapping[str, Any]) -> int:
+    """Return how often a trial was started from its first epoch.
+
+    Args:
+        attrs: its user attributes.
+    """
+    return int(attrs.get("attempt", 1))
+
+
+def count_keys(connection: sa.Connection, study_id: int) -> int:
+    """Return how many configurations a study has. The budget counts them."""
+    return int(connection.scalar(sa.select(sa.func.count()).where(trials.c.study == study_id)) or 0)
+
+
+def has_key(connection: sa.Connection, study_id: int, key: str) -> bool:
+    """Return whether a study has a configuration."""
+    query = sa.select(trials.c.trial).where(trials.c.study == study_id, trials.c.key == key)
+    return connection.scalar(query) is not None
+
+
+def read_keys(database: Database, study_id: int) -> set[str]:
+    """Return the keys of a study's configurations."""
+    with database.engine.connect() as connection:
+        return set(connection.scalars(sa.select(trials.c.key).where(trials.c.study == study_id)))
 
 
 def read_provenance(database: Database, trial_id: int) -> dict[str, Any]:
@@ -121,7 +126,7 @@ def count_trials(database: Database, *, without: Collection[str], study_id: int 
         without: values of the user attribute `fail_reason`; trials that have one are not counted.
         study_id: count the trials of this study only; None counts those of all studies.
     """
-    trial, attr = optuna_internals.trials, optuna_internals.trial_user_attributes
+    trial, attr = optuna_tables.trials, optuna_tables.trial_user_attributes
     reasons = [json.dumps(reason) for reason in without]
     is_left_out = sa.exists().where(
         attr.c.trial_id == trial.c.trial_id, attr.c.key == "fail_reason", attr.c.value_json.in_(reasons)

@@ -7,9 +7,10 @@ from collections.abc import Collection
 import sqlalchemy as sa
 from optuna.trial import TrialState
 
-from storage import optuna_internals, tables
+from storage import optuna_internals, optuna_tables, records, tables
 from storage.database import retry_while_down
-from storage.studies import Study, attempt_of
+from storage.records import attempt_of
+from storage.studies import Study
 
 _OF_FAILURE = ("fail_reason", "traceback")  # user attributes of a failed trial
 
@@ -38,25 +39,20 @@ def retry_trials(study: Study, numbers: Collection[int], *, resume: bool = False
         for trial in study.trials()
         if trial.number in numbers
     }
-    trials, attrs = optuna_internals.trials, optuna_internals.trial_user_attributes
+    trials = optuna_tables.trials
 
     def write() -> None:
-        with study.lock(), study.database.engine.begin() as connection:
-            # The first statement writes, so that no other program changes a trial between the statements.
+        with study.database.transaction() as connection:
+            optuna_tables.lock_study(connection, study.study_id)
             is_failed = sa.and_(trials.c.trial_id.in_(chosen), trials.c.state == TrialState.FAIL)
-            waiting = {"state": TrialState.WAITING, "datetime_complete": None}
-            updated = trials.update().where(is_failed).values(waiting).returning(trials.c.trial_id)
-            ids = list(connection.scalars(updated))
-            connection.execute(attrs.delete().where(attrs.c.trial_id.in_(ids), attrs.c.key.in_(_OF_FAILURE)))
-            connection.execute(tables.trials.update().where(tables.trials.c.trial.in_(ids)).values(run=None, crashes=0))
-            if resume:
-                return
-            values = optuna_internals.intermediate_values
-            connection.execute(values.delete().where(values.c.trial_id.in_(ids)))
-            connection.execute(tables.metrics.delete().where(tables.metrics.c.trial.in_(ids)))
-            connection.execute(attrs.delete().where(attrs.c.trial_id.in_(ids), attrs.c.key == "attempt"))
-            rows = [{"trial_id": trial_id, "key": "attempt", "value_json": str(chosen[trial_id])} for trial_id in ids]
-            if rows:
-                connection.execute(attrs.insert(), rows)
+            ids = list(connection.scalars(sa.select(trials.c.trial_id).where(is_failed)))
+            optuna_tables.wait(connection, ids)
+            optuna_tables.delete_attrs(connection, ids, _OF_FAILURE)
+            of_trials = tables.trials.c.trial.in_(ids)
+            connection.execute(tables.trials.update().where(of_trials).values(run=None, token=None, crashes=0))
+            for trial_id in [] if resume else ids:
+                optuna_tables.delete_values(connection, trial_id, after_epoch=0)
+                records.delete_epochs(connection, trial_id, after_epoch=0)
+                optuna_tables.write_attrs(connection, [(trial_id, {"attempt": chosen[trial_id]})])
 
     retry_while_down(study.database, write)

@@ -1,25 +1,28 @@
 """A run: one driver that works on a study. Any number of runs, on any number of machines, share a study's trials.
 
-storage/README.md describes the states of a trial and which run may do what at the same time.
+storage/README.md describes the states of a trial and the protocol of runs that share a study.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-import sqlalchemy as sa
 from optuna.distributions import BaseDistribution
 from optuna.trial import TrialState
 
-from storage import tables
+from storage import optuna_tables, protocol
 from storage.database import RETRY_SECONDS, Database, StorageError, retry_while_down
-from storage.lease import LEASE_SECONDS, Lease
+from storage.lease import LEASE_SECONDS, MAX_FAILURES, Lease
+from storage.protocol import ClaimedTrial, TrialUpdate
+from storage.pruners import Pruner
 from storage.queue import ConfigKey, Draw, TrialQueue
-from storage.studies import Params, Study, elapsed_seconds, without_garbage_collection
-from storage.writer import ClaimedTrial, TrialUpdate, Writer
+from storage.records import Params
+from storage.studies import Study, elapsed_seconds, without_garbage_collection
+from storage.writer import Writer
 
 EXIT_SECONDS = 5.0  # how long leaving a run waits for the database
 
@@ -34,8 +37,10 @@ class Run:
         config_key: returns the identity of a configuration. A study finishes each key at most once.
         provenance: versions and command of the run, for a replay.
         draw: draws the params of a new trial once no trial waits; None for a grid, whose points are all enqueued.
-        max_trials: the budget of the study, duplicate and rejected draws not counted; None for no limit.
+        max_trials: the budget of the study; None for no limit.
         learns: whether draws depend on results: then `claim` first writes all reports to the database.
+        pruner: ends trials early; None for none.
+        max_failures: how often a trial is resumed after its driver died without finishing an epoch of it.
         lease_seconds: how long other machines assume that the run is alive after its last renewal of the lease.
     """
 
@@ -48,6 +53,8 @@ class Run:
         draw: Draw | None = None,
         max_trials: int | None = None,
         learns: bool = True,
+        pruner: Pruner | None = None,
+        max_failures: int = MAX_FAILURES,
         lease_seconds: float = LEASE_SECONDS,
     ) -> None:
         self.study = study
@@ -55,23 +62,33 @@ class Run:
         self._draw = draw
         self._max_trials = max_trials
         self._learns = learns
-        self._lease = Lease(study.database, study.study_id, provenance=provenance, lease_seconds=lease_seconds)
+        self._pruner = pruner
+        self._crashes: dict[int, int] = {}  # {token: crashes}
+        self._lease = Lease(
+            study.database,
+            study.study_id,
+            study.name,
+            provenance=provenance,
+            lease_seconds=lease_seconds,
+            max_failures=max_failures,
+        )
         self._writer: Writer
         self._queue: TrialQueue
 
     def __enter__(self) -> Run:
         self._lease.start()
-        self._writer = Writer(self.study, self.run_id)
+        self._writer = Writer(self.study, self._pruner)
         self._queue = TrialQueue(
-            self.study,
-            self._lease,
-            self._writer,
-            config_key=self._config_key,
-            draw=self._draw,
-            max_trials=self._max_trials,
-            learns=self._learns,
+            self.study, self._lease, config_key=self._config_key, draw=self._draw, max_trials=self._max_trials
         )
+        if self._pruner is not None:
+            retry_while_down(self.database, self._prepare_pruner)
         return self
+
+    def _prepare_pruner(self) -> None:
+        with self.database.transaction() as connection:
+            if self._pruner is not None and optuna_tables.lock_study(connection, self.study.study_id) is not None:
+                self._pruner.prepare(connection, self.study.study_id)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -91,7 +108,7 @@ class Run:
     @property
     def run_id(self) -> int:
         """The run's key in hpo_runs; -1 before the `with` block."""
-        return self._lease.run_id
+        return self._lease.key.run_id
 
     @property
     def finished(self) -> bool:
@@ -118,7 +135,7 @@ class Run:
         if self._learns:
             self._writer.flush()
         with self._writer.paused(), without_garbage_collection():
-            claim = retry_while_down(self.database, self._queue.claim)
+            claim = self._queue.claim()
         if claim is None and not self._learns:
             self._writer.flush()
         return claim
@@ -134,23 +151,48 @@ class Run:
     def report(self, claim: ClaimedTrial, epoch: int, metrics: Mapping[str, float], value: float) -> None:
         """Store one finished epoch. Idempotent.
 
-        Raises:
-            LostTrialError: the trial now belongs to another run.
-        """
-        self._writer.put(TrialUpdate(claim, epoch, dict(metrics), value))
-
-    def should_prune(self, claim: ClaimedTrial) -> bool:
-        """Return whether the study's pruner stops a trial after its latest report.
+        An epoch that storage holds already may have been trained again, because the checkpoint was lost. If its value
+        differs, the stored epochs after it are of the abandoned attempt, and are deleted.
 
         Raises:
-            LostTrialError: the trial now belongs to another run.
+            LostTrialError: the claim does not hold any more.
         """
+        self._writer.put(self._update(claim, epoch, metrics, value))
+
+    def decide(self, claim: ClaimedTrial, epoch: int, metrics: Mapping[str, float], value: float) -> bool:
+        """Store one finished epoch, and end the trial as PRUNED if the pruner stops it here: both, or neither.
+
+        An epoch that storage holds with the same value was decided when it was stored.
+
+        Args:
+            claim: the trial.
+            epoch: the epoch, from 1.
+            metrics: {name: value} of the epoch.
+            value: the objective, finite.
+
+        Returns:
+            Whether the trial has ended.
+
+        Raises:
+            LostTrialError: the claim does not hold any more.
+        """
+        is_decided = claim.values.get(epoch) == value
+        self._writer.put(replace(self._update(claim, epoch, metrics, value), decides=not is_decided))
+        if is_decided:
+            return False
         self._writer.flush()
         self._writer.check(claim)
-        study = self.study.optuna_study
-        return retry_while_down(
-            self.database, lambda: study.pruner.prune(study, self.database.optuna_storage.get_trial(claim.trial_id))
-        )
+        return self._writer.is_pruned(claim)
+
+    def _update(self, claim: ClaimedTrial, epoch: int, metrics: Mapping[str, float], value: float) -> TrialUpdate:
+        known = claim.values
+        later = [each for each in known if each > epoch]
+        is_same = epoch in known and repr(known[epoch]) == repr(value)  # by text: NaN equals NaN here
+        if not is_same:
+            for each in later:
+                del known[each]
+        known[epoch] = value
+        return TrialUpdate(claim, epoch, dict(metrics), value, is_restart=bool(later) and not is_same)
 
     def record(
         self, claim: ClaimedTrial, attrs: Mapping[str, Any], provenance: Mapping[str, Any] | None = None
@@ -158,36 +200,23 @@ class Run:
         """Store user attributes of a trial, and its provenance: on which device, with what data it runs."""
         self._writer.put(TrialUpdate(claim, attrs=dict(attrs), provenance=provenance))
 
-    def record_crash(self, claim: ClaimedTrial) -> None:
-        """Count one more worker that died while it trained a trial."""
-        table = tables.trials
-
-        def write() -> None:
-            with self.database.engine.begin() as connection:
-                is_ours = sa.and_(table.c.trial == claim.trial_id, table.c.run == self.run_id)
-                connection.execute(table.update().where(is_ours).values(crashes=table.c.crashes + 1))
-
-        retry_while_down(self.database, write)
+    def record_crash(self, claim: ClaimedTrial) -> int:
+        """Count one more worker that died while it trained a trial; return how many did, drivers included."""
+        crashes = self._crashes[claim.token] = self._crashes.get(claim.token, claim.crashes) + 1
+        retry_while_down(self.database, lambda: protocol.count_crashes(self.database, claim, crashes))
+        return crashes
 
     def complete(self, claim: ClaimedTrial, value: float, attrs: Mapping[str, Any] | None = None) -> None:
         """Finish a trial that reached its last epoch."""
-        self._finish(TrialUpdate(claim, value=value, attrs=attrs or {}, final_state=TrialState.COMPLETE))
-
-    def prune(self, claim: ClaimedTrial, attrs: Mapping[str, Any] | None = None) -> None:
-        """Finish a trial that the pruner stopped. Its value is the last reported one."""
-        self._finish(TrialUpdate(claim, attrs=attrs or {}, final_state=TrialState.PRUNED))
+        self._writer.put(TrialUpdate(claim, value=value, attrs=attrs or {}, final_state=TrialState.COMPLETE))
 
     def fail(self, claim: ClaimedTrial, reason: str, traceback: str = "") -> None:
         """Finish a trial that failed. `reason` is one line."""
         attrs = {"fail_reason": reason} | ({"traceback": traceback[-2000:]} if traceback else {})
-        self._finish(TrialUpdate(claim, attrs=attrs, final_state=TrialState.FAIL))
-
-    def _finish(self, update: TrialUpdate) -> None:
-        self._queue.forget(update.claim)
-        self._writer.put(update)
+        self._writer.put(TrialUpdate(claim, attrs=attrs, final_state=TrialState.FAIL))
 
     def release(self, claim: ClaimedTrial) -> None:
-        """Set an unfinished trial to WAITING. Any run may resume it. Do nothing if it belongs to another run."""
+        """Set an unfinished trial to WAITING: any run may resume it. Do nothing if the claim does not hold any more."""
         self._writer.flush()
         self._queue.release(claim)
 

@@ -6,26 +6,20 @@ import contextlib
 import gc
 import math
 import uuid
-import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import optuna
 from optuna.trial import FrozenTrial
+from sqlalchemy.exc import IntegrityError
 
-from storage import records
+from storage import optuna_tables, records
 from storage.database import Database, StorageError, retry_while_down
-from storage.lease import host_id, is_process_dead
-from storage.optuna_internals import study_id, trial_id
-
-DUPLICATE = "duplicate of an earlier trial"
-REJECTED = "breaks a constraint"
-NEVER_RUN = {DUPLICATE, REJECTED}  # values of `fail_reason` of trials that a sampler drew and no run trained
-
-Params = dict[str, Any]
+from storage.lease import is_process_dead
+from storage.optuna_internals import DraftStorage, study_id, trial_id
+from storage.records import NEVER_RUN
 
 
 @dataclass(frozen=True)
@@ -38,12 +32,14 @@ class Study:
         name: the study's name. The second revision of a space has the name `name@2`.
         study_id: its primary key.
         optuna_study: the same study as an Optuna object.
+        drafts: the storage of `optuna_study`.
     """
 
     database: Database
     name: str
     study_id: int
     optuna_study: optuna.Study
+    drafts: DraftStorage
 
     @property
     def attrs(self) -> dict[str, Any]:
@@ -109,11 +105,12 @@ class Study:
 
     def set_system_attrs(self, attrs: Mapping[str, Any]) -> None:
         """Set these system attributes in one transaction."""
-        retry_while_down(self.database, lambda: records.write_study_attrs(self.database, self.study_id, attrs))
 
-    def lock(self) -> AbstractContextManager[None]:
-        """Hold the lock of the study and its revisions: claims happen under it."""
-        return self.database.lock(f"study {self.name.partition('@')[0]}")
+        def write() -> None:
+            with self.database.transaction() as connection:
+                optuna_tables.write_study_system_attrs(connection, self.study_id, attrs)
+
+        retry_while_down(self.database, write)
 
     @property
     def is_ours(self) -> bool:
@@ -130,15 +127,6 @@ class Study:
     def unique_name(self) -> str:
         """A name that no other study has, in any database. Files of the study are stored under it."""
         return f"{self.name}-{self.attrs['hpo:id']}"
-
-
-def attempt_of(attrs: Mapping[str, Any]) -> int:
-    """Return how often a trial was started from its first epoch.
-
-    Args:
-        attrs: its user attributes.
-    """
-    return int(attrs.get("attempt", 1))
 
 
 @contextlib.contextmanager
@@ -220,10 +208,8 @@ def state_of(attrs: Mapping[str, Any], counts: Mapping[str, int], runs: Iterable
     """
     if "hpo:settings" not in attrs:
         return ""
-    host = host_id()
-    for run in runs:
-        if run.ended is None and run.lease_until >= run.now and not (run.host == host and is_process_dead(run)):
-            return "running"
+    if any(run.ended is None and run.lease_until >= run.now and not is_process_dead(run) for run in runs):
+        return "running"
     ended = sum(counts.get(state, 0) for state in ("COMPLETE", "PRUNED", "FAIL"))
     if "hpo:total" in attrs:
         wanted = attrs["hpo:total"]
@@ -294,34 +280,40 @@ def open_study(
     """
 
     def open_or_create() -> Study:
-        with database.lock(f"study {name}"):
-            study = find_revision(database, name, fingerprint)
-            if study is None:
-                revisions = _revisions(database, name)
-                new = f"{name}@{_revision(revisions[-1]) + 1}" if revisions else name
-                optuna.create_study(storage=database.optuna_storage, study_name=new, direction=direction)
-                study = _load(database, new)
-            attrs = study.attrs
-            # The budget, for example, may have changed since the study was last opened.
-            for attr, value in {"hpo:settings": dict(settings), "hpo:total": total_trials}.items():
-                if attr not in attrs or attrs[attr] != value:
-                    study.optuna_study.set_user_attr(attr, value)
-            # New, or its creator died before the study was complete.
-            if "hpo:fingerprint" not in attrs:
-                study.optuna_study.set_user_attr("hpo:id", uuid.uuid4().hex[:12])
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                    # optuna-dashboard labels the axes of its plots with it.
-                    study.optuna_study.set_metric_names([str(settings.get("metric", "value"))])
-                study.optuna_study.set_user_attr("hpo:fingerprint", fingerprint)  # last: it marks the study as complete
+        revisions = _revisions(database, name)  # first: a study that appears after it makes the insertion fail
+        study = find_revision(database, name, fingerprint)
+        attrs = {} if study is None else study.attrs
+        # The budget, for example, may have changed since the study was last opened.
+        wanted = {"hpo:settings": dict(settings), "hpo:total": total_trials}
+        changed = {attr: value for attr, value in wanted.items() if attr not in attrs or attrs[attr] != value}
+        identity = {"hpo:id": uuid.uuid4().hex[:12], "hpo:fingerprint": fingerprint}
+        identity = {attr: value for attr, value in identity.items() if attr not in attrs}
+        if study is not None and not changed and not identity:
             return study
+        new = f"{name}@{_revision(revisions[-1]) + 1}" if revisions else name
+        with database.transaction() as connection:
+            if study is None:
+                opened = optuna_tables.insert_study(connection, new, direction)
+            else:
+                opened = study.study_id
+            optuna_tables.write_study_attrs(connection, opened, changed)
+            if identity:
+                optuna_tables.insert_study_attrs(connection, opened, identity)
+                # optuna-dashboard labels the axes of its plots with it.
+                names = {"study:metric_names": [str(settings.get("metric", "value"))]}
+                optuna_tables.write_study_system_attrs(connection, opened, names)
+        return study or _load(database, new)
 
-    return retry_while_down(database, open_or_create)
+    while True:
+        # Another process may have created the same study, or the same revision, meanwhile.
+        with contextlib.suppress(IntegrityError):
+            return retry_while_down(database, open_or_create)
 
 
 def _load(database: Database, name: str) -> Study:
-    study = retry_while_down(database, lambda: optuna.load_study(study_name=name, storage=database.optuna_storage))
-    return Study(database, name, study_id(study), study)
+    storage = DraftStorage(database.optuna_storage)
+    study = retry_while_down(database, lambda: optuna.load_study(study_name=name, storage=storage))
+    return Study(database, name, study_id(study), study, storage)
 
 
 def _revisions(database: Database, name: str) -> list[str]:

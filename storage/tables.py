@@ -1,9 +1,11 @@
 """Our tables, next to Optuna's: metrics of every epoch, runs, and the owner and provenance of each trial.
 
-    hpo_schema    one row: the version of these tables
-    hpo_runs      one row for each run: which process drives it, until when its lease holds, its versions
-    hpo_trials    one row for each trial: the key of its configuration, the run that works on it, what a replay needs
-    hpo_metrics   one row for each value: trial, epoch, name, value
+    hpo_schema            one row: the version of these tables
+    hpo_runs              one row for each run: which process drives it, until when its lease holds, its versions
+    hpo_trials            one row for each trial: the key of its configuration, its owner, what a replay needs
+    hpo_metrics           one row for each value: trial, epoch, name, value
+    hpo_rungs             one row for each value that a pruner compares with others
+    hpo_deleted_studies   one row for each deleted study, whose files can be deleted, too
 
 `trial` is Optuna's trial_id and `study` its study_id. Both are unique in the database. storage/README.md lists the columns.
 """
@@ -31,6 +33,8 @@ runs = sa.Table(
     sa.Column("lease_until", sa.Float, nullable=False),
     sa.Column("ended", sa.Float),
     sa.Column("provenance", sa.JSON, nullable=False),
+    # After an outage all leases have expired. Until then, the run leaves the others time to renew theirs.
+    sa.Column("takeover_after", sa.Float, nullable=False, server_default="0"),
     # A run may outlive its row, if its study is deleted: no other run may get its key.
     sqlite_autoincrement=True,
 )
@@ -41,12 +45,17 @@ trials = sa.Table(
     sa.Column("trial", sa.Integer, primary_key=True, autoincrement=False),
     sa.Column("study", sa.Integer, nullable=False),
     sa.Column("key", sa.Text, nullable=False),
-    # The run that works on the trial, or did last; NULL after it was released.
+    # The run that works on the trial, or finished it; NULL while no run does.
     sa.Column("run", sa.Integer, index=True),
     sa.Column("crashes", sa.Integer, nullable=False, server_default="0"),
     # What a replay needs in addition to the study's settings: device, threads, data hash.
     sa.Column("provenance", sa.JSON),
+    # Random, new with each claim: a write must name it. NULL while no run works on the trial.
+    sa.Column("token", sa.BigInteger),
+    # The last epoch in storage when the trial was claimed.
+    sa.Column("claimed_epoch", sa.Integer, nullable=False, server_default="0"),
     sa.UniqueConstraint("study", "key"),
+    sa.Index("hpo_trials_by_token", "token", unique=True),
 )
 
 metrics = sa.Table(
@@ -58,4 +67,24 @@ metrics = sa.Table(
     sa.Column("name", sa.String(100).with_variant(sa.Text(), "postgresql"), primary_key=True),
     # NULL means NaN, which SQLite cannot store.
     sa.Column("value", sa.Double),
+)
+
+rungs = sa.Table(
+    "hpo_rungs",
+    metadata,
+    sa.Column("trial", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("epoch", sa.Integer, primary_key=True, autoincrement=False),
+    # Values are compared within a pool: those of one pruner, and of one of its brackets.
+    sa.Column("pool", sa.String(100), primary_key=True),
+    sa.Column("study", sa.Integer, nullable=False),
+    sa.Column("value", sa.Double, nullable=False),
+    # Counts the better values without reading the rows.
+    sa.Index("hpo_rungs_by_value", "study", "pool", "epoch", "value"),
+)
+
+deleted_studies = sa.Table(
+    "hpo_deleted_studies",
+    metadata,
+    # The study's attribute `hpo:id`, part of the names of its files.
+    sa.Column("id", sa.Text, primary_key=True),
 )

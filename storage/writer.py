@@ -8,72 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
 
-import sqlalchemy as sa
-from optuna.exceptions import UpdateFinishedTrialError
-from optuna.trial import TrialState
-
-from storage import records, tables
+from storage import protocol
 from storage.database import RETRY_SECONDS, StorageError, retry_while_down
-from storage.studies import Params, Study
+from storage.protocol import ClaimedTrial, LostTrialError, TrialUpdate
+from storage.pruners import Pruner
+from storage.studies import Study
 
 BATCH_SECONDS = 0.2  # between two batches: how long an update stays in memory
-
-
-class LostTrialError(Exception):
-    """Another run now owns the trial. This run must not write to it any more."""
-
-
-@dataclass(frozen=True)
-class ClaimedTrial:
-    """A trial that belongs to this run.
-
-    Attributes:
-        trial_id: its primary key, unique in the database.
-        number: its number in the study.
-        params: its configuration.
-        values: {epoch: value} of the objective, as reported before an interruption.
-        crashes: how many workers have died while they trained it.
-        attempt: how often it was started from its first epoch.
-    """
-
-    trial_id: int
-    number: int
-    params: Params
-    values: dict[int, float]
-    crashes: int
-    attempt: int = 1
-
-    @property
-    def epoch(self) -> int:
-        """The last epoch in storage; 0 for a new trial."""
-        return max(self.values, default=0)
-
-
-@dataclass(frozen=True)
-class TrialUpdate:
-    """An update of a trial: any of a finished epoch, attributes, provenance and a final state.
-
-    Attributes:
-        claim: the trial.
-        epoch: the finished epoch, from 1; 0 for none.
-        metrics: {name: value} of the epoch.
-        value: the objective's value, of the epoch or of the completed trial.
-        attrs: user attributes of the trial.
-        provenance: replaces the trial's provenance; None keeps it.
-        final_state: COMPLETE, PRUNED or FAIL; None for an unfinished trial.
-    """
-
-    claim: ClaimedTrial
-    epoch: int = 0
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    value: float | None = None
-    attrs: Mapping[str, Any] = field(default_factory=dict)
-    provenance: Mapping[str, Any] | None = None
-    final_state: TrialState | None = None
 
 
 class Writer:
@@ -81,15 +24,18 @@ class Writer:
 
     Args:
         study: the study of the trials.
-        run_id: the run. Updates of trials that now belong to another run are dropped.
+        pruner: ends trials early; None for none.
     """
 
-    def __init__(self, study: Study, run_id: int) -> None:
+    def __init__(self, study: Study, pruner: Pruner | None) -> None:
         self._study = study
-        self._run_id = run_id
+        self._pruner = pruner
         self._updates: list[TrialUpdate] = []
         self._updates_lock = threading.Lock()  # held for a moment
-        self._lost: set[int] = set()  # ids of trials that now belong to another run
+        # Tokens of claims: those that do not hold any more, those of pruned trials, those that this run has tried to end.
+        self._lost: set[int] = set()
+        self._pruned: set[int] = set()
+        self._ending: set[int] = set()
         self._write_lock = threading.Lock()  # held while the database is written to
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._keep_flushing, name="hpo-writer", daemon=True)
@@ -99,16 +45,20 @@ class Writer:
         """Add an update to the next batch.
 
         Raises:
-            LostTrialError: the trial is known to belong to another run.
+            LostTrialError: the claim is known not to hold any more.
         """
         self.check(update.claim)
         with self._updates_lock:
             self._updates.append(update)
 
     def check(self, claim: ClaimedTrial) -> None:
-        """Raise LostTrialError if a trial is known to belong to another run."""
-        if claim.trial_id in self._lost:
-            raise LostTrialError(f"trial {claim.number} was taken over by another run")
+        """Raise LostTrialError if a claim is known not to hold any more."""
+        if claim.token in self._lost:
+            raise LostTrialError(f"trial {claim.number} was taken over by another run, or ended by another program")
+
+    def is_pruned(self, claim: ClaimedTrial) -> bool:
+        """Return whether the pruner has ended a trial."""
+        return claim.token in self._pruned
 
     def flush(self, timeout_seconds: float = RETRY_SECONDS) -> None:
         """Write all updates.
@@ -130,11 +80,6 @@ class Writer:
                     raise
                 raise StorageError(f"{self._study.database.url}: cannot store updates of trials: {error!r}") from error
 
-    def unwritten(self) -> set[int]:
-        """Return the ids of the trials that have updates which are not written yet."""
-        with self._updates_lock:
-            return {update.claim.trial_id for update in self._updates}
-
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Pause the background thread: two writers of one process delay each other on SQLite."""
@@ -153,29 +98,8 @@ class Writer:
                 self.flush()
 
     def _write(self, updates: list[TrialUpdate]) -> None:
-        """Write a batch. Idempotent: an earlier attempt may have been committed although its answer was lost."""
-        storage, trials = self._study.database.optuna_storage, tables.trials
-        trial_ids = {update.claim.trial_id for update in updates}
-        with self._study.database.engine.begin() as connection:
-            query = (
-                sa.select(trials.c.trial, trials.c.run).where(trials.c.trial.in_(trial_ids)).order_by(trials.c.trial)
-            )
-            owners = {row.trial: row.run for row in connection.execute(query.with_for_update())}
-            self._lost |= {trial_id for trial_id in trial_ids if owners.get(trial_id) != self._run_id}
-            updates = [update for update in updates if update.claim.trial_id not in self._lost]
-            epochs = [update for update in updates if update.value is not None and update.epoch]
-            records.write_metrics(connection, [(each.claim.trial_id, each.epoch, each.metrics) for each in epochs])
-            records.write_values(connection, [(each.claim.trial_id, each.epoch, each.value or 0.0) for each in epochs])
-            for update in updates:
-                if update.provenance is not None:
-                    is_trial = trials.c.trial == update.claim.trial_id
-                    connection.execute(trials.update().where(is_trial).values(provenance=dict(update.provenance)))
-        for update in updates:
-            with contextlib.suppress(UpdateFinishedTrialError):  # an earlier attempt finished the trial
-                for name, attr in update.attrs.items():
-                    storage.set_trial_user_attr(update.claim.trial_id, name, attr)
-                if update.final_state is not None:
-                    value = update.value if update.final_state == TrialState.COMPLETE else None
-                    self._study.optuna_study.tell(
-                        update.claim.number, value, state=update.final_state, skip_if_finished=True
-                    )
+        self._ending |= {each.claim.token for each in updates if each.decides or each.final_state is not None}
+        study = self._study
+        written = protocol.write(study.database, study.study_id, updates, pruner=self._pruner, ending=self._ending)
+        self._lost |= written.lost
+        self._pruned |= written.pruned

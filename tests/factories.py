@@ -13,14 +13,14 @@ from hpo.paths import RunsDir
 from hpo.search.coordinator import TrialCoordinator
 from hpo.search.environment import check_trainable
 from hpo.search.listener import NullListener
-from hpo.search.samplers import build_pruner, build_sampler
+from hpo.search.samplers import build_optuna_pruner, build_pruner, build_sampler
 from hpo.search.slots import Slots
 from hpo.search.worker import TrialReport, TrialSpec, run_trial
 from hpo.space.model import Space, load_space
 from storage.database import Database
+from storage.protocol import ClaimedTrial
 from storage.run import Run
 from storage.studies import Study, open_study
-from storage.writer import ClaimedTrial
 
 ROOT = Path(__file__).parent.parent
 
@@ -124,6 +124,8 @@ def run_of(study: Study, space: Space, **options: Any) -> Run:
         draw=None if space.is_grid else space.draw,
         max_trials=space.budget.trials,
         learns=space.learns_from_results,
+        pruner=build_pruner(space, study.name),
+        max_failures=space.max_failures,
         **options,
     )
 
@@ -167,7 +169,7 @@ def search_without_ray(
     check_trainable(space)
     study = open_study(database, **space.study_options)
     listener = RecordingListener()
-    study.optuna_study.pruner = build_pruner(space)
+    study.optuna_study.pruner = build_optuna_pruner(space, study.optuna_study)
     with run_of(study, space) as run:
         if space.is_grid:
             run.enqueue(space.grid_points(), space.distributions())

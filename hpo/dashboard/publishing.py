@@ -26,7 +26,7 @@ from hpo.paths import LOG_FILE, RunsDir, write_atomically
 from hpo.report.published import match_published
 from hpo.report.results import Results, TrialResult, read_epochs, read_results
 from hpo.search.checkpoints import belongs_to, list_checkpoints, owner_key
-from storage.studies import attempt_of
+from storage.records import attempt_of
 
 if TYPE_CHECKING:
     from storage.studies import Study

@@ -43,7 +43,7 @@ from hpo.train.network import build_model
 from hpo.train.params import read_params
 from hpo.trainable import DEFAULT_TRAINABLE
 from storage.optuna_internals import trial_id
-from storage.studies import attempt_of
+from storage.records import attempt_of
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial

@@ -18,8 +18,8 @@ from hpo.search.worker import TrialReport, TrialSpec
 from hpo.space.model import Space
 
 if TYPE_CHECKING:  # workers import this module too, and need no database
+    from storage.protocol import ClaimedTrial
     from storage.run import Run
-    from storage.writer import ClaimedTrial
 
 TIME_SPENT = "the time budget is spent"
 MIN_EARLY_FAILURES = 4  # and at least two per slot: then the machine or the code is at fault, not the configurations
@@ -146,20 +146,24 @@ class TrialCoordinator:
         if value is None:
             hint = nearest(self._space.metric, metrics)
             return self._fail(tune_id, f"the trainable reported no metric {self._space.metric!r}, {hint}")
-        # Store a recalled epoch only if storage does not have it: the worker or the driver died before it was stored.
-        if epoch > self._epochs[tune_id] or not report.is_recalled:
+        infinite = [name for name, number in metrics.items() if not math.isfinite(number)]
+        decides = self._space.stops_trials_early and not infinite and epoch < self._space.max_epochs
+        is_pruned = False
+        if decides:
+            is_pruned = self._run.decide(claim, epoch, metrics, value)
+        else:
             self._run.report(claim, epoch, metrics, value)
+        # The checkpoint may hold an epoch that storage has, too: the driver died before it acted on it.
+        if epoch > self._epochs[tune_id] or not report.is_recalled:
             self._epochs[tune_id] = epoch
             self._listener.epoch_ended(claim.number, epoch, metrics)
-        infinite = [name for name, number in metrics.items() if not math.isfinite(number)]
         if infinite:
             return self._fail(tune_id, f"{infinite[0]} is {metrics[infinite[0]]} after epoch {epoch}")
         if epoch >= self._space.max_epochs:
             attrs = {name: metrics[name] for name in ("test_accuracy", "test_loss") if name in metrics}
             self._run.complete(claim, value, attrs)
             return self._end(tune_id, "COMPLETE", "")
-        if self._space.stops_trials_early and self._run.should_prune(claim):
-            self._run.prune(claim)
+        if is_pruned:
             return self._end(tune_id, "PRUNED", f"stopped by {self._space.scheduler.name} after epoch {epoch}")
         if self._is_over():
             return self._release(tune_id)
@@ -248,7 +252,7 @@ class TrialCoordinator:
             tune_id: the trial that is dropped if another run has taken it over.
         """
         from storage.database import StorageError
-        from storage.writer import LostTrialError
+        from storage.protocol import LostTrialError
 
         try:
             yield

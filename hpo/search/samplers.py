@@ -1,4 +1,4 @@
-"""Optuna's samplers and pruners, built from a space."""
+"""Samplers and pruners, built from a space."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 from hpo.space.model import Space
 
 if TYPE_CHECKING:
+    import optuna
     from optuna.distributions import BaseDistribution
     from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
+
+    from storage.pruners import Pruner
 
 
 def build_sampler(space: Space, run_id: int) -> BaseSampler:
@@ -61,28 +64,48 @@ def _build_qmc(space: Space, **options: Any) -> BaseSampler:
     return SpaceQMCSampler(warn_independent_sampling=False, **options)
 
 
-def build_pruner(space: Space) -> BasePruner:
-    """Return the pruner of a space's scheduler.
+def build_pruner(space: Space, study_name: str) -> Pruner | None:
+    """Return the pruner of a space's scheduler; None if it has none.
 
     Pruners decide from stored values, so a resumed search decides like an uninterrupted one.
-    """
-    from optuna import pruners
 
-    scheduler = space.scheduler
+    Args:
+        space: the search.
+        study_name: with the revision. Hyperband derives the brackets of trials from it.
+    """
+    from storage.pruners import Median, SuccessiveHalving
+
+    scheduler, maximize = space.scheduler, space.direction == "maximize"
     match scheduler.name:
         case "asha":
-            return pruners.SuccessiveHalvingPruner(
-                min_resource=scheduler.grace_period, reduction_factor=scheduler.reduction_factor
-            )
+            return SuccessiveHalving(maximize, study_name, scheduler.grace_period, scheduler.reduction_factor)
         case "hyperband":
-            return pruners.HyperbandPruner(
-                min_resource=scheduler.grace_period,
-                max_resource=space.max_epochs,
+            return SuccessiveHalving.hyperband(
+                maximize=maximize,
+                study_name=study_name,
+                min_epochs=scheduler.grace_period,
+                max_epochs=space.max_epochs,
                 reduction_factor=scheduler.reduction_factor,
             )
         case "median":
-            return pruners.MedianPruner(n_warmup_steps=scheduler.grace_period)
+            return Median(maximize, scheduler.grace_period)
         case "none":
-            return pruners.NopPruner()
+            return None
         case other:
             raise NotImplementedError(f"scheduler {other}")
+
+
+def build_optuna_pruner(space: Space, study: optuna.Study) -> BasePruner:
+    """Return Optuna's pruner for its samplers: under Hyperband, they learn from the trials of a bracket only."""
+    from optuna import pruners
+    from optuna.trial import TrialState, create_trial
+
+    if space.scheduler.name != "hyperband":
+        return pruners.NopPruner()
+    pruner = pruners.HyperbandPruner(
+        min_resource=space.scheduler.grace_period,
+        max_resource=space.max_epochs,
+        reduction_factor=space.scheduler.reduction_factor,
+    )
+    pruner.prune(study, create_trial(state=TrialState.RUNNING))  # Optuna creates the brackets in the first call
+    return pruner

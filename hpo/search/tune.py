@@ -30,7 +30,7 @@ from ray.tune.search import Searcher
 from hpo.paths import RunsDir
 from hpo.search.coordinator import TrialCoordinator
 from hpo.search.listener import ProgressListener
-from hpo.search.samplers import build_pruner, build_sampler
+from hpo.search.samplers import build_optuna_pruner, build_pruner, build_sampler
 from hpo.search.slots import Slots
 from hpo.search.worker import TrialReport, TrialSpec, run_trial, watchdog
 from hpo.space.model import Space
@@ -190,7 +190,7 @@ def run_trials(
     """
     from storage.run import Run
 
-    study.optuna_study.pruner = build_pruner(space)
+    study.optuna_study.pruner = build_optuna_pruner(space, study.optuna_study)
     run = Run(
         study,
         config_key=space.config_key,
@@ -198,6 +198,8 @@ def run_trials(
         draw=None if space.is_grid else space.draw,
         max_trials=space.budget.trials,
         learns=space.learns_from_results,
+        pruner=build_pruner(space, study.name),
+        max_failures=space.max_failures,
     )
     with run:
         if space.is_grid:

@@ -16,10 +16,11 @@ from hpo.dashboard.server import build_server, listen
 from hpo.paths import RunsDir
 from hpo.space.model import Space
 from storage.database import Database
+from storage.protocol import ClaimedTrial
 from storage.run import Run
 from storage.studies import Study
-from storage.writer import ClaimedTrial
 from tests.factories import finish_study
+from tests.storage.builders import prune
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -71,7 +72,7 @@ def make_study(database: Database, runs_dir: RunsDir, name: str = "search") -> S
         folder = runs_dir.trial(run.study.unique_name, claim.number)
         folder.mkdir(parents=True)
         if claim.number == 3:
-            run.prune(claim)
+            prune(run, claim)
         elif claim.number == 4:
             (folder / "log.txt").write_text("printed by the script")
             run.fail(claim, REASON, "Traceback (most recent call last): ...")

@@ -18,8 +18,9 @@ from hpo.report.results import read_results
 from hpo.search.checkpoints import claim_folder
 from storage.database import Database, open_database
 from storage.optuna_internals import trial_id
+from storage.records import DUPLICATE
 from storage.run import Run
-from storage.studies import DUPLICATE, Study, find_study, open_study
+from storage.studies import Study, find_study, open_study
 from tests.dashboard.builders import CHECKPOINT, REASON, listed_artifacts, make_study, space_settings
 
 

@@ -32,7 +32,7 @@ from hpo.space.model import Space
 from hpo.train.data import load
 from hpo.train.network import build_model
 from storage.database import open_database
-from storage.optuna_internals import study_id
+from storage.optuna_internals import DraftStorage, study_id
 from storage.run import Run
 from storage.studies import Study, find_study, open_study
 from tests.factories import toy_space, trial_spec
@@ -319,7 +319,7 @@ def test_a_study_without_a_completed_trial_is_an_error(tmp_path: Path) -> None:
 def test_a_study_of_another_program_is_an_error(tmp_path: Path) -> None:
     with open_database(f"sqlite:///{tmp_path}/hpo.db") as database:
         one, two = (
-            Study(database, study.study_name, study_id(study), study)
+            Study(database, study.study_name, study_id(study), study, DraftStorage(database.optuna_storage))
             for study in (
                 optuna.create_study(storage=database.optuna_storage, study_name="one", direction="maximize"),
                 optuna.create_study(

@@ -13,8 +13,8 @@ from optuna.trial import TrialState, create_trial
 from hpo.report.results import Results, read_results
 from hpo.space.model import Space
 from storage.database import Database, open_database
+from storage.protocol import ClaimedTrial
 from storage.studies import Study, find_study
-from storage.writer import ClaimedTrial
 from tests.factories import finish_study
 
 Direction = Literal["minimize", "maximize"]

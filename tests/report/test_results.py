@@ -18,7 +18,8 @@ from hpo.report.results import Results, read_epochs, read_results
 from hpo.report.tables import trial_table
 from storage import records
 from storage.database import Database
-from storage.studies import DUPLICATE, Study, open_study
+from storage.records import DUPLICATE
+from storage.studies import Study, open_study
 from tests.report.studies import add_trial, finish_grid, grid_space, optuna_study, read
 
 

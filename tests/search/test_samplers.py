@@ -13,6 +13,7 @@ from hpo.report.results import read_results
 from hpo.report.tables import failures
 from hpo.search.samplers import build_pruner, build_sampler
 from storage.database import open_database
+from storage.pruners import Median, SuccessiveHalving
 from storage.studies import Study, open_study
 from tests.factories import ROOT, run_of, search_without_ray, shipped_space, toy_space
 
@@ -178,13 +179,14 @@ def test_every_shipped_space_runs(tmp_path: Path, name: str) -> None:
 
 def test_pruners_use_the_options_of_the_scheduler(tmp_path: Path) -> None:
     def pruner_of(scheduler: dict[str, Any]) -> Any:
-        return build_pruner(toy_space(tmp_path, scheduler=scheduler, max_epochs=27))
+        return build_pruner(toy_space(tmp_path, scheduler=scheduler, max_epochs=27), "toy")
 
     asha = pruner_of({"name": "asha", "grace_period": 2, "reduction_factor": 4})
-    assert (asha._min_resource, asha._reduction_factor) == (2, 4)
+    assert asha == SuccessiveHalving(True, "toy", 2, 4)
     hyperband = pruner_of({"name": "hyperband", "grace_period": 1, "reduction_factor": 3})
-    assert (hyperband._min_resource, hyperband._max_resource, hyperband._reduction_factor) == (1, 27, 3)
-    assert type(pruner_of({"name": "none"})).__name__ == "NopPruner"
+    assert hyperband == SuccessiveHalving(True, "toy", 1, 3, brackets=4)
+    assert pruner_of({"name": "median", "grace_period": 5}) == Median(True, 5)
+    assert pruner_of({"name": "none"}) is None
 
 
 def test_resumed_search_prunes_like_an_uninterrupted_one(study: Study, tmp_path: Path) -> None:
@@ -197,7 +199,6 @@ def test_resumed_search_prunes_like_an_uninterrupted_one(study: Study, tmp_path:
     )
 
     def decide(study: Study, runs: int) -> dict[int, tuple[str, int]]:
-        study.optuna_study.pruner = build_pruner(space)
         left = 12
         for _ in range(runs):
             with run_of(study, space) as run:
@@ -207,11 +208,10 @@ def test_resumed_search_prunes_like_an_uninterrupted_one(study: Study, tmp_path:
                     assert claim is not None
                     for epoch in range(1, 9):
                         value = expected_value(claim.params, 0, epoch)
-                        run.report(claim, epoch, {"value": value}, value)
                         if epoch == 8:
+                            run.report(claim, epoch, {"value": value}, value)
                             run.complete(claim, value)
-                        elif run.should_prune(claim):
-                            run.prune(claim)
+                        elif run.decide(claim, epoch, {"value": value}, value):
                             break
                     left -= 1
         assert left == 0

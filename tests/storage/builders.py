@@ -10,13 +10,14 @@ from typing import Any
 import optuna
 import sqlalchemy as sa
 from optuna.distributions import CategoricalDistribution
+from optuna.trial import TrialState
 
 from storage import tables
 from storage.database import Database, open_database
+from storage.protocol import ClaimedTrial, TrialUpdate
 from storage.queue import Draw
 from storage.run import Run
 from storage.studies import Study, open_study
-from storage.writer import ClaimedTrial
 
 GRID = {"a": CategoricalDistribution([1, 2]), "b": CategoricalDistribution(["x", "y"])}
 POINTS = [{"a": a, "b": b} for a in (1, 2) for b in ("x", "y")]
@@ -75,6 +76,11 @@ def claim_point(run: Run) -> ClaimedTrial:
     return claim_one(run)
 
 
+def prune(run: Run, claim: ClaimedTrial) -> None:
+    """End a trial as a pruner does after its last report."""
+    run._writer.put(TrialUpdate(claim, value=claim.values[claim.epoch], final_state=TrialState.PRUNED))
+
+
 def kill(run: Run) -> None:
     """Leave a run as kill -9 does: it stops without updating the database, and its PID belongs to another process."""
     run._lease.stop()
@@ -83,10 +89,17 @@ def kill(run: Run) -> None:
         connection.execute(tables.runs.update().where(tables.runs.c.run == run.run_id).values(process_started=0.0))
 
 
-def expire_leases(database: Database) -> None:
-    """Leave the leases as a long outage or a long suspend does."""
+def expire_leases(database: Database, run_id: int | None = None) -> None:
+    """Leave the leases as a long outage does, or that of one run as a long suspend does."""
+    update = tables.runs.update().values(lease_until=0.0)
     with database.engine.begin() as connection:
-        connection.execute(tables.runs.update().values(lease_until=0.0))
+        connection.execute(update if run_id is None else update.where(tables.runs.c.run == run_id))
+
+
+def allow_takeovers(database: Database) -> None:
+    """Leave the runs as after their first seconds: they take over trials of dead runs on other machines."""
+    with database.engine.begin() as connection:
+        connection.execute(tables.runs.update().values(takeover_after=0.0))
 
 
 def sql(database: Database, query: str) -> list[tuple[Any, ...]]:

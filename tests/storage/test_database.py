@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 
 from benchmarks.postgres import Postgres
-from storage import migrations
+from storage import database, migrations
 from storage.database import StorageError, open_database, retry_while_down
 from storage.studies import find_study, open_study
 from tests.factories import wait_until
@@ -157,22 +157,28 @@ def test_a_folder_that_cannot_be_created_is_named(tmp_path: Path) -> None:
         open_database(f"sqlite:///{tmp_path}/file/below/hpo.db")
 
 
-def test_a_lock_is_held_by_one_connection_at_a_time(url: str) -> None:
+def test_tables_are_created_by_one_process_at_a_time(url: str) -> None:
     entered = threading.Event()
 
     def enter() -> None:
-        with second.lock("study x"):
+        with database._schema_lock(second.engine):
             entered.set()
 
     with open_database(url) as first, open_database(url) as second:
-        with first.lock("study x"):
+        with database._schema_lock(first.engine):
             thread = threading.Thread(target=enter)
             thread.start()
             assert not entered.wait(0.2)
         assert entered.wait(10)
         thread.join()
-        with first.lock("study x"), second.lock("study y"):  # another name is another lock
-            pass
+
+
+def test_a_transaction_writes_alone_on_sqlite(tmp_path: Path) -> None:
+    with open_database(f"sqlite:///{tmp_path}/hpo.db") as opened, opened.transaction():
+        other = sqlite3.connect(tmp_path / "hpo.db", timeout=0)
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            other.execute("BEGIN IMMEDIATE")
+        other.close()
 
 
 def test_now_seconds_is_the_unix_time(url: str) -> None:

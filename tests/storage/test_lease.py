@@ -6,7 +6,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,17 +13,17 @@ from typing import Any
 import psutil
 import pytest
 
-from storage import lease
+from storage import lease, protocol
 from storage.database import Database
 from storage.lease import Lease, host_id, is_process_dead, started_after_boot
 from storage.records import read_runs
 from storage.studies import Study
 from tests.factories import ROOT, wait_until
-from tests.storage.builders import expire_leases
+from tests.storage.builders import allow_takeovers, expire_leases
 
 
 def start_lease(study: Study, **options: Any) -> Lease:
-    started = Lease(study.database, study.study_id, provenance={}, **options)
+    started = Lease(study.database, study.study_id, study.name, provenance={}, **options)
     started.start()
     return started
 
@@ -37,7 +36,7 @@ def start_far_lease(study: Study, monkeypatch: pytest.MonkeyPatch, **options: An
 
 
 def row_of(study: Study, of: Lease) -> Any:
-    return next(row for row in read_runs(study.database, study.study_id) if row.run == of.run_id)
+    return next(row for row in read_runs(study.database, study.study_id) if row.run == of.key.run_id)
 
 
 def test_a_thread_renews_the_lease(study: Study) -> None:
@@ -50,44 +49,89 @@ def test_a_thread_renews_the_lease(study: Study) -> None:
     assert last.ended == pytest.approx(last.last_heard, abs=0.1)
 
 
-def test_a_run_on_another_machine_is_alive_until_its_lease_expires(
-    study: Study, monkeypatch: pytest.MonkeyPatch
+def claim_by(study: Study, of: Lease) -> protocol.Scan:
+    token = protocol.new_token()
+    return protocol.claim_existing(
+        study.database, of.key, token, own_tokens={token}, is_process_dead=lease.is_process_dead
+    )
+
+
+def start_trial(study: Study, of: Lease) -> int:
+    """Create a trial that a run owns; return its number."""
+    configuration = protocol.Configuration("key", {}, {})
+    claim = protocol.register(study.database, of.key, protocol.new_token(), configuration, None)
+    assert isinstance(claim, protocol.ClaimedTrial)
+    return claim.number
+
+
+def test_the_trial_of_a_run_on_another_machine_is_taken_once_its_lease_has_expired(
+    study: Study, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own, far = start_lease(study), start_far_lease(study, monkeypatch, lease_seconds=0.3)
+    own, far = start_lease(study), start_far_lease(study, monkeypatch)
+    allow_takeovers(database)
     far.stop()
-    wait_until(lambda: own.is_dead(row_of(study, far)))
+    number = start_trial(study, far)
+    scan = claim_by(study, own)
+    assert scan.claim is None
+    assert scan.others_are_running
+    expire_leases(database, far.key.run_id)
     far.renew()
-    row = row_of(study, far)
-    assert row.lease_until > row.last_heard
+    assert claim_by(study, own).claim is None
+    expire_leases(database, far.key.run_id)
+    taken = claim_by(study, own).claim
+    assert taken is not None
+    assert taken.number == number
     own.stop()
 
 
 def test_after_an_outage_the_other_runs_get_time_to_renew(
     study: Study, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own, far = start_lease(study), start_far_lease(study, monkeypatch)
-    clock = time.monotonic()
-    monkeypatch.setattr(lease, "time", SimpleNamespace(monotonic=lambda: clock))
-    assert not own.is_dead(row_of(study, far))
-    expire_leases(database)
-    assert own.is_dead(row_of(study, far))
-    own.renew()
-    assert not own.is_dead(row_of(study, far))
-    clock += lease.LEASE_SECONDS + 1
-    assert own.is_dead(row_of(study, far))
-    far.renew()
-    assert not own.is_dead(row_of(study, far))
+    """The claim itself notices that its own lease has expired, too: the thread may renew it before or after."""
+    own, far = start_lease(study, lease_seconds=1.0), start_far_lease(study, monkeypatch)
     own.stop()
     far.stop()
+    allow_takeovers(database)
+    start_trial(study, far)
+    expire_leases(database)
+    assert claim_by(study, own).claim is None
+    assert claim_by(study, own).claim is None, "its lease holds again, but only since the last claim"
+    own.renew()
+    assert claim_by(study, own).claim is None
+    wait_until(lambda: claim_by(study, own).claim is not None)
+
+
+def test_a_run_that_starts_after_an_outage_gives_the_others_time_to_renew(
+    study: Study, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    far = start_far_lease(study, monkeypatch)
+    far.stop()
+    start_trial(study, far)
+    expire_leases(database)
+    new = start_lease(study, lease_seconds=1.0)
+    assert claim_by(study, new).claim is None
+    wait_until(lambda: claim_by(study, new).claim is not None)
+    new.stop()
+
+
+def test_the_trial_of_a_run_that_has_ended_is_taken_at_once(study: Study) -> None:
+    own, other = start_lease(study), start_lease(study)
+    start_trial(study, other)
+    assert claim_by(study, own).claim is None, "its process, this one, lives"
+    other.end()
+    assert claim_by(study, own).claim is not None
+    own.stop()
 
 
 @pytest.mark.slow
 def test_a_run_on_this_machine_is_dead_as_soon_as_its_process_is() -> None:
     child = subprocess.Popen(["sleep", "60"])
     process = psutil.Process(child.pid)
-    run = SimpleNamespace(pid=child.pid, process_started=started_after_boot(process))
+    run = SimpleNamespace(host=host_id(), pid=child.pid, process_started=started_after_boot(process))
     assert not is_process_dead(run)
-    assert is_process_dead(SimpleNamespace(pid=run.pid, process_started=run.process_started - 60)), "the PID was reused"
+    earlier = SimpleNamespace(host=run.host, pid=run.pid, process_started=run.process_started - 60)
+    assert is_process_dead(earlier), "the PID was reused"
+    assert is_process_dead(SimpleNamespace(host="another machine")) is None
     child.kill()
     wait_until(lambda: process.status() == psutil.STATUS_ZOMBIE)
     assert is_process_dead(run), "a zombie is dead"
@@ -98,7 +142,7 @@ def test_a_run_on_this_machine_is_dead_as_soon_as_its_process_is() -> None:
 def test_a_change_of_the_clock_kills_no_run(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     own = start_lease(study)
     started, boot = psutil.Process().create_time(), psutil.boot_time()
-    of_version_1 = SimpleNamespace(pid=os.getpid(), process_started=started)
+    of_version_1 = SimpleNamespace(host=host_id(), pid=os.getpid(), process_started=started)
     assert not is_process_dead(of_version_1)
     monkeypatch.setattr(psutil.Process, "create_time", lambda _: started + 3600)  # psutil adds the time of the boot
     monkeypatch.setattr(psutil, "boot_time", lambda: boot + 3600)

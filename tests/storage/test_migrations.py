@@ -13,12 +13,13 @@ import optuna
 import pytest
 import sqlalchemy as sa
 from optuna.storages._rdb.models import BaseModel
+from sqlalchemy.dialects.sqlite import dialect as sqlite_dialect
 
 from storage import migrations
 from storage.database import Database, StorageError, open_database
+from storage.protocol import LostTrialError
 from storage.tables import metadata
-from storage.writer import LostTrialError
-from tests.storage.builders import claim_one, claim_point, grid_run, open_s, sql
+from tests.storage.builders import allow_takeovers, claim_one, claim_point, grid_run, open_s, sql
 
 VERSION_1 = Path(__file__).parent / "data/version_1.sql"  # written by version 1: six points, five of them claimed
 OUR_TABLES = ["hpo_metrics", "hpo_runs", "hpo_trials"]
@@ -48,13 +49,23 @@ def _make_version_1(target: Database, source: Path) -> None:
     engine = sa.create_engine(f"sqlite:///{source}")
     tables = [*BaseModel.metadata.sorted_tables, *metadata.sorted_tables]
     with target.engine.begin() as connection, engine.connect() as old:
-        for name, table in (("hpo_trial_deleted", "trials"), ("hpo_study_deleted", "studies")):
-            connection.execute(sa.text(f"DROP TRIGGER {name} ON {table}"))
+        for name, (on, _) in migrations._TRIGGERS.items():
+            connection.execute(sa.text(f"DROP TRIGGER {name} ON {on}"))
             connection.execute(sa.text(f"DROP FUNCTION {name}"))
         for table in tables:
             connection.execute(table.delete())
+        for statement in (
+            "DROP INDEX hpo_trials_by_state",
+            "DROP TABLE hpo_rungs, hpo_deleted_studies",
+            "ALTER TABLE hpo_trials DROP COLUMN token, DROP COLUMN claimed_epoch",
+            "ALTER TABLE hpo_runs DROP COLUMN takeover_after",
+        ):
+            connection.execute(sa.text(statement))
         for table in tables:
-            rows = [dict(row) for row in old.execute(sa.select(table)).mappings()]
+            if not sa.inspect(old).has_table(table.name):
+                continue
+            rows = [dict(row) for row in old.execute(sa.text(f"SELECT * FROM {table.name}")).mappings()]
+            rows = [{name: _decode(table.c[name], value) for name, value in row.items()} for row in rows]
             if rows:
                 connection.execute(table.insert(), rows)
             (key, *more) = table.primary_key.columns
@@ -65,6 +76,12 @@ def _make_version_1(target: Database, source: Path) -> None:
                 connection.execute(sa.select(sa.func.setval(sequence, max(row[key.name] for row in rows))))
         connection.execute(sa.text("ALTER TABLE hpo_metrics ALTER COLUMN name TYPE VARCHAR(100)"))
     engine.dispose()
+
+
+def _decode(column: sa.Column[Any], value: Any) -> Any:
+    """Return a value of SQLite as the column's type has it."""
+    decode = column.type.result_processor(sqlite_dialect(), None)
+    return value if decode is None else decode(value)
 
 
 @pytest.fixture
@@ -92,6 +109,7 @@ def test_a_search_of_version_1_is_resumed(migrated: Database) -> None:
     assert study.metrics()[0] == {1: {"m": 0.1, "loss": 1.0}, 2: {"m": 0.2, "loss": 0.5}}
     with grid_run(study) as run:
         run.enqueue(POINTS_OF_VERSION_1, GRID_OF_VERSION_1)
+        allow_takeovers(migrated)
         claims = [claim_one(run) for _ in range(3)]
         assert [(claim.number, claim.epoch) for claim in claims] == [(3, 1), (4, 1), (5, 0)]
         assert run.claim() is None
@@ -100,6 +118,7 @@ def test_a_search_of_version_1_is_resumed(migrated: Database) -> None:
 def test_after_a_migration_the_name_of_a_metric_may_be_long(migrated: Database) -> None:
     study, name = open_s(migrated), "layer." * 50
     with grid_run(study) as run:
+        allow_takeovers(migrated)
         claim = claim_one(run)
         run.report(claim, 2, {name: 0.5}, 0.5)
         run.flush()

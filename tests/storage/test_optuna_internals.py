@@ -8,7 +8,7 @@ import re
 import pytest
 from optuna.trial import TrialState
 
-from storage import optuna_internals
+from storage import optuna_internals, optuna_tables
 from storage.database import Database
 from storage.studies import Study
 from tests.factories import ROOT
@@ -19,6 +19,7 @@ PRIVATE = re.compile(r"(?<!\bself)\._(trial_id|study_id|storage|suggest)\b|\b_rd
 def test_other_modules_use_no_private_parts_of_optuna() -> None:
     files = [file for package in ("hpo", "storage", "benchmarks") for file in (ROOT / package).rglob("*.py")]
     files.remove(ROOT / "storage/optuna_internals.py")
+    files.remove(ROOT / "storage/optuna_tables.py")
     used = [
         f"{file.relative_to(ROOT)}:{number}: {line.strip()}"
         for file in files
@@ -29,7 +30,7 @@ def test_other_modules_use_no_private_parts_of_optuna() -> None:
 
 
 def test_ids_are_those_of_the_tables(study: Study, database: Database) -> None:
-    trial = optuna_internals.new_trial(study.optuna_study)
+    trial = study.optuna_study.ask()
     trial.suggest_float("x", 0, 1)
     (frozen,) = study.trials()
     assert optuna_internals.trial_id(trial) == optuna_internals.trial_id(frozen)
@@ -42,4 +43,4 @@ def test_ids_are_those_of_the_tables(study: Study, database: Database) -> None:
 @pytest.mark.parametrize("value", [0.25, math.inf, -math.inf, math.nan])
 def test_intermediate_values_are_encoded_in_two_columns(value: float) -> None:
     kind = {"0.25": "FINITE", "inf": "INF_POS", "-inf": "INF_NEG", "nan": "NAN"}[repr(value)]
-    assert optuna_internals.encode_intermediate_value(value) == (value if kind == "FINITE" else None, kind)
+    assert optuna_tables.encode_intermediate_value(value) == (value if kind == "FINITE" else None, kind)

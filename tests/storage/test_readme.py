@@ -11,7 +11,7 @@ from storage import tables
 from storage.database import Database, open_database
 from storage.studies import open_study
 from storage.tables import metadata
-from tests.storage.builders import GRID, POINTS, claim_one, grid_run, sql
+from tests.storage.builders import GRID, POINTS, claim_one, grid_run, prune, sql
 
 README = (Path(__file__).parent.parent.parent / "storage/README.md").read_text()
 
@@ -30,7 +30,7 @@ def test_the_queries_return_what_the_text_says(database: Database) -> None:
             run.complete(claim, value, {"test_accuracy": value - 0.25})
         better = claim_one(run)
         run.report(better, 1, {"m": 0.9}, 0.9)
-        run.prune(better)
+        prune(run, better)
     best, metrics = blocks("sql")
     assert sql(database, best) == [(1, 0.75, "0.5")]
     assert sql(database, metrics) == [(1, "loss", 1.0), (1, "m", 0.5)]

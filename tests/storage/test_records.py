@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from storage import records, tables
+from storage import optuna_tables, records, tables
 from storage.database import Database
 from storage.studies import Study
 
@@ -24,9 +24,9 @@ def add_trials(study: Study, count: int) -> list[int]:
 def test_optuna_reads_the_intermediate_values_that_we_write(study: Study, database: Database, value: float) -> None:
     (trial_id,) = add_trials(study, 1)
     with database.engine.begin() as connection:
-        records.write_values(connection, [(trial_id, 1, 0.0), (trial_id, 2, 0.5)])
-        records.write_values(connection, [(trial_id, 1, value)])
-        records.write_values(connection, [])
+        optuna_tables.write_values(connection, [(trial_id, 1, 0.0), (trial_id, 2, 0.5)])
+        optuna_tables.write_values(connection, [(trial_id, 1, value)])
+        optuna_tables.write_values(connection, [])
     assert repr(study.trials()[0].intermediate_values) == repr({1: value, 2: 0.5})
 
 

@@ -6,9 +6,10 @@ import optuna
 import pytest
 
 from storage.database import Database
+from storage.records import DUPLICATE
 from storage.retry import failed_trials, retry_trials
 from storage.run import Run
-from storage.studies import DUPLICATE, Study
+from storage.studies import Study
 from tests.storage.builders import GRID, POINTS, claim_one, grid_run, sql
 
 

@@ -13,7 +13,7 @@ from optuna.distributions import CategoricalDistribution
 from storage.database import Database, open_database
 from storage.studies import Study
 from tests.factories import trial_states
-from tests.storage.builders import GRID, POINTS, claim_one, claim_point, grid_run, open_s, sql
+from tests.storage.builders import GRID, POINTS, claim_one, claim_point, grid_run, open_s, prune, sql
 
 
 def test_a_grid_is_claimed_point_by_point_until_it_is_finished(study: Study) -> None:
@@ -56,7 +56,7 @@ def test_the_state_of_a_trial_says_how_it_ended(study: Study) -> None:
             run.report(claim, 1, {"m": 0.1}, 0.1)
             run.report(claim, 2, {"m": 0.2}, 0.2)
         run.complete(claims[0], 0.2)
-        run.prune(claims[1])
+        prune(run, claims[1])
         run.fail(claims[2], "m is nan after epoch 2", "Traceback ...")
         run.release(claims[3])
     trials = study.trials()

@@ -9,7 +9,7 @@ from typing import Any
 import optuna
 import pytest
 
-from storage import studies
+from storage import records, studies
 from storage.database import Database, StorageError
 from storage.studies import Study, find_study, open_study
 from tests.storage.builders import GRID, POINTS, claim_one, claim_point, grid_run, kill, open_s, sampled_run
@@ -119,7 +119,7 @@ def test_the_state_of_a_study_that_version_1_opened_last_is_read(database: Datab
 
 
 def test_a_duplicate_is_not_counted_as_a_failure(study: Study, database: Database) -> None:
-    for reason in (studies.DUPLICATE, studies.REJECTED, "the disk is full"):
+    for reason in (records.DUPLICATE, records.REJECTED, "the disk is full"):
         failed = optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL, user_attrs={"fail_reason": reason})
         study.optuna_study.add_trial(failed)
     study.optuna_study.add_trial(optuna.trial.create_trial(value=0.5))

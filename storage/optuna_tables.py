@@ -1,0 +1,270 @@
+"""Our SQL for Optuna's tables.
+
+Optuna's own methods write one value, or one state, in one transaction each. A claim, a report or an ending changes several
+of its rows and of ours, which must happen together, so it cannot be made of such methods. `open_database` refuses tables
+of another version than `SCHEMA`. Every function runs in a transaction of the caller.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
+from optuna.storages._rdb import models
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
+from sqlalchemy.dialects import postgresql, sqlite
+
+SCHEMA = "v3.2.0.a"  # the version of Optuna's tables that this module writes
+
+
+def _table(model: Any) -> sa.Table:
+    table: sa.Table = sa.inspect(model).local_table
+    return table
+
+
+studies = _table(models.StudyModel)
+study_directions = _table(models.StudyDirectionModel)
+study_user_attributes = _table(models.StudyUserAttributeModel)
+study_system_attributes = _table(models.StudySystemAttributeModel)
+trials = _table(models.TrialModel)
+trial_params = _table(models.TrialParamModel)
+trial_values = _table(models.TrialValueModel)
+trial_user_attributes = _table(models.TrialUserAttributeModel)
+trial_system_attributes = _table(models.TrialSystemAttributeModel)
+intermediate_values = _table(models.TrialIntermediateValueModel)
+
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+def upsert(connection: sa.Connection, table: sa.Table, key: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
+    """Insert rows, or replace the values of those that exist.
+
+    Args:
+        connection: in the caller's transaction.
+        table: where to.
+        key: the columns of a unique constraint.
+        rows: all with the same columns, each key at most once.
+    """
+    if not rows:
+        return
+    insert = (sqlite if connection.dialect.name == "sqlite" else postgresql).insert(table)
+    updated = {name: insert.excluded[name] for name in rows[0] if name not in key}
+    connection.execute(insert.on_conflict_do_update(index_elements=list(key), set_=updated), rows)
+
+
+# --- studies ----------------------------------------------------------------------------------------------------------
+
+
+def insert_study(connection: sa.Connection, name: str, direction: str) -> int:
+    """Insert a study and return its study_id.
+
+    Args:
+        connection: in the caller's transaction.
+        name: must be new.
+        direction: maximize or minimize.
+    """
+    inserted = connection.execute(studies.insert().values(study_name=name).returning(studies.c.study_id))
+    study_id = int(inserted.scalar_one())
+    row = {"study_id": study_id, "objective": 0, "direction": StudyDirection[direction.upper()]}
+    connection.execute(study_directions.insert(), row)
+    return study_id
+
+
+def lock_study(connection: sa.Connection, study_id: int) -> str | None:
+    """Return a study's name, and let no other transaction add a trial to it or claim one; None if it is not there.
+
+    SQLite has one writer at a time in any case: the transaction must be one of `Database.transaction`.
+    """
+    query = sa.select(studies.c.study_name).where(studies.c.study_id == study_id)
+    name: str | None = connection.scalar(query.with_for_update(key_share=True))
+    return name
+
+
+def write_study_attrs(connection: sa.Connection, study_id: int, attrs: Mapping[str, Any]) -> None:
+    """Set user attributes of a study."""
+    rows = [{"study_id": study_id, "key": key, "value_json": json.dumps(value)} for key, value in attrs.items()]
+    upsert(connection, study_user_attributes, ("study_id", "key"), rows)
+
+
+def insert_study_attrs(connection: sa.Connection, study_id: int, attrs: Mapping[str, Any]) -> None:
+    """Insert user attributes of a study. Those that exist raise IntegrityError."""
+    rows = [{"study_id": study_id, "key": key, "value_json": json.dumps(value)} for key, value in attrs.items()]
+    connection.execute(study_user_attributes.insert(), rows)
+
+
+def write_study_system_attrs(connection: sa.Connection, study_id: int, attrs: Mapping[str, Any]) -> None:
+    """Set system attributes of a study."""
+    rows = [{"study_id": study_id, "key": key, "value_json": json.dumps(value)} for key, value in attrs.items()]
+    upsert(connection, study_system_attributes, ("study_id", "key"), rows)
+
+
+# --- trials -----------------------------------------------------------------------------------------------------------
+
+
+def next_number(connection: sa.Connection, study_id: int) -> int:
+    """Return the number that the next trial of a study gets. It stays so while the study is locked."""
+    last = sa.select(trials.c.number).where(trials.c.study_id == study_id).order_by(trials.c.trial_id.desc()).limit(1)
+    number: int | None = connection.scalar(last)
+    return 0 if number is None else number + 1
+
+
+def number_of(connection: sa.Connection, trial_id: int) -> int:
+    """Return the number of a trial."""
+    return int(connection.scalars(sa.select(trials.c.number).where(trials.c.trial_id == trial_id)).one())
+
+
+def insert_trial(connection: sa.Connection, study_id: int, number: int, state: TrialState) -> int:
+    """Insert a trial without params and return its trial_id.
+
+    Args:
+        connection: in the caller's transaction, which has locked the study.
+        study_id: the study.
+        number: see `next_number`.
+        state: of the trial.
+    """
+    started = _now() if state == TrialState.RUNNING else None
+    row = trials.insert().values(study_id=study_id, number=number, state=state, datetime_start=started)
+    return int(connection.execute(row.returning(trials.c.trial_id)).scalar_one())
+
+
+def write_params(
+    connection: sa.Connection, trial_id: int, params: Mapping[str, Any], distributions: Mapping[str, BaseDistribution]
+) -> None:
+    """Write params of a trial. Those that it has are kept.
+
+    Args:
+        connection: in the caller's transaction.
+        trial_id: the trial.
+        params: {name: value}.
+        distributions: {name: distribution} of at least these params.
+    """
+    rows = [
+        {
+            "trial_id": trial_id,
+            "param_name": name,
+            "param_value": distributions[name].to_internal_repr(value),
+            "distribution_json": distribution_to_json(distributions[name]),
+        }
+        for name, value in params.items()
+    ]
+    if rows:
+        insert = (sqlite if connection.dialect.name == "sqlite" else postgresql).insert(trial_params)
+        connection.execute(insert.on_conflict_do_nothing(index_elements=["trial_id", "param_name"]), rows)
+
+
+def read_params(connection: sa.Connection, trial_id: int) -> dict[str, Any]:
+    """Return the params of a trial, in the order in which they were written."""
+    query = sa.select(trial_params).where(trial_params.c.trial_id == trial_id).order_by(trial_params.c.param_id)
+    return {
+        row.param_name: json_to_distribution(row.distribution_json).to_external_repr(row.param_value)
+        for row in connection.execute(query)
+    }
+
+
+def write_attrs(connection: sa.Connection, attrs: Iterable[tuple[int, Mapping[str, Any]]]) -> None:
+    """Set user attributes of trials, given as (trial_id, {key: value})."""
+    _write_attrs(connection, trial_user_attributes, attrs)
+
+
+def write_system_attrs(connection: sa.Connection, attrs: Iterable[tuple[int, Mapping[str, Any]]]) -> None:
+    """Set system attributes of trials, given as (trial_id, {key: value})."""
+    _write_attrs(connection, trial_system_attributes, attrs)
+
+
+def _write_attrs(connection: sa.Connection, table: sa.Table, attrs: Iterable[tuple[int, Mapping[str, Any]]]) -> None:
+    rows = {
+        (trial_id, key): {"trial_id": trial_id, "key": key, "value_json": json.dumps(value)}
+        for trial_id, values in attrs
+        for key, value in values.items()
+    }
+    upsert(connection, table, ("trial_id", "key"), list(rows.values()))
+
+
+def read_attrs(connection: sa.Connection, trial_id: int) -> dict[str, Any]:
+    """Return the user attributes of a trial."""
+    table = trial_user_attributes
+    query = sa.select(table.c.key, table.c.value_json).where(table.c.trial_id == trial_id)
+    return {key: json.loads(value) for key, value in connection.execute(query)}
+
+
+def delete_attrs(connection: sa.Connection, trial_ids: Collection[int], keys: Collection[str]) -> None:
+    """Delete user attributes of trials."""
+    table = trial_user_attributes
+    connection.execute(table.delete().where(table.c.trial_id.in_(trial_ids), table.c.key.in_(keys)))
+
+
+# --- values -----------------------------------------------------------------------------------------------------------
+
+
+def write_values(connection: sa.Connection, values: Iterable[tuple[int, int, float]]) -> None:
+    """Write intermediate values, given as (trial_id, epoch, value). Existing ones are replaced."""
+    rows = []
+    for trial_id, epoch, value in values:
+        stored, kind = encode_intermediate_value(value)
+        rows.append(
+            {"trial_id": trial_id, "step": epoch, "intermediate_value": stored, "intermediate_value_type": kind}
+        )
+    upsert(connection, intermediate_values, ("trial_id", "step"), rows)
+
+
+def encode_intermediate_value(value: float) -> tuple[float | None, str]:
+    """Return the columns (intermediate_value, intermediate_value_type) for a value, which may be NaN or infinite."""
+    stored, kind = models.TrialIntermediateValueModel.intermediate_value_to_stored_repr(value)
+    return stored, kind.name
+
+
+def read_values(connection: sa.Connection, trial_id: int) -> dict[int, float]:
+    """Return {epoch: value} of a trial."""
+    table = intermediate_values
+    query = sa.select(table.c.step, table.c.intermediate_value, table.c.intermediate_value_type)
+    decode = models.TrialIntermediateValueModel.stored_repr_to_intermediate_value
+    rows = connection.execute(query.where(table.c.trial_id == trial_id).order_by(table.c.step))
+    return {epoch: float(decode(value, kind)) for epoch, value, kind in rows}
+
+
+def delete_values(connection: sa.Connection, trial_id: int, after_epoch: int) -> None:
+    """Delete the intermediate values of a trial after an epoch; 0 deletes all."""
+    table = intermediate_values
+    connection.execute(table.delete().where(table.c.trial_id == trial_id, table.c.step > after_epoch))
+
+
+# --- states -----------------------------------------------------------------------------------------------------------
+
+
+def start(connection: sa.Connection, trial_id: int) -> None:
+    """Set a trial to RUNNING. Its first start is kept."""
+    started = sa.func.coalesce(trials.c.datetime_start, _now())
+    update = trials.update().where(trials.c.trial_id == trial_id)
+    connection.execute(update.values(state=TrialState.RUNNING, datetime_start=started, datetime_complete=None))
+
+
+def wait(connection: sa.Connection, trial_ids: Collection[int]) -> None:
+    """Set trials to WAITING."""
+    update = trials.update().where(trials.c.trial_id.in_(trial_ids))
+    connection.execute(update.values(state=TrialState.WAITING, datetime_complete=None))
+
+
+def end(connection: sa.Connection, trial_id: int, state: TrialState, value: float | None) -> None:
+    """End a trial.
+
+    Args:
+        connection: in the caller's transaction.
+        trial_id: the trial.
+        state: COMPLETE, PRUNED or FAIL.
+        value: its objective; None if it has none.
+    """
+    update = trials.update().where(trials.c.trial_id == trial_id)
+    connection.execute(update.values(state=state, datetime_complete=_now()))
+    if value is not None:
+        stored, kind = models.TrialValueModel.value_to_stored_repr(value)
+        row = {"trial_id": trial_id, "objective": 0, "value": stored, "value_type": kind}
+        upsert(connection, trial_values, ("trial_id", "objective"), [row])
+
+
+def _now() -> datetime:
+    return datetime.now(UTC).replace(tzinfo=None)  # Optuna stores UTC without a time zone

@@ -1,0 +1,512 @@
+"""The operations on trials, as README.md defines them: each function is one transaction.
+
+A run owns a trial while `hpo_trials.token` is the token that it claimed the trial with. Each write names the token, and
+the database compares it in the transaction of the write: a run that lost a trial changes nothing of it. An operation whose
+answer was lost can be repeated: it finds its own token, or the state that it set, and returns the same answer.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import sqlalchemy as sa
+from optuna.distributions import BaseDistribution
+from optuna.trial import TrialState
+
+from storage import optuna_tables, records, tables
+from storage.database import Database, StorageError
+from storage.pruners import Pruner
+from storage.records import DUPLICATE, REJECTED, Params
+
+
+class LostTrialError(Exception):
+    """Another run now owns the trial, or another program ended it. This run must not write to it any more."""
+
+
+@dataclass(frozen=True)
+class RunKey:
+    """Which run does something.
+
+    Attributes:
+        study_id: its study.
+        study_name: for messages.
+        run_id: its key in hpo_runs.
+        lease_seconds: how long the run counts as alive after its last renewal.
+        max_failures: how often a trial is resumed after its driver died without finishing an epoch of it.
+    """
+
+    study_id: int
+    study_name: str
+    run_id: int
+    lease_seconds: float
+    max_failures: int
+
+
+@dataclass(frozen=True)
+class ClaimedTrial:
+    """A trial that a run owns.
+
+    Attributes:
+        trial_id: its primary key, unique in the database.
+        number: its number in the study.
+        params: its configuration.
+        values: {epoch: value} of the objective, as in storage. `Run` adds to it what it reports.
+        crashes: how many workers and drivers have died while they trained it.
+        attempt: how often it was started from its first epoch.
+        token: of this claim.
+    """
+
+    trial_id: int
+    number: int
+    params: Params
+    values: dict[int, float]
+    crashes: int
+    attempt: int
+    token: int
+
+    @property
+    def epoch(self) -> int:
+        """The last epoch in storage; 0 for a new trial."""
+        return max(self.values, default=0)
+
+
+@dataclass(frozen=True)
+class TrialUpdate:
+    """An update of a trial: any of a finished epoch, attributes, provenance and a final state.
+
+    Attributes:
+        claim: the trial.
+        epoch: the finished epoch, from 1; 0 for none.
+        metrics: {name: value} of the epoch.
+        value: the objective's value, of the epoch or of the completed trial.
+        is_restart: whether the stored epochs after this one are of an abandoned attempt. They are deleted.
+        decides: whether the pruner decides if the trial ends after this epoch.
+        attrs: user attributes of the trial.
+        provenance: replaces the trial's provenance; None keeps it.
+        final_state: of a trial that ends; None for an unfinished one.
+    """
+
+    claim: ClaimedTrial
+    epoch: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    value: float | None = None
+    is_restart: bool = False
+    decides: bool = False
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] | None = None
+    final_state: TrialState | None = None
+
+
+def new_token() -> int:
+    """Return a token for a claim. Random: a database that was restored from a copy would give a counter's values again."""
+    return secrets.randbits(62)
+
+
+# --- claim ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The unfinished trials of a study.
+
+    Attributes:
+        claim: the trial that was claimed; None if no trial waits.
+        partial_ids: ids of WAITING trials that may lack params and have no key: enqueued through Optuna.
+        others_are_running: whether other living runs work on trials.
+        failed: {number: reason} of trials that were taken from dead runs and not resumed, because they failed too often.
+    """
+
+    claim: ClaimedTrial | None
+    partial_ids: list[int] = field(default_factory=list)
+    others_are_running: bool = False
+    failed: dict[int, str] = field(default_factory=dict)
+
+
+def claim_existing(
+    database: Database,
+    run: RunKey,
+    token: int,
+    *,
+    own_tokens: Collection[int],
+    is_process_dead: Callable[[Any], bool | None],
+) -> Scan:
+    """Take over the trials of dead runs, and claim the WAITING trial that is nearest to a result.
+
+    Args:
+        database: the database.
+        run: the run that claims.
+        token: of the claim, see `new_token`.
+        own_tokens: of all claims of this run. A trial of the run with another token was claimed by a call that failed.
+        is_process_dead: returns whether the process of a row of hpo_runs has ended; None if it runs on another machine.
+
+    Raises:
+        StorageError: the study was deleted.
+    """
+    with database.transaction() as connection:
+        clock = _enter(connection, database, run)
+        if claim := _claimed_with(connection, token):
+            return Scan(claim)
+        rows = _unfinished(connection, run.study_id)
+        freed, failed = _take_over(connection, run, rows, clock, own_tokens, is_process_dead)
+        waiting = [row for row in rows if row.trial_id in freed or row.state == TrialState.WAITING]
+        ended_or_own = {row.trial_id for row in rows if row.number in failed or row.token in own_tokens}
+        others = {row.trial_id for row in rows} - {row.trial_id for row in waiting} - ended_or_own
+        partial_ids = [row.trial_id for row in waiting if row.key is None]
+        # First those that killed no worker or driver, then those with results.
+        resumable = sorted(
+            (row for row in waiting if row.key is not None),
+            key=lambda row: (freed.get(row.trial_id, row.crashes), row.epoch == 0, row.number),
+        )
+        if not resumable:
+            return Scan(None, partial_ids, bool(others), failed)
+        _own(connection, run, resumable[0].trial_id, token, resumable[0].epoch)
+        return Scan(_claimed_with(connection, token), partial_ids, bool(others), failed)
+
+
+def _enter(connection: sa.Connection, database: Database, run: RunKey) -> Any:
+    """Lock the study and renew the run's lease; return a row with `now` and `takeover_after`."""
+    name = optuna_tables.lock_study(connection, run.study_id)
+    clock = None if name is None else renew_lease(connection, database, run)
+    if clock is None:
+        raise StorageError(
+            f"{database.url}: the study {run.study_name!r} was deleted while this search worked on it; the same command "
+            "creates it again"
+        )
+    return clock
+
+
+def renew_lease(connection: sa.Connection, database: Database, run: RunKey) -> Any:
+    """Extend a run's lease; return a row with `now` and `takeover_after`; None if the run is not in the database.
+
+    A lease that had expired means that the run, or the database, was away. The leases of other living runs may have
+    expired with it, so this run takes over nothing for one lease period. This happens in the statement that renews the
+    lease: no transaction of the run can see a valid lease without it.
+    """
+    table, now = tables.runs, database.now_seconds()
+    later = now + run.lease_seconds
+    takeover_after = sa.case((table.c.lease_until < now, later), else_=table.c.takeover_after)
+    update = (
+        table.update()
+        .where(table.c.run == run.run_id, table.c.study == run.study_id)
+        .values(last_heard=now, lease_until=later, takeover_after=takeover_after)
+    )
+    return connection.execute(update.returning(table.c.takeover_after, now.label("now"))).one_or_none()
+
+
+def _unfinished(connection: sa.Connection, study_id: int) -> list[Any]:
+    """Return the RUNNING and WAITING trials of a study, each with its row in hpo_trials and its owner's in hpo_runs."""
+    trial, ours, owner = optuna_tables.trials, tables.trials, tables.runs
+    values = optuna_tables.intermediate_values
+    last_epoch = sa.select(sa.func.coalesce(sa.func.max(values.c.step), 0)).where(values.c.trial_id == trial.c.trial_id)
+    query = (
+        sa.select(
+            trial.c.trial_id,
+            trial.c.number,
+            trial.c.state,
+            ours.c.key,
+            ours.c.token,
+            ours.c.run,
+            ours.c.crashes,
+            ours.c.claimed_epoch,
+            owner.c.run.label("owner"),
+            owner.c.host,
+            owner.c.pid,
+            owner.c.process_started,
+            owner.c.lease_until,
+            owner.c.ended,
+            last_epoch.scalar_subquery().label("epoch"),
+        )
+        .join(ours, ours.c.trial == trial.c.trial_id, isouter=True)
+        .join(owner, owner.c.run == ours.c.run, isouter=True)
+        .where(trial.c.study_id == study_id, trial.c.state.in_([TrialState.RUNNING, TrialState.WAITING]))
+        .order_by(trial.c.number)
+    )
+    return list(connection.execute(query))
+
+
+def _take_over(
+    connection: sa.Connection,
+    run: RunKey,
+    rows: Iterable[Any],
+    clock: Any,
+    own_tokens: Collection[int],
+    is_process_dead: Callable[[Any], bool | None],
+) -> tuple[dict[int, int], dict[int, str]]:
+    """Set the RUNNING trials of dead runs to WAITING, or to FAIL if they failed too often.
+
+    Returns:
+        {trial_id: crashes} of the WAITING ones, {number: reason} of the failed ones.
+    """
+    freed: dict[int, int] = {}
+    failed: dict[int, str] = {}
+    for row in rows:
+        if row.state != TrialState.RUNNING or row.token in own_tokens:
+            continue
+        has_died = False
+        if row.owner is not None and row.owner != run.run_id and row.ended is None:
+            dead = is_process_dead(row)
+            has_died = row.lease_until < clock.now and clock.takeover_after <= clock.now if dead is None else dead
+            if not has_died:
+                continue
+        # Or nobody owns it: a program that uses Optuna created it, or a claim of this run failed.
+        crashes = (row.crashes or 0) + (has_died and row.epoch <= row.claimed_epoch)
+        if has_died and crashes > run.max_failures:
+            failed[row.number] = f"the driver died {crashes} times while it trained this trial"
+            attrs = {"fail_reason": f"{failed[row.number]} (max_failures {run.max_failures})"}
+            optuna_tables.write_attrs(connection, [(row.trial_id, attrs)])
+            optuna_tables.end(connection, row.trial_id, TrialState.FAIL, None)
+        else:
+            freed[row.trial_id] = crashes
+            optuna_tables.wait(connection, [row.trial_id])
+        is_trial = tables.trials.c.trial == row.trial_id
+        owner = {} if row.number in failed else {"run": None}
+        connection.execute(tables.trials.update().where(is_trial).values(token=None, crashes=crashes, **owner))
+    return freed, failed
+
+
+def _own(connection: sa.Connection, run: RunKey, trial_id: int, token: int, epoch: int) -> None:
+    is_trial = tables.trials.c.trial == trial_id
+    owner = {"run": run.run_id, "token": token, "claimed_epoch": epoch}
+    connection.execute(tables.trials.update().where(is_trial).values(owner))
+    optuna_tables.start(connection, trial_id)
+
+
+def _claimed_with(connection: sa.Connection, token: int) -> ClaimedTrial | None:
+    trial, ours = optuna_tables.trials, tables.trials
+    query = (
+        sa.select(trial.c.trial_id, trial.c.number, ours.c.crashes)
+        .join(ours, ours.c.trial == trial.c.trial_id)
+        .where(ours.c.token == token)
+    )
+    row = connection.execute(query).one_or_none()
+    if row is None:
+        return None
+    return ClaimedTrial(
+        row.trial_id,
+        row.number,
+        optuna_tables.read_params(connection, row.trial_id),
+        optuna_tables.read_values(connection, row.trial_id),
+        row.crashes,
+        records.attempt_of(optuna_tables.read_attrs(connection, row.trial_id)),
+        token,
+    )
+
+
+# --- new trials -------------------------------------------------------------------------------------------------------
+
+
+class Refusal(Enum):
+    """Why a configuration was not registered."""
+
+    SPENT = "the study has as many trials as its budget allows"
+    DUPLICATE = "the study has a trial with this configuration"
+    TAKEN = "the trial does not wait any more"
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A configuration that becomes a trial.
+
+    Attributes:
+        key: its identity.
+        params: {name: value}.
+        distributions: {name: distribution} of these params.
+        system_attrs: what the sampler notes about it.
+        trial_id: a WAITING trial that becomes it, such as one enqueued through Optuna; None for a new one.
+    """
+
+    key: str
+    params: Params
+    distributions: Mapping[str, BaseDistribution]
+    system_attrs: Mapping[str, Any] = field(default_factory=dict)
+    trial_id: int | None = None
+
+
+def register(
+    database: Database, run: RunKey, token: int, configuration: Configuration, max_trials: int | None
+) -> ClaimedTrial | Refusal:
+    """Create a RUNNING trial that the run owns.
+
+    Args:
+        database: the database.
+        run: the run that claims.
+        token: of the claim, see `new_token`.
+        configuration: of the trial.
+        max_trials: the budget of the study; None for no limit.
+
+    Raises:
+        StorageError: the study was deleted.
+    """
+    with database.transaction() as connection:
+        _enter(connection, database, run)
+        if claim := _claimed_with(connection, token):
+            return claim
+        trial_id = configuration.trial_id
+        if trial_id is not None and not _is_partial(connection, trial_id):
+            return Refusal.TAKEN
+        if max_trials is not None and records.count_keys(connection, run.study_id) >= max_trials:
+            return Refusal.SPENT
+        if records.has_key(connection, run.study_id, configuration.key):
+            if trial_id is not None:
+                _refuse(connection, trial_id, {"fail_reason": DUPLICATE})
+            return Refusal.DUPLICATE
+        if trial_id is None:
+            number = optuna_tables.next_number(connection, run.study_id)
+            trial_id = optuna_tables.insert_trial(connection, run.study_id, number, TrialState.RUNNING)
+        else:
+            number = optuna_tables.number_of(connection, trial_id)
+            optuna_tables.start(connection, trial_id)
+        optuna_tables.write_params(connection, trial_id, configuration.params, configuration.distributions)
+        optuna_tables.write_system_attrs(connection, [(trial_id, configuration.system_attrs)])
+        row = {"trial": trial_id, "study": run.study_id, "key": configuration.key, "run": run.run_id, "token": token}
+        connection.execute(tables.trials.insert(), row)
+        return ClaimedTrial(trial_id, number, configuration.params, {}, 0, 1, token)
+
+
+def refuse(database: Database, run: RunKey, trial_id: int, constraint: str) -> None:
+    """Set a partial trial to FAIL, because it breaks a constraint. A trial that does not wait any more is left as it is."""
+    with database.transaction() as connection:
+        _enter(connection, database, run)
+        if _is_partial(connection, trial_id):
+            _refuse(connection, trial_id, {"fail_reason": REJECTED, "constraint": constraint})
+
+
+def _is_partial(connection: sa.Connection, trial_id: int) -> bool:
+    trial, ours = optuna_tables.trials, tables.trials
+    query = sa.select(trial.c.trial_id).where(
+        trial.c.trial_id == trial_id,
+        trial.c.state == TrialState.WAITING,
+        ~sa.exists().where(ours.c.trial == trial.c.trial_id),
+    )
+    return connection.scalar(query) is not None
+
+
+def _refuse(connection: sa.Connection, trial_id: int, attrs: Mapping[str, Any]) -> None:
+    optuna_tables.write_attrs(connection, [(trial_id, attrs)])
+    optuna_tables.end(connection, trial_id, TrialState.FAIL, None)
+
+
+# --- report, prune, end -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Written:
+    """What became of a batch of updates.
+
+    Attributes:
+        lost: tokens of claims that do not hold any more. Their updates were dropped.
+        pruned: tokens of claims whose trials the pruner ended.
+    """
+
+    lost: set[int]
+    pruned: set[int]
+
+
+def write(
+    database: Database, study_id: int, updates: Iterable[TrialUpdate], *, pruner: Pruner | None, ending: Collection[int]
+) -> Written:
+    """Write a batch of updates of trials that one run owns.
+
+    Args:
+        database: the database.
+        study_id: the study of the trials.
+        updates: in the order in which they happened.
+        pruner: decides on the updates with `decides`.
+        ending: tokens of the claims that this run has tried to end. A trial that ended with such a token was ended by an
+            earlier attempt, whose answer was lost.
+    """
+    lost: set[int] = set()
+    pruned: set[int] = set()
+    batches: dict[int, list[TrialUpdate]] = {}
+    with database.transaction() as connection:
+        updates = list(updates)
+        if any(update.decides for update in updates):
+            optuna_tables.lock_study(connection, study_id)  # decisions happen one after another
+        rows = _owners(connection, {update.claim.trial_id for update in updates})
+        for update in updates:
+            row, token = rows.get(update.claim.trial_id), update.claim.token
+            if row is not None and row.token == token and row.state == TrialState.RUNNING:
+                batches.setdefault(token, []).append(update)
+            elif row is None or row.token != token or token not in ending:
+                lost.add(token)
+            elif row.state == TrialState.PRUNED:
+                pruned.add(token)
+        kept = [update for batch in batches.values() for update in _drop_abandoned(connection, batch)]
+        epochs = [update for update in kept if update.epoch and update.value is not None]
+        records.write_metrics(connection, [(each.claim.trial_id, each.epoch, each.metrics) for each in epochs])
+        optuna_tables.write_values(
+            connection, [(each.claim.trial_id, each.epoch, each.value or 0.0) for each in epochs]
+        )
+        optuna_tables.write_attrs(connection, [(update.claim.trial_id, update.attrs) for update in kept])
+        for update in kept:
+            claim = update.claim
+            if update.provenance is not None:
+                is_trial = tables.trials.c.trial == claim.trial_id
+                connection.execute(tables.trials.update().where(is_trial).values(provenance=dict(update.provenance)))
+            if update.decides and pruner is not None and claim.token not in pruned:
+                value = update.value or 0.0
+                if pruner.decide(connection, study_id, claim.trial_id, claim.number, update.epoch, value):
+                    optuna_tables.end(connection, claim.trial_id, TrialState.PRUNED, update.value)
+                    pruned.add(claim.token)
+            if update.final_state is not None and claim.token not in pruned:
+                optuna_tables.end(connection, claim.trial_id, update.final_state, update.value)
+                if update.final_state == TrialState.COMPLETE and pruner is not None:
+                    pruner.complete(connection, study_id, claim.trial_id)
+    return Written(lost, pruned)
+
+
+def _owners(connection: sa.Connection, trial_ids: Collection[int]) -> dict[int, Any]:
+    """Return {trial_id: row with token and state}. No other transaction changes them until this one ends."""
+    trial, ours = optuna_tables.trials, tables.trials
+    query = (
+        sa.select(ours.c.trial, ours.c.token, trial.c.state)
+        .join(trial, trial.c.trial_id == ours.c.trial)
+        .where(ours.c.trial.in_(trial_ids))
+        .order_by(ours.c.trial)
+        .with_for_update()
+    )
+    return {row.trial: row for row in connection.execute(query)}
+
+
+def _drop_abandoned(connection: sa.Connection, batch: list[TrialUpdate]) -> list[TrialUpdate]:
+    """Delete the epochs of an abandoned attempt, and return the updates of one trial without theirs.
+
+    Args:
+        connection: in the caller's transaction.
+        batch: updates of one trial. Each epoch may occur several times.
+    """
+    kept: dict[int, TrialUpdate] = {}  # {epoch, or a negative number for an update without one: update}
+    for number, update in enumerate(batch, start=1):
+        if update.is_restart:
+            trial_id = update.claim.trial_id
+            optuna_tables.delete_values(connection, trial_id, after_epoch=update.epoch)
+            records.delete_epochs(connection, trial_id, after_epoch=update.epoch)
+            kept = {epoch: each for epoch, each in kept.items() if epoch < update.epoch}
+        kept.pop(update.epoch, None)
+        kept[update.epoch or -number] = update
+    return list(kept.values())
+
+
+# --- give back --------------------------------------------------------------------------------------------------------
+
+
+def release(database: Database, claim: ClaimedTrial) -> None:
+    """Set an unfinished trial to WAITING. A trial that the claim does not own any more is left as it is."""
+    with database.transaction() as connection:
+        row = _owners(connection, [claim.trial_id]).get(claim.trial_id)
+        if row is not None and row.token == claim.token and row.state == TrialState.RUNNING:
+            is_trial = tables.trials.c.trial == claim.trial_id
+            connection.execute(tables.trials.update().where(is_trial).values(run=None, token=None))
+            optuna_tables.wait(connection, [claim.trial_id])
+
+
+def count_crashes(database: Database, claim: ClaimedTrial, crashes: int) -> None:
+    """Store how many workers and drivers have died while they trained a trial. The number never falls."""
+    table = tables.trials
+    is_lower = sa.and_(table.c.trial == claim.trial_id, table.c.token == claim.token, table.c.crashes < crashes)
+    with database.transaction() as connection:
+        connection.execute(table.update().where(is_lower).values(crashes=crashes))
