@@ -83,6 +83,7 @@ class TrialUpdate:
         epoch: the finished epoch, from 1; 0 for none.
         metrics: {name: value} of the epoch.
         value: the objective's value, of the epoch or of the completed trial.
+        follows: the last epoch before this update that storage must hold; 0 for none.
         is_restart: whether the stored epochs after this one are of an abandoned attempt. They are deleted.
         decides: whether the pruner decides if the trial ends after this epoch.
         attrs: user attributes of the trial.
@@ -94,6 +95,7 @@ class TrialUpdate:
     epoch: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
     value: float | None = None
+    follows: int = 0
     is_restart: bool = False
     decides: bool = False
     attrs: Mapping[str, Any] = field(default_factory=dict)
@@ -172,23 +174,28 @@ def _enter(connection: sa.Connection, database: Database, run: RunKey) -> Any:
     name = optuna_tables.lock_study(connection, run.study_id)
     clock = None if name is None else renew_lease(connection, database, run)
     if clock is None:
-        raise StorageError(
-            f"{database.url}: the study {run.study_name!r} was deleted while this search worked on it; the same command "
-            "creates it again"
-        )
+        raise study_deleted(database, run.study_name)
     return clock
+
+
+def study_deleted(database: Database, name: str) -> StorageError:
+    """Return the error of an operation on a study that another program has deleted."""
+    return StorageError(
+        f"{database.url}: the study {name!r} was deleted while this search worked on it; the same command creates it again"
+    )
 
 
 def renew_lease(connection: sa.Connection, database: Database, run: RunKey) -> Any:
     """Extend a run's lease; return a row with `now` and `takeover_after`; None if the run is not in the database.
 
-    A lease that had expired means that the run, or the database, was away. The leases of other living runs may have
-    expired with it, so this run takes over nothing for one lease period. This happens in the statement that renews the
-    lease: no transaction of the run can see a valid lease without it.
+    A lease that had expired means that the run, or the database, was away; one that ends too late, that the database's
+    clock was set back. The leases of other living runs may be as wrong, so this run takes over nothing for one lease
+    period. This happens in the statement that renews the lease: no transaction of the run can see a valid lease without it.
     """
     table, now = tables.runs, database.now_seconds()
     later = now + run.lease_seconds
-    takeover_after = sa.case((table.c.lease_until < now, later), else_=table.c.takeover_after)
+    was_away = sa.or_(table.c.lease_until < now, table.c.lease_until > later)
+    takeover_after = sa.case((was_away, later), else_=table.c.takeover_after)
     update = (
         table.update()
         .where(table.c.run == run.run_id, table.c.study == run.study_id)
@@ -200,8 +207,6 @@ def renew_lease(connection: sa.Connection, database: Database, run: RunKey) -> A
 def _unfinished(connection: sa.Connection, study_id: int) -> list[Any]:
     """Return the RUNNING and WAITING trials of a study, each with its row in hpo_trials and its owner's in hpo_runs."""
     trial, ours, owner = optuna_tables.trials, tables.trials, tables.runs
-    values = optuna_tables.intermediate_values
-    last_epoch = sa.select(sa.func.coalesce(sa.func.max(values.c.step), 0)).where(values.c.trial_id == trial.c.trial_id)
     query = (
         sa.select(
             trial.c.trial_id,
@@ -218,7 +223,7 @@ def _unfinished(connection: sa.Connection, study_id: int) -> list[Any]:
             owner.c.process_started,
             owner.c.lease_until,
             owner.c.ended,
-            last_epoch.scalar_subquery().label("epoch"),
+            _last_epoch(),
         )
         .join(ours, ours.c.trial == trial.c.trial_id, isouter=True)
         .join(owner, owner.c.run == ours.c.run, isouter=True)
@@ -226,6 +231,13 @@ def _unfinished(connection: sa.Connection, study_id: int) -> list[Any]:
         .order_by(trial.c.number)
     )
     return list(connection.execute(query))
+
+
+def _last_epoch() -> sa.Label[int]:
+    """Return a column of a query on Optuna's trials: the last stored epoch, 0 if there is none."""
+    values, trial = optuna_tables.intermediate_values, optuna_tables.trials
+    last = sa.select(sa.func.coalesce(sa.func.max(values.c.step), 0)).where(values.c.trial_id == trial.c.trial_id)
+    return last.scalar_subquery().label("epoch")
 
 
 def _take_over(
@@ -249,7 +261,8 @@ def _take_over(
         has_died = False
         if row.owner is not None and row.owner != run.run_id and row.ended is None:
             dead = is_process_dead(row)
-            has_died = row.lease_until < clock.now and clock.takeover_after <= clock.now if dead is None else dead
+            is_expired = not clock.now <= row.lease_until <= clock.now + run.lease_seconds
+            has_died = is_expired and clock.takeover_after <= clock.now if dead is None else dead
             if not has_died:
                 continue
         # Or nobody owns it: a program that uses Optuna created it, or a claim of this run failed.
@@ -435,6 +448,12 @@ def write(
                 lost.add(token)
             elif row.state == TrialState.PRUNED:
                 pruned.add(token)
+        for token, batch in list(batches.items()):
+            if not _is_continued(batch, rows[batch[0].claim.trial_id].epoch):
+                # The database was restored from an older copy. Resumed, the trial reports the missing epochs again.
+                _give_back(connection, batch[0].claim.trial_id)
+                lost.add(token)
+                del batches[token]
         kept = [update for batch in batches.values() for update in _drop_abandoned(connection, batch)]
         epochs = [update for update in kept if update.epoch and update.value is not None]
         records.write_metrics(connection, [(each.claim.trial_id, each.epoch, each.metrics) for each in epochs])
@@ -460,16 +479,25 @@ def write(
 
 
 def _owners(connection: sa.Connection, trial_ids: Collection[int]) -> dict[int, Any]:
-    """Return {trial_id: row with token and state}. No other transaction changes them until this one ends."""
+    """Return {trial_id: row with token, state and last epoch}. No other transaction changes them until this one ends."""
     trial, ours = optuna_tables.trials, tables.trials
     query = (
-        sa.select(ours.c.trial, ours.c.token, trial.c.state)
+        sa.select(ours.c.trial, ours.c.token, trial.c.state, _last_epoch())
         .join(trial, trial.c.trial_id == ours.c.trial)
         .where(ours.c.trial.in_(trial_ids))
         .order_by(ours.c.trial)
         .with_for_update()
     )
     return {row.trial: row for row in connection.execute(query)}
+
+
+def _is_continued(batch: list[TrialUpdate], stored_epoch: int) -> bool:
+    """Return whether storage holds the epochs that come before the updates of one trial."""
+    for update in batch:
+        if update.follows > stored_epoch:
+            return False
+        stored_epoch = max(stored_epoch, update.epoch)
+    return True
 
 
 def _drop_abandoned(connection: sa.Connection, batch: list[TrialUpdate]) -> list[TrialUpdate]:
@@ -499,9 +527,13 @@ def release(database: Database, claim: ClaimedTrial) -> None:
     with database.transaction() as connection:
         row = _owners(connection, [claim.trial_id]).get(claim.trial_id)
         if row is not None and row.token == claim.token and row.state == TrialState.RUNNING:
-            is_trial = tables.trials.c.trial == claim.trial_id
-            connection.execute(tables.trials.update().where(is_trial).values(run=None, token=None))
-            optuna_tables.wait(connection, [claim.trial_id])
+            _give_back(connection, claim.trial_id)
+
+
+def _give_back(connection: sa.Connection, trial_id: int) -> None:
+    is_trial = tables.trials.c.trial == trial_id
+    connection.execute(tables.trials.update().where(is_trial).values(run=None, token=None))
+    optuna_tables.wait(connection, [trial_id])
 
 
 def count_crashes(database: Database, claim: ClaimedTrial, crashes: int) -> None:

@@ -118,13 +118,13 @@ class TrialQueue:
 
     def _claim_partial(self, token: int, trial_id: int) -> ClaimedTrial | None:
         """Complete and claim a trial that another program enqueued; set it to FAIL if it is a duplicate or not allowed."""
-        partial = self._retry(lambda: self._database.optuna_storage.get_trial(trial_id))
+        partial = self._read(lambda: self._database.optuna_storage.get_trial(trial_id))
         if self._draw is None:
             if not partial.params:
                 return None
             claim = self._register(token, partial, trial_id)
         else:
-            constraint, draft = self._retry(lambda: self._draw_once(partial.number, partial))
+            constraint, draft = self._read(lambda: self._draw_once(partial.number, partial))
             if constraint:
                 self._retry(lambda: protocol.refuse(self._database, self._run, trial_id, constraint))
                 return None
@@ -171,7 +171,7 @@ class TrialQueue:
             if duplicates + rejected == RANDOM_AFTER_DRAWS:
                 # A sampler does not learn from trials that never ran: it may draw the same point forever.
                 self._study.optuna_study.sampler = optuna.samplers.RandomSampler(seed=number)
-            constraint, draft = self._retry(lambda number=number: self._draw_once(number))  # type: ignore[misc]
+            constraint, draft = self._read(lambda number=number: self._draw_once(number))  # type: ignore[misc]
             if constraint:
                 rejected += 1
                 continue
@@ -209,3 +209,10 @@ class TrialQueue:
 
     def _retry(self, operation: Callable[[], T]) -> T:
         return retry_while_down(self._database, operation)
+
+    def _read(self, operation: Callable[[], T]) -> T:
+        """Run an operation that reads through Optuna, which raises KeyError for a study that was deleted."""
+        try:
+            return self._retry(operation)
+        except KeyError:
+            raise protocol.study_deleted(self._database, self._run.study_name) from None

@@ -191,8 +191,10 @@ class Run:
         if not is_same:
             for each in later:
                 del known[each]
+        follows = max((each for each in known if each < epoch), default=0)
         known[epoch] = value
-        return TrialUpdate(claim, epoch, dict(metrics), value, is_restart=bool(later) and not is_same)
+        is_restart = bool(later) and not is_same
+        return TrialUpdate(claim, epoch, dict(metrics), value, follows=follows, is_restart=is_restart)
 
     def record(
         self, claim: ClaimedTrial, attrs: Mapping[str, Any], provenance: Mapping[str, Any] | None = None
@@ -208,12 +210,12 @@ class Run:
 
     def complete(self, claim: ClaimedTrial, value: float, attrs: Mapping[str, Any] | None = None) -> None:
         """Finish a trial that reached its last epoch."""
-        self._writer.put(TrialUpdate(claim, value=value, attrs=attrs or {}, final_state=TrialState.COMPLETE))
+        self._writer.put(TrialUpdate(claim, value=value, follows=claim.epoch, attrs=attrs or {}, final_state=TrialState.COMPLETE))
 
     def fail(self, claim: ClaimedTrial, reason: str, traceback: str = "") -> None:
         """Finish a trial that failed. `reason` is one line."""
         attrs = {"fail_reason": reason} | ({"traceback": traceback[-2000:]} if traceback else {})
-        self._writer.put(TrialUpdate(claim, attrs=attrs, final_state=TrialState.FAIL))
+        self._writer.put(TrialUpdate(claim, follows=claim.epoch, attrs=attrs, final_state=TrialState.FAIL))
 
     def release(self, claim: ClaimedTrial) -> None:
         """Set an unfinished trial to WAITING: any run may resume it. Do nothing if the claim does not hold any more."""

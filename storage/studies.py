@@ -7,9 +7,9 @@ import gc
 import math
 import uuid
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import optuna
 from optuna.trial import FrozenTrial
@@ -19,7 +19,10 @@ from storage import optuna_tables, records
 from storage.database import Database, StorageError, retry_while_down
 from storage.lease import is_process_dead
 from storage.optuna_internals import DraftStorage, study_id, trial_id
+from storage.protocol import study_deleted
 from storage.records import NEVER_RUN
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,13 @@ class Study:
     @property
     def attrs(self) -> dict[str, Any]:
         """The user attributes of the study."""
-        return retry_while_down(self.database, lambda: self.optuna_study.user_attrs)
+        return self._read(lambda: self.optuna_study.user_attrs)
 
     def trials(self) -> list[FrozenTrial]:
         """Return all trials, ordered by number."""
         storage = self.database.optuna_storage  # not through `optuna_study`, which never reads finished trials again
         with without_garbage_collection():
-            return retry_while_down(self.database, lambda: storage.get_all_trials(self.study_id, deepcopy=False))
+            return self._read(lambda: storage.get_all_trials(self.study_id, deepcopy=False))
 
     def trained_trials(self) -> list[FrozenTrial]:
         """Return the trials without those never run: draws that were duplicates or broke a constraint."""
@@ -99,9 +102,14 @@ class Study:
 
     def system_attrs(self) -> dict[str, Any]:
         """Return the system attributes, which Optuna and optuna-dashboard store with the study."""
-        return retry_while_down(
-            self.database, lambda: self.database.optuna_storage.get_study_system_attrs(self.study_id)
-        )
+        return self._read(lambda: self.database.optuna_storage.get_study_system_attrs(self.study_id))
+
+    def _read(self, operation: Callable[[], T]) -> T:
+        """Run a reading operation of Optuna, which raises KeyError for a study that was deleted."""
+        try:
+            return retry_while_down(self.database, operation)
+        except KeyError:
+            raise study_deleted(self.database, self.name) from None
 
     def set_system_attrs(self, attrs: Mapping[str, Any]) -> None:
         """Set these system attributes in one transaction."""
@@ -221,7 +229,7 @@ def state_of(attrs: Mapping[str, Any], counts: Mapping[str, int], runs: Iterable
 
 def all_studies(database: Database) -> list[Study]:
     """Return every revision of every study, oldest first."""
-    return [_load(database, name) for name in study_names(database)]
+    return [study for name in study_names(database) if (study := _load(database, name)) is not None]
 
 
 def find_study(database: Database, name: str) -> Study | None:
@@ -245,6 +253,8 @@ def find_revision(database: Database, name: str, fingerprint: str) -> Study | No
     """
     for revision in _revisions(database, name):
         study = _load(database, revision)
+        if study is None:
+            continue
         found = study.attrs.get("hpo:fingerprint")
         if found is None and study.trials():
             raise StorageError(
@@ -279,7 +289,7 @@ def open_study(
         StorageError: a study of another program has the name, or the database cannot be used.
     """
 
-    def open_or_create() -> Study:
+    def open_or_create() -> Study | None:
         revisions = _revisions(database, name)  # first: a study that appears after it makes the insertion fail
         study = find_revision(database, name, fingerprint)
         attrs = {} if study is None else study.attrs
@@ -305,14 +315,20 @@ def open_study(
         return study or _load(database, new)
 
     while True:
-        # Another process may have created the same study, or the same revision, meanwhile.
+        # Another process may have created the same revision meanwhile, or deleted it.
         with contextlib.suppress(IntegrityError):
-            return retry_while_down(database, open_or_create)
+            opened = retry_while_down(database, open_or_create)
+            if opened is not None:
+                return opened
 
 
-def _load(database: Database, name: str) -> Study:
+def _load(database: Database, name: str) -> Study | None:
+    """Return a study; None if it was deleted meanwhile."""
     storage = DraftStorage(database.optuna_storage)
-    study = retry_while_down(database, lambda: optuna.load_study(study_name=name, storage=storage))
+    try:
+        study = retry_while_down(database, lambda: optuna.load_study(study_name=name, storage=storage))
+    except KeyError:
+        return None
     return Study(database, name, study_id(study), study, storage)
 
 

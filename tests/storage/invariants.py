@@ -1,0 +1,199 @@
+"""What must hold after every step of a simulation, read with plain SQL."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tests.storage.simulator import Driver, Simulation, Training
+
+ENDED = {"COMPLETE", "PRUNED", "FAIL"}
+NEVER_RUN = {"duplicate of an earlier trial", "breaks a constraint"}
+UNAWARE_SECONDS = 20.0  # how long a trial may be RUNNING under a run that does not work on it
+LEASE_SECONDS = 6.0
+
+
+class Invariants:
+    """Compares the database with what the drivers did.
+
+    Args:
+        simulation: the drivers.
+        sql: runs a query outside of the simulation.
+
+    Attributes:
+        trained: {value: the training that reported it}.
+        crashes: {trial_id: how many workers and drivers died while they trained it}.
+    """
+
+    def __init__(self, simulation: Simulation, sql: Callable[[str], list[tuple[Any, ...]]]) -> None:
+        self._simulation = simulation
+        self._sql = sql
+        self.trained: dict[float, Training] = {}
+        self.crashes: Counter[int] = Counter()
+        self._endings: dict[int, tuple[str, float | None]] = {}
+        self._owners: dict[int, int | None] = {}
+        self._unaware_since: dict[tuple[int, int], float] = {}
+        self._rungs: set[tuple[int, int]] = set()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._sql = lambda _: []
+
+    def forget(self) -> None:
+        """The database was replaced."""
+        self._endings.clear()
+        self._owners.clear()
+        self._unaware_since.clear()
+        self._rungs.clear()
+        self.crashes.clear()
+        for driver in self._simulation.drivers:
+            driver.excused_until = float("inf")
+
+    def note_death(self, driver: Driver) -> None:
+        """A driver was killed."""
+        for (trial_id,) in self._sql(f"SELECT trial FROM hpo_trials WHERE run = {driver.run_id}"):
+            self.crashes[trial_id] += 1
+
+    def owner_of(self, claim: Any) -> int | None:
+        """Return the token that owns a trial."""
+        rows = self._sql(f"SELECT token FROM hpo_trials WHERE trial = {claim.trial_id}")
+        return rows[0][0] if rows and rows[0][0] != claim.token else claim.token if rows else None
+
+    # --- after every step that committed something
+
+    def check(self) -> None:
+        """Raise AssertionError if an invariant does not hold."""
+        trials = {
+            row[0]: row
+            for row in self._sql(
+                "SELECT t.trial_id, t.number, CAST(t.state AS TEXT), h.run, h.token, v.value, p.param_value, h.crashes "
+                "FROM trials t LEFT JOIN hpo_trials h ON h.trial = t.trial_id "
+                "LEFT JOIN trial_values v ON v.trial_id = t.trial_id "
+                "LEFT JOIN trial_params p ON p.trial_id = t.trial_id ORDER BY t.trial_id"
+            )
+        }
+        reasons = {
+            trial_id: json.loads(value)
+            for trial_id, value in self._sql("SELECT trial_id, value_json FROM trial_user_attributes WHERE key = 'fail_reason'")
+        }
+        trained = [row for row in trials.values() if reasons.get(row[0]) not in NEVER_RUN]
+        self._check_configurations(trained)
+        self._check_endings(trials, reasons)
+        self._check_owners(trials)
+        self._check_rungs(trials)
+
+    def _check_configurations(self, trained: list[tuple[Any, ...]]) -> None:
+        counts = Counter(row[6] for row in trained if row[6] is not None)
+        twice = [x for x, count in counts.items() if count > 1]
+        assert not twice, f"configurations {twice} have several trials"
+        total = self._simulation.plan.trials
+        assert len(trained) <= total, f"{len(trained)} trials, but the budget is {total}"
+
+    def _check_endings(self, trials: dict[int, tuple[Any, ...]], reasons: dict[int, str]) -> None:
+        for trial_id, (state, value) in self._endings.items():
+            assert trial_id in trials, f"trial {trial_id} has disappeared"
+            now = trials[trial_id]
+            assert (now[2], now[5]) == (state, value), f"trial {trial_id} was {state} {value}, and is {now[2]} {now[5]}"
+        for trial_id, row in trials.items():
+            state, value, token = row[2], row[5], row[4]
+            assert row[7] is None or row[7] <= self.crashes[trial_id], (
+                f"trial {trial_id} counts {row[7]} crashes, but {self.crashes[trial_id]} happened"
+            )
+            if state not in ENDED or trial_id in self._endings:
+                continue
+            self._endings[trial_id] = (state, value)
+            reason = reasons.get(trial_id, "")
+            if state == "FAIL":
+                assert "[" not in reason or f"[{token}]" in reason, f"trial {trial_id} failed by another owner: {reason}"
+                assert reason, f"trial {trial_id} failed without a reason"
+                continue
+            self._check_curve(trial_id, state, value, token)
+
+    def _check_curve(self, trial_id: int, state: str, value: float | None, token: int | None) -> None:
+        curve = dict(
+            self._sql(f"SELECT step, intermediate_value FROM trial_intermediate_values WHERE trial_id = {trial_id}")
+        )
+        metrics = dict(self._sql(f"SELECT epoch, value FROM hpo_metrics WHERE trial = {trial_id}"))
+        assert curve == metrics, f"trial {trial_id}: values {curve}, metrics {metrics}"
+        last = max(curve, default=0)
+        assert value == curve.get(last), f"trial {trial_id} is {state} with {value}, its last epoch has {curve.get(last)}"
+        training = self.trained[value]  # type: ignore[index]
+        if not self._simulation.plan.is_deterministic:
+            assert training.claim.token == token, f"trial {trial_id} has the value of an attempt that does not own it"
+        expected = {epoch: each for epoch, each in training.history.items() if epoch <= last}
+        assert curve == expected, f"trial {trial_id} has the epochs {curve}, its last attempt trained {expected}"
+
+    def _check_owners(self, trials: dict[int, tuple[Any, ...]]) -> None:
+        now = self._simulation.scheduler.now
+        by_run = {driver.run_id: driver for driver in self._simulation.living() if driver.run_id >= 0}
+        for trial_id, row in trials.items():
+            state, run = row[2], row[3]
+            before = self._owners.get(trial_id)
+            robbed = by_run.get(before) if before is not None and before != run else None
+            if robbed is not None and trial_id in robbed.known and not robbed.is_closing:
+                working = any(each.claim.trial_id == trial_id for each in robbed.trainings)
+                assert not working or robbed.excused_until >= now, (
+                    f"trial {trial_id} was taken from {robbed.name}, which lives"
+                )
+            self._owners[trial_id] = run if state == "RUNNING" else None
+            owner = by_run.get(run)
+            is_unaware = (
+                state == "RUNNING"
+                and owner is not None
+                and owner.suspended_until < now
+                and not owner.is_closing
+                and not any(each.claim.trial_id == trial_id for each in owner.trainings)
+            )
+            if not is_unaware:
+                self._unaware_since.pop((trial_id, run), None)
+            else:
+                since = self._unaware_since.setdefault((trial_id, run), now)
+                assert now - since < UNAWARE_SECONDS or self._simulation.down_until > since, (
+                    f"trial {trial_id} has been RUNNING for {now - since:.0f} s under {owner and owner.name}, which does "
+                    "not work on it"
+                )
+
+    def _check_rungs(self, trials: dict[int, tuple[Any, ...]]) -> None:
+        """A decision to prune is stored together with the state PRUNED."""
+        if self._simulation.plan.pruner != "asha":
+            return
+        rows = self._sql("SELECT trial, epoch, value FROM hpo_rungs WHERE pool = 'asha'")
+        by_epoch: dict[int, list[float]] = defaultdict(list)
+        for _, epoch, value in rows:
+            by_epoch[epoch].append(value)
+        new = [row for row in rows if (row[0], row[2]) not in self._rungs]
+        self._rungs |= {(row[0], row[2]) for row in rows}
+        if len(new) != 1:
+            return
+        trial_id, epoch, value = new[0]
+        ahead = sum(other > value for other in by_epoch[epoch])
+        if ahead >= max(1, len(by_epoch[epoch]) // 2):
+            assert trials[trial_id][2] == "PRUNED", f"trial {trial_id} lost at epoch {epoch} and is {trials[trial_id][2]}"
+
+    # --- at certain moments
+
+    def check_finished(self, driver: Driver) -> None:
+        """A driver says that no run has or will get another trial."""
+        rows = self._sql(
+            "SELECT t.trial_id, CAST(t.state AS TEXT), h.run FROM trials t LEFT JOIN hpo_trials h ON h.trial = t.trial_id"
+        )
+        if not self._sql("SELECT 1 FROM studies") or driver.excused_until == float("inf"):
+            return
+        others = [row for row in rows if row[1] not in ENDED and row[2] != driver.run_id]
+        assert not others, f"{driver.name} says that the study is finished, but {others} are not"
+        assert len(rows) == self._simulation.plan.trials, f"{driver.name} says finished after {len(rows)} trials"
+
+    def is_finished(self) -> bool:
+        """Return whether every trial of the study has ended."""
+        states = [row[0] for row in self._sql("SELECT CAST(state AS TEXT) FROM trials")]
+        return len(states) >= self._simulation.plan.trials and set(states) <= ENDED
+
+    def check_end(self) -> None:
+        """All drivers have ended."""
+        self.check()
+        states = Counter(row[0] for row in self._sql("SELECT CAST(state AS TEXT) FROM trials"))
+        assert set(states) <= ENDED, f"at the end, the trials are {dict(states)}"
+        assert states.total() == self._simulation.plan.trials, f"{states.total()} trials at the end"
