@@ -210,7 +210,9 @@ class Run:
 
     def complete(self, claim: ClaimedTrial, value: float, attrs: Mapping[str, Any] | None = None) -> None:
         """Finish a trial that reached its last epoch."""
-        self._writer.put(TrialUpdate(claim, value=value, follows=claim.epoch, attrs=attrs or {}, final_state=TrialState.COMPLETE))
+        self._writer.put(
+            TrialUpdate(claim, value=value, follows=claim.epoch, attrs=attrs or {}, final_state=TrialState.COMPLETE)
+        )
 
     def fail(self, claim: ClaimedTrial, reason: str, traceback: str = "") -> None:
         """Finish a trial that failed. `reason` is one line."""

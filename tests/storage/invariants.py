@@ -37,6 +37,7 @@ class Invariants:
         self._owners: dict[int, int | None] = {}
         self._unaware_since: dict[tuple[int, int], float] = {}
         self._rungs: set[tuple[int, int]] = set()
+        self._knows_crashes = True
 
     def close(self) -> None:
         """Close the connection."""
@@ -48,7 +49,7 @@ class Invariants:
         self._owners.clear()
         self._unaware_since.clear()
         self._rungs.clear()
-        self.crashes.clear()
+        self._knows_crashes = False
         for driver in self._simulation.drivers:
             driver.excused_until = float("inf")
 
@@ -77,12 +78,14 @@ class Invariants:
         }
         reasons = {
             trial_id: json.loads(value)
-            for trial_id, value in self._sql("SELECT trial_id, value_json FROM trial_user_attributes WHERE key = 'fail_reason'")
+            for trial_id, value in self._sql(
+                "SELECT trial_id, value_json FROM trial_user_attributes WHERE key = 'fail_reason'"
+            )
         }
         trained = [row for row in trials.values() if reasons.get(row[0]) not in NEVER_RUN]
         self._check_configurations(trained)
-        self._check_endings(trials, reasons)
         self._check_owners(trials)
+        self._check_endings(trials, reasons)
         self._check_rungs(trials)
 
     def _check_configurations(self, trained: list[tuple[Any, ...]]) -> None:
@@ -99,7 +102,7 @@ class Invariants:
             assert (now[2], now[5]) == (state, value), f"trial {trial_id} was {state} {value}, and is {now[2]} {now[5]}"
         for trial_id, row in trials.items():
             state, value, token = row[2], row[5], row[4]
-            assert row[7] is None or row[7] <= self.crashes[trial_id], (
+            assert row[7] is None or row[7] <= self.crashes[trial_id] or not self._knows_crashes, (
                 f"trial {trial_id} counts {row[7]} crashes, but {self.crashes[trial_id]} happened"
             )
             if state not in ENDED or trial_id in self._endings:
@@ -107,7 +110,9 @@ class Invariants:
             self._endings[trial_id] = (state, value)
             reason = reasons.get(trial_id, "")
             if state == "FAIL":
-                assert "[" not in reason or f"[{token}]" in reason, f"trial {trial_id} failed by another owner: {reason}"
+                assert "[" not in reason or f"[{token}]" in reason, (
+                    f"trial {trial_id} failed by another owner: {reason}"
+                )
                 assert reason, f"trial {trial_id} failed without a reason"
                 continue
             self._check_curve(trial_id, state, value, token)
@@ -119,7 +124,9 @@ class Invariants:
         metrics = dict(self._sql(f"SELECT epoch, value FROM hpo_metrics WHERE trial = {trial_id}"))
         assert curve == metrics, f"trial {trial_id}: values {curve}, metrics {metrics}"
         last = max(curve, default=0)
-        assert value == curve.get(last), f"trial {trial_id} is {state} with {value}, its last epoch has {curve.get(last)}"
+        assert value == curve.get(last), (
+            f"trial {trial_id} is {state} with {value}, its last epoch has {curve.get(last)}"
+        )
         training = self.trained[value]  # type: ignore[index]
         if not self._simulation.plan.is_deterministic:
             assert training.claim.token == token, f"trial {trial_id} has the value of an attempt that does not own it"
@@ -133,11 +140,11 @@ class Invariants:
             state, run = row[2], row[3]
             before = self._owners.get(trial_id)
             robbed = by_run.get(before) if before is not None and before != run else None
-            if robbed is not None and trial_id in robbed.known and not robbed.is_closing:
+            if robbed is not None and robbed.excused_until >= now:
+                self.crashes[trial_id] += 1  # nobody can know that the driver was only suspended
+            elif robbed is not None and trial_id in robbed.known and not robbed.is_closing:
                 working = any(each.claim.trial_id == trial_id for each in robbed.trainings)
-                assert not working or robbed.excused_until >= now, (
-                    f"trial {trial_id} was taken from {robbed.name}, which lives"
-                )
+                assert not working, f"trial {trial_id} was taken from {robbed.name}, which lives"
             self._owners[trial_id] = run if state == "RUNNING" else None
             owner = by_run.get(run)
             is_unaware = (
@@ -171,7 +178,9 @@ class Invariants:
         trial_id, epoch, value = new[0]
         ahead = sum(other > value for other in by_epoch[epoch])
         if ahead >= max(1, len(by_epoch[epoch]) // 2):
-            assert trials[trial_id][2] == "PRUNED", f"trial {trial_id} lost at epoch {epoch} and is {trials[trial_id][2]}"
+            assert trials[trial_id][2] == "PRUNED", (
+                f"trial {trial_id} lost at epoch {epoch} and is {trials[trial_id][2]}"
+            )
 
     # --- at certain moments
 

@@ -96,9 +96,7 @@ class Scheduler:
         """The task that runs this code; None outside of the simulation."""
         return self._by_thread.get(threading.get_ident())
 
-    def hand_over(
-        self, what: str, *, seconds: float = 0.0, is_ready: Callable[[], bool] = lambda: True
-    ) -> None:
+    def hand_over(self, what: str, *, seconds: float = 0.0, is_ready: Callable[[], bool] = lambda: True) -> None:
         """Called by a task: let others run.
 
         Args:

@@ -4,8 +4,8 @@
     uv run python -m tests.storage.simulator --seed 7 --storage sqlite        # prints the schedule
 
 A seed draws a study (grid or sampled, budget, pruner, training that is deterministic or not, checkpoints or none), two to
-four drivers on the same or different machines, and a list of faults with the steps at which they strike. After each step that
-committed something, `invariants.Invariants` reads the database with plain SQL. At the end the faults stop, a last driver runs
+four drivers on the same or different machines, and a list of faults with the steps at which they strike. After each step
+that committed something, `invariants.Invariants` reads the database with plain SQL. At the end the faults stop, drivers run
 the study to its end, and every configuration must be finished.
 """
 
@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import itertools
 import multiprocessing
+import random
 import shutil
 import sqlite3
 import sys
@@ -28,6 +29,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import optuna
+import psutil
 import psycopg
 import pytest
 import sqlalchemy as sa
@@ -35,6 +37,7 @@ from optuna.distributions import CategoricalDistribution
 
 from storage import database as database_module
 from storage import lease as lease_module
+from storage import optuna_tables
 from storage import protocol as protocol_module
 from storage import queue as queue_module
 from storage import writer as writer_module
@@ -50,7 +53,19 @@ LEASE_SECONDS = 6.0
 MAX_FAILURES = 3
 MAX_STEPS = 20_000
 EPOCHS = 3
-FAULTS = ("kill", "error", "lost answer", "bug", "suspend", "clock", "boot clock", "outage", "restart", "restore", "delete")
+FAULTS = (
+    "kill",
+    "error",
+    "lost answer",
+    "bug",
+    "suspend",
+    "clock",
+    "boot clock",
+    "outage",
+    "restart",
+    "restore",
+    "delete",
+)
 
 
 @dataclass
@@ -222,7 +237,7 @@ class Driver:
     def _start_worker(self, training: Training) -> None:
         """As `hpo.search.worker.run_trial` does: from the newest checkpoint, epochs that storage lacks first."""
         sim, claim = self.simulation, training.claim
-        token, attempt, history = sim.checkpoints.get(training.folder, (0, 0, {}))
+        _, attempt, history = sim.checkpoints.get(training.folder, (0, 0, {}))
         training.history = dict(history) if attempt == claim.attempt and sim.plan.keeps_checkpoints else {}
         sim.checkpoints[training.folder] = (claim.token, claim.attempt, dict(training.history))
         differing = [epoch for epoch, value in training.history.items() if claim.values.get(epoch) != value]
@@ -251,7 +266,9 @@ class Driver:
             epoch = training.recalled.pop(0)
         else:
             epoch = max(training.history, default=0) + 1
-            sim.scheduler.hand_over(f"trains trial {claim.number}, epoch {epoch}", seconds=draw.choice([0.0, 0.1, 1.0, 3.0]))
+            sim.scheduler.hand_over(
+                f"trains trial {claim.number}, epoch {epoch}", seconds=draw.choice([0.0, 0.1, 1.0, 3.0])
+            )
             training.history[epoch] = sim.train(claim, epoch)
             token, attempt, _ = sim.checkpoints[training.folder]
             if token != claim.token:  # another worker has taken the folder over
@@ -324,7 +341,7 @@ class Simulation:
     def train(self, claim: Any, epoch: int) -> float:
         """Return the objective after an epoch; a new number each time, unless training is deterministic."""
         if self.plan.is_deterministic:
-            return (hash((claim.params["x"], epoch)) % 1000) / 1000 + claim.params["x"] * 1e-9 + epoch * 1e-6
+            return float(random.Random(f"{claim.params['x']}/{epoch}").random())
         return self.scheduler.draw.random()
 
     def before_statement(self, what: str) -> None:
@@ -468,6 +485,11 @@ class Simulation:
 # --- databases --------------------------------------------------------------------------------------------------------
 
 
+def _copy_file(source: Path, target: Path) -> None:
+    with contextlib.closing(sqlite3.connect(source)) as old, contextlib.closing(sqlite3.connect(target)) as new:
+        old.backup(new)
+
+
 class Backend:
     """Four databases handles, one for each slot of a driver, on one database.
 
@@ -479,6 +501,7 @@ class Backend:
     def __init__(self, url: str, folder: Path) -> None:
         self.url = url
         self.is_sqlite = url.startswith("sqlite")
+        self._path = Path(url.removeprefix("sqlite:///"))
         self._folder = folder
         self.simulation: Simulation | None = None
         self.databases = [open_database(url) for _ in range(4)]
@@ -499,14 +522,12 @@ class Backend:
     def connect_plain(self) -> Callable[[str], list[tuple[Any, ...]]]:
         """Return a function that runs SQL outside of the simulation."""
         if self.is_sqlite:
-            sqlite = sqlite3.connect(
-                self.url.removeprefix("sqlite:///"), timeout=0, isolation_level=None, check_same_thread=False
-            )
+            sqlite = sqlite3.connect(self._path, timeout=0, isolation_level=None, check_same_thread=False)
             self._plain = sqlite
             return lambda query: sqlite.execute(query).fetchall()
         postgres = psycopg.connect(self.url, autocommit=True)
         self._plain = postgres
-        return lambda query: postgres.execute(query).fetchall()  # type: ignore[call-overload,no-any-return]
+        return lambda query: postgres.execute(query).fetchall()
 
     def error(self) -> Exception:
         """Return the driver's error of a lost connection."""
@@ -574,7 +595,7 @@ class Backend:
             if self.simulation is not None:
                 self.simulation.after_commit()
 
-        engine.dialect.do_commit = do_commit  # type: ignore[method-assign]
+        engine.dialect.do_commit = do_commit  # type: ignore[method-assign, assignment]
 
     def break_connections(self, slot: int | None = None, simulation: Simulation | None = None) -> None:
         """Close the connections of all drivers, as a restart of the server does, or of those of a killed driver."""
@@ -588,19 +609,17 @@ class Backend:
         """Return a copy of the database."""
         if self.is_sqlite:
             path = self._folder / f"copy-{time.monotonic_ns()}.db"
-            with contextlib.closing(sqlite3.connect(self.url.removeprefix("sqlite:///"))) as source:
-                with contextlib.closing(sqlite3.connect(path)) as target:
-                    source.backup(target)
+            _copy_file(self._path, path)
             return path
         with psycopg.connect(self.url) as connection:
-            return {table: connection.execute(f"SELECT * FROM {table}").fetchall() for table in self._tables(connection)}
+            return {
+                table: connection.execute(f"SELECT * FROM {table}").fetchall() for table in self._tables(connection)
+            }
 
     def restore(self, copy: Any) -> None:
         """Replace the content by that of a copy."""
         if self.is_sqlite:
-            with contextlib.closing(sqlite3.connect(copy)) as source:
-                with contextlib.closing(sqlite3.connect(self.url.removeprefix("sqlite:///"), timeout=30)) as target:
-                    source.backup(target)
+            _copy_file(copy, self._path)
             return
         with psycopg.connect(self.url) as connection:
             connection.execute("SET session_replication_role = replica")
@@ -609,16 +628,10 @@ class Backend:
                 for row in rows:
                     marks = ", ".join(["%s"] * len(row))
                     connection.execute(f"INSERT INTO {table} VALUES ({marks})", [_adapt(value) for value in row])
-                key = connection.execute(
-                    "SELECT a.attname FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0] "
-                    "WHERE i.indrelid = %s::regclass AND i.indisprimary AND i.indnatts = 1",
-                    [table],
-                ).fetchone()
-                if key and rows:
-                    connection.execute(
-                        f"SELECT setval(pg_get_serial_sequence('{table}', '{key[0]}'), max({key[0]})) FROM {table} "
-                        f"WHERE pg_get_serial_sequence('{table}', '{key[0]}') IS NOT NULL"
-                    )
+            for table, key in _SERIAL_KEYS.items():
+                last = connection.execute(f"SELECT max({key}) FROM {table}").fetchone()
+                if last and last[0] is not None:
+                    connection.execute("SELECT setval(pg_get_serial_sequence(%s, %s), %s)", [table, key, last[0]])
 
     @staticmethod
     def _tables(connection: Any) -> list[str]:
@@ -636,6 +649,21 @@ class Backend:
         """Close all connections."""
         for database in self.databases:
             database.close()
+
+
+_SERIAL_KEYS = {"studies": "study_id", "trials": "trial_id", "hpo_runs": "run"} | {
+    table.name: next(iter(table.primary_key.columns)).name
+    for table in (
+        optuna_tables.study_directions,
+        optuna_tables.study_user_attributes,
+        optuna_tables.study_system_attributes,
+        optuna_tables.trial_params,
+        optuna_tables.trial_values,
+        optuna_tables.trial_user_attributes,
+        optuna_tables.trial_system_attributes,
+        optuna_tables.intermediate_values,
+    )
+}
 
 
 def _adapt(value: Any) -> Any:
@@ -666,7 +694,7 @@ def simulated(backend: Backend, seed: int, kinds: tuple[str, ...] = FAULTS) -> I
             wanted = here().pid if pid is None else pid
             found = [each for each in simulation.living() if each.pid == wanted and each.machine == here().machine]
             if not found:
-                raise lease_module.psutil.NoSuchProcess(wanted)
+                raise psutil.NoSuchProcess(wanted)
             self._driver = found[0]
 
         def create_time(self) -> float:
@@ -678,7 +706,7 @@ def simulated(backend: Backend, seed: int, kinds: tuple[str, ...] = FAULTS) -> I
     processes = SimpleNamespace(
         Process=Process,
         boot_time=lambda: simulation.boot_clock,
-        NoSuchProcess=lease_module.psutil.NoSuchProcess,
+        NoSuchProcess=psutil.NoSuchProcess,
         STATUS_ZOMBIE="zombie",
     )
     threads, clock = SimulatedThreading(scheduler), SimulatedTime(scheduler)
@@ -694,7 +722,9 @@ def simulated(backend: Backend, seed: int, kinds: tuple[str, ...] = FAULTS) -> I
             Database, "now_seconds", lambda _: sa.literal(scheduler().now + simulation.database_clock, sa.Float)
         )
         patch.setattr(
-            protocol_module, "secrets", SimpleNamespace(randbits=lambda bits: simulation.scheduler.draw.getrandbits(bits))
+            protocol_module,
+            "secrets",
+            SimpleNamespace(randbits=lambda bits: simulation.scheduler.draw.getrandbits(bits)),
         )
         yield simulation
     backend.simulation = None
@@ -771,7 +801,10 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
         for done, found in enumerate(pool.imap_unordered(_run_range, jobs), start=1):
             failures += len(found)
-            print(f"{min(done * size, last - first)} seeds, {failures} failed, {time.monotonic() - started:.0f} s", flush=True)
+            print(
+                f"{min(done * size, last - first)} seeds, {failures} failed, {time.monotonic() - started:.0f} s",
+                flush=True,
+            )
     sys.exit(bool(failures))
 
 
