@@ -6,11 +6,24 @@ replaces and why. pyproject.toml bounds Optuna to one minor version; review this
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Container
+
 import optuna
 import sqlalchemy as sa
-from optuna.storages._rdb.models import TrialIntermediateValueModel, TrialModel, TrialUserAttributeModel
+from optuna.samplers._tpe.sampler import _RELATIVE_PARAMS_KEY, default_gamma
+from optuna.storages import RDBStorage
+from optuna.storages._cached_storage import _CachedStorage
+from optuna.storages._rdb.models import (
+    TrialIntermediateValueModel,
+    TrialModel,
+    TrialParamModel,
+    TrialSystemAttributeModel,
+    TrialUserAttributeModel,
+    TrialValueModel,
+)
 from optuna.study._frozen import FrozenStudy
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 # --- ids and objects --------------------------------------------------------------------------------------------------
 
@@ -43,6 +56,38 @@ def forget_finished(study: optuna.Study, trial_id: int) -> None:
         study._storage = optuna.storages.get_storage(study._storage._backend)  # type: ignore[attr-defined]
 
 
+# --- TPE --------------------------------------------------------------------------------------------------------------
+
+# Of a large study, TPE counts so many trials as the best. They and the others are shown by `storage.history`.
+BEST_TRIALS = default_gamma(sys.maxsize)
+
+# TPE draws all params of a trial at once. Until they are stored one by one, they are in system attributes with this prefix.
+RELATIVE_PARAMS = _RELATIVE_PARAMS_KEY
+
+GetTrials = Callable[[Container[TrialState] | None], list[FrozenTrial]]
+
+
+class _PartialStorage(_CachedStorage):
+    def __init__(self, backend: RDBStorage, get_trials: GetTrials) -> None:
+        super().__init__(backend)
+        self._get_trials = get_trials
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        return self._get_trials(states)
+
+
+def show_trials(study: optuna.Study, get_trials: GetTrials) -> None:
+    """Let the sampler of a study see other trials than all of its storage.
+
+    Args:
+        study: the study. Its other methods that read trials return these, too.
+        get_trials: returns the trials in these states, ordered by number; of all states for None.
+    """
+    study._storage = _PartialStorage(study._storage._backend, get_trials)  # type: ignore[attr-defined]
+
+
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 # `Trial.report` writes one value in one transaction; we write a batch of epochs together with their metrics.
@@ -53,6 +98,24 @@ def encode_intermediate_value(value: float) -> tuple[float | None, str]:
     """Return the columns (intermediate_value, intermediate_value_type) for a value, which may be NaN or infinite."""
     stored, kind = TrialIntermediateValueModel.intermediate_value_to_stored_repr(value)
     return stored, kind.name
+
+
+def decode_intermediate_value(
+    stored: float | None, kind: TrialIntermediateValueModel.TrialIntermediateValueType
+) -> float:
+    """Return the value of the columns (intermediate_value, intermediate_value_type)."""
+    return TrialIntermediateValueModel.stored_repr_to_intermediate_value(stored, kind)
+
+
+# `get_all_trials` reads all values and attributes of all trials; TPE needs few of them.
+trial_values: sa.Table = sa.inspect(TrialValueModel).local_table
+trial_params: sa.Table = sa.inspect(TrialParamModel).local_table
+trial_system_attributes: sa.Table = sa.inspect(TrialSystemAttributeModel).local_table
+
+
+def decode_value(stored: float | None, kind: TrialValueModel.TrialValueType) -> float:
+    """Return the value of the columns (value, value_type)."""
+    return TrialValueModel.stored_repr_to_value(stored, kind)
 
 
 studies = sa.table("studies", sa.column("study_id", sa.Integer))
