@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Container
+from typing import Any
 
 import optuna
 import sqlalchemy as sa
 from optuna.samplers._tpe.sampler import _RELATIVE_PARAMS_KEY, default_gamma
-from optuna.storages import RDBStorage
-from optuna.storages._cached_storage import _CachedStorage
+from optuna.storages import BaseStorage
 from optuna.storages._rdb.models import (
     TrialIntermediateValueModel,
     TrialModel,
@@ -67,10 +67,15 @@ RELATIVE_PARAMS = _RELATIVE_PARAMS_KEY
 GetTrials = Callable[[Container[TrialState] | None], list[FrozenTrial]]
 
 
-class _PartialStorage(_CachedStorage):
-    def __init__(self, backend: RDBStorage, get_trials: GetTrials) -> None:
-        super().__init__(backend)
+class _PartialStorage:
+    """A storage that returns other trials than all of a study. Everything else is that of the storage behind it."""
+
+    def __init__(self, storage: BaseStorage, get_trials: GetTrials) -> None:
+        self._storage = storage
         self._get_trials = get_trials
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
 
     def get_all_trials(
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
@@ -85,7 +90,7 @@ def show_trials(study: optuna.Study, get_trials: GetTrials) -> None:
         study: the study. Its other methods that read trials return these, too.
         get_trials: returns the trials in these states, ordered by number; of all states for None.
     """
-    study._storage = _PartialStorage(study._storage._backend, get_trials)  # type: ignore[attr-defined]
+    study._storage = _PartialStorage(study._storage, get_trials)  # type: ignore[assignment]
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
