@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import shutil
 import statistics
 import subprocess
 import sys
@@ -96,12 +97,13 @@ def measure_cost(sizes: list[int], limit: int, runs: int) -> None:
     print(f"{'trials':>7} {'first s':>8} {'refresh ms':>11} {'draw ms':>8} {'sum ms':>7}")
     with tempfile.TemporaryDirectory(prefix="tpe-history-") as folder:
         for trials in sizes:
-            url = f"sqlite:///{Path(folder)}/{trials}.db"
-            with open_database(url) as database:
+            path, copy = Path(folder, f"{trials}.db"), Path(folder, "copy.db")
+            with open_database(f"sqlite:///{path}") as database:
                 fill(database, "s", trials=trials, epochs=50)
             measured = []
             for _ in range(runs):
-                command = [sys.executable, "-m", "benchmarks.tpe_history", "--here", url, str(limit)]
+                shutil.copy(path, copy)  # the draws are stored
+                command = [sys.executable, "-m", "benchmarks.tpe_history", "--here", f"sqlite:///{copy}", str(limit)]
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
                 if done.returncode:
                     raise SystemExit(done.stderr[-2000:])
@@ -199,10 +201,10 @@ def compare(
     for (task, _, _), values in results.items():
         known[task] = max(known[task], float(values.max()))
     if save is not None:
-        names = {
-            "/".join(map(str, (task, seed, limit or "whole"))): each for (task, seed, limit), each in results.items()
+        named = {
+            f"{task}/{seed}/{limit or 'whole'}": values.tolist() for (task, seed, limit), values in results.items()
         }
-        np.savez_compressed(save, **names)
+        save.write_text(json.dumps(named))
     print(f"{len(pairs)} pairs of task and seed")
     print(
         f"{'history':>8} {'measure':>8} {'mean':>9} {'difference from whole':>22} {'better':>7} {'equal':>6} {'worse':>6}"
@@ -274,7 +276,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="searches at a time")
     parser.add_argument("--sizes", nargs="+", type=int, default=[100, 1000, 10_000], help="trials, without --data")
     parser.add_argument("--runs", type=int, default=3, help="processes per size, without --data; medians are printed")
-    parser.add_argument("--save", type=Path, metavar="FILE.npz", help="the accuracy of each trial, with --data")
+    parser.add_argument("--save", type=Path, metavar="FILE.json", help="the accuracy of each trial, with --data")
     parser.add_argument("--here", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.here:
