@@ -5,8 +5,8 @@ shows it, of a study with more finished trials than its limit:
 
 - the best ones: exactly those that TPE would choose from the whole study;
 - the first trial with each set of parameters: TPE joins parameters into groups by those sets;
-- an even sample of the rest. Whether a trial belongs to it depends on its number and the limit only, so every run, also one
-  that resumes, sees the same trials of the same study;
+- an even sample of the rest. It depends on the numbers of the study's finished trials only, so every run of a study, also
+  one that resumes, sees the same trials;
 - all unfinished trials.
 
 Below the limit it shows all of them, and TPE draws exactly as without a history. `benchmarks.tpe_history` measures what the
