@@ -4,15 +4,16 @@
 
 Trials do no work and report five epochs. The contestants run in turns, each in a new process:
 
-    hpo             the service: Tune, workers, leases, checkpoints, and every metric in SQLite
-    tune            Ray Tune only, actors reused: random search, no database, a function that calls `tune.report`
-    tune-bare       the same with a class, and without the loggers that Tune starts by default: Tune's minimum
-    tune+optuna     Ray Tune with OptunaSearch on SQLite, actors reused
-    tune+optuna-new the same without reuse: each trial starts a worker, which imports torch as ours do
-    optuna          Optuna on SQLite in one process, without workers
+    hpo                     the service: Tune, workers, leases, checkpoints, and every metric in SQLite
+    tune                    Ray Tune only, actors reused: random search, no database, a function that calls `tune.report`
+    tune-bare               the same with a class, and without the loggers that Tune starts by default: Tune's minimum
+    tune+optuna             Ray Tune with OptunaSearch on SQLite, actors reused
+    tune+optuna+checkpoint  the same with a checkpoint reported each epoch: the epoch's number and metric, as hpo stores
+    tune+optuna-new         without checkpoints and reuse: each trial starts a worker, which imports torch as ours do
+    optuna                  Optuna on SQLite in one process, without workers
 
-The cost per trial is the slope from the end of trial number `SKIP` to the end of the last trial, which leaves out the start
-of Ray and of the workers. Prints a table and, as its last line, one JSON object.
+The cost per trial is the slope from the end of the 20th trial (of the second without reuse) to the end of the last one,
+which leaves out the start of Ray and of the workers. Prints a table and, as its last line, one JSON object.
 """
 
 from __future__ import annotations
@@ -33,8 +34,7 @@ from typing import Any
 
 REPORTS = 5
 SLOTS = 2  # trials at a time
-SKIP = {"hpo": 20, "tune": 20, "tune-bare": 20, "tune+optuna": 20, "tune+optuna-new": 2, "optuna": 20}
-TRIALS = {"hpo": 200, "tune": 200, "tune-bare": 200, "tune+optuna": 200, "tune+optuna-new": 8, "optuna": 200}
+SLOW = "tune+optuna-new"  # runs 8 trials, the others 200
 Mark = Callable[[], None]  # called as each trial ends
 
 
@@ -81,9 +81,16 @@ def run_hpo(trials: int, folder: Path, mark: Mark) -> None:
 
 
 def run_tune(
-    trials: int, folder: Path, mark: Mark, *, optuna: bool = False, reuse: bool = True, bare: bool = False
+    trials: int,
+    folder: Path,
+    mark: Mark,
+    *,
+    optuna: bool = False,
+    checkpoint: bool = False,
+    reuse: bool = True,
+    bare: bool = False,
 ) -> None:
-    """Run the trials with Ray Tune, with or without its OptunaSearch."""
+    """Run the trials with Ray Tune, with or without its OptunaSearch and its checkpoints."""
     os.environ |= {"RAY_AIR_NEW_OUTPUT": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
     if bare:
         os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
@@ -110,6 +117,17 @@ def run_tune(
         for epoch in range(1, REPORTS + 1):
             tune.report({"value": config["x"] * epoch})
 
+    # A function: with a class, Tune asks the worker for each checkpoint in a further call, which takes longer. All
+    # checkpoints are kept: Tune takes longer to delete them.
+    def noop_with_checkpoints(config: dict[str, Any]) -> None:
+        import torch  # noqa: F401
+
+        for epoch in range(1, REPORTS + 1):
+            metrics = {"value": config["x"] * epoch}
+            with tempfile.TemporaryDirectory() as state:
+                Path(state, "state.json").write_text(json.dumps({"epoch": epoch, **metrics}))
+                tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(state))
+
     class Clock(tune.Callback):
         def on_trial_complete(self, *_: Any, **__: Any) -> None:
             mark()
@@ -127,12 +145,15 @@ def run_tune(
     options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.CRITICAL}
     ray.init(address="local", object_store_memory=100 * 2**20, **options)
     tune.run(
-        Noop, config={"x": tune.uniform(0.0, 1.0)}, search_alg=search, num_samples=trials,
+        Noop if bare else noop_with_checkpoints if checkpoint else noop,
+        config={"x": tune.uniform(0.0, 1.0)}, search_alg=search, num_samples=trials,
         stop={"training_iteration": REPORTS}, max_concurrent_trials=SLOTS, resources_per_trial={"cpu": 1},
         reuse_actors=reuse, storage_path=str(folder),
         callbacks=[Clock()], verbose=0,
     )  # fmt: skip
     ray.shutdown()
+    if checkpoint and (written := len(list(folder.rglob("state.json")))) != trials * REPORTS:
+        raise SystemExit(f"{written} checkpoints were written instead of {trials * REPORTS}")
 
 
 def run_optuna(trials: int, folder: Path, mark: Mark) -> None:
@@ -158,6 +179,7 @@ CONTESTANTS: dict[str, Callable[[int, Path, Mark], None]] = {
     "tune": run_tune,
     "tune-bare": lambda trials, folder, mark: run_tune(trials, folder, mark, bare=True),
     "tune+optuna": lambda trials, folder, mark: run_tune(trials, folder, mark, optuna=True),
+    "tune+optuna+checkpoint": lambda trials, folder, mark: run_tune(trials, folder, mark, optuna=True, checkpoint=True),
     "tune+optuna-new": lambda trials, folder, mark: run_tune(trials, folder, mark, optuna=True, reuse=False),
     "optuna": run_optuna,
 }
@@ -169,12 +191,13 @@ CONTESTANTS: dict[str, Callable[[int, Path, Mark], None]] = {
 def measure_here(name: str) -> dict[str, float]:
     """Run a contestant in this process; return the seconds per trial: `wall`, and `cpu` of this process."""
     ends: list[tuple[float, float]] = []
+    skip, trials = (2, 8) if name == SLOW else (20, 200)
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory(prefix="overhead-") as folder:
-        CONTESTANTS[name](TRIALS[name], Path(folder), lambda: ends.append((time.perf_counter(), time.process_time())))
-    (wall, cpu), (wall_end, cpu_end) = ends[SKIP[name] - 1], ends[-1]
-    trials = len(ends) - SKIP[name]
-    return {"wall": (wall_end - wall) / trials, "cpu": (cpu_end - cpu) / trials}
+        CONTESTANTS[name](trials, Path(folder), lambda: ends.append((time.perf_counter(), time.process_time())))
+    (wall, cpu), (wall_end, cpu_end) = ends[skip - 1], ends[-1]
+    measured = len(ends) - skip
+    return {"wall": (wall_end - wall) / measured, "cpu": (cpu_end - cpu) / measured}
 
 
 def measure(name: str) -> dict[str, float]:
@@ -201,11 +224,11 @@ def main() -> None:
     for _ in range(options.runs):
         for name in options.only:
             runs[name].append(measure(name))
-    print(f"{'':16} {'wall ms per trial':>18} {'driver CPU ms per trial':>24}")
+    print(f"{'':24} {'wall ms per trial':>18} {'driver CPU ms per trial':>24}")
     milliseconds: dict[str, dict[str, float]] = {}
     for name, measured in runs.items():
         medians = {kind: 1000 * statistics.median(run[kind] for run in measured) for kind in ("wall", "cpu")}
-        print(f"{name:16} {medians['wall']:18.1f} {medians['cpu']:24.1f}")
+        print(f"{name:24} {medians['wall']:18.1f} {medians['cpu']:24.1f}")
         milliseconds[name] = {kind: round(value, 1) for kind, value in medians.items()}
     ratios = {}
     if "hpo" in milliseconds:

@@ -33,7 +33,7 @@ def measure_here(url: str, sampler: str, seed: int) -> dict[str, float]:
     Returns:
         Seconds for `open`, `resume` and `ask` (the median), and the peak of `memory` in bytes.
     """
-    from hpo.search.samplers import build_sampler
+    from hpo.search.samplers import build_sampler, history_limit
     from storage.database import open_database
     from storage.run import Run
     from storage.studies import find_study
@@ -53,6 +53,7 @@ def measure_here(url: str, sampler: str, seed: int) -> dict[str, float]:
         provenance={},
         draw=space.draw,
         learns=space.learns_from_results,
+        history_limit=history_limit(space),
     ) as run:
         study.optuna_study.sampler = build_sampler(space, run.run_id)
         for i in range(CLAIMS + 1):

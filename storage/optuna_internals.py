@@ -6,16 +6,27 @@ Optuna to one minor version: review this module and `optuna_tables` before raisi
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable, Container
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
-from optuna.storages import RDBStorage
+from optuna.samplers._tpe.sampler import _RELATIVE_PARAMS_KEY, default_gamma
+from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages._cached_storage import _CachedStorage
 from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
 DRAFT_ID = -1  # the trial_id of a trial that is not stored yet
+
+# Of a large study, TPE counts so many trials as the best. They and the others are shown by `storage.history`.
+BEST_TRIALS = default_gamma(sys.maxsize)
+
+# TPE draws all params of a trial at once. Until they are stored one by one, they are in system attributes with this prefix.
+RELATIVE_PARAMS = _RELATIVE_PARAMS_KEY
+
+GetTrials = Callable[[Container[TrialState] | None], list[FrozenTrial]]
 
 
 def trial_id(trial: FrozenTrial | optuna.Trial) -> int:
@@ -74,7 +85,8 @@ class DraftStorage(_CachedStorage):
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
         """Set what a sampler notes about a trial."""
         if trial_id == DRAFT_ID:
-            self.get_trial(trial_id).system_attrs[key] = value
+            if not key.startswith(RELATIVE_PARAMS):  # all params are stored at once
+                self.get_trial(trial_id).system_attrs[key] = value
         else:
             super().set_trial_system_attr(trial_id, key, value)
 
@@ -105,3 +117,32 @@ def draft_trial(
     study._thread_local.cached_all_trials = None  # as `Study.ask` does
     study._storage.start_draft(draft)  # type: ignore[attr-defined]
     return optuna.Trial(study, DRAFT_ID), draft
+
+
+# --- TPE --------------------------------------------------------------------------------------------------------------
+
+
+class _PartialStorage:
+    """A storage that returns other trials than all of a study. Everything else is that of the storage behind it."""
+
+    def __init__(self, storage: BaseStorage, get_trials: GetTrials) -> None:
+        self._storage = storage
+        self._get_trials = get_trials
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        return self._get_trials(states)
+
+
+def show_trials(study: optuna.Study, get_trials: GetTrials) -> None:
+    """Let the sampler of a study see other trials than all of its storage.
+
+    Args:
+        study: the study. Its other methods that read trials return these, too.
+        get_trials: returns the trials in these states, ordered by number; of all states for None.
+    """
+    study._storage = _PartialStorage(study._storage, get_trials)  # type: ignore[assignment]

@@ -218,13 +218,22 @@ def encode_intermediate_value(value: float) -> tuple[float | None, str]:
     return stored, kind.name
 
 
+def decode_intermediate_value(stored: float | None, kind: Any) -> float:
+    """Return the value of the columns (intermediate_value, intermediate_value_type)."""
+    return models.TrialIntermediateValueModel.stored_repr_to_intermediate_value(stored, kind)
+
+
+def decode_value(stored: float | None, kind: Any) -> float:
+    """Return the value of the columns (value, value_type)."""
+    return models.TrialValueModel.stored_repr_to_value(stored, kind)
+
+
 def read_values(connection: sa.Connection, trial_id: int) -> dict[int, float]:
     """Return {epoch: value} of a trial."""
     table = intermediate_values
     query = sa.select(table.c.step, table.c.intermediate_value, table.c.intermediate_value_type)
-    decode = models.TrialIntermediateValueModel.stored_repr_to_intermediate_value
     rows = connection.execute(query.where(table.c.trial_id == trial_id).order_by(table.c.step))
-    return {epoch: float(decode(value, kind)) for epoch, value, kind in rows}
+    return {epoch: decode_intermediate_value(value, kind) for epoch, value, kind in rows}
 
 
 def delete_values(connection: sa.Connection, trial_id: int, after_epoch: int) -> None:

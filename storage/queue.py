@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial
 
 from storage import optuna_internals, optuna_tables, protocol, records
 from storage.database import retry_while_down
+from storage.history import History
 from storage.lease import Lease, is_process_dead
 from storage.protocol import ClaimedTrial, Configuration, Refusal
 from storage.records import Params
@@ -40,6 +41,7 @@ class TrialQueue:
         config_key: returns the identity of a configuration.
         draw: see `storage.run.Run`.
         max_trials: see `storage.run.Run`.
+        history_limit: see `storage.run.Run`.
 
     Attributes:
         finished: set by `claim`: no run has or will get another trial.
@@ -47,7 +49,14 @@ class TrialQueue:
     """
 
     def __init__(
-        self, study: Study, lease: Lease, *, config_key: ConfigKey, draw: Draw | None, max_trials: int | None
+        self,
+        study: Study,
+        lease: Lease,
+        *,
+        config_key: ConfigKey,
+        draw: Draw | None,
+        max_trials: int | None,
+        history_limit: int | None,
     ) -> None:
         self.finished = False
         self.exhausted = ""
@@ -57,6 +66,9 @@ class TrialQueue:
         self._config_key = config_key
         self._draw = draw
         self._max_trials = max_trials
+        self._history = None if history_limit is None else History(study, history_limit)
+        if self._history is not None:
+            optuna_internals.show_trials(study.optuna_study, self._history.trials)
         self._points: list[Params] = []  # the next one is last
         self._distributions: Mapping[str, BaseDistribution] = {}
         self._known_keys: set[str] = set()
@@ -198,6 +210,8 @@ class TrialQueue:
     def _draw_once(self, number: int, partial: FrozenTrial | None = None) -> tuple[str, FrozenTrial]:
         """Draw a configuration in memory; return the constraint that it breaks, and a trial with its params."""
         assert self._draw is not None
+        if self._history is not None:
+            self._history.refresh()
         trial, draft = optuna_internals.draft_trial(self._study.optuna_study, number, partial)
         return self._draw(trial), draft
 

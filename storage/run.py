@@ -39,6 +39,7 @@ class Run:
         draw: draws the params of a new trial once no trial waits; None for a grid, whose points are all enqueued.
         max_trials: the budget of the study; None for no limit.
         learns: whether draws depend on results: then `claim` first writes all reports to the database.
+        history_limit: how many finished trials the sampler sees at most, see `storage.history`; None for all.
         pruner: ends trials early; None for none.
         max_failures: how often a trial is resumed after its driver died without finishing an epoch of it.
         lease_seconds: how long other machines assume that the run is alive after its last renewal of the lease.
@@ -53,6 +54,7 @@ class Run:
         draw: Draw | None = None,
         max_trials: int | None = None,
         learns: bool = True,
+        history_limit: int | None = None,
         pruner: Pruner | None = None,
         max_failures: int = MAX_FAILURES,
         lease_seconds: float = LEASE_SECONDS,
@@ -62,6 +64,7 @@ class Run:
         self._draw = draw
         self._max_trials = max_trials
         self._learns = learns
+        self._history_limit = history_limit
         self._pruner = pruner
         self._crashes: dict[int, int] = {}  # {token: crashes}
         self._lease = Lease(
@@ -79,7 +82,12 @@ class Run:
         self._lease.start()
         self._writer = Writer(self.study, self._pruner)
         self._queue = TrialQueue(
-            self.study, self._lease, config_key=self._config_key, draw=self._draw, max_trials=self._max_trials
+            self.study,
+            self._lease,
+            config_key=self._config_key,
+            draw=self._draw,
+            max_trials=self._max_trials,
+            history_limit=self._history_limit,
         )
         if self._pruner is not None:
             retry_while_down(self.database, self._prepare_pruner)

@@ -13,7 +13,7 @@ from hpo.paths import RunsDir
 from hpo.search.coordinator import TrialCoordinator
 from hpo.search.environment import check_trainable
 from hpo.search.listener import NullListener
-from hpo.search.samplers import build_optuna_pruner, build_pruner, build_sampler
+from hpo.search.samplers import build_optuna_pruner, build_pruner, build_sampler, history_limit
 from hpo.search.slots import Slots
 from hpo.search.worker import TrialReport, TrialSpec, run_trial
 from hpo.space.model import Space, load_space
@@ -124,6 +124,7 @@ def run_of(study: Study, space: Space, **options: Any) -> Run:
         draw=None if space.is_grid else space.draw,
         max_trials=space.budget.trials,
         learns=space.learns_from_results,
+        history_limit=history_limit(space),
         pruner=build_pruner(space, study.name),
         max_failures=space.max_failures,
         **options,

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from storage.pruners import Pruner
 
+TPE_HISTORY = 500  # finished trials that TPE sees; `benchmarks.tpe_history` measures what they cost, and the results
+
 
 def build_sampler(space: Space, run_id: int) -> BaseSampler:
     """Return the sampler of a space.
@@ -48,6 +50,16 @@ def build_sampler(space: Space, run_id: int) -> BaseSampler:
                 return samplers.RandomSampler(seed=seed)
             case other:
                 raise NotImplementedError(f"sampler {other}")
+
+
+def history_limit(space: Space) -> int | None:
+    """Return how many finished trials the space's sampler sees at most, see `storage.history`; None for all.
+
+    Only TPE can do with a part: it needs the best trials, and a sample of the others.
+    """
+    if space.sampler.name != "tpe":
+        return None
+    return max(TPE_HISTORY, space.sampler.n_startup_trials)
 
 
 def _build_qmc(space: Space, **options: Any) -> BaseSampler:

@@ -30,7 +30,7 @@ from ray.tune.search import Searcher
 from hpo.paths import RunsDir
 from hpo.search.coordinator import TrialCoordinator
 from hpo.search.listener import ProgressListener
-from hpo.search.samplers import build_optuna_pruner, build_pruner, build_sampler
+from hpo.search.samplers import build_optuna_pruner, build_pruner, build_sampler, history_limit
 from hpo.search.slots import Slots
 from hpo.search.worker import TrialReport, TrialSpec, run_trial, watchdog
 from hpo.space.model import Space
@@ -198,6 +198,7 @@ def run_trials(
         draw=None if space.is_grid else space.draw,
         max_trials=space.budget.trials,
         learns=space.learns_from_results,
+        history_limit=history_limit(space),
         pruner=build_pruner(space, study.name),
         max_failures=space.max_failures,
     )

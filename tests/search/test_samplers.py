@@ -11,8 +11,9 @@ from optuna.distributions import CategoricalDistribution
 from benchmarks.toy import expected_value
 from hpo.report.results import read_results
 from hpo.report.tables import failures
-from hpo.search.samplers import build_pruner, build_sampler
+from hpo.search.samplers import TPE_HISTORY, build_pruner, build_sampler, history_limit
 from storage.database import open_database
+from storage.history import MIN_LIMIT
 from storage.pruners import Median, SuccessiveHalving
 from storage.studies import Study, open_study
 from tests.factories import ROOT, run_of, search_without_ray, shipped_space, toy_space
@@ -42,6 +43,26 @@ def test_runs_draw_different_points_and_a_run_is_reproducible(study: Study, tmp_
     with open_database(f"sqlite:///{tmp_path}/same.db") as database:
         study = open_study(database, "toy", direction="maximize", fingerprint="f", settings={"metric": "value"})
         assert draw(1) == first
+
+
+@pytest.mark.parametrize(
+    ("sampler", "limit"),
+    [
+        ("tpe", TPE_HISTORY),
+        ({"name": "tpe", "n_startup_trials": TPE_HISTORY + 7}, TPE_HISTORY + 7),
+        ("cmaes", None),
+        ("gp", None),
+        ("nsga2", None),
+        ("random", None),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_only_tpe_sees_a_part_of_a_large_study_and_always_enough_to_start(
+    tmp_path: Path, sampler: Any, limit: int | None
+) -> None:
+    parameters = {"x": {"type": "float", "low": 0.0, "high": 1.0}}
+    assert history_limit(toy_space(tmp_path, sampler=sampler, budget={"trials": 9}, parameters=parameters)) == limit
+    assert limit is None or limit >= MIN_LIMIT
 
 
 @pytest.mark.parametrize("qmc_type", ["sobol", "halton"])

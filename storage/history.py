@@ -1,0 +1,278 @@
+"""The part of a study that Optuna's TPE sampler reads: bounded, so that a draw costs the same in a study of any size.
+
+TPE divides the finished trials into a few of the best and the rest, and weighs every one of them for each draw. A history
+shows it, of a study with more finished trials than its limit:
+
+- the best ones: exactly those that TPE would choose from the whole study;
+- the first trial with each set of parameters: TPE joins parameters into groups by those sets;
+- an even sample of the rest. It depends on the numbers of the study's finished trials only, so every run of a study, also
+  one that resumes, sees the same trials;
+- all unfinished trials.
+
+Below the limit it shows all of them, and TPE draws exactly as without a history. `benchmarks.tpe_history` measures what the
+limit does to the results of searches. Failed trials are left out: TPE ignores them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Container
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from optuna.distributions import BaseDistribution, json_to_distribution
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from storage.optuna_internals import BEST_TRIALS, RELATIVE_PARAMS
+from storage.optuna_tables import (
+    decode_intermediate_value,
+    decode_value,
+    intermediate_values,
+    trial_params,
+    trial_system_attributes,
+    trial_values,
+)
+from storage.optuna_tables import trials as trial_table
+from storage.studies import Study
+
+MIN_LIMIT = 10 * BEST_TRIALS  # a tenth of the finished trials count as the best, until these are BEST_TRIALS
+
+_ENDED = (TrialState.COMPLETE, TrialState.PRUNED)  # final: nothing changes the state or values of such a trial
+_UNFINISHED = (TrialState.RUNNING, TrialState.WAITING)
+_FIRSTS_SHARE = 4  # at most a quarter of the limit shows sets of parameters
+
+# Multiples of the golden ratio, modulo 1, are spread evenly, and so are the numbers whose multiple is below a bound. No
+# regular pattern in the order of the trials, such as that of two machines in turns, biases the sample.
+_GOLDEN_RATIO = 0x9E3779B97F4A7C15  # times 2**64
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """A finished trial without its params, which are read if it is shown.
+
+    Attributes:
+        rank: its place in TPE's order, the best first.
+        priority: its place in the order in which trials enter the sample.
+        last_value: {epoch: value} of the last epoch of a pruned trial.
+        names: the names of its params.
+    """
+
+    trial_id: int
+    number: int
+    state: TrialState
+    value: float | None
+    last_value: dict[int, float]
+    names: str
+    rank: tuple[float, ...]
+    priority: int
+
+
+class History:
+    """The trials of a study that TPE reads. `refresh` reads them from the database. Not thread-safe.
+
+    Only what TPE uses is read: for finished trials the state, params and value, for pruned ones also the last intermediate
+    value; for unfinished ones the params, and the system attributes in which TPE notes params that are not stored yet.
+
+    Args:
+        study: the study. It has one objective, and no constraints in the sense of Optuna.
+        limit: how many finished trials are shown at most; at least MIN_LIMIT. It should not be less than the
+            `n_startup_trials` of the sampler, which would draw at random for ever.
+
+    Raises:
+        ValueError: the limit is too low to show the trials that TPE counts as the best ones.
+    """
+
+    def __init__(self, study: Study, limit: int) -> None:
+        if limit < MIN_LIMIT:
+            raise ValueError(f"a history shows at least {MIN_LIMIT} finished trials, not {limit}")
+        self._study = study
+        self._limit = limit
+        self._shown: list[FrozenTrial] = []
+        self._frozen: dict[int, FrozenTrial] = {}  # the finished ones of them
+        self._forget()
+
+    def _forget(self) -> None:
+        self._last_id = -1  # of the trials seen so far
+        self._unfinished: set[int] = set()  # ids of those seen unfinished
+        self._ended = 0  # number of those seen finished
+        self._best: list[_Ended] = []
+        self._firsts: dict[str, _Ended] = {}  # the first one with these params
+        self._sample: list[_Ended] = []
+
+    def trials(self, states: Container[TrialState] | None = None) -> list[FrozenTrial]:
+        """Return the trials as of the last `refresh`, ordered by number. They must not be changed.
+
+        Args:
+            states: only trials in these states; None for all.
+        """
+        return [trial for trial in self._shown if states is None or trial.state in states]
+
+    def refresh(self) -> None:
+        """Read what changed since the last call. Idempotent: use it with `retry_while_down`.
+
+        After the first call, this reads the unfinished trials and those that ended since.
+        """
+        with self._study.database.engine.connect() as connection:
+            unfinished = self._read_changes(connection)
+            chosen = self._choose()
+            missing = [trial for trial_id, trial in chosen.items() if trial_id not in self._frozen]
+            params = _read_params(connection, trial_table.c.trial_id.in_([each.trial_id for each in missing]))
+        for each in missing:
+            self._frozen[each.trial_id] = _freeze(
+                each.trial_id, each.number, each.state, params.get(each.trial_id, {}), each.value, each.last_value
+            )
+        self._frozen = {trial_id: self._frozen[trial_id] for trial_id in chosen}
+        self._shown = sorted([*self._frozen.values(), *unfinished], key=lambda trial: trial.number)
+
+    def _read_changes(self, connection: sa.Connection) -> list[FrozenTrial]:
+        """Note the trials that ended since the last call; return the unfinished ones."""
+        table, study_id = trial_table, self._study.study_id
+        of_study = table.c.study_id == study_id
+        direction = self._study.optuna_study.direction
+        # Other runs write between these statements. In this order, a trial that ends meanwhile is seen twice, never missed.
+        total = connection.scalar(sa.select(sa.func.count()).where(of_study, table.c.state.in_(_ENDED))) or 0
+        unfinished = _read_unfinished(connection, of_study)
+        condition = of_study
+        if self._ended:
+            since = sa.or_(table.c.trial_id > self._last_id, table.c.trial_id.in_(self._unfinished - unfinished.keys()))
+            # The sum keeps SQLite from its index of study_id, with which it would scan the whole study.
+            condition = sa.and_(since, table.c.study_id + 0 == study_id)
+        ended = _read_ended(connection, condition, direction)
+        if self._ended + len(ended) < total:
+            # A trial ended that had failed before, or one became visible late. Finished trials stay finished, so equal
+            # numbers mean that none was missed.
+            self._forget()
+            ended = _read_ended(connection, of_study, direction)
+        self._add(ended)
+        self._unfinished = unfinished.keys() - {trial.trial_id for trial in ended}
+        self._last_id = max([self._last_id, *unfinished, *(trial.trial_id for trial in ended)])
+        return [unfinished[trial_id] for trial_id in self._unfinished]
+
+    def _add(self, ended: list[_Ended]) -> None:
+        self._ended += len(ended)
+        self._best = sorted([*self._best, *ended], key=lambda trial: trial.rank)[:BEST_TRIALS]
+        self._sample = sorted([*self._sample, *ended], key=lambda trial: trial.priority)[: self._limit]
+        for trial in ended:
+            first = self._firsts.setdefault(trial.names, trial)
+            if trial.number < first.number:
+                self._firsts[trial.names] = trial
+
+    def _choose(self) -> dict[int, _Ended]:
+        """Return {trial_id: finished trial to show}."""
+        firsts = sorted(self._firsts.values(), key=lambda trial: trial.number)[: self._limit // _FIRSTS_SHARE]
+        chosen: dict[int, _Ended] = {}
+        for trial in [*self._best, *firsts, *self._sample]:
+            if len(chosen) == self._limit:
+                break
+            chosen[trial.trial_id] = trial
+        return chosen
+
+
+def _rank(
+    state: TrialState, number: int, value: float | None, last_value: dict[int, float], direction: StudyDirection
+) -> tuple[float, ...]:
+    """Return the key of TPE's order: completed trials by value; then pruned ones, by last epoch and its value."""
+    sign = 1 if direction == StudyDirection.MINIMIZE else -1
+    if state == TrialState.COMPLETE:
+        assert value is not None
+        return 0, sign * value, 0.0, number
+    for epoch, last in last_value.items():
+        return 1, -epoch, math.inf if math.isnan(last) else sign * last, number
+    return 1, 1, 0.0, number
+
+
+def _freeze(
+    trial_id: int,
+    number: int,
+    state: TrialState,
+    params: dict[str, tuple[float, BaseDistribution]],
+    value: float | None = None,
+    values: dict[int, float] | None = None,
+) -> FrozenTrial:
+    return FrozenTrial(
+        number=number,
+        trial_id=trial_id,
+        state=state,
+        value=value,
+        datetime_start=None,
+        datetime_complete=None,
+        params={name: distribution.to_external_repr(stored) for name, (stored, distribution) in params.items()},
+        distributions={name: distribution for name, (_, distribution) in params.items()},
+        user_attrs={},
+        system_attrs={},
+        intermediate_values=values or {},
+    )
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _read_unfinished(connection: sa.Connection, of_study: sa.ColumnElement[bool]) -> dict[int, FrozenTrial]:
+    table, attribute = trial_table, trial_system_attributes
+    condition = sa.and_(of_study, table.c.state.in_(_UNFINISHED))
+    rows = connection.execute(sa.select(table.c.trial_id, table.c.number, table.c.state).where(condition)).all()
+    if not rows:
+        return {}
+    params = _read_params(connection, condition)
+    found = {row.trial_id: _freeze(row.trial_id, row.number, row.state, params.get(row.trial_id, {})) for row in rows}
+    attributes = (
+        sa.select(attribute.c.trial_id, attribute.c.key, attribute.c.value_json)
+        .join(table, table.c.trial_id == attribute.c.trial_id)
+        .where(condition, attribute.c.key.startswith(RELATIVE_PARAMS, autoescape=True))
+    )
+    for trial_id, key, text in connection.execute(attributes):
+        if trial_id in found:
+            found[trial_id].system_attrs[key] = json.loads(text)
+    return found
+
+
+def _read_ended(
+    connection: sa.Connection, condition: sa.ColumnElement[bool], direction: StudyDirection
+) -> list[_Ended]:
+    trial, value, stored = trial_table, trial_values, intermediate_values
+    other, param = intermediate_values.alias(), trial_params
+    last_epoch = sa.select(sa.func.max(other.c.step)).where(other.c.trial_id == trial.c.trial_id).scalar_subquery()
+    names = sa.select(sa.func.aggregate_strings(param.c.param_name, ",")).where(param.c.trial_id == trial.c.trial_id)
+    is_last = sa.and_(
+        trial.c.state == TrialState.PRUNED, stored.c.trial_id == trial.c.trial_id, stored.c.step == last_epoch
+    )
+    query = (
+        sa.select(
+            *(trial.c.trial_id, trial.c.number, trial.c.state, value.c.value, value.c.value_type),
+            *(stored.c.step, stored.c.intermediate_value, stored.c.intermediate_value_type),
+            names.scalar_subquery().label("names"),
+        )
+        .outerjoin(value, sa.and_(value.c.trial_id == trial.c.trial_id, value.c.objective == 0))
+        .outerjoin(stored, is_last)
+        .where(condition, trial.c.state.in_(_ENDED))
+    )
+    found = []
+    for trial_id, number, state, number_, kind, epoch, last, last_kind, names_ in connection.execute(query):
+        final = None if kind is None else decode_value(number_, kind)
+        last_value = {} if epoch is None else {epoch: decode_intermediate_value(last, last_kind)}
+        rank = _rank(state, number, final, last_value, direction)
+        priority = number * _GOLDEN_RATIO % 2**64
+        found.append(_Ended(trial_id, number, state, final, last_value, names_ or "", rank, priority))
+    return found
+
+
+def _read_params(
+    connection: sa.Connection, condition: sa.ColumnElement[bool]
+) -> dict[int, dict[str, tuple[float, BaseDistribution]]]:
+    """Return {trial_id: {name: (stored value, distribution)}}, the params in the order in which they were drawn."""
+    param = trial_params
+    query = (
+        sa.select(param.c.trial_id, param.c.param_name, param.c.param_value, param.c.distribution_json)
+        .join(trial_table, trial_table.c.trial_id == param.c.trial_id)
+        .where(condition)
+        .order_by(param.c.param_id)
+    )
+    found: dict[int, dict[str, tuple[float, BaseDistribution]]] = {}
+    distributions: dict[str, BaseDistribution] = {}
+    for trial_id, name, value, text in connection.execute(query):
+        if text not in distributions:
+            distributions[text] = json_to_distribution(text)
+        found.setdefault(trial_id, {})[name] = (value, distributions[text])
+    return found
