@@ -11,6 +11,7 @@ from optuna.trial import TrialState
 
 from benchmarks.postgres import Postgres
 from hpo.dashboard import publishing
+from hpo.dashboard.attributes import DashboardAttributes
 from hpo.dashboard.publishing import PUBLISHED, publish
 from hpo.paths import RunsDir
 from hpo.report import curves, plotly_figures
@@ -186,7 +187,7 @@ def test_a_checkpoint_is_copied_where_the_file_system_has_no_hard_links(
 
 @pytest.mark.usefixtures("no_curves")
 def test_a_file_that_an_interrupted_attempt_left_is_replaced(study: Study, runs_dir: RunsDir) -> None:
-    artifact = publishing._artifact(study, "epoch-000005.pt", 3, role="checkpoint")
+    artifact = publishing._artifact(study, DashboardAttributes({}), "epoch-000005.pt", 3, role="checkpoint")
     runs_dir.artifacts.mkdir()
     (runs_dir.artifacts / artifact.artifact_id).write_bytes(b"left over")
     publish(study, runs_dir)
