@@ -223,8 +223,7 @@ def _note_changes(space: Space, study: Study | None, listener: ProgressListener)
         was_kept, kept = before.checkpoints, space.checkpoints
         if was_kept.keep != kept.keep:
             listener.note(
-                f"checkpoints.keep was {was_kept.keep} and is now {kept.keep}; of the trials so far, it keeps those of "
-                f"{kept.description}"
+                f"checkpoints.keep was {was_kept.keep} and is now {kept.keep}; this counts for the trials so far, too"
             )
 
 

@@ -191,8 +191,8 @@ def _load_checkpoint(
         left = ", ".join(map(str, trials_with_checkpoints(folder.parent))) or "none"
         raise SettingError(
             f"trial {trial.number} has no checkpoint any more: this search keeps those of {kept.description} "
-            f"(checkpoints.keep is {kept.keep}). With `checkpoints: {{keep: all}}` in the search space, trials keep theirs from "
-            f"then on. Trials with a checkpoint: {left}"
+            f"(checkpoints.keep is {kept.keep}). With `checkpoints: {{keep: all}}` in the search space, trials keep theirs "
+            f"from then on. Trials with a checkpoint: {left}"
         )
     if checkpoint is None:
         raise SettingError(
