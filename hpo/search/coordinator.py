@@ -224,6 +224,7 @@ class TrialCoordinator:
         del self._epochs[tune_id]
         if state != "WAITING":
             trim_checkpoints(self._folder(claim))
+        if state in {"COMPLETE", "PRUNED"}:
             self._retention.trial_ended(claim.number)
         self._next_attempt = 0.0
         self._listener.trial_ended(claim.number, state, text)

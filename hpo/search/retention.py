@@ -45,7 +45,7 @@ class Retention:
         self._next_time = 0.0
 
     def trial_ended(self, number: int) -> None:
-        """Delete the checkpoints of trials of this driver that are superfluous now.
+        """Note that a trial of this driver is COMPLETE or PRUNED, and delete the checkpoints that are superfluous now.
 
         The end of this trial may be stored a moment later: then its checkpoints are deleted when the next trial ends.
         """
