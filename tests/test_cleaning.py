@@ -99,6 +99,8 @@ def test_a_study_with_the_id_of_a_deleted_one_is_kept(database: Database, runs: 
     """A copy of the database that was restored has a study that was deleted from it later."""
     one = study_of(database, "one")
     folder, attrs = folder_of(runs, one), one.attrs
+    runs.artifacts.mkdir()
+    (runs.artifacts / f"{attrs['hpo:id']}-9f0e2d7c-6a35-4c1b-8f1d-0d6c8a9b7e55").touch()
     optuna.delete_study(study_name="one", storage=database.optuna_storage)
     restored = optuna.create_study(study_name="one", storage=database.optuna_storage)
     for key, value in attrs.items():
