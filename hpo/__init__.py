@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from hpo.api import (
         PlannedSearch,
         SearchResult,
+        clean_runs,
         export_model,
         list_studies,
         plan_search,
@@ -22,6 +23,7 @@ __all__ = [
     "PlannedSearch",
     "SearchResult",
     "Space",
+    "clean_runs",
     "export_model",
     "list_studies",
     "load_space",

@@ -16,7 +16,7 @@ import logging
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from hpo.space.model import Space
 if TYPE_CHECKING:
     import pandas as pd
 
+    from hpo.cleaning import Cleaning
     from hpo.export.exporting import ExportedModel
     from hpo.report.results import Results, TrialResult
     from hpo.search.cluster import RayCluster
@@ -204,9 +205,13 @@ def _search(
 
 
 def _note_changes(space: Space, study: Study | None, listener: ProgressListener) -> None:
-    """Notify the listener if the study was last searched with another sampler or scheduler."""
+    """Notify the listener if the study was last searched with another sampler or scheduler, or kept other checkpoints."""
     if study is None:
         return
+    if space.saves_checkpoints and "checkpoints" not in study.settings:
+        listener.note(
+            "trials of earlier versions of hpo keep all of their checkpoints; `hpo clean` shows which ones to delete"
+        )
     with suppress(SpaceError):  # settings of another version
         before = Space.from_settings(study.settings)
         for key in ("sampler", "scheduler"):
@@ -215,6 +220,11 @@ def _note_changes(space: Space, study: Study | None, listener: ProgressListener)
             for name in ["name"] if "name" in changed else changed:
                 what = key if name == "name" else f"{key}'s {name}"
                 listener.note(f"the {what} was {was.get(name)} and is now {now[name]}; the trials so far are kept")
+        was_kept, kept = before.checkpoints, space.checkpoints
+        if was_kept.keep != kept.keep:
+            listener.note(
+                f"checkpoints.keep was {was_kept.keep} and is now {kept.keep}; this counts for the trials so far, too"
+            )
 
 
 class _ReportPreloader(NullListener):
@@ -381,12 +391,15 @@ def _trials_left(space: Space, study: Study) -> int | None:
 # --- studies ----------------------------------------------------------------------------------------------------------
 
 
-def list_studies(*, storage: str = DEFAULT_STORAGE, password: str | None = None) -> list[Summary]:
+def list_studies(
+    *, storage: str = DEFAULT_STORAGE, password: str | None = None, runs_dir: Path | str = "runs"
+) -> list[Summary]:
     """Return a summary of each study in a database, oldest first, without reading its trials.
 
     Args:
         storage: the database; it is not created.
         password: the PostgreSQL password, used if the URL has none.
+        runs_dir: the folder with the checkpoints, for the size of each study's files.
 
     Returns:
         One summary per study.
@@ -394,11 +407,46 @@ def list_studies(*, storage: str = DEFAULT_STORAGE, password: str | None = None)
     Raises:
         StorageError: there is no such database, or it cannot be used.
     """
+    from hpo.cleaning import count_bytes
     from storage.database import open_database
     from storage.studies import summarize
 
     with open_database(storage, password, create=False) as database:
-        return summarize(database)
+        summaries = summarize(database)
+    runs = RunsDir(Path(runs_dir))
+    return [
+        replace(each, disk_bytes=count_bytes(runs.checkpoints(each.unique_name))) if each.unique_name else each
+        for each in summaries
+    ]
+
+
+def clean_runs(
+    *,
+    storage: str = DEFAULT_STORAGE,
+    password: str | None = None,
+    runs_dir: Path | str = "runs",
+    delete: bool = False,
+) -> Cleaning:
+    """Find files that no search needs any more: checkpoints, files of deleted studies, damaged files, leftovers.
+
+    Args:
+        storage: the database; it is not created. Files of studies that it does not know are kept.
+        password: the PostgreSQL password, used if the URL has none.
+        runs_dir: the folder to clean.
+        delete: whether to delete them.
+
+    Returns:
+        What can be deleted, or was; what is kept, and why.
+
+    Raises:
+        StorageError: there is no such database, or it cannot be used.
+    """
+    from hpo.cleaning import delete_garbage, find_garbage
+    from storage.database import open_database
+
+    with open_database(storage, password, create=False) as database:
+        found = find_garbage(database, RunsDir(Path(runs_dir)))
+    return delete_garbage(found) if delete else found
 
 
 def read_results(study: str, *, storage: str = DEFAULT_STORAGE, password: str | None = None) -> Results:

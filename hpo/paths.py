@@ -89,6 +89,11 @@ class RunsDir:
 DEFAULT_STORAGE = RunsDir().default_storage
 
 
+def study_id_of(unique_name: str) -> str:
+    """Return the random part of `Study.unique_name`, which no other study has."""
+    return unique_name.rpartition("-")[2]
+
+
 def is_new_database(url: str) -> bool:
     """Return whether a storage URL names a SQLite file that does not exist yet. Imports no database driver."""
     scheme, _, path = url.partition(":///")

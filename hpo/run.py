@@ -305,7 +305,8 @@ def report(study: str, storage: str) -> int:
 def list_(storage: str, as_json: bool) -> int:
     """List the studies of a database.
 
-    It shows the state of each study, its number of trials, and its best value.
+    It shows the state of each study, its number of trials, its best value, and the size of its checkpoints and logs
+    in runs/checkpoints.
 
     \b
     Example:  hpo list --json
@@ -392,6 +393,41 @@ def export(study: str, trial: int | None, output: Path | None, storage: str, dat
     folder = exported.folder
     print(f"{folder}: README.md describes it; python {shlex.quote(str(folder / 'classify.py'))} IMAGE runs it")
     return 0
+
+
+@cli.command()
+@storage_option
+@click.option("--yes", is_flag=True, help="Delete the files.")
+def clean(storage: str, yes: bool) -> int:
+    """List files that no search needs, or delete them.
+
+    In runs/, these are checkpoints that `checkpoints.keep` of the search space does not keep, files and artifacts of deleted
+    studies, damaged checkpoints, and what killed processes left.
+
+    Reports, exports, copies of the database (hpo.db.version-N), the files of a study that is running, and those of
+    studies that the database does not know are kept.
+
+    \b
+    Example:  hpo clean --yes
+    """
+    from hpo.api import clean_runs
+    from hpo.report.formatting import format_bytes
+
+    cleaning = clean_runs(storage=storage, password=_secret("PGPASSWORD"), delete=yes)
+    for each in cleaning.garbage:
+        print(f"{format_bytes(each.disk_bytes):>8}  {each.folder}: {each.what}")
+    for folder, size in cleaning.unknown.items():
+        print(f"kept: {folder} ({format_bytes(size)}), which is of no study in {_without_password(storage)}")
+    for name in cleaning.running:
+        print(f"kept: the files of {name}, which is running")
+    for problem in cleaning.problems:
+        print(f"hpo: {problem}", file=sys.stderr)
+    total = format_bytes(cleaning.disk_bytes)
+    if not cleaning.garbage:
+        print("Nothing to delete.")
+    else:
+        print(f"Freed {total}." if yes else f"{total} can be freed: {_hint('clean', '--yes', storage=storage)}")
+    return 2 if cleaning.problems else 0
 
 
 @cli.command()

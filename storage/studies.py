@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import optuna
+import sqlalchemy as sa
 from optuna.trial import FrozenTrial
 from sqlalchemy.exc import IntegrityError
 
-from storage import optuna_tables, records
+from storage import optuna_tables, records, tables
 from storage.database import Database, StorageError, retry_while_down
 from storage.lease import is_process_dead
 from storage.optuna_internals import DraftStorage, study_id, trial_id
@@ -166,6 +167,8 @@ class Summary:
         metric: the objective's name.
         best: the best value of a completed trial; None if there is none, if it is infinite, or with several objectives.
         last_activity: when a run or trial was last active, in seconds since 1970; None if there was none.
+        unique_name: see `Study.unique_name`; empty for a study of another program.
+        disk_bytes: the size of its files. Storage does not know them: the caller sets it.
     """
 
     name: str
@@ -174,6 +177,8 @@ class Summary:
     metric: str
     best: float | None
     last_activity: float | None
+    unique_name: str = ""
+    disk_bytes: int = 0
 
 
 def summarize(database: Database) -> list[Summary]:
@@ -196,6 +201,7 @@ def _summary(database: Database, study: Any, counts: dict[str, int], last: float
     runs = retry_while_down(database, lambda: records.read_runs(database, study_id(study)))
     settings = study.user_attrs.get("hpo:settings", {})
     heard = [run.last_heard for run in runs]
+    identity = study.user_attrs.get("hpo:id")
     return Summary(
         study.study_name,
         state_of(study.user_attrs, counts, runs),
@@ -203,6 +209,7 @@ def _summary(database: Database, study: Any, counts: dict[str, int], last: float
         str(settings.get("metric", "value")),
         best,
         max([*heard, *([] if last is None else [last])], default=None),
+        f"{study.study_name}-{identity}" if identity else "",
     )
 
 
@@ -225,6 +232,16 @@ def state_of(attrs: Mapping[str, Any], counts: Mapping[str, int], runs: Iterable
         wanted = attrs.get("hpo:points", attrs["hpo:settings"].get("budget", {}).get("trials"))
     left = counts.get("WAITING", 0) + counts.get("RUNNING", 0)
     return "finished" if ended and not left and ended >= (wanted or 0) else "resumable"
+
+
+def deleted_studies(database: Database) -> set[str]:
+    """Return the `hpo:id` of each study that was deleted from this database."""
+
+    def read() -> set[str]:
+        with database.engine.connect() as connection:
+            return set(connection.scalars(sa.select(tables.deleted_studies.c.id)))
+
+    return retry_while_down(database, read)
 
 
 def all_studies(database: Database) -> list[Study]:

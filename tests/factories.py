@@ -196,5 +196,6 @@ def search_without_ray(
                 if coordinator.on_report(tune_id, next(reports)):
                     reports.close()
                     del running[tune_id]
+        coordinator.release_all()
         assert coordinator.error is None
     return study, listener

@@ -104,6 +104,24 @@ def test_a_search_needs_a_runs_folder_that_can_be_written(tmp_path: Path) -> Non
 # --- a plan -----------------------------------------------------------------------------------------------------------
 
 
+def test_what_is_kept_from_now_on_is_noted(tmp_path: Path) -> None:
+    listener = RecordingListener()
+    with open_database(f"sqlite:///{tmp_path}/hpo.db") as database:
+        for keep in ("best 3", "best 3", "none"):
+            space = toy_space(tmp_path, checkpoints={"keep": keep})
+            api._note_changes(space, find_revision(database, space.name, space.fingerprint), listener)
+            study = open_study(database, **space.study_options)
+        settings = study.settings
+        settings.pop("checkpoints")
+        study.optuna_study.set_user_attr("hpo:settings", settings)
+        space = toy_space(tmp_path)
+        api._note_changes(space, find_revision(database, space.name, space.fingerprint), listener)
+    assert [text for _, text in listener.events] == [
+        "checkpoints.keep was best 3 and is now none; this counts for the trials so far, too",
+        "trials of earlier versions of hpo keep all of their checkpoints; `hpo clean` shows which ones to delete",
+    ]
+
+
 def test_another_sampler_or_scheduler_is_noted(tmp_path: Path) -> None:
     changes: list[dict[str, Any]] = [
         {"sampler": "random", "scheduler": {"name": "asha", "grace_period": 2}},

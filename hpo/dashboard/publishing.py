@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING
 
 from hpo.dashboard.attributes import Artifact, DashboardAttributes
 from hpo.dashboard.notes import describe_trial
-from hpo.paths import LOG_FILE, RunsDir, write_atomically
+from hpo.paths import LOG_FILE, RunsDir, study_id_of, write_atomically
 from hpo.report.published import match_published
 from hpo.report.results import Results, TrialResult, read_epochs, read_results
 from hpo.search.checkpoints import belongs_to, list_checkpoints, owner_key
+from hpo.search.retention import is_deleted
 from storage.records import attempt_of
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def _publish_curves(
         attributes.save_plot(family.name, figure)
     if drawings:
         image = png_figures.to_png(png_figures.draw_curves(drawings))
-        artifact = _artifact(results.study, "curves.png")
+        artifact = _artifact(results.study, attributes, "curves.png")
         _publish_file(artifact, attributes, runs_dir, partial(write_atomically, content=image), replace=True)
 
 
@@ -107,7 +108,7 @@ def _publish_notes_and_logs(
         attributes.save_note(trial.trial_id, describe_trial(noted, trial, space))
         if trial.state == "FAIL":
             log = _failure_log(trial, runs_dir.trial(study.unique_name, trial.number))
-            artifact = _artifact(study, LOG_FILE, trial.trial_id)
+            artifact = _artifact(study, attributes, LOG_FILE, trial.trial_id)
             _publish_file(artifact, attributes, runs_dir, partial(write_atomically, content=log))
 
 
@@ -120,10 +121,16 @@ def _publish_best_checkpoint(
     folder = runs_dir.trial(study.unique_name, best.number)
     if space is None or belongs_to(folder, owner_key(space.config_key(best.params), attempt_of(best.attrs))):
         for newest in list_checkpoints(folder)[:1]:
-            artifact = _artifact(study, newest.name, best.trial_id, role="checkpoint")
+            artifact = _artifact(study, attributes, newest.name, best.trial_id, role="checkpoint")
             _publish_file(artifact, attributes, runs_dir, partial(_link_or_copy, newest))
+        if space is not None and is_deleted(folder):
+            logger.warning(
+                "the dashboard of %s has no checkpoint of the best trial: checkpoints.keep is %s",
+                study.name,
+                space.checkpoints.keep,
+            )
     for trial in ranked:
-        former = _artifact(study, "", trial.trial_id, role="checkpoint")
+        former = _artifact(study, attributes, "", trial.trial_id, role="checkpoint")
         if trial is not best and attributes.lists(former):
             attributes.delete(former)
             (runs_dir.artifacts / former.artifact_id).unlink(missing_ok=True)
@@ -157,17 +164,26 @@ def _failure_log(trial: TrialResult, trial_dir: Path) -> bytes:
     return log + b"\n"
 
 
-def _artifact(study: Study, filename: str, trial_id: int | None = None, *, role: str = "") -> Artifact:
+def _artifact(
+    study: Study, attributes: DashboardAttributes, filename: str, trial_id: int | None = None, *, role: str = ""
+) -> Artifact:
     """Return an artifact whose id is the same each time it is published.
+
+    The id starts with that of the study, so that `hpo clean` knows which study a file belongs to.
 
     Args:
         study: the study; its unique name, which is random, makes the id hard to guess.
+        attributes: the study's. An artifact that an older version published keeps its id.
         filename: the file's name in the browser.
         trial_id: the trial that it belongs to; None for the study itself.
         role: replaces the file name in the id, where the file name may change.
     """
-    identity = f"{study.unique_name}/{trial_id}/{role or filename}"
-    return Artifact(str(uuid.uuid5(uuid.NAMESPACE_OID, identity)), filename, trial_id)
+    unique_name = study.unique_name
+    name = str(uuid.uuid5(uuid.NAMESPACE_OID, f"{unique_name}/{trial_id}/{role or filename}"))
+    former = Artifact(name, filename, trial_id)
+    if attributes.lists(former) or attributes.is_deleted(former):
+        return former
+    return Artifact(f"{study_id_of(unique_name)}-{name}", filename, trial_id)
 
 
 def _publish_file(

@@ -35,7 +35,9 @@ from hpo.export.scoring import (
 )
 from hpo.paths import RunsDir
 from hpo.search.checkpoints import Checkpoint, belongs_to, load_checkpoint, owner_key
+from hpo.search.retention import is_deleted, trials_with_checkpoints
 from hpo.space.model import Space
+from hpo.space.sections import Checkpoints
 from hpo.train.data import Dataset, load
 from hpo.train.evaluation import CPU_BATCH
 from hpo.train.fashion_mnist import CLASS_NAMES
@@ -96,7 +98,7 @@ def export_model(
     provenance = study.provenance(trial.number)
     folder = runs_dir.trial(study.unique_name, trial.number)
     key = owner_key(space.config_key(trial.params), attempt_of(trial.user_attrs))
-    checkpoint = _load_checkpoint(folder, trial, key, provenance)
+    checkpoint = _load_checkpoint(folder, trial, key, space.checkpoints, provenance)
     params = read_params({**trial.params, **trial.user_attrs.get("derived", {})})
     network = build_model(stem=params.stem)
     network.load_state_dict(checkpoint.state["model"])
@@ -173,7 +175,9 @@ def _space_of(study: Study, runs_dir: RunsDir, trial: FrozenTrial) -> Space:
     return space
 
 
-def _load_checkpoint(folder: Path, trial: FrozenTrial, key: str, provenance: Mapping[str, Any]) -> Checkpoint:
+def _load_checkpoint(
+    folder: Path, trial: FrozenTrial, key: str, kept: Checkpoints, provenance: Mapping[str, Any]
+) -> Checkpoint:
     if not belongs_to(folder, key):
         raise SettingError(
             f"the files in {folder} are of another configuration than trial {trial.number}, as after restoring an older "
@@ -183,6 +187,13 @@ def _load_checkpoint(folder: Path, trial: FrozenTrial, key: str, provenance: Map
         checkpoint = load_checkpoint(folder)
     except (OSError, MemoryError, RuntimeError) as error:
         raise SettingError(f"cannot read the checkpoint of trial {trial.number} in {folder}: {error}") from None
+    if checkpoint is None and is_deleted(folder):
+        left = ", ".join(map(str, trials_with_checkpoints(folder.parent))) or "none"
+        raise SettingError(
+            f"trial {trial.number} has no checkpoint any more: this search keeps those of {kept.description} "
+            f"(checkpoints.keep is {kept.keep}). With `checkpoints: {{keep: all}}` in the search space, trials keep theirs "
+            f"from then on. Trials with a checkpoint: {left}"
+        )
     if checkpoint is None:
         raise SettingError(
             f"there is no checkpoint of trial {trial.number} in {folder}. It was trained on "

@@ -18,6 +18,15 @@ def format_seconds(seconds: float | None) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
+def format_bytes(count: float) -> str:
+    """Return a number of bytes such as 512 B, 1.5 kB, 134 MB or 2.1 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.1f} {unit}" if count < 9.95 and unit != "B" else f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"
+
+
 def format_number(value: float | None) -> str:
     """Return a metric with four decimals, or with four digits if it is very large or small; empty for None."""
     if value is None:

@@ -23,15 +23,17 @@ LONG_SECONDS = 900.0  # a longer search on the CPU gets a hint how to shorten it
 
 
 def plan_lines(space: Space, slots: Slots, estimate: SearchEstimate | None) -> list[str]:
-    """Return how trials share the machine and how long the search takes, one sentence per line."""
+    """Return how trials share the machine, what they leave on disk and how long they take, one sentence per line."""
     lines = [describe_slots(slots, estimate)]
     if estimate is not None:
         lines.append(describe_time(estimate))
-        if slots.device == "cpu" and estimate.seconds > LONG_SECONDS:
-            lines += [
-                f"Shorter: `{format_command('run', 'quick')}` (a small sample, about a minute), or",
-                f"  {format_command('run', space.name, '--set', 'max_epochs=2', '--set', 'data.train_samples=2048')}",
-            ]
+    if space.saves_checkpoints:
+        lines.append(f"Keeps the checkpoints of {space.checkpoints.description}.")
+    if estimate is not None and slots.device == "cpu" and estimate.seconds > LONG_SECONDS:
+        lines += [
+            f"Shorter: `{format_command('run', 'quick')}` (a small sample, about a minute), or",
+            f"  {format_command('run', space.name, '--set', 'max_epochs=2', '--set', 'data.train_samples=2048')}",
+        ]
     return lines
 
 

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-from hpo.report.formatting import format_number, format_seconds, format_value
+from hpo.report.formatting import format_bytes, format_number, format_seconds, format_value
 from hpo.report.results import STATES, Results, TrialResult
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def study_table(summaries: Sequence[Summary]) -> Table:
     """Return the studies of a database as a table."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     states = [state for state in STATES if any(state in summary.counts for summary in summaries)]
-    for name in ("study", "state", *states, "best", "metric", "last activity"):
+    for name in ("study", "state", *states, "best", "metric", "last activity", "on disk"):
         left = "left" if name in {"study", "state", "metric", "last activity"} else "right"
         table.add_column(name, justify=left, overflow="fold")  # type: ignore[arg-type]
     for each in summaries:
@@ -134,6 +134,7 @@ def study_table(summaries: Sequence[Summary]) -> Table:
             format_number(each.best),
             escape(each.metric),
             _ago(each.last_activity),
+            format_bytes(each.disk_bytes) if each.unique_name else "",
         )
     return table
 

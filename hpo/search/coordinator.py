@@ -13,6 +13,7 @@ from hpo.errors import nearest
 from hpo.paths import HANG_FILE, RunsDir
 from hpo.search.checkpoints import owner_key, trim_checkpoints
 from hpo.search.listener import ProgressListener
+from hpo.search.retention import Retention
 from hpo.search.slots import Slots
 from hpo.search.worker import TrialReport, TrialSpec
 from hpo.space.model import Space
@@ -61,6 +62,7 @@ class TrialCoordinator:
         self._data = dict(data)
         self._runs_dir = runs_dir
         self._unique_name = run.study.unique_name
+        self._retention = Retention(space, run.study, runs_dir)
         self._listener = listener
         self._claims: dict[str, ClaimedTrial] = {}
         self._epochs: dict[str, int] = {}
@@ -183,7 +185,7 @@ class TrialCoordinator:
                 self._fail(tune_id, f"{reason} (max_failures {self._space.max_failures})", details)
 
     def release_all(self) -> None:
-        """Store everything reported so far, and release the trials that have not ended.
+        """Store everything reported so far, release the trials that have not ended, and delete superfluous checkpoints.
 
         If the database cannot be used, no trial is released, because each attempt would wait as long as the first. Other
         runs take the trials when the lease of this run has expired.
@@ -198,6 +200,7 @@ class TrialCoordinator:
         if is_stored:
             for tune_id in list(self._claims):
                 self.release(tune_id)
+            self._retention.run_ended()
 
     def release(self, tune_id: str) -> None:
         """Release one trial if it has not ended: it is WAITING, and any run may resume it."""
@@ -221,6 +224,8 @@ class TrialCoordinator:
         del self._epochs[tune_id]
         if state != "WAITING":
             trim_checkpoints(self._folder(claim))
+        if state in {"COMPLETE", "PRUNED"}:
+            self._retention.trial_ended(claim.number)
         self._next_attempt = 0.0
         self._listener.trial_ended(claim.number, state, text)
         return True

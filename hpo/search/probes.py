@@ -24,6 +24,7 @@ from hpo.search.slots import Slots
 from hpo.space.parameters import Params
 
 PROBE_SECONDS = 1.5
+SCRATCH_PREFIX = "hpo-probe-"
 
 ImageCounts = tuple[int, int, int]  # training, validation and test images
 DataDescription = tuple[str, ImageCounts]  # sha256 of all images and labels, and their counts
@@ -58,7 +59,7 @@ class Probes:
     def __init__(self, data: Mapping[str, Any], runs_dir: Path) -> None:
         # This process owns the folder: a probe that is killed leaves nothing behind.
         self._scratch = tempfile.TemporaryDirectory(
-            prefix="hpo-probe-", dir=runs_dir if os.access(runs_dir, os.W_OK) else None, ignore_cleanup_errors=True
+            prefix=SCRATCH_PREFIX, dir=runs_dir if os.access(runs_dir, os.W_OK) else None, ignore_cleanup_errors=True
         )
         self._setup = (dict(data), Path(self._scratch.name))
         self._processes: list[tuple[subprocess.Popen[bytes], Connection]] = []

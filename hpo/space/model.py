@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, PositiveInt, PrivateAttr, TypeAdapter, ValidationError
 
 from hpo.errors import HpoError, SettingError, SpaceError, nearest
+from hpo.space.command import uses_checkpoint_dir
 from hpo.space.document import Document
 from hpo.space.expressions import Formulas
 from hpo.space.messages import Problem, explain, group_by_key
@@ -38,6 +39,7 @@ from hpo.space.parameters import (
 from hpo.space.rules import RANDOM_POINTS, ValidSections, check_rules
 from hpo.space.sections import (
     Budget,
+    Checkpoints,
     Data,
     NamedSampler,
     NamedScheduler,
@@ -102,6 +104,8 @@ class Space(StrictModel):
     """The longest time that one epoch may take: 90s, 30m, 4h, or seconds."""
     checkpoint_every: PositiveInt = 1
     """Epochs between two checkpoints."""
+    checkpoints: Checkpoints = Checkpoints()
+    """Which trials keep their checkpoints after they have ended. Unfinished and failed trials always keep theirs."""
     seed: Seed = 0
     """The seed of the training, and of a sampler without a seed."""
 
@@ -148,6 +152,11 @@ class Space(StrictModel):
     def stops_trials_early(self) -> bool:
         """Whether a scheduler may prune trials."""
         return self.scheduler.stops_trials_early
+
+    @property
+    def saves_checkpoints(self) -> bool:
+        """Whether trials have checkpoints: those of a script that uses no `{checkpoint_dir}` have none."""
+        return self.command is None or uses_checkpoint_dir(self.command)
 
     @property
     def has_conditions(self) -> bool:

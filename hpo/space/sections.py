@@ -1,4 +1,4 @@
-"""The sections of a search space other than its parameters: sampler, scheduler, data, budget, resources.
+"""The sections of a search space other than its parameters: sampler, scheduler, data, budget, resources, checkpoints.
 
 A sampler's keys are the arguments of the Optuna sampler with that name. They have Optuna's defaults, except that qmc
 scrambles its sequence. Properties say what a sampler or a scheduler can do, so that
@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, PositiveInt, model_validator
 
+from hpo.errors import nearest
 from hpo.space.messages import InvalidValuesError
 from hpo.space.parameters import StrictModel
 
@@ -190,7 +191,7 @@ class Scheduler(StrictModel):
 
 NamedScheduler = Annotated[Scheduler, BeforeValidator(_expand_name, json_schema_input_type=_SchedulerName | Scheduler)]
 
-# --- data, budget, resources --------------------------------------------------------------------------------------
+# --- data, budget, resources, checkpoints -------------------------------------------------------------------------
 
 
 class Data(StrictModel):
@@ -246,6 +247,62 @@ class Resources(StrictModel):
     """CPU cores for each trial."""
     gpu: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"] = "auto"
     """GPUs for each trial; with 0.5, two trials share a GPU. auto measures how many trials can share one."""
+
+
+_BEST = re.compile(r"best ([1-9]\d{0,8})", re.ASCII)
+
+
+def _check_keep(raw: object) -> object:
+    is_count = isinstance(raw, int) and not isinstance(raw, bool) and raw >= 1
+    if is_count or raw in ("all", "none") or (isinstance(raw, str) and _BEST.fullmatch(raw)):
+        return raw
+    allowed = "all, none, best N (such as best 3) or a number above 0"
+    text = f"write {allowed}, got {repr(raw)[:40]}"
+    hint = nearest(raw, ["all", "none", "best 3"]) if isinstance(raw, str) else ""
+    raise ValueError(f"{text}, {hint}" if hint.startswith("did you mean") else text)
+
+
+Keep = Annotated[
+    int | str,
+    BeforeValidator(
+        _check_keep,
+        json_schema_input_type=Literal["all", "none"]
+        | Annotated[str, Field(pattern=r"^best [1-9]\d{0,8}$")]
+        | PositiveInt,
+    ),
+]
+
+
+class Checkpoints(StrictModel):
+    """Which trials keep their checkpoints after they have ended. Unfinished and failed trials always keep theirs."""
+
+    keep: Keep = "best 3"
+    """best N: the N best trials that completed. A number N: the N that completed last. none, or all: pruned ones too."""
+
+    @property
+    def count(self) -> int | None:
+        """How many trials that completed keep their checkpoints; None for all, pruned ones too."""
+        if isinstance(self.keep, int):
+            return self.keep
+        best = _BEST.fullmatch(self.keep)
+        return int(best[1]) if best else {"all": None, "none": 0}[self.keep]
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best trials keep their checkpoints, not the last ones."""
+        return isinstance(self.keep, str)
+
+    @property
+    def description(self) -> str:
+        """Which trials keep their checkpoints, as in `the checkpoints of the best 3 trials`."""
+        if self.count is None:
+            return "all trials"
+        if self.count == 0:
+            return "no trial that has completed"
+        which = "best" if self.keeps_best else "last"
+        if self.count == 1:
+            return f"the {which} trial"
+        return f"the {which} {self.count} trials"
 
 
 class Objective(StrictModel):

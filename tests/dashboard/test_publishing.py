@@ -7,15 +7,18 @@ from typing import Any
 
 import optuna
 import pytest
+import sqlalchemy as sa
 from optuna.trial import TrialState
 
 from benchmarks.postgres import Postgres
 from hpo.dashboard import publishing
+from hpo.dashboard.attributes import DashboardAttributes
 from hpo.dashboard.publishing import PUBLISHED, publish
 from hpo.paths import RunsDir
 from hpo.report import curves, plotly_figures
 from hpo.report.results import read_results
 from hpo.search.checkpoints import claim_folder
+from hpo.space.model import Space
 from storage.database import Database, open_database
 from storage.optuna_internals import trial_id
 from storage.records import DUPLICATE
@@ -186,7 +189,7 @@ def test_a_checkpoint_is_copied_where_the_file_system_has_no_hard_links(
 
 @pytest.mark.usefixtures("no_curves")
 def test_a_file_that_an_interrupted_attempt_left_is_replaced(study: Study, runs_dir: RunsDir) -> None:
-    artifact = publishing._artifact(study, "epoch-000005.pt", 3, role="checkpoint")
+    artifact = publishing._artifact(study, DashboardAttributes({}), "epoch-000005.pt", 3, role="checkpoint")
     runs_dir.artifacts.mkdir()
     (runs_dir.artifacts / artifact.artifact_id).write_bytes(b"left over")
     publish(study, runs_dir)
@@ -216,6 +219,45 @@ def test_the_checkpoint_of_a_better_trial_replaces_the_former_best(study: Study,
     assert (runs_dir.artifacts / artifacts["epoch-000007.pt"][1]).read_bytes() == b"better"
     original = runs_dir.trial(study.unique_name, 2) / "epoch-000005.pt"
     assert original.read_bytes() == CHECKPOINT, "only the link is deleted"
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_a_best_checkpoint_that_was_not_kept_is_a_warning(
+    study: Study, runs_dir: RunsDir, caplog: pytest.LogCaptureFixture
+) -> None:
+    study.optuna_study.set_user_attr("hpo:settings", study.settings | {"checkpoints": {"keep": "none"}})
+    folder = runs_dir.trial(study.unique_name, 2)
+    (folder / "epoch-000005.pt").unlink()
+    with caplog.at_level(logging.WARNING, "hpo.dashboard"):
+        publish(study, runs_dir, always=True)
+        assert caplog.messages == [], "it was trained on another machine"
+        claim_folder(folder, Space.from_settings(study.settings).config_key(study.optuna_study.best_params))
+        publish(study, runs_dir, always=True)
+    assert caplog.messages == ["the dashboard of search has no checkpoint of the best trial: checkpoints.keep is none"]
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_an_artifact_is_named_after_its_study_and_one_of_an_older_version_keeps_its_name(
+    study: Study, runs_dir: RunsDir
+) -> None:
+    publish(study, runs_dir)
+    listed = listed_artifacts(study)
+    for key, artifact_id in listed.values():
+        assert artifact_id.startswith(f"{study.attrs['hpo:id']}-")
+        metadata = json.loads(study.system_attrs()[key])
+        older = artifact_id.partition("-")[2]  # the id that it had
+        study.set_system_attrs(
+            {
+                key.replace(artifact_id, older): json.dumps(metadata | {"artifact_id": older}),
+                key: json.dumps(None),
+            }
+        )
+    with study.database.engine.begin() as connection:
+        connection.execute(sa.text("DELETE FROM study_system_attributes WHERE value_json = '\"null\"'"))
+    publish(study, runs_dir, always=True)
+    assert {name: artifact_id for name, (_, artifact_id) in listed_artifacts(study).items()} == {
+        name: artifact_id.partition("-")[2] for name, (_, artifact_id) in listed.items()
+    }
 
 
 # --- notes ------------------------------------------------------------------------------------------------------------

@@ -67,6 +67,10 @@ def test_a_study_survives_signals_kill_9_and_two_drivers(tmp_path: Path, start_d
     assert set(states) <= {"WAITING", "COMPLETE"}
     assert states["WAITING"] >= 1
 
+    (waiting,) = rows(database, "SELECT count(*), min(number) FROM trials WHERE state = 'WAITING'")
+    assert waiting[0] == states["WAITING"]
+    assert list((tmp_path / "runs/checkpoints").glob(f"*/{waiting[1]}/epoch-*")), "an interrupted trial keeps its own"
+
     # Two drivers share the rest.
     hold_epochs(hold, MAX_EPOCHS)
     drivers = [start_driver(path) for _ in range(2)]
@@ -85,5 +89,14 @@ def test_a_study_survives_signals_kill_9_and_two_drivers(tmp_path: Path, start_d
     check_chains(database)
     assert rows(database, "SELECT count(*) FROM hpo_runs WHERE ended IS NULL") == [(1,)], "the killed one"
     assert rows(database, "SELECT count(*) FROM hpo_runs") == [(5,)]
+    # The best 3 of the 4 trials keep their checkpoints: one file each.
+    (folder,) = (tmp_path / "runs/checkpoints").iterdir()
+    best = rows(
+        database,
+        "SELECT number FROM trials JOIN trial_values USING (trial_id) ORDER BY value DESC LIMIT 3",
+    )
+    assert {(int(path.parent.name), path.name) for path in folder.glob("*/epoch-*")} == {
+        (number, f"epoch-{MAX_EPOCHS:06d}.pt") for (number,) in best
+    }
     computed, needed = len(log.read_text().splitlines()), len(POINTS) * MAX_EPOCHS
     assert needed <= computed <= needed + in_flight, "kill -9 costs each trial in flight at most one epoch"

@@ -295,6 +295,18 @@ def test_the_checkpoint_of_another_configuration_is_not_exported(study: Study, t
 
 
 @pytest.mark.slow
+def test_a_checkpoint_that_was_not_kept_is_an_error_that_says_so(study: Study, tmp_path: Path) -> None:
+    key = grid_space(tmp_path).config_key(study.trials()[1].params)
+    claim_folder(RunsDir(tmp_path).trial(study.unique_name, 1), key)
+    with pytest.raises(SettingError) as error:
+        export(study, tmp_path, 1)
+    assert str(error.value) == (
+        "trial 1 has no checkpoint any more: this search keeps those of the best 3 trials (checkpoints.keep is best 3). "
+        "With `checkpoints: {keep: all}` in the search space, trials keep theirs from then on. Trials with a checkpoint: 0"
+    )
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from hpo.report.formatting import format_number, format_params, format_seconds, shorten
+from hpo.report.formatting import format_bytes, format_number, format_params, format_seconds, shorten
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,24 @@ def test_a_duration_has_its_two_largest_units(seconds: float | None, text: str) 
 )
 def test_a_metric_has_four_decimals_unless_it_is_very_large_or_small(value: float | None, text: str) -> None:
     assert format_number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1.0 kB"),
+        (9_940, "9.9 kB"),
+        (9_960, "10 kB"),
+        (134_217_728, "134 MB"),
+        (999_600_000, "1.0 GB"),
+        (123_400_000_000, "123 GB"),
+        (1_234_000_000_000_000, "1,234.0 TB"),
+    ],
+)
+def test_bytes_have_two_or_three_digits_and_a_unit(count: int, text: str) -> None:
+    assert format_bytes(count) == text
 
 
 def test_parameters_are_listed_with_short_floats() -> None:

@@ -14,6 +14,8 @@ from hpo.search.probes import Speed
 from hpo.search.slots import Slots
 from tests.report.studies import grid_space
 
+KEEPS = "Keeps the checkpoints of the best 3 trials."
+
 
 def shown(text: RenderableType) -> str:
     file = io.StringIO()
@@ -67,16 +69,25 @@ def test_a_sampled_search_is_described_by_its_budget(budget: dict[str, object], 
     ],
 )
 def test_the_share_of_each_trial_is_described(slots: Slots, text: str) -> None:
-    assert plan_lines(grid_space(), slots, None) == [text]
+    assert plan_lines(grid_space(), slots, None) == [text, KEEPS]
+
+
+def test_a_plan_says_which_checkpoints_are_kept_if_there_are_any() -> None:
+    slots = Slots(1, 1.0, 0.0)
+    assert (
+        plan_lines(grid_space(checkpoints={"keep": 5}), slots, None)[1] == "Keeps the checkpoints of the last 5 trials."
+    )
+    assert len(plan_lines(grid_space(command="train.py {lr}"), slots, None)) == 1
 
 
 def test_a_measured_plan_says_how_long_the_search_takes() -> None:
-    _, line = plan_lines(grid_space(), Slots(2, 1.0, 0.0), made_plan())
+    _, line, kept = plan_lines(grid_space(), Slots(2, 1.0, 0.0), made_plan())
+    assert kept == KEEPS
     assert line == (
         "No GPU: this search takes about 2m00s on this CPU (measured, images/s of one trial: 100 at batch_size 64)."
     )
     gpu = Slots(2, 1.0, 0.5)
-    _, line = plan_lines(grid_space(), gpu, made_plan(gpu, trials=None, seconds=7200.0))
+    _, line, _ = plan_lines(grid_space(), gpu, made_plan(gpu, trials=None, seconds=7200.0))
     assert line.startswith("A trial takes about 3h00m and 1.50 GPU-hours (measured")
 
 

@@ -242,7 +242,8 @@ def test_the_start_says_where_results_go_and_what_is_there(
         progress.preparing("measuring training steps")
         progress.study_opened(space, study_name, "sqlite:///hpo.db", counts)
         progress.search_planned(space, Slots(2, 1.0, 0.0), None)
-    assert screen.lines[1:] == ["Storage: sqlite:///hpo.db", *said, "2 trials at a time, 1 CPU thread each."]
+    plan = ["2 trials at a time, 1 CPU thread each.", "Keeps the checkpoints of the best 3 trials."]
+    assert screen.lines[1:] == ["Storage: sqlite:///hpo.db", *said, *plan]
 
 
 def test_on_a_terminal_preparations_are_shown_until_the_search_is_planned() -> None:

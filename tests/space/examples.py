@@ -37,6 +37,7 @@ replicates: 1
 max_failures: 2
 trial_timeout: 30m
 checkpoint_every: 2
+checkpoints: {keep: best 5}
 seed: 0
 """
 

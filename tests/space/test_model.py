@@ -309,7 +309,7 @@ def test_settings_from_version_0_1_0_become_a_space_with_the_same_identity(name:
     space = Space.from_settings(stored["settings"])
     assert space.fingerprint == stored["fingerprint"]
     assert space.config_key({"lr": 0.01, "batch_size": 64, "a": None, "b": True}) == stored["config_key"]
-    assert space.model_dump(mode="json") == stored["settings"]
+    assert space.model_dump(mode="json") == stored["settings"] | {"checkpoints": {"keep": "best 3"}}, "a later key"
     check_round_trip(space)
 
 
@@ -331,7 +331,7 @@ def test_settings_become_an_equal_space(load: Load, text: str) -> None:
 def test_a_key_that_the_settings_lack_has_its_default(load: Load, key: str) -> None:
     space = load(VALID)
     assert space.model_dump()[key] == Space.model_fields[key].get_default(call_default_factory=True) or key in {
-        "data", "budget", "resources", "scheduler",
+        "data", "budget", "resources", "scheduler", "checkpoints",
     }  # fmt: skip
     settings = {name: value for name, value in space.study_options["settings"].items() if name != key}
     assert Space.from_settings(settings).model_dump() == space.model_dump()

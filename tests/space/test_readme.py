@@ -17,7 +17,7 @@ from hpo.space.expressions import FUNCTIONS
 from hpo.space.model import Space, load_space
 from hpo.space.parameters import Choices, FloatRange, IntRange
 from hpo.space.rules import NOT_BUILT
-from hpo.space.sections import Budget, Data, Resources, Sampler, Scheduler
+from hpo.space.sections import Budget, Checkpoints, Data, Resources, Sampler, Scheduler
 from hpo.train.params import OPTIMIZERS, PRECISIONS, STEMS, TrainParams, read_params
 from tests.factories import ROOT
 
@@ -104,11 +104,22 @@ def test_the_overrides_that_are_shown_apply() -> None:
 
 @pytest.mark.parametrize(
     "model",
-    [Space, Data, Budget, Resources, Choices, IntRange, FloatRange, *models_in(Sampler), *models_in(Scheduler)],
+    [
+        Space,
+        Data,
+        Budget,
+        Resources,
+        Checkpoints,
+        Choices,
+        IntRange,
+        FloatRange,
+        *models_in(Sampler),
+        *models_in(Scheduler),
+    ],
     ids=lambda model: model.__name__,
 )
 def test_every_key_is_named(model: type[BaseModel]) -> None:
-    section = {Data: "data.", Budget: "budget.", Resources: "resources."}.get(model, "")
+    section = {Data: "data.", Budget: "budget.", Resources: "resources.", Checkpoints: "checkpoints."}.get(model, "")
     names = set(model.model_fields) - ({"name"} if model is Space else set())  # the file gives the study its name
     assert {name for name in names if not re.search(rf"`{section}{name}(:.*?)?`", README)} == set()
 

@@ -59,6 +59,7 @@ SHORT_FORMS = [
     FULL,
     "sampler: tpe\nscheduler: asha\nmax_epochs: 2\nbudget: {time: 90}\nparameters: {a: 1, b: x, c: null, d: true, e: [a]}",
     "sampler: {name: gp}\nmax_epochs: 2\nbudget: {time: 1d}\nparameters: {a: {choices: [1]}}",
+    "sampler: grid\nmax_epochs: 2\ncheckpoints: {keep: 3}\nparameters: {a: 1}",
     "sampler: grid\ntrial_timeout: 1.5\nmax_epochs: 2\nresources: {gpu: 0.5}\nparameters: {a: {type: int, low: 1, high: 2}}",
 ]
 
@@ -90,6 +91,9 @@ WRONG = [
     HEAD + "sampler: tpe\nparameters: {a: 1}\nconstraints: a < 1",
     HEAD + "sampler: tpe\nparameters: {a: 1}\ntrial_timeout: 4 hours",
     HEAD + "sampler: tpe\nparameters: {a: 1}\ntrainable: my_module",
+    HEAD + "sampler: tpe\nparameters: {a: 1}\ncheckpoints: {keep: best}",
+    HEAD + "sampler: tpe\nparameters: {a: 1}\ncheckpoints: {keep: 0}",
+    HEAD + "sampler: tpe\nparameters: {a: 1}\ncheckpoints: {keep: null}",
 ]
 
 

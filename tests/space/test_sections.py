@@ -8,9 +8,10 @@ from typing import get_args
 import pytest
 from optuna import samplers
 
+from hpo.errors import SpaceError
 from hpo.space.sections import Sampler
 from tests.space.conftest import Load
-from tests.space.examples import SAMPLED
+from tests.space.examples import SAMPLED, VALID
 
 SAMPLERS = {get_args(cls.model_fields["name"].annotation)[0]: cls for cls in get_args(get_args(Sampler)[0])}
 
@@ -69,3 +70,61 @@ def test_the_options_of_a_sampler_have_optunas_defaults_except_for_scramble() ->
             if key not in {"name", "seed"} and field.default is not None and field.default != arguments[key].default:
                 different.add(f"{name}.{key}")
     assert different == {"qmc.scramble"}
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "count", "keeps_best", "description"),
+    [
+        ("best 3", 3, True, "the best 3 trials"),
+        ("best 1", 1, True, "the best trial"),
+        ("5", 5, False, "the last 5 trials"),
+        ("none", 0, True, "no trial that has completed"),
+        ("all", None, True, "all trials"),
+    ],
+)
+def test_what_a_search_keeps(load: Load, written: str, count: int | None, keeps_best: bool, description: str) -> None:
+    kept = load(VALID, f"checkpoints.keep={written}").checkpoints
+    assert (kept.count, kept.keeps_best, kept.description) == (count, keeps_best, description)
+
+
+def test_by_default_the_best_3_keep_their_checkpoints(load: Load) -> None:
+    assert load(VALID).checkpoints.keep == "best 3"
+
+
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        ("bset 3", "got 'bset 3', did you mean best 3?"),
+        ("best", "got 'best', did you mean best 3?"),
+        ("best 0", "got 'best 0', did you mean best 3?"),
+        ("al", "got 'al', did you mean all?"),
+        ("the good ones", "got 'the good ones'"),
+        ("0", "got 0"),
+        ("-1", "got -1"),
+        ("1.5", "got 1.5"),
+        ("true", "got True"),
+        ("null", "got None"),
+        ("[3]", "got [3]"),
+    ],
+)
+def test_a_wrong_value_is_answered_with_what_is_allowed(load: Load, written: str, text: str) -> None:
+    with pytest.raises(SpaceError) as error:
+        load(VALID + f"checkpoints: {{keep: {written}}}\n")
+    allowed = "checkpoints.keep: write all, none, best N (such as best 3) or a number above 0, "
+    assert str(error.value).endswith(f":6:15: {allowed}{text}")
+
+
+def test_what_is_kept_changes_no_identity(load: Load) -> None:
+    one, other = load(VALID), load(VALID, "checkpoints.keep=all")
+    assert one.fingerprint == other.fingerprint
+    assert one.config_key({"lr": 0.01}) == other.config_key({"lr": 0.01})
+
+
+@pytest.mark.parametrize(
+    ("command", "saves"), [("train.py {lr}", False), ("train.py {lr} {checkpoint_dir}", True), ("null", True)]
+)
+def test_a_script_has_checkpoints_if_it_uses_the_folder_for_them(load: Load, command: str, saves: bool) -> None:
+    assert load(VALID + "command: " + (command if command == "null" else repr(command))).saves_checkpoints == saves

@@ -1,0 +1,243 @@
+"""Finds and deletes what no search needs any more: `hpo clean`.
+
+Nothing is deleted unless the database says whose it is, or its name says that it is a leftover. Several databases may share
+a folder: what belongs to a study that this database does not know is kept. Exports, reports and copies of the database are
+the user's.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from hpo.errors import SpaceError
+from hpo.paths import RunsDir, study_id_of
+from hpo.search.probes import SCRATCH_PREFIX
+from hpo.search.retention import checkpoint_files, is_of, superfluous_trials, trials_with_checkpoints
+from hpo.space.model import Space
+
+if TYPE_CHECKING:
+    from storage.database import Database
+    from storage.studies import Study
+
+LEFTOVER_SECONDS = 86_400.0  # no process writes a file, or measures training steps, for so long
+_DRAFT = re.compile(r"\..*?(?:\.(?P<pid>\d+)-[0-9a-f]+)?\.tmp")  # see `hpo.paths.atomic_file`
+_SET_ASIDE = re.compile(r"\d+\.other-\d+")  # see `hpo.search.checkpoints.claim_folder`
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """Files in a folder that can be deleted for the same reason.
+
+    Attributes:
+        what: the reason, such as `damaged checkpoints`.
+        folder: contains all of them.
+        paths: the files and folders.
+        disk_bytes: what their deletion frees. A file that also has a name elsewhere frees nothing.
+    """
+
+    what: str
+    folder: Path
+    paths: tuple[Path, ...]
+    disk_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Cleaning:
+    """What can be deleted, or was.
+
+    Attributes:
+        garbage: what can be deleted.
+        unknown: {folder: bytes} of studies that the database does not know. They are kept.
+        running: names of the studies that are running. Their files are kept.
+        problems: what could not be deleted, and why.
+    """
+
+    garbage: list[Garbage]
+    unknown: dict[Path, int]
+    running: list[str]
+    problems: list[str]
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the deletion of all garbage frees."""
+        return sum(each.disk_bytes for each in self.garbage)
+
+
+def find_garbage(database: Database, runs_dir: RunsDir) -> Cleaning:
+    """Return what can be deleted, without deleting it.
+
+    Args:
+        database: says which studies there are, which were deleted, and which are running.
+        runs_dir: the folder to clean.
+
+    Raises:
+        StorageError: the database cannot be used.
+    """
+    from storage.studies import all_studies, deleted_studies, summarize
+
+    # First the folders, then the studies: a study that is created meanwhile has no folder here.
+    folders = [path for path in _entries(runs_dir.root / "checkpoints") if path.is_dir() and not path.is_symlink()]
+    artifacts = _entries(runs_dir.artifacts)
+    studies = {study.unique_name: study for study in all_studies(database) if study.is_ours}
+    deleted = deleted_studies(database) - {study_id_of(name) for name in studies}
+    running = {summary.unique_name: summary.name for summary in summarize(database) if summary.state == "running"}
+
+    garbage: list[Garbage] = []
+    unknown: dict[Path, int] = {}
+    for folder in folders:
+        if folder.name in studies:
+            garbage += [] if folder.name in running else _of_study(studies[folder.name], folder)
+        elif study_id_of(folder.name) in deleted:
+            garbage.append(Garbage("of a deleted study", folder, (folder,)))
+        else:
+            unknown[folder] = count_bytes(folder)
+    published = [path for path in artifacts if path.name.partition("-")[0] in deleted]
+    garbage += [
+        Garbage("artifacts of deleted studies", runs_dir.artifacts, tuple(published)),
+        Garbage("left by searches that were killed", runs_dir.root, tuple(_leftovers(runs_dir.root))),
+    ]
+    for folder in [runs_dir.artifacts, *_entries(runs_dir.reports)]:
+        garbage.append(Garbage("unfinished files", folder, tuple(_drafts(folder, _is_old))))
+    return Cleaning(_measured([each for each in garbage if each.paths]), unknown, sorted(running.values()), [])
+
+
+def delete_garbage(found: Cleaning) -> Cleaning:
+    """Delete garbage.
+
+    Returns:
+        The same, with `problems`. The bytes of what could not be deleted are 0.
+    """
+    done, problems = [], []
+    for each in found.garbage:
+        errors = [problem for path in each.paths if (problem := _delete(path))]
+        problems += errors
+        done.append(replace(each, disk_bytes=0) if errors else each)
+    return replace(found, garbage=done, problems=problems)
+
+
+def count_bytes(path: Path | str) -> int:
+    """Return the size of a file, or of all files below a folder; 0 if it is missing."""
+    return sum(entry.st_size for entry in _files(path))
+
+
+# --- what is garbage --------------------------------------------------------------------------------------------------
+
+
+def _of_study(study: Study, folder: Path) -> Iterator[Garbage]:
+    """Yield what a study that is not running does not need of its folder."""
+    with suppress(SpaceError):  # settings of another version
+        space = Space.from_settings(study.settings)
+        files: list[Path] = []
+        for trial in superfluous_trials(space, study, trials_with_checkpoints(folder), timeout_seconds=0.0):
+            trial_folder = folder / str(trial.number)
+            files += checkpoint_files(trial_folder) if is_of(trial_folder, trial) else []
+        kept = space.checkpoints
+        what = f"checkpoints of ended trials; checkpoints.keep is {kept.keep}: those of {kept.description}"
+        yield Garbage(what, folder, tuple(files))
+    trials = _entries(folder)
+    yield Garbage(
+        "files of other configurations or earlier attempts, which were set aside",
+        folder,
+        tuple(path for path in trials if _SET_ASIDE.fullmatch(path.name)),
+    )
+    inside = [path for trial in trials if trial.name.isdecimal() for path in _entries(trial)]
+    yield Garbage("damaged checkpoints", folder, tuple(path for path in inside if path.name.endswith(".damaged")))
+    drafts = [path for trial in trials if trial.name.isdecimal() for path in _drafts(trial, _is_abandoned)]
+    yield Garbage("unfinished files", folder, tuple(drafts))
+
+
+def _leftovers(root: Path) -> Iterator[Path]:
+    for path in _entries(root):
+        if path.name.startswith((SCRATCH_PREFIX, ".writable-")) and _is_old(path):
+            yield path
+    yield from _drafts(root, _is_old)
+
+
+def _drafts(folder: Path, is_leftover: Callable[[Path], bool]) -> list[Path]:
+    return [path for path in _entries(folder) if _DRAFT.fullmatch(path.name) and is_leftover(path)]
+
+
+def _is_old(path: Path) -> bool:
+    with suppress(OSError):
+        return time.time() - path.lstat().st_mtime > LEFTOVER_SECONDS
+    return False
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Return whether nobody writes a draft any more, given that no run on its study is alive, on any machine."""
+    match = _DRAFT.fullmatch(path.name)
+    pid = match["pid"] if match else None
+    return _is_old(path) or (pid is not None and not psutil.pid_exists(int(pid)))
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def _entries(folder: Path) -> list[Path]:
+    """Return what is in a folder, by name; nothing if it is missing or not a folder."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return sorted(folder.iterdir())
+    return []
+
+
+def _files(path: Path | str) -> Iterator[os.stat_result]:
+    """Yield the status of a file, or of each file below a folder. Links are not followed below it."""
+    try:
+        entries = os.scandir(path)
+    except NotADirectoryError:
+        with suppress(OSError):
+            yield os.lstat(path)
+        return
+    except OSError:  # missing, or not readable
+        return
+    with entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _files(entry.path)
+            else:
+                with suppress(OSError):
+                    yield entry.stat(follow_symlinks=False)
+
+
+def _measured(garbage: Sequence[Garbage]) -> list[Garbage]:
+    """Return garbage with its bytes. A file with several names counts once, if all of its names are garbage."""
+    files = [[status for path in each.paths for status in _files(path)] for each in garbage]
+    names = Counter(_inode(status) for statuses in files for status in statuses)
+    counted: set[tuple[int, int]] = set()
+    measured = []
+    for each, statuses in zip(garbage, files, strict=True):
+        freed = 0
+        for status in statuses:
+            if names[_inode(status)] >= status.st_nlink and _inode(status) not in counted:
+                freed += status.st_size
+                counted.add(_inode(status))
+        measured.append(replace(each, disk_bytes=freed))
+    return measured
+
+
+def _inode(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _delete(path: Path) -> str:
+    """Delete a file or a folder; return why it is still there, or an empty text."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except OSError as error:
+        if os.path.lexists(path):
+            return f"cannot delete {path}: {error.strerror or error}"
+    return ""

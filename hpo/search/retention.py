@@ -1,0 +1,140 @@
+"""Which trials keep their checkpoints after they have ended: `checkpoints.keep` of the search space.
+
+Unfinished trials keep theirs, to resume, and so do failed ones, for `hpo retry --resume`. The database ranks those that
+completed, so any number of drivers agree. What is superfluous once stays so, because values of ended trials do not change:
+deleting needs no lock, and any driver may do it again.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hpo.paths import CONFIGURATION_FILE, SCRIPT_DIR, RunsDir
+from hpo.search.checkpoints import belongs_to, list_checkpoints, owner_key
+from hpo.space.model import Space
+
+if TYPE_CHECKING:  # workers import this module too, and need no database
+    from storage.ranking import EndedTrial
+    from storage.studies import Study
+
+IDLE_SHARE = 50  # asking the database takes at most 1/50 of the time
+
+
+class Retention:
+    """Deletes the checkpoints that a search does not keep, while its trials end.
+
+    Best effort: what is left, because the database is away or a file cannot be deleted, `hpo clean` finds.
+
+    Args:
+        space: the search.
+        study: its study.
+        runs_dir: where its checkpoints are.
+    """
+
+    def __init__(self, space: Space, study: Study, runs_dir: RunsDir) -> None:
+        self._space = space
+        self._study = study
+        self._folder = runs_dir.checkpoints(study.unique_name)
+        self._ended: set[int] = set()  # numbers of trials of this driver that may have checkpoints
+        self._next_time = 0.0
+
+    def trial_ended(self, number: int) -> None:
+        """Note that a trial of this driver is COMPLETE or PRUNED, and delete the checkpoints that are superfluous now.
+
+        The end of this trial may be stored a moment later: then its checkpoints are deleted when the next trial ends.
+        """
+        self._ended.add(number)
+        if time.monotonic() >= self._next_time:
+            started = time.monotonic()
+            self._ended -= self._delete(self._ended)
+            self._next_time = time.monotonic() + IDLE_SHARE * (time.monotonic() - started)
+
+    def run_ended(self) -> None:
+        """Delete what is superfluous of any driver, such as one that was killed."""
+        self._delete(trials_with_checkpoints(self._folder))
+
+    def _delete(self, numbers: Collection[int]) -> set[int]:
+        from storage.database import StorageError
+
+        deleted = set()
+        with suppress(StorageError):
+            for trial in superfluous_trials(self._space, self._study, numbers, timeout_seconds=0.0):
+                deleted.add(trial.number)
+                folder = self._folder / str(trial.number)
+                # A folder of an older version does not say whose it is: `hpo clean` asks before it deletes there.
+                if (folder / CONFIGURATION_FILE).is_file() and is_of(folder, trial):
+                    delete_files(checkpoint_files(folder))
+        return deleted
+
+
+def superfluous_trials(
+    space: Space, study: Study, numbers: Collection[int], *, timeout_seconds: float
+) -> list[EndedTrial]:
+    """Return which of these trials keep no checkpoints.
+
+    Args:
+        space: the search.
+        study: its study.
+        numbers: the trials to look at.
+        timeout_seconds: how long to retry while the database is down.
+
+    Raises:
+        StorageError: the database cannot be used.
+    """
+    from storage import ranking
+
+    policy = space.checkpoints
+    if policy.count is None or not numbers:
+        return []
+    direction = space.direction if policy.keeps_best else None
+    return ranking.superfluous_trials(study, policy.count, direction, among=numbers, timeout_seconds=timeout_seconds)
+
+
+def trials_with_checkpoints(folder: Path) -> list[int]:
+    """Return the numbers of the trials that have checkpoints here, ascending.
+
+    Args:
+        folder: of the study's checkpoints; it may be missing.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            numbers = [int(entry.name) for entry in entries if entry.name.isdecimal()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(number for number in numbers if checkpoint_files(folder / str(number)))
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Return the checkpoints of a trial: files, and the folder that its script saves to."""
+    names = set()
+    with suppress(OSError):  # missing, or deleted meanwhile
+        names = set(os.listdir(folder))  # noqa: PTH208 # a study has many folders, most of them without checkpoints
+    found = list_checkpoints(folder) if any(name.endswith(".pt") for name in names) else []
+    return [*found, folder / SCRIPT_DIR] if SCRIPT_DIR in names else found
+
+
+def is_deleted(folder: Path) -> bool:
+    """Return whether a trial that ran here has no checkpoints any more: `checkpoints.keep` did not keep them."""
+    has_run = (folder / CONFIGURATION_FILE).is_file()
+    return has_run and not checkpoint_files(folder) and not any(folder.glob("*.damaged"))
+
+
+def is_of(folder: Path, trial: EndedTrial) -> bool:
+    """Return whether a folder is that of a trial. Folders of older versions, which do not say whose they are, count."""
+    return belongs_to(folder, owner_key(trial.key, trial.attempt))
+
+
+def delete_files(paths: Collection[Path]) -> None:
+    """Delete files and folders, as far as possible."""
+    for path in paths:
+        with suppress(OSError):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)

@@ -1,0 +1,100 @@
+"""Which ended trials a study can do without: all but the best, or all but the last. The database ranks them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import sqlalchemy as sa
+from optuna.trial import TrialState
+
+from storage import optuna_tables, tables
+from storage.database import RETRY_SECONDS, retry_while_down
+from storage.studies import Study
+
+MAX_NUMBERS = 1000  # in one query; with more, the caller gets all trials and picks
+
+
+Direction = Literal["maximize", "minimize"]
+
+
+@dataclass(frozen=True)
+class EndedTrial:
+    """A trial that is COMPLETE or PRUNED: it never runs again.
+
+    Attributes:
+        number: its number.
+        key: of its configuration.
+        attempt: how often it was started from its first epoch.
+    """
+
+    number: int
+    key: str
+    attempt: int
+
+
+def superfluous_trials(
+    study: Study,
+    count: int,
+    direction: Direction | None,
+    *,
+    among: Collection[int] | None = None,
+    timeout_seconds: float = RETRY_SECONDS,
+) -> list[EndedTrial]:
+    """Return the trials that ended, by number, without the first `count` completed ones.
+
+    FAIL is not an end here: a failed trial may run again. A trial that is returned once is always returned later, unless
+    trials are deleted: values of ended trials do not change.
+
+    Args:
+        study: the study.
+        count: how many completed trials are left out.
+        direction: of the objective: those with the best values are left out, ties by lower number, an infinite value last.
+            None leaves out those that ended last.
+        among: numbers of trials; others are not returned. They do count in the ranking. None for all.
+        timeout_seconds: how long to retry while the database is down.
+
+    Raises:
+        StorageError: the database cannot be used.
+    """
+    query = _query(study, count, direction)
+    is_short = among is not None and len(among) <= MAX_NUMBERS
+    if among is not None and is_short:
+        query = query.where(optuna_tables.trials.c.number.in_(among))
+
+    def read() -> list[EndedTrial]:
+        with study.database.engine.connect() as connection:
+            rows = connection.execute(query)
+            return [EndedTrial(number, key, int(json.loads(attempt or "1"))) for number, key, attempt in rows]
+
+    found = retry_while_down(study.database, read, timeout_seconds)
+    return found if among is None or is_short else [trial for trial in found if trial.number in set(among)]
+
+
+def _query(study: Study, count: int, direction: Direction | None) -> sa.Select[Any]:
+    trial, value, attempt = optuna_tables.trials, optuna_tables.trial_values, optuna_tables.trial_user_attributes
+    kept = sa.select(trial.c.trial_id).where(
+        trial.c.study_id == study.study_id,
+        trial.c.state == TrialState.COMPLETE,
+        # Without such a row, another program added the trial.
+        sa.exists().where(tables.trials.c.trial == trial.c.trial_id),
+    )
+    if direction is None:
+        kept = kept.order_by(trial.c.datetime_complete.desc(), trial.c.number.desc())
+    else:
+        order = value.c.value.desc() if direction == "maximize" else value.c.value.asc()
+        kept = kept.join(value, sa.and_(value.c.trial_id == trial.c.trial_id, value.c.objective == 0))
+        kept = kept.order_by(order.nulls_last(), trial.c.number)
+    return (
+        sa.select(trial.c.number, tables.trials.c.key, attempt.c.value_json)
+        .join(tables.trials, tables.trials.c.trial == trial.c.trial_id)
+        .join(attempt, sa.and_(attempt.c.trial_id == trial.c.trial_id, attempt.c.key == "attempt"), isouter=True)
+        .where(
+            trial.c.study_id == study.study_id,
+            trial.c.state.in_((TrialState.COMPLETE, TrialState.PRUNED)),
+            trial.c.trial_id.not_in(kept.limit(count)),
+        )
+        .order_by(trial.c.number)
+    )

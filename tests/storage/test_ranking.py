@@ -1,0 +1,122 @@
+"""Which ended trials keep nothing: the database ranks the others."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import pytest
+from optuna.trial import TrialState, create_trial
+
+from storage import ranking
+from storage.database import Database
+from storage.ranking import Direction, EndedTrial, superfluous_trials
+from storage.retry import retry_trials
+from storage.studies import Study, deleted_studies, study_names, summarize
+from tests.storage.builders import claim_one, config_key, grid_run, open_s, prune, sampled_run, sql
+
+VALUES = [0.2, 0.9, 0.5, 0.9, 0.1]
+
+
+def end_trials(study: Study, values: Collection[float], *, states: str = "") -> None:
+    """Run a trial with each value; `states` has C, P, F, W or R for each, C where it is shorter."""
+    with sampled_run(study) as run:
+        for i, value in enumerate(values):
+            claim = claim_one(run)
+            run.report(claim, 1, {"m": value}, value)
+            match states[i : i + 1]:
+                case "P":
+                    prune(run, claim)
+                case "F":
+                    run.fail(claim, "its reason")
+                case "W":
+                    run.release(claim)
+                    return  # it would be claimed again
+                case "R":
+                    pass
+                case _:
+                    run.complete(claim, value)
+                    run.flush()  # one after the other, for the time at which they ended
+        run.flush()
+
+
+def numbers(
+    study: Study, count: int, direction: Direction | None = "maximize", among: Collection[int] | None = None
+) -> list[int]:
+    return [trial.number for trial in superfluous_trials(study, count, direction, among=among)]
+
+
+@pytest.mark.parametrize(
+    ("count", "direction", "superfluous"),
+    [
+        (1, "maximize", [0, 2, 3, 4]),
+        (2, "maximize", [0, 2, 4]),
+        (3, "maximize", [0, 4]),
+        (1, "minimize", [0, 1, 2, 3]),
+        (4, "minimize", [3]),
+        (2, None, [0, 1, 2]),
+        (0, "maximize", [0, 1, 2, 3, 4]),
+        (9, "maximize", []),
+    ],
+)
+def test_all_but_the_best_or_the_last_trials_are_superfluous_and_the_lower_number_wins_a_tie(
+    study: Study, count: int, direction: Direction | None, superfluous: list[int]
+) -> None:
+    end_trials(study, VALUES)
+    assert numbers(study, count, direction) == superfluous
+
+
+def test_pruned_trials_are_superfluous_and_unfinished_and_failed_ones_are_not(study: Study) -> None:
+    end_trials(study, [0.1, 0.9, 0.2, 0.3, 0.4], states="CPFRW")
+    states = [trial.state.name for trial in study.trials()]
+    assert states == ["COMPLETE", "PRUNED", "FAIL", "RUNNING", "WAITING"]
+    assert numbers(study, 1) == [1]
+    assert numbers(study, 0) == [0, 1]
+    assert numbers(study, 1, None) == [1]
+
+
+def test_only_the_trials_that_are_asked_for_are_returned_and_all_count(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end_trials(study, VALUES)
+    assert numbers(study, 2, among=[1, 2]) == [2]
+    assert numbers(study, 2, among=[]) == []
+    monkeypatch.setattr(ranking, "MAX_NUMBERS", 1)
+    assert numbers(study, 2, among=[1, 2, 4]) == [2, 4]
+
+
+def test_a_trial_of_another_study_or_another_program_does_not_count(database: Database, study: Study) -> None:
+    end_trials(study, [0.5, 0.4])
+    end_trials(open_s(database, "other"), [0.9, 0.8])
+    study.optuna_study.add_trial(create_trial(value=0.99))
+    assert numbers(study, 1) == [1]
+
+
+def test_infinite_values_rank_last(study: Study) -> None:
+    end_trials(study, [float("inf"), 0.1, float("-inf")])
+    assert numbers(study, 1) == [0, 2]
+    assert numbers(study, 1, "minimize") == [0, 2]
+
+
+def test_a_trial_is_returned_with_its_key_and_its_attempt(study: Study) -> None:
+    with sampled_run(study) as run:
+        run.fail(claim_one(run), "its reason")
+        run.flush()
+    retry_trials(study, [0])
+    with sampled_run(study) as run:
+        run.complete(claim_one(run), 0.5)
+        run.flush()
+    (trial,) = study.trials()
+    assert trial.state == TrialState.COMPLETE
+    assert superfluous_trials(study, 0, None) == [EndedTrial(0, config_key(trial.params), 2)]
+
+
+def test_a_deleted_study_is_recorded_under_the_id_in_its_unique_name(database: Database, study: Study) -> None:
+    with grid_run(study):
+        pass
+    (summary,) = summarize(database)
+    assert summary.unique_name == study.unique_name
+    assert deleted_studies(database) == set()
+    database.optuna_storage.delete_study(study.study_id)
+    assert study_names(database) == []
+    assert deleted_studies(database) == {summary.unique_name.removeprefix("s-")}
+    assert sql(database, "SELECT count(*) FROM hpo_runs") == [(0,)]
