@@ -158,13 +158,12 @@ class Plan:
         }
 
 
-def draw_plan(draw: random.Random, kinds: Sequence[str], faults: int | None = None) -> Plan:
+def draw_plan(draw: random.Random, kinds: Sequence[str]) -> Plan:
     """Draw a plan.
 
     Args:
         draw: the source of randomness.
         kinds: the kinds of faults to choose from.
-        faults: how many; None draws that too.
     """
     sampler = draw.choice(["grid", "random", "qmc", "tpe"])
     scheduler = draw.choice(["none", "asha", "hyperband", "median"])
@@ -173,7 +172,7 @@ def draw_plan(draw: random.Random, kinds: Sequence[str], faults: int | None = No
     drivers, slots = draw.choice([(1, 1), (1, 2), (2, 1), (2, 1), (2, 2), (3, 1)])
     # About ten seconds of training: the drivers' starts take as long. Half of the epochs are pruned.
     epochs = 10 * drivers * slots / epoch_seconds * (1 if scheduler == "none" else 2)
-    trials = min(max(round(epochs / max_epochs), 5), 24)
+    trials = min(max(round(epochs / max_epochs), 5), 60)
     if sampler == "grid":
         budget = draw.choice([None, trials])
         points = trials + (0 if budget is None else draw.randint(0, 4))
@@ -181,15 +180,17 @@ def draw_plan(draw: random.Random, kinds: Sequence[str], faults: int | None = No
         budget = trials
         points = draw.choice([1000, 1000, 1000, max(3, trials - 2)])  # in the last one, draws run out
     lease_seconds = draw.choice([3.0, 4.0, 5.0])
-    planned = []
-    for _ in range(draw.randint(2, 5) if faults is None else faults):
+    planned: list[Fault] = []
+    for _ in range(draw.randint(3, 6)):
         kind = draw.choice(kinds)
         seconds = draw.uniform(1, 8)
         if kind == "stop":
             seconds = lease_seconds + draw.uniform(0.5, 4)
         elif kind == "database":
             seconds = draw.uniform(0, 4)
-        at = draw.uniform(1, 18)
+        at = draw.triangular(1, 18, 9)  # a driver needs about six seconds until its first epoch
+        if planned and draw.random() < 0.3:
+            at = planned[-1].at + draw.uniform(0, 0.5)  # a fault during another
         planned.append(Fault(kind, round(at, 1), round(seconds, 1), draw.randrange(60), round(draw.random(), 2)))
     planned.sort(key=lambda fault: fault.at)
     return Plan(
@@ -698,7 +699,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--storage", choices=list(FAULTS), default="sqlite")
     parser.add_argument("--faults", help="kinds of faults, separated by commas; all by default")
-    parser.add_argument("--log", type=Path, help="a file that gets a line of JSON after each round")
+    parser.add_argument(
+        "--log", type=Path, help="a file that gets a line of JSON after each round; the last line counts all its rounds"
+    )
     parser.add_argument("--keep", type=Path, help="a folder that gets the files of broken rounds")
     arguments = parser.parse_args()
     kinds = arguments.faults.split(",") if arguments.faults else None
@@ -713,6 +716,8 @@ def main() -> None:
         log=arguments.log,
         keep=arguments.keep,
     )
+    if arguments.log is not None:
+        results = [json.loads(line) for line in arguments.log.read_text().splitlines()]
     summary = summarize(results)
     print(json.dumps(summary))
     sys.exit(1 if summary["broken"] else 0)
