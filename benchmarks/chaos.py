@@ -12,7 +12,7 @@ Faults, by the names that --faults takes:
     driver       kill -9 of a driver
     worker       kill -9 of a worker
     interrupt    Ctrl-C, sometimes twice, or SIGTERM
-    stop         SIGSTOP of a driver, with or without its workers, past its lease; then SIGCONT
+    stop         SIGSTOP of a driver, with or without its workers, past its lease; then SIGCONT, sometimes with Ctrl-C
     disk         the disk of the checkpoints is full for a while (needs the right to mount)
     database     PostgreSQL crashes, and is started again
     partition    the network between a driver and PostgreSQL swallows packets, then recovers or resets
@@ -50,6 +50,8 @@ FAULTS: dict[str, tuple[str, ...]] = {"sqlite": ("driver", "worker", "interrupt"
 FAULTS["postgresql"] = (*FAULTS["sqlite"], "database", "partition")
 CALM_SECONDS = 90.0  # within this time after the last fault, a study must be finished
 DISK_BYTES = 32 * 2**20  # room for the reports of all drivers
+# The signals themselves: before the command line handles them, or while Python exits.
+INTERRUPTED_CODES = {130, -signal.SIGINT, -signal.SIGTERM}
 IDENTITY = "chaos-"  # the start of all host identities
 
 
@@ -179,13 +181,13 @@ def draw_plan(draw: random.Random, kinds: Sequence[str]) -> Plan:
     else:
         budget = trials
         points = draw.choice([1000, 1000, 1000, max(3, trials - 2)])  # in the last one, draws run out
-    lease_seconds = draw.choice([3.0, 4.0, 5.0])
+    lease_seconds = draw.choice([2.0, 3.0, 4.0])
     planned: list[Fault] = []
     for _ in range(draw.randint(3, 6)):
         kind = draw.choice(kinds)
         seconds = draw.uniform(1, 8)
         if kind == "stop":
-            seconds = lease_seconds + draw.uniform(0.5, 4)
+            seconds = lease_seconds + draw.uniform(2, 6)  # others look for trials about once a second
         elif kind == "database":
             seconds = draw.uniform(0, 4)
         at = draw.triangular(1, 18, 9)  # a driver needs about six seconds until its first epoch
@@ -432,29 +434,34 @@ class Round:
         return f"driver {driver.number}"
 
     def _interrupt(self, fault: Fault, driver: _Driver) -> str | None:
-        process = driver.process
-        assert process is not None
-        # The signals themselves: before the command line handles them, or while Python exits.
-        driver.expected_codes |= {130, -signal.SIGINT, -signal.SIGTERM}
+        assert driver.process is not None
         if fault.way < 0.3:
-            process.terminate()
+            driver.expected_codes |= INTERRUPTED_CODES
+            driver.process.terminate()
             return f"driver {driver.number}, SIGTERM"
-
-        def press() -> None:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGINT)
-
-        press()
+        self._press_ctrl_c(driver)
         if fault.way < 0.7:
             return f"driver {driver.number}"
-        pause = min(fault.seconds, 2.0)
-        self._ends.append((time.monotonic() + pause, press))
+        process, pause = driver.process, min(fault.seconds, 2.0)
+
+        def press_again() -> None:
+            if driver.process is process:
+                self._press_ctrl_c(driver)
+
+        self._ends.append((time.monotonic() + pause, press_again))
         return f"driver {driver.number}, again after {pause} s"
+
+    def _press_ctrl_c(self, driver: _Driver) -> None:
+        """Send SIGINT to all processes of a driver, as a terminal does. Those that are stopped get it when they wake up."""
+        if driver.is_running:
+            assert driver.process is not None
+            driver.expected_codes |= INTERRUPTED_CODES
+            os.killpg(driver.process.pid, signal.SIGINT)
 
     def _stop(self, fault: Fault, driver: _Driver) -> str | None:
         if driver.is_stopped:
             return None
-        with_workers = fault.way < 0.5
+        with_workers, is_interrupted = fault.way < 0.5, int(fault.way * 100) % 3 == 0
         stopped = driver.family() if with_workers else driver.family()[:1]
         for process in stopped:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -467,8 +474,11 @@ class Round:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.resume()
 
+        if is_interrupted:  # it wakes up to release trials that it has lost
+            self._press_ctrl_c(driver)
         self._ends.append((time.monotonic() + fault.seconds, resume))
-        return f"driver {driver.number}{' and its workers' if with_workers else ''} for {fault.seconds} s"
+        what = f"driver {driver.number}{' and its workers' if with_workers else ''}"
+        return f"{what} for {fault.seconds} s{', then Ctrl-C' if is_interrupted else ''}"
 
     def _fill_disk(self, fault: Fault, _driver: _Driver) -> str | None:
         filler = self._runs / "filler"
@@ -600,6 +610,7 @@ def run_round(
         "events": current.events,
         "starts": current.starts,
         "lost_trials": output.count("was taken over by another run"),
+        "unsaved": output.count("no checkpoint after epoch"),
         "seconds": round(time.monotonic() - started),
         "violations": found,
     }
@@ -623,7 +634,8 @@ def describe(result: dict[str, Any]) -> str:
             f"{plan['drivers']} drivers of {plan['slots']} slots, lease {plan['lease_seconds']:g} s; {plan['sampler']}, "
             f"{plan['scheduler']}, {budget}, {plan['max_epochs']} epochs of {plan['epoch_seconds']:g} s",
             *[f"{event['at']:5.1f} s: {event['kind']}, {event['details']}" for event in result["events"]],
-            f"{result['starts']} starts of drivers, {result['lost_trials']} trials lost to another driver",
+            f"{result['starts']} starts of drivers, {result['lost_trials']} trials lost to another driver, "
+            f"{result['unsaved']} checkpoints not written",
             *result["violations"],
         ]
     )
@@ -687,6 +699,7 @@ def summarize(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "faults": sum(events.values()),
         "starts": sum(result["starts"] for result in results),
         "lost_trials": sum(result["lost_trials"] for result in results),
+        "unsaved": sum(result["unsaved"] for result in results),
         "seconds": sum(result["seconds"] for result in results),
     }
 
