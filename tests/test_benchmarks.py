@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from benchmarks.chaos import FAULTS, draw_plan
+from benchmarks.chaos import FAULTS, draw_plan, fallbacks
 from benchmarks.guarantees import DUPLICATE, Expected, unfinished, violations
 from benchmarks.proxy import Proxy
 from benchmarks.toy import chain, expected_value, held_processes, hold_epochs
@@ -174,6 +174,12 @@ def test_a_stopped_driver_outlasts_its_lease() -> None:
     for number in range(100):
         plan = draw_plan(random.Random(number), ["stop"])
         assert all(fault.seconds > plan.lease_seconds for fault in plan.faults)
+
+
+def test_only_the_epoch_in_flight_is_trained_again() -> None:
+    assert fallbacks("5 1\n5 2\n7 1\n5 2\n5 3\n") == []
+    assert fallbacks("5 1\n5 2\n5 3\n5 2\n5 3\n") == []
+    assert fallbacks("5 1\n5 2\n5 3\n5 1\n") == ["the trial with x = 5 trained epoch 1 again after epoch 3"]
 
 
 def test_a_driver_has_the_identity_and_the_lease_that_chaos_gives_it() -> None:
