@@ -86,7 +86,7 @@ def violations(url: str, expected: Expected) -> list[str]:
 
 
 def unfinished(url: str, least: int) -> str:
-    """Return why a study is not finished, although a driver said so; empty if it is.
+    """Return what a study has so far if it is not finished; empty if it is.
 
     Args:
         url: a database that contains this study only.
@@ -95,7 +95,7 @@ def unfinished(url: str, least: int) -> str:
     trained = [trial for trial in _read_trials(url) if trial.is_trained]
     states = Counter(trial.state for trial in trained)
     if len(trained) < least or states.keys() & {"RUNNING", "WAITING"}:
-        return f"a driver said that the study is finished, with {dict(states)} of {least} trials"
+        return f"unfinished, with {dict(states)} of {least} trials"
     return ""
 
 
