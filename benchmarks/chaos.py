@@ -745,6 +745,7 @@ def main() -> None:
     kinds = arguments.faults.split(",") if arguments.faults else None
     if kinds is not None and not set(kinds) <= set(FAULTS[arguments.storage]):
         parser.error(f"--faults for {arguments.storage}: {', '.join(FAULTS[arguments.storage])}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes and mounts of the round are removed
     results = run_rounds(
         arguments.rounds,
         arguments.seed,
