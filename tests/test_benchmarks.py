@@ -1,17 +1,28 @@
-"""The parts of benchmarks/ that tests rely on: the toy trainable, and the check of a study of it."""
+"""The parts of benchmarks/ that tests rely on: the toy trainable, the check of a study of it, the faults of chaos."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import random
+import shutil
+import socket
+import subprocess
+import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 
-from benchmarks.chaos import violations
+from benchmarks.chaos import FAULTS, draw_plan, fallbacks
+from benchmarks.guarantees import DUPLICATE, Expected, unfinished, violations
+from benchmarks.proxy import Proxy
 from benchmarks.toy import chain, expected_value, held_processes, hold_epochs
+from hpo.space.model import load_space
 from storage.database import open_database
-from tests.factories import search_without_ray, toy_space, wait_until
+from tests.factories import ROOT, search_without_ray, toy_space, wait_until
 
 
 def values(max_epochs: int, checkpoint: dict[str, object] | None = None, **params: object) -> list[float]:
@@ -39,22 +50,245 @@ def test_a_held_chain_waits_until_the_file_is_removed(tmp_path: Path) -> None:
     assert not thread.is_alive()
 
 
+EXPECTED = Expected([1, 2], 3)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The database of a finished grid of two toy trials."""
+    folder = tmp_path_factory.mktemp("finished")
+    with open_database(f"sqlite:///{folder}/hpo.db") as database:
+        search_without_ray(toy_space(folder), database, folder)
+    return folder / "hpo.db"
+
+
+@pytest.fixture
+def url(finished: Path, tmp_path: Path) -> str:
+    """A copy of `finished`."""
+    shutil.copy(finished, tmp_path)
+    return f"sqlite:///{tmp_path}/{finished.name}"
+
+
+def change(url: str, *statements: str) -> None:
+    engine = sa.create_engine(url)
+    with engine.begin() as connection:
+        for statement in statements:
+            connection.execute(sa.text(statement))
+    engine.dispose()
+
+
+def test_the_check_of_a_study_finds_nothing_in_a_whole_one(url: str) -> None:
+    assert violations(url, EXPECTED) == []
+
+
 @pytest.mark.parametrize(
     "damage",
     [
         "DELETE FROM hpo_metrics WHERE trial = 1 AND epoch = 2 AND name = 'value'",
         "UPDATE hpo_metrics SET value = value + 1e-9 WHERE trial = 2 AND epoch = 1 AND name = 'value'",
+        "INSERT INTO hpo_metrics (trial, epoch, name, value) VALUES (1, 4, 'value', 0.5)",
         "UPDATE trials SET state = 'RUNNING' WHERE trial_id = 2",
+        "UPDATE trials SET state = 'FAIL' WHERE trial_id = 2",
+        "UPDATE trials SET state = 'PRUNED' WHERE trial_id = 2",
         "DELETE FROM trial_intermediate_values WHERE trial_id = 1 AND step = 3",
         "UPDATE trial_values SET value = 0.5 WHERE trial_id = 1",
+        "DELETE FROM trial_values WHERE trial_id = 1",
         "DELETE FROM hpo_trials WHERE trial = 1",
     ],
 )
-def test_the_check_of_a_study_finds_each_kind_of_damage(tmp_path: Path, damage: str) -> None:
-    url = f"sqlite:///{tmp_path}/hpo.db"
-    with open_database(url) as database:
-        search_without_ray(toy_space(tmp_path), database, tmp_path)
-        assert violations(url, [1, 2], 3) == []
-        with database.engine.begin() as connection:
-            connection.execute(sa.text(damage))
-    assert len(violations(url, [1, 2], 3)) == 1
+def test_the_check_of_a_study_finds_each_kind_of_damage(url: str, damage: str) -> None:
+    change(url, damage)
+    assert len(violations(url, EXPECTED)) == 1
+
+
+def test_the_check_of_a_study_finds_a_configuration_that_was_trained_twice(url: str) -> None:
+    change(url, "UPDATE trial_params SET param_value = 0 WHERE param_name = 'x'")
+    assert "2 trained trials have the x 1" in violations(url, EXPECTED)
+
+
+def test_the_check_of_a_study_finds_a_configuration_of_another_space(url: str) -> None:
+    assert violations(url, Expected([1, 3], 3)) == ["trial 1 (COMPLETE, x = 2) is not a configuration of the study"]
+
+
+def test_the_check_of_a_study_counts_the_budget(url: str) -> None:
+    assert violations(url, Expected(range(1, 10), 3, (2, 2))) == []
+    assert violations(url, Expected(range(1, 10), 3, (3, 4))) == ["2 trials were trained, not 3 to 4"]
+    assert violations(url, Expected(range(1, 10), 3, (1, 1))) == ["2 trials were trained, not 1 to 1"]
+
+
+def test_a_pruned_trial_ends_after_an_epoch_at_which_the_scheduler_decides(url: str) -> None:
+    change(
+        url,
+        "UPDATE trials SET state = 'PRUNED' WHERE trial_id = 1",
+        "DELETE FROM hpo_metrics WHERE trial = 1 AND epoch = 3",
+        "DELETE FROM trial_intermediate_values WHERE trial_id = 1 AND step = 3",
+        f"UPDATE trial_values SET value = {expected_value({'x': 1}, 0, 2)!r} WHERE trial_id = 1",
+    )
+    assert violations(url, Expected([1, 2], 3, prunes_after={2})) == []
+    assert violations(url, Expected([1, 2], 3, prunes_after={1})) == [
+        "trial 0 (PRUNED, x = 1) was pruned after epoch 2"
+    ]
+
+
+def test_a_draw_that_was_a_duplicate_is_no_trial(url: str) -> None:
+    expected = Expected([1, 2], 3, (1, 1))
+    change(
+        url,
+        "UPDATE trials SET state = 'FAIL' WHERE trial_id = 2",
+        f"INSERT INTO trial_user_attributes (trial_id, key, value_json) VALUES (2, 'fail_reason', '\"{DUPLICATE}\"')",
+    )
+    assert violations(url, expected) == ["trial 1 (FAIL, x = 2) was drawn twice, and yet has a row or epochs"]
+    change(
+        url,
+        "DELETE FROM hpo_metrics WHERE trial = 2",
+        "DELETE FROM trial_intermediate_values WHERE trial_id = 2",
+        "DELETE FROM hpo_trials WHERE trial = 2",
+    )
+    assert violations(url, expected) == []
+
+
+def test_a_study_with_a_trial_that_waits_is_unfinished(url: str) -> None:
+    assert unfinished(url, 2) == ""
+    assert "with {'COMPLETE': 2} of 3 trials" in unfinished(url, 3)
+    change(url, "UPDATE trials SET state = 'WAITING' WHERE trial_id = 2")
+    assert "'WAITING': 1" in unfinished(url, 2)
+
+
+# --- chaos ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_round_is_drawn_from_its_seed(tmp_path: Path) -> None:
+    kinds = FAULTS["postgresql"]
+    plans = [draw_plan(random.Random(f"0/{number}"), kinds) for number in range(100)]
+    assert plans == [draw_plan(random.Random(f"0/{number}"), kinds) for number in range(100)]
+    assert {fault.kind for plan in plans for fault in plan.faults} == set(kinds)
+    combinations = {(plan.sampler, plan.scheduler) for plan in plans}
+    assert len(combinations) == 16
+    for number, plan in enumerate(plans):
+        path = tmp_path / f"chaos-{number}.yaml"
+        path.write_text(json.dumps(plan.space(tmp_path / "log")))
+        assert load_space(str(path)).total_trials == (plan.budget or plan.trials)
+
+
+def test_a_stopped_driver_outlasts_its_lease() -> None:
+    for number in range(100):
+        plan = draw_plan(random.Random(number), ["stop"])
+        assert all(fault.seconds > plan.lease_seconds for fault in plan.faults)
+
+
+def test_only_the_epoch_in_flight_is_trained_again() -> None:
+    assert fallbacks("5 1\n5 2\n7 1\n5 2\n5 3\n") == []
+    assert fallbacks("5 1\n5 2\n5 3\n5 2\n5 3\n") == []
+    assert fallbacks("5 1\n5 2\n5 3\n5 1\n") == ["the trial with x = 5 trained epoch 1 again after epoch 3"]
+
+
+def test_a_driver_has_the_identity_and_the_lease_that_chaos_gives_it() -> None:
+    code = """
+import inspect, sys
+sys.argv = ["driver", "far", "2.5", "--help"]
+from benchmarks import driver
+try:
+    driver.main()
+except SystemExit:
+    from storage import lease, studies
+    from storage.run import Run
+    print(lease.host_id(), studies.host_id(), inspect.signature(Run).parameters["lease_seconds"].default)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ended.stdout.splitlines()[0].startswith("Usage: hpo run")
+    assert ended.stdout.splitlines()[-1] == "far far 2.5"
+
+
+@contextlib.contextmanager
+def echoing() -> Iterator[tuple[Proxy, list[bytes]]]:
+    """Yield a proxy in front of a server that answers each message with itself, and what the server received."""
+    received: list[bytes] = []
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def answer(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            while data := connection.recv(100):
+                received.append(data)
+                connection.sendall(data)
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=answer, args=(server.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    proxy = Proxy(server.getsockname()[1])
+    try:
+        yield proxy, received
+    finally:
+        proxy.close()
+        server.shutdown(socket.SHUT_RDWR)
+        server.close()
+
+
+def connect(proxy: Proxy) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", proxy.port), timeout=10)
+
+
+def is_silent(client: socket.socket) -> bool:
+    client.settimeout(0.3)
+    try:
+        return client.recv(100) is None
+    except TimeoutError:
+        return True
+    finally:
+        client.settimeout(10)
+
+
+def test_a_proxy_delivers_what_it_swallowed_when_it_recovers() -> None:
+    with echoing() as (proxy, received), connect(proxy) as client:
+        client.sendall(b"before")
+        assert client.recv(100) == b"before"
+        proxy.swallow()
+        client.sendall(b"late")
+        with connect(proxy) as other:
+            other.sendall(b"new")
+            assert is_silent(client)
+            assert is_silent(other)
+            assert received == [b"before"]
+            proxy.recover()
+            assert client.recv(100) == b"late"
+            assert other.recv(100) == b"new"
+
+
+def test_a_proxy_forgets_what_it_swallowed_when_it_resets() -> None:
+    with echoing() as (proxy, received), connect(proxy) as client:
+        client.sendall(b"before")
+        assert client.recv(100) == b"before"
+        proxy.swallow()
+        client.sendall(b"lost")
+        assert is_silent(client)
+        proxy.reset()
+        with pytest.raises(ConnectionResetError):
+            client.recv(100)
+        with connect(proxy) as other:
+            other.sendall(b"after")
+            assert other.recv(100) == b"after"
+        assert received == [b"before", b"after"]
+
+
+def test_a_proxy_can_swallow_the_answers_only() -> None:
+    with echoing() as (proxy, received), connect(proxy) as client:
+        client.sendall(b"before")
+        assert client.recv(100) == b"before"
+        proxy.swallow(only_answers=True)
+        client.sendall(b"COMMIT")
+        wait_until(lambda: received == [b"before", b"COMMIT"])
+        assert is_silent(client)
+        proxy.reset()
+        with pytest.raises(ConnectionResetError):
+            client.recv(100)
+
+
+def test_a_proxy_without_a_server_closes_connections() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    proxy = Proxy(port)
+    with connect(proxy) as client:
+        assert client.recv(100) == b""
+    proxy.close()

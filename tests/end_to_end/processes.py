@@ -16,7 +16,7 @@ import psutil
 import pytest
 import sqlalchemy as sa
 
-from benchmarks.chaos import violations
+from benchmarks.guarantees import Expected, violations
 from benchmarks.toy import held_processes
 from tests.factories import ROOT, wait_until
 
@@ -167,4 +167,4 @@ def count_states(database: Path | str) -> dict[str, int]:
 def check_chains(database: Path | str) -> None:
     """Check that each trial of `chains` is COMPLETE once, with every epoch and the right values."""
     url = f"sqlite:///{database}" if isinstance(database, Path) else database
-    assert violations(url, POINTS, MAX_EPOCHS) == []
+    assert violations(url, Expected(POINTS, MAX_EPOCHS)) == []
