@@ -6,7 +6,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -106,7 +106,7 @@ def atomic_file(path: Path, *, sync: bool = False) -> Iterator[BinaryIO]:
 
     Args:
         path: the file. It appears, or is replaced, when the `with` block ends without an error.
-        sync: whether the content is flushed to disk before that, so that it also survives a power cut.
+        sync: whether the content is flushed to disk before that, and the name after it, so that both survive a power cut.
 
     Raises:
         OSError: the file cannot be written; an existing file is unchanged.
@@ -120,8 +120,20 @@ def atomic_file(path: Path, *, sync: bool = False) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
         draft.replace(path)
+        if sync:
+            _sync_folder(path.parent)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems cannot
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -75,6 +75,11 @@ def insert_study(connection: sa.Connection, name: str, direction: str) -> int:
     return study_id
 
 
+def study_names(connection: sa.Connection) -> list[str]:
+    """Return the names of all studies."""
+    return list(connection.scalars(sa.select(studies.c.study_name)))
+
+
 def lock_study(connection: sa.Connection, study_id: int) -> str | None:
     """Return a study's name, and let no other transaction add a trial to it or claim one; None if it is not there.
 

@@ -7,6 +7,7 @@ answer was lost can be repeated: it finds its own token, or the state that it se
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -83,7 +84,7 @@ class TrialUpdate:
         epoch: the finished epoch, from 1; 0 for none.
         metrics: {name: value} of the epoch.
         value: the objective's value, of the epoch or of the completed trial.
-        follows: the last epoch before this update that storage must hold; 0 for none.
+        follows: {epoch: value} of the last epoch before this update, which storage must hold; empty for none.
         is_restart: whether the stored epochs after this one are of an abandoned attempt. They are deleted.
         decides: whether the pruner decides if the trial ends after this epoch.
         attrs: user attributes of the trial.
@@ -95,7 +96,7 @@ class TrialUpdate:
     epoch: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
     value: float | None = None
-    follows: int = 0
+    follows: Mapping[int, float] = field(default_factory=dict)
     is_restart: bool = False
     decides: bool = False
     attrs: Mapping[str, Any] = field(default_factory=dict)
@@ -143,7 +144,7 @@ def claim_existing(
         run: the run that claims.
         token: of the claim, see `new_token`.
         own_tokens: of all claims of this run. A trial of the run with another token was claimed by a call that failed.
-        is_process_dead: returns whether the process of a row of hpo_runs has ended; None if it runs on another machine.
+        is_process_dead: returns whether the run of a row of hpo_runs is dead; None if its lease decides.
 
     Raises:
         StorageError: the study was deleted.
@@ -221,6 +222,7 @@ def _unfinished(connection: sa.Connection, study_id: int) -> list[Any]:
             owner.c.host,
             owner.c.pid,
             owner.c.process_started,
+            owner.c.last_heard,
             owner.c.lease_until,
             owner.c.ended,
             _last_epoch(),
@@ -238,6 +240,12 @@ def _last_epoch() -> sa.Label[int]:
     values, trial = optuna_tables.intermediate_values, optuna_tables.trials
     last = sa.select(sa.func.coalesce(sa.func.max(values.c.step), 0)).where(values.c.trial_id == trial.c.trial_id)
     return last.scalar_subquery().label("epoch")
+
+
+def _last_value() -> sa.Label[float]:
+    values, trial = optuna_tables.intermediate_values, optuna_tables.trials
+    last = sa.select(values.c.intermediate_value).where(values.c.trial_id == trial.c.trial_id)
+    return last.order_by(values.c.step.desc()).limit(1).scalar_subquery().label("last_value")
 
 
 def _take_over(
@@ -449,7 +457,8 @@ def write(
             elif row.state == TrialState.PRUNED:
                 pruned.add(token)
         for token, batch in list(batches.items()):
-            if not _is_continued(batch, rows[batch[0].claim.trial_id].epoch):
+            row = rows[batch[0].claim.trial_id]
+            if not _is_continued(batch, row.epoch, row.last_value):
                 # The database was restored from an older copy. Resumed, the trial reports the missing epochs again.
                 _give_back(connection, batch[0].claim.trial_id)
                 lost.add(token)
@@ -482,7 +491,7 @@ def _owners(connection: sa.Connection, trial_ids: Collection[int]) -> dict[int, 
     """Return {trial_id: row with token, state and last epoch}. No other transaction changes them until this one ends."""
     trial, ours = optuna_tables.trials, tables.trials
     query = (
-        sa.select(ours.c.trial, ours.c.token, trial.c.state, _last_epoch())
+        sa.select(ours.c.trial, ours.c.token, trial.c.state, _last_epoch(), _last_value())
         .join(trial, trial.c.trial_id == ours.c.trial)
         .where(ours.c.trial.in_(trial_ids))
         .order_by(ours.c.trial)
@@ -491,12 +500,20 @@ def _owners(connection: sa.Connection, trial_ids: Collection[int]) -> dict[int, 
     return {row.trial: row for row in connection.execute(query)}
 
 
-def _is_continued(batch: list[TrialUpdate], stored_epoch: int) -> bool:
-    """Return whether storage holds the epochs that come before the updates of one trial."""
+def _is_continued(batch: list[TrialUpdate], stored_epoch: int, stored_value: float | None) -> bool:
+    """Return whether storage holds the epochs that come before the updates of one trial.
+
+    Args:
+        batch: updates of the trial.
+        stored_epoch: the last epoch in storage; 0 for none.
+        stored_value: its value; None if it is not finite.
+    """
     for update in batch:
-        if update.follows > stored_epoch:
-            return False
-        stored_epoch = max(stored_epoch, update.epoch)
+        for epoch, value in update.follows.items():
+            if epoch > stored_epoch or (epoch == stored_epoch and math.isfinite(value) and value != stored_value):
+                return False
+        if update.epoch >= stored_epoch:
+            stored_epoch, stored_value = update.epoch, update.value
     return True
 
 

@@ -19,6 +19,7 @@ from storage.protocol import ClaimedTrial, Configuration, Refusal
 from storage.records import Params
 from storage.studies import Study
 
+SILENT_SHARE = 1 / 3  # of a lease: how long a run on another machine must be silent before its trials are taken
 SCAN_SECONDS = 1.0  # between scans for trials that other runs left
 MAX_DUPLICATE_DRAWS = 20  # in one claim; then the space counts as exhausted
 MAX_REJECTED_DRAWS = 500  # in one claim; then the space counts as exhausted
@@ -74,6 +75,7 @@ class TrialQueue:
         self._known_keys: set[str] = set()
         self._tokens: set[int] = set()  # of all claims of this run
         self._others_are_running = False
+        self._heard: dict[int, tuple[float, float]] = {}  # {run: (its last renewal, when this run saw it first)}
         self._next_scan = 0.0  # by the monotonic clock
 
     def enqueue(self, points: Iterable[Params], distributions: Mapping[str, BaseDistribution]) -> None:
@@ -113,7 +115,7 @@ class TrialQueue:
         """Claim a trial that a run released, a dead run left, or another program enqueued."""
         scan = self._retry(
             lambda: protocol.claim_existing(
-                self._database, self._run, token, own_tokens=self._tokens, is_process_dead=is_process_dead
+                self._database, self._run, token, own_tokens=self._tokens, is_process_dead=self._is_dead
             )
         )
         for number, reason in scan.failed.items():
@@ -127,6 +129,22 @@ class TrialQueue:
         if claim is None:
             self._next_scan = time.monotonic() + SCAN_SECONDS
         return claim
+
+    def _is_dead(self, row: Any) -> bool | None:
+        """Return whether a run is dead; None if its lease decides.
+
+        A lease is measured by the database's clock, which may be set. So this run must also have seen no renewal for some
+        time by its own clock. Living runs renew twice within that time.
+        """
+        is_dead = is_process_dead(row)
+        if is_dead is not None:
+            return is_dead
+        now = time.monotonic()
+        heard, since = self._heard.get(row.owner, (None, now))
+        if heard != row.last_heard:
+            self._heard[row.owner] = (row.last_heard, now)
+            return False
+        return None if now - since >= self._run.lease_seconds * SILENT_SHARE else False
 
     def _claim_partial(self, token: int, trial_id: int) -> ClaimedTrial | None:
         """Complete and claim a trial that another program enqueued; set it to FAIL if it is a duplicate or not allowed."""

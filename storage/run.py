@@ -199,7 +199,8 @@ class Run:
         if not is_same:
             for each in later:
                 del known[each]
-        follows = max((each for each in known if each < epoch), default=0)
+        before = [each for each in known if each < epoch]
+        follows = {max(before): known[max(before)]} if before else {}
         known[epoch] = value
         is_restart = bool(later) and not is_same
         return TrialUpdate(claim, epoch, dict(metrics), value, follows=follows, is_restart=is_restart)
@@ -219,13 +220,13 @@ class Run:
     def complete(self, claim: ClaimedTrial, value: float, attrs: Mapping[str, Any] | None = None) -> None:
         """Finish a trial that reached its last epoch."""
         self._writer.put(
-            TrialUpdate(claim, value=value, follows=claim.epoch, attrs=attrs or {}, final_state=TrialState.COMPLETE)
+            TrialUpdate(claim, value=value, follows=_last(claim), attrs=attrs or {}, final_state=TrialState.COMPLETE)
         )
 
     def fail(self, claim: ClaimedTrial, reason: str, traceback: str = "") -> None:
         """Finish a trial that failed. `reason` is one line."""
         attrs = {"fail_reason": reason} | ({"traceback": traceback[-2000:]} if traceback else {})
-        self._writer.put(TrialUpdate(claim, follows=claim.epoch, attrs=attrs, final_state=TrialState.FAIL))
+        self._writer.put(TrialUpdate(claim, follows=_last(claim), attrs=attrs, final_state=TrialState.FAIL))
 
     def release(self, claim: ClaimedTrial) -> None:
         """Set an unfinished trial to WAITING: any run may resume it. Do nothing if the claim does not hold any more."""
@@ -235,3 +236,8 @@ class Run:
     def elapsed_seconds(self) -> float:
         """Return for how long any run has worked on the study. Simultaneous runs count once."""
         return elapsed_seconds(self.study.runs())
+
+
+def _last(claim: ClaimedTrial) -> dict[int, float]:
+    """Return {epoch: value} of a trial's last reported epoch; empty if there is none."""
+    return {claim.epoch: claim.values[claim.epoch]} if claim.values else {}

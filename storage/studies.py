@@ -320,6 +320,9 @@ def open_study(
         new = f"{name}@{_revision(revisions[-1]) + 1}" if revisions else name
         with database.transaction() as connection:
             if study is None:
+                names = optuna_tables.study_names(connection)
+                if sorted(each for each in names if _is_revision(each, name)) != sorted(revisions):
+                    return None  # a study was deleted while this one was looked for
                 opened = optuna_tables.insert_study(connection, new, direction)
             else:
                 opened = study.study_id
@@ -327,8 +330,8 @@ def open_study(
             if identity:
                 optuna_tables.insert_study_attrs(connection, opened, identity)
                 # optuna-dashboard labels the axes of its plots with it.
-                names = {"study:metric_names": [str(settings.get("metric", "value"))]}
-                optuna_tables.write_study_system_attrs(connection, opened, names)
+                labels = {"study:metric_names": [str(settings.get("metric", "value"))]}
+                optuna_tables.write_study_system_attrs(connection, opened, labels)
         return study or _load(database, new)
 
     while True:
@@ -350,7 +353,11 @@ def _load(database: Database, name: str) -> Study | None:
 
 
 def _revisions(database: Database, name: str) -> list[str]:
-    return sorted((known for known in study_names(database) if known.partition("@")[0] == name), key=_revision)
+    return sorted((known for known in study_names(database) if _is_revision(known, name)), key=_revision)
+
+
+def _is_revision(known: str, name: str) -> bool:
+    return known.partition("@")[0] == name
 
 
 def _revision(name: str) -> int:

@@ -76,6 +76,7 @@ def trial_spec(folder: Path, **changes: Any) -> TrialSpec:
         "seed": 0,
         "max_epochs": 4,
         "stored_epoch": 0,
+        "token": 1,
         "folder": str(folder / "trial"),
         "checkpoint_every": 1,
         "device": "cpu",

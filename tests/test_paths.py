@@ -78,7 +78,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sync", [False, True])
-def test_a_synced_file_is_flushed_to_disk_before_it_appears(
+def test_a_synced_file_and_its_name_are_flushed_to_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, sync: bool
 ) -> None:
     synced = []
@@ -86,7 +86,7 @@ def test_a_synced_file_is_flushed_to_disk_before_it_appears(
     with atomic_file(tmp_path / "file", sync=sync) as file:
         file.write(b"content")
     assert (tmp_path / "file").read_bytes() == b"content"
-    assert synced == ([False] if sync else [])
+    assert synced == ([False, True] if sync else []), "the content, and then the name"
 
 
 @pytest.mark.parametrize(

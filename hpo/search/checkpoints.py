@@ -60,14 +60,21 @@ def owner_key(key: str, attempt: int) -> str:
     return key if attempt == 1 else f"{key}-{attempt}"
 
 
-def claim_folder(folder: Path, key: str) -> str:
-    """Make a folder that of a configuration, so that files of another one are never taken for its own.
+class TakenOverError(Exception):
+    """Another worker has claimed the trial's folder. This one must not write to it any more."""
 
-    Folders are named after trial numbers. A database that was restored from a copy gives numbers out again.
+
+def claim_folder(folder: Path, key: str, token: int = 0) -> str:
+    """Make a folder that of a configuration and of one worker.
+
+    Files of another configuration are never taken for its own: folders are named after trial numbers, and a database that
+    was restored from a copy gives numbers out again. A worker that had claimed the folder before can save no checkpoint
+    any more, see `save_checkpoint`.
 
     Args:
         folder: the trial's folder. It is created, or kept if it is that of the same configuration, else renamed first.
         key: see `owner_key`.
+        token: of the claim of the trial.
 
     Returns:
         A warning if files of another configuration were renamed; else empty.
@@ -75,7 +82,7 @@ def claim_folder(folder: Path, key: str) -> str:
     Raises:
         OSError: a folder of another configuration cannot be renamed.
     """
-    owner = _owner(folder)
+    owner, claimed = _owner(folder)
     warning = ""
     if owner not in {None, key}:
         aside = next(
@@ -86,35 +93,45 @@ def claim_folder(folder: Path, key: str) -> str:
         folder.rename(aside)
         if str(owner).partition("-")[0] != key.partition("-")[0]:  # else of an earlier attempt
             warning = f"the files in {folder} were of another configuration; they are now in {aside.name}"
-    if owner != key:
+    if (owner, claimed) != (key, token):
         with contextlib.suppress(OSError):  # if the disk is full, saving a checkpoint says so
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / CONFIGURATION_FILE, json.dumps({"key": key}).encode())
+            write_atomically(folder / CONFIGURATION_FILE, json.dumps({"key": key, "token": token}).encode())
     return warning
 
 
 def belongs_to(folder: Path, key: str) -> bool:
     """Return whether a trial's folder is that of a configuration. Folders of older versions do not say whose they are."""
-    return _owner(folder) in {None, key}
+    return _owner(folder)[0] in {None, key}
 
 
-def _owner(folder: Path) -> str | None:
-    """Return the key of the configuration that a folder belongs to, or None if the folder does not say."""
+def _owner(folder: Path) -> tuple[str | None, int]:
+    """Return the key of the configuration that a folder belongs to, and the token of the claim; None, 0 if unknown."""
     # The file is not flushed to disk: after a power cut it may be empty.
     with contextlib.suppress(FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
-        return str(json.loads((folder / CONFIGURATION_FILE).read_bytes())["key"])
-    return None
+        content = json.loads((folder / CONFIGURATION_FILE).read_bytes())
+        return str(content["key"]), int(content.get("token", 0))
+    return None, 0
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, token: int = 0) -> None:
     """Write a checkpoint atomically, flushed to disk, and delete all but the newest two.
 
+    Args:
+        folder: the trial's folder.
+        checkpoint: the state after an epoch.
+        token: of the claim of the trial, see `claim_folder`.
+
     Raises:
+        TakenOverError: another worker has claimed the folder.
         OSError: it could not be written (disk full, no rights); earlier checkpoints are unchanged.
         TypeError: the state holds something that could not be loaded again.
     """
     import torch
 
+    owner, claimed = _owner(folder)
+    if owner is not None and claimed != token:
+        raise TakenOverError(f"another worker trains this trial in {folder}")
     _check_plain(checkpoint.state, "state")
     folder.mkdir(parents=True, exist_ok=True)
     try:

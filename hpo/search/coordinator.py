@@ -104,6 +104,7 @@ class TrialCoordinator:
                 trainable=self._space.trainable,
                 command=self._space.command,
                 key=owner_key(self._space.config_key(claim.params), claim.attempt),
+                token=claim.token,
                 params=claim.params | derived,
                 data=self._data,
                 seed=self._space.seed,
@@ -131,13 +132,21 @@ class TrialCoordinator:
         claim = self._claims.get(tune_id)
         if claim is None:
             return True
+        from storage.protocol import LostTrialError
+
         with self._storage_errors_kept(tune_id):
             if report.provenance is not None:
                 self._run.record(claim, {}, {**report.provenance, "gpu": self._slots.gpu})
             if report.warning:
                 self._listener.note(f"trial {claim.number}: {report.warning}")
+            if report.is_taken_over:
+                # By a run that claimed the trial. If this claim is the later one, the trial must be claimed again.
+                self._run.release(claim)
+                raise LostTrialError(f"trial {claim.number} was taken over by another run")
             if report.failure:
                 return self._fail(tune_id, report.failure, report.traceback)
+            for earlier, metrics in sorted(report.history.items()):
+                self._restore(claim, earlier, metrics)
             return self._on_epoch(tune_id, claim, report)
         return True
 
@@ -170,6 +179,12 @@ class TrialCoordinator:
         if self._is_over():
             return self._release(tune_id)
         return False
+
+    def _restore(self, claim: ClaimedTrial, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Store an epoch of the checkpoint that storage lacks, or has from an abandoned attempt."""
+        value = metrics.get(self._space.metric)
+        if value is not None and repr(claim.values.get(epoch)) != repr(value):  # by text: NaN equals NaN here
+            self._run.report(claim, epoch, metrics, value)
 
     def on_crash(self, tune_id: str, details: str, *, is_retried: bool) -> None:
         """Count the death of a worker; fail its trial if no retry is left."""

@@ -49,6 +49,7 @@ def replay(
             trainable=space.trainable,
             command=space.command,
             key=space.config_key(trials[number].params),
+            token=0,
             params={**trials[number].params, **trials[number].user_attrs.get("derived", {})},
             data=space.trainable_data(data_dir),
             seed=space.seed,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hpo.paths import HANG_FILE, LOG_FILE, SCRIPT_DIR
-from hpo.search.checkpoints import Checkpoint, claim_folder, load_checkpoint, save_checkpoint
+from hpo.search.checkpoints import Checkpoint, TakenOverError, claim_folder, load_checkpoint, save_checkpoint
 from hpo.search.script import ScriptError, run_script
 from hpo.space.command import CHECKPOINT_DIR, build_arguments, uses_checkpoint_dir
 from hpo.trainable import load_trainable
@@ -30,6 +30,7 @@ class TrialSpec:
         trainable: `module:function`.
         command: the script that is run instead of the trainable, or None.
         key: of the configuration and the attempt: files of another one are not used.
+        token: of the claim: a worker with an earlier one saves no checkpoint any more.
         params: hyperparameters and derived values.
         data: what the trainable gets as `data`.
         seed: of the training.
@@ -45,6 +46,7 @@ class TrialSpec:
     trainable: str
     command: str | None
     key: str
+    token: int
     params: dict[str, Any]
     data: dict[str, Any]
     seed: int
@@ -65,6 +67,8 @@ class TrialReport:
         epoch: the finished epoch; 0 in the report of a failure.
         metrics: of that epoch.
         is_recalled: whether the epoch was read from a checkpoint, not trained just now.
+        history: {epoch: metrics} of the epochs before, from the checkpoint; with the first report only.
+        is_taken_over: whether another worker trains the trial now. Nothing follows such a report.
         failure: why the trial failed, in one line; empty if it did not. Nothing follows such a report.
         traceback: of the failure.
         warning: something that went wrong and does not stop the trial.
@@ -74,6 +78,8 @@ class TrialReport:
     epoch: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
     is_recalled: bool = False
+    history: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    is_taken_over: bool = False
     failure: str = ""
     traceback: str = ""
     warning: str = ""
@@ -104,17 +110,18 @@ def run_trial(spec: TrialSpec) -> Generator[TrialReport, None, None]:
     folder = Path(spec.folder)
     try:
         torch.set_num_threads(spec.threads)
-        warning = claim_folder(folder, spec.key)
+        warning = claim_folder(folder, spec.key, spec.token)
         # A script that keeps no checkpoints starts from its first epoch and reports all of them again.
         keeps_checkpoints = spec.command is None or uses_checkpoint_dir(spec.command)
         checkpoint = load_checkpoint(folder) if keeps_checkpoints else None
         history = dict(checkpoint.history) if checkpoint else {}
         provenance: Mapping[str, Any] | None = _describe_device(spec)
+        earlier = {epoch: metrics for epoch, metrics in history.items() if epoch < spec.stored_epoch}
         for epoch in sorted(history):
             # Including the last stored epoch: the driver may have died before it acted on it.
             if epoch >= spec.stored_epoch:
-                yield TrialReport(epoch, history[epoch], is_recalled=True, provenance=provenance)
-                provenance = None
+                yield TrialReport(epoch, history[epoch], is_recalled=True, history=earlier, provenance=provenance)
+                earlier, provenance = {}, None
         with closing(_start_epochs(spec, checkpoint)) as epochs:
             started = time.perf_counter()
             for finished in epochs:
@@ -125,13 +132,15 @@ def run_trial(spec: TrialSpec) -> Generator[TrialReport, None, None]:
                 if keeps_checkpoints and is_due:
                     try:
                         # Before the report: training can resume from every epoch that storage holds.
-                        save_checkpoint(folder, Checkpoint(finished.epoch, history, finished.state()))
+                        save_checkpoint(folder, Checkpoint(finished.epoch, history, finished.state()), spec.token)
                     except OSError as error:
                         warning = warning or f"no checkpoint after epoch {finished.epoch}: {error}"
-                yield TrialReport(finished.epoch, metrics, warning=warning, provenance=provenance)
-                warning, provenance = "", None
+                yield TrialReport(finished.epoch, metrics, history=earlier, warning=warning, provenance=provenance)
+                earlier, warning, provenance = {}, "", None
                 started = time.perf_counter()
         yield TrialReport(failure=f"the trainable ended after epoch {max(history, default=0)} of {spec.max_epochs}")
+    except TakenOverError:
+        yield TrialReport(is_taken_over=True)
     except ScriptError as error:
         yield TrialReport(failure=str(error))
     except Exception as error:  # noqa: BLE001 # any error of a trainable fails the trial, not the worker

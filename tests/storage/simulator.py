@@ -259,8 +259,8 @@ class Driver:
             self._fail(run, training, "an error of the trainable")
             return
         if chance < 0.07:
-            run.release(claim)
             self._forget(training)
+            run.release(claim)
             return
         if training.recalled:
             epoch = training.recalled.pop(0)
@@ -294,8 +294,8 @@ class Driver:
         """Ctrl-C."""
         self.is_closing = True
         for training in list(self.trainings):
-            run.release(training.claim)
             self._forget(training)
+            run.release(training.claim)
 
     def _forget(self, training: Training) -> None:
         if training in self.trainings:
@@ -445,7 +445,7 @@ class Simulation:
                 seconds = draw.choice([1.0, 4.0, 8.0, 15.0])
                 self.scheduler.log.append(f"          {driver.name} for {seconds:g} s")
                 driver.suspended_until = self.scheduler.now + seconds
-                driver.excused_until = driver.suspended_until + LEASE_SECONDS
+                driver.excused_until = max(driver.excused_until, driver.suspended_until + LEASE_SECONDS)
             case "clock":
                 self.database_clock += draw.choice([-3600.0, -5.0, 5.0, 3600.0])
             case "boot clock":

@@ -107,6 +107,8 @@ def test_a_run_whose_lease_expired_loses_its_trial(
             assert run.claim() is None, "its lease holds"
             allow_takeovers(database)
             expire_leases(database, far.run_id)
+            assert run.claim() is None, "it has been seen a moment ago"
+            monkeypatch.setattr(queue, "SILENT_SHARE", 0.0)
             taken = claim_one(run)
             assert taken.number == claim.number
             far.report(claim, 1, {"m": 0.1}, 0.1)  # it has not yet noticed
@@ -144,7 +146,9 @@ def test_a_trial_taken_over_can_be_claimed_again_by_its_first_owner(
             far = grid_run(study).__enter__()
         stale = claim_point(far)
         allow_takeovers(database)
+        assert run.claim() is None
         expire_leases(database, far.run_id)
+        monkeypatch.setattr(queue, "SILENT_SHARE", 0.0)
         run.release(claim_one(run))
         claim = claim_one(far)
         assert claim.number == stale.number
