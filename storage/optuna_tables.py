@@ -75,9 +75,12 @@ def insert_study(connection: sa.Connection, name: str, direction: str) -> int:
     return study_id
 
 
-def study_names(connection: sa.Connection) -> list[str]:
-    """Return the names of all studies."""
-    return list(connection.scalars(sa.select(studies.c.study_name)))
+def read_study_attr(connection: sa.Connection, key: str) -> dict[str, Any]:
+    """Return {name of a study: user attribute} of all studies; None where a study does not have it."""
+    attr = study_user_attributes
+    has_key = sa.and_(attr.c.study_id == studies.c.study_id, attr.c.key == key)
+    rows = connection.execute(sa.select(studies.c.study_name, attr.c.value_json).join(attr, has_key, isouter=True))
+    return {name: None if value is None else json.loads(value) for name, value in rows}
 
 
 def lock_study(connection: sa.Connection, study_id: int) -> str | None:

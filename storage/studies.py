@@ -320,10 +320,14 @@ def open_study(
         new = f"{name}@{_revision(revisions[-1]) + 1}" if revisions else name
         with database.transaction() as connection:
             if study is None:
-                names = optuna_tables.study_names(connection)
-                if sorted(each for each in names if _is_revision(each, name)) != sorted(revisions):
-                    return None  # a study was deleted while this one was looked for
+                # Meanwhile, a study may have been deleted, and another process may have created this one.
+                known = optuna_tables.read_study_attr(connection, "hpo:fingerprint")
+                found = {each: value for each, value in known.items() if _is_revision(each, name)}
+                if set(found) != set(revisions) or fingerprint in found.values() or None in found.values():
+                    return None
                 opened = optuna_tables.insert_study(connection, new, direction)
+            elif optuna_tables.lock_study(connection, study.study_id) is None:
+                return None
             else:
                 opened = study.study_id
             optuna_tables.write_study_attrs(connection, opened, changed)
@@ -334,12 +338,16 @@ def open_study(
                 optuna_tables.write_study_system_attrs(connection, opened, labels)
         return study or _load(database, new)
 
+    def unless_overtaken() -> Study | None:
+        try:
+            return open_or_create()
+        except IntegrityError:  # another process has created the same revision
+            return None
+
     while True:
-        # Another process may have created the same revision meanwhile, or deleted it.
-        with contextlib.suppress(IntegrityError):
-            opened = retry_while_down(database, open_or_create)
-            if opened is not None:
-                return opened
+        opened = retry_while_down(database, unless_overtaken)
+        if opened is not None:
+            return opened
 
 
 def _load(database: Database, name: str) -> Study | None:

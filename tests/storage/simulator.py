@@ -154,8 +154,10 @@ class Driver:
 
     def main(self) -> None:
         """The whole life of the process."""
-        with contextlib.suppress(StorageError):
+        try:
             self._search()
+        except StorageError:
+            assert self.simulation.was_replaced, f"{self.name} gave up without a reason: {traceback.format_exc()}"
         self.has_ended = self.is_killed = True  # its threads end with it
 
     def _search(self) -> None:
@@ -327,6 +329,7 @@ class Simulation:
         self.database_clock = 0.0  # seconds ahead of virtual time
         self.boot_clock = 0.0  # how far the machines' clocks were set
         self.down_until = 0.0
+        self.was_replaced = False  # whether the database was restored, or the study deleted
         self.commits = 0
         self._next_error: dict[Task, BaseException] = {}
         self._in_statement: set[Task] = set()
@@ -461,10 +464,12 @@ class Simulation:
                 else:
                     self._break_connections()
                     self.backend.restore(self._copy)
+                    self.was_replaced = True
                     self.invariants.forget()
                     self._is_dirty = True
             case "delete":
                 self._break_connections()
+                self.was_replaced = True
                 self.backend.delete_study("s")
                 self.invariants.forget()
                 self._is_dirty = True

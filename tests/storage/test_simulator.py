@@ -1,0 +1,205 @@
+"""The simulator finds nothing in the storage code, and finds what is broken on purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from storage import optuna_tables, protocol, queue, records, tables
+from storage.writer import Writer
+from tests.storage.simulator import Backend, open_backend, run_seed
+
+pytestmark = pytest.mark.slow
+
+SEEDS = {"sqlite": 250, "postgresql": 20}
+SEEDS_OF_MUTANTS = 150  # each must be found within them
+
+
+@pytest.fixture(scope="module")
+def sqlite() -> Iterator[Backend]:
+    with open_backend("sqlite") as backend:
+        yield backend
+
+
+@pytest.mark.parametrize("storage", ["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
+def test_no_seed_violates_an_invariant(storage: str) -> None:
+    with open_backend(storage) as backend:
+        for seed in range(SEEDS[storage]):
+            violation, log = run_seed(backend, seed)
+            assert not violation, "\n".join([f"seed {seed}", *log[-40:], violation])
+
+
+def test_a_seed_decides_everything(sqlite: Backend) -> None:
+    first, second = (run_seed(sqlite, 7)[1] for _ in range(2))
+    assert first == second
+    assert len(first) > 100
+
+
+# --- what the simulator must find
+
+
+@contextmanager
+def no_token_check() -> Iterator[None]:
+    """A run writes to every trial, whoever owns it."""
+    owners = protocol._owners
+
+    def all_are_mine(connection: Any, trial_ids: Any) -> Any:
+        return {each: AnyToken(row) for each, row in owners(connection, trial_ids).items()}
+
+    class AnyToken:
+        def __init__(self, row: Any) -> None:
+            self._row = row
+            self.token = SimpleNamespace()
+            type(self.token).__eq__ = lambda *_: True  # type: ignore[method-assign]
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._row, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(protocol, "_owners", all_are_mine)
+        yield
+
+
+@contextmanager
+def living_runs_are_dead() -> Iterator[None]:
+    """The lease of a run on another machine does not protect it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(queue, "is_process_dead", lambda run: True)
+        yield
+
+
+@contextmanager
+def outages_are_not_noticed() -> Iterator[None]:
+    """After an outage, whoever comes first takes the trials of the others."""
+    renew = protocol.renew_lease
+
+    def renew_only(connection: Any, database: Any, run: Any) -> Any:
+        row = renew(connection, database, run)
+        return None if row is None else SimpleNamespace(now=row.now, takeover_after=0.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(protocol, "renew_lease", renew_only)
+        patch.setattr(queue, "SILENT_SHARE", 0.0)
+        yield
+
+
+@contextmanager
+def budget_is_checked_before_the_draw_only() -> Iterator[None]:
+    """Two runs that draw at the same time both store their trial."""
+    register = protocol.register
+
+    def without_budget(database: Any, run: Any, token: int, configuration: Any, max_trials: Any) -> Any:
+        return register(database, run, token, configuration, None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(protocol, "register", without_budget)
+        yield
+
+
+@contextmanager
+def repeated_claims_are_new() -> Iterator[None]:
+    """A claim whose answer was lost is made a second time."""
+    find = protocol._claimed_with
+    known: set[int] = set()
+
+    def forget_the_first(connection: Any, token: int) -> Any:
+        found = find(connection, token)
+        first = token not in known and found is not None
+        known.add(token)
+        return found if first else None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(protocol, "_claimed_with", forget_the_first)
+        yield
+
+
+@contextmanager
+def abandoned_epochs_stay() -> Iterator[None]:
+    """Epochs of an earlier attempt are not deleted."""
+    drop = protocol._drop_abandoned
+
+    def keep(connection: Any, batch: Any) -> Any:
+        return drop(connection, [replace(update, is_restart=False) for update in batch])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(protocol, "_drop_abandoned", keep)
+        yield
+
+
+@contextmanager
+def bugs_end_the_writer() -> Iterator[None]:
+    """The writer loses its batch on an error that it does not know."""
+    write = Writer._write
+
+    def lose(self: Any, updates: Any) -> None:
+        try:
+            write(self, updates)
+        except RuntimeError:
+            return
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Writer, "_write", lose)
+        yield
+
+
+@contextmanager
+def decisions_are_stored_alone() -> Iterator[None]:
+    """The rung of a pruned trial is stored, its state is not."""
+    end = optuna_tables.end
+
+    def forget_pruned(connection: Any, trial_id: int, state: Any, value: Any) -> None:
+        if state.name != "PRUNED":
+            end(connection, trial_id, state, value)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optuna_tables, "end", forget_pruned)
+        yield
+
+
+@contextmanager
+def crashes_are_added() -> Iterator[None]:
+    """A crash whose answer was lost is counted twice."""
+    table = tables.trials
+
+    def add(database: Any, claim: Any, crashes: int) -> None:
+        with database.transaction() as connection:
+            update = table.update().where(table.c.trial == claim.trial_id)
+            connection.execute(update.values(crashes=table.c.crashes + 1))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(protocol, "count_crashes", add)
+        yield
+
+
+@contextmanager
+def keys_are_not_compared() -> Iterator[None]:
+    """A duplicate is stored, and its error ends the run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "has_key", lambda *_: False)
+        yield
+
+
+@pytest.mark.parametrize(
+    ("mutant", "faults"),
+    [
+        (no_token_check, ("suspend", "outage")),
+        (living_runs_are_dead, ("suspend",)),
+        (outages_are_not_noticed, ("outage",)),
+        (budget_is_checked_before_the_draw_only, ("error",)),
+        (repeated_claims_are_new, ("lost answer",)),
+        (abandoned_epochs_stay, ("kill",)),
+        (bugs_end_the_writer, ("bug",)),
+        (decisions_are_stored_alone, ("kill",)),
+        (crashes_are_added, ("lost answer",)),
+        (keys_are_not_compared, ("kill",)),
+    ],
+    ids=lambda value: getattr(value, "__name__", "+".join(value) if isinstance(value, tuple) else ""),
+)
+def test_a_broken_protocol_is_found(sqlite: Backend, mutant: Callable[[], Any], faults: tuple[str, ...]) -> None:
+    with mutant():
+        assert any(run_seed(sqlite, seed, faults)[0] for seed in range(SEEDS_OF_MUTANTS))
