@@ -39,10 +39,6 @@ class Invariants:
         self._rungs: set[tuple[int, int]] = set()
         self._knows_crashes = True
 
-    def close(self) -> None:
-        """Close the connection."""
-        self._sql = lambda _: []
-
     def forget(self) -> None:
         """The database was replaced."""
         self._endings.clear()

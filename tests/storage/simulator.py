@@ -406,7 +406,7 @@ class Simulation:
             driver.is_killed = True
         self.backend.break_connections()
         self.scheduler.drain()
-        self.invariants.close()
+        self.backend.close_plain()
 
     def _start(self, slot: int) -> None:
         number = next(self._numbers)
@@ -650,8 +650,15 @@ class Backend:
             optuna.delete_study(study_name=name, storage=storage)
         storage.engine.dispose()
 
+    def close_plain(self) -> None:
+        """Close the connection of `connect_plain`."""
+        if self._plain is not None:
+            self._plain.close()
+            self._plain = None
+
     def close(self) -> None:
         """Close all connections."""
+        self.close_plain()
         for database in self.databases:
             database.close()
 
