@@ -428,7 +428,12 @@ class Written:
 
 
 def write(
-    database: Database, study_id: int, updates: Iterable[TrialUpdate], *, pruner: Pruner | None, ending: Collection[int]
+    database: Database,
+    study_id: int,
+    updates: Iterable[TrialUpdate],
+    *,
+    pruner: Pruner | None,
+    ending: Collection[tuple[int, TrialState]],
 ) -> Written:
     """Write a batch of updates of trials that one run owns.
 
@@ -437,8 +442,8 @@ def write(
         study_id: the study of the trials.
         updates: in the order in which they happened.
         pruner: decides on the updates with `decides`.
-        ending: tokens of the claims that this run has tried to end. A trial that ended with such a token was ended by an
-            earlier attempt, whose answer was lost.
+        ending: tokens of the claims that this run has tried to end, each with the state. A trial that ended so was ended by
+            an earlier attempt, whose answer was lost; one in another state by another program.
     """
     lost: set[int] = set()
     pruned: set[int] = set()
@@ -452,7 +457,7 @@ def write(
             row, token = rows.get(update.claim.trial_id), update.claim.token
             if row is not None and row.token == token and row.state == TrialState.RUNNING:
                 batches.setdefault(token, []).append(update)
-            elif row is None or row.token != token or token not in ending:
+            elif row is None or row.token != token or (token, row.state) not in ending:
                 lost.add(token)
             elif row.state == TrialState.PRUNED:
                 pruned.add(token)

@@ -10,6 +10,8 @@ import contextlib
 import threading
 from collections.abc import Iterator
 
+from optuna.trial import TrialState
+
 from storage import protocol
 from storage.database import RETRY_SECONDS, StorageError, retry_while_down
 from storage.protocol import ClaimedTrial, LostTrialError, TrialUpdate
@@ -32,10 +34,11 @@ class Writer:
         self._pruner = pruner
         self._updates: list[TrialUpdate] = []
         self._updates_lock = threading.Lock()  # held for a moment
-        # Tokens of claims: those that do not hold any more, those of pruned trials, those that this run has tried to end.
+        # Tokens of claims: those that do not hold any more, those of pruned trials, those that this run has tried to end
+        # and with which state.
         self._lost: set[int] = set()
         self._pruned: set[int] = set()
-        self._ending: set[int] = set()
+        self._ending: set[tuple[int, TrialState]] = set()
         self._write_lock = threading.Lock()  # held while the database is written to
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._keep_flushing, name="hpo-writer", daemon=True)
@@ -98,7 +101,8 @@ class Writer:
                 self.flush()
 
     def _write(self, updates: list[TrialUpdate]) -> None:
-        self._ending |= {each.claim.token for each in updates if each.decides or each.final_state is not None}
+        self._ending |= {(each.claim.token, TrialState.PRUNED) for each in updates if each.decides}
+        self._ending |= {(each.claim.token, each.final_state) for each in updates if each.final_state is not None}
         study = self._study
         written = protocol.write(study.database, study.study_id, updates, pruner=self._pruner, ending=self._ending)
         self._lost |= written.lost
