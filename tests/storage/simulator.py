@@ -509,6 +509,7 @@ class Backend:
         self._path = Path(url.removeprefix("sqlite:///"))
         self._folder = folder
         self.simulation: Simulation | None = None
+        self._opened: list[Any] = []  # connections of the drivers; killed ones do not close theirs
         self.databases = [open_database(url) for _ in range(4)]
         self._empty = self.copy()
         for database in self.databases:
@@ -522,6 +523,7 @@ class Backend:
         for database in self.databases:
             database.engine.dispose()
             database.optuna_storage.engine.dispose()
+        self._close_opened()
         self.restore(self._empty)
 
     def connect_plain(self) -> Callable[[str], list[tuple[Any, ...]]]:
@@ -588,6 +590,7 @@ class Backend:
         def do_execute_no_params(cursor: Any, statement: str, context: Any) -> bool:
             return execute(cursor, statement, None, context, lambda: cursor.execute(statement))
 
+        sa.event.listen(engine, "connect", lambda connection, _: self._opened.append(connection))
         sa.event.listen(engine, "do_execute", do_execute)
         sa.event.listen(engine, "do_executemany", do_executemany)
         sa.event.listen(engine, "do_execute_no_params", do_execute_no_params)
@@ -661,6 +664,11 @@ class Backend:
         self.close_plain()
         for database in self.databases:
             database.close()
+        self._close_opened()
+
+    def _close_opened(self) -> None:
+        while self._opened:
+            self._opened.pop().close()
 
 
 _SERIAL_KEYS = {"studies": "study_id", "trials": "trial_id", "hpo_runs": "run"} | {

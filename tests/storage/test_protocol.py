@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import sqlite3
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -88,7 +89,14 @@ def write(
 
 
 def epoch_of(claim: ClaimedTrial, epoch: int, value: float, **options: Any) -> TrialUpdate:
-    return TrialUpdate(claim, epoch, {"m": value, "loss": 1 - value}, value, follows=epoch - 1, **options)
+    return TrialUpdate(
+        claim,
+        epoch,
+        {"m": value, "loss": 1 - value},
+        value,
+        follows={epoch - 1: math.nan} if epoch > 1 else {},
+        **options,
+    )
 
 
 # --- a lost answer
@@ -145,8 +153,8 @@ def updates_of(claim: ClaimedTrial, kind: str) -> list[TrialUpdate]:
     return {
         "epochs": [first, epoch_of(claim, 2, 0.25), TrialUpdate(claim, attrs={"note": "n"}, provenance={"threads": 1})],
         "restart": [first, epoch_of(claim, 2, 0.25), epoch_of(claim, 1, 0.75, is_restart=True)],
-        "complete": [first, TrialUpdate(claim, value=0.5, follows=1, final_state=TrialState.COMPLETE)],
-        "fail": [first, TrialUpdate(claim, follows=1, attrs={"fail_reason": "r"}, final_state=TrialState.FAIL)],
+        "complete": [first, TrialUpdate(claim, value=0.5, follows={1: 0.5}, final_state=TrialState.COMPLETE)],
+        "fail": [first, TrialUpdate(claim, follows={1: 0.5}, attrs={"fail_reason": "r"}, final_state=TrialState.FAIL)],
         "decide: no": [epoch_of(claim, 1, 0.5, decides=True)],
         "decide: yes": [epoch_of(claim, 1, 0.125, decides=True)],
     }[kind]
