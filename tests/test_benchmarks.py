@@ -190,13 +190,13 @@ from benchmarks import driver
 try:
     driver.main()
 except SystemExit:
-    from storage import lease, studies
+    from storage import lease
     from storage.run import Run
-    print(lease.host_id(), studies.host_id(), inspect.signature(Run).parameters["lease_seconds"].default)
+    print(lease.host_id(), inspect.signature(Run).parameters["lease_seconds"].default)
 """
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ended.stdout.splitlines()[0].startswith("Usage: hpo run")
-    assert ended.stdout.splitlines()[-1] == "far far 2.5"
+    assert ended.stdout.splitlines()[-1] == "far 2.5"
 
 
 @contextlib.contextmanager
