@@ -30,10 +30,12 @@ class Proxy:
         self._answers = asyncio.Event()
         self._requests.set()
         self._answers.set()
-        self._server = self._loop.run_until_complete(asyncio.start_server(self._serve, "127.0.0.1", 0))
-        self.port: int = self._server.sockets[0].getsockname()[1]
+        # The loop runs in its own thread from the start: the caller's thread may have a running loop already.
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
         self._thread.start()
+        starting = asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self._server = asyncio.run_coroutine_threadsafe(starting, self._loop).result(timeout=10)
+        self.port: int = self._server.sockets[0].getsockname()[1]
 
     def swallow(self, *, only_answers: bool = False) -> None:
         """Forward nothing any more, in either direction, and connect no one.
