@@ -80,6 +80,8 @@ class Plan:
         keeps_checkpoints: whether a trial resumes after its last epoch; otherwise from the first.
         drivers: how many drivers start.
         hosts: how many machines there are.
+        shares_folder: whether the machines share the folder of checkpoints. A worker notices there that another one has
+            taken its trial; without it, a run that lost a trial works on.
         faults: (step, kind).
     """
 
@@ -90,6 +92,7 @@ class Plan:
     keeps_checkpoints: bool
     drivers: int
     hosts: int
+    shares_folder: bool
     faults: list[tuple[int, str]]
 
     @classmethod
@@ -105,6 +108,7 @@ class Plan:
             keeps_checkpoints=draw.random() < 0.7,
             drivers=drivers,
             hosts=draw.choice([1, drivers, drivers]),
+            shares_folder=draw.random() < 0.5,
             faults=sorted((draw.randint(5, 500), draw.choice(kinds)) for _ in range(draw.randint(0, 6))),
         )
 
@@ -120,7 +124,8 @@ class Training:
 
     @property
     def folder(self) -> str:
-        return f"{self.driver.unique_name}/{self.claim.number}"
+        machine = "" if self.driver.simulation.plan.shares_folder else self.driver.machine
+        return f"{machine}/{self.driver.unique_name}/{self.claim.number}"
 
 
 @dataclass(eq=False)
