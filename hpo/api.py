@@ -124,18 +124,21 @@ def run_search(
         # A new database has no finished trials, so Ray is needed. An existing one may have nothing left to run.
         if is_new_database(storage):
             cluster.start()
+        from hpo.search.retention import Retention
         from storage.database import open_database
-        from storage.studies import find_revision
+        from storage.studies import find_revision, open_study
 
         database = open_database(storage, password)
         study = find_revision(database, space.name, space.fingerprint)
         left = space.total_trials if study is None else _trials_left(space, study)
+        _note_changes(space, study, listener)
         if study is not None and left == 0:
+            study = open_study(database, **space.study_options)  # stores a changed budget or `checkpoints.keep`
             listener.study_opened(space, study.name, database.url, study.counts())
+            Retention(space, study, runs).run_ended()
             outcome = None
         else:
             cluster.start()
-            _note_changes(space, study, listener)
             provenance = {"command": command} | describe_environment()
             study, outcome = _search(
                 space,

@@ -9,6 +9,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC
 from typing import Any, Literal, TypeVar
 
 import optuna
@@ -187,8 +188,8 @@ def summarize(database: Database) -> list[Summary]:
     last: dict[int, float] = {}
     for row in retry_while_down(database, lambda: records.count_trials(database, without=NEVER_RUN)):
         counts.setdefault(row.study, {})[row.state] = row.trials
-        if row.last is not None:  # Optuna stores the local time without a time zone
-            last[row.study] = max(last.get(row.study, 0.0), row.last.timestamp())
+        if row.last is not None:  # Optuna stores UTC without a time zone
+            last[row.study] = max(last.get(row.study, 0.0), row.last.replace(tzinfo=UTC).timestamp())
     studies = retry_while_down(database, lambda: database.optuna_storage.get_all_studies())
     return [_summary(database, study, counts.get(study_id(study), {}), last.get(study_id(study))) for study in studies]
 

@@ -13,8 +13,10 @@ import pytest
 import hpo
 from hpo import api
 from hpo.errors import SettingError
+from hpo.paths import RunsDir
+from hpo.search.retention import trials_with_checkpoints
 from storage.database import StorageError, open_database
-from storage.studies import find_revision, open_study
+from storage.studies import all_studies, find_revision, open_study
 from tests.factories import RecordingListener, search_without_ray, toy_space
 
 
@@ -72,6 +74,26 @@ def test_a_finished_search_is_read_back_without_running_it(finished: Path, stora
     assert heard == [result.results]
     assert result.report is not None
     assert result.report.is_relative_to(finished / "runs")
+
+
+def test_a_finished_search_stores_what_has_changed(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path}/hpo.db"
+    drawn: dict[str, Any] = {"parameters": {"x": {"type": "int", "low": 1, "high": 9}}, "sampler": "random"}
+    with open_database(storage) as database:
+        study, _ = search_without_ray(toy_space(tmp_path, **drawn, budget={"trials": 3}), database, tmp_path)
+    folder = RunsDir(tmp_path).checkpoints(study.unique_name)
+    assert len(trials_with_checkpoints(folder)) == 3
+    space = toy_space(tmp_path, **drawn, budget={"trials": 2}, checkpoints={"keep": "best 1"})
+    listener = RecordingListener()
+    result = api.run_search(space, storage=storage, runs_dir=tmp_path, listener=listener)
+    assert result.best is not None
+    assert trials_with_checkpoints(folder) == [result.best.number]
+    assert any("is now best 1" in text for _, text in listener.events)
+    assert [each.state for each in api.list_studies(storage=storage)] == ["finished"]
+    with open_database(storage) as database:
+        (study,) = all_studies(database)
+        assert study.attrs["hpo:total"] == 2
+        assert study.settings["checkpoints"] == {"keep": "best 1"}
 
 
 def test_results_become_a_dataframe(storage: str) -> None:

@@ -81,4 +81,4 @@ def test_list_shows_each_study_in_a_line_and_as_json(database: Database, tmp_pat
     assert (first["name"], first["state"], first["counts"]) == ("grid", "finished", {"COMPLETE": 3})
     assert first["best"] == pytest.approx(0.4 + (1 / 64 + 0.4) / 4)
     assert abs(first["last_activity"] - time.time()) < 60
-    assert abs(second["last_activity"] - time.time()) < 60, "Optuna's timestamps are local time"
+    assert abs(second["last_activity"] - time.time()) < 60

@@ -127,6 +127,24 @@ def test_a_duplicate_is_not_counted_as_a_failure(study: Study, database: Databas
     assert study.count_ended() == 2
 
 
+@pytest.mark.parametrize("zone", ["UTC", "Asia/Tokyo"])
+def test_the_last_activity_does_not_depend_on_the_time_zone(
+    database: Database, monkeypatch: pytest.MonkeyPatch, zone: str
+) -> None:
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        theirs = optuna.create_study(study_name="theirs", storage=database.optuna_storage)
+        theirs.add_trial(optuna.trial.create_trial(value=0.5))
+        theirs.ask()
+        last = summary(database).last_activity
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert last is not None
+    assert abs(last - time.time()) < 60
+
+
 def test_a_study_of_another_program_has_no_state(database: Database) -> None:
     foreign = optuna.create_study(
         study_name="theirs", storage=database.optuna_storage, directions=["minimize", "maximize"]
