@@ -114,8 +114,8 @@ class Proxy:
                 for pump in pumps:
                     pump.cancel()
                 await asyncio.gather(*pumps, return_exceptions=True)
-        except OSError:
-            pass  # the server does not listen
+        except (OSError, asyncio.CancelledError):
+            pass  # the server does not listen, or the proxy is closed: asyncio logs tasks that end as cancelled
         finally:
             for end in ends:
                 end.close()

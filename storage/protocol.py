@@ -143,7 +143,8 @@ def claim_existing(
         database: the database.
         run: the run that claims.
         token: of the claim, see `new_token`.
-        own_tokens: of all claims of this run. A trial of the run with another token was claimed by a call that failed.
+        own_tokens: of the claims that this run works on. A trial of the run with another token was claimed by a call that
+            failed, or a restored copy of the database shows it as it was before it ended.
         is_process_dead: returns whether the run of a row of hpo_runs is dead; None if its lease decides.
 
     Raises:
@@ -273,7 +274,7 @@ def _take_over(
             has_died = is_expired and clock.takeover_after <= clock.now if dead is None else dead
             if not has_died:
                 continue
-        # Or nobody owns it: a program that uses Optuna created it, or a claim of this run failed.
+        # Or nobody owns it: a program that uses Optuna created it, or this run has it and does not work on it.
         crashes = (row.crashes or 0) + (has_died and row.epoch <= row.claimed_epoch)
         if has_died and crashes > run.max_failures:
             failed[row.number] = f"the driver died {crashes} times while it trained this trial"

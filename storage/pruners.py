@@ -104,14 +104,13 @@ class SuccessiveHalving:
             row = {"trial": trial_id, "epoch": rung, "pool": pool, "study": study_id, "value": value}
             connection.execute(rungs.insert(), row)
             at_rung = sa.and_(rungs.c.study == study_id, rungs.c.pool == pool, rungs.c.epoch == rung)
-            better = rungs.c.value > value if self.maximize else rungs.c.value < value
-            count, ahead = connection.execute(
-                sa.select(
-                    sa.select(sa.func.count()).where(at_rung).scalar_subquery(),
-                    sa.select(sa.func.count()).where(at_rung, better).scalar_subquery(),
-                )
-            ).one()
-            if ahead >= max(1, count // self.reduction_factor):
+            count = connection.scalar(sa.select(sa.func.count()).where(at_rung)) or 0
+            best_first = rungs.c.value.desc() if self.maximize else rungs.c.value
+            # The worst value that stays. Skipping rows is faster than counting those with better values.
+            staying = max(1, count // self.reduction_factor)
+            query = sa.select(rungs.c.value).where(at_rung).order_by(best_first).offset(staying - 1).limit(1)
+            cutoff = connection.execute(query).scalar_one()
+            if cutoff > value if self.maximize else cutoff < value:
                 return True
         return False
 
@@ -124,9 +123,15 @@ class SuccessiveHalving:
         of_study = sa.select(values.c.trial_id).join(trial, trial.c.trial_id == values.c.trial_id)
         of_study = of_study.where(trial.c.study_id == study_id)
         last = connection.scalar(of_study.with_only_columns(sa.func.max(values.c.step))) or 0
+        is_known = sa.exists().where(
+            rungs.c.trial == values.c.trial_id,
+            rungs.c.epoch == values.c.step,
+            rungs.c.pool.in_([self._pool(bracket) for bracket in range(self.brackets)]),
+        )
         query = of_study.add_columns(values.c.step, values.c.intermediate_value, trial.c.number).where(
             values.c.step.in_({rung for bracket in range(self.brackets) for rung in self._rungs(bracket, last)}),
             values.c.intermediate_value.is_not(None),
+            ~is_known,
         )
         rows = []
         for trial_id, epoch, value, number in connection.execute(query):
@@ -176,8 +181,8 @@ class Median:
             return False
         trial, values = optuna_tables.trials, optuna_tables.intermediate_values
         is_complete = sa.and_(trial.c.study_id == study_id, trial.c.state == TrialState.COMPLETE)
-        completed = connection.scalar(sa.select(sa.func.count()).select_from(trial).where(is_complete)) or 0
-        if completed == 0 or completed < self.startup_trials:
+        first = sa.select(trial.c.trial_id).where(is_complete).limit(max(1, self.startup_trials))
+        if len(connection.scalars(first).all()) < max(1, self.startup_trials):
             return False
         at_epoch = sa.and_(rungs.c.study == study_id, rungs.c.pool == "median", rungs.c.epoch == epoch)
         count = connection.scalar(sa.select(sa.func.count()).where(at_epoch)) or 0
@@ -204,7 +209,10 @@ class Median:
 
     def prepare(self, connection: sa.Connection, study_id: int) -> None:
         """See `Pruner.prepare`."""
-        self._add(connection, study_id, optuna_tables.trials.c.state == TrialState.COMPLETE)
+        trial = optuna_tables.trials
+        # All epochs of a trial are added at once.
+        is_known = sa.exists().where(rungs.c.trial == trial.c.trial_id, rungs.c.pool == "median")
+        self._add(connection, study_id, sa.and_(trial.c.state == TrialState.COMPLETE, ~is_known))
 
     def _add(self, connection: sa.Connection, study_id: int, condition: sa.ColumnElement[bool]) -> None:
         values, trial = optuna_tables.intermediate_values, optuna_tables.trials

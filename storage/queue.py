@@ -43,6 +43,7 @@ class TrialQueue:
         draw: see `storage.run.Run`.
         max_trials: see `storage.run.Run`.
         history_limit: see `storage.run.Run`.
+        is_settled: returns whether a claim of this run is over, see `storage.writer.Writer.is_settled`.
 
     Attributes:
         finished: set by `claim`: no run has or will get another trial.
@@ -58,6 +59,7 @@ class TrialQueue:
         draw: Draw | None,
         max_trials: int | None,
         history_limit: int | None,
+        is_settled: Callable[[int], bool],
     ) -> None:
         self.finished = False
         self.exhausted = ""
@@ -73,7 +75,8 @@ class TrialQueue:
         self._points: list[Params] = []  # the next one is last
         self._distributions: Mapping[str, BaseDistribution] = {}
         self._known_keys: set[str] = set()
-        self._tokens: set[int] = set()  # of all claims of this run
+        self._is_settled = is_settled
+        self._tokens: set[int] = set()  # of the claims that this run works on
         self._others_are_running = False
         self._heard: dict[int, tuple[float, float]] = {}  # {run: (its last renewal, when this run saw it first)}
         self._next_scan = 0.0  # by the monotonic clock
@@ -92,7 +95,7 @@ class TrialQueue:
             StorageError: the study was deleted, or the database cannot be used (after retries).
         """
         token = protocol.new_token()
-        self._tokens.add(token)
+        self._tokens = {each for each in self._tokens if not self._is_settled(each)}
         claim = None
         if time.monotonic() >= self._next_scan:
             claim = self._claim_existing(token)
@@ -101,6 +104,8 @@ class TrialQueue:
             # Last, so that `finished` is true: another run may have claimed the last trial meanwhile.
             claim = self._claim_existing(token)
             self.finished = claim is None and not self._others_are_running
+        if claim is not None:
+            self._tokens.add(token)
         return claim
 
     def release(self, claim: ClaimedTrial) -> None:

@@ -88,6 +88,7 @@ class Run:
             draw=self._draw,
             max_trials=self._max_trials,
             history_limit=self._history_limit,
+            is_settled=self._writer.is_settled,
         )
         if self._pruner is not None:
             retry_while_down(self.database, self._prepare_pruner)

@@ -34,10 +34,11 @@ class Writer:
         self._pruner = pruner
         self._updates: list[TrialUpdate] = []
         self._updates_lock = threading.Lock()  # held for a moment
-        # Tokens of claims: those that do not hold any more, those of pruned trials, those that this run has tried to end
-        # and with which state.
+        # Tokens of claims: those that do not hold any more, those of pruned trials, those of trials that this run has ended,
+        # those that it has tried to end and with which state.
         self._lost: set[int] = set()
         self._pruned: set[int] = set()
+        self._ended: set[int] = set()
         self._ending: set[tuple[int, TrialState]] = set()
         self._write_lock = threading.Lock()  # held while the database is written to
         self._closed = threading.Event()
@@ -62,6 +63,10 @@ class Writer:
     def is_pruned(self, claim: ClaimedTrial) -> bool:
         """Return whether the pruner has ended a trial."""
         return claim.token in self._pruned
+
+    def is_settled(self, token: int) -> bool:
+        """Return whether the database has confirmed that a claim is over: its trial has ended, or another run has it."""
+        return token in self._lost or token in self._pruned or token in self._ended
 
     def flush(self, timeout_seconds: float = RETRY_SECONDS) -> None:
         """Write all updates.
@@ -107,3 +112,4 @@ class Writer:
         written = protocol.write(study.database, study.study_id, updates, pruner=self._pruner, ending=self._ending)
         self._lost |= written.lost
         self._pruned |= written.pruned
+        self._ended |= {each.claim.token for each in updates if each.final_state is not None}

@@ -126,6 +126,11 @@ class StudyScheduler(FIFOScheduler):
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """Handle the death of a worker. Tune has counted the failure and written Ray's report to `trial.error_file`."""
+        if trial.status == trial.PENDING:
+            # An idle worker died while it was given this trial. Tune drops such a trial, even one that it has just set to
+            # restart. Nothing of it has run, so this is no failure: it is claimed again.
+            self._coordinator.release(trial.trial_id)
+            return
         details = ""
         with suppress(OSError):
             details = Path(trial.error_file).read_text().rpartition("Failure # ")[2]

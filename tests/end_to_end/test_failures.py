@@ -53,3 +53,43 @@ def test_each_failure_has_its_state_and_reason_and_the_other_trials_complete(tmp
         assert crashes == {"die": 2, "hang": 2, "die_once": 1}.get(how, 0), how
         if how in {"raise", "memory", "hang"}:
             assert "benchmarks/toy.py" in attrs["traceback"], how
+
+
+FRAGILE = """
+import inspect, os
+from pathlib import Path
+from benchmarks.toy import chain
+
+
+def __getattr__(name):
+    # Ray Tune gives an idle worker its next trial by `reset_config`.
+    if name == "train" and any(frame.function == "reset_config" for frame in inspect.stack()):
+        try:
+            Path("died").touch(exist_ok=False)
+        except FileExistsError:
+            pass
+        else:
+            os._exit(1)
+    return {"train": chain}[name]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_worker_that_dies_when_it_is_reused_loses_no_trial(tmp_path: Path) -> None:
+    (tmp_path / "fragile.py").write_text(FRAGILE)
+    space = {
+        "sampler": "grid",
+        "trainable": "fragile:train",
+        "metric": "value",
+        "max_epochs": 1,
+        "max_failures": 1,
+        "resources": {"cpu": 2},
+        "parameters": {"x": [1, 2, 3], "epoch_seconds": 0.01, "log": str(tmp_path / "epochs.log")},
+    }
+    finished = hpo(tmp_path, "run", write_space(tmp_path, "fragile", space))
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert (tmp_path / "died").exists()
+    states = "SELECT state, crashes FROM trials JOIN hpo_trials ON trial = trial_id"
+    assert sorted(rows(tmp_path / "runs/hpo.db", states)) == [("COMPLETE", 0), ("COMPLETE", 0), ("COMPLETE", 1)]
+    assert finished.stdout.count("the worker process died") == 1

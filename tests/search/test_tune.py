@@ -140,6 +140,13 @@ def test_the_death_of_a_worker_is_reported_with_rays_last_account(
 
 
 @pytest.mark.slow
+def test_a_trial_whose_worker_died_before_it_started_is_released(tune: ModuleType, coordinator: Mock) -> None:
+    tune.StudyScheduler(coordinator).on_trial_error(None, FakeTrial(status="PENDING"))
+    coordinator.release.assert_called_once_with("a")
+    coordinator.on_crash.assert_not_called()
+
+
+@pytest.mark.slow
 def test_a_search_that_stops_releases_the_trials_that_have_not_started(tune: ModuleType, coordinator: Mock) -> None:
     running, waiting = FakeTrial(trial_id="a"), FakeTrial(trial_id="b", status="PENDING")
     controller, scheduler = FakeController(running, waiting), tune.StudyScheduler(coordinator)

@@ -596,6 +596,49 @@ def test_a_trial_whose_epochs_an_older_copy_lacks_is_given_back(
     assert trial_states(study) == ["COMPLETE"]
 
 
+@pytest.mark.parametrize("ending", ["complete", "fail"])
+def test_a_trial_that_an_older_copy_shows_as_unfinished_is_claimed_again_by_its_run(
+    study: Study, database: Database, ending: str
+) -> None:
+    with grid_run(study) as run:
+        claim = claim_point(run)
+        if ending == "complete":
+            run.complete(claim, 0.5)
+        else:
+            run.fail(claim, "no")
+        assert run.claim() is None  # writes the end
+        with database.engine.begin() as connection:
+            connection.execute(sa.text("UPDATE trials SET state = 'RUNNING', datetime_complete = NULL"))
+            connection.execute(sa.text("DELETE FROM trial_values"))
+        run._queue._next_scan = 0.0
+        again = claim_one(run)
+        assert (again.number, again.crashes) == (claim.number, 0)
+        assert again.token != claim.token
+        run.complete(again, 0.25)
+    assert trial_states(study) == ["COMPLETE"]
+    assert study.trials()[0].value == 0.25
+
+
+def test_a_claim_that_could_not_be_answered_is_taken_by_the_next(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The claim was stored, but no retry got the answer."""
+    claim_existing = protocol.claim_existing
+    with grid_run(study) as run:
+        run.enqueue(POINTS[:1], GRID)
+        run.release(claim_one(run))
+
+        def fails(*args: Any, **options: Any) -> Scan:
+            claim_existing(*args, **options)
+            raise StorageError("the database is away")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(protocol, "claim_existing", fails)
+            with pytest.raises(StorageError):
+                run.claim()
+        assert trial_states(study) == ["RUNNING"]
+        run._queue._next_scan = 0.0
+        assert claim_one(run).number == 0
+
+
 # --- clocks
 
 
