@@ -3,9 +3,10 @@
     uv run python -m benchmarks.scale --trials 100 1000 10000 --epochs 50
 
 The studies are generated and written in bulk. Each measurement runs in a new process. An ask is one `Run.claim`: it
-writes earlier results, draws a point and registers the trial. A decision is one `Run.decide` after the first epoch, where a
-trial competes with all others: it stores the epoch, decides, and returns when both are on the disk. A resume is what a second `hpo run` does before its first
-trial: open the database, the study and a run, and claim a trial. Prints a table and, as its last line, one JSON object.
+writes earlier results, draws a point and registers the trial. A decision is one `Run.decide` after the first epoch, where
+a trial competes with all others: it returns when the epoch and the decision are on the disk. A resume is what a second
+`hpo run` does before its first trial: open the database, the study and a run, and claim a trial. Prints a table and, as
+its last line, one JSON object.
 """
 
 from __future__ import annotations
