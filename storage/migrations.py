@@ -97,6 +97,8 @@ def _from_1(connection: sa.Connection) -> None:
 def _from_2(connection: sa.Connection) -> None:
     for table in (runs, trials):
         if connection.dialect.name == "sqlite":
+            for name in _TRIGGERS:  # a trigger follows the table that it names when that is renamed
+                connection.exec_driver_sql(f"DROP TRIGGER IF EXISTS {name}")
             _rebuild(connection, table)
         else:
             _add_columns(connection, table)

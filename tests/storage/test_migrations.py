@@ -21,39 +21,54 @@ from storage.protocol import LostTrialError
 from storage.tables import metadata
 from tests.storage.builders import allow_takeovers, claim_one, claim_point, grid_run, open_s, sql
 
-VERSION_1 = Path(__file__).parent / "data/version_1.sql"  # written by version 1: six points, five of them claimed
+# data/version_N.sql was written by the code of that version: a grid of six points, five of them claimed.
+VERSIONS = tuple(range(1, migrations.VERSION))
 OUR_TABLES = ["hpo_metrics", "hpo_runs", "hpo_trials"]
-POINTS_OF_VERSION_1 = [{"x": x} for x in range(1, 7)]
-GRID_OF_VERSION_1 = {"x": optuna.distributions.CategoricalDistribution([1, 2, 3, 4, 5, 6])}
+POINTS = [{"x": x} for x in range(1, 7)]
+GRID = {"x": optuna.distributions.CategoricalDistribution([1, 2, 3, 4, 5, 6])}
 
 
-def write_version_1(path: Path) -> None:
+def write_old(path: Path, version: int = 1) -> None:
+    """Create the SQLite database of an older version."""
     with closing(sqlite3.connect(path)) as connection:
-        connection.executescript(VERSION_1.read_text())
+        connection.executescript((Path(__file__).parent / f"data/version_{version}.sql").read_text())
+
+
+@pytest.fixture(params=VERSIONS, ids=[f"version {version}" for version in VERSIONS])
+def old_version(request: pytest.FixtureRequest) -> int:
+    version: int = request.param
+    return version
 
 
 @pytest.fixture
-def old_url(url: str, tmp_path: Path) -> str:
-    """The URL of a database of version 1, on each backend in turn."""
+def old_url(url: str, tmp_path: Path, old_version: int) -> str:
+    """The URL of a database of each older version, on each backend in turn."""
     if url.startswith("sqlite:"):
-        write_version_1(Path(url.removeprefix("sqlite:///")))
+        write_old(Path(url.removeprefix("sqlite:///")), old_version)
         return url
-    write_version_1(tmp_path / "source.db")
+    write_old(tmp_path / "source.db", old_version)
     with open_database(url) as target:
-        _make_version_1(target, tmp_path / "source.db")
+        _make_old(target, tmp_path / "source.db", old_version)
     return url
 
 
-def _make_version_1(target: Database, source: Path) -> None:
-    """Empty a PostgreSQL database, take back what later versions added, and fill it from a SQLite file of version 1."""
+def _make_old(target: Database, source: Path, version: int) -> None:
+    """Empty a PostgreSQL database, take back what later versions added, and fill it from the SQLite file of a version."""
     engine = sa.create_engine(f"sqlite:///{source}")
     tables = [*BaseModel.metadata.sorted_tables, *metadata.sorted_tables]
     with target.engine.begin() as connection, engine.connect() as old:
-        for name, (on, _) in migrations._TRIGGERS.items():
-            connection.execute(sa.text(f"DROP TRIGGER {name} ON {on}"))
-            connection.execute(sa.text(f"DROP FUNCTION {name}"))
         for table in tables:
             connection.execute(table.delete())
+        for name, (on, _) in migrations._TRIGGERS.items():
+            if version == 1 or name == "hpo_id_deleted":
+                connection.execute(sa.text(f"DROP TRIGGER {name} ON {on}"))
+                connection.execute(sa.text(f"DROP FUNCTION {name}"))
+        if version > 1:  # the function of its trigger knows no later table
+            connection.exec_driver_sql(
+                "CREATE OR REPLACE FUNCTION hpo_trial_deleted() RETURNS trigger LANGUAGE plpgsql AS "
+                "$$ BEGIN DELETE FROM hpo_metrics WHERE trial = OLD.trial_id; "
+                "DELETE FROM hpo_trials WHERE trial = OLD.trial_id; RETURN NULL; END $$"
+            )
         for statement in (
             "DROP INDEX hpo_trials_by_state",
             "DROP TABLE hpo_rungs, hpo_deleted_studies",
@@ -74,7 +89,8 @@ def _make_version_1(target: Database, source: Path) -> None:
             )
             if sequence is not None and rows:
                 connection.execute(sa.select(sa.func.setval(sequence, max(row[key.name] for row in rows))))
-        connection.execute(sa.text("ALTER TABLE hpo_metrics ALTER COLUMN name TYPE VARCHAR(100)"))
+        if version == 1:
+            connection.execute(sa.text("ALTER TABLE hpo_metrics ALTER COLUMN name TYPE VARCHAR(100)"))
     engine.dispose()
 
 
@@ -101,7 +117,7 @@ def rows_of(database: Database) -> dict[str, list[tuple[Any, ...]]]:
     return {table: sql(database, f"SELECT * FROM {table}") for table in OUR_TABLES}
 
 
-def test_a_search_of_version_1_is_resumed(migrated: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_of_an_older_version_is_resumed(migrated: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(queue, "SILENT_SHARE", 0.0)
     assert sql(migrated, "SELECT version FROM hpo_schema") == [(migrations.VERSION,)]
     study = open_s(migrated)
@@ -109,7 +125,7 @@ def test_a_search_of_version_1_is_resumed(migrated: Database, monkeypatch: pytes
     assert [trial.state.name for trial in study.trials()] == ["COMPLETE", "PRUNED", "FAIL", "RUNNING", "RUNNING"]
     assert study.metrics()[0] == {1: {"m": 0.1, "loss": 1.0}, 2: {"m": 0.2, "loss": 0.5}}
     with grid_run(study) as run:
-        run.enqueue(POINTS_OF_VERSION_1, GRID_OF_VERSION_1)
+        run.enqueue(POINTS, GRID)
         allow_takeovers(migrated)
         run._queue._claim_existing(0)  # sees the dead runs first
         claims = [claim_one(run) for _ in range(3)]
@@ -120,23 +136,23 @@ def test_a_search_of_version_1_is_resumed(migrated: Database, monkeypatch: pytes
 def test_after_a_migration_the_name_of_a_metric_may_be_long(migrated: Database) -> None:
     study, name = open_s(migrated), "layer." * 50
     with grid_run(study) as run:
-        run.enqueue(POINTS_OF_VERSION_1, GRID_OF_VERSION_1)
+        run.enqueue(POINTS, GRID)
         claim = claim_one(run)
         run.report(claim, 2, {name: 0.5}, 0.5)
         run.flush()
     assert study.metrics()[claim.number][2] == {name: 0.5}
 
 
-def test_a_migration_happens_once(old_url: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_migration_happens_once(old_url: str, old_version: int, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "hpo.storage"):
         for _ in range(2):
             open_database(old_url).close()
     assert len(caplog.messages) == 1
-    assert f"migrated from version 1 to {migrations.VERSION}" in caplog.messages[0]
+    assert f"migrated from version {old_version} to {migrations.VERSION}" in caplog.messages[0]
 
 
-def test_a_migrated_database_equals_a_new_one(tmp_path: Path) -> None:
-    write_version_1(tmp_path / "old.db")
+def test_a_migrated_database_equals_a_new_one(tmp_path: Path, old_version: int) -> None:
+    write_old(tmp_path / "old.db", old_version)
     ddl = []
     for name in ("old", "new"):
         with open_database(f"sqlite:///{tmp_path}/{name}.db") as database:
@@ -148,7 +164,7 @@ def test_a_migrated_database_equals_a_new_one(tmp_path: Path) -> None:
 
 def test_the_old_sqlite_file_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path, copy = tmp_path / "hpo.db", tmp_path / "hpo.db.version-1"
-    write_version_1(path)
+    write_old(path)
     path.chmod(0o640)
     open_database(f"sqlite:///{path}").close()
     with closing(sqlite3.connect(copy)) as connection:
@@ -159,7 +175,7 @@ def test_the_old_sqlite_file_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFi
 
 
 def test_without_a_copy_nothing_is_migrated(tmp_path: Path) -> None:
-    write_version_1(tmp_path / "hpo.db")
+    write_old(tmp_path / "hpo.db")
     (tmp_path / "hpo.db.version-1/in the way").mkdir(parents=True)
     with pytest.raises(StorageError, match="cannot be backed up first: Is a directory"):
         open_database(f"sqlite:///{tmp_path}/hpo.db")
@@ -170,7 +186,7 @@ def test_without_a_copy_nothing_is_migrated(tmp_path: Path) -> None:
 
 def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "hpo.db"
-    write_version_1(path)
+    write_old(path)
 
     def fail(connection: sa.Connection) -> None:
         migrations._from_1(connection)
@@ -186,6 +202,7 @@ def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pyt
     open_database(f"sqlite:///{path}").close()
 
 
+@pytest.mark.parametrize("old_version", [1], indirect=True)
 def test_tables_that_the_dashboard_did_not_create_are_created(old_url: str) -> None:
     """`hpo dashboard` of version 1 left a new database without hpo_runs, hpo_trials and hpo_metrics."""
     engine = sa.create_engine(old_url.replace("postgresql://", "postgresql+psycopg://"))
