@@ -171,7 +171,7 @@ def search_without_ray(
     check_trainable(space)
     study = open_study(database, **space.study_options)
     listener = RecordingListener()
-    study.optuna_study.pruner = build_optuna_pruner(space, study.optuna_study)
+    study.optuna_study.pruner = build_optuna_pruner(space, study)
     with run_of(study, space) as run:
         if space.is_grid:
             run.enqueue(space.grid_points(), space.distributions())

@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import tempfile
 import threading
 from types import FrameType, TracebackType
@@ -35,6 +36,7 @@ os.environ.update(
 )
 
 CONNECT_SECONDS = 10.0  # how long a cluster may take to answer
+INTERRUPT_SECONDS = 0.1  # until a signal that arrived in an import is sent again
 OBJECT_STORE_BYTES = 100 * 2**20  # reports are small; the workers read data sets from disk
 
 
@@ -51,11 +53,15 @@ class RayCluster:
         self._start_ended = threading.Event()
         self._must_stop = threading.Event()
         self._error: Exception | None = None
-        self._sigterm_before: Any = None
+        self._handlers_before: dict[int, Any] = {}
+        self._imports_before = 0  # of a caller that runs a search while it is imported
 
     def __enter__(self) -> RayCluster:
         if threading.current_thread() is threading.main_thread():
-            self._sigterm_before = signal.signal(signal.SIGTERM, _interrupt)
+            self._imports_before = _count_imports(sys._getframe())  # noqa: SLF001 # documented, of CPython
+            self._handlers_before = {
+                number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)
+            }
         return self
 
     def __exit__(
@@ -65,8 +71,20 @@ class RayCluster:
         # A cluster that does not answer may keep `ray.init` waiting for many minutes; there is nothing to stop then.
         if self._thread.is_alive() and (self._address is None or self._start_ended.is_set()):
             self._thread.join()
-        if self._sigterm_before is not None:
-            signal.signal(signal.SIGTERM, self._sigterm_before)
+        for number, handler in self._handlers_before.items():
+            signal.signal(number, handler)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        """Raise KeyboardInterrupt, for SIGTERM too: Ray's processes and folders are removed.
+
+        An import is not interrupted, because Python may keep its lock: then every later import waits forever.
+        """
+        if _count_imports(frame) > self._imports_before:
+            again = threading.Timer(INTERRUPT_SECONDS, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+            return
+        raise KeyboardInterrupt
 
     def start(self) -> None:
         """Start Ray, unless it was started before, and return as soon as Ray's processes are starting."""
@@ -149,6 +167,10 @@ def _stop_autoscaler() -> None:
     node.kill_monitor(check_alive=False)
 
 
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    """Treat SIGTERM like Ctrl-C while Ray starts, so that Ray's processes and folders are removed."""
-    raise KeyboardInterrupt
+def _count_imports(frame: FrameType | None) -> int:
+    """Return how many frames of Python's import system are on the stack of a frame."""
+    count = 0
+    while frame is not None:
+        count += frame.f_code.co_filename.startswith("<frozen importlib")
+        frame = frame.f_back
+    return count

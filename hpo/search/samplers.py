@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from hpo.space.model import Space
 
 if TYPE_CHECKING:
-    import optuna
     from optuna.distributions import BaseDistribution
     from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
 
     from storage.pruners import Pruner
+    from storage.studies import Study
 
 TPE_HISTORY = 500  # finished trials that TPE sees; `benchmarks.tpe_history` measures what they cost, and the results
 
@@ -107,10 +107,16 @@ def build_pruner(space: Space, study_name: str) -> Pruner | None:
             raise NotImplementedError(f"scheduler {other}")
 
 
-def build_optuna_pruner(space: Space, study: optuna.Study) -> BasePruner:
-    """Return Optuna's pruner for its samplers: under Hyperband, they learn from the trials of a bracket only."""
+def build_optuna_pruner(space: Space, study: Study) -> BasePruner:
+    """Return Optuna's pruner for its samplers: under Hyperband, they learn from the trials of a bracket only.
+
+    Raises:
+        StorageError: the database cannot be used (after retries).
+    """
     from optuna import pruners
     from optuna.trial import TrialState, create_trial
+
+    from storage.database import retry_while_down
 
     if space.scheduler.name != "hyperband":
         return pruners.NopPruner()
@@ -119,5 +125,7 @@ def build_optuna_pruner(space: Space, study: optuna.Study) -> BasePruner:
         max_resource=space.max_epochs,
         reduction_factor=space.scheduler.reduction_factor,
     )
-    pruner.prune(study, create_trial(state=TrialState.RUNNING))  # Optuna creates the brackets in the first call
+    trial = create_trial(state=TrialState.RUNNING)
+    # Optuna creates the brackets in the first call, and reads the study for it.
+    retry_while_down(study.database, lambda: pruner.prune(study.optuna_study, trial))
     return pruner

@@ -195,7 +195,7 @@ def run_trials(
     """
     from storage.run import Run
 
-    study.optuna_study.pruner = build_optuna_pruner(space, study.optuna_study)
+    study.optuna_study.pruner = build_optuna_pruner(space, study)
     run = Run(
         study,
         config_key=space.config_key,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import signal
 import socket
 import sys
 import threading
+import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -140,10 +143,51 @@ def test_an_interrupt_does_not_wait_for_a_cluster_that_does_not_answer(
     wait_until(lambda: ("shutdown", None) in fake_ray.calls)
 
 
-def test_sigterm_is_an_interrupt_until_the_cluster_is_left(fake_ray: FakeRay) -> None:
-    if threading.current_thread() is not threading.main_thread():
-        pytest.skip("only the main thread handles signals")
-    before = signal.getsignal(signal.SIGTERM)
-    with RayCluster(None), pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_an_interrupt_until_the_cluster_is_left(fake_ray: FakeRay, number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt), RayCluster(None):
+        signal.raise_signal(number)
+    assert signal.getsignal(number) == before
+
+
+IMPORTED = """
+import signal, time
+signal.raise_signal(signal.SIGTERM)
+time.sleep(0.3)
+is_done = True
+"""
+
+
+def test_an_import_is_finished_before_the_interrupt(
+    fake_ray: FakeRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "imported_in_a_test.py").write_text(IMPORTED)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def search() -> None:
+        with RayCluster(None):
+            assert importlib.import_module("imported_in_a_test").is_done
+            time.sleep(10)
+
+    with pytest.raises(KeyboardInterrupt):
+        search()
+
+
+SEARCHING = """
+import signal
+from hpo.search.cluster import RayCluster
+try:
+    with RayCluster(None):
         signal.raise_signal(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) == before
+except KeyboardInterrupt:
+    is_interrupted = True
+"""
+
+
+def test_a_script_that_is_imported_can_be_interrupted(
+    fake_ray: FakeRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "searching_in_a_test.py").write_text(SEARCHING)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importlib.import_module("searching_in_a_test").is_interrupted

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
 from typing import Any
 
 import pytest
 from optuna.distributions import CategoricalDistribution
+from optuna.exceptions import StorageInternalError
+from optuna.pruners import HyperbandPruner
+from sqlalchemy.exc import OperationalError
 
 from benchmarks.toy import expected_value
 from hpo.report.results import read_results
 from hpo.report.tables import failures
-from hpo.search.samplers import TPE_HISTORY, build_pruner, build_sampler, history_limit
-from storage.database import open_database
+from hpo.search.samplers import TPE_HISTORY, build_optuna_pruner, build_pruner, build_sampler, history_limit
+from storage.database import Database, open_database
 from storage.history import MIN_LIMIT
 from storage.pruners import Median, SuccessiveHalving
 from storage.studies import Study, open_study
@@ -208,6 +212,25 @@ def test_pruners_use_the_options_of_the_scheduler(tmp_path: Path) -> None:
     assert hyperband == SuccessiveHalving(True, "toy", 1, 3, brackets=4)
     assert pruner_of({"name": "median", "grace_period": 5}) == Median(True, 5)
     assert pruner_of({"name": "none"}) is None
+
+
+def test_a_database_that_goes_away_does_not_end_a_search_by_hyperband(
+    study: Study, database: Database, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    reads = []
+    read = database.optuna_storage.get_study_id_from_name
+
+    def fails_once(name: str) -> int:
+        reads.append(name)
+        if len(reads) == 1:
+            raise StorageInternalError from OperationalError(
+                "SELECT", {}, sqlite3.OperationalError("database is locked")
+            )
+        return read(name)
+
+    monkeypatch.setattr(database.optuna_storage, "get_study_id_from_name", fails_once)
+    assert isinstance(build_optuna_pruner(toy_space(tmp_path, scheduler="hyperband"), study), HyperbandPruner)
+    assert len(reads) > 1
 
 
 def test_resumed_search_prunes_like_an_uninterrupted_one(study: Study, tmp_path: Path) -> None:
