@@ -44,7 +44,7 @@ def measure_here(url: str, sampler: str, seed: int) -> dict[str, float]:
     study = find_study(database, "s")
     assert study is not None
     opened = time.perf_counter()
-    study.count_ended()  # `hpo run` does this to find out how many trials are left
+    study.ended_keys()  # `hpo run` does this to find out how many trials are left
     space = Space.from_settings(study.settings | {"sampler": {"name": sampler, "seed": seed}})
     asks = []
     with Run(

@@ -6,8 +6,10 @@ import multiprocessing
 import sqlite3
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
+import optuna
 import pytest
 import sqlalchemy as sa
 
@@ -85,6 +87,9 @@ def test_a_lost_connection_is_noticed_on_both_sides_within_about_a_minute(postgr
         (f"mysql://user:{PASSWORD}@host/name", "mysql is not supported"),
         (f"nonsense://user:{PASSWORD}@host/name", "no driver for nonsense"),
         ("sqlite://", "ends with the process; name a file"),
+        (f"postgresql://user:{PASSWORD}@host:port/name", "not a database URL"),
+        (f"postgresql+psycopg2://user:{PASSWORD}@host/name", "does not use the driver .*psycopg2"),
+        (f"postgresql+asyncpg://user:{PASSWORD}@host/name", "does not use the driver .*asyncpg"),
         (f"postgresql://user:{PASSWORD}@127.0.0.1:9/name", "no server answers there"),
         (f"postgresql://user@127.0.0.1:9/name?connect_timeout=5&password={PASSWORD}", "no server answers there"),
     ],
@@ -127,6 +132,66 @@ def test_a_database_of_another_program_is_refused_and_not_changed(url: str) -> N
     with pytest.raises(StorageError, match=r"belongs to another program .it has the tables customers"):
         open_database(url)
     assert sa.inspect(engine).get_table_names() == ["customers"]
+    engine.dispose()
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        ["CREATE TABLE customers (name TEXT)"],
+        ["CREATE TABLE studies (id INTEGER, title TEXT)", "INSERT INTO studies VALUES (1, 'law')"],
+        ["CREATE TABLE studies (study_id INTEGER, study_name TEXT)", "CREATE TABLE trials (court TEXT)"],
+    ],
+)
+def test_a_file_of_another_program_stays_the_same_to_the_last_byte(tmp_path: Path, statements: list[str]) -> None:
+    """Even where a table has the name of one of Optuna's: no lock next to it, and no WAL in its header."""
+    file = tmp_path / "theirs.db"
+    with closing(sqlite3.connect(file)) as connection, connection:
+        for statement in statements:
+            connection.execute(statement)
+    content = file.read_bytes()
+    for create in (False, True):
+        with pytest.raises(StorageError, match="belongs to another program"):
+            open_database(f"sqlite:///{file}", create=create)
+    assert file.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ("UPDATE hpo_schema SET version = 99", "newer version of hpo"),
+        ("UPDATE alembic_version SET version_num = 'v3.0.0.d'", "another version of Optuna"),
+    ],
+)
+def test_a_file_of_another_version_stays_the_same_to_the_last_byte(
+    tmp_path: Path, statement: str, message: str
+) -> None:
+    file = tmp_path / "hpo.db"
+    open_database(f"sqlite:///{file}").close()
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute(statement)
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute("PRAGMA journal_mode=DELETE")
+    for lock in tmp_path.glob("*.lock"):
+        lock.unlink()
+    content = file.read_bytes()
+    with pytest.raises(StorageError, match=message):
+        open_database(f"sqlite:///{file}")
+    assert file.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_tables_of_an_older_optuna_get_none_of_ours(url: str) -> None:
+    engine = sa.create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
+    optuna.storages.RDBStorage(engine.url.render_as_string(hide_password=False)).engine.dispose()
+    with engine.begin() as connection:
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = 'v3.0.0.d'"))
+    tables = sa.inspect(engine).get_table_names()
+    for _ in range(2):
+        with pytest.raises(StorageError, match=r"another version of Optuna .its tables: v3\.0\.0\.d"):
+            open_database(url)
+    assert sa.inspect(engine).get_table_names() == tables
     engine.dispose()
 
 
