@@ -46,6 +46,10 @@ _DRIVERS = ("sqlite", "sqlite+pysqlite", "postgresql", "postgresql+psycopg")
 # Columns that Optuna's tables have in all versions. Other programs may have tables with these names, too.
 _OPTUNA_COLUMNS = {"studies": {"study_id", "study_name"}, "trials": {"trial_id", "study_id"}}
 
+# A transaction of ours never waits between two statements, unless its process is suspended. The server then ends it, and
+# releases the rows that it locked: without this, all other runs on the study would wait until the process goes on.
+_IDLE_TRANSACTION_SECONDS = 60
+
 T = TypeVar("T")
 logger = logging.getLogger("hpo.storage")
 
@@ -125,6 +129,10 @@ def open_database(url: str, password: str | None = None, *, create: bool = True)
         options = _engine_options(parsed)
         engine = sa.create_engine(parsed, **options)
         _configure(engine)
+        if (
+            engine.dialect.name == "postgresql"
+        ):  # not on Optuna's engine: it builds objects while it reads, and locks nothing
+            sa.event.listen(engine, "connect", _limit_idle_transactions)
         try:
             # The first connection needs the lock, too: it turns on WAL, for which SQLite does not wait for other writers.
             with _schema_lock(engine):
@@ -258,6 +266,11 @@ def _configure_postgresql(connection: Any, _record: object) -> None:
         f"set_config('tcp_{name.removeprefix('tcp_')}', '{value}', false)" for name, value in _TCP_OPTIONS.items()
     )
     connection.execute(f"SELECT {settings}")
+    connection.commit()
+
+
+def _limit_idle_transactions(connection: Any, _record: object) -> None:
+    connection.execute(f"SET idle_in_transaction_session_timeout = '{_IDLE_TRANSACTION_SECONDS}s'")
     connection.commit()
 
 
@@ -411,8 +424,9 @@ def _is_transient(error: BaseException) -> bool:
         return "locked" in str(error)
     state = getattr(error, "sqlstate", None)
     if state is not None:
-        # 08: connection; 57P: shutdown or startup; 40: serialization failure and deadlock; 53300: too many connections.
-        return state[:2] in {"08", "40"} or state[:3] == "57P" or state == "53300"
+        # 08: connection; 57P: shutdown or startup; 40: serialization failure and deadlock; 53300: too many connections;
+        # 25P03: this process was suspended in a transaction.
+        return state[:2] in {"08", "40"} or state[:3] == "57P" or state in {"53300", "25P03"}
     import psycopg
 
     return isinstance(error, psycopg.OperationalError | OperationalError | InterfaceError)

@@ -8,6 +8,7 @@ import threading
 import time
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -18,7 +19,7 @@ from storage import database, migrations
 from storage.database import StorageError, open_database, retry_while_down
 from storage.studies import find_study, open_study
 from tests.factories import wait_until
-from tests.storage.builders import open_in_process
+from tests.storage.builders import open_in_process, open_s
 
 PASSWORD = "do-not-show-me"
 
@@ -78,6 +79,31 @@ def test_a_lost_connection_is_noticed_on_both_sides_within_about_a_minute(postgr
                     "keepalives_count": "5",  # what the URL says
                     "tcp_user_timeout": "60000",
                 }
+
+
+@pytest.mark.postgres
+@pytest.mark.slow
+def test_a_process_that_is_suspended_in_a_transaction_does_not_stop_the_others(
+    postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "_IDLE_TRANSACTION_SECONDS", 1)
+    lock = sa.text("SELECT study_name FROM studies FOR UPDATE")
+    with open_database(postgres.create_database("suspended")) as opened:
+        open_s(opened)
+        attempts = 0
+
+        def suspended_once() -> Any:
+            nonlocal attempts
+            attempts += 1
+            with opened.transaction() as connection:
+                connection.execute(lock)
+                if attempts == 1:
+                    with opened.transaction() as other:  # waits until the server has ended this transaction
+                        assert other.scalar(lock) == "s"
+                return connection.scalar(lock)
+
+        assert retry_while_down(opened, suspended_once, timeout_seconds=30) == "s"
+        assert attempts == 2
 
 
 @pytest.mark.parametrize(
