@@ -46,7 +46,7 @@ def measure_here(url: str, sampler: str, scheduler: str, seed: int) -> dict[str,
     study = find_study(database, "s")
     assert study is not None
     opened = time.perf_counter()
-    study.count_ended()  # `hpo run` does this to find out how many trials are left
+    study.ended_keys()  # `hpo run` does this to find out how many trials are left
     changes: dict[str, Any] = {"sampler": {"name": sampler, "seed": seed}, "scheduler": scheduler}
     space = Space.from_settings(study.settings | changes)
     asks, decisions = [], []

@@ -388,7 +388,12 @@ def plan_search(
 def _trials_left(space: Space, study: Study) -> int | None:
     """Return how many trials have not ended; None where only time ends the search."""
     total = space.total_trials
-    return None if total is None else max(0, total - study.count_ended())
+    if total is None:
+        return None
+    ended = study.ended_keys()
+    if space.is_grid and len(ended) >= total:  # trials that were enqueued by hand may be no points of the grid
+        return sum(space.config_key(point) not in ended for point in space.planned_points())
+    return max(0, total - len(ended))
 
 
 # --- studies ----------------------------------------------------------------------------------------------------------

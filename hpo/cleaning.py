@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from storage.studies import Study
 
 LEFTOVER_SECONDS = 86_400.0  # no process writes a file, or measures training steps, for so long
-_DRAFT = re.compile(r"\..*?(?:\.(?P<pid>\d+)-[0-9a-f]+)?\.tmp")  # see `hpo.paths.atomic_file`
+# See `hpo.paths.atomic_file` and `storage.migrations.back_up`. The user may have other hidden files.
+_DRAFT = re.compile(r"\..+\.(?:(?P<pid>\d+)-[0-9a-f]{8}|version-\d+)\.tmp")
 _SET_ASIDE = re.compile(r"\d+\.other-\d+")  # see `hpo.search.checkpoints.claim_folder`
 
 

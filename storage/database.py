@@ -23,6 +23,7 @@ from filelock import FileLock
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
+from sqlalchemy.pool import NullPool
 
 from storage import migrations
 from storage.optuna_tables import SCHEMA
@@ -40,12 +41,25 @@ _TCP_OPTIONS = {
     "tcp_user_timeout": 60_000,  # milliseconds
 }
 
+_DRIVERS = ("sqlite", "sqlite+pysqlite", "postgresql", "postgresql+psycopg")
+
+# Columns that Optuna's tables have in all versions. Other programs may have tables with these names, too.
+_OPTUNA_COLUMNS = {"studies": {"study_id", "study_name"}, "trials": {"trial_id", "study_id"}}
+
+# A transaction of ours never waits between two statements, unless its process is suspended. The server then ends it, and
+# releases the rows that it locked: without this, all other runs on the study would wait until the process goes on.
+_IDLE_TRANSACTION_SECONDS = 60
+
 T = TypeVar("T")
 logger = logging.getLogger("hpo.storage")
 
 
 class StorageError(Exception):
     """The database cannot be used. The message says why and what to do, and never contains a password."""
+
+
+class UnavailableError(StorageError):
+    """The database was down for longer than an operation is retried."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +129,13 @@ def open_database(url: str, password: str | None = None, *, create: bool = True)
                     "or HPO_STORAGE"
                 )
             _create_folder(parsed, safe_url)
+            _check_file(Path(str(parsed.database)), safe_url)
         options = _engine_options(parsed)
         engine = sa.create_engine(parsed, **options)
         _configure(engine)
+        if engine.dialect.name == "postgresql":
+            # Not on Optuna's engine: it builds objects while it reads, and locks nothing.
+            sa.event.listen(engine, "connect", _limit_idle_transactions)
         try:
             # The first connection needs the lock, too: it turns on WAL, for which SQLite does not wait for other writers.
             with _schema_lock(engine):
@@ -171,14 +189,20 @@ def _transaction(engine: sa.Engine) -> Iterator[sa.Connection]:
 
 def _open_optuna(url: sa.URL, options: dict[str, Any], safe_url: str) -> RDBStorage:
     storage = _create_optuna_storage(url, options, skip_table_creation=True)
-    found = storage.get_current_version()
-    if found != SCHEMA:
+    try:
+        _check_optuna_version(storage.get_current_version(), safe_url)
+    except BaseException:
         storage.engine.dispose()
+        raise
+    return storage
+
+
+def _check_optuna_version(found: str, safe_url: str) -> None:
+    if found != SCHEMA:
         raise StorageError(
             f"{safe_url} was written by another version of Optuna (its tables: {found}, expected: {SCHEMA}); back it up "
             "and run `optuna storage upgrade --storage URL`, or name another database"
         )
-    return storage
 
 
 def _create_optuna_storage(url: sa.URL, options: dict[str, Any], *, skip_table_creation: bool) -> RDBStorage:
@@ -201,11 +225,13 @@ def _parse_url(url: str) -> sa.URL:
         parsed.get_dialect()
     except (NoSuchModuleError, ImportError):
         raise StorageError(f"no driver for {parsed.drivername}:// databases; {examples}") from None
-    except ArgumentError:
+    except (ArgumentError, ValueError):  # ValueError: the port is no number
         # The text is not repeated: it may contain a password that a typing mistake made unrecognizable.
         raise StorageError(f"the storage is not a database URL; write one, {examples}") from None
     if parsed.get_backend_name() not in {"sqlite", "postgresql"}:
         raise StorageError(f"{parsed.get_backend_name()} is not supported; {examples}")
+    if parsed.drivername not in _DRIVERS:
+        raise StorageError(f"hpo does not use the driver {parsed.drivername}; {examples}")
     if parsed.get_backend_name() == "sqlite" and parsed.database in {None, "", ":memory:"}:
         raise StorageError(f"a SQLite database in memory ends with the process; name a file, {examples}")
     if "password" in parsed.query:  # messages hide the password in its usual place only
@@ -246,6 +272,11 @@ def _configure_postgresql(connection: Any, _record: object) -> None:
     connection.commit()
 
 
+def _limit_idle_transactions(connection: Any, _record: object) -> None:
+    connection.execute(f"SET idle_in_transaction_session_timeout = '{_IDLE_TRANSACTION_SECONDS}s'")
+    connection.commit()
+
+
 def _configure(engine: sa.Engine) -> None:
     """Configure the connections that an engine opens from now on."""
     is_sqlite = engine.dialect.name == "sqlite"
@@ -260,27 +291,57 @@ def _configure_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     connection.execute("PRAGMA synchronous=NORMAL")
 
 
+def _check_file(path: Path, safe_url: str) -> None:
+    """Refuse a SQLite file that hpo cannot use before anything is written: the lock next to it, and WAL in its header.
+
+    Raises:
+        StorageError: see `_read_version`.
+        sqlite3.Error: the file is not a database, or cannot be opened.
+    """
+    # Immutable: SQLite locks and writes nothing, and does not read the WAL. What is in use has been opened before.
+    if not path.exists() or any(Path(f"{path}-{suffix}").exists() for suffix in ("wal", "journal")):
+        return
+    uri = f"{path.resolve().as_uri()}?mode=ro&immutable=1"
+    engine = sa.create_engine("sqlite://", creator=lambda: sqlite3.connect(uri, uri=True), poolclass=NullPool)
+    try:
+        _read_version(engine, safe_url)
+    except DBAPIError as error:
+        cause = _driver_error(error)
+        if "not a database" in str(cause) or "unable to open" in str(cause):
+            raise
+    finally:
+        engine.dispose()
+
+
 def _read_version(engine: sa.Engine, safe_url: str) -> int | None:
     """Return the version of our tables; None for an empty database, or one whose tables are incomplete or Optuna's only.
 
     Raises:
-        StorageError: another program or a newer version created the tables.
+        StorageError: another program, a newer version of hpo or another version of Optuna created the tables.
     """
-    tables = set(sa.inspect(engine).get_table_names())
-    if tables and not tables & {"studies", "hpo_schema"}:
+    inspector = sa.inspect(engine)
+    tables = set(inspector.get_table_names())
+    is_known = bool(tables & {"studies", "hpo_schema"}) and all(
+        columns <= {column["name"] for column in inspector.get_columns(table)}
+        for table, columns in _OPTUNA_COLUMNS.items()
+        if table in tables
+    )
+    if tables and not is_known:
         raise StorageError(
             f"{safe_url} belongs to another program (it has the tables {', '.join(sorted(tables)[:3])}, ...); "
             "name an empty database or one of Optuna's"
         )
-    if "hpo_schema" not in tables:
-        return None
     with engine.connect() as connection:
-        version = connection.scalar(sa.select(schema.c.version))
-    if version is not None and version > migrations.VERSION:
-        raise StorageError(
-            f"{safe_url} was written by a newer version of hpo (its tables have version {version}, this one knows up to "
-            f"{migrations.VERSION}); update hpo, or name another database"
-        )
+        version = connection.scalar(sa.select(schema.c.version)) if "hpo_schema" in tables else None
+        if version is not None and version > migrations.VERSION:
+            raise StorageError(
+                f"{safe_url} was written by a newer version of hpo (its tables have version {version}, this one knows up to "
+                f"{migrations.VERSION}); update hpo, or name another database"
+            )
+        if "alembic_version" in tables:
+            found = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
+            if found is not None:  # else Optuna has not completed its tables yet
+                _check_optuna_version(str(found), safe_url)
     return version
 
 
@@ -329,8 +390,8 @@ def retry_while_down(database: Database, operation: Callable[[], T], timeout_sec
     The operation must be idempotent: its transaction may have been committed although the answer was lost.
 
     Raises:
-        StorageError: the database was down for longer than the timeout, or the error is not transient (disk full,
-            missing rights, damaged file).
+        UnavailableError: the database was down for longer than the timeout.
+        StorageError: the error is not transient (disk full, missing rights, damaged file).
     """
     deadline = time.monotonic() + timeout_seconds
     pause_seconds = 0.1
@@ -342,7 +403,7 @@ def retry_while_down(database: Database, operation: Callable[[], T], timeout_sec
             if not _is_transient(cause):
                 raise StorageError(f"{database.url}: {_remedy(cause)}") from None
             if time.monotonic() + pause_seconds > deadline:
-                raise StorageError(
+                raise UnavailableError(
                     f"{database.url}: still unavailable after {timeout_seconds:.0f} s. {_remedy(cause)}"
                 ) from None
             if pause_seconds == 0.1:
@@ -366,8 +427,9 @@ def _is_transient(error: BaseException) -> bool:
         return "locked" in str(error)
     state = getattr(error, "sqlstate", None)
     if state is not None:
-        # 08: connection; 57P: shutdown or startup; 40: serialization failure and deadlock; 53300: too many connections.
-        return state[:2] in {"08", "40"} or state[:3] == "57P" or state == "53300"
+        # 08: connection; 57P: shutdown or startup; 40: serialization failure and deadlock; 53300: too many connections;
+        # 25P03: this process was suspended in a transaction.
+        return state[:2] in {"08", "40"} or state[:3] == "57P" or state in {"53300", "25P03"}
     import psycopg
 
     return isinstance(error, psycopg.OperationalError | OperationalError | InterfaceError)

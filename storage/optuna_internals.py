@@ -6,8 +6,9 @@ Optuna to one minor version: review this module and `optuna_tables` before raisi
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import optuna
@@ -25,6 +26,8 @@ BEST_TRIALS = default_gamma(sys.maxsize)
 
 # TPE draws all params of a trial at once. Until they are stored one by one, they are in system attributes with this prefix.
 RELATIVE_PARAMS = _RELATIVE_PARAMS_KEY
+
+_FIXED_PARAMS = "fixed_params"  # the system attribute of an enqueued trial's params
 
 GetTrials = Callable[[Container[TrialState] | None], list[FrozenTrial]]
 
@@ -117,6 +120,35 @@ def draft_trial(
     study._thread_local.cached_all_trials = None  # as `Study.ask` does
     study._storage.start_draft(draft)  # type: ignore[attr-defined]
     return optuna.Trial(study, DRAFT_ID), draft
+
+
+def is_enqueued(trial: FrozenTrial) -> bool:
+    """Return whether `Study.enqueue_trial` created a trial: its params are not set yet, only noted."""
+    return _FIXED_PARAMS in trial.system_attrs
+
+
+def as_point(trial: FrozenTrial, distributions: Mapping[str, BaseDistribution]) -> FrozenTrial:
+    """Return an enqueued trial with its params set. A trial that has params is returned as it is.
+
+    Args:
+        trial: of `Study.enqueue_trial`.
+        distributions: {name: distribution} of all params of a point.
+
+    Raises:
+        ValueError: it has other params, or one with a value that the distribution does not contain.
+    """
+    if trial.params:
+        return trial
+    params = trial.system_attrs[_FIXED_PARAMS]
+    if set(params) != set(distributions):
+        raise ValueError(f"its parameters are {', '.join(params) or 'none'} in place of {', '.join(distributions)}")
+    for name, distribution in distributions.items():
+        if not distribution._contains(distribution.to_internal_repr(params[name])):
+            raise ValueError(f"{name} cannot be {params[name]!r}")
+    point = copy.copy(trial)
+    point.distributions = dict(distributions)
+    point.params = dict(params)
+    return point
 
 
 # --- TPE --------------------------------------------------------------------------------------------------------------

@@ -167,7 +167,7 @@ def claim_existing(
         )
         if not resumable:
             return Scan(None, partial_ids, bool(others), failed)
-        _own(connection, run, resumable[0].trial_id, token, resumable[0].epoch)
+        _own(connection, run, resumable[0].trial_id, token)
         return Scan(_claimed_with(connection, token), partial_ids, bool(others), failed)
 
 
@@ -264,6 +264,7 @@ def _take_over(
     """
     freed: dict[int, int] = {}
     failed: dict[int, str] = {}
+    left: dict[int, tuple[Any, bool]] = {}  # {trial_id: (row, whether its run died)}
     for row in rows:
         if row.state != TrialState.RUNNING or row.token in own_tokens:
             continue
@@ -275,24 +276,33 @@ def _take_over(
             if not has_died:
                 continue
         # Or nobody owns it: a program that uses Optuna created it, or this run has it and does not work on it.
-        crashes = (row.crashes or 0) + (has_died and row.epoch <= row.claimed_epoch)
+        left[row.trial_id] = row, has_died
+    # A run that counts as dead may end its trial between that query and this one, which waits for it.
+    locked = _owners(connection, left) if left else {}
+    for trial_id, (row, has_died) in left.items():
+        now = locked.get(trial_id)
+        if now is not None and (now.token != row.token or now.state != TrialState.RUNNING):
+            continue
+        epoch = row.epoch if now is None else now.epoch
+        crashes = (row.crashes or 0) + (has_died and epoch <= row.claimed_epoch)
         if has_died and crashes > run.max_failures:
             failed[row.number] = f"the driver died {crashes} times while it trained this trial"
             attrs = {"fail_reason": f"{failed[row.number]} (max_failures {run.max_failures})"}
-            optuna_tables.write_attrs(connection, [(row.trial_id, attrs)])
-            optuna_tables.end(connection, row.trial_id, TrialState.FAIL, None)
+            optuna_tables.write_attrs(connection, [(trial_id, attrs)])
+            optuna_tables.end(connection, trial_id, TrialState.FAIL, None)
         else:
-            freed[row.trial_id] = crashes
-            optuna_tables.wait(connection, [row.trial_id])
-        is_trial = tables.trials.c.trial == row.trial_id
+            freed[trial_id] = crashes
+            optuna_tables.wait(connection, [trial_id])
+        is_trial = tables.trials.c.trial == trial_id
         owner = {} if row.number in failed else {"run": None}
         connection.execute(tables.trials.update().where(is_trial).values(token=None, crashes=crashes, **owner))
     return freed, failed
 
 
-def _own(connection: sa.Connection, run: RunKey, trial_id: int, token: int, epoch: int) -> None:
-    is_trial = tables.trials.c.trial == trial_id
-    owner = {"run": run.run_id, "token": token, "claimed_epoch": epoch}
+def _own(connection: sa.Connection, run: RunKey, trial_id: int, token: int) -> None:
+    values, is_trial = optuna_tables.intermediate_values, tables.trials.c.trial == trial_id
+    last = sa.select(sa.func.coalesce(sa.func.max(values.c.step), 0)).where(values.c.trial_id == trial_id)
+    owner = {"run": run.run_id, "token": token, "claimed_epoch": last.scalar_subquery()}
     connection.execute(tables.trials.update().where(is_trial).values(owner))
     optuna_tables.start(connection, trial_id)
 

@@ -154,16 +154,21 @@ class TrialQueue:
     def _claim_partial(self, token: int, trial_id: int) -> ClaimedTrial | None:
         """Complete and claim a trial that another program enqueued; set it to FAIL if it is a duplicate or not allowed."""
         partial = self._read(lambda: self._database.optuna_storage.get_trial(trial_id))
-        if self._draw is None:
-            if not partial.params:
-                return None
-            claim = self._register(token, partial, trial_id)
-        else:
-            constraint, draft = self._read(lambda: self._draw_once(partial.number, partial))
-            if constraint:
-                self._retry(lambda: protocol.refuse(self._database, self._run, trial_id, constraint))
-                return None
-            claim = self._register(token, draft, trial_id)
+        if self._draw is None and not (
+            partial.params or (self._distributions and optuna_internals.is_enqueued(partial))
+        ):
+            return None
+        try:
+            if self._draw is None:
+                broken, draft = "", optuna_internals.as_point(partial, self._distributions)
+            else:
+                broken, draft = self._read(lambda: self._draw_once(partial.number, partial))
+        except (ValueError, TypeError) as error:
+            broken, draft = f"not in the search space: {error}", partial
+        if broken:
+            self._retry(lambda: protocol.refuse(self._database, self._run, trial_id, broken))
+            return None
+        claim = self._register(token, draft, trial_id)
         return claim if isinstance(claim, ClaimedTrial) else None
 
     # --- new trials

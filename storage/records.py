@@ -97,6 +97,15 @@ def read_keys(database: Database, study_id: int) -> set[str]:
         return set(connection.scalars(sa.select(trials.c.key).where(trials.c.study == study_id)))
 
 
+def read_ended_keys(database: Database, study_id: int) -> set[str]:
+    """Return the keys of a study's configurations that have ended."""
+    trial = optuna_tables.trials
+    query = sa.select(trials.c.key).join(trial, trial.c.trial_id == trials.c.trial)
+    with database.engine.connect() as connection:
+        has_ended = trial.c.state.in_(optuna_tables.ENDED)
+        return set(connection.scalars(query.where(trial.c.study_id == study_id, has_ended)))
+
+
 def read_provenance(database: Database, trial_id: int) -> dict[str, Any]:
     """Return what is needed to run a trial again: its own provenance and its run's; empty if it never started."""
     query = (

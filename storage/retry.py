@@ -16,8 +16,21 @@ _OF_FAILURE = ("fail_reason", "traceback")  # user attributes of a failed trial
 
 
 def failed_trials(study: Study) -> list[int]:
-    """Return the numbers of the trials that failed while they were trained, in ascending order."""
-    return [trial.number for trial in study.trained_trials() if trial.state == TrialState.FAIL]
+    """Return the numbers of the trials that failed while they were trained, in ascending order.
+
+    Raises:
+        StorageError: the database cannot be used (after retries).
+    """
+    trial = optuna_tables.trials
+    # Without a row of ours, no run trained it: a draw that was refused, or a trial of another program.
+    query = sa.select(trial.c.number).join(tables.trials, tables.trials.c.trial == trial.c.trial_id)
+    query = query.where(trial.c.study_id == study.study_id, trial.c.state == TrialState.FAIL).order_by(trial.c.number)
+
+    def read() -> list[int]:
+        with study.database.engine.connect() as connection:
+            return list(connection.scalars(query))
+
+    return retry_while_down(study.database, read)
 
 
 def retry_trials(study: Study, numbers: Collection[int], *, resume: bool = False) -> None:

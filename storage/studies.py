@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import re
 import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -25,6 +26,7 @@ from storage.protocol import study_deleted
 from storage.records import NEVER_RUN
 
 T = TypeVar("T")
+_REVISION = re.compile(r"[2-9]|[1-9][0-9]+")
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,10 @@ class Study:
         """Return how many trials have ended."""
         counts = self.counts()
         return counts["COMPLETE"] + counts["PRUNED"] + counts["FAIL"]
+
+    def ended_keys(self) -> set[str]:
+        """Return the keys of the configurations that have ended. Trials that another program added have none."""
+        return retry_while_down(self.database, lambda: records.read_ended_keys(self.database, self.study_id))
 
     def metrics(self, trials: Iterable[FrozenTrial] | None = None) -> dict[int, records.Metrics]:
         """Return {trial number: {epoch: {name: value}}}.
@@ -252,9 +258,9 @@ def all_studies(database: Database) -> list[Study]:
 
 def find_study(database: Database, name: str) -> Study | None:
     """Return the study with this name, or None. A name without a revision means the latest one."""
-    revisions = _revisions(database, name.partition("@")[0])
     if "@" in name:
-        return _load(database, name) if name in revisions else None
+        return _load(database, name) if name in study_names(database) else None
+    revisions = _revisions(database, name)
     return _load(database, revisions[-1]) if revisions else None
 
 
@@ -297,7 +303,7 @@ def open_study(
 
     Args:
         database: the database of the study.
-        name: the first revision's name; later ones are `name@2`, `name@3`, ...
+        name: the first revision's name, without `@`; later ones are `name@2`, `name@3`, ...
         direction: maximize or minimize.
         fingerprint: the identity of the search. Studies of different fingerprints never share trials.
         settings: plain values to store with the study. They replace those of an earlier opening.
@@ -306,11 +312,15 @@ def open_study(
     Raises:
         StorageError: a study of another program has the name, or the database cannot be used.
     """
+    if "@" in name:
+        raise StorageError(f"a study cannot be named {name!r}: what follows @ is the number of a revision")
 
     def open_or_create() -> Study | None:
         revisions = _revisions(database, name)  # first: a study that appears after it makes the insertion fail
         study = find_revision(database, name, fingerprint)
         attrs = {} if study is None else study.attrs
+        if study is not None and "hpo:fingerprint" not in attrs:
+            _check_direction(study, direction)
         # The budget, for example, may have changed since the study was last opened.
         wanted = {"hpo:settings": dict(settings), "hpo:total": total_trials}
         changed = {attr: value for attr, value in wanted.items() if attr not in attrs or attrs[attr] != value}
@@ -351,6 +361,16 @@ def open_study(
             return opened
 
 
+def _check_direction(study: Study, direction: str) -> None:
+    """Raise StorageError if another program created a study with another direction, such as the dashboard's default."""
+    found = [each.name.lower() for each in study.optuna_study.directions]
+    if found != [direction]:
+        raise StorageError(
+            f"the study {study.name!r} in {study.database.url} was created by another program, to {' and '.join(found)}, "
+            f"but the search space says {direction}: delete the study, which has no trials, or rename the search space"
+        )
+
+
 def _load(database: Database, name: str) -> Study | None:
     """Return a study; None if it was deleted meanwhile."""
     storage = DraftStorage(database.optuna_storage)
@@ -366,7 +386,8 @@ def _revisions(database: Database, name: str) -> list[str]:
 
 
 def _is_revision(known: str, name: str) -> bool:
-    return known.partition("@")[0] == name
+    """Return whether `open_study` may have named a study so. Names that other programs give may contain `@`, too."""
+    return known == name or (known.startswith(f"{name}@") and _REVISION.fullmatch(known, len(name) + 1) is not None)
 
 
 def _revision(name: str) -> int:

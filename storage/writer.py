@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from optuna.trial import TrialState
 
 from storage import protocol
-from storage.database import RETRY_SECONDS, StorageError, retry_while_down
+from storage.database import RETRY_SECONDS, StorageError, UnavailableError, retry_while_down
 from storage.protocol import ClaimedTrial, LostTrialError, TrialUpdate
 from storage.pruners import Pruner
 from storage.studies import Study
@@ -72,20 +72,21 @@ class Writer:
         """Write all updates.
 
         Raises:
-            StorageError: the database cannot be used (after retries), or refuses an update. The updates are kept for the
-                next flush.
+            StorageError: the database cannot be used (after retries), or refuses an update. The updates that were not
+                written are kept for the next flush.
         """
         with self._write_lock:
             with self._updates_lock:
                 updates, self._updates = self._updates, []
+            left, error = updates, None
             try:
-                if updates:
-                    retry_while_down(self._study.database, lambda: self._write(updates), timeout_seconds)
-            except BaseException as error:
+                left, error = self._write(updates, timeout_seconds)
+            finally:
                 with self._updates_lock:
-                    self._updates[:0] = updates
-                if isinstance(error, StorageError) or not isinstance(error, Exception):
-                    raise
+                    self._updates[:0] = left
+            if isinstance(error, StorageError):
+                raise error
+            if error is not None:
                 raise StorageError(f"{self._study.database.url}: cannot store updates of trials: {error!r}") from error
 
     @contextlib.contextmanager
@@ -105,7 +106,33 @@ class Writer:
             with contextlib.suppress(StorageError):
                 self.flush()
 
-    def _write(self, updates: list[TrialUpdate]) -> None:
+    def _write(self, updates: list[TrialUpdate], timeout_seconds: float) -> tuple[list[TrialUpdate], Exception | None]:
+        """Write updates; return those that were not written, and the first error."""
+        try:
+            if updates:
+                retry_while_down(self._study.database, lambda: self._write_once(updates), timeout_seconds)
+        except UnavailableError as error:
+            return updates, error
+        except Exception as error:  # noqa: BLE001 # raised again by `flush`
+            batches: dict[int, list[TrialUpdate]] = {}
+            for update in updates:
+                batches.setdefault(update.claim.token, []).append(update)
+            if len(batches) == 1:
+                return updates, error
+            # What the database refuses of one trial must not keep the others from being stored.
+            left: list[TrialUpdate] = []
+            first: Exception | None = None
+            for batch in batches.values():
+                if isinstance(first, UnavailableError):
+                    left += batch
+                    continue
+                not_written, error_of_batch = self._write(batch, timeout_seconds)
+                left += not_written
+                first = first or error_of_batch
+            return left, first
+        return [], None
+
+    def _write_once(self, updates: list[TrialUpdate]) -> None:
         self._ending |= {(each.claim.token, TrialState.PRUNED) for each in updates if each.decides}
         self._ending |= {(each.claim.token, each.final_state) for each in updates if each.final_state is not None}
         study = self._study

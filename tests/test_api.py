@@ -17,7 +17,7 @@ from hpo.paths import RunsDir
 from hpo.search.retention import trials_with_checkpoints
 from storage.database import StorageError, open_database
 from storage.studies import all_studies, find_revision, open_study
-from tests.factories import RecordingListener, search_without_ray, toy_space
+from tests.factories import RecordingListener, run_of, search_without_ray, toy_space
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +170,32 @@ def test_a_plan_counts_what_storage_holds(finished: Path, storage: str) -> None:
     same = api.plan_search(toy_space(finished), storage=storage)
     assert (same.trials_left, same.estimate) == (0, None)
     assert sorted(same.states.values()) == ["COMPLETE", "COMPLETE"]
+
+
+def test_trials_of_another_program_do_not_use_up_a_search(tmp_path: Path) -> None:
+    url, space = f"sqlite:///{tmp_path}/hpo.db", toy_space(tmp_path)
+    with open_database(url) as database:
+        study = open_study(database, **space.study_options)
+        for _ in range(2):
+            study.optuna_study.add_trial(optuna.trial.create_trial(value=0.5))
+        assert api.plan_search(space, storage=url).trials_left == 2
+        # A trial that is no point of the grid ends first.
+        by_hand = optuna.trial.create_trial(
+            state=optuna.trial.TrialState.WAITING,
+            params={"x": 99},
+            distributions={"x": optuna.distributions.CategoricalDistribution([99])},
+        )
+        study.optuna_study.add_trial(by_hand)
+        with run_of(study, space) as run:
+            run.enqueue(space.grid_points(), space.distributions())
+            for _ in range(2):
+                claim = run.claim()
+                assert claim is not None
+                run.complete(claim, 0.5)
+        assert [trial.params.get("x") for trial in study.trials() if trial.state.name == "COMPLETE"][2:] == [99, 1]
+        assert api.plan_search(space, storage=url).trials_left == 1
+        search_without_ray(space, database, tmp_path)
+        assert api.plan_search(space, storage=url).trials_left == 0
 
 
 def test_a_plan_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

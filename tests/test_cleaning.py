@@ -223,6 +223,7 @@ def test_leftovers_of_killed_processes_are_freed_after_a_day(database: Database,
         path.parent.mkdir(exist_ok=True)
         path.touch()
     kept = [runs.root / "hpo.db.version-2", runs.root / "exports", runs.reports / "one/index.html", runs.root / "x.tmp"]
+    kept += [runs.root / ".theirs.tmp", runs.reports / "one/.~lock.x.1-2.tmp"]
     for path in kept:
         path.touch()
         grow_old(path)

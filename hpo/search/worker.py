@@ -21,6 +21,8 @@ from hpo.search.script import ScriptError, run_script
 from hpo.space.command import CHECKPOINT_DIR, build_arguments, uses_checkpoint_dir
 from hpo.trainable import load_trainable
 
+MAX_NAME_LENGTH = 500  # of a metric: PostgreSQL limits the size of a key
+
 
 @dataclass(frozen=True)
 class TrialSpec:
@@ -125,7 +127,7 @@ def run_trial(spec: TrialSpec) -> Generator[TrialReport, None, None]:
         with closing(_start_epochs(spec, checkpoint)) as epochs:
             started = time.perf_counter()
             for finished in epochs:
-                metrics = {str(name): float(value) for name, value in finished.metrics.items()}
+                metrics = {_checked_name(name): float(value) for name, value in finished.metrics.items()}
                 metrics["epoch_seconds"] = time.perf_counter() - started
                 history[finished.epoch] = metrics
                 is_due = finished.epoch % spec.checkpoint_every == 0 or finished.epoch == spec.max_epochs
@@ -146,7 +148,27 @@ def run_trial(spec: TrialSpec) -> Generator[TrialReport, None, None]:
     except Exception as error:  # noqa: BLE001 # any error of a trainable fails the trial, not the worker
         reason = "out of memory" if "OutOfMemory" in type(error).__name__ or isinstance(error, MemoryError) else ""
         text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        yield TrialReport(failure=f"{reason}: {text}" if reason else text, traceback=traceback.format_exc())
+        failure = _encodable(f"{reason}: {text}" if reason else text)
+        yield TrialReport(failure=failure, traceback=_encodable(traceback.format_exc()))
+
+
+def _checked_name(name: object) -> str:
+    """Return the name of a metric.
+
+    Raises:
+        ValueError: a database cannot store it. Each resume would fail at the same epoch.
+    """
+    text = str(name)
+    if len(text) > MAX_NAME_LENGTH or _encodable(text) != text:
+        raise ValueError(
+            f"the name of a metric is Unicode text of at most {MAX_NAME_LENGTH} characters without NUL, not {text[:50]!r}"
+        )
+    return text
+
+
+def _encodable(text: str) -> str:
+    """Return a text as databases and web pages can hold it: file names in errors may not be Unicode."""
+    return text.replace("\0", "\\x00").encode(errors="backslashreplace").decode()
 
 
 def _start_epochs(spec: TrialSpec, checkpoint: Checkpoint | None) -> Generator[Any, None, None]:

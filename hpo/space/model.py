@@ -326,6 +326,11 @@ def load_space(name_or_path: str, overrides: Sequence[str] = ()) -> Space:
     problems: list[Problem] = []
     if "name" in document.data:
         problems.append((("name",), f"a study has the name of its file, {path.stem!r}: leave name out"))
+    if "@" in path.stem or not path.stem.isprintable():
+        raise SettingError(
+            f"rename {str(path)!r}: a study has the name of its file, which must not contain @, the sign before the number "
+            "of a revision, nor characters that cannot be printed"
+        )
     try:
         space = Space.model_validate({**document.data, "name": path.stem})
         values = {name: getattr(space, name) for name in Space.model_fields}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -100,6 +101,16 @@ def test_requests_from_other_sites_are_rejected(open_port: int, app: RecordingAp
     app.requests.clear()
     status, _, _ = request(open_port, method, "/api/studies", Origin=origin.format(port=open_port))
     assert status == 403
+    assert app.requests == []
+
+
+@pytest.mark.parametrize("path", ["/api/studies/1/rename", "//api/studies/1/rename", "/api/studies/1/rename/"])
+def test_a_study_is_not_renamed(open_port: int, app: RecordingApp, path: str) -> None:
+    """optuna-dashboard would copy its trials and delete it, and our rows with it."""
+    app.requests.clear()
+    status, _, content = request(open_port, "POST", path, {"study_name": "other"})
+    assert status == 400
+    assert "cannot be renamed" in json.loads(content)["reason"]
     assert app.requests == []
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from benchmarks.toy import expected_value
+import pytest
+
+from benchmarks.toy import Report, expected_value
 from hpo.search.worker import run_trial
 from tests.factories import take_reports, trial_spec
 
@@ -64,3 +68,35 @@ def test_a_checkpoint_of_another_configuration_is_not_used(tmp_path: Path) -> No
     assert [bool(report.warning) for report in reports] == [True, False, False, False]
     assert "files in" in reports[0].warning
     assert "were of another configuration; they are now in trial.other-1" in reports[0].warning
+
+
+@pytest.mark.parametrize("name", ["x" * 501, "nul\0", "half of a pair \ud800"])
+def test_a_metric_that_no_database_can_store_fails_the_trial(tmp_path: Path, name: str) -> None:
+    """Stored, it would stop the search, and each resume at the same epoch."""
+    (report,) = take_reports(
+        trial_spec(tmp_path, trainable="tests.search.test_worker:report_badly", params={"name": name}), 1
+    )
+    assert report.failure.startswith("ValueError: the name of a metric is Unicode text of at most 500 characters")
+    assert not list((tmp_path / "trial").glob("*.pt"))
+
+
+def test_the_error_of_a_trainable_becomes_unicode_text(tmp_path: Path) -> None:
+    (report,) = take_reports(trial_spec(tmp_path, trainable="tests.search.test_worker:report_badly", params={}), 1)
+    assert report.failure == r"FileNotFoundError: \udcff\x00"
+    assert r"\udcff\x00" in report.traceback
+    report.traceback.encode()
+
+
+def report_badly(
+    params: Mapping[str, Any],
+    *,
+    data: Mapping[str, Any],
+    seed: int,
+    max_epochs: int,
+    device: str,
+    checkpoint: Mapping[str, Any] | None = None,
+) -> Iterator[Report]:
+    """Report a metric with the name in `params`, or raise an error about a file whose name is not Unicode."""
+    if "name" not in params:
+        raise FileNotFoundError("\udcff\0")
+    yield Report(1, {"value": 0.5, params["name"]: 1.0}, {})

@@ -422,3 +422,11 @@ def test_every_kind_of_parameter_survives_storage(
             budget={"time": "1h"},
         )
     )
+
+
+@pytest.mark.parametrize("name", ["lr@2", "lr@", "two\nlines", "not unicode \udcff"])
+def test_a_file_whose_name_cannot_be_that_of_a_study_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / f"{name}.yaml"
+    path.write_text("sampler: grid\nmax_epochs: 1\nparameters: {lr: 0.1}\n")
+    with pytest.raises(SettingError, match=r"rename .*must not contain @"):
+        load_space(str(path))

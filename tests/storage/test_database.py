@@ -6,8 +6,11 @@ import multiprocessing
 import sqlite3
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
+import optuna
 import pytest
 import sqlalchemy as sa
 
@@ -16,7 +19,7 @@ from storage import database, migrations
 from storage.database import StorageError, open_database, retry_while_down
 from storage.studies import find_study, open_study
 from tests.factories import wait_until
-from tests.storage.builders import open_in_process
+from tests.storage.builders import open_in_process, open_s
 
 PASSWORD = "do-not-show-me"
 
@@ -78,6 +81,31 @@ def test_a_lost_connection_is_noticed_on_both_sides_within_about_a_minute(postgr
                 }
 
 
+@pytest.mark.postgres
+@pytest.mark.slow
+def test_a_process_that_is_suspended_in_a_transaction_does_not_stop_the_others(
+    postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "_IDLE_TRANSACTION_SECONDS", 1)
+    lock = sa.text("SELECT study_name FROM studies FOR UPDATE")
+    with open_database(postgres.create_database("suspended")) as opened:
+        open_s(opened)
+        attempts = 0
+
+        def suspended_once() -> Any:
+            nonlocal attempts
+            attempts += 1
+            with opened.transaction() as connection:
+                connection.execute(lock)
+                if attempts == 1:
+                    with opened.transaction() as other:  # waits until the server has ended this transaction
+                        assert other.scalar(lock) == "s"
+                return connection.scalar(lock)
+
+        assert retry_while_down(opened, suspended_once, timeout_seconds=30) == "s"
+        assert attempts == 2
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
@@ -85,6 +113,9 @@ def test_a_lost_connection_is_noticed_on_both_sides_within_about_a_minute(postgr
         (f"mysql://user:{PASSWORD}@host/name", "mysql is not supported"),
         (f"nonsense://user:{PASSWORD}@host/name", "no driver for nonsense"),
         ("sqlite://", "ends with the process; name a file"),
+        (f"postgresql://user:{PASSWORD}@host:port/name", "not a database URL"),
+        (f"postgresql+psycopg2://user:{PASSWORD}@host/name", "does not use the driver .*psycopg2"),
+        (f"postgresql+asyncpg://user:{PASSWORD}@host/name", "does not use the driver .*asyncpg"),
         (f"postgresql://user:{PASSWORD}@127.0.0.1:9/name", "no server answers there"),
         (f"postgresql://user@127.0.0.1:9/name?connect_timeout=5&password={PASSWORD}", "no server answers there"),
     ],
@@ -127,6 +158,66 @@ def test_a_database_of_another_program_is_refused_and_not_changed(url: str) -> N
     with pytest.raises(StorageError, match=r"belongs to another program .it has the tables customers"):
         open_database(url)
     assert sa.inspect(engine).get_table_names() == ["customers"]
+    engine.dispose()
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        ["CREATE TABLE customers (name TEXT)"],
+        ["CREATE TABLE studies (id INTEGER, title TEXT)", "INSERT INTO studies VALUES (1, 'law')"],
+        ["CREATE TABLE studies (study_id INTEGER, study_name TEXT)", "CREATE TABLE trials (court TEXT)"],
+    ],
+)
+def test_a_file_of_another_program_stays_the_same_to_the_last_byte(tmp_path: Path, statements: list[str]) -> None:
+    """Even where a table has the name of one of Optuna's: no lock next to it, and no WAL in its header."""
+    file = tmp_path / "theirs.db"
+    with closing(sqlite3.connect(file)) as connection, connection:
+        for statement in statements:
+            connection.execute(statement)
+    content = file.read_bytes()
+    for create in (False, True):
+        with pytest.raises(StorageError, match="belongs to another program"):
+            open_database(f"sqlite:///{file}", create=create)
+    assert file.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ("UPDATE hpo_schema SET version = 99", "newer version of hpo"),
+        ("UPDATE alembic_version SET version_num = 'v3.0.0.d'", "another version of Optuna"),
+    ],
+)
+def test_a_file_of_another_version_stays_the_same_to_the_last_byte(
+    tmp_path: Path, statement: str, message: str
+) -> None:
+    file = tmp_path / "hpo.db"
+    open_database(f"sqlite:///{file}").close()
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute(statement)
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute("PRAGMA journal_mode=DELETE")
+    for lock in tmp_path.glob("*.lock"):
+        lock.unlink()
+    content = file.read_bytes()
+    with pytest.raises(StorageError, match=message):
+        open_database(f"sqlite:///{file}")
+    assert file.read_bytes() == content
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_tables_of_an_older_optuna_get_none_of_ours(url: str) -> None:
+    engine = sa.create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
+    optuna.storages.RDBStorage(engine.url.render_as_string(hide_password=False)).engine.dispose()
+    with engine.begin() as connection:
+        connection.execute(sa.text("UPDATE alembic_version SET version_num = 'v3.0.0.d'"))
+    tables = sa.inspect(engine).get_table_names()
+    for _ in range(2):
+        with pytest.raises(StorageError, match=r"another version of Optuna .its tables: v3\.0\.0\.d"):
+            open_database(url)
+    assert sa.inspect(engine).get_table_names() == tables
     engine.dispose()
 
 

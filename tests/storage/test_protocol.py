@@ -483,6 +483,38 @@ def test_a_trial_of_a_claim_that_failed_is_claimed_again_by_its_run(study: Study
     assert (again.trial_id, again.crashes) == (claim.trial_id, 0)
 
 
+@pytest.mark.parametrize("ending", ["complete", "release", "report"])
+def test_what_a_run_writes_while_it_is_taken_over_stands(
+    study: Study, database: Database, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    """On SQLite no run can write then. On PostgreSQL it can, before the take-over locks its trial."""
+    if database.engine.dialect.name == "sqlite":
+        pytest.skip("SQLite has one writer at a time")
+    dead, run = start_run(study), start_run(study)
+    claim = create(study, dead)
+    unfinished = protocol._unfinished
+
+    def written_meanwhile(*args: Any) -> list[Any]:
+        rows = unfinished(*args)
+        if ending == "release":
+            protocol.release(database, claim)
+        else:
+            state = TrialState.COMPLETE if ending == "complete" else None
+            update = TrialUpdate(claim, 1, {"m": 0.5}, 0.5, final_state=state)
+            protocol.write(database, study.study_id, [update], pruner=None, ending=())
+        return rows
+
+    monkeypatch.setattr(protocol, "_unfinished", written_meanwhile)
+    found = scan(study, run, dead=[dead]).claim
+    if ending == "report":
+        assert found is not None
+        assert (found.epoch, found.crashes) == (1, 0), "it has just finished an epoch"
+        assert sql(database, "SELECT claimed_epoch FROM hpo_trials") == [(1,)]
+    else:
+        assert found is None
+        assert trial_states(study) == ["COMPLETE" if ending == "complete" else "WAITING"]
+
+
 # --- epochs that are trained again
 
 

@@ -298,3 +298,36 @@ def test_a_trial_enqueued_through_optuna_is_claimed(study: Study) -> None:
     study.optuna_study.enqueue_trial({"x": 0.25, "n": 2})
     with sampled_run(study, max_trials=1) as run:
         assert claim_one(run).params == {"x": 0.25, "n": 2}
+
+
+@pytest.mark.parametrize("value", ["one half", None])
+def test_an_enqueued_trial_with_a_value_outside_the_space_fails_alone(study: Study, value: Any) -> None:
+    study.optuna_study.enqueue_trial({"x": value, "n": 2})
+    with sampled_run(study, max_trials=2) as run:
+        claims = [claim_one(run) for _ in range(2)]
+        for claim in claims:
+            run.complete(claim, 0.5)
+        assert run.claim() is None
+        assert run.finished
+    refused = study.trials()[0]
+    assert refused.state.name == "FAIL"
+    assert refused.user_attrs["constraint"].startswith("not in the search space: ")
+
+
+def test_a_point_of_a_grid_that_is_enqueued_through_optuna_is_run_once(study: Study) -> None:
+    study.optuna_study.enqueue_trial({"a": 2, "b": "y"})
+    study.optuna_study.enqueue_trial({"a": 3, "b": "y"})
+    study.optuna_study.enqueue_trial({"a": 2})
+    with grid_run(study) as run:
+        run.enqueue(POINTS, GRID)
+        claimed = []
+        while (claim := run.claim()) is not None:
+            claimed.append((claim.number, claim.params))
+            run.complete(claim, 0.5)
+        assert run.finished
+    assert (0, {"a": 2, "b": "y"}) in claimed
+    assert sorted(repr(params) for _, params in claimed) == sorted(map(repr, POINTS))
+    assert [trial.user_attrs.get("constraint") for trial in study.trials()[1:3]] == [
+        "not in the search space: '3' not in (1, 2).",
+        "not in the search space: its parameters are a in place of a, b",
+    ]

@@ -80,7 +80,8 @@ def test_trials_that_did_not_fail_in_training_are_left_as_they_are(study: Study)
         fail_two_of_three(run)
     duplicate = optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL, user_attrs={"fail_reason": DUPLICATE})
     study.optuna_study.add_trial(duplicate)
+    study.optuna_study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL))  # by another program
     assert failed_trials(study) == [1, 2]
     retry_trials(study, [0])
-    assert states(study) == ["COMPLETE", "FAIL", "FAIL", "FAIL"]
+    assert states(study) == ["COMPLETE", "FAIL", "FAIL", "FAIL", "FAIL"]
     assert study.metrics()[0] == {1: {"m": 0.5, "loss": 1.0}}

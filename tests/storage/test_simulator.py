@@ -134,7 +134,7 @@ def abandoned_epochs_stay() -> Iterator[None]:
 @contextmanager
 def bugs_end_the_writer() -> Iterator[None]:
     """The writer loses its batch on an error that it does not know."""
-    write = Writer._write
+    write = Writer._write_once
 
     def lose(self: Any, updates: Any) -> None:
         try:
@@ -143,7 +143,7 @@ def bugs_end_the_writer() -> Iterator[None]:
             return
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Writer, "_write", lose)
+        patch.setattr(Writer, "_write_once", lose)
         yield
 
 

@@ -45,6 +45,28 @@ def test_a_study_whose_creator_died_is_completed(database: Database) -> None:
     assert study.optuna_study.user_attrs["hpo:fingerprint"] == "f"
 
 
+@pytest.mark.parametrize("directions", [["minimize"], ["maximize", "minimize"]])
+def test_a_study_that_was_created_with_another_direction_is_refused(database: Database, directions: Any) -> None:
+    """As with the button of the dashboard, which minimizes by default: the best trial would be the worst one."""
+    optuna.create_study(storage=database.optuna_storage, study_name="s", directions=directions)
+    with pytest.raises(StorageError, match=r"to minimize.*says maximize|to maximize and minimize.*says maximize"):
+        open_s(database)
+
+
+@pytest.mark.parametrize("name", ["s@best", "s@", "s@2.0", "s@\N{SUPERSCRIPT TWO}", "s@-1", "s@1", "s@02"])
+def test_the_name_of_a_study_of_another_program_is_no_revision(database: Database, name: str) -> None:
+    foreign = optuna.create_study(storage=database.optuna_storage, study_name=name)
+    foreign.add_trial(optuna.create_trial(value=1.0))
+    assert [open_s(database).name, open_s(database, "g").name, open_s(database).name] == ["s", "s@2", "s"]
+    found = [studies.find_study(database, each) for each in (name, "s", "s@2", "s@3")]
+    assert [None if study is None else study.name for study in found] == [name, "s@2", "s@2", None]
+
+
+def test_a_study_whose_name_would_be_a_revision_is_refused(database: Database) -> None:
+    with pytest.raises(StorageError, match="cannot be named 'lr@2'"):
+        open_study(database, "lr@2", direction="maximize", fingerprint="f", settings={})
+
+
 # --- summaries
 
 

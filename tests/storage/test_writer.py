@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from storage import writer
+from storage import protocol, writer
 from storage.database import Database, StorageError
+from storage.protocol import TrialUpdate, Written
 from storage.studies import Study
 from tests.factories import trial_states, wait_until
-from tests.storage.builders import claim_point, grid_run, sql
+from tests.storage.builders import GRID, POINTS, claim_one, claim_point, grid_run, sql
 
 
 def test_no_update_is_lost_between_put_and_the_background_thread(
@@ -48,4 +49,30 @@ def test_updates_that_could_not_be_written_are_kept(
                 run.flush()
         run.complete(claim, 0.5)
     assert trial_states(study) == ["COMPLETE"]
+    assert study.trials()[0].intermediate_values == {1: 0.5}
+
+
+def test_what_the_database_refuses_of_one_trial_does_not_keep_others_from_being_stored(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "BATCH_SECONDS", 3600.0)
+    write, refuses = protocol.write, True
+
+    def refuse(database: Database, study_id: int, updates: list[TrialUpdate], **options: Any) -> Written:
+        if refuses and any("bad" in update.metrics for update in updates):
+            raise KeyError("refused")
+        return write(database, study_id, updates, **options)
+
+    monkeypatch.setattr(protocol, "write", refuse)
+    with grid_run(study) as run:
+        run.enqueue(POINTS[:2], GRID)
+        bad, good = claim_one(run), claim_one(run)
+        run.report(bad, 1, {"bad": 0.5}, 0.5)
+        run.complete(good, 0.5)
+        with pytest.raises(StorageError, match="refused"):
+            run.flush()
+        assert trial_states(study) == ["RUNNING", "COMPLETE"]
+        refuses = False
+        run.complete(bad, 0.5)
+    assert trial_states(study) == ["COMPLETE", "COMPLETE"]
     assert study.trials()[0].intermediate_values == {1: 0.5}
