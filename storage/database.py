@@ -381,6 +381,7 @@ def translate_errors(safe_url: str) -> Iterator[None]:
     try:
         yield
     except (DBAPIError, StorageInternalError, sqlite3.Error) as error:
+        _raise_interrupt(error)
         raise StorageError(f"{safe_url}: {_remedy(_driver_error(error))}") from None
 
 
@@ -399,6 +400,7 @@ def retry_while_down(database: Database, operation: Callable[[], T], timeout_sec
         try:
             return operation()
         except (DBAPIError, StorageInternalError) as error:
+            _raise_interrupt(error)
             cause = _driver_error(error)
             if not _is_transient(cause):
                 raise StorageError(f"{database.url}: {_remedy(cause)}") from None
@@ -410,6 +412,15 @@ def retry_while_down(database: Database, operation: Callable[[], T], timeout_sec
                 logger.warning("the database is unavailable (%s): retrying", _first_line(cause))
         time.sleep(pause_seconds)
         pause_seconds = min(2 * pause_seconds, 5.0)
+
+
+def _raise_interrupt(error: BaseException) -> None:
+    """Raise KeyboardInterrupt if it led to an error: Ctrl-C in a statement, whose connection then cannot be put back."""
+    context = error.__context__
+    while context is not None:
+        if isinstance(context, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        context = context.__context__
 
 
 def _driver_error(error: BaseException) -> BaseException:

@@ -20,7 +20,8 @@ from storage.protocol import RunKey, renew_lease
 
 LEASE_SECONDS = 60.0
 MAX_FAILURES = 2
-# A run that starts just after an outage must not take the trials of living runs, which renew every sixth of a lease.
+RENEWAL_SHARE = 1 / 6  # of a lease: between two renewals
+# A run that starts just after an outage must not take the trials of living runs.
 STARTUP_SHARE = 1 / 3
 SECONDS_1970 = 1e9  # version 1 of our tables stored the start of a process in seconds since 1970, far above any uptime
 
@@ -97,10 +98,12 @@ class Lease:
             renew_lease(connection, self._database, self.key)
 
     def _keep_renewing(self) -> None:
-        while not self._stopped.wait(self.key.lease_seconds / 6):
-            # While the database is down, the next renewal tries again.
+        pause_seconds = interval = self.key.lease_seconds * RENEWAL_SHARE
+        while not self._stopped.wait(pause_seconds):
+            pause_seconds = interval / 10  # while the database is down
             with contextlib.suppress(Exception):
                 self.renew()
+                pause_seconds = interval
 
 
 def host_id() -> str:

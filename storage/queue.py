@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial
 from storage import optuna_internals, optuna_tables, protocol, records
 from storage.database import retry_while_down
 from storage.history import History
-from storage.lease import Lease, is_process_dead
+from storage.lease import RENEWAL_SHARE, Lease, is_process_dead
 from storage.protocol import ClaimedTrial, Configuration, Refusal
 from storage.records import Params
 from storage.studies import Study
@@ -78,7 +78,8 @@ class TrialQueue:
         self._is_settled = is_settled
         self._tokens: set[int] = set()  # of the claims that this run works on
         self._others_are_running = False
-        self._heard: dict[int, tuple[float, float]] = {}  # {run: (its last renewal, when this run saw it first)}
+        # {run: (its last renewal, for how many seconds no later one was seen, when this run looked last)}
+        self._heard: dict[int, tuple[float, float, float]] = {}
         self._next_scan = 0.0  # by the monotonic clock
 
     def enqueue(self, points: Iterable[Params], distributions: Mapping[str, BaseDistribution]) -> None:
@@ -139,17 +140,20 @@ class TrialQueue:
         """Return whether a run is dead; None if its lease decides.
 
         A lease is measured by the database's clock, which may be set. So this run must also have seen no renewal for some
-        time by its own clock. Living runs renew twice within that time.
+        time by its own clock. Between two looks, it counts the time of one renewal at most: while this run did not see the
+        database, no other may have reached it.
         """
         is_dead = is_process_dead(row)
         if is_dead is not None:
             return is_dead
         now = time.monotonic()
-        heard, since = self._heard.get(row.owner, (None, now))
-        if heard != row.last_heard:
-            self._heard[row.owner] = (row.last_heard, now)
-            return False
-        return None if now - since >= self._run.lease_seconds * SILENT_SHARE else False
+        heard, silent_seconds, looked = self._heard.get(row.owner, (None, 0.0, now))
+        if heard == row.last_heard:
+            silent_seconds += min(now - looked, self._run.lease_seconds * RENEWAL_SHARE)
+        else:
+            silent_seconds = 0.0
+        self._heard[row.owner] = (row.last_heard, silent_seconds, now)
+        return None if silent_seconds >= self._run.lease_seconds * SILENT_SHARE else False
 
     def _claim_partial(self, token: int, trial_id: int) -> ClaimedTrial | None:
         """Complete and claim a trial that another program enqueued; set it to FAIL if it is a duplicate or not allowed."""

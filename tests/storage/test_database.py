@@ -13,10 +13,11 @@ from typing import Any
 import optuna
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.exc import OperationalError
 
 from benchmarks.postgres import Postgres
 from storage import database, migrations
-from storage.database import StorageError, open_database, retry_while_down
+from storage.database import Database, StorageError, open_database, retry_while_down, translate_errors
 from storage.studies import find_study, open_study
 from tests.factories import wait_until
 from tests.storage.builders import open_in_process, open_s
@@ -339,3 +340,18 @@ def test_a_damaged_file_is_reported(tmp_path: Path) -> None:
         file.write_bytes(content)
         with pytest.raises(StorageError, match="the file is damaged"):
             open_database(f"sqlite:///{file}")
+
+
+def test_an_interrupt_in_a_statement_stays_an_interrupt(database: Database) -> None:
+    """A connection in the middle of a statement cannot be put back into the pool, which raises another error."""
+
+    def interrupted() -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise OperationalError("SELECT 1", {}, Exception("can't change 'autocommit' now"))
+
+    with pytest.raises(KeyboardInterrupt):
+        retry_while_down(database, interrupted)
+    with pytest.raises(KeyboardInterrupt), translate_errors("url"):
+        interrupted()

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ import psutil
 import pytest
 
 from storage import lease, protocol
-from storage.database import Database
+from storage.database import Database, StorageError
 from storage.lease import Lease, host_id, is_process_dead, started_after_boot
 from storage.records import read_runs
 from storage.studies import Study
@@ -168,3 +169,19 @@ def test_a_reboot_changes_the_host_id(monkeypatch: pytest.MonkeyPatch) -> None:
     here, read_text = host_id(), Path.read_text
     monkeypatch.setattr(Path, "read_text", lambda path: "another boot" if path.name == "boot_id" else read_text(path))
     assert host_id() != here
+
+
+def test_a_renewal_that_failed_is_repeated_soon(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    renewals: list[float] = []
+
+    def fail_twice(_: Lease) -> None:
+        renewals.append(time.monotonic())
+        if len(renewals) <= 2:
+            raise StorageError("away")
+
+    monkeypatch.setattr(Lease, "renew", fail_twice)
+    lease = Lease(study.database, study.study_id, study.name, provenance={}, lease_seconds=6.0)
+    lease.start()
+    wait_until(lambda: len(renewals) == 3)
+    lease.stop()
+    assert renewals[2] - renewals[0] < 0.9, "a sixth of a lease is a second"
