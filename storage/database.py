@@ -349,7 +349,8 @@ def _read_version(engine: sa.Engine, safe_url: str) -> int | None:
 def _schema_lock(engine: sa.Engine) -> Iterator[None]:
     """Hold the lock under which tables are created. The lock of a process that dies is released."""
     if engine.dialect.name == "sqlite":
-        lock = FileLock(f"{engine.url.database}.{zlib.crc32(b'schema'):08x}.lock")
+        # Whoever may write to the folder may use the lock: the umask decides, as for the database.
+        lock = FileLock(f"{engine.url.database}.{zlib.crc32(b'schema'):08x}.lock", mode=0o666)
         try:
             lock.acquire()
         except OSError as error:

@@ -237,8 +237,10 @@ def state_of(attrs: Mapping[str, Any], counts: Mapping[str, int], runs: Iterable
         wanted = attrs["hpo:total"]
     else:  # opened by version 1 of our tables only, which stored the number of a grid's points
         wanted = attrs.get("hpo:points", attrs["hpo:settings"].get("budget", {}).get("trials"))
+    if wanted:  # runs claim no trial beyond it, such as one that was interrupted before the budget was reduced
+        return "finished" if ended >= wanted else "resumable"
     left = counts.get("WAITING", 0) + counts.get("RUNNING", 0)
-    return "finished" if ended and not left and ended >= (wanted or 0) else "resumable"
+    return "finished" if ended and not left else "resumable"
 
 
 def deleted_studies(database: Database) -> set[str]:

@@ -97,6 +97,16 @@ def test_a_grid_is_running_then_resumable_then_finished(database: Database) -> N
     assert abs(line.last_activity - time.time()) < 60
 
 
+def test_a_budget_below_what_has_ended_is_finished(database: Database) -> None:
+    with sampled_run(open_s(database, total_trials=3), max_trials=3) as run:
+        run.complete(claim_one(run), 0.5)
+        run.release(claim_one(run))
+    assert summary(database).state == "resumable"
+    open_s(database, total_trials=1)
+    assert summary(database).counts == {"COMPLETE": 1, "WAITING": 1}
+    assert summary(database).state == "finished"
+
+
 def test_a_study_whose_run_was_killed_is_resumable_at_once(study: Study, database: Database) -> None:
     run = grid_run(study).__enter__()
     claim_point(run)
