@@ -146,7 +146,7 @@ class Scheduler:
         self.steps += 1
         self.log.append(f"{self.steps:4} {self.now - 1_000_000:8.2f} s  {task.name}: {getattr(task, 'next', 'starts')}")
         self.resume(task)
-        self._settle()
+        self.settle()
         self._after_step()
         return True
 
@@ -167,7 +167,7 @@ class Scheduler:
         if task.error is not None:
             raise task.error
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Wait for the tasks whose lock the last step released."""
         for task in self.tasks:
             while task.is_blocked and not self._find_blocked(task):

@@ -481,9 +481,18 @@ class Simulation:
 
     def _break_connections(self) -> None:
         """Restart the server: statements fail, open transactions are rolled back, and no connection stays."""
-        for task in [task for task in self.scheduler.tasks if task in self._in_statement and not task.is_blocked]:
-            self._next_error[task] = self.backend.error()
-            self.scheduler.resume(task)
+        broken: set[Task] = set()
+
+        def next_tasks() -> list[Task]:
+            open_tasks = [task for task in self.scheduler.tasks if task in self._in_statement and task not in broken]
+            return [task for task in open_tasks if not task.is_blocked]
+
+        while tasks := next_tasks():
+            for task in tasks:
+                broken.add(task)
+                self._next_error[task] = self.backend.error()
+                self.scheduler.resume(task)
+            self.scheduler.settle()  # tasks that waited for their locks have got them now
         self.backend.break_connections()
 
     def _after_step(self) -> None:
