@@ -570,7 +570,7 @@ class Backend:
         if self.is_sqlite or self._plain is None:
             return False
         pid = getattr(task, "backend_pid", None)
-        query = f"SELECT 1 FROM pg_stat_activity WHERE pid = {pid} AND wait_event_type = 'Lock'"
+        query = f"SELECT 1 FROM pg_locks WHERE pid = {pid} AND NOT granted"  # pg_stat_activity lags behind
         return pid is not None and bool(self._plain.execute(query).fetchall())
 
     def _instrument(self, engine: sa.Engine) -> None:
