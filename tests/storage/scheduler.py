@@ -169,12 +169,14 @@ class Scheduler:
 
     def settle(self) -> None:
         """Wait for the tasks whose lock the last step released."""
+        deadline = time.monotonic() + REAL_SECONDS
         for task in self.tasks:
-            while task.is_blocked and not self._find_blocked(task):
-                if task.came_back.acquire(timeout=REAL_SECONDS):
+            while task.is_blocked and not self._find_blocked(task):  # it may wait for the next lock a moment later
+                if task.came_back.acquire(timeout=0.02):
                     task.is_blocked = False
                     if task.error is not None:
                         raise task.error
+                assert time.monotonic() < deadline, f"{task.name} hangs in {getattr(task, 'next', 'its start')}"
 
     def drain(self) -> None:
         """Let the tasks of killed drivers end."""
