@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hpo.errors import TrainableError
 from hpo.train.data import load
 from hpo.train.evaluation import evaluate
 from hpo.train.learner import Learner
@@ -50,7 +51,8 @@ def train(
         images_per_second. The report of the last epoch also has test_loss and test_accuracy.
 
     Raises:
-        TrainableError: a parameter is unknown or out of range.
+        TrainableError: a parameter is unknown or out of range, or the checkpoint is of a training to another last epoch and
+            the schedule depends on it.
         DataError: the data set is missing or too small.
     """
     train_params = read_params(params)
@@ -59,7 +61,14 @@ def train(
     torch.manual_seed(seed)
     learner = Learner(train_params, precision, dataset.train, max_epochs)
     last_epoch = 0
+    horizon = {"max_epochs": max_epochs} if train_params.depends_on_horizon else {}
     if checkpoint is not None:
+        trained_to = checkpoint.get("max_epochs", max_epochs)
+        if trained_to != max_epochs:
+            raise TrainableError(
+                f"the checkpoint is of a training to epoch {trained_to}, with a schedule of the learning rate that ends "
+                f"there: it cannot be continued to epoch {max_epochs}. Train from the start, or with schedule constant"
+            )
         learner.restore(checkpoint)
         last_epoch = checkpoint["epoch"]
 
@@ -77,7 +86,7 @@ def train(
             metrics["test_loss"], metrics["test_accuracy"] = evaluate(model, dataset.test, precision)
 
         def state(epoch: int = epoch) -> dict[str, Any]:
-            return {"epoch": epoch, **learner.state()}
+            return {"epoch": epoch, **horizon, **learner.state()}
 
         yield EpochReport(epoch, metrics, state)
 

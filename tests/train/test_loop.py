@@ -141,6 +141,14 @@ def test_a_finished_run_resumes_to_more_epochs_with_the_same_numbers(uninterrupt
 
 
 @pytest.mark.slow
+def test_a_schedule_that_ends_is_not_continued_to_more_epochs(uninterrupted: dict[str, Uninterrupted]) -> None:
+    run = uninterrupted["recipe"]
+    with pytest.raises(TrainableError, match=r"training to epoch 3.*cannot be continued to epoch 4"):
+        next(reports(run.params, 4, checkpoint=run.states[2]))
+    assert "max_epochs" not in uninterrupted["adam"].states[2]
+
+
+@pytest.mark.slow
 def test_a_checkpoint_of_the_last_epoch_leaves_nothing_to_train(uninterrupted: dict[str, Uninterrupted]) -> None:
     assert list(reports(ADAM, 3, checkpoint=uninterrupted["adam"].states[3])) == []
 
