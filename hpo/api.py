@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.errors import HpoError, SettingError, SpaceError, nearest
 from hpo.paths import DEFAULT_STORAGE, RunsDir, is_new_database
-from hpo.search.environment import check_trainable, describe_environment
+from hpo.search.environment import check_trainable, describe_environment, note_horizon
 from hpo.search.listener import CombinedListener, NullListener, ProgressListener
 from hpo.space.model import Space
 
@@ -119,6 +119,8 @@ def run_search(
 
     runs, data = RunsDir(Path(runs_dir)).make(), space.trainable_data(Path(data_dir).resolve())
     check_trainable(space)
+    if (note := note_horizon(space)) is not None:
+        listener.note(note)
     with RayCluster(ray_address) as cluster, _start_probes(space, data, runs.root) as probes, _warnings_noted(listener):
         listener.preparing("starting Ray")
         # A new database has no finished trials, so Ray is needed. An existing one may have nothing left to run.

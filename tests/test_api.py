@@ -14,10 +14,11 @@ import hpo
 from hpo import api
 from hpo.errors import SettingError
 from hpo.paths import RunsDir
+from hpo.search.environment import note_horizon
 from hpo.search.retention import trials_with_checkpoints
 from storage.database import StorageError, open_database
 from storage.studies import all_studies, find_revision, open_study
-from tests.factories import RecordingListener, run_of, search_without_ray, toy_space
+from tests.factories import RecordingListener, run_of, search_without_ray, shipped_space, toy_space
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,20 @@ def test_a_search_needs_a_runs_folder_that_can_be_written(tmp_path: Path) -> Non
     with pytest.raises(SettingError, match="cannot write to"):
         api.run_search(toy_space(tmp_path), storage=f"sqlite:///{tmp_path}/hpo.db", runs_dir=tmp_path / "runs")
     assert not (tmp_path / "hpo.db").exists()
+
+
+def test_a_schedule_that_a_scheduler_misjudges_is_noted_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise SettingError("far enough")
+
+    monkeypatch.setattr(api, "_start_probes", fail)
+    listener = RecordingListener()
+    space = shipped_space("quick", "scheduler=asha", "parameters.schedule=cosine")
+    with pytest.raises(SettingError, match="far enough"):
+        api.run_search(space, storage=f"sqlite:///{tmp_path}/hpo.db", runs_dir=tmp_path / "runs", listener=listener)
+    assert listener.events == [("note", note_horizon(space))]
 
 
 # --- a plan -----------------------------------------------------------------------------------------------------------

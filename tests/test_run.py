@@ -20,7 +20,9 @@ from optuna.trial import TrialState, create_trial
 from hpo import api, run
 from hpo.errors import SettingError
 from hpo.paths import DEFAULT_STORAGE
+from storage import tables
 from storage.database import StorageError, open_database
+from storage.optuna_internals import trial_id
 from storage.studies import open_study
 from tests.factories import Finished, HpoHere, toy_space
 
@@ -44,6 +46,9 @@ def faked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[str, ...]
                 value = 0.5 if state == "COMPLETE" else None
                 attrs = {"fail_reason": "its reason"} if state == "FAIL" else {}
                 study.optuna_study.add_trial(create_trial(state=TrialState[state], value=value, user_attrs=attrs))
+            rows = [{"trial": trial_id(each), "key": str(each.number)} for each in study.trials()]
+            with database.engine.begin() as connection:  # without them, the trials would count as another program's
+                connection.execute(tables.trials.insert().values(study=study.study_id), rows)
         return folder
 
     return make

@@ -39,9 +39,10 @@ from hpo.search.retention import is_deleted, trials_with_checkpoints
 from hpo.space.model import Space
 from hpo.space.sections import Checkpoints
 from hpo.train.data import Dataset, load
+from hpo.train.ema import averaged_weights
 from hpo.train.evaluation import CPU_BATCH
 from hpo.train.fashion_mnist import CLASS_NAMES
-from hpo.train.network import build_model
+from hpo.train.network import MirrorAverage, build_model
 from hpo.train.params import read_params
 from hpo.trainable import DEFAULT_TRAINABLE
 from storage.optuna_internals import trial_id
@@ -100,14 +101,18 @@ def export_model(
     key = owner_key(space.config_key(trial.params), attempt_of(trial.user_attrs))
     checkpoint = _load_checkpoint(folder, trial, key, space.checkpoints, provenance)
     params = read_params({**trial.params, **trial.user_attrs.get("derived", {})})
-    network = build_model(stem=params.stem)
-    network.load_state_dict(checkpoint.state["model"])
+    weights = checkpoint.state["model"]
+    if params.ema:
+        weights = averaged_weights(weights, checkpoint.state["average"])
+    network = build_model(stem=params.stem, width=params.width)
+    network.load_state_dict(weights)
+    scored = MirrorAverage(network) if params.tta else network
     data = space.trainable_data(data_dir)
     dataset = load(**data)
 
     metrics = study.metrics_of([trial_id(trial)])[trial_id(trial)].get(checkpoint.epoch, {})
-    scores = Scores(FP32_ON_CPU, score(network, dataset))
-    own_scores = score_as_trained(params, checkpoint.state["model"], provenance.get("device", "cpu"), data) or scores
+    scores = Scores(FP32_ON_CPU, score(scored, dataset))
+    own_scores = score_as_trained(params, weights, provenance.get("device", "cpu"), data) or scores
     remarks = _compare_training(space, checkpoint, provenance, dataset)
     remarks += compare_scores(own_scores, metrics, dataset, provenance.get("device_name", "an unknown device"))
     facts = {
@@ -131,7 +136,7 @@ def export_model(
         "exported": dict(versions),
         "remarks": remarks,
     }
-    _write_folder(output, facts, network, dataset)
+    _write_folder(output, facts, network, scored, dataset)
     return ExportedModel(output, remarks)
 
 
@@ -232,12 +237,14 @@ def _check_replaceable(output: Path) -> None:
         )
 
 
-def _write_folder(output: Path, facts: Mapping[str, Any], network: nn.Module, dataset: Dataset) -> None:
-    """Write an export next to its folder, then put it in place."""
+def _write_folder(
+    output: Path, facts: Mapping[str, Any], network: nn.Module, scored: nn.Module, dataset: Dataset
+) -> None:
+    """Write an export next to its folder, then put it in place. `scored` is the network, or averages its logits."""
     draft = output.with_name(f".{output.name}.{os.getpid()}")
     try:
         draft.mkdir(parents=True)
-        program = write_program(Classifier(network), draft / "model.pt2", dataset.test.images[:CPU_BATCH])
+        program = write_program(Classifier(scored), draft / "model.pt2", dataset.test.images[:CPU_BATCH])
         # The program scores the images, so that the card describes the file that users load.
         facts = {**facts, "confusion": count_confusions(program, dataset.test, CPU_BATCH)}
         weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}

@@ -13,7 +13,7 @@ from hpo.train.data import Dataset, Images, load
 from hpo.train.evaluation import evaluate
 from hpo.train.fashion_mnist import CLASS_NAMES
 from hpo.train.fast_conv import use_fast_convolutions
-from hpo.train.network import build_model
+from hpo.train.network import MirrorAverage, build_model
 from hpo.train.params import TrainParams
 from hpo.train.precision import choose_precision
 
@@ -34,12 +34,13 @@ class Scores:
 
 
 def held_out_images(dataset: Dataset) -> dict[str, Images]:
-    """Return the images that the model was not trained on: {"val": ..., "test": ...}."""
-    return {"val": dataset.validation, "test": dataset.test}
+    """Return the images that the model was not trained on: {"val": ..., "test": ...}, without the parts that are empty."""
+    parts = {"val": dataset.validation, "test": dataset.test}
+    return {name: part for name, part in parts.items() if len(part) > 0}
 
 
 def score(model: nn.Module, dataset: Dataset, precision: str = "fp32") -> dict[str, float]:
-    """Return {"val_accuracy": ..., "test_accuracy": ...} of a model on the data set's device."""
+    """Return {"val_accuracy": ..., "test_accuracy": ...} of a model on the data set's device, where there are images."""
     return {f"{name}_accuracy": evaluate(model, part, precision)[1] for name, part in held_out_images(dataset).items()}
 
 
@@ -52,7 +53,7 @@ def score_as_trained(
 
     Args:
         params: the hyperparameters of the trial.
-        weights: the state dict of its network.
+        weights: the state dict of its network, as it is scored.
         trained_on: `cpu` or `cuda`.
         data: the arguments of `hpo.train.data.load`, without the device.
 
@@ -65,12 +66,13 @@ def score_as_trained(
     if trained_on == "cpu" and precision == "fp32":
         return None
     # As in training: the memory format and the convolution kernels decide how sums are rounded.
-    model = build_model(stem=params.stem).to(trained_on).to(memory_format=torch.channels_last)
+    model = build_model(stem=params.stem, width=params.width).to(trained_on).to(memory_format=torch.channels_last)
     if precision == "bf16":
         use_fast_convolutions(model)
     model.load_state_dict(weights)
     device_name = "the CPU" if trained_on == "cpu" else torch.cuda.get_device_name()
-    return Scores(f"in {precision} on {device_name}", score(model, load(**data, device=trained_on), precision))
+    scored = MirrorAverage(model) if params.tta else model
+    return Scores(f"in {precision} on {device_name}", score(scored, load(**data, device=trained_on), precision))
 
 
 def compare_scores(scores: Scores, stored: Mapping[str, float], dataset: Dataset, device_name: str) -> list[str]:

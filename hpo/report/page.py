@@ -14,7 +14,7 @@ from hpo.errors import SettingError
 from hpo.paths import RunsDir, write_atomically
 from hpo.report import curves, optuna_plots, plotly_figures, png_figures
 from hpo.report.formatting import format_number, format_params, format_seconds
-from hpo.report.published import Published, match_published
+from hpo.report.published import Published, describe_images, match_published
 from hpo.report.results import Results
 from hpo.report.tables import trial_columns
 from storage.studies import state_of
@@ -136,7 +136,7 @@ def _content(results: Results) -> dict[str, Any]:
         "more_rows": len(results.trials) - len(shown),
         "fixed": format_params(fixed),
         "published": _published_rows(results, published),
-        "held_out": results.space.data.val_samples if results.space else None,
+        "published_images": describe_images(results.space) if results.space else "",
         "failed": [(trial, results.label(trial)) for trial in failed[:MAX_FAILURES]],
         "more_failed": max(0, len(failed) - MAX_FAILURES),
         "cost": _cost(results),

@@ -44,6 +44,23 @@ def check_trainable(space: Space) -> None:
         raise TrainableError("\n".join(mistakes))
 
 
+def note_horizon(space: Space) -> str | None:
+    """Return a note if a scheduler compares trials at epochs that say little, because of their schedules; else None."""
+    if not (space.is_default_trainable and space.stops_trials_early):
+        return None
+    from hpo.train.params import TrainParams
+
+    names = dict.fromkeys(str(value) for name, value in space.examples() if name == "schedule")
+    late = [name for name in names if TrainParams(schedule=name).depends_on_horizon]
+    if not late:
+        return None
+    return (
+        f"scheduler {space.scheduler.name} compares trials before epoch {space.max_epochs}, where the learning rate of "
+        f"schedule {' and '.join(late)} is still high: it may stop trials that would have ended well. A higher "
+        "scheduler.grace_period, or no scheduler, avoids this"
+    )
+
+
 def describe_environment() -> dict[str, Any]:
     """Return the environment that each run records: code version, package versions, Python, platform, machine."""
     code = metadata.version("hpo")

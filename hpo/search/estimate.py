@@ -68,7 +68,10 @@ def is_worth_measuring(space: Space, trials: int | None, images: ImageCounts) ->
     if trials is None:
         return True
     train, validation, _ = images
-    cost = CIFAR_STEM_COST if ("stem", "cifar") in space.examples() else 1
+    examples = list(space.examples())
+    cost = float(CIFAR_STEM_COST if ("stem", "cifar") in examples else 1)
+    # The arithmetic of a convolution grows with its channels in and with its channels out.
+    cost *= max((value**2 for name, value in examples if name == "width" and isinstance(value, int | float)), default=1)
     return trials * space.max_epochs * (train + validation / 3) * cost > SHORT_SEARCH_IMAGES
 
 
@@ -172,10 +175,15 @@ def _shape_name(shape: Mapping[str, Any]) -> str:
 
 
 def _nearest_shape(point: Mapping[str, Any], shapes: Mapping[str, Params]) -> str:
+    defaults = {"batch_size": TrainParams.batch_size, "width": TrainParams.width}
+
     def distance(shape: Params) -> tuple[int, float]:
-        others = sum(shape[name] != point.get(name) for name in shape if name != "batch_size")
-        sizes = [float(each.get("batch_size") or TrainParams.batch_size) for each in (shape, point)]
-        return others, abs(math.log(sizes[0] / sizes[1]))
+        others = sum(shape[name] != point.get(name) for name in shape if name not in defaults)
+        logs = [
+            [math.log(float(each.get(name) or default)) for name, default in defaults.items()]
+            for each in (shape, point)
+        ]
+        return others, math.dist(*logs)
 
     return min(shapes, key=lambda name: distance(shapes[name]))
 

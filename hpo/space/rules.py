@@ -28,6 +28,7 @@ from hpo.space.parameters import (
     sample_params,
     sampling_order,
 )
+from hpo.trainable import DEFAULT_TRAINABLE
 
 MAX_GRID_POINTS = 100_000
 RANDOM_POINTS = 1000  # tried against constraints and derived values
@@ -153,6 +154,23 @@ def _scheduler_fits_max_epochs(sections: ValidSections) -> Iterator[Problem]:
         yield ("scheduler", "reduction_factor"), f"{scheduler.name} has no reduction_factor: leave it out"
 
 
+def _metric_is_reported(sections: ValidSections) -> Iterator[Problem]:
+    is_built_in = sections["command"] is None and sections["trainable"] == DEFAULT_TRAINABLE
+    metric = sections["metric"]
+    if is_built_in and metric.startswith("test_"):
+        yield (
+            ("metric",),
+            "the test images are scored once, after the last epoch: no decision may depend on them. Give another metric, "
+            "such as val_accuracy",
+        )
+    if is_built_in and sections["data"].val_samples == 0 and metric.startswith("val_"):
+        yield (
+            ("data", "val_samples"),
+            f"without validation images there is no {metric}: give another metric, such as `metric: train_accuracy`, or "
+            "hold images out",
+        )
+
+
 # --- parameters, constraints and derived values ---------------------------------------------------------------------
 
 
@@ -252,6 +270,7 @@ RULES: tuple[Rule, ...] = (
     _search_ends,
     _sampler_fits_parameters,
     _scheduler_fits_max_epochs,
+    _metric_is_reported,
     _names_are_identifiers,
     _conditions_are_consistent,
     _expressions_are_valid,

@@ -201,8 +201,8 @@ class Data(StrictModel):
     """The name of the data set."""
     train_samples: Annotated[int, Field(ge=2)] | None = None  # batch norm cannot train on one image
     """Images for training; null means all."""
-    val_samples: PositiveInt = 5000
-    """Images held out of the training set for validation."""
+    val_samples: Annotated[int, Field(ge=0)] = 5000
+    """Images held out of the training set for validation. With 0 there are no val_ metrics."""
 
 
 _DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", re.ASCII)

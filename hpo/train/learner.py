@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
-from torch import Tensor
+from torch import Tensor, nn
 
+from hpo.train.augmentation import Augmentation
 from hpo.train.cuda_graph import GraphedStep
 from hpo.train.data import Images
+from hpo.train.ema import WeightAverage
 from hpo.train.fast_conv import use_fast_convolutions
-from hpo.train.network import build_model
+from hpo.train.network import MirrorAverage, build_model
 from hpo.train.optimizer import build_optimizer
 from hpo.train.params import TrainParams
 from hpo.train.precision import autocast
+from hpo.train.schedule import is_constant, learning_rate
 
 
 class Learner:
@@ -30,63 +35,101 @@ class Learner:
         params: the hyperparameters.
         precision: `fp32` or `bf16`, see `choose_precision`.
         images: the training images. Their device is used.
+        max_epochs: the last epoch, for a learning rate that depends on it.
     """
 
-    def __init__(self, params: TrainParams, precision: str, images: Images) -> None:
+    def __init__(self, params: TrainParams, precision: str, images: Images, max_epochs: int = 1) -> None:
+        self._params = params
         self._images = images
+        self._max_epochs = max_epochs
         self._device = images.device
         self._precision = precision
         self._batch_size = min(params.batch_size, len(images))
         if self._device.type == "cpu":
             _keep_freed_memory()
-        self.model = build_model(stem=params.stem).to(self._device).to(memory_format=torch.channels_last)
+        self.model = (
+            build_model(stem=params.stem, width=params.width).to(self._device).to(memory_format=torch.channels_last)
+        )
         if precision == "bf16":
             use_fast_convolutions(self.model)
         self._weights = list(self.model.parameters())
-        self._optimizer = build_optimizer(params, [_in_memory_order(weight.detach()) for weight in self._weights])
+        # A learning rate that changes is a tensor, so that a CUDA graph reads it in each step. The GPU's kernels need fp32.
+        dtype = torch.float64 if self._device.type == "cpu" else torch.float32
+        self._lr = None if is_constant(params) else torch.zeros((), dtype=dtype, device=self._device)
+        self._optimizer = build_optimizer(
+            params, [_in_memory_order(weight.detach()) for weight in self._weights], self._lr
+        )
+        self._augmentation = Augmentation(params, len(images), self._device) if Augmentation.is_used(params) else None
+        self._average = WeightAverage(self.model, params.ema) if params.ema else None
+        self._averaged_model = copy.deepcopy(self.model) if params.ema else None
         # Summed on the device and read once per epoch: reading them in each step would make the device wait for Python.
         self._loss_sum = torch.zeros((), device=self._device)
         self._correct = torch.zeros((), dtype=torch.int64, device=self._device)
         is_cuda = self._device.type == "cuda"
         self._step = GraphedStep(self._train_batch, self._batch_size) if is_cuda else self._train_batch
 
+    def model_to_score(self) -> nn.Module:
+        """Return the network that is scored: with averaged weights or mirrored images, if the hyperparameters say so."""
+        model = self.model
+        if self._average is not None and self._averaged_model is not None:
+            model = self._averaged_model
+            self._average.copy_to(model)
+        return MirrorAverage(model) if self._params.tta else model
+
     def state(self) -> dict[str, Any]:
         """Return the state of the network and of the optimizer. The tensors are not copied."""
-        return {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict()}
+        average = {} if self._average is None else {"average": self._average.state()}
+        return {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict(), **average}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a state that `state` returned, on this device or another."""
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
+        if self._average is not None:
+            self._average.restore(state["average"])
 
-    def train_epoch(self, seed: int) -> tuple[float, float]:
+    def train_epoch(self, seed: int, epoch: int = 1) -> tuple[float, float]:
         """Train on every image once, in an order drawn from the seed.
+
+        Args:
+            seed: of this epoch.
+            epoch: its number, from 1, for a learning rate that depends on it.
 
         Returns:
             The mean loss and the accuracy, each image scored by the weights of the step that trains on it.
         """
         self.model.train()
-        order = torch.randperm(len(self._images), generator=torch.Generator().manual_seed(seed)).to(self._device)
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self._images), generator=generator).to(self._device)
+        if self._augmentation is not None:
+            self._augmentation.draw(generator)
         batches = list(order.split(self._batch_size))
         if len(batches) > 1 and len(batches[-1]) == 1:
             # Batch norm cannot train on a single value, and the last maps are 1x1: the last image joins the batch before.
             batches[-2:] = [torch.cat(batches[-2:])]
         self._loss_sum.zero_()
         self._correct.zero_()
-        for indices in batches:
+        steps = len(batches)
+        for i, indices in enumerate(batches, start=(epoch - 1) * steps):
+            if self._lr is not None:
+                self._lr.fill_(learning_rate(self._params, i, steps_per_epoch=steps, max_epochs=self._max_epochs))
             self._step(indices)
         return float(self._loss_sum) / len(order), float(self._correct) / len(order)
 
     def _train_batch(self, indices: Tensor) -> None:
         """Take one step on the images at some positions, int64 of shape (B,)."""
         batch = self._images.take(indices)
+        if self._augmentation is not None:
+            batch = replace(batch, images=self._augmentation.apply(batch.images, indices))
         with autocast(self._device, self._precision):
             logits = self.model(batch.as_input())
-            loss = F.cross_entropy(logits, batch.labels)
+            loss = F.cross_entropy(logits, batch.labels, label_smoothing=self._params.label_smoothing)
         for weight in self._weights:
             weight.grad = None
         loss.backward()
         self._optimizer.step([_in_memory_order(weight.grad) for weight in self._weights if weight.grad is not None])
+        if self._average is not None:
+            self._average.update()
         self._loss_sum += loss.detach() * len(indices)
         self._correct += (logits.detach().argmax(1) == batch.labels).sum()
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hpo.errors import TrainableError
 from hpo.train.data import load
 from hpo.train.evaluation import evaluate
 from hpo.train.learner import Learner
@@ -31,57 +32,61 @@ def train(
 ) -> Iterator[EpochReport]:
     """Train ResNet-18 on Fashion-MNIST and yield a report after each epoch.
 
-    The documented recipe: images in [0, 1] without augmentation, cross-entropy, Adam with a constant learning rate. An
-    epoch trains on every image once, in an order that depends only on the seed and the epoch. The last batch may be
-    smaller.
+    The documented recipe, which is the default: images in [0, 1] without augmentation, cross-entropy, Adam with a constant
+    learning rate. An epoch trains on every image once; the order, and how each image is changed if there is augmentation,
+    depend only on the seed and the epoch. The last batch may be smaller.
 
     Args:
         params: hyperparameters, see `hpo.train.params.TrainParams`.
         data: the arguments of `hpo.train.data.load`, without the device.
-        seed: of the initial weights and of the order of the images.
-        max_epochs: the last epoch.
+        seed: of the initial weights, of the order of the images and of their augmentation.
+        max_epochs: the last epoch. Some schedules of the learning rate depend on it, see `TrainParams.depends_on_horizon`.
         device: `cpu` or `cuda`.
         checkpoint: the state of an earlier report. Training resumes after its epoch, with the same numbers as without an
             interruption.
 
     Yields:
-        Reports with these metrics: train_loss and train_accuracy, averages over the steps of the epoch; val_loss and
-        val_accuracy, of the weights after it; train_seconds; images_per_second. The report of the last epoch also has
-        test_loss and test_accuracy.
+        Reports with these metrics: train_loss and train_accuracy, averages over the steps of the epoch, of the augmented
+        images; val_loss and val_accuracy, of the weights after it, if there are validation images; train_seconds;
+        images_per_second. The report of the last epoch also has test_loss and test_accuracy.
 
     Raises:
-        TrainableError: a parameter is unknown or out of range.
+        TrainableError: a parameter is unknown or out of range, or the checkpoint is of a training to another last epoch and
+            the schedule depends on it.
         DataError: the data set is missing or too small.
     """
     train_params = read_params(params)
     precision = choose_precision(train_params.precision, device)
     dataset = load(**data, device=device)
     torch.manual_seed(seed)
-    learner = Learner(train_params, precision, dataset.train)
+    learner = Learner(train_params, precision, dataset.train, max_epochs)
     last_epoch = 0
+    horizon = {"max_epochs": max_epochs} if train_params.depends_on_horizon else {}
     if checkpoint is not None:
+        trained_to = checkpoint.get("max_epochs", max_epochs)
+        if trained_to != max_epochs:
+            raise TrainableError(
+                f"the checkpoint is of a training to epoch {trained_to}, with a schedule of the learning rate that ends "
+                f"there: it cannot be continued to epoch {max_epochs}. Train from the start, or with schedule constant"
+            )
         learner.restore(checkpoint)
         last_epoch = checkpoint["epoch"]
 
     for epoch in range(last_epoch + 1, max_epochs + 1):
         started = time.perf_counter()
-        loss, accuracy = learner.train_epoch(epoch_seed(seed, epoch))
+        loss, accuracy = learner.train_epoch(epoch_seed(seed, epoch), epoch)
         seconds = time.perf_counter() - started
-        val_loss, val_accuracy = evaluate(learner.model, dataset.validation, precision)
-        metrics = {
-            "train_loss": loss,
-            "train_accuracy": accuracy,
-            "val_loss": val_loss,
-            "val_accuracy": val_accuracy,
-            "train_seconds": seconds,
-            "images_per_second": len(dataset.train) / seconds,
-        }
+        metrics = {"train_loss": loss, "train_accuracy": accuracy}
+        model = learner.model_to_score()
+        if len(dataset.validation) > 0:
+            metrics["val_loss"], metrics["val_accuracy"] = evaluate(model, dataset.validation, precision)
+        metrics |= {"train_seconds": seconds, "images_per_second": len(dataset.train) / seconds}
         if epoch == max_epochs:
             # The test images are scored once, when no decision can depend on the score.
-            metrics["test_loss"], metrics["test_accuracy"] = evaluate(learner.model, dataset.test, precision)
+            metrics["test_loss"], metrics["test_accuracy"] = evaluate(model, dataset.test, precision)
 
         def state(epoch: int = epoch) -> dict[str, Any]:
-            return {"epoch": epoch, **learner.state()}
+            return {"epoch": epoch, **horizon, **learner.state()}
 
         yield EpochReport(epoch, metrics, state)
 

@@ -7,22 +7,26 @@ longer than importing torch (measured: 3.5 s and 2.7 s) and would be paid by eac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 
 from hpo.train.params import STEMS
 
-WIDTHS = (64, 128, 256, 512)  # channels of the four layers
+WIDTHS = (64, 128, 256, 512)  # channels of the four layers, as published
 BLOCKS = 2  # of each layer
 
 
-def build_model(*, stem: str = "imagenet", classes: int = 10) -> nn.Module:
+def build_model(*, stem: str = "imagenet", width: float = 1.0, classes: int = 10) -> nn.Module:
     """Return a ResNet-18 for images with one channel. Its initial weights come from torch's global generator.
 
     Args:
         stem: `imagenet` is the published network: a 7x7 convolution of stride 2, then max-pooling, which turn a 28x28
             image into 7x7 maps. `cifar` is a 3x3 convolution of stride 1 without max-pooling: the stronger network, at
             about 14 times the arithmetic.
+        width: the number of channels of each layer, relative to the published network. They are rounded to a multiple of 8,
+            as tensor cores prefer.
         classes: the number of outputs.
 
     Returns:
@@ -33,13 +37,14 @@ def build_model(*, stem: str = "imagenet", classes: int = 10) -> nn.Module:
     """
     if stem not in STEMS:
         raise ValueError(f"stem must be one of {', '.join(STEMS)}, got {stem!r}")
-    model = ResNet18(classes)
+    widths = [max(8, 8 * round(each * width / 8)) for each in WIDTHS]
+    model = ResNet18(widths, classes)
     # The published first convolution, for three channels, is drawn and then replaced. Without its draw, all other weights
     # would differ from those of earlier trials with the same seed.
     if stem == "imagenet":
-        model.conv1 = nn.Conv2d(1, WIDTHS[0], kernel_size=7, stride=2, padding=3, bias=False)
+        model.conv1 = nn.Conv2d(1, widths[0], kernel_size=7, stride=2, padding=3, bias=False)
     else:
-        model.conv1 = nn.Conv2d(1, WIDTHS[0], kernel_size=3, stride=1, padding=1, bias=False)
+        model.conv1 = nn.Conv2d(1, widths[0], kernel_size=3, stride=1, padding=1, bias=False)
         model.maxpool = nn.Identity()
     _initialize(model.conv1)
     return model
@@ -48,16 +53,16 @@ def build_model(*, stem: str = "imagenet", classes: int = 10) -> nn.Module:
 class ResNet18(nn.Module):
     """The published network, for images with three channels."""
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self, widths: Sequence[int], classes: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, WIDTHS[0], kernel_size=7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(WIDTHS[0])
+        self.conv1 = nn.Conv2d(3, widths[0], kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
         self.maxpool: nn.Module = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        self.layer1 = _build_layer(WIDTHS[0], WIDTHS[0], stride=1)
-        self.layer2 = _build_layer(WIDTHS[0], WIDTHS[1], stride=2)
-        self.layer3 = _build_layer(WIDTHS[1], WIDTHS[2], stride=2)
-        self.layer4 = _build_layer(WIDTHS[2], WIDTHS[3], stride=2)
-        self.fc = nn.Linear(WIDTHS[3], classes)
+        self.layer1 = _build_layer(widths[0], widths[0], stride=1)
+        self.layer2 = _build_layer(widths[0], widths[1], stride=2)
+        self.layer3 = _build_layer(widths[1], widths[2], stride=2)
+        self.layer4 = _build_layer(widths[2], widths[3], stride=2)
+        self.fc = nn.Linear(widths[3], classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 _initialize(module)
@@ -68,6 +73,19 @@ class ResNet18(nn.Module):
         maps = self.layer1(self.maxpool(maps))
         maps = self.layer4(self.layer3(self.layer2(maps)))
         logits: Tensor = self.fc(F.adaptive_avg_pool2d(maps, 1).flatten(1))
+        return logits
+
+
+class MirrorAverage(nn.Module):
+    """A network whose logits are the means over each image and its mirror image."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits of shape (N, classes)."""
+        logits: Tensor = (self.model(images) + self.model(images.flip(3))) / 2
         return logits
 
 

@@ -38,27 +38,86 @@ class Optimizer(Protocol):
         ...
 
 
-def build_optimizer(params: TrainParams, weights: Sequence[Tensor]) -> Optimizer:
+def build_optimizer(params: TrainParams, weights: Sequence[Tensor], lr: Tensor | None = None) -> Optimizer:
     """Return the optimizer that the hyperparameters name.
 
     Args:
         params: the hyperparameters.
         weights: fp32, all on one device. They must be contiguous: the CPU kernel copies others back and forth each step.
+        lr: the learning rate, a scalar on the same device that each step reads; None for the constant `params.lr`.
     """
+    rate = params.lr if lr is None else lr
+    if not params.no_decay_norm:
+        return _build(params, weights, rate, params.weight_decay)
+    decayed = [i for i, weight in enumerate(weights) if weight.dim() > 1]
+    others = [i for i, weight in enumerate(weights) if weight.dim() <= 1]  # batch norm and biases
+    return Split(
+        {
+            tuple(indices): _build(params, [weights[i] for i in indices], rate, weight_decay)
+            for indices, weight_decay in ((decayed, params.weight_decay), (others, 0.0))
+        }
+    )
+
+
+def _build(params: TrainParams, weights: Sequence[Tensor], lr: float | Tensor, weight_decay: float) -> Optimizer:
     if params.optimizer == "sgd":
-        return SGD(weights, lr=params.lr, momentum=params.momentum, weight_decay=params.weight_decay)
-    decoupled = params.optimizer == "adamw"
-    return Adam(weights, lr=params.lr, weight_decay=params.weight_decay, decoupled_weight_decay=decoupled)
+        return SGD(weights, lr=lr, momentum=params.momentum, nesterov=params.nesterov, weight_decay=weight_decay)
+    return Adam(
+        weights,
+        lr=lr,
+        betas=(params.beta1, params.beta2),
+        weight_decay=weight_decay,
+        decoupled_weight_decay=params.optimizer == "adamw",
+    )
+
+
+class Split:
+    """Several optimizers, each for some of the weights.
+
+    Args:
+        parts: {positions of its weights among all weights: optimizer}.
+    """
+
+    def __init__(self, parts: Mapping[tuple[int, ...], Optimizer]) -> None:
+        self._parts = parts
+
+    def step(self, gradients: Sequence[Tensor]) -> None:
+        """Take one step, see `Optimizer`."""
+        for indices, optimizer in self._parts.items():
+            optimizer.step([gradients[i] for i in indices])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state, see `Optimizer`. The indices are those among all weights."""
+        return {
+            "state": {
+                indices[i]: state
+                for indices, optimizer in self._parts.items()
+                for i, state in optimizer.state_dict()["state"].items()
+            }
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Copy the values of a state, see `Optimizer`."""
+        saved = state["state"]
+        for indices, optimizer in self._parts.items():
+            optimizer.load_state_dict({"state": {i: saved[k] for i, k in enumerate(indices) if k in saved}})
 
 
 class Adam:
     """`torch.optim.Adam`, or `torch.optim.AdamW` with decoupled weight decay. A CUDA graph can capture its steps."""
 
     def __init__(
-        self, weights: Sequence[Tensor], *, lr: float, weight_decay: float, decoupled_weight_decay: bool
+        self,
+        weights: Sequence[Tensor],
+        *,
+        lr: float | Tensor,
+        betas: tuple[float, float],
+        weight_decay: float,
+        decoupled_weight_decay: bool,
     ) -> None:
         self._weights = list(weights)
         self._lr = lr
+        self._betas = betas
         self._weight_decay = weight_decay
         self._decoupled_weight_decay = decoupled_weight_decay
         self._steps = [torch.zeros((), device=weight.device) for weight in weights]
@@ -79,8 +138,8 @@ class Adam:
             capturable=self._weights[0].is_cuda,
             decoupled_weight_decay=self._decoupled_weight_decay,
             amsgrad=False,
-            beta1=0.9,
-            beta2=0.999,
+            beta1=self._betas[0],
+            beta2=self._betas[1],
             lr=self._lr,
             weight_decay=self._weight_decay,
             eps=1e-8,
@@ -108,10 +167,13 @@ class Adam:
 class SGD:
     """`torch.optim.SGD`, with momentum if it is not 0."""
 
-    def __init__(self, weights: Sequence[Tensor], *, lr: float, momentum: float, weight_decay: float) -> None:
+    def __init__(
+        self, weights: Sequence[Tensor], *, lr: float | Tensor, momentum: float, nesterov: bool, weight_decay: float
+    ) -> None:
         self._weights = list(weights)
         self._lr = lr
         self._momentum = momentum
+        self._nesterov = nesterov
         self._weight_decay = weight_decay
         self._velocities: list[Tensor | None] = [None] * len(weights) if momentum else []  # None until the first step
 
@@ -127,7 +189,7 @@ class SGD:
             momentum=self._momentum,
             lr=self._lr,
             dampening=0.0,
-            nesterov=False,
+            nesterov=self._nesterov,
             maximize=False,
         )
 

@@ -12,21 +12,39 @@ from hpo.errors import TrainableError, nearest
 OPTIMIZERS = ("adam", "adamw", "sgd")
 PRECISIONS = ("auto", "fp32", "bf16")
 STEMS = ("imagenet", "cifar")
+SCHEDULES = ("constant", "cosine", "one_cycle")
+HORIZON_SCHEDULES = ("cosine", "one_cycle")  # whose learning rate at an epoch depends on max_epochs
 CIFAR_STEM_COST = 14  # training time of the cifar stem relative to the imagenet stem
-SHAPE_PARAMS = ("batch_size", "stem", "precision", "optimizer")  # those that change what a training step computes
+# Those that change what a training step costs, in time or memory.
+SHAPE_PARAMS = ("batch_size", "stem", "width", "precision", "optimizer", "ema")
+SIDE = 28  # pixels along a side of an image
+CHOICES = {"optimizer": OPTIMIZERS, "stem": STEMS, "precision": PRECISIONS, "schedule": SCHEDULES}
 
 
 @dataclass(frozen=True)
 class TrainParams:
-    """The hyperparameters of `train`. The defaults are those of the documented grid.
+    """The hyperparameters of `train`. The defaults are those of the documented grid. README.md names their sources.
 
     Attributes:
         batch_size: images per step, at least 2.
-        lr: the learning rate, constant.
+        lr: the learning rate; with a schedule, the highest one.
         optimizer: `adam`, `adamw` or `sgd`.
         momentum: of `sgd`.
+        nesterov: whether the momentum of `sgd` is Nesterov's. It has no effect if momentum is 0.
+        beta1: of `adam` and `adamw`: the decay of the average of the gradients.
+        beta2: of `adam` and `adamw`: the decay of the average of their squares.
         weight_decay: L2 penalty of `adam` and `sgd`, decoupled for `adamw`.
+        no_decay_norm: whether the weights of batch norm and all biases are free of weight decay.
+        schedule: `constant`, `cosine` or `one_cycle`, see `hpo.train.schedule`.
+        warmup_epochs: epochs, not necessarily whole, in which the learning rate rises. 0 with `one_cycle`: 30 % of them.
+        label_smoothing: the share of the target that is spread over all classes.
+        flip: whether each image is mirrored left to right in half of the epochs, at random.
+        translate: each image is moved by up to so many pixels in each direction, at random.
+        erase: the probability that a random box of an image is set to 0.
+        ema: the decay, per step, of the average of the weights that is scored and exported; 0 scores the weights.
+        tta: whether the score of an image is the mean over the image and its mirror image.
         stem: the first layers, `imagenet` or `cifar`, see `hpo.train.network.build_model`.
+        width: the number of channels of each layer, relative to the published network.
         precision: of the multiplications: `fp32`, `bf16`, or `auto` for bf16 where the hardware supports it.
     """
 
@@ -34,8 +52,21 @@ class TrainParams:
     lr: float = 0.01
     optimizer: str = "adam"
     momentum: float = 0.0
+    nesterov: bool = False
+    beta1: float = 0.9
+    beta2: float = 0.999
     weight_decay: float = 0.0
+    no_decay_norm: bool = False
+    schedule: str = "constant"
+    warmup_epochs: float = 0.0
+    label_smoothing: float = 0.0
+    flip: bool = False
+    translate: int = 0
+    erase: float = 0.0
+    ema: float = 0.0
+    tta: bool = False
     stem: str = "imagenet"
+    width: float = 1.0
     precision: str = "auto"
 
     def __post_init__(self) -> None:
@@ -43,14 +74,29 @@ class TrainParams:
             raise TrainableError(f"parameters.batch_size must be at least 2 (batch norm), got {self.batch_size}")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise TrainableError(f"parameters.lr must be above 0, got {self.lr}")
-        for name in ("momentum", "weight_decay"):
+        for name in ("momentum", "weight_decay", "warmup_epochs"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise TrainableError(f"parameters.{name} must be at least 0, got {value}")
-        for name, choices in (("optimizer", OPTIMIZERS), ("stem", STEMS), ("precision", PRECISIONS)):
+        for name in ("beta1", "beta2", "label_smoothing", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise TrainableError(f"parameters.{name} must be at least 0 and below 1, got {getattr(self, name)}")
+        for name, low, high in (("translate", 0, SIDE - 1), ("erase", 0, 1), ("width", 0.125, 16)):
+            if not low <= getattr(self, name) <= high:
+                raise TrainableError(f"parameters.{name} must be from {low} to {high}, got {getattr(self, name)}")
+        for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
                 raise TrainableError(f"parameters.{name}: no {name} {value!r}, {nearest(value, choices)}")
+
+    @property
+    def depends_on_horizon(self) -> bool:
+        """Whether an epoch's training depends on max_epochs.
+
+        Then a training to fewer epochs is not the beginning of one to more: its numbers cannot be continued, and those of
+        an epoch before the last say less about the end, because the learning rate has not come down yet.
+        """
+        return self.schedule in HORIZON_SCHEDULES
 
 
 def read_params(params: Mapping[str, Any]) -> TrainParams:
@@ -65,8 +111,14 @@ def read_params(params: Mapping[str, Any]) -> TrainParams:
             raise TrainableError(
                 f"parameters.{name}: hpo.train:train has no parameter {name!r}, {nearest(name, types)}"
             )
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        is_right = {"int": is_number and isinstance(value, int), "float": is_number, "str": isinstance(value, str)}
+        is_bool = isinstance(value, bool)
+        is_number = isinstance(value, int | float) and not is_bool
+        is_right = {
+            "int": is_number and isinstance(value, int),
+            "float": is_number,
+            "str": isinstance(value, str),
+            "bool": is_bool,
+        }
         if not is_right[types[name]]:
             raise TrainableError(f"parameters.{name} must be of type {types[name]}, got {value!r}")
     return TrainParams(**params)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -10,14 +11,14 @@ import torch
 
 from hpo.export.card import classify_script, render_card
 from hpo.train.network import build_model
-from hpo.train.params import STEMS
+from hpo.train.params import STEMS, TrainParams
 
 
 def make_facts(**changes: Any) -> dict[str, Any]:
     facts = {
         "study": "mine",
         "trial": 7,
-        "params": {"stem": "imagenet", "lr": 0.01},
+        "params": asdict(TrainParams()),
         "seed": 3,
         "epochs": 2,
         "data": {"dataset": "fashion_mnist"},
@@ -88,7 +89,9 @@ def test_the_card_has_no_stray_blank_lines_in_tables() -> None:
 @pytest.mark.parametrize("stem", STEMS)
 def test_the_card_builds_the_network_of_each_stem(stem: str) -> None:
     card = render_card(
-        make_facts(params={"stem": stem}, classes=[f"class {i}" for i in range(10)], confusion=[[1] * 10] * 10)
+        make_facts(
+            params=asdict(TrainParams(stem=stem)), classes=[f"class {i}" for i in range(10)], confusion=[[1] * 10] * 10
+        )
     )
     (code,) = re.findall(r"```python\n(import torch\nfrom safetensors.*?)model\.load_state_dict", card, re.DOTALL)
     names: dict[str, Any] = {}
@@ -104,3 +107,37 @@ def test_the_script_is_python_and_needs_torch_and_pillow_only() -> None:
     script = classify_script()
     compile(script, "classify.py", "exec")
     assert re.findall(r"^(?:import|from) (\w+)", script, re.MULTILINE) == ["json", "sys", "pathlib", "torch", "PIL"]
+
+
+def params_of(**changes: Any) -> dict[str, Any]:
+    return asdict(TrainParams(**changes))
+
+
+def test_the_card_of_a_recipe_says_what_it_did() -> None:
+    card = render_card(make_facts(params=params_of(flip=True, ema=0.9, tta=True)))
+    assert ", with augmentation; cross-entropy; seed 3. The weights are an average over the steps.\n\n" in card
+    assert "the program gives the mean of its logits for an image and its mirror image:\n\n" in card
+    assert "The weights are an average" not in render_card(make_facts())
+
+
+def test_the_card_of_another_width_loads_the_network_of_hpo() -> None:
+    card = render_card(make_facts(params=params_of(width=0.25), classes=["a"] * 10, confusion=[[1] * 10] * 10))
+    assert "import resnet18" not in card
+    (code,) = re.findall(r"```python\n(from safetensors.*?)model\.load_state_dict", card, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    names["model"].load_state_dict(build_model(width=0.25).state_dict())
+
+
+def test_a_card_without_validation_images_says_nothing_of_them() -> None:
+    card = render_card(
+        make_facts(
+            images={"train": 60000, "test": 10000},
+            accuracy={"test_accuracy": 0.9},
+            as_trained={"how": "in bf16 on H200", "test_accuracy": 0.85},
+        )
+    )
+    assert "validation accuracy" not in card
+    assert "\n\nIt was measured again for this card, in fp32 on the CPU. " in card
+    assert " Scored in bf16 on H200, as in training, it is 0.8500.\n" in card
+    assert "split into 60,000 training, 0 validation, 10,000 test images" in card

@@ -19,6 +19,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import load_file
 
 from hpo.errors import SettingError
 from hpo.export import exporting
@@ -61,10 +62,15 @@ def grid_space(folder: Path, **changes: Any) -> Space:
 
 @pytest.fixture(scope="module")
 def searched(one_thread: None, few_test_images: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of a search: trial 0 COMPLETE with its checkpoint, 1 COMPLETE and worse without a checkpoint, 2 FAIL."""
+    """The files of a search, see `search_in`."""
     folder = tmp_path_factory.mktemp("export")
-    space = grid_space(folder)
-    provenance = {"machine": "node-7", "code": "then", "data_sha256": load(**DATA).sha256}
+    search_in(folder, grid_space(folder))
+    return folder
+
+
+def search_in(folder: Path, space: Space) -> None:
+    """Store a search: trial 0 COMPLETE with its checkpoint, 1 COMPLETE and worse without a checkpoint, 2 FAIL."""
+    provenance = {"machine": "node-7", "code": "then", "data_sha256": load(**space.data.model_dump()).sha256}
     with open_database(f"sqlite:///{folder}/hpo.db") as database:
         study = open_study(database, **space.study_options)
         with Run(study, config_key=space.config_key, provenance=provenance) as run:
@@ -86,11 +92,10 @@ def searched(one_thread: None, few_test_images: None, tmp_path_factory: pytest.T
             spec = replace(spec, folder=str(RunsDir(folder).trial(study.unique_name, 0)))
             for report in itertools.islice(run_trial(spec), 2):
                 assert not report.failure
-                run.report(best, report.epoch, report.metrics, report.metrics["val_accuracy"])
-            run.complete(best, report.metrics["val_accuracy"])
+                run.report(best, report.epoch, report.metrics, report.metrics[space.metric])
+            run.complete(best, report.metrics[space.metric])
             run.complete(worse, 0.0)
             run.fail(failed, "its reason")
-    return folder
 
 
 def open_copy(folder: Path) -> Study:
@@ -409,3 +414,29 @@ def test_the_command_line_exports_the_best_trial(
     assert result.return_value == 0
     assert f"{tmp_path}/model: README.md describes it" in result.output
     assert json.loads((tmp_path / "model" / "export.json").read_text())["trial"] == 0
+
+
+@pytest.mark.slow
+def test_a_recipe_is_exported_as_it_was_scored(tmp_path: Path, without_program: None) -> None:
+    """Averaged weights, mirrored images, another width, no validation images."""
+    recipe = {"ema": 0.5, "tta": True, "width": 0.25, "precision": "fp32"}
+    space = grid_space(
+        tmp_path,
+        metric="train_accuracy",
+        data={**DATA, "val_samples": 0},
+        parameters={"batch_size": [16, 32, 8], "lr": 0.003, **recipe},
+    )
+    search_in(tmp_path, space)
+    study = open_copy(tmp_path)
+    exported = export(study, tmp_path)
+    study.database.close()
+    facts = json.loads((exported.folder / "export.json").read_text())
+    assert exported.remarks == []  # among others: the scores are the stored ones
+    assert set(facts["stored"]) == {"test_accuracy"}
+    assert facts["accuracy"] == facts["stored"]
+    weights = load_file(exported.folder / "model.safetensors")
+    build_model(width=0.25).load_state_dict(weights)
+    (checkpoints,) = tmp_path.glob("checkpoints/toy-*/0")
+    checkpoint = load_checkpoint(checkpoints)
+    assert checkpoint is not None
+    assert not torch.equal(weights["fc.weight"], checkpoint.state["model"]["fc.weight"])

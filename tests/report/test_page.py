@@ -84,7 +84,7 @@ def test_the_documented_grid_is_compared_with_the_published_results(grid_report:
     theirs = read_published()[(512, 0.01)].epochs[4]
     for text in (page, markdown):
         assert "Compared with the published results" in text
-        assert "holds out 5000 of the training images" in text
+        assert "trains on 55,000 of these images and holds out 5,000 for validation" in text
         assert f"{theirs['train_loss']:.4f}" in text
         assert f"{theirs['train_accuracy']:.4f}" in text
         assert "0.9147" not in text, "the published test accuracy is that after 50 epochs, not after 4"
@@ -100,6 +100,16 @@ def test_after_50_epochs_test_accuracy_and_seconds_are_compared_too(grid_results
     page, markdown = written(replace(grid_results, trials=trials), tmp_path)
     for text in (page, markdown):
         assert {"0.9231", "0.9090", "0.9147", "1719", "1129", "1083"} <= set(re.findall(r"[\d.]+", text))
+
+
+@pytest.mark.usefixtures("undrawn_png")
+def test_a_study_on_all_images_differs_in_nothing_from_the_published_one(grid_results: Results, tmp_path: Path) -> None:
+    space = grid_space(data={"val_samples": 0}, metric="train_accuracy")
+    assert grid_results.space is not None
+    for text in written(replace(grid_results, space=space), tmp_path):
+        assert "all 60,000 training images" in text
+        assert "holds out" not in text
+        assert "of these images" not in text
 
 
 def test_a_second_report_replaces_the_first(database: Database, tmp_path: Path) -> None:

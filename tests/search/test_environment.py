@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hpo.errors import TrainableError
-from hpo.search.environment import PACKAGES, check_trainable, describe_environment
+from hpo.search.environment import PACKAGES, check_trainable, describe_environment, note_horizon
 from hpo.space.model import load_space
 from tests.factories import shipped_space
 
@@ -68,3 +68,36 @@ def test_all_mistakes_in_parameters_are_reported_at_once(tmp_path: Path) -> None
     for line, (number, message) in zip(lines, expected.items(), strict=True):
         assert line.startswith(f"{path}:{number}:3: parameters.")
         assert message in line
+
+
+# --- schedules that depend on the horizon -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "schedules"),
+    [
+        (["scheduler=asha", "parameters.schedule=cosine"], "schedule cosine is"),
+        (["scheduler=median", "parameters.schedule=[constant, one_cycle, cosine]"], "schedule one_cycle and cosine is"),
+    ],
+)
+def test_a_scheduler_and_a_schedule_that_depends_on_the_last_epoch_are_noted(
+    overrides: list[str], schedules: str
+) -> None:
+    note = note_horizon(shipped_space("quick", *overrides))
+    assert note is not None
+    assert schedules in note
+    assert "before epoch 5" in note
+    assert "grace_period" in note
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["parameters.schedule=cosine"],
+        ["scheduler=asha"],
+        ["scheduler=asha", "parameters.schedule=constant", "parameters.warmup_epochs=1"],
+        ["scheduler=asha", "parameters.schedule=cosine", "trainable=mine:train"],
+    ],
+)
+def test_other_searches_have_no_such_note(overrides: list[str]) -> None:
+    assert note_horizon(shipped_space("quick", *overrides)) is None

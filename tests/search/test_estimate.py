@@ -88,6 +88,30 @@ def test_unmeasured_batch_size_counts_as_the_nearest_one() -> None:
     assert made.seconds == pytest.approx(sum(images / size for size in nearest))
 
 
+def test_each_width_is_measured_and_an_unmeasured_one_counts_as_the_nearest() -> None:
+    widths = [0.5, 0.625, 1, 1.125, 2, 2.5, 4, 5]  # every second one is measured
+    probes = FakeProbes(lambda shape, _: 1000 / shape["width"] ** 2)
+    made = estimate_search(
+        documented_space("parameters.batch_size=64", f"parameters.width={widths}", "resources={cpu: 1}"),
+        Slots(1, 1.0, 0.0),
+        len(widths),
+        probes,
+        IMAGES,
+        (1.0, 0.0),
+    )
+    assert [shape["width"] for shape, _ in probes.asked] == [0.5, 1, 2, 4]
+    images = 5 * (1600 + 400 / 3) + 500 / 3
+    assert made.seconds == pytest.approx(sum(images * width**2 / 1000 for width in [0.5, 1, 2, 4] * 2))
+
+
+@pytest.mark.parametrize("name", ["ema", "width"])
+def test_what_a_recipe_adds_to_a_step_is_measured(name: str) -> None:
+    probes = FakeProbes(lambda *_: 10.0)
+    space = documented_space("parameters.batch_size=64", f"parameters.{name}=0.5", "parameters.flip=true")
+    estimate_search(space, Slots(1, 1.0, 0.0), 1, probes, IMAGES, (1.0, 0.0))
+    assert probes.asked[0][0] == {"batch_size": 64, name: 0.5}
+
+
 @pytest.mark.parametrize(
     ("speed", "device_bytes", "count", "tried"),
     [
@@ -147,6 +171,8 @@ def test_shape_that_does_not_fit_is_named() -> None:
         ([], 3, False),
         (["max_epochs=50"], 300, True),
         (["parameters.stem=cifar", "max_epochs=10"], 3, True),
+        (["parameters.width=[1, 2]"], 3, True),
+        (["parameters.width=0.5", "max_epochs=30"], 3, False),
         ([], None, True),
     ],
 )

@@ -24,7 +24,7 @@ from tests.space.examples import FULL
 
 CPU_SECONDS = 5  # for one load; most take 10 ms, but a machine may be slow and busy
 
-TEXTS = [FULL, *((ROOT / f"search_spaces/{name}.yaml").read_text() for name in ("grid", "quick", "extended"))]
+TEXTS = [FULL, *((ROOT / f"search_spaces/{name}.yaml").read_text() for name in ("grid", "quick", "extended", "recipe"))]
 FRAGMENTS = [
     "\t", "\n", " ", ":", "- ", "{", "}", "[", "]", ",", "&a ", "*a", "*stem", "!!int ", "!x ", "|\n", ">\n", "'", '"', "#",
     "%", "@", "`", "? ", "---\n", "...\n", "<<: *stem\n", "1e999", "-1", "0", ".nan", ".inf", "9" * 400, "true", "null",

@@ -18,7 +18,7 @@ from hpo.space.model import Space, load_space
 from hpo.space.parameters import Choices, FloatRange, IntRange
 from hpo.space.rules import NOT_BUILT
 from hpo.space.sections import Budget, Checkpoints, Data, Resources, Sampler, Scheduler
-from hpo.train.params import OPTIMIZERS, PRECISIONS, STEMS, TrainParams, read_params
+from hpo.train.params import OPTIMIZERS, PRECISIONS, SCHEDULES, STEMS, TrainParams, read_params
 from tests.factories import ROOT
 
 README = (ROOT / "search_spaces/README.md").read_text()
@@ -142,9 +142,9 @@ def test_every_option_is_listed_with_its_default(model: type[BaseModel]) -> None
 
 def test_every_parameter_of_the_built_in_training_is_listed_with_its_default() -> None:
     for field in fields(TrainParams):
-        default = f"`{field.default}`" if isinstance(field.default, str) else str(field.default)
+        default = f"`{field.default}`" if isinstance(field.default, str) else str(field.default).lower()
         assert f"| `{field.name}` | {default} |" in README
-    assert {value for value in (*OPTIMIZERS, *PRECISIONS, *STEMS) if f"`{value}`" not in README} == set()
+    assert {value for value in (*OPTIMIZERS, *PRECISIONS, *STEMS, *SCHEDULES) if f"`{value}`" not in README} == set()
 
 
 def test_every_placeholder_and_every_function_is_listed() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
+from hpo.space.model import load_space
 from tests.space.conftest import CheckError, ErrorOf
 from tests.space.examples import CONDITIONAL, HEAD, SAMPLED, VALID
 
@@ -152,6 +154,18 @@ RULES = {
         SAMPLED + "  n: {type: int, low: 0, high: 10, step: 5, »default: 4}\n",
         ["parameters.n.default: 4 is not in the range from 0 to 10 in steps of 5"],
     ),
+    "a validation metric without validation images": (
+        VALID + "data: {»val_samples: 0}\n",
+        ["data.val_samples: without validation images there is no val_accuracy", "`metric: train_accuracy`"],
+    ),
+    "another validation metric without validation images": (
+        VALID + "metric: val_loss\ndata: {»val_samples: 0}\n",
+        ["data.val_samples: without validation images there is no val_loss"],
+    ),
+    "a test metric of the built-in training": (
+        VALID + "»metric: test_accuracy\n",
+        ["metric: the test images are scored once", "such as val_accuracy"],
+    ),
     "a command and a trainable": (
         VALID + "trainable: my_module:train\n»command: python train.py --lr {lr}\n",
         ["command: give either command or trainable"],
@@ -205,3 +219,12 @@ def test_broken_rules_and_invalid_keys_are_reported_together(error_of: ErrorOf) 
         ("8", "derived.w"),
         ("9", "warm_start"),
     ]
+
+
+@pytest.mark.parametrize(
+    "line", ["metric: train_accuracy", "trainable: mine:train", "command: python train.py --lr {lr}"]
+)
+def test_no_image_needs_to_be_held_out_for_a_metric_that_exists(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_text(f"{VALID}data: {{val_samples: 0}}\n{line}\n")
+    assert load_space(str(path)).data.val_samples == 0

@@ -17,7 +17,7 @@ from tests.storage.simulator import Backend, open_backend, run_seed
 pytestmark = pytest.mark.slow
 
 SEEDS = {"sqlite": 250, "postgresql": 20}
-SEEDS_OF_MUTANTS = 150  # each must be found within them
+SEEDS_OF_MUTANTS = 250  # each must be found within them
 
 
 @pytest.fixture(scope="module")

@@ -138,6 +138,13 @@ def test_every_image_can_be_used() -> None:
     assert len(load_sample(val_samples=1999).train) == 1
 
 
+def test_no_image_needs_to_be_held_out() -> None:
+    dataset = load_sample(val_samples=0)
+    assert (len(dataset.train), len(dataset.validation)) == (2000, 0)
+    assert count(dataset.train) == official("train")
+    assert dataset.sha256 != load_sample(val_samples=1).sha256
+
+
 @pytest.mark.parametrize(("train_samples", "val_samples"), [(1601, 400), (None, 2000), (1, 2000), (None, 5000)])
 def test_too_few_images_are_an_error_with_the_sizes(train_samples: int | None, val_samples: int) -> None:
     with pytest.raises(DataError) as caught:

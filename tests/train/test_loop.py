@@ -24,6 +24,9 @@ SMALL = {**SAMPLE, "train_samples": 32, "val_samples": 20}
 TINY = {**SAMPLE, "train_samples": 20, "val_samples": 20}
 ADAM = {"batch_size": 12, "lr": 0.001}
 SGD = {"batch_size": 12, "lr": 0.01, "optimizer": "sgd", "momentum": 0.9, "weight_decay": 1e-4}
+AUGMENTED = {"flip": True, "translate": 2, "erase": 0.5}
+SCORED = {"ema": 0.8, "tta": True}
+RECIPE = {**SGD, **AUGMENTED, **SCORED, "nesterov": True, "no_decay_norm": True, "schedule": "one_cycle", "width": 0.25}
 CHANCE = 0.1  # the accuracy of guessing one of ten balanced classes
 
 Metrics = list[tuple[int, dict[str, float]]]
@@ -99,8 +102,8 @@ class Uninterrupted:
 
 @pytest.fixture(scope="module")
 def uninterrupted(one_thread: None, few_test_images: None) -> dict[str, Uninterrupted]:
-    """Three epochs with each optimizer."""
-    runs = {"adam": Uninterrupted(ADAM), "sgd": Uninterrupted(SGD)}
+    """Three epochs with each optimizer, and with everything that a recipe can have."""
+    runs = {"adam": Uninterrupted(ADAM), "sgd": Uninterrupted(SGD), "recipe": Uninterrupted(RECIPE)}
     for run in runs.values():
         for report in reports(run.params, 3):
             run.metrics += without_timings([report])
@@ -118,7 +121,7 @@ def test_the_same_seed_gives_the_same_numbers_bit_by_bit(uninterrupted: dict[str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "last_epoch"), [("adam", 1), ("sgd", 2)])
+@pytest.mark.parametrize(("name", "last_epoch"), [("adam", 1), ("sgd", 2), ("recipe", 1), ("recipe", 2)])
 def test_training_resumes_from_a_checkpoint_with_the_same_numbers(
     name: str, last_epoch: int, uninterrupted: dict[str, Uninterrupted]
 ) -> None:
@@ -135,6 +138,14 @@ def test_a_finished_run_resumes_to_more_epochs_with_the_same_numbers(uninterrupt
     rest = reports(ADAM, 2, checkpoint=last.state())
     (_, metrics), (_, expected) = *without_timings(rest), uninterrupted["adam"].metrics[1]
     assert {name: metrics[name] for name in expected} == expected
+
+
+@pytest.mark.slow
+def test_a_schedule_that_ends_is_not_continued_to_more_epochs(uninterrupted: dict[str, Uninterrupted]) -> None:
+    run = uninterrupted["recipe"]
+    with pytest.raises(TrainableError, match=r"training to epoch 3.*cannot be continued to epoch 4"):
+        next(reports(run.params, 4, checkpoint=run.states[2]))
+    assert "max_epochs" not in uninterrupted["adam"].states[2]
 
 
 @pytest.mark.slow
@@ -247,6 +258,14 @@ def unchanged(one_thread: None) -> dict[str, float]:
         {"stem": "cifar"},
         {"optimizer": "adam"},
         {"optimizer": "adamw"},
+        {"schedule": "cosine"},
+        {"schedule": "one_cycle"},
+        {"warmup_epochs": 0.5},
+        {"label_smoothing": 0.1},
+        {"flip": True},
+        {"translate": 1},
+        {"erase": 0.9},
+        {"width": 0.5},
     ],
     ids=str,
 )
@@ -254,3 +273,35 @@ def test_each_parameter_changes_the_training(change: dict[str, Any], unchanged: 
     changed = first_epoch({**SGD_BY_FOURS, **change}, data=FEW)
     assert math.isfinite(changed["train_loss"])
     assert changed["train_loss"] != unchanged["train_loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "base"),
+    [
+        ({"nesterov": True}, {"momentum": 0.9}),
+        ({"no_decay_norm": True}, {"weight_decay": 0.1}),
+        ({"beta1": 0.5}, {"optimizer": "adam"}),
+        ({"beta2": 0.9}, {"optimizer": "adam"}),
+    ],
+    ids=str,
+)
+def test_a_parameter_of_another_one_changes_the_training(change: dict[str, Any], base: dict[str, Any]) -> None:
+    with_it, without = (first_epoch({**SGD_BY_FOURS, **base, **extra}, data=FEW) for extra in (change, {}))
+    assert with_it["train_loss"] != without["train_loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [{"ema": 0.9}, {"tta": True}], ids=str)
+def test_a_parameter_of_the_scored_network_changes_the_score_alone(
+    change: dict[str, Any], unchanged: dict[str, float]
+) -> None:
+    changed = first_epoch({**SGD_BY_FOURS, **change}, data=FEW)
+    assert changed["train_loss"] == unchanged["train_loss"]
+    assert changed["val_loss"] != unchanged["val_loss"]
+
+
+def test_without_validation_images_there_are_no_validation_metrics() -> None:
+    (report,) = reports({"batch_size": 10}, 1, data={**TINY, "val_samples": 0})
+    names = {"train_loss", "train_accuracy", "test_loss", "test_accuracy", "train_seconds", "images_per_second"}
+    assert set(report.metrics) == names

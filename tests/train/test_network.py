@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hpo.train.network import build_model
+from hpo.train.network import MirrorAverage, build_model
 from hpo.train.params import STEMS
 
 PUBLISHED_PARAMETERS = 11_689_512  # 1,000 classes, 3 channels, a 7x7 stem
@@ -97,6 +97,36 @@ def test_the_stem_is_initialized_as_in_he_et_al(stem: str) -> None:
     expected = math.sqrt(2 / (64 * KERNEL[stem] ** 2))
     # The standard deviation of n normal numbers has a relative standard error of 1 / sqrt(2 n). Four of them are safe.
     assert float(weight.std()) == pytest.approx(expected, rel=4 / math.sqrt(2 * weight.numel()))
+
+
+@pytest.mark.parametrize(
+    ("width", "channels"), [(1.0, [64, 128, 256, 512]), (0.5, [32, 64, 128, 256]), (2, [128, 256, 512, 1024])]
+)
+@pytest.mark.parametrize("stem", STEMS)
+def test_the_width_scales_the_channels_of_every_layer(stem: str, width: float, channels: list[int]) -> None:
+    model = build_model(stem=stem, width=width)
+    for i, count in enumerate(channels):
+        for block in model.get_submodule(f"layer{i + 1}").children():
+            assert [block.get_parameter(f"conv{k}.weight").shape[0] for k in (1, 2)] == [count, count]
+    assert model.get_parameter("conv1.weight").shape[0] == channels[0]
+    assert model.get_parameter("fc.weight").shape == (10, channels[3])
+    with torch.no_grad():
+        assert model.eval()(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+
+
+def test_channels_are_multiples_of_eight() -> None:
+    shapes = [weight.shape for weight in build_model(width=0.3).parameters() if weight.dim() == 4]
+    assert {shape[0] for shape in shapes} == {16, 40, 80, 152}  # of 19.2, 38.4, 76.8, 153.6
+    assert build_model(width=0.125).get_parameter("conv1.weight").shape[0] == 8
+
+
+def test_mirror_average_gives_the_mean_of_the_logits_of_an_image_and_its_mirror_image() -> None:
+    torch.manual_seed(0)
+    model, images = build_model().eval(), torch.rand(3, 1, 28, 28)
+    with torch.no_grad():
+        logits, mirrored = model(images), model(torch.tensor(images.numpy()[:, :, :, ::-1].copy()))
+        assert torch.equal(MirrorAverage(model)(images), (logits + mirrored) / 2)
+    assert not torch.equal(logits, mirrored)
 
 
 def test_an_unknown_stem_is_an_error_with_the_known_ones() -> None:
