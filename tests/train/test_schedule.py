@@ -65,7 +65,7 @@ def after_warmup(optimizer: SGD, steps: int, rest: LRScheduler) -> LRScheduler:
             lambda o: OneCycleLR(o, LR, STEPS * EPOCHS, pct_start=0.5, cycle_momentum=False),
         ),
     ],
-    ids=str,
+    ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
 def test_the_learning_rates_are_those_of_torchs_scheduler(
     params: dict[str, str | float], build: Callable[[SGD], LRScheduler]
