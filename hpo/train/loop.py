@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -58,32 +59,42 @@ def train(
     dataset = load(**data, device=device)
     torch.manual_seed(seed)
     learner = Learner(train_params, precision, dataset.train)
-    last_epoch = 0
-    if checkpoint is not None:
-        learner.restore(checkpoint)
-        last_epoch = checkpoint["epoch"]
+    with closing(learner):
+        last_epoch = 0
+        if checkpoint is not None:
+            learner.restore(checkpoint)
+            last_epoch = checkpoint["epoch"]
 
-    for epoch in range(last_epoch + 1, max_epochs + 1):
-        started = time.perf_counter()
-        loss, accuracy = learner.train_epoch(epoch_seed(seed, epoch))
-        seconds = time.perf_counter() - started
-        val_loss, val_accuracy = evaluate(learner.model, dataset.validation, precision)
-        metrics = {
-            "train_loss": loss,
-            "train_accuracy": accuracy,
-            "val_loss": val_loss,
-            "val_accuracy": val_accuracy,
-            "train_seconds": seconds,
-            "images_per_second": len(dataset.train) / seconds,
-        }
-        if epoch == max_epochs:
-            # The test images are scored once, when no decision can depend on the score.
-            metrics["test_loss"], metrics["test_accuracy"] = evaluate(learner.model, dataset.test, precision)
+        for epoch in range(last_epoch + 1, max_epochs + 1):
+            started = time.perf_counter()
+            loss, accuracy = learner.train_epoch(epoch_seed(seed, epoch))
+            seconds = time.perf_counter() - started
+            val_loss, val_accuracy = evaluate(learner.model, dataset.validation, precision)
+            metrics = {
+                "train_loss": loss,
+                "train_accuracy": accuracy,
+                "val_loss": val_loss,
+                "val_accuracy": val_accuracy,
+                "train_seconds": seconds,
+                "images_per_second": len(dataset.train) / seconds,
+            }
+            if epoch == max_epochs:
+                # The test images are scored once, when no decision can depend on the score.
+                metrics["test_loss"], metrics["test_accuracy"] = evaluate(learner.model, dataset.test, precision)
 
-        def state(epoch: int = epoch) -> dict[str, Any]:
-            return {"epoch": epoch, **learner.state()}
+            def state(epoch: int = epoch) -> dict[str, Any]:
+                return {"epoch": epoch, **learner.state()}
 
-        yield EpochReport(epoch, metrics, state)
+            failure = learner.graph_failure
+            yield EpochReport(
+                epoch,
+                metrics,
+                state,
+                provenance={} if learner.is_graphed is None else {"cuda_graph": learner.is_graphed},
+                warning=f"steps run eagerly: they cannot be captured as a CUDA graph: {failure}" if failure else "",
+                # torch keeps the memory pool of a failed capture, even after `reset` (before its pull request 190348).
+                needs_new_process=bool(failure),
+            )
 
 
 def epoch_seed(seed: int, epoch: int) -> int:

@@ -40,7 +40,7 @@ def test_an_epoch_takes_each_image_once_in_batches_of_at_least_two(
 ) -> None:
     batches: list[list[int]] = []
     learner = learner_of(count, batch_size)
-    monkeypatch.setattr(learner, "_step", lambda indices: batches.append(indices.tolist()))
+    monkeypatch.setattr(learner, "take_step", lambda indices: batches.append(indices.tolist()))
     learner.train_epoch(seed=1)
     assert [len(batch) for batch in batches] == sizes
     assert sorted(index for batch in batches for index in batch) == list(range(count))
