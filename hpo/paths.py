@@ -16,6 +16,7 @@ from hpo.errors import SettingError
 PACKAGE_DIR = Path(__file__).resolve().parent  # of the package hpo
 LOG_FILE = "log.txt"  # in a trial's folder: the output of its script
 HANG_FILE = "hang.txt"  # in a trial's folder: the stack of every thread of a worker that hung
+LOST_FILE = "device_lost.txt"  # in a trial's folder: the error after which its worker's process could not use the GPU
 CONFIGURATION_FILE = "configuration.json"  # in a trial's folder: whose files these are
 SCRIPT_DIR = "script"  # in a trial's folder: {checkpoint_dir} of its script
 

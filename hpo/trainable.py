@@ -9,7 +9,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,18 +20,24 @@ DEFAULT_TRAINABLE = "hpo.train:train"
 
 @dataclass(frozen=True)
 class EpochReport:
-    """The result of one epoch.
+    """The result of one epoch. A trainable may yield any object with `epoch`, `metrics` and `state`.
 
     Attributes:
         epoch: the epoch's number, from 1.
         metrics: {name: value}. It includes the metric that the search optimizes.
         state: returns the checkpoint, a dict of tensors and plain values. It is called only when a checkpoint is saved.
             Given the checkpoint, the same trainable continues as if it had never stopped.
+        provenance: facts about how the trial runs, recorded with it, such as {"cuda_graph": True}.
+        warning: something that went wrong and does not stop the training. The user is shown it.
+        needs_new_process: whether this process must not run another trial after this one.
     """
 
     epoch: int
     metrics: dict[str, float]
     state: Callable[[], dict[str, Any]]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    warning: str = ""
+    needs_new_process: bool = False
 
 
 class Trainable(Protocol):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import nearest
-from hpo.paths import HANG_FILE, RunsDir
+from hpo.paths import HANG_FILE, LOST_FILE, RunsDir
 from hpo.search.checkpoints import owner_key, trim_checkpoints
 from hpo.search.listener import ProgressListener
 from hpo.search.retention import Retention
@@ -66,6 +66,8 @@ class TrialCoordinator:
         self._listener = listener
         self._claims: dict[str, ClaimedTrial] = {}
         self._epochs: dict[str, int] = {}
+        self._at_a_time = math.inf  # fewer than there are slots after a trial has found no room next to others
+        self._together: dict[str, int] = {}  # the most trials that ran at the same time during a claim
         self._deadline = math.inf
         self._next_attempt = 0.0
         self._is_exhaustion_noted = False
@@ -84,7 +86,7 @@ class TrialCoordinator:
 
     def next_trial(self, tune_id: str) -> TrialSpec | None:
         """Claim a trial. Return None if no trial is available now. `is_done` says whether one may come later."""
-        if self._is_over() or time.monotonic() < self._next_attempt:
+        if self._is_over() or time.monotonic() < self._next_attempt or len(self._claims) >= self._at_a_time:
             return None
         with self._storage_errors_kept():
             claim = self._run.claim()
@@ -96,6 +98,7 @@ class TrialCoordinator:
                 return None
             self._claims[tune_id] = claim
             self._epochs[tune_id] = claim.epoch
+            self._together = {each: max(self._together.get(each, 0), len(self._claims)) for each in self._claims}
             self._listener.trial_started(claim.number, claim.params, claim.epoch, self._space.max_epochs)
             derived = self._space.derive(claim.params)
             if derived:
@@ -121,7 +124,9 @@ class TrialCoordinator:
     @property
     def is_done(self) -> bool:
         """Whether this run will claim no more trials."""
-        return self._is_over() or self._run.finished
+        # A running trial may find no room next to others, and is then claimed again.
+        may_return = self._slots.trials_share_gpu and any(self._together[each] > 1 for each in self._claims)
+        return self._is_over() or (self._run.finished and not may_return)
 
     def retries_left(self, tune_id: str) -> int:
         """Return how many more workers may die while they run a trial."""
@@ -143,6 +148,8 @@ class TrialCoordinator:
                 # By a run that claimed the trial. If this claim is the later one, the trial must be claimed again.
                 self._run.release(claim)
                 raise LostTrialError(f"trial {claim.number} was taken over by another run")
+            if report.is_out_of_memory and self._slots.trials_share_gpu and self._together[tune_id] > 1:
+                return self._release_for_room(tune_id, report.failure)
             if report.failure:
                 return self._fail(tune_id, report.failure, report.traceback)
             for earlier, metrics in sorted(report.history.items()):
@@ -227,6 +234,20 @@ class TrialCoordinator:
         self._run.release(self._claims[tune_id])
         return self._end(tune_id, "WAITING", f"interrupted after epoch {self._epochs[tune_id]}, resumable")
 
+    def _release_for_room(self, tune_id: str, reason: str) -> bool:
+        """Release a trial that found no room on the GPU next to others, and run fewer trials at a time from now on.
+
+        Each such failure of a trial follows a claim with fewer others, so it cannot repeat forever: alone, the trial fails.
+        """
+        claim, together = self._claims[tune_id], self._together[tune_id]
+        self._at_a_time = min(self._at_a_time, together - 1)
+        self._run.release(claim)
+        self._listener.note(
+            f"trial {claim.number}: {reason.splitlines()[0]}. {together} trials ran at a time; "
+            f"from now on, this run has at most {self._at_a_time:g}"
+        )
+        return self._end(tune_id, "WAITING", "out of memory next to other trials, it is resumed with fewer")
+
     def _fail(self, tune_id: str, reason: str, details: str = "") -> bool:
         self._run.fail(self._claims[tune_id], reason, details)
         self._early_failures += not self._has_epochs
@@ -236,7 +257,7 @@ class TrialCoordinator:
 
     def _end(self, tune_id: str, state: str, text: str) -> bool:
         claim = self._claims.pop(tune_id)
-        del self._epochs[tune_id]
+        del self._epochs[tune_id], self._together[tune_id]
         if state != "WAITING":
             trim_checkpoints(self._folder(claim))
         if state in {"COMPLETE", "PRUNED"}:
@@ -260,6 +281,11 @@ class TrialCoordinator:
             if stacks:
                 hang.unlink()
                 return f"no epoch within trial_timeout {self._space.trial_timeout:g} s, worker killed", stacks
+        lost = self._folder(claim) / LOST_FILE
+        with suppress(OSError):
+            reason, _, stack = lost.read_text().partition("\n")
+            lost.unlink()
+            return f"the GPU could not be used any more, worker ended: {reason}", stack
         if "OutOfMemory" in details or "running low on memory" in details:
             return "out of memory: Ray killed the worker", details
         return "the worker process died", details
@@ -279,6 +305,7 @@ class TrialCoordinator:
         except LostTrialError as error:
             if tune_id is not None:
                 self._claims.pop(tune_id, None)
+                self._together.pop(tune_id, None)
             self._listener.note(str(error))
         except StorageError as error:
             self.error = self.error or error

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hpo.errors import SettingError
+from hpo.errors import SettingError, TrainableError
 from hpo.search.probes import ImageCounts, Probes, Speed
 from hpo.search.slots import Slots
 from hpo.space.model import Space
@@ -85,7 +85,8 @@ def estimate_search(
 ) -> SearchEstimate:
     """Measure the shapes of a space on this machine, choose how many trials run at a time, and add up their times.
 
-    Where `resources` is auto, a GPU gets as many trials as its memory holds, as long as one more raises the throughput. The
+    Where `resources` is auto, a GPU gets as many trials as its memory holds, as long as one more raises the throughput. If
+    more trials side by side cannot be measured, for lack of memory or any other reason, fewer of them run. The
     CPU gets fewer trials with more threads each, if that is faster. A search of up to a minute is not optimized.
 
     Args:
@@ -103,25 +104,27 @@ def estimate_search(
     shapes = _shapes(space)
     middle = list(shapes)[len(shapes) // 2]
 
-    def estimate_for(slots: Slots) -> SearchEstimate:
-        speeds = {name: _require(probes.measure(shape, slots), name) for name, shape in shapes.items()}
+    def add_up(slots: Slots, speeds: dict[str, Speed]) -> SearchEstimate:
         points = _points(space, trials)
         lengths = [_trial_seconds(space, speeds[_nearest_shape(point, shapes)], images) for point in points]
         together = {slots.count: slots.count * speeds[middle].images_per_second}
         seconds = _makespan(lengths, slots.count) + probes.start_seconds
         return SearchEstimate(slots, speeds, together, trials, seconds, sum(lengths))
 
-    first = best = estimate_for(slots)
+    first = best = add_up(slots, {name: _require(probes.measure(shape, slots), name) for name, shape in shapes.items()})
     if first.seconds < WORTH_SECONDS:
         return first
     tried = dict(first.tried)
     for candidate in _candidates(space, slots, trials, *size):
-        speed = probes.measure(shapes[middle], candidate)
-        if speed is None or not _fits(speed, candidate):
+        speeds = _measure_together(probes, {middle: shapes[middle]}, candidate)
+        if not speeds:
             break
-        tried[candidate.count] = candidate.count * speed.images_per_second
+        tried[candidate.count] = candidate.count * speeds[middle].images_per_second
         if tried[candidate.count] >= GROWTH * tried[best.slots.count]:
-            best = estimate_for(candidate)
+            speeds = _measure_together(probes, shapes, candidate)
+            if not speeds:
+                break
+            best = add_up(candidate, speeds)
         elif slots.device == "cuda":
             break
     return replace(best, tried=tried)
@@ -135,13 +138,25 @@ def _require(speed: Speed | None, name: str) -> Speed:
     return speed
 
 
-def _fits(speed: Speed, slots: Slots) -> bool:
-    if slots.device == "cpu":
-        return True
-    import torch
+def _measure_together(probes: Probes, shapes: Mapping[str, Params], slots: Slots) -> dict[str, Speed]:
+    """Measure shapes for a division that the search can do without; empty if one of them does not fit or fails."""
+    speeds: dict[str, Speed] = {}
+    for name, shape in shapes.items():
+        try:
+            speed = probes.measure(shape, slots)
+        except (SettingError, TrainableError):  # such as a process that died: with fewer trials at a time it worked
+            return {}
+        if speed is None or not _fits(speed, slots):
+            return {}
+        speeds[name] = speed
+    return speeds
 
-    whole: int = torch.cuda.get_device_properties(0).total_memory
-    return slots.trials_per_device * (GPU_MARGIN * speed.memory_bytes + CONTEXT_BYTES) <= whole
+
+def _fits(speed: Speed, slots: Slots) -> bool:
+    """Return whether the trials that share a GPU fit into what was free of it, with a margin."""
+    count = slots.trials_per_device
+    contexts = (count - 1) * CONTEXT_BYTES  # one process had its context when the free memory was read
+    return slots.device == "cpu" or count * GPU_MARGIN * speed.memory_bytes + contexts <= speed.free_bytes
 
 
 def _candidates(space: Space, slots: Slots, trials: int | None, cores: float, gpus: float) -> list[Slots]:
@@ -160,14 +175,22 @@ def _candidates(space: Space, slots: Slots, trials: int | None, cores: float, gp
 
 
 def _shapes(space: Space) -> dict[str, Params]:
-    """Return {readable name: shape} of the training steps; a sample of them for a large space."""
+    """Return {readable name: shape} of the training steps; of a large space, a sample with the largest."""
     values: dict[str, list[Any]] = {}
     for name, value in space.examples():
         if name in SHAPE_PARAMS and value not in values.setdefault(name, []):
             values[name].append(value)
     shapes = [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
-    step = max(1, math.ceil(len(shapes) / MAX_SHAPES))
-    return {_shape_name(shape): shape for shape in shapes[::step]}
+    sample = shapes if len(shapes) <= MAX_SHAPES else shapes[:: math.ceil(len(shapes) / (MAX_SHAPES - 1))]
+    largest = max(shapes, key=_memory_order)
+    return {_shape_name(shape): shape for shape in (sample if largest in sample else [*sample, largest])}
+
+
+def _memory_order(shape: Mapping[str, Any]) -> tuple[float, bool, bool]:
+    """Return a key that orders shapes by the memory that they need: mostly activations, then the state of the optimizer."""
+    cost = CIFAR_STEM_COST if shape.get("stem") == "cifar" else 1
+    images = float(shape.get("batch_size") or TrainParams.batch_size) * cost
+    return images, shape.get("precision") == "fp32", shape.get("optimizer") != "sgd"
 
 
 def _shape_name(shape: Mapping[str, Any]) -> str:

@@ -12,8 +12,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,11 @@ from hpo.search.slots import Slots
 from hpo.space.parameters import Params
 
 PROBE_SECONDS = 1.5
+ANSWER_SECONDS = {"cpu": 1800.0, "cuda": 300.0}  # for an answer: one step of a large batch on a slow CPU takes minutes
+DATA_SECONDS = 1800.0  # for the description of the data, which may be downloaded
+READY = "ready"
+GO = "go"
+STOP = "stop"
 SCRATCH_PREFIX = "hpo-probe-"
 
 ImageCounts = tuple[int, int, int]  # training, validation and test images
@@ -38,11 +44,13 @@ class Speed:
         images_per_second: of one trial while the others run.
         memory_bytes: peak memory of one trial: of the GPU, or of the process where there is none.
         checkpoint_seconds: time to write a checkpoint.
+        free_bytes: memory of the GPU that was free before, next to the CUDA context of one process; 0 on a CPU.
     """
 
     images_per_second: float
     memory_bytes: int
     checkpoint_seconds: float
+    free_bytes: int = 0
 
 
 class Probes:
@@ -81,7 +89,7 @@ class Probes:
         """
         pipe = self._processes[0][1]
         self._send(pipe, None)
-        description: DataDescription = self._receive(pipe)
+        description: DataDescription = _unless_error(self._receive(pipe, DATA_SECONDS))
         self.start_seconds = time.perf_counter() - self._started
         return description
 
@@ -93,24 +101,28 @@ class Probes:
 
         Raises:
             TrainableError: the trainable cannot be given this shape.
+            SettingError: a process died, or does not answer.
         """
         count = slots.trials_per_device
         self._start_processes(count)
         pipes = [pipe for _, pipe in self._processes[:count]]
         for pipe in pipes:
             self._send(pipe, (shape, slots.threads, slots.device))
-        ready = [self._receive(pipe) for pipe in pipes]
-        if not all(ready):
-            return None
-        for pipe in pipes:
-            self._send(pipe, "go")
-        speeds = [speed for pipe in pipes if (speed := self._receive(pipe)) is not None]
+        answers = [self._receive(pipe, ANSWER_SECONDS[slots.device]) for pipe in pipes]
+        is_ready = all(answer == READY for answer in answers)
+        for pipe, answer in zip(pipes, answers, strict=True):
+            if answer == READY:  # one that found no room or failed waits for nothing
+                self._send(pipe, GO if is_ready else STOP)
+        if is_ready:
+            answers = [self._receive(pipe, ANSWER_SECONDS[slots.device]) for pipe in pipes]
+        speeds = [answer for answer in map(_unless_error, answers) if isinstance(answer, Speed)]
         if len(speeds) < count:
             return None
         return Speed(
             sum(speed.images_per_second for speed in speeds) / count,
             max(speed.memory_bytes for speed in speeds),
             max(speed.checkpoint_seconds for speed in speeds),
+            max(speed.free_bytes for speed in speeds),
         )
 
     def close(self) -> None:
@@ -141,12 +153,21 @@ class Probes:
         with _deaths_reported():
             pipe.send(request)
 
-    def _receive(self, pipe: Connection) -> Any:
+    def _receive(self, pipe: Connection, seconds: float) -> Any:
+        """Return an answer, which may be an error."""
         with _deaths_reported():
-            answer = pipe.recv()
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+            if not pipe.poll(seconds):
+                raise SettingError(
+                    f"a process that measures training speed has not answered for {seconds:g} s. See what "
+                    "uses the CPU or the GPU (`top`, `nvidia-smi`), and try again"
+                )
+            return pipe.recv()
+
+
+def _unless_error(answer: Any) -> Any:
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 @contextmanager
@@ -163,7 +184,8 @@ def _deaths_reported() -> Iterator[None]:
 def serve(file_descriptor: int) -> None:
     """Run a probe process: answer requests until the pipe closes.
 
-    The first message is (data, scratch folder). Then None describes the data, and (shape, threads, device) trains steps.
+    The first message is (data, scratch folder). Then None describes the data, and (shape, threads, device) trains steps, see
+    `_train_steps`.
 
     Args:
         file_descriptor: of the pipe.
@@ -186,24 +208,39 @@ def serve(file_descriptor: int) -> None:
 def _train_steps(
     pipe: Connection, data: dict[str, Any], scratch: Path, shape: Params, threads: int, device: str
 ) -> None:
-    """Prepare a shape, send `ready`, wait for `go`, train, send the speed; None if the memory does not suffice."""
+    """Prepare a shape, send `ready`, wait for `go`, train, send the speed; None if the memory does not suffice.
+
+    After `stop` in place of `go`, nothing is sent: another process was not ready.
+    """
     import torch
 
+    from hpo.train.gpu import is_out_of_memory
     from hpo.train.probe import Probe
 
     try:
         torch.set_num_threads(threads)
-        probe = Probe(shape, data=data, device=device)
-        pipe.send("ready")
-        pipe.recv()
-        speed, memory = probe.measure(PROBE_SECONDS)
-        pipe.send(Speed(speed, memory, _checkpoint_seconds(probe.state(), scratch)))
-    except (torch.OutOfMemoryError, MemoryError):
-        pipe.send(None)
+        free = _free_bytes(device)
+        with closing(Probe(shape, data=data, device=device)) as probe:
+            pipe.send(READY)
+            if pipe.recv() == STOP:
+                return
+            speed, memory = probe.measure(PROBE_SECONDS)
+            pipe.send(Speed(speed, memory, _checkpoint_seconds(probe.state(), scratch), free))
     except EOFError:
         raise
     except Exception as error:  # noqa: BLE001 # every error is sent to the parent process
-        pipe.send(TrainableError(f"a probe of {shape} failed: {type(error).__name__}: {error}"))
+        if is_out_of_memory(error):
+            pipe.send(None)
+        else:
+            pipe.send(TrainableError(f"a probe of {shape} failed: {type(error).__name__}: {error}"))
+
+
+@cache
+def _free_bytes(device: str) -> int:
+    """Return the memory of the GPU that was free before this process used any; 0 for a CPU."""
+    from hpo.train.probe import free_gpu_bytes
+
+    return free_gpu_bytes() if device == "cuda" else 0
 
 
 def _checkpoint_seconds(state: Mapping[str, Any], scratch: Path) -> float:

@@ -38,6 +38,11 @@ class Slots:
         """How many trials share one GPU, or the CPU."""
         return self.count if self.gpu == 0 else max(1, int(1 / self.gpu))
 
+    @property
+    def trials_share_gpu(self) -> bool:
+        """Whether several trials use one GPU."""
+        return self.gpu > 0 and self.trials_per_device > 1
+
 
 def plan_slots(space: Space, trials: int | None, cores: float, gpus: float) -> Slots:
     """Divide a machine or a cluster among trials, without measuring.

@@ -9,6 +9,7 @@ trial's parameters and folder, never the URL of the database.
 
 from __future__ import annotations
 
+import os
 import signal
 import tempfile
 import threading
@@ -27,7 +28,7 @@ from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from hpo.paths import RunsDir
+from hpo.paths import LOST_FILE, RunsDir
 from hpo.search.coordinator import TrialCoordinator
 from hpo.search.listener import ProgressListener
 from hpo.search.samplers import build_optuna_pruner, build_pruner, build_sampler, history_limit
@@ -52,6 +53,7 @@ class TrialWorker(tune.Trainable):
         """Take the first trial. Errors are not raised here, because Tune would not report the trial."""
         self._spec = TrialSpec(**config["spec"])
         self._reports: Generator[TrialReport, None, None] | None = None
+        self._needs_new_process = False
         # Import slow modules here, outside the timed epochs. If an import fails, `step` raises the error and reports it.
         with suppress(Exception):
             import torch  # noqa: F401
@@ -60,21 +62,37 @@ class TrialWorker(tune.Trainable):
                 load_trainable(self._spec.trainable)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take the next trial."""
+        """Take the next trial, unless this process must not run another one.
+
+        Tune reports the error for a trial that is PENDING and removes this worker: StudyScheduler releases the trial, which
+        then starts in a new worker. If the process ended here, Tune would count a failure of the trial.
+
+        Raises:
+            RuntimeError: this process must not run another trial.
+        """
+        if self._needs_new_process:
+            raise RuntimeError("this process must not run another trial")
         self.setup(new_config)
         return True
 
     def end(self) -> None:
-        """Stop what the trial runs, such as a script."""
+        """Free what the trial uses, and stop what it runs, such as a script."""
         if self._reports is not None:
             self._reports.close()
 
     def step(self) -> dict[str, Any]:
-        """Run one epoch."""
+        """Run one epoch. A process that can no longer use its GPU ends: the trial is retried in another."""
         if self._reports is None:
             self._reports = run_trial(self._spec)
         with watchdog(self._spec):
-            return {"report": next(self._reports)}
+            report = next(self._reports)
+        if report.is_device_lost:
+            # Not by an exception: a process that has lost its GPU may hang while Python shuts down.
+            with suppress(OSError):
+                (Path(self._spec.folder) / LOST_FILE).write_text(f"{report.failure}\n{report.traceback}")
+            os._exit(1)
+        self._needs_new_process = self._needs_new_process or report.needs_new_process
+        return {"report": report}
 
 
 # --- in the driver ----------------------------------------------------------------------------------------------------
@@ -127,8 +145,8 @@ class StudyScheduler(FIFOScheduler):
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """Handle the death of a worker. Tune has counted the failure and written Ray's report to `trial.error_file`."""
         if trial.status == trial.PENDING:
-            # An idle worker died while it was given this trial. Tune drops such a trial, even one that it has just set to
-            # restart. Nothing of it has run, so this is no failure: it is claimed again.
+            # An idle worker died while it was given this trial, or did not take it. Tune drops such a trial, even one
+            # that it has just set to restart. Nothing of it has run, so this is no failure: it is claimed again.
             self._coordinator.release(trial.trial_id)
             return
         details = ""

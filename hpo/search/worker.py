@@ -74,7 +74,10 @@ class TrialReport:
         failure: why the trial failed, in one line; empty if it did not. Nothing follows such a report.
         traceback: of the failure.
         warning: something that went wrong and does not stop the trial.
-        provenance: where the trial runs; with the first report only.
+        provenance: where the trial runs and how; with the first report, and again when it changes.
+        is_out_of_memory: whether the memory of the device did not suffice. Only with `failure`.
+        is_device_lost: whether no trial can use the GPU any more in this process. Only with `failure`.
+        needs_new_process: whether this process must not run another trial.
     """
 
     epoch: int = 0
@@ -86,6 +89,9 @@ class TrialReport:
     traceback: str = ""
     warning: str = ""
     provenance: Mapping[str, Any] | None = None
+    is_out_of_memory: bool = False
+    is_device_lost: bool = False
+    needs_new_process: bool = False
 
 
 @contextmanager
@@ -106,50 +112,79 @@ def watchdog(spec: TrialSpec) -> Iterator[None]:
 
 
 def run_trial(spec: TrialSpec) -> Generator[TrialReport, None, None]:
-    """Yield one report per epoch, starting from the newest checkpoint. A report with `failure` is the last one."""
+    """Yield one report per epoch, starting from the newest checkpoint. A report with `failure` is the last one.
+
+    When the trial ends, what it used on the GPU is free again. Memory of a failed step is freed before its report.
+    """
+    from hpo.train.gpu import free_memory
+
+    last: TrialReport | None = None
+    try:
+        try:
+            yield from _report_epochs(spec)
+        except TakenOverError:
+            last = TrialReport(is_taken_over=True)
+        except ScriptError as error:
+            last = TrialReport(failure=str(error))
+        except Exception as error:  # noqa: BLE001 # any error of a trainable fails the trial, not the worker
+            last = _describe_failure(error, spec)
+    finally:
+        if spec.device == "cuda":
+            free_memory()
+    if last is not None:
+        yield last
+
+
+def _report_epochs(spec: TrialSpec) -> Generator[TrialReport, None, None]:
     import torch
 
     folder = Path(spec.folder)
-    try:
-        torch.set_num_threads(spec.threads)
-        warning = claim_folder(folder, spec.key, spec.token)
-        # A script that keeps no checkpoints starts from its first epoch and reports all of them again.
-        keeps_checkpoints = spec.command is None or uses_checkpoint_dir(spec.command)
-        checkpoint = load_checkpoint(folder) if keeps_checkpoints else None
-        history = dict(checkpoint.history) if checkpoint else {}
-        provenance: Mapping[str, Any] | None = _describe_device(spec)
-        earlier = {epoch: metrics for epoch, metrics in history.items() if epoch < spec.stored_epoch}
-        for epoch in sorted(history):
-            # Including the last stored epoch: the driver may have died before it acted on it.
-            if epoch >= spec.stored_epoch:
-                yield TrialReport(epoch, history[epoch], is_recalled=True, history=earlier, provenance=provenance)
-                earlier, provenance = {}, None
-        with closing(_start_epochs(spec, checkpoint)) as epochs:
+    torch.set_num_threads(spec.threads)
+    warning = claim_folder(folder, spec.key, spec.token)
+    # A script that keeps no checkpoints starts from its first epoch and reports all of them again.
+    keeps_checkpoints = spec.command is None or uses_checkpoint_dir(spec.command)
+    checkpoint = load_checkpoint(folder) if keeps_checkpoints else None
+    history = dict(checkpoint.history) if checkpoint else {}
+    device = _describe_device(spec)
+    recorded: Mapping[str, Any] | None = None  # the provenance of the last report
+    shown = ""  # the last warning of the trainable
+    earlier = {epoch: metrics for epoch, metrics in history.items() if epoch < spec.stored_epoch}
+    for epoch in sorted(history):
+        # Including the last stored epoch: the driver may have died before it acted on it.
+        if epoch >= spec.stored_epoch:
+            yield TrialReport(
+                epoch, history[epoch], is_recalled=True, history=earlier, provenance=_news(device, recorded)
+            )
+            earlier, recorded = {}, device
+    with closing(_start_epochs(spec, checkpoint)) as epochs:
+        started = time.perf_counter()
+        for finished in epochs:
+            metrics = {_checked_name(name): float(value) for name, value in finished.metrics.items()}
+            metrics["epoch_seconds"] = time.perf_counter() - started
+            history[finished.epoch] = metrics
+            is_due = finished.epoch % spec.checkpoint_every == 0 or finished.epoch == spec.max_epochs
+            if keeps_checkpoints and is_due:
+                try:
+                    # Before the report: training can resume from every epoch that storage holds.
+                    save_checkpoint(folder, Checkpoint(finished.epoch, history, finished.state()), spec.token)
+                except OSError as error:
+                    warning = warning or f"no checkpoint after epoch {finished.epoch}: {error}"
+            # Any object with an epoch, metrics and a state is a report.
+            its_warning = getattr(finished, "warning", "")
+            if its_warning != shown:
+                warning, shown = "; ".join(filter(None, [warning, its_warning])), its_warning
+            provenance = {**device, **getattr(finished, "provenance", {})}
+            yield TrialReport(
+                finished.epoch,
+                metrics,
+                history=earlier,
+                warning=warning,
+                provenance=_news(provenance, recorded),
+                needs_new_process=getattr(finished, "needs_new_process", False),
+            )
+            earlier, warning, recorded = {}, "", provenance
             started = time.perf_counter()
-            for finished in epochs:
-                metrics = {_checked_name(name): float(value) for name, value in finished.metrics.items()}
-                metrics["epoch_seconds"] = time.perf_counter() - started
-                history[finished.epoch] = metrics
-                is_due = finished.epoch % spec.checkpoint_every == 0 or finished.epoch == spec.max_epochs
-                if keeps_checkpoints and is_due:
-                    try:
-                        # Before the report: training can resume from every epoch that storage holds.
-                        save_checkpoint(folder, Checkpoint(finished.epoch, history, finished.state()), spec.token)
-                    except OSError as error:
-                        warning = warning or f"no checkpoint after epoch {finished.epoch}: {error}"
-                yield TrialReport(finished.epoch, metrics, history=earlier, warning=warning, provenance=provenance)
-                earlier, warning, provenance = {}, "", None
-                started = time.perf_counter()
-        yield TrialReport(failure=f"the trainable ended after epoch {max(history, default=0)} of {spec.max_epochs}")
-    except TakenOverError:
-        yield TrialReport(is_taken_over=True)
-    except ScriptError as error:
-        yield TrialReport(failure=str(error))
-    except Exception as error:  # noqa: BLE001 # any error of a trainable fails the trial, not the worker
-        reason = "out of memory" if "OutOfMemory" in type(error).__name__ or isinstance(error, MemoryError) else ""
-        text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        failure = _encodable(f"{reason}: {text}" if reason else text)
-        yield TrialReport(failure=failure, traceback=_encodable(traceback.format_exc()))
+    yield TrialReport(failure=f"the trainable ended after epoch {max(history, default=0)} of {spec.max_epochs}")
 
 
 def _checked_name(name: object) -> str:
@@ -169,6 +204,25 @@ def _checked_name(name: object) -> str:
 def _encodable(text: str) -> str:
     """Return a text as databases and web pages can hold it: file names in errors may not be Unicode."""
     return text.replace("\0", "\\x00").encode(errors="backslashreplace").decode()
+
+
+def _news(provenance: Mapping[str, Any], recorded: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    return None if provenance == recorded else provenance
+
+
+def _describe_failure(error: Exception, spec: TrialSpec) -> TrialReport:
+    from hpo.train.gpu import is_device_lost, is_out_of_memory
+
+    is_short = is_out_of_memory(error)
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return TrialReport(
+        failure=_encodable(f"out of memory: {text}" if is_short else text),
+        traceback=_encodable(traceback.format_exc()),
+        is_out_of_memory=is_short,
+        is_device_lost=is_device_lost(),
+        # A process whose trial failed in the middle of a step may keep memory of the GPU, such as that of a failed capture.
+        needs_new_process=spec.device == "cuda",
+    )
 
 
 def _start_epochs(spec: TrialSpec, checkpoint: Checkpoint | None) -> Generator[Any, None, None]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812 (torch's own convention)
 from torch import Tensor, nn
 
 from hpo.train.augmentation import Augmentation
-from hpo.train.cuda_graph import GraphedStep
+from hpo.train.cuda_graph import GraphedStep, new_graph
 from hpo.train.data import Images
 from hpo.train.ema import WeightAverage
 from hpo.train.fast_conv import use_fast_convolutions
@@ -65,8 +65,23 @@ class Learner:
         # Summed on the device and read once per epoch: reading them in each step would make the device wait for Python.
         self._loss_sum = torch.zeros((), device=self._device)
         self._correct = torch.zeros((), dtype=torch.int64, device=self._device)
-        is_cuda = self._device.type == "cuda"
-        self._step = GraphedStep(self._train_batch, self._batch_size) if is_cuda else self._train_batch
+        graph = new_graph(self._device)
+        self._graphed = None if graph is None else GraphedStep(self._batch_size, self._device, graph)
+
+    @property
+    def is_graphed(self) -> bool | None:
+        """Whether the steps are replayed as a CUDA graph; None on a CPU."""
+        return None if self._graphed is None else self._graphed.is_captured
+
+    @property
+    def graph_failure(self) -> str:
+        """Why the steps could not be captured as a CUDA graph; empty if nothing failed."""
+        return "" if self._graphed is None else self._graphed.failure
+
+    def close(self) -> None:
+        """Free the CUDA graph. The state can still be read."""
+        if self._graphed is not None:
+            self._graphed.close()
 
     def model_to_score(self) -> nn.Module:
         """Return the network that is scored: with averaged weights or mirrored images, if the hyperparameters say so."""
@@ -103,18 +118,22 @@ class Learner:
         order = torch.randperm(len(self._images), generator=generator).to(self._device)
         if self._augmentation is not None:
             self._augmentation.draw(generator)
-        batches = list(order.split(self._batch_size))
-        if len(batches) > 1 and len(batches[-1]) == 1:
-            # Batch norm cannot train on a single value, and the last maps are 1x1: the last image joins the batch before.
-            batches[-2:] = [torch.cat(batches[-2:])]
+        batches = split_into_batches(order, self._batch_size)
         self._loss_sum.zero_()
         self._correct.zero_()
         steps = len(batches)
         for i, indices in enumerate(batches, start=(epoch - 1) * steps):
             if self._lr is not None:
                 self._lr.fill_(learning_rate(self._params, i, steps_per_epoch=steps, max_epochs=self._max_epochs))
-            self._step(indices)
+            self.take_step(indices)
         return float(self._loss_sum) / len(order), float(self._correct) / len(order)
+
+    def take_step(self, indices: Tensor) -> None:
+        """Take one step on the images at some positions, int64 of shape (B,), on the device."""
+        if self._graphed is None:
+            self._train_batch(indices)
+        else:
+            self._graphed(self._train_batch, indices)
 
     def _train_batch(self, indices: Tensor) -> None:
         """Take one step on the images at some positions, int64 of shape (B,)."""
@@ -132,6 +151,17 @@ class Learner:
             self._average.update()
         self._loss_sum += loss.detach() * len(indices)
         self._correct += (logits.detach().argmax(1) == batch.labels).sum()
+
+
+def split_into_batches(order: Tensor, batch_size: int) -> list[Tensor]:
+    """Return positions in batches of a size. The last batch is smaller if necessary, but not of one image.
+
+    Batch norm cannot train on a single value, and the last maps are 1x1: the last image joins the batch before.
+    """
+    batches = list(order.split(batch_size))
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
 
 
 def _in_memory_order(weight: Tensor) -> Tensor:

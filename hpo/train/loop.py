@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -60,35 +61,45 @@ def train(
     dataset = load(**data, device=device)
     torch.manual_seed(seed)
     learner = Learner(train_params, precision, dataset.train, max_epochs)
-    last_epoch = 0
-    horizon = {"max_epochs": max_epochs} if train_params.depends_on_horizon else {}
-    if checkpoint is not None:
-        trained_to = checkpoint.get("max_epochs", max_epochs)
-        if trained_to != max_epochs:
-            raise TrainableError(
-                f"the checkpoint is of a training to epoch {trained_to}, with a schedule of the learning rate that ends "
-                f"there: it cannot be continued to epoch {max_epochs}. Train from the start, or with schedule constant"
+    with closing(learner):
+        last_epoch = 0
+        horizon = {"max_epochs": max_epochs} if train_params.depends_on_horizon else {}
+        if checkpoint is not None:
+            trained_to = checkpoint.get("max_epochs", max_epochs)
+            if trained_to != max_epochs:
+                raise TrainableError(
+                    f"the checkpoint is of a training to epoch {trained_to}, with a schedule of the learning rate that ends "
+                    f"there: it cannot be continued to epoch {max_epochs}. Train from the start, or with schedule constant"
+                )
+            learner.restore(checkpoint)
+            last_epoch = checkpoint["epoch"]
+
+        for epoch in range(last_epoch + 1, max_epochs + 1):
+            started = time.perf_counter()
+            loss, accuracy = learner.train_epoch(epoch_seed(seed, epoch), epoch)
+            seconds = time.perf_counter() - started
+            metrics = {"train_loss": loss, "train_accuracy": accuracy}
+            model = learner.model_to_score()
+            if len(dataset.validation) > 0:
+                metrics["val_loss"], metrics["val_accuracy"] = evaluate(model, dataset.validation, precision)
+            metrics |= {"train_seconds": seconds, "images_per_second": len(dataset.train) / seconds}
+            if epoch == max_epochs:
+                # The test images are scored once, when no decision can depend on the score.
+                metrics["test_loss"], metrics["test_accuracy"] = evaluate(model, dataset.test, precision)
+
+            def state(epoch: int = epoch) -> dict[str, Any]:
+                return {"epoch": epoch, **horizon, **learner.state()}
+
+            failure = learner.graph_failure
+            yield EpochReport(
+                epoch,
+                metrics,
+                state,
+                provenance={} if learner.is_graphed is None else {"cuda_graph": learner.is_graphed},
+                warning=f"steps run eagerly: they cannot be captured as a CUDA graph: {failure}" if failure else "",
+                # torch keeps the memory pool of a failed capture, even after `reset` (before its pull request 190348).
+                needs_new_process=bool(failure),
             )
-        learner.restore(checkpoint)
-        last_epoch = checkpoint["epoch"]
-
-    for epoch in range(last_epoch + 1, max_epochs + 1):
-        started = time.perf_counter()
-        loss, accuracy = learner.train_epoch(epoch_seed(seed, epoch), epoch)
-        seconds = time.perf_counter() - started
-        metrics = {"train_loss": loss, "train_accuracy": accuracy}
-        model = learner.model_to_score()
-        if len(dataset.validation) > 0:
-            metrics["val_loss"], metrics["val_accuracy"] = evaluate(model, dataset.validation, precision)
-        metrics |= {"train_seconds": seconds, "images_per_second": len(dataset.train) / seconds}
-        if epoch == max_epochs:
-            # The test images are scored once, when no decision can depend on the score.
-            metrics["test_loss"], metrics["test_accuracy"] = evaluate(model, dataset.test, precision)
-
-        def state(epoch: int = epoch) -> dict[str, Any]:
-            return {"epoch": epoch, **horizon, **learner.state()}
-
-        yield EpochReport(epoch, metrics, state)
 
 
 def epoch_seed(seed: int, epoch: int) -> int:

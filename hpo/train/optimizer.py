@@ -201,4 +201,7 @@ class SGD:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Copy the values of a state, see `Optimizer`."""
         for i, saved in state["state"].items():
-            self._velocities[i] = torch.empty_like(self._weights[i]).copy_(saved["momentum_buffer"])
+            velocity = self._velocities[i]
+            # In place if it exists: a CUDA graph has its address.
+            self._velocities[i] = velocity = torch.empty_like(self._weights[i]) if velocity is None else velocity
+            velocity.copy_(saved["momentum_buffer"])

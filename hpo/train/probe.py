@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
-from hpo.train.data import load
-from hpo.train.learner import Learner
+from hpo.train.data import Dataset, load
+from hpo.train.evaluation import GPU_BATCH, evaluate
+from hpo.train.gpu import free_memory
+from hpo.train.learner import Learner, split_into_batches
 from hpo.train.params import read_params
 from hpo.train.precision import choose_precision
 
@@ -28,8 +30,17 @@ def describe_data(data: Mapping[str, Any]) -> tuple[str, tuple[int, int, int]]:
     return dataset.sha256, (len(dataset.train), len(dataset.validation), len(dataset.test))
 
 
+def free_gpu_bytes() -> int:
+    """Return the memory of the GPU that is free, in bytes. This process has a context on it afterwards."""
+    free: int = torch.cuda.mem_get_info()[0]
+    return free
+
+
 class Probe:
     """Some training steps of one configuration, to measure their speed and their memory.
+
+    On a GPU the memory is that of a trial: its full batches, its smaller last batch, and a batch of the evaluation. What an
+    earlier probe of this process needed does not count.
 
     Args:
         params: hyperparameters, see `hpo.train.params.TrainParams`.
@@ -45,11 +56,27 @@ class Probe:
 
     def __init__(self, params: Mapping[str, Any], *, data: Mapping[str, Any], device: str) -> None:
         train_params = read_params(params)
-        images = load(**data, device=device).train
+        precision = choose_precision(train_params.precision, device)
+        if device == "cuda":
+            free_memory()
+            torch.cuda.reset_peak_memory_stats()
+        dataset = load(**data, device=device)
         steps = 1 if device == "cpu" else self.GPU_STEPS
-        self._images = images.take(torch.arange(min(steps * train_params.batch_size, len(images))))
-        self._learner = Learner(train_params, choose_precision(train_params.precision, device), self._images)
-        self._learner.train_epoch(seed=0)
+        self._images = dataset.train.take(torch.arange(min(steps * train_params.batch_size, len(dataset.train))))
+        self._learner = Learner(train_params, precision, self._images)
+        try:
+            self._learner.train_epoch(seed=0)
+            if device == "cuda":
+                self._run_other_batches(dataset, train_params.batch_size, precision)
+        except BaseException:
+            self.close()
+            raise
+
+    def _run_other_batches(self, dataset: Dataset, batch_size: int, precision: str) -> None:
+        """Take a step on the last batch of an epoch, and score a batch, as a trial does."""
+        last = split_into_batches(torch.arange(len(dataset.train)), batch_size)[-1]
+        self._learner.take_step(torch.arange(len(last), device=self._images.device) % len(self._images))
+        evaluate(self._learner.model, dataset.test.split(GPU_BATCH)[0], precision)
 
     def measure(self, seconds: float) -> tuple[float, int]:
         """Train for at least this long.
@@ -68,3 +95,7 @@ class Probe:
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint of the configuration contains."""
         return self._learner.state()
+
+    def close(self) -> None:
+        """Free the CUDA graph."""
+        self._learner.close()

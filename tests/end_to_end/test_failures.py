@@ -93,3 +93,47 @@ def test_a_worker_that_dies_when_it_is_reused_loses_no_trial(tmp_path: Path) -> 
     states = "SELECT state, crashes FROM trials JOIN hpo_trials ON trial = trial_id"
     assert sorted(rows(tmp_path / "runs/hpo.db", states)) == [("COMPLETE", 0), ("COMPLETE", 0), ("COMPLETE", 1)]
     assert finished.stdout.count("the worker process died") == 1
+
+
+SPOILED = """
+import os
+from pathlib import Path
+import hpo.train.gpu
+from benchmarks.toy import chain
+from hpo.trainable import EpochReport
+
+
+def train(params, *, data, seed, max_epochs, device, checkpoint=None):
+    Path(f"started-{params['x']}-{os.getpid()}").touch()
+    given = dict(data=data, seed=seed, max_epochs=max_epochs, device=device, checkpoint=checkpoint)
+    for report in chain(params, **given):
+        if params["x"] == 1 and report.epoch == 2 and not Path("lost").exists():
+            Path("lost").touch()
+            hpo.train.gpu.is_device_lost = lambda: True  # in this process only
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        yield EpochReport(report.epoch, report.metrics, report.state, {"cuda_graph": False}, "no graph", True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_process_that_lost_its_gpu_or_a_graph_runs_no_other_trial(tmp_path: Path) -> None:
+    (tmp_path / "spoiled.py").write_text(SPOILED)
+    parameters = {"x": [1, 2, 3]}
+    space = {"trainable": "spoiled:train", "sampler": "grid", "metric": "value", "max_epochs": 3, "max_failures": 1}
+    given = {**space, "parameters": parameters, "resources": {"cpu": 2}}
+    finished = hpo(tmp_path, "run", write_space(tmp_path, "spoiled", given))
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    database = tmp_path / "runs/hpo.db"
+    trials = rows(
+        database,
+        "SELECT number, state, crashes, provenance FROM trials JOIN hpo_trials ON trial = trial_id ORDER BY number",
+    )
+    assert [row[:3] for row in trials] == [(0, "COMPLETE", 1), (1, "COMPLETE", 0), (2, "COMPLETE", 0)]
+    assert [json.loads(row[3])["cuda_graph"] for row in trials] == [False] * 3
+    started = [path.name.split("-")[1:] for path in tmp_path.glob("started-*")]
+    assert sorted(x for x, _ in started) == ["1", "1", "2", "3"], "trial 0 was resumed once"
+    assert len({pid for _, pid in started}) == 4, "each in a new process"
+    reason = "the GPU could not be used any more, worker ended: RuntimeError: CUDA error: an illegal memory access"
+    assert f"trial 0: {reason} was encountered; it restarts from its last checkpoint" in finished.stdout
+    assert "trial 1: no graph" in finished.stdout

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks.toy import expected_value
-from hpo.paths import RunsDir
+from hpo.paths import LOST_FILE, RunsDir
 from hpo.search.coordinator import TrialCoordinator
 from hpo.search.slots import Slots
-from hpo.search.worker import TrialReport
+from hpo.search.worker import TrialReport, TrialSpec
 from hpo.space.model import Space
 from storage.database import StorageError
 from storage.run import Run
 from storage.studies import Study
 from tests.factories import RecordingListener, run_of, take_reports, toy_space, trial_states
 
+ONE_SLOT = Slots(1, 1.0, 0.0)
 
-def coordinator_of(space: Space, run: Run, folder: Path, listener: RecordingListener) -> TrialCoordinator:
+
+def coordinator_of(
+    space: Space, run: Run, folder: Path, listener: RecordingListener, slots: Slots = ONE_SLOT
+) -> TrialCoordinator:
     run.enqueue(space.grid_points(), space.distributions())
-    return TrialCoordinator(space, run, Slots(1, 1.0, 0.0), data={}, runs_dir=RunsDir(folder), listener=listener)
+    return TrialCoordinator(space, run, slots, data={}, runs_dir=RunsDir(folder), listener=listener)
 
 
 def test_last_epoch_that_was_stored_before_a_crash_still_completes_the_trial(study: Study, tmp_path: Path) -> None:
@@ -167,3 +173,82 @@ def test_with_the_database_away_leaving_waits_for_it_once(
         assert trial_states(study) == ["RUNNING"] * 3
         coordinator.release_all()
         assert trial_states(study) == ["WAITING"] * 3
+
+
+# --- several trials on one GPU ------------------------------------------------------------------------------------------
+
+NO_ROOM = TrialReport(failure="out of memory: OutOfMemoryError: 2 GiB", is_out_of_memory=True)
+
+
+def claim_until_none(coordinator: TrialCoordinator, names: Iterator[int]) -> dict[str, TrialSpec]:
+    claimed: dict[str, TrialSpec] = {}
+    while (spec := coordinator.next_trial(tune_id := f"t{next(names)}")) is not None:
+        claimed[tune_id] = replace(spec, device="cpu")
+    return claimed
+
+
+def test_a_trial_without_room_next_to_others_is_resumed_with_fewer(study: Study, tmp_path: Path) -> None:
+    space, listener, names = toy_space(tmp_path, parameters={"x": [1, 2, 3]}), RecordingListener(), itertools.count()
+    with run_of(study, space) as run:
+        coordinator = coordinator_of(space, run, tmp_path, listener, Slots(3, 1.0, 1 / 3))
+        first, second, third = claim_until_none(coordinator, names).items()
+        for report in take_reports(first[1], 2):
+            assert not coordinator.on_report(first[0], report)
+        for tune_id, _ in (first, second):  # both find no room at the same time: that is one reason to run fewer
+            assert coordinator.on_report(tune_id, NO_ROOM)
+        assert listener.events[-1] == ("WAITING", 1, "out of memory next to other trials, it is resumed with fewer")
+        ((again, spec),) = claim_until_none(coordinator, names).items()
+        assert coordinator.next_trial("more") is None, "two at a time from now on"
+        assert not coordinator.is_done
+        resumed = take_reports(spec, 2)
+        assert [(report.epoch, report.is_recalled) for report in resumed] == [(2, True), (3, False)], "its checkpoint"
+        for report in resumed:
+            coordinator.on_report(again, report)
+        for report in take_reports(third[1], 3):
+            coordinator.on_report(third[0], report)
+        ((last, spec),) = claim_until_none(coordinator, names).items()
+        assert coordinator.on_report(last, take_reports(spec, 3)[-1])
+    assert trial_states(study) == ["COMPLETE"] * 3
+
+
+def test_a_trial_that_finds_no_room_alone_fails_however_many_started(study: Study, tmp_path: Path) -> None:
+    space, listener, names = toy_space(tmp_path, parameters={"x": [1, 2, 3, 4]}), RecordingListener(), itertools.count()
+    failures = 0
+    with run_of(study, space) as run:
+        coordinator = coordinator_of(space, run, tmp_path, listener, Slots(4, 1.0, 0.25))
+        running: dict[str, TrialSpec] = {}
+        while running := running | claim_until_none(coordinator, names):
+            tune_id = next(iter(running))
+            assert coordinator.on_report(tune_id, NO_ROOM)
+            del running[tune_id]
+            failures += 1
+            assert failures <= 4 * 4, "each failure of a trial follows a claim with fewer others"
+        assert coordinator.is_done
+    assert trial_states(study) == ["FAIL"] * 4
+
+
+@pytest.mark.parametrize("slots", [Slots(2, 1.0, 1.0), Slots(2, 1.0, 0.0)], ids=["a GPU each", "CPU"])
+def test_without_neighbours_on_the_gpu_a_trial_without_room_fails(study: Study, tmp_path: Path, slots: Slots) -> None:
+    space = toy_space(tmp_path)
+    with run_of(study, space) as run:
+        coordinator = coordinator_of(space, run, tmp_path, RecordingListener(), slots)
+        assert coordinator.next_trial("a") is not None
+        assert coordinator.next_trial("b") is not None
+        assert coordinator.on_report("a", NO_ROOM)
+    assert trial_states(study) == ["FAIL", "RUNNING"]
+
+
+def test_a_worker_that_lost_its_gpu_left_the_reason(study: Study, tmp_path: Path) -> None:
+    space, listener = toy_space(tmp_path), RecordingListener()
+    with run_of(study, space) as run:
+        coordinator = coordinator_of(space, run, tmp_path, listener)
+        spec = coordinator.next_trial("a")
+        assert spec is not None
+        for is_retried in (True, False):
+            Path(spec.folder).mkdir(parents=True, exist_ok=True)
+            (Path(spec.folder) / LOST_FILE).write_text("RuntimeError: CUDA error: illegal\nmore\nTraceback\n")
+            coordinator.on_crash("a", "The actor died unexpectedly", is_retried=is_retried)
+        assert not (Path(spec.folder) / LOST_FILE).exists()
+    reason = "the GPU could not be used any more, worker ended: RuntimeError: CUDA error: illegal"
+    assert ("note", f"trial 0: {reason}; it restarts from its last checkpoint") in listener.events
+    assert ("FAIL", 0, f"{reason} (max_failures {space.max_failures})") in listener.events

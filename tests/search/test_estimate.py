@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hpo import plan_search
-from hpo.errors import SettingError
+from hpo.errors import SettingError, TrainableError
 from hpo.search import estimate
 from hpo.search.estimate import estimate_search, is_worth_measuring
 from hpo.search.probes import Probes, Speed
@@ -32,7 +32,7 @@ class FakeProbes(Probes):
 
     Args:
         speed: (shape, slots) -> images per second of one trial; None if its memory does not suffice.
-        device_bytes: the memory of the device; each trial takes 1 GB.
+        device_bytes: the free memory of the device; each trial takes 1 GB and has a context of 1 GB more.
     """
 
     def __init__(self, speed: Any, device_bytes: int = 10**11) -> None:
@@ -44,12 +44,7 @@ class FakeProbes(Probes):
         self.asked.append((shape, slots))
         speed = self._speed(shape, slots)
         has_room = slots.trials_per_device * 10**9 <= self._device_bytes
-        return Speed(speed, 10**9, 0.0) if speed and has_room else None
-
-
-@pytest.fixture(autouse=True)
-def _no_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "_fits", lambda *_: True)  # asks the GPU
+        return Speed(speed, 10**9, 0.0, self._device_bytes) if speed and has_room else None
 
 
 def test_estimate_is_the_end_of_the_last_trial() -> None:
@@ -72,7 +67,7 @@ def test_estimate_is_the_end_of_the_last_trial() -> None:
 
 def test_unmeasured_batch_size_counts_as_the_nearest_one() -> None:
     sizes = [4, 13, 16, 20, 64, 200, 256, 300, 1024, 1100]  # every second one is measured
-    nearest = [4, 16, 16, 16, 64, 256, 256, 256, 1024, 1024]
+    nearest = [4, 16, 16, 16, 64, 256, 256, 256, 1024, 1100]  # and the largest one
     probes = FakeProbes(lambda shape, _: float(shape["batch_size"]))
     made = estimate_search(
         documented_space(f"parameters.batch_size={sizes}", "resources={cpu: 1}"),
@@ -121,8 +116,13 @@ def test_what_a_recipe_adds_to_a_step_is_measured(name: str) -> None:
         (lambda _, slots: 10.0 * min(1.0, 3 / slots.count), 10**11, 3, [1, 2, 3, 4]),
         # One trial saturates it.
         (lambda _, slots: 10.0 / slots.count, 10**11, 1, [1, 2]),
-        # Memory for two.
-        (lambda _, slots: 10.0, 2 * 10**9, 2, [1, 2]),
+        # Memory for two, with the margin and the context of the second process.
+        (lambda _, slots: 10.0, 2.5 * 10**9 + 2**30, 2, [1, 2]),
+        # Memory for two at work, but not with the margin.
+        (lambda _, slots: 10.0, 3 * 10**9, 1, [1]),
+        # The largest batches find no room next to others, and one trial of the search fits.
+        (lambda shape, slots: 10.0 if slots.count < 3 or shape["batch_size"] < 512 else None, 10**11, 2, [1, 2, 3]),
+        (lambda shape, slots: 10.0 if slots.count < 2 or shape["batch_size"] < 512 else None, 10**11, 1, [1, 2]),
     ],
 )
 def test_gpu_is_packed_while_memory_suffices_and_throughput_grows(
@@ -157,6 +157,29 @@ def test_cpu_gets_trials_or_threads_by_throughput(speed: Any, expected: Slots) -
     assert made.slots == expected
     given = estimate_search(documented_space("resources={cpu: 1}"), Slots(8, 1.0, 0.0), 30, probes, IMAGES, (8.0, 0.0))
     assert given.slots == Slots(8, 1.0, 0.0), "a given number is kept"
+
+
+@pytest.mark.parametrize("error", [SettingError("a process died"), TrainableError("cuDNN failed")])
+def test_a_failure_next_to_other_trials_keeps_the_last_way_that_worked(error: Exception) -> None:
+    def speed(shape: dict[str, Any], slots: Slots) -> float:
+        if slots.count == 3:
+            raise error
+        return 10.0
+
+    made = estimate_search(documented_space(), Slots(1, 16.0, 1.0), 30, FakeProbes(speed), IMAGES, (16.0, 1.0))
+    assert made.slots.count == 2
+    with pytest.raises(type(error)):
+        estimate_search(documented_space(), Slots(3, 5.0, 1.0), 30, FakeProbes(speed), IMAGES, (16.0, 3.0))
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_shape_that_needs_most_memory_is_always_measured(order: int) -> None:
+    parameters = ["parameters.batch_size={type: int, low: 8, high: 4096}", "parameters.stem=[cifar, imagenet]"]
+    choices = [["fp32", "bf16"], ["adam", "sgd"]]
+    parameters += [f"parameters.{n}={c[::order]}" for n, c in zip(("precision", "optimizer"), choices, strict=True)]
+    found = list(estimate._shapes(documented_space("sampler=random", "budget.trials=9", *parameters)).values())
+    assert {"batch_size": 4096, "stem": "cifar", "precision": "fp32", "optimizer": "adam"} in found
+    assert len(found) <= estimate.MAX_SHAPES
 
 
 def test_shape_that_does_not_fit_is_named() -> None:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from hpo.errors import DataError, SettingError, TrainableError
-from hpo.search.probes import Probes
+from hpo.search import probes as probes_module
+from hpo.search.probes import Probes, Speed
 from hpo.search.slots import Slots
 from tests.factories import ROOT, wait_until
 
@@ -90,3 +97,97 @@ def test_probes_end_with_a_process_that_is_killed(tmp_path: Path) -> None:
         pid = int(owner.stdout.readline())
         owner.kill()
     wait_until(lambda: not psutil.pid_exists(pid), timeout_seconds=60)
+
+
+# --- the protocol, with threads in place of processes -------------------------------------------------------------------
+
+TOGETHER = Slots(3, 1.0, 0.0)
+
+
+class FakeProbe:
+    """A probe that finds no room or fails, as the shape says: {what: numbers of the processes}."""
+
+    made: int
+    closed: int
+
+    def __init__(self, shape: dict[str, list[int]], *, data: dict[str, int], device: str) -> None:
+        self._shape, self._number = shape, data["number"]
+        FakeProbe.made += 1
+        self._do("at_start")
+
+    def _do(self, when: str) -> None:
+        for what, error in ERRORS.items():
+            if self._number in self._shape.get(f"{what} {when}", ()):
+                FakeProbe.closed += when == "at_start"  # nothing was made
+                raise error
+
+    def measure(self, seconds: float) -> tuple[float, int]:
+        self._do("at_work")
+        return 10.0 * (1 + self._number), 100 * (1 + self._number)
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        FakeProbe.closed += 1
+
+
+ERRORS = {
+    "no room": torch.OutOfMemoryError("CUDA out of memory"),
+    "no handle": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "broken": RuntimeError("CUDA error: an illegal memory access was encountered"),
+}
+
+
+@pytest.fixture
+def fake_probes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Probes]:
+    monkeypatch.setattr("hpo.train.probe.Probe", FakeProbe)
+    monkeypatch.setattr(probes_module, "_checkpoint_seconds", lambda *_: 0.0)
+    monkeypatch.setattr(probes_module, "ANSWER_SECONDS", {"cpu": 20.0})
+    FakeProbe.made = FakeProbe.closed = 0
+
+    def serve(pipe: Any, number: int) -> None:
+        with suppress(EOFError, OSError):
+            while True:
+                probes_module._train_steps(pipe, {"number": number}, tmp_path, *pipe.recv())
+
+    probes = Probes.__new__(Probes)
+    probes._processes = []
+    for number in range(TOGETHER.count):
+        ours, theirs = multiprocessing.Pipe()
+        threading.Thread(target=serve, args=(theirs, number), daemon=True).start()
+        probes._processes.append((None, ours))  # type: ignore[arg-type]
+    yield probes
+    for _, pipe in probes._processes:
+        pipe.close()
+
+
+@pytest.mark.parametrize("when", ["at_start", "at_work"])
+@pytest.mark.parametrize("what", ["no room", "no handle"])
+@pytest.mark.parametrize("numbers", [[0], [2], [0, 1, 2]])
+def test_without_room_for_one_the_others_are_free_for_the_next_shape(
+    fake_probes: Probes, what: str, when: str, numbers: list[int]
+) -> None:
+    shape: Any = {f"{what} {when}": numbers}
+    for _ in range(2):
+        assert fake_probes.measure(shape, TOGETHER) is None
+    assert fake_probes.measure({}, TOGETHER) == Speed(20.0, 300, 0.0, 0)
+    assert (FakeProbe.made, FakeProbe.closed) == (9, 9)
+
+
+@pytest.mark.parametrize("when", ["at_start", "at_work"])
+def test_an_error_of_one_process_is_raised_and_the_others_are_free(fake_probes: Probes, when: str) -> None:
+    shape: Any = {f"broken {when}": [1], f"no room {when}": [0]}
+    with pytest.raises(TrainableError, match="an illegal memory access"):
+        fake_probes.measure(shape, TOGETHER)
+    assert fake_probes.measure({}, TOGETHER) == Speed(20.0, 300, 0.0, 0)
+
+
+def test_a_process_that_does_not_answer_is_an_error_that_says_what_to_do(
+    fake_probes: Probes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probes_module, "ANSWER_SECONDS", {"cpu": 0.1})
+    ours, silent = multiprocessing.Pipe()
+    fake_probes._processes[1] = (None, ours)  # type: ignore[assignment]
+    with silent, pytest.raises(SettingError, match=r"has not answered for 0.1 s. See what uses the CPU or the GPU"):
+        fake_probes.measure({}, TOGETHER)

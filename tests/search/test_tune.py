@@ -156,3 +156,53 @@ def test_a_search_that_stops_releases_the_trials_that_have_not_started(tune: Mod
     assert scheduler.choose_trial_to_run(controller) is None
     assert controller.stopped == ["b"]
     coordinator.release.assert_called_once_with("b")
+
+
+# --- the worker ---------------------------------------------------------------------------------------------------------
+
+
+class Exited(BaseException):
+    """The process would have ended."""
+
+
+@pytest.fixture
+def worker_of(tune: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Build a worker whose trial has given reports. It raises `Exited` where it would end its process."""
+
+    def leave(code: int) -> None:
+        raise Exited(code)
+
+    def build(*reports: TrialReport) -> Any:
+        monkeypatch.setattr(tune, "run_trial", lambda _: (report for report in reports))
+        monkeypatch.setattr(tune.os, "_exit", leave)
+        worker = tune.TrialWorker.__new__(tune.TrialWorker)
+        worker.setup({"spec": vars(trial_spec(tmp_path))})
+        return worker
+
+    return build
+
+
+@pytest.mark.slow
+def test_a_worker_that_lost_its_gpu_writes_the_reason_and_ends(worker_of: Any, tmp_path: Path) -> None:
+    (tmp_path / "trial").mkdir()
+    worker = worker_of(TrialReport(failure="CUDA error: illegal", traceback="Traceback", is_device_lost=True))
+    with pytest.raises(Exited, match="1"):
+        worker.step()
+    assert (tmp_path / "trial/device_lost.txt").read_text() == "CUDA error: illegal\nTraceback"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("needs_new_process", [True, False])
+def test_a_worker_whose_process_must_not_run_another_trial_takes_none(
+    worker_of: Any, needs_new_process: bool, tmp_path: Path
+) -> None:
+    worker = worker_of(TrialReport(1, needs_new_process=needs_new_process), TrialReport(2))
+    assert [worker.step()["report"].epoch for _ in range(2)] == [1, 2], "the trial itself continues"
+    worker.end()
+    config = {"spec": vars(trial_spec(tmp_path))}
+    if needs_new_process:
+        with pytest.raises(RuntimeError, match="must not run another trial"):
+            worker.reset_config(config)
+    else:
+        assert worker.reset_config(config)
+        assert worker.step()["report"].epoch == 1

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.toy import Report, expected_value
+from hpo.search import worker
 from hpo.search.worker import run_trial
+from hpo.train import gpu
+from hpo.trainable import EpochReport
 from tests.factories import take_reports, trial_spec
 
 
@@ -100,3 +106,126 @@ def report_badly(
     if "name" not in params:
         raise FileNotFoundError("\udcff\0")
     yield Report(1, {"value": 0.5, params["name"]: 1.0}, {})
+
+
+# --- on a GPU, which is replaced ----------------------------------------------------------------------------------------
+
+
+class Memory:
+    """What a trainable holds on the device."""
+
+    held: weakref.ref[Memory]
+
+
+def holding(params: dict[str, Any], **_: Any) -> Iterator[EpochReport]:
+    """Hold memory, and fail in the second epoch with `params["error"]`."""
+    memory = Memory()
+    Memory.held = weakref.ref(memory)
+    yield EpochReport(1, {"value": 1.0}, dict)
+    if "error" in params:
+        raise params["error"]
+    yield EpochReport(2, {"value": 2.0}, dict)
+
+
+@pytest.fixture
+def freed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether the memory was gone each time that the worker freed what is left on the GPU."""
+    states: list[bool] = []
+    monkeypatch.setattr(worker, "load_trainable", lambda _: holding)
+    monkeypatch.setattr(worker, "_describe_device", lambda spec: {"device": spec.device})
+    monkeypatch.setattr(gpu, "free_memory", lambda: states.append(Memory.held() is None))
+    return states
+
+
+@pytest.fixture
+def no_garbage_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_a_trial_that_is_stopped_leaves_nothing_on_the_gpu(
+    tmp_path: Path, freed: list[bool], no_garbage_collector: None
+) -> None:
+    reports = run_trial(trial_spec(tmp_path, device="cuda"))
+    next(reports)
+    assert freed == []
+    reports.close()
+    assert freed == [True]
+
+
+@pytest.mark.parametrize(
+    ("error", "is_out_of_memory"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), True),
+        (RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"), True),
+        (MemoryError("no room"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("out of memory is not what this is"), False),
+    ],
+    ids=lambda value: f"{value}".splitlines()[0][:50],
+)
+def test_a_failure_says_whether_memory_was_short_and_frees_it_before_the_report(
+    error: Exception, is_out_of_memory: bool, tmp_path: Path, freed: list[bool], no_garbage_collector: None
+) -> None:
+    spec = trial_spec(tmp_path, device="cuda", params={"error": error})
+    reports = run_trial(spec)
+    assert not next(reports).failure
+    error.__traceback__ = None
+    last = next(reports)
+    error.__traceback__ = None  # this test holds the error
+    assert last.failure.startswith("out of memory: ") == is_out_of_memory
+    assert str(error) in last.failure
+    assert (last.is_out_of_memory, last.is_device_lost) == (is_out_of_memory, False)
+    assert last.needs_new_process, "a step that failed in the middle may have left memory behind"
+    assert len(freed) == 1
+    assert list(reports) == []
+
+
+@pytest.mark.parametrize(
+    ("is_initialized", "answer", "is_lost"),
+    [
+        (True, RuntimeError("CUDA error: an illegal memory access was encountered"), True),
+        (True, torch.AcceleratorError("CUDA error: unspecified launch failure"), True),
+        (True, RuntimeError("CUDA error: out of memory"), False),
+        (True, None, False),
+        (False, RuntimeError("no GPU was used, so none is asked"), False),
+    ],
+)
+def test_a_device_is_lost_if_it_answers_every_call_with_an_error(
+    is_initialized: bool, answer: Exception | None, is_lost: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def synchronize() -> None:
+        if answer is not None:
+            raise answer
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: is_initialized)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "empty_cache", synchronize)
+    monkeypatch.setattr(worker, "load_trainable", lambda _: holding)
+    error = RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED")
+    *_, last = run_trial(trial_spec(tmp_path, params={"error": error}))
+    assert last.failure == f"RuntimeError: {error}"
+    assert last.is_device_lost == is_lost
+
+
+def test_what_a_trainable_says_about_its_run_is_passed_on_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def telling(*_: Any, **__: Any) -> Iterator[EpochReport]:
+        yield EpochReport(1, {"value": 1.0}, dict, {"cuda_graph": True})
+        for epoch in (2, 3):
+            yield EpochReport(epoch, {"value": 1.0}, dict, {"cuda_graph": False}, "no graph", needs_new_process=True)
+
+    monkeypatch.setattr(worker, "load_trainable", lambda _: telling)
+    monkeypatch.setattr(worker, "_describe_device", lambda _: {"device": "cuda"})
+    reports = take_reports(trial_spec(tmp_path), 3)
+    assert [report.provenance for report in reports] == [
+        {"device": "cuda", "cuda_graph": True},
+        {"device": "cuda", "cuda_graph": False},
+        None,
+    ]
+    assert [report.warning for report in reports] == ["", "no graph", ""]
+    assert [report.needs_new_process for report in reports] == [False, True, True]

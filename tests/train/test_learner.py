@@ -45,7 +45,7 @@ def test_an_epoch_takes_each_image_once_in_batches_of_at_least_two(
 ) -> None:
     batches: list[list[int]] = []
     learner = learner_of(count, batch_size)
-    monkeypatch.setattr(learner, "_step", lambda indices: batches.append(indices.tolist()))
+    monkeypatch.setattr(learner, "take_step", lambda indices: batches.append(indices.tolist()))
     learner.train_epoch(seed=1)
     assert [len(batch) for batch in batches] == sizes
     assert sorted(index for batch in batches for index in batch) == list(range(count))
@@ -130,7 +130,7 @@ def test_each_step_of_each_epoch_has_its_learning_rate(monkeypatch: pytest.Monke
     learner = learner_of(6, 2, lr=0.5, schedule="cosine", warmup_epochs=1)
     assert learner._lr is not None
     place, rates = learner._lr.data_ptr(), []
-    monkeypatch.setattr(learner, "_step", lambda indices: rates.append(float(learner._lr)))
+    monkeypatch.setattr(learner, "take_step", lambda indices: rates.append(float(learner._lr)))
     for epoch in (1, 2, 3):
         learner.train_epoch(seed=1, epoch=epoch)
     wave = [0.25 * (1 + math.cos(math.pi * i / 6)) for i in range(6)]

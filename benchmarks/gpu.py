@@ -1,0 +1,254 @@
+"""Check the training on a real GPU. Needs torch only: no pytest, no ray. At most 10 minutes.
+
+    python -m benchmarks.gpu                  every check, one table
+    python -m benchmarks.gpu --checks graph   some of them
+
+Each check has its own process, because some leave the process unusable on purpose. The data is the sample that is part of
+the package. The exit code is 0 if every check passed, 1 if one failed, 2 if there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpo.train.cuda_graph import GraphedStep
+from hpo.train.data import load
+from hpo.train.gpu import free_memory, is_device_lost, is_out_of_memory
+from hpo.train.learner import Learner
+from hpo.train.loop import train
+from hpo.train.params import STEMS, TrainParams
+from hpo.train.precision import choose_precision
+from hpo.trainable import EpochReport, is_timing
+
+DATA = {"dataset": "fashion_mnist_sample", "train_samples": 1000, "val_samples": 100}  # tails of 40 images
+PARAMS: list[dict[str, Any]] = [
+    {"batch_size": 64, "optimizer": optimizer, "lr": 1e-3, "precision": precision}
+    for optimizer in ("adam", "sgd")
+    for precision in ("fp32", "bf16")
+]
+TRIALS = 10
+REPLAYS = 50
+CHECK_SECONDS = 80.0
+Rows = Iterator[tuple[str, bool, str]]  # what was checked, whether it is as it should be, what was found
+
+
+def run_trial(
+    params: dict[str, Any], device: str, epochs: int = 3, data: Any = None, **options: Any
+) -> list[EpochReport]:
+    """Train, and return the reports."""
+    given = DATA if data is None else data
+    return list(train(params, data=given, seed=0, max_epochs=epochs, device=device, **options))
+
+
+def numbers(reports: list[EpochReport]) -> list[dict[str, float]]:
+    """Return the metrics that must be equal in two runs."""
+    return [{name: value for name, value in r.metrics.items() if not is_timing(name)} for r in reports]
+
+
+def describe_difference(one: list[dict[str, float]], other: list[dict[str, float]]) -> str:
+    """Return `equal`, or the largest relative difference of the losses and where the first difference is."""
+    pairs = [(i, name, a[name], b[name]) for i, (a, b) in enumerate(zip(one, other, strict=True)) for name in a]
+    different = [(i, name, abs(x - y) / max(abs(x), abs(y), 1e-12)) for i, name, x, y in pairs if x != y]
+    if not different:
+        return "equal"
+    return f"{max(d for *_, d in different):.1e} at most, first in {different[0][1]} of report {different[0][0] + 1}"
+
+
+@contextmanager
+def eager_steps() -> Iterator[None]:
+    """Let no step be captured."""
+    before, GraphedStep.WARM_UP = GraphedStep.WARM_UP, 10**9
+    try:
+        yield
+    finally:
+        GraphedStep.WARM_UP = before
+
+
+def check_graph(device: str, params: list[dict[str, Any]] = PARAMS, data: Any = None) -> Rows:
+    """Replayed steps give the numbers of eager steps, as shipped and with deterministic kernels of cuDNN."""
+    for deterministic in (False, True):
+        torch.backends.cudnn.deterministic = deterministic
+        for each in params:
+            with eager_steps():
+                eager = numbers(run_trial(each, device, data=data))
+                again = numbers(run_trial(each, device, data=data))
+            replayed = run_trial(each, device, data=data)
+            name = f"{each['optimizer']} {each['precision']}{' deterministic' if deterministic else ''}"
+            text = f"{describe_difference(eager, numbers(replayed))}; eager twice: {describe_difference(eager, again)}"
+            is_graphed = device == "cpu" or replayed[-1].provenance == {"cuda_graph": True}
+            yield f"graph = eager, {name}", text.startswith("equal;") and is_graphed, text
+
+
+def check_resume(device: str, params: list[dict[str, Any]] = PARAMS, data: Any = None) -> Rows:
+    """A training that resumes from a checkpoint gives the numbers of one without an interruption."""
+    torch.backends.cudnn.deterministic = True
+    for each in params:
+        straight = numbers(run_trial(each, device, data=data))
+        (first,) = run_trial(each, device, epochs=1, data=data)
+        rest = numbers(run_trial(each, device, data=data, checkpoint=first.state()))
+        text = describe_difference(straight[1:], rest)
+        yield f"resume = straight, {each['optimizer']} {each['precision']} deterministic", text == "equal", text
+
+
+def check_memory(device: str) -> Rows:
+    """Trials of one process, one after another, leave nothing behind."""
+    reserved = []
+    for number in range(TRIALS):
+        reports = train(PARAMS[number % len(PARAMS)], data=DATA, seed=0, max_epochs=9, device=device)
+        next(reports)
+        del reports  # as a trial that is stopped early
+        free_memory()
+        reserved.append(torch.cuda.memory_reserved() / 2**20)
+    text = f"MiB reserved after each trial: {' '.join(f'{each:.0f}' for each in reserved)}"
+    yield f"memory is flat over {TRIALS} trials", reserved[-1] <= reserved[len(PARAMS) - 1], text
+
+
+def check_capture_failure(device: str) -> Rows:
+    """A capture that fails is reported, and the training continues eagerly with the same numbers."""
+    torch.backends.cudnn.deterministic = True
+    with eager_steps():
+        eager = numbers(run_trial(PARAMS[0], device))
+    free_memory()
+    before = torch.cuda.memory_reserved()
+    train_batch = Learner._train_batch  # noqa: SLF001 # made to fail
+
+    def waiting(learner: Learner, indices: Tensor) -> None:
+        train_batch(learner, indices)
+        if torch.cuda.is_current_stream_capturing():
+            indices.sum().item()
+
+    setattr(Learner, "_train_batch", waiting)  # noqa: B010 # for mypy
+    reports = run_trial(PARAMS[0], device)
+    last = reports[-1]
+    is_told = last.provenance == {"cuda_graph": False} and bool(last.warning) and last.needs_new_process
+    yield "a failed capture is reported", is_told, last.warning
+    text = describe_difference(eager, numbers(reports))
+    yield "a failed capture changes no number", text == "equal", text
+    del reports, last
+    free_memory()
+    kept = (torch.cuda.memory_reserved() - before) / 2**20
+    yield "what it keeps until the process ends", True, f"{kept:.0f} MiB"
+
+
+def check_out_of_memory(device: str) -> Rows:
+    """Without memory a trial fails in a way that is recognized, and the process can train afterwards."""
+    filler = [torch.empty(torch.cuda.mem_get_info()[0] - 2**28, dtype=torch.uint8, device=device)]
+    found: Exception | None = None
+    try:
+        run_trial({**PARAMS[0], "batch_size": 1000, "stem": "cifar"}, device, epochs=1)
+    except Exception as error:  # noqa: BLE001 # any error: whether it is the right one is what is checked
+        found = error.with_traceback(None)
+    text = f"{type(found).__name__}: {str(found).splitlines()[0][:80]}" if found else "no error"
+    yield "out of memory is recognized", found is not None and is_out_of_memory(found), text
+    yield "out of memory does not lose the device", not is_device_lost(), ""
+    filler.clear()
+    free_memory()
+    (report,) = run_trial(PARAMS[0], device, epochs=1)
+    yield "a trial after it is captured", report.provenance == {"cuda_graph": True}, str(report.provenance)
+
+
+def check_lost_device(device: str) -> Rows:
+    """After a failed assert on the device, the process knows that it cannot be used any more."""
+    found: Exception | None = None
+    try:
+        torch.zeros(2, device=device)[torch.tensor([10**6], device=device)].sum().item()
+    except Exception as error:  # noqa: BLE001 # its type is part of what is reported
+        found = error
+    is_lost = is_device_lost() and found is not None and not is_out_of_memory(found)
+    yield "a lost device is recognized", is_lost, f"{type(found).__name__}: {str(found).splitlines()[0][:80]}"
+
+
+def check_profile(device: str) -> Rows:
+    """The kernels and the milliseconds of a replayed step."""
+    from torch.profiler import ProfilerActivity, profile
+
+    for stem in STEMS:
+        for batch_size in (64, 512):
+            images = load(**DATA, device=device).train
+            params = TrainParams(batch_size=batch_size, stem=stem)
+            with closing(Learner(params, choose_precision("auto", device), images)) as learner:
+                indices = torch.arange(batch_size, device=device)
+                learner.model.train()
+                for _ in range(GraphedStep.WARM_UP + 5):
+                    learner.take_step(indices)
+                torch.cuda.synchronize()
+                started = time.perf_counter()
+                for _ in range(REPLAYS):
+                    learner.take_step(indices)
+                torch.cuda.synchronize()
+                milliseconds = 1000 * (time.perf_counter() - started) / REPLAYS
+                with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+                    for _ in range(REPLAYS):
+                        learner.take_step(indices)
+                    torch.cuda.synchronize()
+                events = [each for each in profiled.events() or [] if str(each.device_type).endswith("CUDA")]
+                busy = sum(each.device_time for each in events) / 1000 / REPLAYS
+                text = f"{milliseconds:.2f} ms, {len(events) / REPLAYS:.0f} kernels and copies, busy {busy:.2f} ms"
+                yield f"a step, {stem} stem, batch {batch_size}", learner.is_graphed is True, text
+
+
+CHECKS: dict[str, Callable[[str], Rows]] = {
+    "graph": check_graph,
+    "resume": check_resume,
+    "memory": check_memory,
+    "capture_failure": check_capture_failure,
+    "out_of_memory": check_out_of_memory,
+    "lost_device": check_lost_device,
+    "profile": check_profile,
+}
+
+
+def run_check(name: str) -> list[list[Any]]:
+    """Run a check in a new process, and return its rows. A process that ends early adds a row that failed."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--in-process", name]
+    here = Path(__file__).parent.parent
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=here, timeout=CHECK_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return [[name, False, f"not finished after {CHECK_SECONDS:g} s"]]
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    if done.returncode != 0:
+        rows.append([name, False, (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]])
+    return rows
+
+
+def format_table(rows: list[list[Any]]) -> str:
+    """Return the rows as a table in Markdown."""
+    lines = [f"| {name} | {'ok' if is_right else '**FAILED**'} | {text} |" for name, is_right, text in rows]
+    return "\n".join(["| check | | found |", "|---|---|---|", *lines])
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checks", nargs="+", choices=CHECKS, default=list(CHECKS))
+    parser.add_argument("--in-process", choices=CHECKS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("there is no GPU: torch.cuda.is_available() is false. Nothing was checked", file=sys.stderr)
+        return 2
+    if arguments.in_process:
+        for row in CHECKS[arguments.in_process]("cuda"):
+            print(json.dumps(row), flush=True)
+        return 0
+    started = time.perf_counter()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}\n", flush=True)
+    rows = [row for name in arguments.checks for row in run_check(name)]
+    print(format_table(rows))
+    print(f"\n{time.perf_counter() - started:.0f} s")
+    return 0 if all(is_right for _, is_right, _ in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
