@@ -47,7 +47,7 @@ _DRIVERS = ("sqlite", "sqlite+pysqlite", "postgresql", "postgresql+psycopg")
 _OPTUNA_COLUMNS = {"studies": {"study_id", "study_name"}, "trials": {"trial_id", "study_id"}}
 
 # A transaction of ours never waits between two statements, unless its process is suspended. The server then ends it, and
-# releases the rows that it locked: without this, all other runs on the study would wait until the process goes on.
+# releases the rows that it locked: without this, all other runs on the study would wait until the process continues.
 _IDLE_TRANSACTION_SECONDS = 60
 
 T = TypeVar("T")

@@ -49,7 +49,7 @@ class Pruner(Protocol):
 class SuccessiveHalving:
     """Asynchronous successive halving (ASHA), and Hyperband where there are several brackets.
 
-    At each rung, a trial goes on if its value is among the best of all trials that have reached the rung: the best one of
+    At each rung, a trial continues if its value is among the best of all trials that have reached the rung: the best one of
     `reduction_factor` trials, of all if there are fewer.
 
     Source: Li et al., A System for Massively Parallel Hyperparameter Tuning, MLSys 2020; brackets as in Optuna's
