@@ -40,7 +40,7 @@ from typing import Any
 import psutil
 import sqlalchemy as sa
 
-from benchmarks.guarantees import Expected, unfinished, violations
+from benchmarks.guarantees import Expected, read_rows, unfinished, violations
 from benchmarks.postgres import Postgres
 from benchmarks.proxy import Proxy
 
@@ -406,7 +406,7 @@ class Round:
         """Return whether a driver could not open the database, which an outage excuses. Later, it must wait."""
         if not any(event["kind"] in {"database", "partition"} for event in self.events):
             return False
-        return (pid,) not in _rows(self._url, "SELECT pid FROM hpo_runs")
+        return (pid,) not in read_rows(self._url, "SELECT pid FROM hpo_runs")
 
     # --- faults
 
@@ -545,7 +545,9 @@ class Round:
         """Return the violations of a study that all drivers called finished."""
         self._end_faults()
         found = violations(self._url, self._plan.expected(is_exhausted="no new trials: " in self.output()))
-        foreign = [host for (host,) in _rows(self._url, "SELECT host FROM hpo_runs") if not host.startswith(IDENTITY)]
+        foreign = [
+            host for (host,) in read_rows(self._url, "SELECT host FROM hpo_runs") if not host.startswith(IDENTITY)
+        ]
         found += [f"a driver ran as {host}" for host in foreign]
         if all(event["kind"] in KILLS for event in self.events):
             found += fallbacks(self._log.read_text())
@@ -571,18 +573,6 @@ def fallbacks(log: str) -> list[str]:
 
 def _with_port(url: str, port: int) -> str:
     return sa.make_url(url).set(port=port).render_as_string(hide_password=False)
-
-
-def _rows(url: str, query: str) -> list[tuple[Any, ...]]:
-    """Return what a query finds; nothing if a table does not exist yet."""
-    engine = sa.create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
-    try:
-        with engine.connect() as connection:
-            return [tuple(row) for row in connection.execute(sa.text(query))]
-    except (sa.exc.OperationalError, sa.exc.ProgrammingError):
-        return []
-    finally:
-        engine.dispose()
 
 
 def _command_line(process: psutil.Process) -> str:
@@ -645,7 +635,7 @@ def _tables(url: str) -> dict[str, list[str]]:
     """Return the rows of the tables that explain a violation."""
     names = ["hpo_runs", "hpo_trials", "hpo_metrics", "trials", "trial_user_attributes", "trial_system_attributes"]
     names += ["trial_params", "trial_values", "trial_intermediate_values", "study_user_attributes"]
-    return {name: [str(row) for row in _rows(url, f"SELECT * FROM {name}")] for name in names}
+    return {name: [str(row) for row in read_rows(url, f"SELECT * FROM {name}")] for name in names}
 
 
 def describe(result: dict[str, Any]) -> str:

@@ -122,6 +122,18 @@ def _mistakes(trial: _Trial, expected: Expected) -> list[str]:
     return found
 
 
+def read_rows(url: str, query: str) -> list[tuple[Any, ...]]:
+    """Return what a query finds; nothing while the database or the table does not exist."""
+    engine = sa.create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
+    try:
+        with engine.connect() as connection:
+            return [tuple(row) for row in connection.execute(sa.text(query))]
+    except (sa.exc.OperationalError, sa.exc.ProgrammingError):
+        return []
+    finally:
+        engine.dispose()
+
+
 def _read_trials(url: str) -> list[_Trial]:
     engine = sa.create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
 

@@ -14,9 +14,8 @@ from typing import Any
 
 import psutil
 import pytest
-import sqlalchemy as sa
 
-from benchmarks.guarantees import Expected, violations
+from benchmarks.guarantees import Expected, read_rows, violations
 from benchmarks.toy import held_processes
 from tests.factories import ROOT, wait_until
 
@@ -144,14 +143,7 @@ class Driver:
 def rows(database: Path | str, query: str) -> list[tuple[Any, ...]]:
     """Return what a query finds; nothing while the database or the table does not exist."""
     url = f"sqlite:///{database}" if isinstance(database, Path) else database
-    engine = sa.create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
-    try:
-        with engine.connect() as connection:
-            return [tuple(row) for row in connection.execute(sa.text(query))]
-    except (sa.exc.OperationalError, sa.exc.ProgrammingError):
-        return []
-    finally:
-        engine.dispose()
+    return read_rows(url, query)
 
 
 def count_epochs(database: Path | str) -> int:
