@@ -143,9 +143,8 @@ def open_database(url: str, password: str | None = None, *, create: bool = True)
                 if version is None:
                     return Database(safe_url, engine, _create_tables(parsed, engine, options))
                 if version < migrations.VERSION:
-                    _open_optuna(parsed, options, safe_url).engine.dispose()  # first: it may refuse Optuna's tables
                     _migrate(engine, version, safe_url)
-            return Database(safe_url, engine, _open_optuna(parsed, options, safe_url))
+            return Database(safe_url, engine, _create_optuna_storage(parsed, options, skip_table_creation=True))
         except BaseException:
             engine.dispose()
             raise
@@ -187,30 +186,12 @@ def _transaction(engine: sa.Engine) -> Iterator[sa.Connection]:
         yield connection
 
 
-def _open_optuna(url: sa.URL, options: dict[str, Any], safe_url: str) -> RDBStorage:
-    storage = _create_optuna_storage(url, options, skip_table_creation=True)
-    try:
-        _check_optuna_version(storage.get_current_version(), safe_url)
-    except BaseException:
-        storage.engine.dispose()
-        raise
-    return storage
-
-
-def _check_optuna_version(found: str, safe_url: str) -> None:
-    if found != SCHEMA:
-        raise StorageError(
-            f"{safe_url} was written by another version of Optuna (its tables: {found}, expected: {SCHEMA}); back it up "
-            "and run `optuna storage upgrade --storage URL`, or name another database"
-        )
-
-
 def _create_optuna_storage(url: sa.URL, options: dict[str, Any], *, skip_table_creation: bool) -> RDBStorage:
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # no "A new study created" in the log
     storage = RDBStorage(
         url.render_as_string(hide_password=False),
         engine_kwargs=options,
-        skip_compatibility_check=True,  # where it fails, it leaks its connections; _open_optuna checks instead
+        skip_compatibility_check=True,  # where it fails, it leaks its connections; _read_version checks instead
         skip_table_creation=skip_table_creation,
     )
     _configure(storage.engine)
@@ -338,10 +319,15 @@ def _read_version(engine: sa.Engine, safe_url: str) -> int | None:
                 f"{safe_url} was written by a newer version of hpo (its tables have version {version}, this one knows up to "
                 f"{migrations.VERSION}); update hpo, or name another database"
             )
+        found = None
         if "alembic_version" in tables:
             found = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
-            if found is not None:  # else Optuna has not completed its tables yet
-                _check_optuna_version(str(found), safe_url)
+        # Ours are completed after Optuna's. Without a version of either, Optuna's are not completed yet.
+        if found != SCHEMA and (found is not None or version is not None):
+            raise StorageError(
+                f"{safe_url} was written by another version of Optuna (its tables: {found}, expected: {SCHEMA}); back it up "
+                "and run `optuna storage upgrade --storage URL`, or name another database"
+            )
     return version
 
 
