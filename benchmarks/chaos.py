@@ -52,6 +52,7 @@ CALM_SECONDS = 90.0  # within this time after the last fault, a study must be fi
 DISK_BYTES = 32 * 2**20  # room for the reports of all drivers
 # The signals themselves: before the command line handles them, or while Python exits.
 INTERRUPTED_CODES = {130, -signal.SIGINT, -signal.SIGTERM}
+CHECKPOINT_EVERY: tuple[int | str, ...] = (1, 1, 2, "auto")
 IDENTITY = "chaos-"  # the start of all host identities
 
 
@@ -96,6 +97,7 @@ class Plan:
         slots: how many trials a driver runs at a time.
         lease_seconds: of the drivers.
         faults: in the order in which they start.
+        checkpoint_every: `auto`, or epochs between two checkpoints.
     """
 
     sampler: str
@@ -109,6 +111,7 @@ class Plan:
     slots: int
     lease_seconds: float
     faults: tuple[Fault, ...]
+    checkpoint_every: int | str
 
     @property
     def trials(self) -> int:
@@ -157,6 +160,7 @@ class Plan:
             "metric": "value",
             "max_epochs": self.max_epochs,
             "max_failures": 1000,
+            "checkpoint_every": self.checkpoint_every,
             "budget": {} if self.budget is None else {"trials": self.budget},
             "resources": {"cpu": (os.cpu_count() or 1) / self.slots},
             "parameters": {"x": x, "epoch_seconds": self.epoch_seconds, "log": str(log)},
@@ -212,6 +216,7 @@ def draw_plan(draw: random.Random, kinds: Sequence[str]) -> Plan:
         slots,
         lease_seconds,
         tuple(planned),
+        draw.choice(CHECKPOINT_EVERY),
     )
 
 
@@ -550,22 +555,25 @@ class Round:
         ]
         found += [f"a driver ran as {host}" for host in foreign]
         if all(event["kind"] in KILLS for event in self.events):
-            found += fallbacks(self._log.read_text())
+            found += fallbacks(self._log.read_text(), self._plan.checkpoint_every)
         return found
 
 
-def fallbacks(log: str) -> list[str]:
+def fallbacks(log: str, checkpoint_every: int | str) -> list[str]:
     """Return which trials lost epochs that were in a checkpoint.
 
-    An epoch is trained when the checkpoint of the one before it is written. A driver that another one takes for dead may
-    train the epoch in flight at the same time.
+    A checkpoint is written while the next epoch trains, and is complete before the one after it is written. A driver that
+    another one takes for dead may train the epoch in flight at the same time.
 
     Args:
         log: a line for each trained epoch, x and the epoch.
+        checkpoint_every: of the search space. Automatic checkpoints promise nothing in trials of seconds.
     """
+    if not isinstance(checkpoint_every, int):
+        return []
     found, last = [], Counter[str]()
     for x, epoch in (line.split() for line in log.splitlines()):
-        if int(epoch) < last[x] - 1:
+        if int(epoch) < last[x] - 2 * checkpoint_every:
             found.append(f"the trial with x = {x} trained epoch {epoch} again after epoch {last[x]}")
         last[x] = max(last[x], int(epoch))
     return found
@@ -647,7 +655,8 @@ def describe(result: dict[str, Any]) -> str:
             f"round {result['round']} (--storage {result['storage']} --seed {result['seed']} --first {result['round']} "
             f"--rounds 1): {verdict} in {result['seconds']} s",
             f"{plan['drivers']} drivers of {plan['slots']} slots, lease {plan['lease_seconds']:g} s; {plan['sampler']}, "
-            f"{plan['scheduler']}, {budget}, {plan['max_epochs']} epochs of {plan['epoch_seconds']:g} s",
+            f"{plan['scheduler']}, {budget}, {plan['max_epochs']} epochs of {plan['epoch_seconds']:g} s, "
+            f"checkpoint_every {plan['checkpoint_every']}",
             *[f"{event['at']:5.1f} s: {event['kind']}, {event['details']}" for event in result["events"]],
             f"{result['starts']} starts of drivers, {result['lost_trials']} trials lost to another driver, "
             f"{result['unsaved']} checkpoints not written",

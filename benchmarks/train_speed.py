@@ -4,6 +4,7 @@
     python -m benchmarks.train_speed losses                the loss of one epoch, three seeds, fp32 and the fast path
     python -m benchmarks.train_speed grid --data-dir D     the documented grid, 3 x 50 epochs, without Ray
     python -m benchmarks.train_speed packing --data-dir D  1, 2, 3, 4 trials on one device at the same time
+    python -m benchmarks.train_speed checkpoints           the share of a trial's time that its checkpoints take
 
 The tutorial's loop: torchvision's data set with ToTensor, a DataLoader, fp32, Adam, `.item()` in each step. Each loop has
 its own process, and the two take turns. Without --data-dir, both train on the small sample. Each command prints a table
@@ -43,7 +44,7 @@ BATCH_SIZES = (64, 256, 512)
 LR = 0.01
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SAMPLE = 1900  # training images of the sample, without 100 validation images
-Loop = Callable[[str, int, int, str], Iterator[float]]
+Loop = Callable[..., Iterator[float]]
 
 
 # --- the two loops ------------------------------------------------------------------------------------------------
@@ -115,7 +116,7 @@ def _take_turns(pipe: Connection, loop: Loop, arguments: tuple[Any, ...]) -> Non
         pipe.send(next(speeds))
 
 
-# --- the four commands --------------------------------------------------------------------------------------------
+# --- the commands --------------------------------------------------------------------------------------------
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
@@ -216,6 +217,57 @@ def packing(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def checkpoints(options: argparse.Namespace) -> dict[str, Any]:
+    """Print what saving checkpoints adds to the time of a trial; return {"batch size": {policy: share}}.
+
+    Each policy trains whole trials of `--trial-epochs`, in turns with the others, and saves to the same disk.
+    """
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="hpo-checkpoints-", dir=options.folder) as folder:
+        for batch_size in options.batch_sizes:
+            images, epochs = options.images or SAMPLE, options.trial_epochs
+            trials = {
+                policy: Contestant(_trials, policy, batch_size, images, options.data_dir, epochs, folder)
+                for policy in CHECKPOINT_POLICIES
+            }
+            seconds: dict[str, list[float]] = {policy: [] for policy in trials}
+            for _ in range(options.runs + 1):
+                for policy, trial in trials.items():
+                    trial.start_turn()
+                    seconds[policy].append(trial.end_turn())
+            for trial in trials.values():
+                trial.stop()
+            alone, *_ = medians = [statistics.median(each[1:]) for each in seconds.values()]
+            shares = {policy: took / alone - 1 for policy, took in zip(trials, medians, strict=True)}
+            found[str(batch_size)] = {policy: round(share, 4) for policy, share in shares.items()}
+            listed = ", ".join(f"{policy} {share:+.1%}" for policy, share in list(shares.items())[1:])
+            print(f"batch {batch_size:3}: {epochs} epochs of {alone / epochs:.1f} s; {listed}", flush=True)
+    return found
+
+
+CHECKPOINT_POLICIES = ("none", "written before each report", "each epoch", "auto")
+
+
+def _trials(policy: str, batch_size: int, images: int, data_dir: str, epochs: int, folder: str) -> Iterator[float]:
+    """Yield the seconds of one trial after another, with its checkpoints."""
+    from hpo.search.checkpoint_writer import CheckpointWriter
+
+    data, params = _data(data_dir, images), {"batch_size": batch_size, "lr": LR}
+    every = None if policy == "auto" else 1
+    while True:
+        with tempfile.TemporaryDirectory(dir=folder) as trial_folder:
+            started = time.perf_counter()
+            writer = CheckpointWriter(Path(trial_folder), "key", 0, every=every, last_epoch=epochs)
+            with contextlib.closing(writer):
+                for report in train(params, data=data, seed=0, max_epochs=epochs, device=DEVICE):
+                    if policy != "none":
+                        writer.epoch_ended(report.epoch, {}, report.state, report.metrics["train_seconds"])
+                    if policy == "written before each report":
+                        writer.save_now()
+            seconds = time.perf_counter() - started
+        yield seconds
+
+
 @contextlib.contextmanager
 def _mps() -> Iterator[bool]:
     """Start CUDA's Multi-Process Service if it is installed: it runs kernels of several processes concurrently."""
@@ -272,6 +324,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         "compare": compare, "losses": losses, "grid": grid, "packing": packing,
+        "checkpoints": checkpoints,
     }  # fmt: skip
     parser.add_argument("command", nargs="?", default="compare", choices=commands)
     parser.add_argument("--data-dir", help="the folder with the official Fashion-MNIST; by default, the small sample")
@@ -281,6 +334,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5, help="number of measurements; the median counts")
     parser.add_argument("--epochs", type=int, default=50, help="epochs of the grid")
     parser.add_argument("--trials", nargs="+", type=int, default=[1, 2, 3, 4], help="concurrent trials, for packing")
+    parser.add_argument("--trial-epochs", type=int, default=10, help="epochs of a trial, for checkpoints")
+    parser.add_argument("--folder", help="where checkpoints are saved; by default, the folder for temporary files")
     options = parser.parse_args()
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{device}, torch {torch.__version__}, precision auto is {choose_precision('auto', DEVICE)}", flush=True)

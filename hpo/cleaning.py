@@ -154,6 +154,10 @@ def _of_study(study: Study, folder: Path) -> Iterator[Garbage]:
     )
     inside = [path for trial in trials if trial.name.isdecimal() for path in _entries(trial)]
     yield Garbage("damaged checkpoints", folder, tuple(path for path in inside if path.name.endswith(".damaged")))
+    others = tuple(
+        path for path in inside if path.name.endswith(".other")
+    )  # see `hpo.search.checkpoints.load_checkpoint`
+    yield Garbage("checkpoints of other configurations, which were set aside", folder, others)
     drafts = [path for trial in trials if trial.name.isdecimal() for path in _drafts(trial, _is_abandoned)]
     yield Garbage("unfinished files", folder, tuple(drafts))
 

@@ -15,7 +15,7 @@ from hpo.search.environment import check_trainable
 from hpo.search.listener import NullListener
 from hpo.search.samplers import build_optuna_pruner, build_pruner, build_sampler, history_limit
 from hpo.search.slots import Slots
-from hpo.search.worker import TrialReport, TrialSpec, run_trial
+from hpo.search.worker import TrialReport, TrialSpec, end_trial, run_trial
 from hpo.space.model import Space, load_space
 from storage.database import Database
 from storage.protocol import ClaimedTrial
@@ -29,6 +29,7 @@ TOY = {
     "trainable": "benchmarks.toy:chain",
     "metric": "value",
     "max_epochs": 3,
+    "checkpoint_every": 1,
     "parameters": {"x": [1, 2]},
 }
 
@@ -192,10 +193,11 @@ def search_without_ray(
                 spec = coordinator.next_trial(tune_id)
                 if spec is None:
                     break
-                running[tune_id] = run_trial(spec)
-            for tune_id, reports in list(running.items()):
-                if coordinator.on_report(tune_id, next(reports)):
-                    reports.close()
+                running[tune_id] = run_trial(spec), spec
+            for tune_id, (reports, spec) in list(running.items()):
+                ending = coordinator.on_report(tune_id, next(reports))
+                if ending is not None:
+                    coordinator.release(tune_id, end_trial(reports, ending, spec))
                     del running[tune_id]
         coordinator.release_all()
         assert coordinator.error is None

@@ -176,10 +176,15 @@ def test_a_stopped_driver_outlasts_its_lease() -> None:
         assert all(fault.seconds > plan.lease_seconds for fault in plan.faults)
 
 
-def test_only_the_epoch_in_flight_is_trained_again() -> None:
-    assert fallbacks("5 1\n5 2\n7 1\n5 2\n5 3\n") == []
-    assert fallbacks("5 1\n5 2\n5 3\n5 2\n5 3\n") == []
-    assert fallbacks("5 1\n5 2\n5 3\n5 1\n") == ["the trial with x = 5 trained epoch 1 again after epoch 3"]
+@pytest.mark.parametrize(
+    ("every", "lowest"),  # the first epoch that may be trained again after epoch 5
+    [(1, 3), (2, 1), ("auto", 1)],
+)
+def test_epochs_before_the_last_complete_checkpoint_are_not_trained_again(every: int | str, lowest: int) -> None:
+    for epoch in range(1, 6):
+        found = fallbacks(f"5 1\n7 1\n5 2\n5 3\n5 4\n5 5\n5 {epoch}\n", every)
+        assert bool(found) == (epoch < lowest), epoch
+    assert fallbacks("5 1\n5 4\n5 1\n", 1) == ["the trial with x = 5 trained epoch 1 again after epoch 4"]
 
 
 def test_a_driver_has_the_identity_and_the_lease_that_chaos_gives_it() -> None:

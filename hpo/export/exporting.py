@@ -189,7 +189,7 @@ def _load_checkpoint(
             "copy of the database. Use the database that they belong to"
         )
     try:
-        checkpoint = load_checkpoint(folder)
+        checkpoint = load_checkpoint(folder, key)
     except (OSError, MemoryError, RuntimeError) as error:
         raise SettingError(f"cannot read the checkpoint of trial {trial.number} in {folder}: {error}") from None
     if checkpoint is None and is_deleted(folder):

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from hpo.paths import CONFIGURATION_FILE, atomic_file, write_atomically
+from hpo.paths import CONFIGURATION_FILE, atomic_file
 
 # torch is imported in the functions that need it: the driver only trims checkpoints, and starts faster without torch.
 
@@ -43,11 +43,13 @@ class Checkpoint:
         epoch: the last finished epoch.
         history: {epoch: metrics} of all finished epochs.
         state: what the trainable's `EpochReport.state` returned.
+        key: whose it is, see `owner_key`; empty if an earlier version of hpo wrote it.
     """
 
     epoch: int
     history: dict[int, dict[str, float]]
     state: dict[str, Any]
+    key: str = ""
 
 
 def owner_key(key: str, attempt: int) -> str:
@@ -80,7 +82,7 @@ def claim_folder(folder: Path, key: str, token: int = 0) -> str:
         A warning if files of another configuration were renamed; else empty.
 
     Raises:
-        OSError: a folder of another configuration cannot be renamed.
+        OSError: a folder of another configuration cannot be renamed, or the claim cannot be written (disk full).
     """
     owner, claimed = _owner(folder)
     warning = ""
@@ -94,9 +96,9 @@ def claim_folder(folder: Path, key: str, token: int = 0) -> str:
         if str(owner).partition("-")[0] != key.partition("-")[0]:  # else of an earlier attempt
             warning = f"the files in {folder} were of another configuration; they are now in {aside.name}"
     if (owner, claimed) != (key, token):
-        with contextlib.suppress(OSError):  # if the disk is full, saving a checkpoint says so
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / CONFIGURATION_FILE, json.dumps({"key": key, "token": token}).encode())
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_file(folder / CONFIGURATION_FILE, sync=True) as file:
+            file.write(json.dumps({"key": key, "token": token}).encode())
     return warning
 
 
@@ -107,7 +109,7 @@ def belongs_to(folder: Path, key: str) -> bool:
 
 def _owner(folder: Path) -> tuple[str | None, int]:
     """Return the key of the configuration that a folder belongs to, and the token of the claim; None, 0 if unknown."""
-    # The file is not flushed to disk: after a power cut it may be empty.
+    # Earlier versions did not flush the file to the disk: after a power cut it may be empty.
     with contextlib.suppress(FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         content = json.loads((folder / CONFIGURATION_FILE).read_bytes())
         return str(content["key"]), int(content.get("token", 0))
@@ -132,19 +134,23 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, token: int = 0) -> Non
     owner, claimed = _owner(folder)
     if owner is not None and claimed != token:
         raise TakenOverError(f"another worker trains this trial in {folder}")
-    _check_plain(checkpoint.state, "state")
+    check_plain(checkpoint.state)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with atomic_file(folder / f"epoch-{checkpoint.epoch:06d}.pt", sync=True) as file:
-            torch.save({"epoch": checkpoint.epoch, "history": checkpoint.history, "state": checkpoint.state}, file)
+            torch.save(vars(checkpoint), file)
     except RuntimeError as error:  # torch's writer wraps the operating system's error
         raise OSError(str(error).splitlines()[0]) from error
     for old in list_checkpoints(folder)[KEPT_CHECKPOINTS:]:
         old.unlink(missing_ok=True)
 
 
-def load_checkpoint(folder: Path) -> Checkpoint | None:
-    """Return the newest readable checkpoint, or None. Damaged ones are renamed to `*.damaged`.
+def load_checkpoint(folder: Path, key: str) -> Checkpoint | None:
+    """Return the newest readable checkpoint, or None. Damaged ones are renamed to `*.damaged`, those of others to `*.other`.
+
+    Args:
+        folder: the trial's folder.
+        key: whose checkpoint it must be, see `owner_key`. Those of earlier versions do not say whose they are.
 
     Raises:
         OSError, MemoryError, RuntimeError: no checkpoint could be read, and at least one may be intact.
@@ -161,7 +167,10 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
                     raise zipfile.BadZipFile(path.name)
             # weights_only: tensors and plain values, nothing that runs code.
             found = torch.load(path, map_location="cpu", weights_only=True)
-            return Checkpoint(found["epoch"], found["history"], found["state"])
+            checkpoint = Checkpoint(found["epoch"], found["history"], found["state"], found.get("key", ""))
+            if checkpoint.key in {"", key}:
+                return checkpoint
+            path.replace(path.with_suffix(".other"))
         except FileNotFoundError:  # deleted meanwhile
             continue
         except _UNREADABLE as error:
@@ -182,10 +191,17 @@ def _may_pass(error: Exception) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))
 
 
-def trim_checkpoints(folder: Path) -> None:
-    """Delete all but the newest checkpoint: a trial that has ended needs no fallback."""
-    for old in list_checkpoints(folder)[1:]:
-        old.unlink(missing_ok=True)
+def trim_checkpoints(folder: Path, token: int, keep: int = 1) -> None:
+    """Delete all but the newest checkpoints, unless another worker has claimed the folder. An ended trial needs no fallback.
+
+    Args:
+        folder: the trial's folder.
+        token: of the claim of the trial.
+        keep: how many stay.
+    """
+    if _owner(folder)[1] == token:
+        for old in list_checkpoints(folder)[keep:]:
+            old.unlink(missing_ok=True)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -193,17 +209,22 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("epoch-*.pt"), reverse=True)
 
 
-def _check_plain(value: Any, where: str) -> None:
-    """Raise TypeError for values that `weights_only` cannot load, while the trainable's author can still fix it."""
+def check_plain(value: Any, where: str = "state") -> None:
+    """Raise TypeError for values that `weights_only` cannot load, while the trainable's author can still fix it.
+
+    Args:
+        value: the trainable's state, or a part of it.
+        where: the name of the value in the message.
+    """
     from torch import Tensor
 
     if isinstance(value, dict):
         for key, item in value.items():
-            _check_plain(key, f"a key of {where}")
-            _check_plain(item, f"{where}[{key!r}]")
+            check_plain(key, f"a key of {where}")
+            check_plain(item, f"{where}[{key!r}]")
     elif isinstance(value, list | tuple | set):
         for i, item in enumerate(value):
-            _check_plain(item, f"{where}[{i}]")
+            check_plain(item, f"{where}[{i}]")
     elif not isinstance(value, Tensor) and type(value) not in {NoneType, bool, int, float, complex, str, bytes}:
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise TypeError(f"a checkpoint holds tensors and plain values, but {where} is a {kind}")

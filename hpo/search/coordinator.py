@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,7 +16,7 @@ from hpo.search.checkpoints import owner_key, trim_checkpoints
 from hpo.search.listener import ProgressListener
 from hpo.search.retention import Retention
 from hpo.search.slots import Slots
-from hpo.search.worker import TrialReport, TrialSpec
+from hpo.search.worker import Ending, TrialReport, TrialSpec
 from hpo.space.model import Space
 
 if TYPE_CHECKING:  # workers import this module too, and need no database
@@ -23,7 +24,11 @@ if TYPE_CHECKING:  # workers import this module too, and need no database
     from storage.run import Run
 
 TIME_SPENT = "the time budget is spent"
-MIN_EARLY_FAILURES = 4  # and at least two per slot: then the machine or the code is at fault, not the configurations
+BROKEN = "nothing can be trained"
+UNKNOWN_NODE = ""  # of a worker that died
+# So many trials of one machine that failed in a row, without training an epoch, stop the search: the machine or the code is
+# at fault then. There must also be two for each slot; twice as many where trials have worked before.
+MIN_FAILURES_IN_A_ROW = 4
 POLL_SECONDS = 1.0  # between attempts to claim a trial while other runs hold the rest
 
 
@@ -71,8 +76,9 @@ class TrialCoordinator:
         self._deadline = math.inf
         self._next_attempt = 0.0
         self._is_exhaustion_noted = False
-        self._has_epochs = False  # whether any trial of this run has finished an epoch
-        self._early_failures = 0  # trials that failed before
+        self._has_trained: set[str] = set()  # the machines on which this run has trained an epoch
+        self._new_epochs: set[str] = set()  # the running trials that have trained one
+        self._failures_in_a_row: Counter[str] = Counter()  # {machine: trials that failed without one}
         self.stop_reason = ""
         self.error: Exception | None = None
 
@@ -114,7 +120,7 @@ class TrialCoordinator:
                 max_epochs=self._space.max_epochs,
                 stored_epoch=claim.epoch,
                 folder=str(self._folder(claim)),
-                checkpoint_every=self._space.checkpoint_every,
+                checkpoint_every=None if self._space.checkpoint_every == "auto" else self._space.checkpoint_every,
                 device=self._slots.device,
                 threads=self._slots.threads,
                 timeout=self._space.trial_timeout,
@@ -132,11 +138,14 @@ class TrialCoordinator:
         """Return how many more workers may die while they run a trial."""
         return max(0, self._space.max_failures - self._claims[tune_id].crashes)
 
-    def on_report(self, tune_id: str, report: TrialReport) -> bool:
-        """Store a report. Return whether the trial ends here."""
+    def on_report(self, tune_id: str, report: TrialReport) -> Ending | None:
+        """Store a report. Return None if the trial goes on, else what becomes of its checkpoints.
+
+        A trial that ends because the search stops is released when its last epoch is saved: the caller calls `release`.
+        """
         claim = self._claims.get(tune_id)
         if claim is None:
-            return True
+            return Ending.KEEP
         from storage.protocol import LostTrialError
 
         with self._storage_errors_kept(tune_id):
@@ -151,19 +160,25 @@ class TrialCoordinator:
             if report.is_out_of_memory and self._slots.trials_share_gpu and self._together[tune_id] > 1:
                 return self._release_for_room(tune_id, report.failure)
             if report.failure:
-                return self._fail(tune_id, report.failure, report.traceback)
+                return self._fail(tune_id, report.failure, report.traceback, report.node)
             for earlier, metrics in sorted(report.history.items()):
                 self._restore(claim, earlier, metrics)
             return self._on_epoch(tune_id, claim, report)
-        return True
+        return Ending.KEEP
 
-    def _on_epoch(self, tune_id: str, claim: ClaimedTrial, report: TrialReport) -> bool:
+    def _on_epoch(self, tune_id: str, claim: ClaimedTrial, report: TrialReport) -> Ending | None:
         epoch, metrics = report.epoch, report.metrics
-        self._has_epochs = True
         value = metrics.get(self._space.metric)
         if value is None:
             hint = nearest(self._space.metric, metrics)
-            return self._fail(tune_id, f"the trainable reported no metric {self._space.metric!r}, {hint}")
+            return self._fail(
+                tune_id, f"the trainable reported no metric {self._space.metric!r}, {hint}", "", report.node
+            )
+        if not report.is_recalled:
+            self._new_epochs.add(tune_id)
+            for node in (report.node, UNKNOWN_NODE):
+                self._has_trained.add(node)
+                self._failures_in_a_row[node] = 0
         infinite = [name for name, number in metrics.items() if not math.isfinite(number)]
         decides = self._space.stops_trials_early and not infinite and epoch < self._space.max_epochs
         is_pruned = False
@@ -182,10 +197,9 @@ class TrialCoordinator:
             self._run.complete(claim, value, attrs)
             return self._end(tune_id, "COMPLETE", "")
         if is_pruned:
-            return self._end(tune_id, "PRUNED", f"stopped by {self._space.scheduler.name} after epoch {epoch}")
-        if self._is_over():
-            return self._release(tune_id)
-        return False
+            self._end(tune_id, "PRUNED", f"stopped by {self._space.scheduler.name} after epoch {epoch}")
+            return Ending.SAVE_ONLY if self._space.checkpoints.count is None else Ending.DISCARD
+        return Ending.SAVE if self._is_over() else None
 
     def _restore(self, claim: ClaimedTrial, epoch: int, metrics: Mapping[str, float]) -> None:
         """Store an epoch of the checkpoint that storage lacks, or has from an abandoned attempt."""
@@ -224,17 +238,22 @@ class TrialCoordinator:
                 self.release(tune_id)
             self._retention.run_ended()
 
-    def release(self, tune_id: str) -> None:
-        """Release one trial if it has not ended: it is WAITING, and any run may resume it."""
-        if tune_id in self._claims:
+    def release(self, tune_id: str, warning: str = "") -> None:
+        """Release one trial if it has not ended: it is WAITING, and any run may resume it.
+
+        Args:
+            tune_id: Tune's name of the trial.
+            warning: something that went wrong while it was stopped.
+        """
+        claim = self._claims.get(tune_id)
+        if warning:
+            self._listener.note(f"trial {claim.number}: {warning}" if claim else warning)
+        if claim is not None:
             with self._storage_errors_kept(tune_id):
-                self._release(tune_id)
+                self._run.release(claim)
+                self._end(tune_id, "WAITING", f"interrupted after epoch {self._epochs[tune_id]}, resumable")
 
-    def _release(self, tune_id: str) -> bool:
-        self._run.release(self._claims[tune_id])
-        return self._end(tune_id, "WAITING", f"interrupted after epoch {self._epochs[tune_id]}, resumable")
-
-    def _release_for_room(self, tune_id: str, reason: str) -> bool:
+    def _release_for_room(self, tune_id: str, reason: str) -> Ending:
         """Release a trial that found no room on the GPU next to others, and run fewer trials at a time from now on.
 
         Each such failure of a trial follows a claim with fewer others, so it cannot repeat forever: alone, the trial fails.
@@ -248,23 +267,33 @@ class TrialCoordinator:
         )
         return self._end(tune_id, "WAITING", "out of memory next to other trials, it is resumed with fewer")
 
-    def _fail(self, tune_id: str, reason: str, details: str = "") -> bool:
+    def _fail(self, tune_id: str, reason: str, details: str = "", node: str = UNKNOWN_NODE) -> Ending:
         self._run.fail(self._claims[tune_id], reason, details)
-        self._early_failures += not self._has_epochs
-        if not self._has_epochs and self._early_failures >= max(MIN_EARLY_FAILURES, 2 * self._slots.count):
-            self.stop(f"the first {self._early_failures} trials failed before their first epoch")
+        if tune_id not in self._new_epochs:
+            self._failures_in_a_row[node] += 1
+            self._break_circuit(node)
         return self._end(tune_id, "FAIL", reason)
 
-    def _end(self, tune_id: str, state: str, text: str) -> bool:
+    def _break_circuit(self, node: str) -> None:
+        """Stop the search if a machine, or the code on it, cannot train."""
+        failures, limit = self._failures_in_a_row[node], max(MIN_FAILURES_IN_A_ROW, 2 * self._slots.count)
+        if node in self._has_trained:
+            limit *= 2
+        if failures >= limit:
+            where = "" if node == UNKNOWN_NODE else f" on {node}"
+            self.stop(f"{BROKEN}: the last {failures} trials{where} failed before they trained an epoch")
+
+    def _end(self, tune_id: str, state: str, text: str) -> Ending:
         claim = self._claims.pop(tune_id)
         del self._epochs[tune_id], self._together[tune_id]
+        self._new_epochs.discard(tune_id)
         if state != "WAITING":
-            trim_checkpoints(self._folder(claim))
+            trim_checkpoints(self._folder(claim), claim.token)
         if state in {"COMPLETE", "PRUNED"}:
             self._retention.trial_ended(claim.number)
         self._next_attempt = 0.0
         self._listener.trial_ended(claim.number, state, text)
-        return True
+        return Ending.KEEP
 
     def _folder(self, claim: ClaimedTrial) -> Path:
         return self._runs_dir.trial(self._unique_name, claim.number)
@@ -306,6 +335,7 @@ class TrialCoordinator:
             if tune_id is not None:
                 self._claims.pop(tune_id, None)
                 self._together.pop(tune_id, None)
+                self._new_epochs.discard(tune_id)
             self._listener.note(str(error))
         except StorageError as error:
             self.error = self.error or error

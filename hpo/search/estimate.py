@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hpo.errors import SettingError, TrainableError
+from hpo.search.checkpoint_writer import COST_SHARE
 from hpo.search.probes import ImageCounts, Probes, Speed
 from hpo.search.slots import Slots
 from hpo.space.model import Space
@@ -223,8 +224,14 @@ def _trial_seconds(space: Space, speed: Speed, images: ImageCounts) -> float:
     train, validation, test = images
     # Evaluation is a forward pass, a third of the arithmetic of a step. The test images are scored once.
     epoch = (train + validation / 3) / speed.images_per_second
-    checkpoints = math.ceil(space.max_epochs / space.checkpoint_every) * speed.checkpoint_seconds
-    return space.max_epochs * epoch + test / 3 / speed.images_per_second + checkpoints
+    work = space.max_epochs * epoch
+    if space.checkpoint_every == "auto":
+        checkpoints = (
+            min(COST_SHARE * work, (space.max_epochs - 1) * speed.checkpoint_seconds) + speed.checkpoint_seconds
+        )
+    else:
+        checkpoints = math.ceil(space.max_epochs / space.checkpoint_every) * speed.checkpoint_seconds
+    return work + test / 3 / speed.images_per_second + checkpoints
 
 
 def _makespan(lengths: Sequence[float], slots: int) -> float:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import hpo.search.cluster  # noqa: F401 # first: it sets the environment that ray reads when it is imported
 
 # isort: split
+import ray
 from ray import tune
 from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
@@ -33,7 +34,7 @@ from hpo.search.coordinator import TrialCoordinator
 from hpo.search.listener import ProgressListener
 from hpo.search.samplers import build_optuna_pruner, build_pruner, build_sampler, history_limit
 from hpo.search.slots import Slots
-from hpo.search.worker import TrialReport, TrialSpec, run_trial, watchdog
+from hpo.search.worker import Ending, TrialReport, TrialSpec, end_trial, run_trial, watchdog
 from hpo.space.model import Space
 from hpo.trainable import load_trainable
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:  # workers import this module too, and need no database
     from storage.studies import Study
 
 INTERRUPTED = "interrupted"
+SAVE_SECONDS = 120.0  # how long a search that stops waits for its last checkpoints
 
 
 # --- in the worker ----------------------------------------------------------------------------------------------------
@@ -52,7 +54,7 @@ class TrialWorker(tune.Trainable):
     def setup(self, config: dict[str, Any]) -> None:
         """Take the first trial. Errors are not raised here, because Tune would not report the trial."""
         self._spec = TrialSpec(**config["spec"])
-        self._reports: Generator[TrialReport, None, None] | None = None
+        self._reports: Generator[TrialReport, None, str] | None = None
         self._needs_new_process = False
         # Import slow modules here, outside the timed epochs. If an import fails, `step` raises the error and reports it.
         with suppress(Exception):
@@ -75,10 +77,9 @@ class TrialWorker(tune.Trainable):
         self.setup(new_config)
         return True
 
-    def end(self) -> None:
-        """Free what the trial uses, and stop what it runs, such as a script."""
-        if self._reports is not None:
-            self._reports.close()
+    def end(self, ending: Ending) -> str:
+        """Free what the trial uses, and stop what it runs, such as a script; see `end_trial`."""
+        return "" if self._reports is None else end_trial(self._reports, ending, self._spec)
 
     def step(self) -> dict[str, Any]:
         """Run one epoch. A process that can no longer use its GPU ends: the trial is retried in another."""
@@ -128,6 +129,7 @@ class StudyScheduler(FIFOScheduler):
     def __init__(self, coordinator: TrialCoordinator) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._coordinator = coordinator
+        self._saving: dict[str, Any] = {}  # {Tune's id: reference to the answer of `TrialWorker.end`}
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Set how often Tune may restart a trial: crashes in earlier runs count too."""
@@ -136,11 +138,34 @@ class StudyScheduler(FIFOScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Store an epoch and decide whether the trial ends."""
-        has_ended = self._coordinator.on_report(trial.trial_id, result["report"])
-        if has_ended and trial.temporary_state.ray_actor is not None:
+        ending = self._coordinator.on_report(trial.trial_id, result["report"])
+        if ending is None:
+            return str(TrialScheduler.CONTINUE)
+        worker = trial.temporary_state.ray_actor
+        if worker is not None:
             # The actor may stay idle, so stop the trial's script now.
-            trial.temporary_state.ray_actor.end.remote()
-        return str(TrialScheduler.STOP if has_ended else TrialScheduler.CONTINUE)
+            answer = worker.end.remote(ending)
+            if ending in {Ending.SAVE, Ending.SAVE_ONLY}:
+                self._saving[trial.trial_id] = answer
+        return str(TrialScheduler.STOP)
+
+    def release_saved(self, timeout_seconds: float = 0.0) -> None:
+        """Release the stopped trials whose last epoch is saved.
+
+        Args:
+            timeout_seconds: how long to wait for those that are being saved.
+        """
+        if not self._saving:
+            return
+        ids = {answer: trial_id for trial_id, answer in self._saving.items()}
+        for answer in ray.wait(list(ids), num_returns=len(ids), timeout=timeout_seconds)[0]:
+            trial_id = ids[answer]
+            del self._saving[trial_id]
+            try:
+                warning = ray.get(answer)
+            except ray.exceptions.RayError as error:  # the worker died: the trial resumes from an earlier checkpoint
+                warning = f"its last epoch was not saved: {str(error).splitlines()[0]}"
+            self._coordinator.release(trial_id, warning)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """Handle the death of a worker. Tune has counted the failure and written Ray's report to `trial.error_file`."""
@@ -155,7 +180,8 @@ class StudyScheduler(FIFOScheduler):
         self._coordinator.on_crash(trial.trial_id, details, is_retried=trial.should_recover())
 
     def choose_trial_to_run(self, tune_controller: Any, **_: Any) -> Any:
-        """Release the trials whose workers have not started yet, if the search is stopping."""
+        """Release the trials whose workers have not started yet, if the search is stopping, and those that have stopped."""
+        self.release_saved()
         if self._coordinator.stop_reason:
             for trial in list(tune_controller.get_trials()):
                 if trial.status == trial.PENDING:
@@ -246,13 +272,14 @@ def run_trials(
 
 
 def _run_tune(coordinator: TrialCoordinator, slots: Slots) -> None:
+    scheduler = StudyScheduler(coordinator)
     with tempfile.TemporaryDirectory(prefix="hpo-ray-") as scratch:
         tune.run(
             TrialWorker,
             name="trials",
             storage_path=scratch,
             search_alg=StudySearcher(coordinator),
-            scheduler=StudyScheduler(coordinator),
+            scheduler=scheduler,
             num_samples=-1,
             # Claim no more trials than can run: other drivers cannot take a claimed trial.
             max_concurrent_trials=slots.count,
@@ -262,6 +289,7 @@ def _run_tune(coordinator: TrialCoordinator, slots: Slots) -> None:
             callbacks=[SilentReporter()],
             verbose=0,
         )
+    scheduler.release_saved(SAVE_SECONDS)
 
 
 @contextmanager

@@ -1,22 +1,26 @@
 """One trial in a worker process: a `TrialSpec` in, one `TrialReport` per epoch out. Imports neither ray nor the database.
 
-The worker iterates the trainable and saves a checkpoint before it reports an epoch. Errors become reports too.
+The worker iterates the trainable. An epoch is reported when it has finished; its checkpoint, if it has one, is written while
+the next epoch trains. Errors become reports too.
 """
 
 from __future__ import annotations
 
 import faulthandler
 import os
+import platform
 import time
 import traceback
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from hpo.paths import HANG_FILE, LOG_FILE, SCRIPT_DIR
-from hpo.search.checkpoints import Checkpoint, TakenOverError, claim_folder, load_checkpoint, save_checkpoint
+from hpo.search.checkpoint_writer import CheckpointWriter
+from hpo.search.checkpoints import Checkpoint, TakenOverError, load_checkpoint, trim_checkpoints
 from hpo.search.script import ScriptError, run_script
 from hpo.space.command import CHECKPOINT_DIR, build_arguments, uses_checkpoint_dir
 from hpo.trainable import load_trainable
@@ -39,7 +43,7 @@ class TrialSpec:
         max_epochs: the last epoch.
         stored_epoch: the last epoch that storage holds. The worker reports it again, and later ones from the checkpoint.
         folder: the trial's folder, for checkpoints and logs.
-        checkpoint_every: epochs between checkpoints.
+        checkpoint_every: epochs between checkpoints; None for as many as cost little, see `CheckpointWriter`.
         device: `cpu` or `cuda`.
         threads: the threads that torch uses.
         timeout: seconds without an epoch after which the worker counts as hung; None for no limit.
@@ -55,7 +59,7 @@ class TrialSpec:
     max_epochs: int
     stored_epoch: int
     folder: str
-    checkpoint_every: int
+    checkpoint_every: int | None
     device: str
     threads: int
     timeout: float | None
@@ -78,6 +82,7 @@ class TrialReport:
         is_out_of_memory: whether the memory of the device did not suffice. Only with `failure`.
         is_device_lost: whether no trial can use the GPU any more in this process. Only with `failure`.
         needs_new_process: whether this process must not run another trial.
+        node: the name of the machine.
     """
 
     epoch: int = 0
@@ -92,6 +97,20 @@ class TrialReport:
     is_out_of_memory: bool = False
     is_device_lost: bool = False
     needs_new_process: bool = False
+    node: str = field(default_factory=platform.node)
+
+
+class Ending(Enum):
+    """What becomes of the checkpoints of a trial that its driver ends."""
+
+    KEEP = "those that are written stay"
+    SAVE = "the last epoch is saved, if it is not"
+    SAVE_ONLY = "the last epoch is saved, and earlier ones are deleted"
+    DISCARD = "they are deleted"
+
+
+class TrialPaused(Exception):  # noqa: N818 # not an error
+    """Thrown into the generator of `run_trial`: the trial ends here, and its last epoch is saved."""
 
 
 @contextmanager
@@ -111,17 +130,23 @@ def watchdog(spec: TrialSpec) -> Iterator[None]:
             faulthandler.cancel_dump_traceback_later()
 
 
-def run_trial(spec: TrialSpec) -> Generator[TrialReport, None, None]:
+def run_trial(spec: TrialSpec) -> Generator[TrialReport, None, str]:
     """Yield one report per epoch, starting from the newest checkpoint. A report with `failure` is the last one.
 
-    When the trial ends, what it used on the GPU is free again. Memory of a failed step is freed before its report.
+    When the trial ends, what it used on the GPU is free again. Memory of a failed step is freed before its report. A
+    `TrialPaused` that is thrown in saves the last epoch and ends the trial.
+
+    Returns:
+        A warning if the last epoch of a paused trial could not be saved; else empty.
     """
     from hpo.train.gpu import free_memory
 
     last: TrialReport | None = None
     try:
         try:
-            yield from _report_epochs(spec)
+            return (yield from _report_epochs(spec))
+        except TrialPaused:  # before its first epoch
+            return ""
         except TakenOverError:
             last = TrialReport(is_taken_over=True)
         except ScriptError as error:
@@ -133,17 +158,46 @@ def run_trial(spec: TrialSpec) -> Generator[TrialReport, None, None]:
             free_memory()
     if last is not None:
         yield last
+    return ""
 
 
-def _report_epochs(spec: TrialSpec) -> Generator[TrialReport, None, None]:
+def end_trial(reports: Generator[TrialReport, None, str], ending: Ending, spec: TrialSpec) -> str:
+    """End a trial that its driver stops.
+
+    Args:
+        reports: of `run_trial`.
+        ending: what becomes of its checkpoints.
+        spec: of the trial.
+
+    Returns:
+        A warning if its last epoch could not be saved; else empty.
+    """
+    warning = ""
+    if ending in {Ending.SAVE, Ending.SAVE_ONLY}:
+        try:
+            reports.throw(TrialPaused())
+        except StopIteration as end:
+            warning = end.value or ""
+        except TrialPaused:  # it has not started
+            pass
+    reports.close()
+    if ending is Ending.DISCARD:
+        trim_checkpoints(Path(spec.folder), spec.token, keep=0)
+    elif ending is Ending.SAVE_ONLY and not warning:
+        trim_checkpoints(Path(spec.folder), spec.token)
+    return warning
+
+
+def _report_epochs(spec: TrialSpec) -> Generator[TrialReport, None, str]:
     import torch
 
     folder = Path(spec.folder)
     torch.set_num_threads(spec.threads)
-    warning = claim_folder(folder, spec.key, spec.token)
+    writer = CheckpointWriter(folder, spec.key, spec.token, every=spec.checkpoint_every, last_epoch=spec.max_epochs)
+    warning = writer.claim()
     # A script that keeps no checkpoints starts from its first epoch and reports all of them again.
     keeps_checkpoints = spec.command is None or uses_checkpoint_dir(spec.command)
-    checkpoint = load_checkpoint(folder) if keeps_checkpoints else None
+    checkpoint = load_checkpoint(folder, spec.key) if keeps_checkpoints else None
     history = dict(checkpoint.history) if checkpoint else {}
     device = _describe_device(spec)
     recorded: Mapping[str, Any] | None = None  # the provenance of the last report
@@ -156,25 +210,24 @@ def _report_epochs(spec: TrialSpec) -> Generator[TrialReport, None, None]:
                 epoch, history[epoch], is_recalled=True, history=earlier, provenance=_news(device, recorded)
             )
             earlier, recorded = {}, device
-    with closing(_start_epochs(spec, checkpoint)) as epochs:
+    with closing(writer), closing(_start_epochs(spec, checkpoint)) as epochs:
         started = time.perf_counter()
         for finished in epochs:
             metrics = {_checked_name(name): float(value) for name, value in finished.metrics.items()}
             metrics["epoch_seconds"] = time.perf_counter() - started
             history[finished.epoch] = metrics
-            is_due = finished.epoch % spec.checkpoint_every == 0 or finished.epoch == spec.max_epochs
-            if keeps_checkpoints and is_due:
-                try:
-                    # Before the report: training can resume from every epoch that storage holds.
-                    save_checkpoint(folder, Checkpoint(finished.epoch, history, finished.state()), spec.token)
-                except OSError as error:
-                    warning = warning or f"no checkpoint after epoch {finished.epoch}: {error}"
+            if keeps_checkpoints:
+                unsaved = writer.epoch_ended(finished.epoch, history, finished.state, metrics["epoch_seconds"])
+                if spec.command is not None:
+                    # A script continues after the last epoch that it saved itself. No epoch before may be missing then.
+                    unsaved = unsaved or writer.save_now()
+                warning = warning or unsaved
             # Any object with an epoch, metrics and a state is a report.
             its_warning = getattr(finished, "warning", "")
             if its_warning != shown:
                 warning, shown = "; ".join(filter(None, [warning, its_warning])), its_warning
             provenance = {**device, **getattr(finished, "provenance", {})}
-            yield TrialReport(
+            report = TrialReport(
                 finished.epoch,
                 metrics,
                 history=earlier,
@@ -182,9 +235,14 @@ def _report_epochs(spec: TrialSpec) -> Generator[TrialReport, None, None]:
                 provenance=_news(provenance, recorded),
                 needs_new_process=getattr(finished, "needs_new_process", False),
             )
+            try:
+                yield report
+            except TrialPaused:
+                return writer.save_now() if keeps_checkpoints else ""
             earlier, warning, recorded = {}, "", provenance
             started = time.perf_counter()
     yield TrialReport(failure=f"the trainable ended after epoch {max(history, default=0)} of {spec.max_epochs}")
+    return ""
 
 
 def _checked_name(name: object) -> str:

@@ -102,8 +102,9 @@ class Space(StrictModel):
     """How often a trial is retried after its worker crashed."""
     trial_timeout: Seconds | None = None
     """The longest time that one epoch may take: 90s, 30m, 4h, or seconds."""
-    checkpoint_every: PositiveInt = 1
-    """Epochs between two checkpoints."""
+    checkpoint_every: Literal["auto"] | PositiveInt = "auto"
+    """Epochs between two checkpoints. auto: as often as costs at most 3 % of the training time, at least every 5 minutes of
+    training, and whenever a trial ends or is interrupted."""
     checkpoints: Checkpoints = Checkpoints()
     """Which trials keep their checkpoints after they have ended. Unfinished and failed trials always keep theirs."""
     seed: Seed = 0

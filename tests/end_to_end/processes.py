@@ -33,6 +33,7 @@ def chains(folder: Path, **params: Any) -> Path:
         "trainable": "benchmarks.toy:chain",
         "metric": "value",
         "max_epochs": MAX_EPOCHS,
+        "checkpoint_every": 1,
         "parameters": {"x": POINTS, "epoch_seconds": 0.1, **params},
     }
     return write_space(folder, "chains", space)

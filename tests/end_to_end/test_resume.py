@@ -1,4 +1,4 @@
-"""The same command resumes a study after its driver was stopped or killed. Each trial loses at most the epoch in flight."""
+"""The same command resumes a study after its driver was stopped or killed, and no epoch is lost that has a checkpoint."""
 
 from __future__ import annotations
 
@@ -99,4 +99,5 @@ def test_a_study_survives_signals_kill_9_and_two_drivers(tmp_path: Path, start_d
         (number, f"epoch-{MAX_EPOCHS:06d}.pt") for (number,) in best
     }
     computed, needed = len(log.read_text().splitlines()), len(POINTS) * MAX_EPOCHS
-    assert needed <= computed <= needed + in_flight, "kill -9 costs each trial in flight at most one epoch"
+    # kill -9 costs each trial the epoch in flight, and the one before if its checkpoint was being written.
+    assert needed <= computed <= needed + 2 * in_flight

@@ -143,7 +143,7 @@ def folder(searched: Path) -> Path:
 def network(searched: Path) -> torch.nn.Module:
     """The network of the best trial, from its checkpoint."""
     (checkpoints,) = searched.glob("checkpoints/toy-*/0")
-    checkpoint = load_checkpoint(checkpoints)
+    checkpoint = load_checkpoint(checkpoints, json.loads((checkpoints / "configuration.json").read_bytes())["key"])
     assert checkpoint is not None
     model = build_model()
     model.load_state_dict(checkpoint.state["model"])
@@ -437,6 +437,6 @@ def test_a_recipe_is_exported_as_it_was_scored(tmp_path: Path, without_program: 
     weights = load_file(exported.folder / "model.safetensors")
     build_model(width=0.25).load_state_dict(weights)
     (checkpoints,) = tmp_path.glob("checkpoints/toy-*/0")
-    checkpoint = load_checkpoint(checkpoints)
+    checkpoint = load_checkpoint(checkpoints, json.loads((checkpoints / "configuration.json").read_bytes())["key"])
     assert checkpoint is not None
     assert not torch.equal(weights["fc.weight"], checkpoint.state["model"]["fc.weight"])

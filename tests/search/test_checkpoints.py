@@ -6,6 +6,7 @@ import errno
 import os
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 def epoch_in(folder: Path) -> int | None:
-    found = load_checkpoint(folder)
+    found = load_checkpoint(folder, "k")
     return None if found is None else found.epoch
 
 
@@ -57,7 +58,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
         state={"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rest": [None, True, "word", 2**60]},
     )
     save_checkpoint(tmp_path, saved)
-    loaded = load_checkpoint(tmp_path)
+    loaded = load_checkpoint(tmp_path, "k")
     assert loaded is not None
     assert (loaded.epoch, loaded.history, loaded.state["rest"]) == (saved.epoch, saved.history, saved.state["rest"])
     again = torch.nn.Linear(3, 2)
@@ -71,8 +72,8 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
 
 
 def test_no_folder_and_an_empty_folder_have_no_checkpoint(tmp_path: Path) -> None:
-    assert load_checkpoint(tmp_path) is None
-    assert load_checkpoint(tmp_path / "absent") is None
+    assert load_checkpoint(tmp_path, "k") is None
+    assert load_checkpoint(tmp_path / "absent", "k") is None
 
 
 def test_only_the_newest_two_are_kept(tmp_path: Path) -> None:
@@ -87,15 +88,18 @@ def test_only_the_newest_two_are_kept(tmp_path: Path) -> None:
 def test_an_epoch_saved_twice_is_the_later_one(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, checkpoint_of(1, attempt="first"))
     save_checkpoint(tmp_path, checkpoint_of(1, attempt="second"))
-    found = load_checkpoint(tmp_path)
+    found = load_checkpoint(tmp_path, "k")
     assert found is not None
     assert found.state["attempt"] == "second"
     assert len(names_in(tmp_path)) == 1
 
 
 def test_a_finished_trial_keeps_its_newest(folder: Path) -> None:
-    trim_checkpoints(folder)
-    assert len(names_in(folder)) == 1
+    claim_folder(folder, "k", 5)
+    trim_checkpoints(folder, 4)
+    assert len(list(folder.glob("*.pt"))) == 2, "another worker has claimed it"
+    trim_checkpoints(folder, 5)
+    assert len(list(folder.glob("*.pt"))) == 1
     assert epoch_in(folder) == 2
 
 
@@ -104,7 +108,7 @@ def test_a_truncated_file_is_set_aside_and_the_one_before_is_taken(folder: Path,
     newest = max(folder.glob("*.pt"))
     content = newest.read_bytes()
     newest.write_bytes(content[: int(len(content) * part)])
-    found = load_checkpoint(folder)
+    found = load_checkpoint(folder, "k")
     assert found is not None
     assert found.epoch == 1
     assert torch.equal(found.state["weight"], checkpoint_of(1).state["weight"])
@@ -160,7 +164,7 @@ def test_an_error_that_may_pass_damages_nothing(
         assert epoch_in(folder) == 1
         patch.setattr(torch, "load", fail_for({1, 2}))
         with pytest.raises(type(error)):
-            load_checkpoint(folder)
+            load_checkpoint(folder, "k")
     assert names_in(folder) == before
     assert epoch_in(folder) == 2
 
@@ -168,7 +172,7 @@ def test_an_error_that_may_pass_damages_nothing(
 def test_with_every_file_damaged_there_is_no_checkpoint(folder: Path) -> None:
     for path in folder.glob("*.pt"):
         path.write_bytes(b"")
-    assert load_checkpoint(folder) is None
+    assert load_checkpoint(folder, "k") is None
     assert [path.suffix for path in folder.iterdir()] == [".damaged", ".damaged"]
 
 
@@ -190,10 +194,10 @@ def test_files_of_other_configurations_are_kept_elsewhere(tmp_path: Path) -> Non
     folder = tmp_path / "0"
     for key, warning in (("a", ""), ("b", "they are now in 0.other-1"), ("c", "they are now in 0.other-2")):
         assert claim_folder(folder, key).endswith(warning)
-        assert load_checkpoint(folder) is None
+        assert load_checkpoint(folder, "k") is None
         save_checkpoint(folder, checkpoint_of(1, key=key))
     assert names_in(tmp_path) == ["0", "0.other-1", "0.other-2"]
-    found = load_checkpoint(tmp_path / "0.other-1")
+    found = load_checkpoint(tmp_path / "0.other-1", "k")
     assert found is not None
     assert found.state["key"] == "a"
 
@@ -212,6 +216,22 @@ def test_a_folder_of_an_older_version_is_that_of_the_trial_that_resumes(folder: 
     assert claim_folder(folder, "a") == ""
     assert epoch_in(folder) == 2
     assert not belongs_to(folder, "b")
+
+
+def test_a_checkpoint_of_another_configuration_is_not_used(tmp_path: Path) -> None:
+    """An older copy of the database gives the number out again, and the folder does not say whose it is."""
+    claim_folder(tmp_path / "0", "x")
+    for epoch in (1, 2):
+        save_checkpoint(tmp_path / "0", replace(checkpoint_of(epoch), key="x"))
+    (tmp_path / "0/configuration.json").write_bytes(b"")
+    claim_folder(tmp_path / "0", "k")
+    assert load_checkpoint(tmp_path / "0", "k") is None
+    assert names_in(tmp_path / "0") == ["configuration.json", "epoch-000001.other", "epoch-000002.other"]
+
+
+def test_a_checkpoint_of_an_earlier_version_says_not_whose_it_is(tmp_path: Path) -> None:
+    torch.save({"epoch": 2, "history": {}, "state": {}}, tmp_path / "epoch-000002.pt")
+    assert epoch_in(tmp_path) == 2
 
 
 # --- writing that fails -------------------------------------------------------------------------------------------

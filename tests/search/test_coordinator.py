@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +13,10 @@ import pytest
 
 from benchmarks.toy import expected_value
 from hpo.paths import LOST_FILE, RunsDir
+from hpo.search.checkpoints import load_checkpoint
 from hpo.search.coordinator import TrialCoordinator
 from hpo.search.slots import Slots
-from hpo.search.worker import TrialReport, TrialSpec
+from hpo.search.worker import Ending, TrialReport, TrialSpec, end_trial, run_trial
 from hpo.space.model import Space
 from storage.database import StorageError
 from storage.run import Run
@@ -59,10 +62,14 @@ def test_stop_releases_the_trial_after_its_epoch_and_claims_no_more(study: Study
         spec = coordinator.next_trial("a")
         assert spec is not None
         coordinator.stop("interrupted")
-        assert coordinator.on_report("a", take_reports(spec, 1)[0])
+        assert coordinator.on_report("a", take_reports(spec, 1)[0]) is Ending.SAVE
         assert coordinator.next_trial("b") is None
         assert coordinator.is_done
+        run.flush()
+        assert trial_states(study) == ["RUNNING"], "nobody takes it while its last epoch is being saved"
+        coordinator.release("a", "the disk is full")
     assert trial_states(study) == ["WAITING"]
+    assert ("note", "trial 0: the disk is full") in listener.events
     assert study.trials()[0].intermediate_values == {1: expected_value({"x": 1}, 0, 1)}
 
 
@@ -73,7 +80,8 @@ def test_end_of_the_time_budget_releases_trials(study: Study, tmp_path: Path) ->
         spec = coordinator.next_trial("a")
         assert spec is not None
         coordinator.set_deadline(0.0)
-        assert coordinator.on_report("a", take_reports(spec, 1)[0])
+        assert coordinator.on_report("a", take_reports(spec, 1)[0]) is Ending.SAVE
+        coordinator.release_all()
     assert coordinator.stop_reason == "the time budget is spent"
     assert trial_states(study) == ["WAITING"]
 
@@ -89,24 +97,119 @@ def test_a_search_whose_first_trials_all_fail_stops_before_it_burns_the_rest(stu
             assert not coordinator.stop_reason
             assert coordinator.next_trial(str(number)) is not None
             assert coordinator.on_report(str(number), BROKEN)
-        assert coordinator.stop_reason == "the first 4 trials failed before their first epoch"
+        assert coordinator.stop_reason == (
+            f"nothing can be trained: the last 4 trials on {BROKEN.node} failed before they trained an epoch"
+        )
         assert coordinator.next_trial("4") is None
         assert coordinator.is_done
     assert trial_states(study) == ["FAIL"] * 4
 
 
-def test_one_epoch_shows_that_the_machine_works(study: Study, tmp_path: Path) -> None:
+def fail_until_stopped(coordinator: TrialCoordinator, report: TrialReport = BROKEN, most: int = 12) -> int:
+    """Claim trials that fail until the search stops; return how many did."""
+    for count in range(most):
+        if coordinator.stop_reason:
+            return count
+        assert coordinator.next_trial(f"fails {count}") is not None
+        assert coordinator.on_report(f"fails {count}", report)
+    return most
+
+
+def test_after_an_epoch_more_trials_may_fail_in_a_row(study: Study, tmp_path: Path) -> None:
+    """Some configurations cannot be trained, on a machine that works."""
+    space = toy_space(tmp_path, parameters={"x": list(range(30))})
+    with run_of(study, space) as run:
+        coordinator = coordinator_of(space, run, tmp_path, RecordingListener())
+        for tune_id in ("a", "b"):
+            spec = coordinator.next_trial(tune_id)
+            assert spec is not None
+            assert not coordinator.on_report(tune_id, take_reports(spec, 1)[0])
+            assert fail_until_stopped(coordinator, most=7) == 7, "each new epoch starts the count again"
+        assert fail_until_stopped(coordinator) == 1
+        assert coordinator.stop_reason.startswith("nothing can be trained: the last 8 trials")
+
+
+def test_an_epoch_of_a_checkpoint_does_not_show_that_the_machine_works(study: Study, tmp_path: Path) -> None:
     space = toy_space(tmp_path, parameters={"x": list(range(9))})
     with run_of(study, space) as run:
         coordinator = coordinator_of(space, run, tmp_path, RecordingListener())
-        spec = coordinator.next_trial("works")
+        assert coordinator.next_trial("a") is not None
+        assert not coordinator.on_report("a", TrialReport(1, {"value": 1.0}, is_recalled=True))
+        assert coordinator.on_report("a", BROKEN)
+        assert fail_until_stopped(coordinator) == 3
+
+
+def test_a_machine_that_cannot_train_is_found_among_others(study: Study, tmp_path: Path) -> None:
+    space = toy_space(tmp_path, parameters={"x": list(range(20))})
+    with run_of(study, space) as run:
+        coordinator = coordinator_of(space, run, tmp_path, RecordingListener())
+        for number in range(4):
+            assert not coordinator.stop_reason
+            for tune_id, report in (
+                (f"works {number}", TrialReport(1, {"value": 1.0}, node="works")),
+                (f"fails {number}", replace(BROKEN, node="broken")),
+            ):
+                assert coordinator.next_trial(tune_id) is not None
+                coordinator.on_report(tune_id, report)
+        assert coordinator.stop_reason.endswith("the last 4 trials on broken failed before they trained an epoch")
+
+
+def test_workers_that_die_and_a_metric_that_is_missing_count_too(study: Study, tmp_path: Path) -> None:
+    space = toy_space(tmp_path, parameters={"x": list(range(20))})
+    for way in ("die", "forget"):
+        with run_of(study, space) as run:
+            coordinator = coordinator_of(space, run, tmp_path, RecordingListener())
+            for number in range(4):
+                assert not coordinator.stop_reason
+                assert coordinator.next_trial(str(number)) is not None
+                if way == "die":
+                    coordinator.on_crash(str(number), "killed", is_retried=False)
+                else:
+                    assert coordinator.on_report(str(number), TrialReport(1, {"valeu": 1.0}))
+            assert coordinator.stop_reason.startswith("nothing can be trained: the last 4 trials")
+
+
+def test_a_trial_that_resumes_on_a_full_disk_goes_on_and_is_saved_when_there_is_room(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The claim of its folder cannot be written: the token of the driver before stays there."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    space, listener = toy_space(tmp_path, max_epochs=6), RecordingListener()
+    for tune_id in ("before", "now"):
+        with run_of(study, space) as run:
+            coordinator = coordinator_of(space, run, tmp_path, listener)
+            spec = coordinator.next_trial(tune_id)
+            assert spec is not None
+            with monkeypatch.context() as patch:
+                if tune_id == "now":
+                    patch.setattr(os, "fsync", full)
+                reports = run_trial(spec)
+                for _ in range(3):
+                    assert not coordinator.on_report(tune_id, next(reports))
+            ending = Ending.SAVE if tune_id == "now" else Ending.KEEP
+            coordinator.release(tune_id, end_trial(reports, ending, spec))
+    assert ("note", f"trial 0: no checkpoint after epoch 4: [Errno 28] {os.strerror(errno.ENOSPC)}") in listener.events
+    assert spec is not None
+    found = load_checkpoint(Path(spec.folder), spec.key)
+    assert found is not None
+    assert found.epoch == 5
+    assert trial_states(study)[0] == "WAITING"
+
+
+def test_a_driver_that_lost_a_trial_deletes_no_checkpoint_of_it(study: Study, tmp_path: Path) -> None:
+    space = toy_space(tmp_path)
+    with run_of(study, space) as run:
+        coordinator = coordinator_of(space, run, tmp_path, RecordingListener())
+        spec = coordinator.next_trial("a")
         assert spec is not None
-        assert not coordinator.on_report("works", take_reports(spec, 1)[0])
-        for number in range(8):
-            assert coordinator.next_trial(str(number)) is not None
-            assert coordinator.on_report(str(number), BROKEN)
-        assert not coordinator.stop_reason
-    assert trial_states(study) == ["RUNNING"] + ["FAIL"] * 8
+        *_, last = take_reports(spec, 3)
+        take_reports(replace(spec, token=spec.token + 1, stored_epoch=3), 1)  # the worker of another driver
+        before = sorted(Path(spec.folder).iterdir())
+        assert coordinator.on_report("a", last), "it does not know yet"
+        assert sorted(Path(spec.folder).iterdir()) == before
 
 
 def test_trial_taken_over_by_another_run_is_dropped_and_not_written(study: Study, tmp_path: Path) -> None:
@@ -173,6 +276,22 @@ def test_with_the_database_away_leaving_waits_for_it_once(
         assert trial_states(study) == ["RUNNING"] * 3
         coordinator.release_all()
         assert trial_states(study) == ["WAITING"] * 3
+
+
+@pytest.mark.parametrize(
+    ("keep", "ending"),
+    [("best 3", Ending.DISCARD), (2, Ending.DISCARD), ("none", Ending.DISCARD), ("all", Ending.SAVE_ONLY)],
+)
+def test_a_pruned_trial_leaves_the_checkpoints_that_the_search_keeps(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: str | int, ending: Ending
+) -> None:
+    space = toy_space(tmp_path, scheduler="asha", checkpoints={"keep": keep})
+    with run_of(study, space) as run:
+        coordinator = coordinator_of(space, run, tmp_path, RecordingListener())
+        spec = coordinator.next_trial("a")
+        assert spec is not None
+        monkeypatch.setattr(run, "decide", lambda *_: True)
+        assert coordinator.on_report("a", take_reports(spec, 1)[0]) is ending
 
 
 # --- several trials on one GPU ------------------------------------------------------------------------------------------

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
-from unittest.mock import Mock, create_autospec
+from unittest.mock import Mock, call, create_autospec
 
 import pytest
 
 from hpo.search.coordinator import TrialCoordinator
-from hpo.search.worker import TrialReport, TrialSpec
+from hpo.search.worker import Ending, TrialReport, TrialSpec
 from tests.factories import trial_spec
 
 
@@ -107,19 +107,67 @@ def test_a_trial_may_be_restarted_as_often_as_the_coordinator_says(tune: ModuleT
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("has_ended", "decision"), [(False, "CONTINUE"), (True, "STOP")])
+@pytest.mark.parametrize("ending", [None, *Ending])
 @pytest.mark.parametrize("has_actor", [True, False])
 def test_a_report_goes_to_the_coordinator_and_what_an_ended_trial_runs_is_stopped(
-    tune: ModuleType, coordinator: Mock, has_ended: bool, decision: str, has_actor: bool
+    tune: ModuleType, coordinator: Mock, ending: Ending | None, has_actor: bool
 ) -> None:
-    coordinator.on_report.return_value = has_ended
+    coordinator.on_report.return_value = ending
     actor = Mock() if has_actor else None
     report = TrialReport(epoch=1, metrics={"value": 0.5})
     trial = FakeTrial(temporary_state=SimpleNamespace(ray_actor=actor))
-    assert tune.StudyScheduler(coordinator).on_trial_result(None, trial, {"report": report}) == decision
+    decision = tune.StudyScheduler(coordinator).on_trial_result(None, trial, {"report": report})
+    assert decision == ("CONTINUE" if ending is None else "STOP")
     coordinator.on_report.assert_called_once_with("a", report)
     if actor is not None:
-        assert actor.end.remote.called == has_ended
+        assert actor.end.remote.call_args_list == ([] if ending is None else [call(ending)])
+
+
+class FakeRay:
+    """Answers of workers that arrive when a test says so."""
+
+    exceptions = SimpleNamespace(RayError=RuntimeError)
+
+    def __init__(self) -> None:
+        self.answers: dict[str, str | Exception] = {}
+
+    def wait(self, references: list[str], *, num_returns: int, timeout: float) -> tuple[list[str], list[str]]:
+        assert num_returns == len(references)
+        return [each for each in references if each in self.answers], []
+
+    def get(self, reference: str) -> str:
+        answer = self.answers[reference]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+@pytest.mark.slow
+def test_a_stopped_trial_is_released_when_its_last_epoch_is_saved(
+    tune: ModuleType, coordinator: Mock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = FakeRay()
+    monkeypatch.setattr(tune, "ray", ray)
+    scheduler, controller = tune.StudyScheduler(coordinator), FakeController()
+    coordinator.on_report.return_value = Ending.SAVE
+    for name in "abc":
+        actor = Mock()
+        actor.end.remote.return_value = f"answer {name}"
+        trial = FakeTrial(trial_id=name, temporary_state=SimpleNamespace(ray_actor=actor))
+        scheduler.on_trial_result(None, trial, {"report": TrialReport(epoch=1)})
+    scheduler.choose_trial_to_run(controller)
+    coordinator.release.assert_not_called()
+    ray.answers["answer b"] = "no checkpoint after epoch 1: disk full"
+    ray.answers["answer c"] = RuntimeError("The actor died.\nIts stack")
+    scheduler.choose_trial_to_run(controller)
+    ray.answers["answer a"] = ""
+    scheduler.release_saved(10.0)
+    scheduler.release_saved(10.0)
+    assert coordinator.release.call_args_list == [
+        call("b", "no checkpoint after epoch 1: disk full"),
+        call("c", "its last epoch was not saved: The actor died."),
+        call("a", ""),
+    ]
 
 
 @pytest.mark.slow
@@ -198,7 +246,7 @@ def test_a_worker_whose_process_must_not_run_another_trial_takes_none(
 ) -> None:
     worker = worker_of(TrialReport(1, needs_new_process=needs_new_process), TrialReport(2))
     assert [worker.step()["report"].epoch for _ in range(2)] == [1, 2], "the trial itself continues"
-    worker.end()
+    assert worker.end(Ending.KEEP) == ""
     config = {"spec": vars(trial_spec(tmp_path))}
     if needs_new_process:
         with pytest.raises(RuntimeError, match="must not run another trial"):

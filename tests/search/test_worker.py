@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from benchmarks.toy import Report, expected_value
 from hpo.search import worker
-from hpo.search.worker import run_trial
+from hpo.search.worker import Ending, end_trial, run_trial
 from hpo.train import gpu
 from hpo.trainable import EpochReport
 from tests.factories import take_reports, trial_spec
@@ -53,16 +54,84 @@ def test_checkpoint_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
     (tmp_path / "trial").touch()  # a file where the folder should be
     reports = take_reports(trial_spec(tmp_path), 4)
     assert [report.epoch for report in reports] == [1, 2, 3, 4]
-    assert all("no checkpoint after epoch" in report.warning for report in reports)
+    # A warning comes with the epoch that ends after the attempt; that of the last epoch does not wait.
+    assert [report.warning.count("no checkpoint after epoch") for report in reports] == [0, 1, 1, 2]
+
+
+def saved_epochs(folder: Path) -> list[int]:
+    return sorted(int(path.stem.removeprefix("epoch-")) for path in (folder / "trial").glob("*.pt"))
 
 
 def test_checkpoints_are_written_every_n_epochs_and_at_the_end(tmp_path: Path) -> None:
-    written = []
-    for report in run_trial(trial_spec(tmp_path, checkpoint_every=3, max_epochs=4)):
-        if report.failure:
-            break
-        written.append(sorted(path.name for path in (tmp_path / "trial").glob("*.pt")))
-    assert [len(names) for names in written] == [0, 0, 1, 2]
+    *reports, end = run_trial(trial_spec(tmp_path, checkpoint_every=3, max_epochs=4))
+    assert [report.epoch for report in reports] == [1, 2, 3, 4]
+    assert end.failure
+    assert saved_epochs(tmp_path) == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("ending", "left"), [(Ending.KEEP, [2]), (Ending.SAVE, [2, 3]), (Ending.SAVE_ONLY, [3]), (Ending.DISCARD, [])]
+)
+def test_an_ended_trial_leaves_the_checkpoints_that_its_driver_wants(
+    tmp_path: Path, ending: Ending, left: list[int]
+) -> None:
+    spec = trial_spec(tmp_path, checkpoint_every=2)
+    reports = run_trial(spec)
+    assert [next(reports).epoch for _ in range(3)] == [1, 2, 3]
+    assert end_trial(reports, ending, spec) == ""
+    assert saved_epochs(tmp_path) == left
+    assert list(reports) == []
+
+
+def test_a_paused_trial_resumes_after_its_last_epoch_with_the_same_numbers(tmp_path: Path) -> None:
+    spec = trial_spec(tmp_path, checkpoint_every=None)
+    reports = run_trial(spec)
+    assert [next(reports).epoch for _ in range(2)] == [1, 2]
+    assert end_trial(reports, Ending.SAVE, spec) == ""
+    rest = take_reports(replace(spec, stored_epoch=2), 3)
+    assert [(report.epoch, report.is_recalled) for report in rest] == [(2, True), (3, False), (4, False)]
+    assert rest[-1].metrics["value"] == expected_value({"x": 1}, 0, 4)
+
+
+def test_a_trial_can_be_paused_at_any_report(tmp_path: Path) -> None:
+    spec = trial_spec(tmp_path)
+    not_started = run_trial(spec)
+    assert end_trial(not_started, Ending.SAVE, spec) == ""
+    assert not (tmp_path / "trial").exists()
+    take_reports(spec, 2)
+    recalling = run_trial(replace(spec, stored_epoch=1))
+    assert next(recalling).is_recalled
+    assert end_trial(recalling, Ending.SAVE, spec) == ""
+    assert saved_epochs(tmp_path) == [1, 2]
+
+
+def test_a_paused_trial_says_that_its_last_epoch_could_not_be_saved(tmp_path: Path) -> None:
+    (tmp_path / "trial").touch()  # a file where the folder should be
+    spec = trial_spec(tmp_path, checkpoint_every=100)
+    reports = run_trial(spec)
+    next(reports)
+    assert end_trial(reports, Ending.SAVE, spec).startswith("no checkpoint after epoch 1: ")
+
+
+def test_checkpoints_of_another_worker_are_not_discarded(tmp_path: Path) -> None:
+    spec = trial_spec(tmp_path)
+    reports = run_trial(spec)
+    next(reports)
+    next(reports)
+    take_reports(trial_spec(tmp_path, token=2), 1)
+    assert end_trial(reports, Ending.DISCARD, spec) == ""
+    assert saved_epochs(tmp_path)
+
+
+def test_epochs_after_an_older_checkpoint_are_trained_again(tmp_path: Path) -> None:
+    """kill -9: storage holds epochs 1 to 3, and the last checkpoint is of epoch 2."""
+    reports = run_trial(trial_spec(tmp_path, checkpoint_every=2))
+    first = [next(reports) for _ in range(3)]
+    reports.close()
+    rest = take_reports(trial_spec(tmp_path, checkpoint_every=2, stored_epoch=3), 2)
+    assert [(report.epoch, report.is_recalled) for report in rest] == [(3, False), (4, False)]
+    assert rest[0].metrics["value"] == first[2].metrics["value"]
+    assert list(rest[0].history) == [1, 2]
 
 
 def test_a_checkpoint_of_another_configuration_is_not_used(tmp_path: Path) -> None:

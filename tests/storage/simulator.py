@@ -662,7 +662,10 @@ class Backend:
 
     def delete_study(self, name: str) -> None:
         """Delete a study as the dashboard does."""
-        storage = optuna.storages.RDBStorage(self.url.replace("postgresql://", "postgresql+psycopg://"))
+        storage = optuna.storages.RDBStorage(
+            self.url.replace("postgresql://", "postgresql+psycopg://"),
+            skip_compatibility_check=True,  # it imports all of Optuna's migrations, each time
+        )
         with contextlib.suppress(KeyError):
             optuna.delete_study(study_name=name, storage=storage)
         storage.engine.dispose()

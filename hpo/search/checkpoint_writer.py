@@ -1,0 +1,261 @@
+"""Saves the checkpoints of a trial while it trains.
+
+    epoch ends -> the state is copied -> the next epoch trains, while a thread writes the copy to the disk
+
+Copying takes a tenth of the time of writing. At most one checkpoint is being written: memory holds one copy.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hpo.search.checkpoints import Checkpoint, belongs_to, check_plain, claim_folder, save_checkpoint
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+COST_SHARE = 0.03  # of the training time that automatic checkpoints may take
+MAX_WORK_SECONDS = 300.0  # of training between two automatic checkpoints, unless one epoch takes longer
+FIRST_SAVE_SECONDS = 0.005  # assumed for the first checkpoint, with this for its size:
+FIRST_SAVE_BYTES_PER_SECOND = 100e6
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """A finished epoch, from whose state training can resume until the next one starts."""
+
+    number: int
+    history: Mapping[int, Mapping[str, float]]
+    state: Callable[[], dict[str, Any]]
+
+    def checkpoint(self, key: str) -> Checkpoint:
+        history = {epoch: dict(metrics) for epoch, metrics in self.history.items()}
+        return Checkpoint(self.number, history, self.state(), key)
+
+
+@dataclass(frozen=True)
+class _Save:
+    """A checkpoint that the thread writes. The result is the time of the processor that it took, in seconds."""
+
+    epoch: int
+    result: Future[float]
+    copy_seconds: float
+    work_seconds: float  # of training since the checkpoint before
+
+
+class CheckpointWriter:
+    """Saves the checkpoints of one trial.
+
+    Automatic checkpoints are saved as often as their measured cost allows: at most COST_SHARE of the training time, but at
+    least once in MAX_WORK_SECONDS of it. The cost is the time for which training waits, and the CPU time of the
+    thread.
+
+    Args:
+        folder: the trial's folder.
+        key: whose checkpoints they are, see `owner_key`.
+        token: of the claim of the trial.
+        every: epochs between two checkpoints; None for automatic ones.
+        last_epoch: the trial's last epoch. Its checkpoint is complete when `epoch_ended` returns.
+    """
+
+    def __init__(self, folder: Path, key: str, token: int, *, every: int | None, last_epoch: int) -> None:
+        self._folder = folder
+        self._key = key
+        self._token = token
+        self._is_claimed = False
+        self._every = every
+        self._last_epoch = last_epoch
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hpo-checkpoint")
+        self._save: _Save | None = None  # the one that is being written
+        self._ended: _Epoch | None = None  # the last one
+        self._saved_epoch = 0
+        self._cost_seconds: float | None = None  # of the last checkpoint
+        self._work_seconds = 0.0  # of training since the last checkpoint
+        self._copies: dict[tuple[Any, ...], Tensor] = {}  # kept, because new memory costs page faults
+
+    def claim(self) -> str:
+        """Claim the trial's folder. On a full disk it is claimed later, with the first checkpoint that can be written.
+
+        Returns:
+            A warning if files of another configuration were renamed; else empty.
+
+        Raises:
+            OSError: the folder of another configuration cannot be renamed.
+        """
+        try:
+            warning = claim_folder(self._folder, self._key, self._token)
+        except OSError:
+            if not belongs_to(self._folder, self._key):
+                raise
+            return ""  # a checkpoint that cannot be written will say so
+        self._is_claimed = True
+        return warning
+
+    def epoch_ended(
+        self,
+        epoch: int,
+        history: Mapping[int, Mapping[str, float]],
+        state: Callable[[], dict[str, Any]],
+        seconds: float,
+    ) -> str:
+        """Save the state after an epoch, if it is time to.
+
+        Args:
+            epoch: the epoch's number.
+            history: {epoch: metrics} of all finished epochs.
+            state: returns the state. It is called only if it may be saved.
+            seconds: the time for which this epoch trained.
+
+        Returns:
+            A warning if a checkpoint could not be written; else empty.
+
+        Raises:
+            TakenOverError: another worker trains the trial now.
+            TypeError: the state holds something that could not be loaded again.
+        """
+        self._ended = _Epoch(epoch, history, state)
+        self._work_seconds += seconds
+        if epoch >= self._last_epoch:
+            return self.save_now()
+        warning = self._collect(wait=self._every is not None)
+        if self._save is None and self._is_due(self._ended):
+            try:
+                self._start(self._ended)
+            except (OSError, MemoryError) as error:
+                warning = _join(warning, _describe(epoch, error))
+        return warning
+
+    def save_now(self) -> str:
+        """Save the state after the last finished epoch, if it is not saved, and return when it is on the disk.
+
+        Returns, Raises: see `epoch_ended`.
+        """
+        warning = self._collect(wait=True)
+        if self._ended is None or self._saved_epoch == self._ended.number:
+            return warning
+        try:
+            self._write(self._ended.checkpoint(self._key))
+        except (OSError, MemoryError) as error:
+            return _join(warning, _describe(self._ended.number, error))
+        self._saved_epoch = self._ended.number
+        return warning
+
+    def close(self) -> None:
+        """Wait for the checkpoint that is being written, and end the thread."""
+        self._pool.shutdown()
+        self._copies.clear()
+
+    def _is_due(self, ended: _Epoch) -> bool:
+        if self._every is not None:
+            return ended.number % self._every == 0
+        if self._cost_seconds is None:
+            started = time.perf_counter()
+            size = _count_bytes(ended.state())
+            self._cost_seconds = FIRST_SAVE_SECONDS + size / FIRST_SAVE_BYTES_PER_SECOND
+            self._cost_seconds += time.perf_counter() - started
+        return self._work_seconds >= min(self._cost_seconds / COST_SHARE, MAX_WORK_SECONDS)
+
+    def _start(self, ended: _Epoch) -> None:
+        started = time.perf_counter()
+        checkpoint = ended.checkpoint(self._key)
+        check_plain(checkpoint.state)
+        copied = replace(checkpoint, state=copy_state(checkpoint.state, self._copies))
+
+        def write() -> float:
+            before = time.thread_time()
+            self._write(copied)
+            return time.thread_time() - before
+
+        work, self._work_seconds = self._work_seconds, 0.0
+        self._save = _Save(ended.number, self._pool.submit(write), time.perf_counter() - started, work)
+
+    def _write(self, checkpoint: Checkpoint) -> None:
+        if not self._is_claimed:  # the worker that had it before is gone, or finds out now
+            claim_folder(self._folder, self._key, self._token)
+            self._is_claimed = True
+        save_checkpoint(self._folder, checkpoint, self._token)
+
+    def _collect(self, *, wait: bool) -> str:
+        """Take the result of the thread, if there is one. Return a warning, see `epoch_ended`."""
+        save = self._save
+        if save is None or not (wait or save.result.done()):
+            return ""
+        self._save = None
+        try:
+            self._cost_seconds = save.copy_seconds + save.result.result()
+        except (OSError, MemoryError) as error:
+            self._work_seconds += save.work_seconds
+            return _describe(save.epoch, error)
+        self._saved_epoch = save.epoch
+        return ""
+
+
+def copy_state(state: dict[str, Any], copies: dict[tuple[Any, ...], Tensor]) -> dict[str, Any]:
+    """Return a copy of a state, with all tensors in the memory of the CPU.
+
+    Args:
+        state: dicts, lists, tuples and sets of tensors and plain values.
+        copies: {position in the state: tensor} of an earlier copy. They are overwritten where the shapes agree.
+
+    Raises:
+        MemoryError: there is no room for the copy.
+    """
+    import torch
+
+    try:
+        copied: dict[str, Any] = _copy(state, copies, ())
+        if torch.cuda.is_initialized():  # copies to pinned memory run on the stream of the training
+            torch.cuda.current_stream().synchronize()
+    except RuntimeError as error:  # torch's allocators
+        raise MemoryError(str(error).splitlines()[0]) from error
+    return copied
+
+
+def _copy(value: Any, copies: dict[tuple[Any, ...], Tensor], path: tuple[Any, ...]) -> Any:
+    from torch import Tensor
+
+    if isinstance(value, Tensor):
+        copies[path] = _copy_tensor(value.detach(), copies.get(path))
+        return copies[path]
+    if isinstance(value, dict):
+        copied = copy.copy(value)  # with the attributes of a state dict
+        copied.update({key: _copy(item, copies, (*path, key)) for key, item in value.items()})
+        return copied
+    if isinstance(value, list | tuple):
+        items = [_copy(item, copies, (*path, i)) for i, item in enumerate(value)]
+        return items if isinstance(value, list) else tuple(items)
+    return set(value) if isinstance(value, set) else value
+
+
+def _copy_tensor(tensor: Tensor, former: Tensor | None) -> Tensor:
+    import torch
+
+    if tensor.layout is not torch.strided:
+        return tensor.clone().cpu()
+    if former is None or (former.shape, former.dtype, former.stride()) != (tensor.shape, tensor.dtype, tensor.stride()):
+        former = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    return former.copy_(tensor, non_blocking=True)
+
+
+def _count_bytes(value: Any) -> int:
+    """Return the size of all tensors in a state."""
+    from torch import Tensor
+
+    if isinstance(value, Tensor):
+        return value.element_size() * value.numel()
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return sum(_count_bytes(item) for item in items)
+
+
+def _describe(epoch: int, error: Exception) -> str:
+    return f"no checkpoint after epoch {epoch}: {str(error) or type(error).__name__}"
+
+
+def _join(*texts: str) -> str:
+    return "; ".join(filter(None, texts))
