@@ -175,6 +175,13 @@ class TrialCoordinator:
                 tune_id, f"the trainable reported no metric {self._space.metric!r}, {hint}", "", report.node
             )
         if not report.is_recalled:
+            if tune_id not in self._new_epochs and epoch <= self._epochs[tune_id]:
+                self._listener.note(
+                    f"trial {claim.number}: its last checkpoint is of epoch {epoch - 1}, so the epochs from {epoch} to "
+                    f"{self._epochs[tune_id]} are trained again"
+                    if epoch > 1
+                    else f"trial {claim.number}: it has no checkpoint, and is trained from its first epoch"
+                )
             self._new_epochs.add(tune_id)
             for node in (report.node, UNKNOWN_NODE):
                 self._has_trained.add(node)

@@ -17,6 +17,7 @@ from tests.end_to_end.processes import (
     count_epochs,
     count_states,
     rows,
+    write_space,
 )
 
 
@@ -101,3 +102,27 @@ def test_a_study_survives_signals_kill_9_and_two_drivers(tmp_path: Path, start_d
     computed, needed = len(log.read_text().splitlines()), len(POINTS) * MAX_EPOCHS
     # kill -9 costs each trial the epoch in flight, and the one before if its checkpoint was being written.
     assert needed <= computed <= needed + 2 * in_flight
+
+
+@pytest.mark.slow
+@pytest.mark.ray(starts=2)
+def test_ctrl_c_saves_epochs_that_no_checkpoint_was_due_for(
+    tmp_path: Path, start_driver: Callable[..., Driver]
+) -> None:
+    database, hold, log = tmp_path / "runs/hpo.db", tmp_path / "hold", tmp_path / "epochs.log"
+    parameters = {"x": POINTS[:2], "epoch_seconds": 0.1, "hold": str(hold), "log": str(log)}
+    space = {"sampler": "grid", "trainable": "benchmarks.toy:chain", "metric": "value", "parameters": parameters}
+    path = write_space(tmp_path, "chains", space | {"max_epochs": MAX_EPOCHS, "checkpoint_every": 100})
+    hold_epochs(hold, 4)
+    driver = start_driver(path)
+    driver.wait_until(lambda: count_epochs(database) >= 3 and driver.is_held(hold))
+    assert not list((tmp_path / "runs/checkpoints").glob("*/*/epoch-*"))
+    driver.press_ctrl_c()
+    driver.wait_until(lambda: "Ctrl-C again" in driver.output)
+    hold.unlink()
+    assert driver.wait() == 130, driver.output
+    saved = {path.name for path in (tmp_path / "runs/checkpoints").glob("*/*/epoch-*")}
+    assert "epoch-000004.pt" in saved
+    assert start_driver(path).wait() == 0
+    lines = log.read_text().splitlines()
+    assert len(lines) == len(set(lines)) == 2 * MAX_EPOCHS, "no epoch is trained twice"

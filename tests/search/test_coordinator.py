@@ -55,6 +55,30 @@ def test_last_epoch_that_was_stored_before_a_crash_still_completes_the_trial(stu
     assert study.trials()[0].value == expected_value({"x": 1}, 0, 3)
 
 
+@pytest.mark.parametrize(
+    ("every", "text"),
+    [
+        (2, "its last checkpoint is of epoch 2, so the epochs from 3 to 3 are trained again"),
+        (9, "it has no checkpoint, and is trained from its first epoch"),
+        (1, None),
+    ],
+)
+def test_a_search_says_which_epochs_are_trained_again(
+    study: Study, tmp_path: Path, every: int, text: str | None
+) -> None:
+    space, listener = toy_space(tmp_path, max_epochs=9, checkpoint_every=every), RecordingListener()
+    for tune_id in ("killed", "resumed"):
+        with run_of(study, space) as run:
+            coordinator = coordinator_of(space, run, tmp_path, listener)
+            spec = coordinator.next_trial(tune_id)
+            assert spec is not None
+            for report in take_reports(spec, 3):
+                assert not coordinator.on_report(tune_id, report)
+            coordinator.release(tune_id)
+    notes = [event[1] for event in listener.events if event[0] == "note"]
+    assert notes == ([] if text is None else [f"trial 0: {text}"])
+
+
 def test_stop_releases_the_trial_after_its_epoch_and_claims_no_more(study: Study, tmp_path: Path) -> None:
     space, listener = toy_space(tmp_path), RecordingListener()
     with run_of(study, space) as run:
