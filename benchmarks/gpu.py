@@ -78,22 +78,22 @@ def eager_steps() -> Iterator[None]:
 def check_graph(device: str, params: list[dict[str, Any]] = PARAMS, data: Any = None) -> Rows:
     """Replayed steps give the numbers of eager steps, as shipped and with deterministic kernels of cuDNN."""
     for deterministic in (False, True):
-        torch.backends.cudnn.deterministic = deterministic
-        for each in params:
+        for shape in params:
+            each = {**shape, "deterministic": deterministic}
             with eager_steps():
                 eager = numbers(run_trial(each, device, data=data))
                 again = numbers(run_trial(each, device, data=data))
             replayed = run_trial(each, device, data=data)
             name = f"{each['optimizer']} {each['precision']}{' deterministic' if deterministic else ''}"
             text = f"{describe_difference(eager, numbers(replayed))}; eager twice: {describe_difference(eager, again)}"
-            is_graphed = device == "cpu" or replayed[-1].provenance == {"cuda_graph": True}
+            is_graphed = device == "cpu" or replayed[-1].provenance["cuda_graph"] is True
             yield f"graph = eager, {name}", text.startswith("equal;") and is_graphed, text
 
 
 def check_resume(device: str, params: list[dict[str, Any]] = PARAMS, data: Any = None) -> Rows:
     """A training that resumes from a checkpoint gives the numbers of one without an interruption."""
-    torch.backends.cudnn.deterministic = True
-    for each in params:
+    for shape in params:
+        each = {**shape, "deterministic": True}
         straight = numbers(run_trial(each, device, data=data))
         (first,) = run_trial(each, device, epochs=1, data=data)
         rest = numbers(run_trial(each, device, data=data, checkpoint=first.state()))
@@ -116,9 +116,9 @@ def check_memory(device: str) -> Rows:
 
 def check_capture_failure(device: str) -> Rows:
     """A capture that fails is reported, and the training continues eagerly with the same numbers."""
-    torch.backends.cudnn.deterministic = True
+    params = {**PARAMS[0], "deterministic": True}
     with eager_steps():
-        eager = numbers(run_trial(PARAMS[0], device))
+        eager = numbers(run_trial(params, device))
     free_memory()
     before = torch.cuda.memory_reserved()
     train_batch = Learner._train_batch  # noqa: SLF001 # made to fail
@@ -129,9 +129,9 @@ def check_capture_failure(device: str) -> Rows:
             indices.sum().item()
 
     setattr(Learner, "_train_batch", waiting)  # noqa: B010 # for mypy
-    reports = run_trial(PARAMS[0], device)
+    reports = run_trial(params, device)
     last = reports[-1]
-    is_told = last.provenance == {"cuda_graph": False} and bool(last.warning) and last.needs_new_process
+    is_told = last.provenance["cuda_graph"] is False and bool(last.warning) and last.needs_new_process
     yield "a failed capture is reported", is_told, last.warning
     text = describe_difference(eager, numbers(reports))
     yield "a failed capture changes no number", text == "equal", text
@@ -155,7 +155,7 @@ def check_out_of_memory(device: str) -> Rows:
     filler.clear()
     free_memory()
     (report,) = run_trial(PARAMS[0], device, epochs=1)
-    yield "a trial after it is captured", report.provenance == {"cuda_graph": True}, str(report.provenance)
+    yield "a trial after it is captured", report.provenance["cuda_graph"] is True, str(report.provenance)
 
 
 def check_lost_device(device: str) -> Rows:

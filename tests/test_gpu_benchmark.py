@@ -32,8 +32,7 @@ def test_it_needs_torch_only() -> None:
     assert done.stdout == "[]\n", done.stderr
 
 
-def test_comparisons_run_and_find_a_difference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)  # restored afterwards
+def test_comparisons_run_and_find_a_difference() -> None:
     rows = [*gpu.check_graph("cpu", PARAMS, SMALL), *gpu.check_resume("cpu", PARAMS, SMALL)]
     assert [(is_right, text) for _, is_right, text in rows] == [(True, "equal; eager twice: equal")] * 2 + [
         (True, "equal")

@@ -24,6 +24,15 @@ def choose_precision(precision: str, device: str) -> str:
     return "bf16" if has_bf16 else "fp32"
 
 
+def describe_precision(precision: str, device: torch.device) -> str:
+    """Return in which precision a training multiplies, for the record: of a GPU, also where fp32 is not fp32."""
+    if precision == "fp32" and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        where = [name for name, is_tf32 in (("convolutions", convolutions), ("matrix products", products)) if is_tf32]
+        return f"fp32, {' and '.join(where)} in TF32" if where else "fp32"
+    return precision
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return a context in which the multiplications run in a precision. Weights and sums stay in fp32."""
     # Without the cache of casts: a step casts each weight once anyway, and a CUDA graph must not reuse the casts of an
