@@ -40,7 +40,7 @@ BATCH_SIZES = (64, 256, 512)
 LR = 0.01
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SAMPLE = 1900  # training images of the sample, without 100 validation images
-Loop = Callable[[str, int, int, str], Iterator[float]]
+Loop = Callable[..., Iterator[float]]
 
 
 # --- the two loops ------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from hpo import plan_search, run_search
@@ -25,7 +24,7 @@ from hpo.search.listener import NullListener
 from hpo.search.mps import PIPE_VARIABLE, make_contexts, start_mps
 from hpo.search.probes import Probes
 from hpo.search.slots import Slots, may_share_gpu
-from tests.factories import ROOT, shipped_space, toy_space, wait_until
+from tests.factories import ROOT, is_running, shipped_space, toy_space, wait_until
 
 pytestmark = pytest.mark.slow  # each test starts processes
 
@@ -109,13 +108,6 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeMps]: 
     monkeypatch.setattr(mps, "CLIENT", CONNECTING)
     yield found
     shutil.rmtree(folder)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def daemon_pid(folder: str) -> int:

@@ -293,7 +293,7 @@ def test_no_tensor_moves_between_steps_or_when_a_state_is_restored(params: dict[
 
     def addresses() -> list[int]:
         whole: Any = learner._optimizer
-        parts = whole._parts.values() if isinstance(whole, Split) else [whole]
+        parts: list[Any] = [*whole._parts.values()] if isinstance(whole, Split) else [whole]
         views = [weight for part in parts for weight in part._weights]
         assert len(views) == len(learner._weights)
         others = [learner._loss_sum, learner._correct, *([] if learner._lr is None else [learner._lr])]
