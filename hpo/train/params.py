@@ -15,6 +15,9 @@ STEMS = ("imagenet", "cifar")
 SCHEDULES = ("constant", "cosine", "one_cycle")
 HORIZON_SCHEDULES = ("cosine", "one_cycle")  # whose learning rate at an epoch depends on max_epochs
 CIFAR_STEM_COST = 14  # training time of the cifar stem relative to the imagenet stem
+# Of the published network: numbers that a step keeps for the backward pass, for each image, and weights.
+KEPT_NUMBERS = {"imagenet": 94_000, "cifar": 917_000}
+WEIGHTS = 11_200_000
 # Those that change what a training step costs, in time or memory.
 SHAPE_PARAMS = ("batch_size", "stem", "width", "precision", "optimizer", "ema", "deterministic")
 SIDE = 28  # pixels along a side of an image
