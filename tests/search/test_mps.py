@@ -443,8 +443,9 @@ def test_one_trial_a_gpu_needs_no_mps_and_no_note(fake: FakeMps, monkeypatch: py
 
 def test_probes_inherit_the_environment(fake: FakeMps) -> None:
     with start_mps(is_wanted=True), Probes({}, fake.folder) as probes:
-        environment = Path(f"/proc/{probes._processes[0][0].pid}/environ").read_text().split("\0")
-        assert f"{PIPE_VARIABLE}={os.environ[PIPE_VARIABLE]}" in environment
+        environment = Path(f"/proc/{probes._processes[0][0].pid}/environ")
+        expected = f"{PIPE_VARIABLE}={os.environ[PIPE_VARIABLE]}"
+        wait_until(lambda: expected in environment.read_text().split("\0"))  # Linux fills it in after the start
 
 
 @pytest.mark.parametrize(("address", "is_started"), [(None, True), ("127.0.0.1:1", False)])
