@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -27,8 +29,10 @@ def choose_precision(precision: str, device: str) -> str:
 def describe_precision(precision: str, device: torch.device) -> str:
     """Return in which precision a training multiplies, for the record: of a GPU, also where fp32 is not fp32."""
     if precision == "fp32" and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
-        convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-        where = [name for name, is_tf32 in (("convolutions", convolutions), ("matrix products", products)) if is_tf32]
+        # Not `allow_tf32`: reading it is an error if a program has used these newer settings.
+        cudnn: Any = torch.backends.cudnn
+        settings = {"convolutions": cudnn.conv, "matrix products": torch.backends.cuda.matmul}
+        where = [name for name, setting in settings.items() if setting.fp32_precision == "tf32"]
         return f"fp32, {' and '.join(where)} in TF32" if where else "fp32"
     return precision
 

@@ -61,7 +61,7 @@ def test_the_record_says_where_fp32_is_tf32(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", is_tf32[0])
-    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=is_tf32[1]))
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="tf32" if is_tf32[1] else "none"))
     assert describe_precision(precision, torch.device(device)) == expected
 
 
