@@ -71,7 +71,10 @@ class Mps:
             if DEFAULT_PIPES.exists() and _ask(control, "get_server_list", DEFAULT_PIPES) is not None:
                 self.is_active = True
             else:
-                self.failure = self._start_own(control)
+                try:
+                    self.failure = self._start_own(control)
+                except OSError as error:  # such as a full disk: the search does without
+                    self.failure = str(error)
                 self.is_active = not self.failure
                 if self.failure:
                     self.stop()

@@ -291,6 +291,15 @@ def test_an_mps_that_cannot_be_used_is_stopped_and_says_why(
         assert fake.folders == []
 
 
+def test_a_system_that_cannot_start_processes_is_no_error_of_the_search(
+    fake: FakeMps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mps, "WATCHER", ("/no/such/program",))
+    with start_mps(is_wanted=True) as running:
+        assert not running.is_active
+        assert running.failure == "[Errno 2] No such file or directory: '/no/such/program'"
+
+
 def test_on_this_machine_the_real_client_says_what_is_missing(fake: FakeMps, monkeypatch: pytest.MonkeyPatch) -> None:
     if list(Path("/dev").glob("nvidia[0-9]*")):
         pytest.skip("there is a GPU")
