@@ -11,17 +11,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu_speed import Rows, check_packing, check_techniques, eager_steps, patched
 from hpo.train.cuda_graph import GraphedStep
 from hpo.train.data import load
 from hpo.train.gpu import free_memory, is_device_lost, is_out_of_memory
@@ -39,8 +45,8 @@ PARAMS: list[dict[str, Any]] = [
 ]
 TRIALS = 10
 REPLAYS = 50
-CHECK_SECONDS = 80.0
-Rows = Iterator[tuple[str, bool, str]]  # what was checked, whether it is as it should be, what was found
+CHECK_SECONDS = 80.0  # of each check
+TOTAL_SECONDS = 600.0
 
 
 def run_trial(
@@ -65,35 +71,25 @@ def describe_difference(one: list[dict[str, float]], other: list[dict[str, float
     return f"{max(d for *_, d in different):.1e} at most, first in {different[0][1]} of report {different[0][0] + 1}"
 
 
-@contextmanager
-def eager_steps() -> Iterator[None]:
-    """Let no step be captured."""
-    before, GraphedStep.WARM_UP = GraphedStep.WARM_UP, 10**9
-    try:
-        yield
-    finally:
-        GraphedStep.WARM_UP = before
-
-
 def check_graph(device: str, params: list[dict[str, Any]] = PARAMS, data: Any = None) -> Rows:
     """Replayed steps give the numbers of eager steps, as shipped and with deterministic kernels of cuDNN."""
     for deterministic in (False, True):
-        torch.backends.cudnn.deterministic = deterministic
-        for each in params:
+        for shape in params:
+            each = {**shape, "deterministic": deterministic}
             with eager_steps():
                 eager = numbers(run_trial(each, device, data=data))
                 again = numbers(run_trial(each, device, data=data))
             replayed = run_trial(each, device, data=data)
             name = f"{each['optimizer']} {each['precision']}{' deterministic' if deterministic else ''}"
             text = f"{describe_difference(eager, numbers(replayed))}; eager twice: {describe_difference(eager, again)}"
-            is_graphed = device == "cpu" or replayed[-1].provenance == {"cuda_graph": True}
+            is_graphed = device == "cpu" or replayed[-1].provenance["cuda_graph"] is True
             yield f"graph = eager, {name}", text.startswith("equal;") and is_graphed, text
 
 
 def check_resume(device: str, params: list[dict[str, Any]] = PARAMS, data: Any = None) -> Rows:
     """A training that resumes from a checkpoint gives the numbers of one without an interruption."""
-    torch.backends.cudnn.deterministic = True
-    for each in params:
+    for shape in params:
+        each = {**shape, "deterministic": True}
         straight = numbers(run_trial(each, device, data=data))
         (first,) = run_trial(each, device, epochs=1, data=data)
         rest = numbers(run_trial(each, device, data=data, checkpoint=first.state()))
@@ -101,24 +97,40 @@ def check_resume(device: str, params: list[dict[str, Any]] = PARAMS, data: Any =
         yield f"resume = straight, {each['optimizer']} {each['precision']} deterministic", text == "equal", text
 
 
-def check_memory(device: str) -> Rows:
+def check_operations(device: str, params: list[dict[str, Any]] = PARAMS, data: Any = None) -> Rows:
+    """The operations of a training that torch knows to be not deterministic."""
+    for each in params:
+        with eager_steps(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            try:
+                run_trial(each, device, epochs=1, data=data)
+            finally:
+                torch.use_deterministic_algorithms(False)
+        found = dict.fromkeys(str(each.message).splitlines()[0][:100] for each in caught)
+        text = "; ".join(each for each in found if "determinis" in each) or "none"
+        yield f"not deterministic to torch, {each['optimizer']} {each['precision']}", True, text
+
+
+def check_memory(device: str, trials: int = TRIALS, data: Any = None) -> Rows:
     """Trials of one process, one after another, leave nothing behind."""
     reserved = []
-    for number in range(TRIALS):
-        reports = train(PARAMS[number % len(PARAMS)], data=DATA, seed=0, max_epochs=9, device=device)
+    for number in range(trials):
+        params = PARAMS[number % len(PARAMS)]
+        reports = train(params, data=DATA if data is None else data, seed=0, max_epochs=9, device=device)
         next(reports)
         del reports  # as a trial that is stopped early
         free_memory()
         reserved.append(torch.cuda.memory_reserved() / 2**20)
     text = f"MiB reserved after each trial: {' '.join(f'{each:.0f}' for each in reserved)}"
-    yield f"memory is flat over {TRIALS} trials", reserved[-1] <= reserved[len(PARAMS) - 1], text
+    yield f"memory is flat over {trials} trials", reserved[-1] <= reserved[len(PARAMS) - 1], text
 
 
-def check_capture_failure(device: str) -> Rows:
+def check_capture_failure(device: str, shape: dict[str, Any] = PARAMS[0], data: Any = None) -> Rows:
     """A capture that fails is reported, and the training continues eagerly with the same numbers."""
-    torch.backends.cudnn.deterministic = True
+    params = {**shape, "deterministic": True}
     with eager_steps():
-        eager = numbers(run_trial(PARAMS[0], device))
+        eager = numbers(run_trial(params, device, data=data))
     free_memory()
     before = torch.cuda.memory_reserved()
     train_batch = Learner._train_batch  # noqa: SLF001 # made to fail
@@ -128,10 +140,10 @@ def check_capture_failure(device: str) -> Rows:
         if torch.cuda.is_current_stream_capturing():
             indices.sum().item()
 
-    setattr(Learner, "_train_batch", waiting)  # noqa: B010 # for mypy
-    reports = run_trial(PARAMS[0], device)
+    with patched((Learner, "_train_batch", waiting)):
+        reports = run_trial(params, device, data=data)
     last = reports[-1]
-    is_told = last.provenance == {"cuda_graph": False} and bool(last.warning) and last.needs_new_process
+    is_told = last.provenance["cuda_graph"] is False and bool(last.warning) and last.needs_new_process
     yield "a failed capture is reported", is_told, last.warning
     text = describe_difference(eager, numbers(reports))
     yield "a failed capture changes no number", text == "equal", text
@@ -141,12 +153,12 @@ def check_capture_failure(device: str) -> Rows:
     yield "what it keeps until the process ends", True, f"{kept:.0f} MiB"
 
 
-def check_out_of_memory(device: str) -> Rows:
+def check_out_of_memory(device: str, data: Any = None) -> Rows:
     """Without memory a trial fails in a way that is recognized, and the process can train afterwards."""
     filler = [torch.empty(torch.cuda.mem_get_info()[0] - 2**28, dtype=torch.uint8, device=device)]
     found: Exception | None = None
     try:
-        run_trial({**PARAMS[0], "batch_size": 1000, "stem": "cifar"}, device, epochs=1)
+        run_trial({**PARAMS[0], "batch_size": 1000, "stem": "cifar"}, device, epochs=1, data=data)
     except Exception as error:  # noqa: BLE001 # any error: whether it is the right one is what is checked
         found = error.with_traceback(None)
     text = f"{type(found).__name__}: {str(found).splitlines()[0][:80]}" if found else "no error"
@@ -154,8 +166,8 @@ def check_out_of_memory(device: str) -> Rows:
     yield "out of memory does not lose the device", not is_device_lost(), ""
     filler.clear()
     free_memory()
-    (report,) = run_trial(PARAMS[0], device, epochs=1)
-    yield "a trial after it is captured", report.provenance == {"cuda_graph": True}, str(report.provenance)
+    (report,) = run_trial(PARAMS[0], device, epochs=1, data=data)
+    yield "a trial after it is captured", report.provenance["cuda_graph"] is True, str(report.provenance)
 
 
 def check_lost_device(device: str) -> Rows:
@@ -169,13 +181,15 @@ def check_lost_device(device: str) -> Rows:
     yield "a lost device is recognized", is_lost, f"{type(found).__name__}: {str(found).splitlines()[0][:80]}"
 
 
-def check_profile(device: str) -> Rows:
+def check_profile(
+    device: str, stems: Sequence[str] = STEMS, batch_sizes: Sequence[int] = (64, 512), data: Any = None
+) -> Rows:
     """The kernels and the milliseconds of a replayed step."""
     from torch.profiler import ProfilerActivity, profile
 
-    for stem in STEMS:
-        for batch_size in (64, 512):
-            images = load(**DATA, device=device).train
+    for stem in stems:
+        for batch_size in batch_sizes:
+            images = load(**(DATA if data is None else data), device=device).train
             params = TrainParams(batch_size=batch_size, stem=stem)
             with closing(Learner(params, choose_precision("auto", device), images)) as learner:
                 indices = torch.arange(batch_size, device=device)
@@ -200,26 +214,54 @@ def check_profile(device: str) -> Rows:
 
 CHECKS: dict[str, Callable[[str], Rows]] = {
     "graph": check_graph,
+    "operations": check_operations,
     "resume": check_resume,
     "memory": check_memory,
     "capture_failure": check_capture_failure,
     "out_of_memory": check_out_of_memory,
     "lost_device": check_lost_device,
     "profile": check_profile,
+    **{f"techniques_{stem}": partial(check_techniques, stem=stem) for stem in STEMS},
+    "packing": check_packing,
 }
 
 
-def run_check(name: str) -> list[list[Any]]:
-    """Run a check in a new process, and return its rows. A process that ends early adds a row that failed."""
+def run_check(name: str, seconds: float = CHECK_SECONDS) -> list[list[Any]]:
+    """Run a check in a new process, and return its rows. A process that ends early adds a row that failed.
+
+    Args:
+        name: of the check.
+        seconds: until the process is killed. The rows that it has found by then are kept.
+    """
     command = [sys.executable, "-m", "benchmarks.gpu", "--in-process", name]
-    here = Path(__file__).parent.parent
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=here, timeout=CHECK_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return [[name, False, f"not finished after {CHECK_SECONDS:g} s"]]
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-    if done.returncode != 0:
-        rows.append([name, False, (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]])
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=errors, cwd=Path(__file__).parent.parent, start_new_session=True
+        )
+        try:
+            ending = "" if process.wait(seconds) == 0 else f"exit code {process.returncode}"
+        except subprocess.TimeoutExpired:
+            ending = f"not finished after {seconds:.0f} s"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
+            process.wait()
+        output.seek(0)
+        errors.seek(0)
+        rows = [json.loads(line) for line in output.read().splitlines() if line.startswith("[")]
+        if ending:
+            rows.append([name, False, (errors.read().strip() or ending).splitlines()[-1]])
+    return rows
+
+
+def run_checks(names: Sequence[str], seconds: float = TOTAL_SECONDS) -> list[list[Any]]:
+    """Run checks one after another. One that no time is left for adds a row that failed."""
+    rows: list[list[Any]] = []
+    deadline = time.perf_counter() + seconds
+    for name in names:
+        left = deadline - time.perf_counter()
+        found = run_check(name, min(CHECK_SECONDS, left)) if left > 0 else [[name, False, "not run: no time was left"]]
+        rows += found
     return rows
 
 
@@ -244,7 +286,7 @@ def main() -> int:
         return 0
     started = time.perf_counter()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}\n", flush=True)
-    rows = [row for name in arguments.checks for row in run_check(name)]
+    rows = run_checks(arguments.checks)
     print(format_table(rows))
     print(f"\n{time.perf_counter() - started:.0f} s")
     return 0 if all(is_right for _, is_right, _ in rows) else 1

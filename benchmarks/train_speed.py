@@ -18,10 +18,7 @@ import contextlib
 import gzip
 import json
 import multiprocessing
-import os
-import shutil
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +31,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 
+from hpo.search.mps import start_mps
 from hpo.train.fashion_mnist import SAMPLE_DIR
 from hpo.train.loop import train
 from hpo.train.network import build_model
@@ -192,8 +190,10 @@ def grid(options: argparse.Namespace) -> dict[str, Any]:
 def packing(options: argparse.Namespace) -> dict[str, Any]:
     """Print the total images/s of 1 to 4 concurrent trials; return {"stem/batch size": {trials: images/s}}."""
     found: dict[str, Any] = {}
-    with _mps() as is_shared:
-        print(f"{DEVICE}{', CUDA MPS' if is_shared else ''}")
+    with start_mps(is_wanted=DEVICE == "cuda") as mps:
+        print(
+            f"{DEVICE}{', CUDA MPS' if mps.is_active else ''}{f', no CUDA MPS: {mps.failure}' if mps.failure else ''}"
+        )
         for stem in options.stems:
             for batch_size in options.batch_sizes:
                 speeds: dict[str, int] = {}
@@ -266,22 +266,6 @@ def _trials(policy: str, batch_size: int, images: int, data_dir: str, epochs: in
                         writer.save_now()
             seconds = time.perf_counter() - started
         yield seconds
-
-
-@contextlib.contextmanager
-def _mps() -> Iterator[bool]:
-    """Start CUDA's Multi-Process Service if it is installed: it runs kernels of several processes concurrently."""
-    control = shutil.which("nvidia-cuda-mps-control")
-    if DEVICE != "cuda" or control is None:
-        yield False
-        return
-    with tempfile.TemporaryDirectory(prefix="mps-") as folder:
-        os.environ.update(CUDA_MPS_PIPE_DIRECTORY=folder, CUDA_MPS_LOG_DIRECTORY=folder)
-        subprocess.run([control, "-d"], check=True)
-        try:
-            yield True
-        finally:
-            subprocess.run([control], input="quit\n", text=True, check=False)
 
 
 # --- what the device can do ---------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from hpo.report.results import Results, TrialResult
     from hpo.search.cluster import RayCluster
     from hpo.search.estimate import SearchEstimate
+    from hpo.search.mps import Mps
     from hpo.search.probes import ImageCounts, Probes
     from hpo.search.slots import Slots
     from hpo.search.tune import SearchOutcome
@@ -116,12 +117,21 @@ def run_search(
     listener = listener or NullListener()
     listener.search_starting(space)  # before the imports that take seconds
     from hpo.search.cluster import RayCluster
+    from hpo.search.mps import start_mps
+    from hpo.search.slots import may_share_gpu
 
     runs, data = RunsDir(Path(runs_dir)).make(), space.trainable_data(Path(data_dir).resolve())
     check_trainable(space)
     if (note := note_horizon(space)) is not None:
         listener.note(note)
-    with RayCluster(ray_address) as cluster, _start_probes(space, data, runs.root) as probes, _warnings_noted(listener):
+    is_mps_wanted = ray_address is None and may_share_gpu(space)
+    with (
+        start_mps(is_wanted=is_mps_wanted) as mps,  # first: Ray's workers and the probes inherit its environment
+        RayCluster(ray_address) as cluster,
+        _start_probes(space, data, runs.root) as probes,
+        _warnings_noted(listener),
+    ):
+        _note_failure(mps, listener)
         listener.preparing("starting Ray")
         # A new database has no finished trials, so Ray is needed. An existing one may have nothing left to run.
         if is_new_database(storage):
@@ -148,6 +158,7 @@ def run_search(
                 left,
                 cluster,
                 probes,
+                mps,
                 provenance=provenance,
                 data=data,
                 runs_dir=runs,
@@ -172,6 +183,7 @@ def _search(
     left: int | None,
     cluster: RayCluster,
     probes: Probes | None,
+    mps: Mps,
     *,
     provenance: dict[str, Any],
     data: Mapping[str, Any],
@@ -197,6 +209,7 @@ def _search(
             estimate = _measure(space, slots, left, probes, images, size, listener)
         probes.close()  # frees its memory and CPU for the trials
     slots = slots if estimate is None else estimate.slots
+    _keep_if_shared(mps, slots, listener)
     listener.search_planned(space, slots, estimate)
     listener = CombinedListener(listener, _ReportPreloader())
     gc.freeze()  # excludes imported objects from the garbage collections of the search
@@ -207,6 +220,21 @@ def _search(
     finally:
         gc.unfreeze()  # the caller's garbage must not live forever
     return study, outcome
+
+
+def _note_failure(mps: Mps, listener: ProgressListener) -> None:
+    if mps.failure:
+        listener.note(f"CUDA MPS is not used, so trials that share a GPU take turns: {mps.failure}")
+
+
+def _keep_if_shared(mps: Mps, slots: Slots, listener: ProgressListener) -> None:
+    """Say that trials share a GPU under MPS, or stop it: with one trial a GPU, it would only add a way to fail."""
+    if not slots.trials_share_gpu:
+        mps.stop()
+    elif mps.is_active:
+        listener.note(
+            f"{slots.trials_per_device} trials share a GPU under CUDA MPS: their kernels run at the same time"
+        )
 
 
 def _note_changes(space: Space, study: Study | None, listener: ProgressListener) -> None:
@@ -365,14 +393,19 @@ def plan_search(
         StorageError: the database exists, or should, and cannot be used.
     """
     from hpo.search.estimate import machine_size
-    from hpo.search.slots import plan_slots
+    from hpo.search.mps import start_mps
+    from hpo.search.slots import may_share_gpu, plan_slots
     from storage.database import open_database
     from storage.studies import find_revision
 
+    listener = listener or NullListener()
     data, study = space.trainable_data(Path(data_dir).resolve()), None
     states: dict[str, str] = {}
     check_trainable(space)
-    with _start_probes(space, data, Path(runs_dir)) as probes:
+    if (note := note_horizon(space)) is not None:
+        listener.note(note)
+    with start_mps(is_wanted=may_share_gpu(space)) as mps, _start_probes(space, data, Path(runs_dir)) as probes:
+        _note_failure(mps, listener)
         if not is_new_database(storage):
             database = open_database(storage, password, create=False)
             study = find_revision(database, space.name, space.fingerprint)
@@ -383,8 +416,10 @@ def plan_search(
         slots = plan_slots(space, left, *size)
         if probes is not None:
             _, images = probes.describe_data()
-            estimate = _measure(space, slots, left, probes, images, size, listener or NullListener())
-    return PlannedSearch(space, slots if estimate is None else estimate.slots, estimate, states, left)
+            estimate = _measure(space, slots, left, probes, images, size, listener)
+        slots = slots if estimate is None else estimate.slots
+        _keep_if_shared(mps, slots, listener)
+    return PlannedSearch(space, slots, estimate, states, left)
 
 
 def _trials_left(space: Space, study: Study) -> int | None:

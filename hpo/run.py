@@ -358,7 +358,8 @@ def retry(study: str, numbers: Sequence[int], resume: bool, storage: str) -> int
 def replay(study: str, number: int, storage: str, data_dir: Path) -> int:
     """Train a trial again, and compare its metrics.
 
-    The exit code is 0 if all metrics are equal to the last digit, else 1. Speeds are not compared.
+    The exit code is 0 if all metrics are equal to the last digit, else 1. Speeds are not compared. On a GPU, differences in
+    the last digits are expected.
 
     \b
     Example:  hpo replay grid 0

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from hpo.paths import RunsDir
 from hpo.search.coordinator import TrialCoordinator
 from hpo.search.environment import check_trainable
@@ -52,6 +54,14 @@ def wait_until(condition: Callable[[], bool], timeout_seconds: float = 60.0) -> 
     while not condition():
         assert time.monotonic() < deadline, f"the condition did not become true within {timeout_seconds:g} s"
         time.sleep(0.02)
+
+
+def is_running(pid: int) -> bool:
+    """Return whether a process runs. A zombie does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def shipped_space(name: str, *overrides: str) -> Space:

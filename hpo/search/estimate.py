@@ -21,7 +21,7 @@ from hpo.search.probes import ImageCounts, Probes, Speed
 from hpo.search.slots import Slots
 from hpo.space.model import Space
 from hpo.space.parameters import Params
-from hpo.train.params import CIFAR_STEM_COST, SHAPE_PARAMS, TrainParams
+from hpo.train.params import CIFAR_STEM_COST, KEPT_NUMBERS, SHAPE_PARAMS, WEIGHTS, TrainParams
 
 MAX_SHAPES = 6  # that are measured; the others count as the nearest batch size
 MAX_TRIALS_PER_GPU = 8
@@ -107,7 +107,10 @@ def estimate_search(
 
     def add_up(slots: Slots, speeds: dict[str, Speed]) -> SearchEstimate:
         points = _points(space, trials)
-        lengths = [_trial_seconds(space, speeds[_nearest_shape(point, shapes)], images) for point in points]
+        lengths = [
+            _trial_seconds(space, speeds[_nearest_shape(point, shapes)], images, _count_views(space, point))
+            for point in points
+        ]
         together = {slots.count: slots.count * speeds[middle].images_per_second}
         seconds = _makespan(lengths, slots.count) + probes.start_seconds
         return SearchEstimate(slots, speeds, together, trials, seconds, sum(lengths))
@@ -187,11 +190,14 @@ def _shapes(space: Space) -> dict[str, Params]:
     return {_shape_name(shape): shape for shape in (sample if largest in sample else [*sample, largest])}
 
 
-def _memory_order(shape: Mapping[str, Any]) -> tuple[float, bool, bool]:
-    """Return a key that orders shapes by the memory that they need: mostly activations, then the state of the optimizer."""
-    cost = CIFAR_STEM_COST if shape.get("stem") == "cifar" else 1
-    images = float(shape.get("batch_size") or TrainParams.batch_size) * cost
-    return images, shape.get("precision") == "fp32", shape.get("optimizer") != "sgd"
+def _memory_order(shape: Mapping[str, Any]) -> float:
+    """Return a number that orders shapes by the memory that they need: for maps, and for several copies of the weights."""
+    stem, optimizer = shape.get("stem"), shape.get("optimizer")
+    batch_size = float(shape.get("batch_size") or TrainParams.batch_size)
+    width = float(shape.get("width") or TrainParams.width)
+    maps = batch_size * width * KEPT_NUMBERS["cifar" if stem == "cifar" else "imagenet"]
+    copies = 2 + (1 if optimizer == "sgd" else 2) + (2 if shape.get("ema") else 0)  # with the gradients
+    return maps * (1.0 if shape.get("precision") == "fp32" else 0.5) + copies * WEIGHTS * width**2
 
 
 def _shape_name(shape: Mapping[str, Any]) -> str:
@@ -220,8 +226,13 @@ def _points(space: Space, trials: int | None) -> Sequence[Mapping[str, Any]]:
     return [shapes[i % len(shapes)] for i in range(trials or 1)]
 
 
-def _trial_seconds(space: Space, speed: Speed, images: ImageCounts) -> float:
-    train, validation, test = images
+def _count_views(space: Space, point: Mapping[str, Any]) -> int:
+    """Return how often an image is scored: twice with `tta`. Where only shapes are known, any trial may do so."""
+    return 2 if point.get("tta", not space.is_grid and ("tta", True) in space.examples()) else 1
+
+
+def _trial_seconds(space: Space, speed: Speed, images: ImageCounts, views: int = 1) -> float:
+    train, validation, test = images[0], views * images[1], views * images[2]
     # Evaluation is a forward pass, a third of the arithmetic of a step. The test images are scored once.
     epoch = (train + validation / 3) / speed.images_per_second
     work = space.max_epochs * epoch

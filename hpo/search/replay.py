@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -43,6 +44,11 @@ def replay(
     for name in ("code", "packages", "python"):
         if recorded.get(name) != environment[name]:
             show(f"{name}: {recorded.get(name)} then, {environment[name]} now")
+    params = {**trials[number].params, **trials[number].user_attrs.get("derived", {})}
+    may_differ = recorded.get("device") == "cuda" and not params.get("deterministic")
+    if may_differ:
+        show("the trial ran on a GPU without `deterministic: true`: differences in the last digits are expected")
+    largest = 0.0
     is_equal = True
     with tempfile.TemporaryDirectory(prefix="hpo-replay-") as folder:
         spec = TrialSpec(
@@ -50,7 +56,7 @@ def replay(
             command=space.command,
             key=space.config_key(trials[number].params),
             token=0,
-            params={**trials[number].params, **trials[number].user_attrs.get("derived", {})},
+            params=params,
             data=space.trainable_data(data_dir),
             seed=space.seed,
             max_epochs=space.max_epochs,
@@ -64,12 +70,37 @@ def replay(
         for report in run_trial(spec):
             if report.failure:
                 raise SettingError(f"the trial failed this time: {report.failure}\n{report.traceback}")
+            now, then = ((each or {}).get("device_name") for each in (report.provenance, recorded))
+            if now and then and now != then:
+                show(f"device_name: {then} then, {now} now")
             count, differences = _compare(report, stored[report.epoch])
+            largest = max(largest, _largest_difference(report, stored[report.epoch]))
             is_equal = is_equal and not differences
             show(f"epoch {report.epoch}: " + ("; ".join(differences) or f"{count} metrics equal"))
             if report.epoch == max(stored):
                 break
+    if may_differ and not is_equal:
+        show(_explain(largest, space))
     return is_equal
+
+
+def _explain(largest: float, space: Space) -> str:
+    """Return why a trial of a GPU differs, and what to do about it."""
+    remedy = (
+        "For a search that can be replayed more exactly, set `parameters.deterministic: true`"
+        if space.is_default_trainable
+        else "Its trainable decides which kernels it uses"
+    )
+    return (
+        f"the metrics differ by up to {largest:.1e} of their size. Some kernels of a GPU add in an order that changes from "
+        f"run to run, and training amplifies the rounding. {remedy}"
+    )
+
+
+def _largest_difference(report: TrialReport, stored: Mapping[str, float]) -> float:
+    """Return the largest difference of a metric, relative to the larger of its two values."""
+    pairs = [(value, stored[name]) for name, value in report.metrics.items() if name in stored and not is_timing(name)]
+    return max((abs(a - b) / max(abs(a), abs(b)) for a, b in pairs if a != b and math.isfinite(a - b)), default=0.0)
 
 
 def _compare(report: TrialReport, stored: Mapping[str, float]) -> tuple[int, list[str]]:

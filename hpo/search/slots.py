@@ -44,6 +44,17 @@ class Slots:
         return self.gpu > 0 and self.trials_per_device > 1
 
 
+def may_share_gpu(space: Space) -> bool:
+    """Return whether a search may run several trials on one GPU, if there is one.
+
+    With `auto`, only trials of the built-in training share a GPU: how many can do so is measured.
+    """
+    if space.total_trials is not None and space.total_trials < 2:
+        return False
+    gpu = space.resources.gpu
+    return space.is_default_trainable if gpu == "auto" else 0 < gpu <= 0.5
+
+
 def plan_slots(space: Space, trials: int | None, cores: float, gpus: float) -> Slots:
     """Divide a machine or a cluster among trials, without measuring.
 

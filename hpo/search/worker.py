@@ -269,7 +269,7 @@ def _news(provenance: Mapping[str, Any], recorded: Mapping[str, Any] | None) -> 
 
 
 def _describe_failure(error: Exception, spec: TrialSpec) -> TrialReport:
-    from hpo.train.gpu import is_device_lost, is_out_of_memory
+    from hpo.train.gpu import is_device_lost, is_mps_lost, is_out_of_memory
 
     is_short = is_out_of_memory(error)
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
@@ -277,7 +277,7 @@ def _describe_failure(error: Exception, spec: TrialSpec) -> TrialReport:
         failure=_encodable(f"out of memory: {text}" if is_short else text),
         traceback=_encodable(traceback.format_exc()),
         is_out_of_memory=is_short,
-        is_device_lost=is_device_lost(),
+        is_device_lost=is_mps_lost(error) or is_device_lost(),
         # A process whose trial failed in the middle of a step may keep memory of the GPU, such as that of a failed capture.
         needs_new_process=spec.device == "cuda",
     )

@@ -17,6 +17,7 @@ OUT_OF_MEMORY = (
     "CUDNN_STATUS_NOT_INITIALIZED",
     "busy or unavailable",
     "can't allocate memory",  # of a CPU
+    "create MPS client have been exhausted",
 )
 
 
@@ -41,6 +42,14 @@ def is_device_lost() -> bool:
     except RuntimeError as error:  # torch.AcceleratorError is one
         return not is_out_of_memory(error)
     return False
+
+
+def is_mps_lost(error: BaseException) -> bool:
+    """Return whether an error says that CUDA MPS does not serve this process, as after a fatal error of a neighbour.
+
+    Its server starts again when all of its clients have ended, and then serves new processes.
+    """
+    return isinstance(error, RuntimeError) and "MPS" in str(error) and not is_out_of_memory(error)
 
 
 def free_memory() -> None:

@@ -15,10 +15,11 @@ import torch
 
 from hpo.errors import TrainableError
 from hpo.train.data import load
+from hpo.train.determinism import deterministic_kernels
 from hpo.train.evaluation import evaluate
 from hpo.train.learner import Learner
 from hpo.train.params import read_params
-from hpo.train.precision import choose_precision
+from hpo.train.precision import choose_precision, describe_precision
 from hpo.trainable import EpochReport
 
 
@@ -59,6 +60,7 @@ def train(
     train_params = read_params(params)
     precision = choose_precision(train_params.precision, device)
     dataset = load(**data, device=device)
+    provenance = {} if device == "cpu" else {"precision": describe_precision(precision, dataset.train.device)}
     torch.manual_seed(seed)
     learner = Learner(train_params, precision, dataset.train, max_epochs)
     with closing(learner):
@@ -75,17 +77,18 @@ def train(
             last_epoch = checkpoint["epoch"]
 
         for epoch in range(last_epoch + 1, max_epochs + 1):
-            started = time.perf_counter()
-            loss, accuracy = learner.train_epoch(epoch_seed(seed, epoch), epoch)
-            seconds = time.perf_counter() - started
-            metrics = {"train_loss": loss, "train_accuracy": accuracy}
-            model = learner.model_to_score()
-            if len(dataset.validation) > 0:
-                metrics["val_loss"], metrics["val_accuracy"] = evaluate(model, dataset.validation, precision)
-            metrics |= {"train_seconds": seconds, "images_per_second": len(dataset.train) / seconds}
-            if epoch == max_epochs:
-                # The test images are scored once, when no decision can depend on the score.
-                metrics["test_loss"], metrics["test_accuracy"] = evaluate(model, dataset.test, precision)
+            with deterministic_kernels(train_params.deterministic):
+                started = time.perf_counter()
+                loss, accuracy = learner.train_epoch(epoch_seed(seed, epoch), epoch)
+                seconds = time.perf_counter() - started
+                metrics = {"train_loss": loss, "train_accuracy": accuracy}
+                model = learner.model_to_score()
+                if len(dataset.validation) > 0:
+                    metrics["val_loss"], metrics["val_accuracy"] = evaluate(model, dataset.validation, precision)
+                metrics |= {"train_seconds": seconds, "images_per_second": len(dataset.train) / seconds}
+                if epoch == max_epochs:
+                    # The test images are scored once, when no decision can depend on the score.
+                    metrics["test_loss"], metrics["test_accuracy"] = evaluate(model, dataset.test, precision)
 
             def state(epoch: int = epoch) -> dict[str, Any]:
                 return {"epoch": epoch, **horizon, **learner.state()}
@@ -95,7 +98,7 @@ def train(
                 epoch,
                 metrics,
                 state,
-                provenance={} if learner.is_graphed is None else {"cuda_graph": learner.is_graphed},
+                provenance=provenance | ({} if learner.is_graphed is None else {"cuda_graph": learner.is_graphed}),
                 warning=f"steps run eagerly: they cannot be captured as a CUDA graph: {failure}" if failure else "",
                 # torch keeps the memory pool of a failed capture, even after `reset` (before its pull request 190348).
                 needs_new_process=bool(failure),

@@ -15,8 +15,11 @@ STEMS = ("imagenet", "cifar")
 SCHEDULES = ("constant", "cosine", "one_cycle")
 HORIZON_SCHEDULES = ("cosine", "one_cycle")  # whose learning rate at an epoch depends on max_epochs
 CIFAR_STEM_COST = 14  # training time of the cifar stem relative to the imagenet stem
+# Of the published network: numbers that a step keeps for the backward pass, for each image, and weights.
+KEPT_NUMBERS = {"imagenet": 94_000, "cifar": 917_000}
+WEIGHTS = 11_200_000
 # Those that change what a training step costs, in time or memory.
-SHAPE_PARAMS = ("batch_size", "stem", "width", "precision", "optimizer", "ema")
+SHAPE_PARAMS = ("batch_size", "stem", "width", "precision", "optimizer", "ema", "deterministic")
 SIDE = 28  # pixels along a side of an image
 CHOICES = {"optimizer": OPTIMIZERS, "stem": STEMS, "precision": PRECISIONS, "schedule": SCHEDULES}
 
@@ -45,7 +48,9 @@ class TrainParams:
         tta: whether the score of an image is the mean over the image and its mirror image.
         stem: the first layers, `imagenet` or `cifar`, see `hpo.train.network.build_model`.
         width: the number of channels of each layer, relative to the published network.
-        precision: of the multiplications: `fp32`, `bf16`, or `auto` for bf16 where the hardware supports it.
+        precision: of the multiplications: `fp32`, `bf16`, or `auto` for bf16 where the hardware supports it. On a GPU, the
+            convolutions of `fp32` are in TF32, as torch has it by default.
+        deterministic: whether cuDNN uses only kernels that add in a fixed order. It changes nothing on a CPU.
     """
 
     batch_size: int = 64
@@ -68,6 +73,7 @@ class TrainParams:
     stem: str = "imagenet"
     width: float = 1.0
     precision: str = "auto"
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         if self.batch_size < 2:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -22,6 +24,17 @@ def choose_precision(precision: str, device: str) -> str:
     else:
         has_bf16 = torch.cuda.get_device_capability() >= (8, 0)
     return "bf16" if has_bf16 else "fp32"
+
+
+def describe_precision(precision: str, device: torch.device) -> str:
+    """Return in which precision a training multiplies, for the record: of a GPU, also where fp32 is not fp32."""
+    if precision == "fp32" and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        # Not `allow_tf32`: reading it is an error if a program has used these newer settings.
+        cudnn: Any = torch.backends.cudnn
+        settings = {"convolutions": cudnn.conv, "matrix products": torch.backends.cuda.matmul}
+        where = [name for name, setting in settings.items() if setting.fp32_precision == "tf32"]
+        return f"fp32, {' and '.join(where)} in TF32" if where else "fp32"
+    return precision
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

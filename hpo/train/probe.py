@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hpo.train.data import Dataset, load
+from hpo.train.determinism import deterministic_kernels
 from hpo.train.evaluation import GPU_BATCH, evaluate
 from hpo.train.gpu import free_memory
 from hpo.train.learner import Learner, split_into_batches
@@ -64,10 +65,12 @@ class Probe:
         steps = 1 if device == "cpu" else self.GPU_STEPS
         self._images = dataset.train.take(torch.arange(min(steps * train_params.batch_size, len(dataset.train))))
         self._learner = Learner(train_params, precision, self._images)
+        self._is_deterministic = train_params.deterministic
         try:
-            self._learner.train_epoch(seed=0)
-            if device == "cuda":
-                self._run_other_batches(dataset, train_params.batch_size, precision)
+            with deterministic_kernels(self._is_deterministic):
+                self._learner.train_epoch(seed=0)
+                if device == "cuda":
+                    self._run_other_batches(dataset, train_params.batch_size, precision)
         except BaseException:
             self.close()
             raise
@@ -85,9 +88,10 @@ class Probe:
             Images per second, and the peak memory in bytes: of the tensors on a GPU, of the whole process on a CPU.
         """
         started, trained = time.perf_counter(), 0
-        while (elapsed := time.perf_counter() - started) < seconds:
-            self._learner.train_epoch(seed=0)
-            trained += len(self._images)
+        with deterministic_kernels(self._is_deterministic):
+            while (elapsed := time.perf_counter() - started) < seconds:
+                self._learner.train_epoch(seed=0)
+                trained += len(self._images)
         if self._images.device.type == "cuda":
             return trained / elapsed, torch.cuda.max_memory_reserved()
         return trained / elapsed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -15,7 +15,7 @@ from hpo.search.probes import Probes, Speed
 from hpo.search.slots import Slots
 from hpo.space.model import Space
 from storage.database import StorageError
-from tests.factories import shipped_space
+from tests.factories import RecordingListener, shipped_space
 
 IMAGES = (1600, 400, 500)  # training, validation, test
 
@@ -84,7 +84,7 @@ def test_unmeasured_batch_size_counts_as_the_nearest_one() -> None:
 
 
 def test_each_width_is_measured_and_an_unmeasured_one_counts_as_the_nearest() -> None:
-    widths = [0.5, 0.625, 1, 1.125, 2, 2.5, 4, 5]  # every second one is measured
+    widths = [0.5, 0.625, 1, 1.125, 2, 2.5, 4, 5]  # every second one is measured, and the widest
     probes = FakeProbes(lambda shape, _: 1000 / shape["width"] ** 2)
     made = estimate_search(
         documented_space("parameters.batch_size=64", f"parameters.width={widths}", "resources={cpu: 1}"),
@@ -94,9 +94,9 @@ def test_each_width_is_measured_and_an_unmeasured_one_counts_as_the_nearest() ->
         IMAGES,
         (1.0, 0.0),
     )
-    assert [shape["width"] for shape, _ in probes.asked] == [0.5, 1, 2, 4]
+    assert [shape["width"] for shape, _ in probes.asked] == [0.5, 1, 2, 4, 5]
     images = 5 * (1600 + 400 / 3) + 500 / 3
-    assert made.seconds == pytest.approx(sum(images * width**2 / 1000 for width in [0.5, 1, 2, 4] * 2))
+    assert made.seconds == pytest.approx(sum(images * width**2 / 1000 for width in [0.5, 0.5, 1, 1, 2, 2, 4, 5]))
 
 
 @pytest.mark.parametrize("name", ["ema", "width"])
@@ -201,6 +201,63 @@ def test_shape_that_does_not_fit_is_named() -> None:
 )
 def test_short_searches_are_not_measured(overrides: list[str], trials: int | None, expected: bool) -> None:
     assert is_worth_measuring(documented_space(*overrides), trials, IMAGES) == expected
+
+
+BY_MEMORY: list[dict[str, Any]] = [  # ascending
+    {"batch_size": 64, "width": 0.5},
+    {"batch_size": 64, "optimizer": "sgd"},
+    {"batch_size": 64},
+    {"batch_size": 256},
+    {"batch_size": 256, "precision": "fp32"},
+    {"batch_size": 256, "precision": "fp32", "ema": 0.99},
+    {"batch_size": 64, "width": 2},
+    {"batch_size": 64, "width": 2, "ema": 0.99},
+    {"batch_size": 64, "width": 4},
+    {"batch_size": 1024, "stem": "cifar", "precision": "fp32"},
+]
+
+
+def test_shapes_are_ordered_by_their_memory() -> None:
+    """A wide network needs more for its weights than a large batch for its maps."""
+    assert sorted(BY_MEMORY, key=estimate._memory_order) == BY_MEMORY
+    assert estimate._memory_order({"batch_size": None}) == estimate._memory_order({})
+
+
+def test_the_widest_network_with_an_average_is_measured_in_a_large_space() -> None:
+    space = documented_space(
+        "parameters.batch_size=[16, 64, 256]", "parameters.width=[1, 4, 2]", "parameters.ema=[0.9, 0]"
+    )
+    shapes = list(estimate._shapes(space).values())
+    assert len(shapes) <= estimate.MAX_SHAPES
+    assert {"batch_size": 256, "width": 4, "ema": 0.9} in shapes
+
+
+@pytest.mark.parametrize(
+    ("overrides", "passes"),
+    [
+        (["parameters.tta=true"], [2]),
+        (["parameters.tta=[false, true]"], [1, 2]),  # each point of a grid has its own
+        (["parameters.tta=false"], [1]),
+        (["parameters.tta=[false, true]", "sampler=random", "budget={trials: 1}"], [2]),  # at most
+    ],
+)
+def test_mirrored_images_are_scored_too(overrides: list[str], passes: list[int]) -> None:
+    space = documented_space("parameters.batch_size=64", *overrides)
+    probes = FakeProbes(lambda *_: 10.0)
+    made = estimate_search(space, Slots(1, 1.0, 0.0), len(passes), probes, IMAGES, (1.0, 0.0))
+    assert made.trial_seconds == pytest.approx(sum(5 * (1600 + n * 400 / 3) + n * 500 / 3 for n in passes) / 10)
+
+
+def test_a_plan_notes_that_a_scheduler_stops_trials_of_a_schedule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "can_measure", lambda _: False)
+    monkeypatch.setattr(Probes, "describe_data", lambda _: ("", IMAGES))
+    listener = RecordingListener()
+    space = documented_space("scheduler=asha", "parameters.schedule=cosine")
+    plan_search(space, storage=f"sqlite:///{tmp_path}/hpo.db", data_dir=tmp_path, runs_dir=tmp_path, listener=listener)
+    ((kind, text),) = listener.events
+    assert (kind, text.split(" compares")[0]) == ("note", "scheduler asha")
 
 
 @pytest.mark.slow

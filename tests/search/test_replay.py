@@ -10,10 +10,10 @@ import pytest
 import sqlalchemy as sa
 
 from hpo.errors import SettingError
-from hpo.search.replay import replay
+from hpo.search.replay import _explain, replay
 from storage.database import Database
 from storage.studies import Study
-from tests.factories import search_without_ray, toy_space
+from tests.factories import search_without_ray, shipped_space, toy_space
 
 NOW = {"code": "1", "packages": {"torch": "2"}, "python": "3"}
 
@@ -52,6 +52,59 @@ def test_a_difference_in_the_last_digit_is_shown(searched: Study, tmp_path: Path
     assert not is_equal
     assert lines[0] == "epoch 1: 1 metrics equal"
     assert lines[1] == f"epoch 2: value {stored!r} then, {math.nextafter(stored, 0.0)!r} now"
+
+
+def record_device(study: Study, monkeypatch: pytest.MonkeyPatch, **device: Any) -> None:
+    """Let the study say that its trials ran on some device; they are replayed on the CPU."""
+    before = study.provenance
+    monkeypatch.setattr(type(study), "provenance", lambda _, number: {**before(number), **device})
+    monkeypatch.setattr("hpo.search.worker._describe_device", lambda _: {"device_name": "GPU 2"})
+
+
+def change_value(study: Study, factor: float) -> None:
+    with study.database.engine.begin() as connection:
+        change = "UPDATE hpo_metrics SET value = value * :factor WHERE trial = 1 AND epoch = 2 AND name = 'value'"
+        connection.execute(sa.text(change), {"factor": factor})
+
+
+EXPECTED = "the trial ran on a GPU without `deterministic: true`: differences in the last digits are expected"
+
+
+def test_a_trial_of_a_gpu_says_what_to_expect_and_why_it_differs(
+    searched: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change_value(searched, 1.001)
+    record_device(searched, monkeypatch, device="cuda", device_name="GPU 1")
+    is_equal, lines = replayed(searched, 0, tmp_path)
+    assert not is_equal
+    assert lines[:2] == [EXPECTED, "device_name: GPU 1 then, GPU 2 now"]
+    assert lines[-1].startswith("the metrics differ by up to 1.0e-03 of their size. Some kernels of a GPU add")
+    assert lines[-1].endswith("Its trainable decides which kernels it uses"), "this is not hpo.train:train"
+
+
+def test_the_remedy_for_the_built_in_training_is_a_parameter(tmp_path: Path) -> None:
+    assert "set `parameters.deterministic: true`" in _explain(0.1, shipped_space("quick"))
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_an_equal_trial_needs_no_explanation(
+    device: str, searched: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record_device(searched, monkeypatch, device=device, device_name="GPU 2")
+    epochs = [f"epoch {epoch}: 1 metrics equal" for epoch in (1, 2, 3)]
+    assert replayed(searched, 0, tmp_path) == (True, [EXPECTED, *epochs] if device == "cuda" else epochs)
+
+
+def test_a_deterministic_trial_of_a_gpu_is_expected_to_be_equal(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = toy_space(tmp_path, parameters={"x": [1], "deterministic": True})
+    study, _ = search_without_ray(space, database, tmp_path)
+    change_value(study, 1.001)
+    record_device(study, monkeypatch, device="cuda", device_name="GPU 2")
+    is_equal, lines = replayed(study, 0, tmp_path)
+    assert not is_equal
+    assert len(lines) == 3, "no line says that this is expected"
 
 
 def test_timings_are_not_compared(searched: Study, tmp_path: Path) -> None:

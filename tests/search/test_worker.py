@@ -232,6 +232,7 @@ def test_a_trial_that_is_stopped_leaves_nothing_on_the_gpu(
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
         (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), True),
         (RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"), True),
+        (RuntimeError("CUDA error: the hardware resources required to create MPS client have been exhausted"), True),
         (MemoryError("no room"), True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
         (ValueError("out of memory is not what this is"), False),
@@ -280,6 +281,14 @@ def test_a_device_is_lost_if_it_answers_every_call_with_an_error(
     *_, last = run_trial(trial_spec(tmp_path, params={"error": error}))
     assert last.failure == f"RuntimeError: {error}"
     assert last.is_device_lost == is_lost
+
+
+def test_a_device_that_mps_does_not_serve_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA is not initialized then, so it cannot be asked: the server recovers from an error of a neighbour."""
+    monkeypatch.setattr(worker, "load_trainable", lambda _: holding)
+    error = RuntimeError("Unexpected error from cudaGetDeviceCount(). Error 807: MPS server is not ready")
+    *_, last = run_trial(trial_spec(tmp_path, params={"error": error}))
+    assert (last.is_device_lost, last.is_out_of_memory) == (True, False)
 
 
 def test_what_a_trainable_says_about_its_run_is_passed_on_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from hpo.train.network import MirrorAverage, build_model
-from hpo.train.params import STEMS
+from hpo.train.params import KEPT_NUMBERS, STEMS, WEIGHTS
 
 PUBLISHED_PARAMETERS = 11_689_512  # 1,000 classes, 3 channels, a 7x7 stem
 KERNEL = {"imagenet": 7, "cifar": 3}
@@ -132,3 +133,21 @@ def test_mirror_average_gives_the_mean_of_the_logits_of_an_image_and_its_mirror_
 def test_an_unknown_stem_is_an_error_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"imagenet, cifar.*'resnet'"):
         build_model(stem="resnet")
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_the_memory_that_a_plan_assumes_is_that_of_the_network(stem: str) -> None:
+    kept: dict[int, int] = {}  # {address: numbers}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 4
+        return tensor
+
+    model, count = build_model(stem=stem).train(), 8
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = F.cross_entropy(model(torch.rand(count, 1, 28, 28)), torch.arange(count))
+    for weight in model.parameters():
+        kept.pop(weight.untyped_storage().data_ptr(), None)
+    assert loss.requires_grad
+    assert sum(kept.values()) / count == pytest.approx(KEPT_NUMBERS[stem], rel=0.1)
+    assert sum(weight.numel() for weight in model.parameters()) == pytest.approx(WEIGHTS, rel=0.01)

@@ -42,6 +42,7 @@ def test_a_float_may_be_written_as_an_integer() -> None:
         ({"schedule": "cosin"}, ["parameters.schedule: ", "'cosin'", "did you mean cosine?"]),
         ({"warmup_epochs": -1}, ["parameters.warmup_epochs must be at least 0", "-1"]),
         ({"warmup_epochs": float("inf")}, ["parameters.warmup_epochs must be at least 0", "inf"]),
+        ({"deterministic": 1}, ["parameters.deterministic must be of type bool", "1"]),
         ({"nesterov": 1}, ["parameters.nesterov must be of type bool", "1"]),
         ({"no_decay_norm": "true"}, ["parameters.no_decay_norm must be of type bool", "'true'"]),
         ({"flip": 0.5}, ["parameters.flip must be of type bool", "0.5"]),
