@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu                  every check, one table
     python -m benchmarks.gpu --checks graph   some of them
+    python -m benchmarks.gpu --checks grid_imagenet grid_cifar --data-dir D    the documented grid, on the official images
 
 Each check has its own process, because some leave the process unusable on purpose. The data is the sample that is part of
 the package. The exit code is 0 if every check passed, 1 if one failed, 2 if there is no GPU.
@@ -27,7 +28,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_speed import Rows, check_packing, check_techniques, eager_steps, patched
+from benchmarks.gpu_speed import (
+    Rows,
+    check_checkpoints,
+    check_grid,
+    check_packing,
+    check_techniques,
+    eager_steps,
+    patched,
+)
 from hpo.train.cuda_graph import GraphedStep
 from hpo.train.data import load
 from hpo.train.gpu import free_memory, is_device_lost, is_out_of_memory
@@ -223,17 +232,23 @@ CHECKS: dict[str, Callable[[str], Rows]] = {
     "profile": check_profile,
     **{f"techniques_{stem}": partial(check_techniques, stem=stem) for stem in STEMS},
     "packing": check_packing,
+    "checkpoints": check_checkpoints,
 }
+# Not part of the ten minutes.
+GRIDS = {f"grid_{stem}": partial(check_grid, stem=stem) for stem in STEMS}
+GRID_SECONDS = 280.0
 
 
-def run_check(name: str, seconds: float = CHECK_SECONDS) -> list[list[Any]]:
+def run_check(name: str, seconds: float = CHECK_SECONDS, data_dir: str | None = None) -> list[list[Any]]:
     """Run a check in a new process, and return its rows. A process that ends early adds a row that failed.
 
     Args:
         name: of the check.
         seconds: until the process is killed. The rows that it has found by then are kept.
+        data_dir: the folder of the official images; None if it is not given.
     """
     command = [sys.executable, "-m", "benchmarks.gpu", "--in-process", name]
+    command += [] if data_dir is None else ["--data-dir", data_dir]
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             command, stdout=output, stderr=errors, cwd=Path(__file__).parent.parent, start_new_session=True
@@ -254,13 +269,16 @@ def run_check(name: str, seconds: float = CHECK_SECONDS) -> list[list[Any]]:
     return rows
 
 
-def run_checks(names: Sequence[str], seconds: float = TOTAL_SECONDS) -> list[list[Any]]:
+def run_checks(names: Sequence[str], seconds: float = TOTAL_SECONDS, data_dir: str | None = None) -> list[list[Any]]:
     """Run checks one after another. One that no time is left for adds a row that failed."""
     rows: list[list[Any]] = []
     deadline = time.perf_counter() + seconds
     for name in names:
         left = deadline - time.perf_counter()
-        found = run_check(name, min(CHECK_SECONDS, left)) if left > 0 else [[name, False, "not run: no time was left"]]
+        limit = GRID_SECONDS if name in GRIDS else CHECK_SECONDS
+        found = (
+            run_check(name, min(limit, left), data_dir) if left > 0 else [[name, False, "not run: no time was left"]]
+        )
         rows += found
     return rows
 
@@ -274,19 +292,21 @@ def format_table(rows: list[list[Any]]) -> str:
 def main() -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checks", nargs="+", choices=CHECKS, default=list(CHECKS))
-    parser.add_argument("--in-process", choices=CHECKS, help=argparse.SUPPRESS)
+    parser.add_argument("--checks", nargs="+", choices=[*CHECKS, *GRIDS], default=list(CHECKS))
+    parser.add_argument("--data-dir", help="the folder with the official Fashion-MNIST, for the documented grid")
+    parser.add_argument("--in-process", choices=[*CHECKS, *GRIDS], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("there is no GPU: torch.cuda.is_available() is false. Nothing was checked", file=sys.stderr)
         return 2
     if arguments.in_process:
-        for row in CHECKS[arguments.in_process]("cuda"):
+        name, data_dir = arguments.in_process, arguments.data_dir
+        for row in GRIDS[name]("cuda", data_dir=data_dir) if name in GRIDS else CHECKS[name]("cuda"):
             print(json.dumps(row), flush=True)
         return 0
     started = time.perf_counter()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}\n", flush=True)
-    rows = run_checks(arguments.checks)
+    rows = run_checks(arguments.checks, data_dir=arguments.data_dir)
     print(format_table(rows))
     print(f"\n{time.perf_counter() - started:.0f} s")
     return 0 if all(is_right for _, is_right, _ in rows) else 1

@@ -6,6 +6,7 @@ Every technique is measured against the training as shipped, alone: a step with 
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.train_speed import Contestant
+from benchmarks.train_speed import CHECKPOINT_POLICIES, Contestant, train_with_checkpoints
 from hpo.search.mps import CONTROL, Mps, start_mps
 from hpo.train import learner as learner_module
 from hpo.train import optimizer as optimizer_module
@@ -34,6 +35,7 @@ MIN_SECONDS = 0.5
 TOGETHER = 3  # trials on one GPU: the documented grid has as many
 EPOCHS = 20  # of a turn
 TURNS = 3  # the median counts
+GRID_SECONDS = {"imagenet": 45, "cifar": 120}  # goals, from the first step to the last result
 
 
 # --- techniques -------------------------------------------------------------------------------------------------------
@@ -195,6 +197,67 @@ def check_packing(
             speeds = measure(batch_size, (1, together))
             text = f"{_describe(speeds[together], alone[batch_size])}; one trial alone: {speeds[1]:,.0f}"
             yield f"{together} processes under MPS, batch {batch_size}", True, text
+
+
+# --- whole trials -----------------------------------------------------------------------------------------------------
+
+
+def check_checkpoints(
+    device: str,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    data: Mapping[str, Any] = SAMPLE,
+    *,
+    epochs: int = EPOCHS,
+    turns: int = TURNS,
+) -> Rows:
+    """What checkpoints add to the time of a trial, next to an epoch of this size."""
+    with tempfile.TemporaryDirectory(prefix="hpo-checkpoints-") as folder:
+        for batch_size in batch_sizes:
+            alone = 0.0
+            for policy in CHECKPOINT_POLICIES:
+                trial = Contestant(
+                    train_with_checkpoints, policy, {"batch_size": batch_size}, dict(data), device, epochs, folder
+                )
+                seconds = _median_turn(trial, turns)
+                alone = alone or seconds  # the first policy saves none
+                text = f"{seconds:.2f} s, {seconds / alone - 1:+.1%}"
+                yield f"{epochs} epochs, batch {batch_size}, checkpoints: {policy}", True, text
+
+
+def _median_turn(trial: Contestant, turns: int) -> float:
+    try:
+        seconds = []
+        for _ in range(turns + 1):
+            trial.start_turn()
+            seconds.append(trial.end_turn())
+        return statistics.median(seconds[1:])
+    finally:
+        trial.stop()
+
+
+def check_grid(device: str, stem: str, data_dir: str | None, epochs: int = 50, **data: Any) -> Rows:
+    """The documented grid as the service trains it: all trials at once, with evaluation and checkpoints."""
+    name = f"the documented grid, {stem} stem, {epochs} epochs (goal {GRID_SECONDS[stem]} s on one H200)"
+    if data_dir is None:
+        yield name, True, "not measured: it needs --data-dir, a folder with the official images"
+        return
+    given = {"dataset": "fashion_mnist", "data_dir": data_dir, **data}
+    with start_mps(is_wanted=device == "cuda") as mps, tempfile.TemporaryDirectory(prefix="hpo-grid-") as folder:
+        trials = [
+            Contestant(
+                train_with_checkpoints, "auto", {"batch_size": size, "stem": stem}, given, device, epochs, folder
+            )
+            for size in (64, 256, 512)
+        ]
+        try:
+            for trial in trials:
+                trial.start_turn()
+            seconds = [trial.end_turn() for trial in trials]
+        finally:
+            for trial in trials:
+                trial.stop()
+        how = "under MPS" if mps.is_active else "in turn"
+        yield name, True, f"{max(seconds):.1f} s; " + ", ".join(f"{each:.1f} s" for each in seconds) + f", {how}"
 
 
 def _describe(speed: float, alone: float) -> str:

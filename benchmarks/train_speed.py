@@ -227,7 +227,15 @@ def checkpoints(options: argparse.Namespace) -> dict[str, Any]:
         for batch_size in options.batch_sizes:
             images, epochs = options.images or SAMPLE, options.trial_epochs
             trials = {
-                policy: Contestant(_trials, policy, batch_size, images, options.data_dir, epochs, folder)
+                policy: Contestant(
+                    train_with_checkpoints,
+                    policy,
+                    {"batch_size": batch_size, "lr": LR},
+                    _data(options.data_dir, images),
+                    DEVICE,
+                    epochs,
+                    folder,
+                )
                 for policy in CHECKPOINT_POLICIES
             }
             seconds: dict[str, list[float]] = {policy: [] for policy in trials}
@@ -248,18 +256,28 @@ def checkpoints(options: argparse.Namespace) -> dict[str, Any]:
 CHECKPOINT_POLICIES = ("none", "written before each report", "each epoch", "auto")
 
 
-def _trials(policy: str, batch_size: int, images: int, data_dir: str, epochs: int, folder: str) -> Iterator[float]:
-    """Yield the seconds of one trial after another, with its checkpoints."""
+def train_with_checkpoints(
+    policy: str, params: dict[str, Any], data: dict[str, Any], device: str, epochs: int, folder: str
+) -> Iterator[float]:
+    """Yield the seconds of one trial after another, with its evaluation and its checkpoints, as in the service.
+
+    Args:
+        policy: one of CHECKPOINT_POLICIES.
+        params: hyperparameters.
+        data: the arguments of `hpo.train.data.load`, without the device.
+        device: `cpu` or `cuda`.
+        epochs: of a trial.
+        folder: where the checkpoints are saved.
+    """
     from hpo.search.checkpoint_writer import CheckpointWriter
 
-    data, params = _data(data_dir, images), {"batch_size": batch_size, "lr": LR}
     every = None if policy == "auto" else 1
     while True:
         with tempfile.TemporaryDirectory(dir=folder) as trial_folder:
             started = time.perf_counter()
             writer = CheckpointWriter(Path(trial_folder), "key", 0, every=every, last_epoch=epochs)
             with contextlib.closing(writer):
-                for report in train(params, data=data, seed=0, max_epochs=epochs, device=DEVICE):
+                for report in train(params, data=data, seed=0, max_epochs=epochs, device=device):
                     if policy != "none":
                         writer.epoch_ended(report.epoch, {}, report.state, report.metrics["train_seconds"])
                     if policy == "written before each report":

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, gpu_speed
+from benchmarks.train_speed import CHECKPOINT_POLICIES
 from hpo.search import mps
 from hpo.train import learner as learner_module
 from hpo.train import optimizer as optimizer_module
@@ -233,6 +234,40 @@ def test_without_mps_a_row_says_why(
     assert rows[-1] == row
 
 
+class InProcess:
+    """A `Contestant` without a process of its own."""
+
+    def __init__(self, loop: Callable[..., Iterator[float]], *arguments: Any) -> None:
+        self._speeds = loop(*arguments)
+
+    def start_turn(self) -> None:
+        pass
+
+    def end_turn(self) -> float:
+        return next(self._speeds)
+
+    def stop(self) -> None:
+        pass
+
+
+def test_trials_are_timed_with_each_way_to_save_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_speed, "Contestant", InProcess)
+    rows = list(gpu_speed.check_checkpoints("cpu", [4], SMALL, epochs=2, turns=1))
+    assert [name.rpartition(": ")[2] for name, _, _ in rows] == list(CHECKPOINT_POLICIES)
+    assert all(is_right and text.endswith("%") for _, is_right, text in rows)
+
+
+def test_the_grid_is_timed_as_a_whole_where_there_are_official_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (row,) = gpu_speed.check_grid("cpu", "imagenet", None)
+    assert row[2].startswith("not measured: it needs --data-dir")
+    monkeypatch.setattr(gpu_speed, "Contestant", InProcess)
+    (row,) = gpu_speed.check_grid("cpu", "imagenet", str(tmp_path), epochs=1, **SMALL)
+    assert row[1]
+    assert row[2].count(" s") == 4
+
+
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
@@ -261,7 +296,7 @@ def test_all_checks_together_have_a_time_limit(monkeypatch: pytest.MonkeyPatch) 
     times = iter([0.0, 0.0, 550.0, 601.0])
     monkeypatch.setattr(gpu, "time", SimpleNamespace(perf_counter=lambda: next(times)))
 
-    def run(name: str, seconds: float) -> list[list[Any]]:
+    def run(name: str, seconds: float, _data_dir: str | None) -> list[list[Any]]:
         given.append(seconds)
         return [[name, True, ""]]
 
