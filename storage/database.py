@@ -43,6 +43,9 @@ _TCP_OPTIONS = {
 
 _DRIVERS = ("sqlite", "sqlite+pysqlite", "postgresql", "postgresql+psycopg")
 
+# What a SQLite URL may say after `?`. Others change what a transaction is, or name something that is no file.
+_SQLITE_OPTIONS = {"check_same_thread", "timeout"}
+
 # Columns that Optuna's tables have in all versions. Other programs may have tables with these names, too.
 _OPTUNA_COLUMNS = {"studies": {"study_id", "study_name"}, "trials": {"trial_id", "study_id"}}
 
@@ -213,8 +216,8 @@ def _parse_url(url: str) -> sa.URL:
         raise StorageError(f"{parsed.get_backend_name()} is not supported; {examples}")
     if parsed.drivername not in _DRIVERS:
         raise StorageError(f"hpo does not use the driver {parsed.drivername}; {examples}")
-    if parsed.get_backend_name() == "sqlite" and parsed.database in {None, "", ":memory:"}:
-        raise StorageError(f"a SQLite database in memory ends with the process; name a file, {examples}")
+    if parsed.get_backend_name() == "sqlite":
+        _check_sqlite_url(parsed, examples)
     if "password" in parsed.query:  # messages hide the password in its usual place only
         found = parsed.query["password"]
         password = parsed.password or (found if isinstance(found, str) else found[0])
@@ -222,6 +225,21 @@ def _parse_url(url: str) -> sa.URL:
     if parsed.drivername == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
     return parsed
+
+
+def _check_sqlite_url(url: sa.URL, examples: str) -> None:
+    """Refuse what names no file. SQLite takes a name that starts with `file:` for a URI, which may name memory."""
+    name = url.database or ""
+    if name in {"", ":memory:"} or url.query.get("mode") == "memory" or "vfs" in url.query:
+        raise StorageError(f"a SQLite database in memory ends with the process; name a file, {examples}")
+    if name.startswith("file:"):
+        raise StorageError(f"hpo opens SQLite files by their path, not by a file: URI; {examples}")
+    unknown = sorted(set(url.query) - _SQLITE_OPTIONS)
+    if unknown:
+        allowed = " and ".join(sorted(_SQLITE_OPTIONS))
+        raise StorageError(
+            f"hpo does not use the option {unknown[0]!r} of a SQLite URL (allowed: {allowed}); {examples}"
+        )
 
 
 def _create_folder(url: sa.URL, safe_url: str) -> None:

@@ -114,6 +114,13 @@ def test_a_process_that_is_suspended_in_a_transaction_does_not_stop_the_others(
         (f"mysql://user:{PASSWORD}@host/name", "mysql is not supported"),
         (f"nonsense://user:{PASSWORD}@host/name", "no driver for nonsense"),
         ("sqlite://", "ends with the process; name a file"),
+        ("sqlite:///:memory:", "ends with the process; name a file"),
+        ("sqlite:///%3Amemory%3A?timeout=5", "ends with the process; name a file"),
+        ("sqlite:///file:x?mode=memory&cache=shared&uri=true", "ends with the process; name a file"),
+        ("sqlite:///file:/x?vfs=memdb&uri=true", "ends with the process; name a file"),
+        ("sqlite:///file::memory:?uri=true", "by their path, not by a file: URI"),
+        ("sqlite:///file::memory:", "by their path, not by a file: URI"),
+        ("sqlite:///x.db?uri=true", "option 'uri' of a SQLite URL .allowed: check_same_thread and timeout"),
         (f"postgresql://user:{PASSWORD}@host:port/name", "not a database URL"),
         (f"postgresql+psycopg2://user:{PASSWORD}@host/name", "does not use the driver .*psycopg2"),
         (f"postgresql+asyncpg://user:{PASSWORD}@host/name", "does not use the driver .*asyncpg"),
@@ -121,9 +128,13 @@ def test_a_process_that_is_suspended_in_a_transaction_does_not_stop_the_others(
         (f"postgresql://user@127.0.0.1:9/name?connect_timeout=5&password={PASSWORD}", "no server answers there"),
     ],
 )
-def test_a_wrong_url_raises_an_error_without_the_password(bad: str, message: str) -> None:
+def test_a_wrong_url_raises_an_error_without_the_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(StorageError, match=message) as caught:
         open_database(bad)
+    assert list(tmp_path.iterdir()) == []
     assert PASSWORD not in str(caught.value)
     assert caught.value.__cause__ is None  # its traceback would show the driver's message
 
