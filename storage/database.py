@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sqlite3
 import time
 import zlib
@@ -23,9 +24,8 @@ from filelock import FileLock
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
-from sqlalchemy.pool import NullPool
 
-from storage import migrations
+from storage import migrations, optuna_tables, sqlite_file
 from storage.optuna_tables import SCHEMA
 from storage.tables import metadata, schema
 
@@ -41,13 +41,24 @@ _TCP_OPTIONS = {
     "tcp_user_timeout": 60_000,  # milliseconds
 }
 
+_DAMAGED = (
+    "the file is damaged: recover it with `sqlite3 FILE .recover`, or restore a copy. Before you restore one, stop all "
+    "programs that use the file, and delete FILE-wal and FILE-shm: SQLite would mix them with the copy"
+)
+_READ_ONLY = "the file is read-only: make it and its folder writable"
+
 _DRIVERS = ("sqlite", "sqlite+pysqlite", "postgresql", "postgresql+psycopg")
 
 # What a SQLite URL may say after `?`. Others change what a transaction is, or name something that is no file.
 _SQLITE_OPTIONS = {"check_same_thread", "timeout"}
 
-# Columns that Optuna's tables have in all versions. Other programs may have tables with these names, too.
-_OPTUNA_COLUMNS = {"studies": {"study_id", "study_name"}, "trials": {"trial_id", "study_id"}}
+# {table: columns} of Optuna's tables and of ours. Other programs may have tables with these names, too.
+_COLUMNS = {
+    table.name: {column.name for column in table.columns}
+    for tables in (optuna_tables.metadata, metadata)
+    for table in tables.sorted_tables
+}
+_OPTUNA_TABLES = set(optuna_tables.metadata.tables)
 
 # A transaction of ours never waits between two statements, unless its process is suspended. The server then ends it, and
 # releases the rows that it locked: without this, all other runs on the study would wait until the process continues.
@@ -131,8 +142,8 @@ def open_database(url: str, password: str | None = None, *, create: bool = True)
                     f"there is no database {safe_url} yet: `hpo run SPACE` creates it; or name another one with --storage "
                     "or HPO_STORAGE"
                 )
+            _check_file(Path(str(parsed.database)), safe_url, is_written=create)
             _create_folder(parsed, safe_url)
-            _check_file(Path(str(parsed.database)), safe_url)
         options = _engine_options(parsed)
         engine = sa.create_engine(parsed, **options)
         _configure(engine)
@@ -290,63 +301,94 @@ def _configure_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     connection.execute("PRAGMA synchronous=NORMAL")
 
 
-def _check_file(path: Path, safe_url: str) -> None:
+def _check_file(path: Path, safe_url: str, *, is_written: bool) -> None:
     """Refuse a SQLite file that hpo cannot use before anything is written: the lock next to it, and WAL in its header.
 
+    Args:
+        path: the file; it may be missing.
+        safe_url: for messages.
+        is_written: whether the caller must be able to write.
+
     Raises:
-        StorageError: see `_read_version`.
-        sqlite3.Error: the file is not a database, or cannot be opened.
+        StorageError: see `_read_version`; the file is read-only, or the WAL next to it is of another file.
+        sqlite3.Error: the file is not a database, or cannot be read.
     """
-    # Immutable: SQLite locks and writes nothing, and does not read the WAL. What is in use has been opened before.
-    if not path.exists() or any(Path(f"{path}-{suffix}").exists() for suffix in ("wal", "journal")):
+    if not path.exists():
         return
-    uri = f"{path.resolve().as_uri()}?mode=ro&immutable=1"
-    engine = sa.create_engine("sqlite://", creator=lambda: sqlite3.connect(uri, uri=True), poolclass=NullPool)
+    if path.is_dir():
+        raise StorageError(f"{safe_url} is a folder: name a file in it")
+    if is_written and not os.access(path, os.W_OK):
+        raise StorageError(f"{safe_url}: {_READ_ONLY}")
+    # Before the tables are read, which fails where the WAL is of another file.
+    if sqlite_file.is_newer_than_its_wal(path) and not sqlite_file.is_intact(path, BUSY_SECONDS):
+        raise StorageError(
+            f"{safe_url} and the file {path.name}-wal next to it do not fit together. If you restored a copy: stop all "
+            f"programs that use it, then delete {path.name}-wal and {path.name}-shm, which are of the file before. If not, "
+            f"{_DAMAGED}"
+        )
     try:
-        _read_version(engine, safe_url)
+        with sqlite_file.engine(path, BUSY_SECONDS) as engine:
+            _read_version(engine, safe_url)
     except DBAPIError as error:
-        cause = _driver_error(error)
-        if "not a database" in str(cause) or "unable to open" in str(cause):
+        if "readonly" not in str(_driver_error(error)):
             raise
-    finally:
-        engine.dispose()
+        # Opening the file would undo the transaction of a program that was killed: only if the file is ours.
+        with sqlite_file.engine(path, BUSY_SECONDS, immutable=True) as engine:
+            _read_version(engine, safe_url)
 
 
 def _read_version(engine: sa.Engine, safe_url: str) -> int | None:
     """Return the version of our tables; None for an empty database, or one whose tables are incomplete or Optuna's only.
 
+    Optuna's tables may be next to others: on PostgreSQL, programs share a database. Nothing of theirs is changed, unless
+    their tables have names of ours.
+
     Raises:
         StorageError: another program, a newer version of hpo or another version of Optuna created the tables.
     """
     inspector = sa.inspect(engine)
-    tables = set(inspector.get_table_names())
-    is_known = bool(tables & {"studies", "hpo_schema"}) and all(
-        columns <= {column["name"] for column in inspector.get_columns(table)}
-        for table, columns in _OPTUNA_COLUMNS.items()
-        if table in tables
-    )
-    if tables and not is_known:
-        raise StorageError(
-            f"{safe_url} belongs to another program (it has the tables {', '.join(sorted(tables)[:3])}, ...); "
-            "name an empty database or one of Optuna's"
-        )
+    names = {*inspector.get_table_names(), *inspector.get_view_names()}
+    if not names:
+        return None
+
+    def columns(table: str) -> set[str]:
+        return {column["name"] for column in inspector.get_columns(table)} if table in names else set()
+
+    version: int | None = None
+    optuna_version: str | None = None
     with engine.connect() as connection:
-        version = connection.scalar(sa.select(schema.c.version)) if "hpo_schema" in tables else None
-        if version is not None and version > migrations.VERSION:
+        if columns(schema.name) == {"version"}:
+            version = connection.scalar(sa.select(schema.c.version))
+        if "version_num" in columns("alembic_version"):
+            optuna_version = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
+    if version is not None and version > migrations.VERSION:
+        raise StorageError(
+            f"{safe_url} was written by a newer version of hpo (its tables have version {version}, this one knows up to "
+            f"{migrations.VERSION}); update hpo, or name another database"
+        )
+    known = names & set(_COLUMNS)
+    if optuna_version == SCHEMA and version is not None:
+        return version
+    if optuna_version == SCHEMA:
+        strange = {name for name in known if not columns(name) >= _COLUMNS[name]}
+        if not strange and known >= _OPTUNA_TABLES:
+            return None
+    elif optuna_version is None and version is None and schema.name in names:
+        # hpo was killed while it created tables: ours come first, and the versions last.
+        strange = {name for name in names - {"alembic_version"} if columns(name) != _COLUMNS.get(name)}
+        if not strange:
+            return None
+    else:
+        strange = names
+        if version is not None or ("version_info" in names and columns("studies") >= {"study_id", "study_name"}):
             raise StorageError(
-                f"{safe_url} was written by a newer version of hpo (its tables have version {version}, this one knows up to "
-                f"{migrations.VERSION}); update hpo, or name another database"
+                f"{safe_url} was written by another version of Optuna (its tables: {optuna_version}, expected: {SCHEMA}); "
+                "back it up and run `optuna storage upgrade --storage URL`, or name another database"
             )
-        found = None
-        if "alembic_version" in tables:
-            found = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
-        # Ours are completed after Optuna's. Without a version of either, Optuna's are not completed yet.
-        if found != SCHEMA and (found is not None or version is not None):
-            raise StorageError(
-                f"{safe_url} was written by another version of Optuna (its tables: {found}, expected: {SCHEMA}); back it up "
-                "and run `optuna storage upgrade --storage URL`, or name another database"
-            )
-    return version
+    raise StorageError(
+        f"{safe_url} belongs to another program (it has the tables {', '.join(sorted(strange or names)[:3])}, ...); "
+        "name an empty database or one of Optuna's"
+    )
 
 
 @contextlib.contextmanager
@@ -456,9 +498,9 @@ def _remedy(error: BaseException) -> str:
     known = {
         "disk is full": "the disk is full: free some space, then run the same command again",
         "unable to open": "the file cannot be opened: check that its folder exists and is writable",
-        "readonly": "the file is read-only: make it and its folder writable",
+        "readonly": _READ_ONLY,
         "not a database": "the file is not a SQLite database: name another one with --storage",
-        "malformed": "the file is damaged: restore a copy, or recover it with `sqlite3 FILE .recover`",
+        "malformed": _DAMAGED,
         "password authentication": "wrong user or password in the storage URL",
         "no password supplied": "the storage URL has no password",
         "permission denied": f"the database user lacks rights ({text}): grant it CREATE on the schema",
