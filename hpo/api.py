@@ -345,7 +345,9 @@ def plan_search(
     runs_dir: Path | str = "runs",
     listener: ProgressListener | None = None,
 ) -> PlannedSearch:
-    """Measure training steps on this machine and estimate the time and memory of a search. Nothing is stored.
+    """Measure training steps on this machine and estimate the time and memory of a search.
+
+    Nothing is stored. The database is only read: tables of an older version are not migrated.
 
     Args:
         space: the search.
@@ -366,25 +368,32 @@ def plan_search(
     """
     from hpo.search.estimate import machine_size
     from hpo.search.slots import plan_slots
-    from storage.database import open_database
-    from storage.studies import find_revision
 
-    data, study = space.trainable_data(Path(data_dir).resolve()), None
-    states: dict[str, str] = {}
+    data = space.trainable_data(Path(data_dir).resolve())
     check_trainable(space)
     with _start_probes(space, data, Path(runs_dir)) as probes:
-        if not is_new_database(storage):
-            database = open_database(storage, password, create=False)
-            study = find_revision(database, space.name, space.fingerprint)
-        if study is not None:
-            states = {space.config_key(trial.params): trial.state.name for trial in study.trained_trials()}
-        left = space.total_trials if study is None else _trials_left(space, study)
+        states, left = _look_up(space, storage, password)
         size, estimate = machine_size(), None
         slots = plan_slots(space, left, *size)
         if probes is not None:
             _, images = probes.describe_data()
             estimate = _measure(space, slots, left, probes, images, size, listener or NullListener())
     return PlannedSearch(space, slots if estimate is None else estimate.slots, estimate, states, left)
+
+
+def _look_up(space: Space, storage: str, password: str | None) -> tuple[dict[str, str], int | None]:
+    """Return the stored states of a search, and how many trials have not ended; see `PlannedSearch`."""
+    if is_new_database(storage):
+        return {}, space.total_trials
+    from storage.database import open_for_reading
+    from storage.studies import find_revision
+
+    with open_for_reading(storage, password) or nullcontext() as database:
+        study = None if database is None else find_revision(database, space.name, space.fingerprint)
+        if study is None:
+            return {}, space.total_trials
+        states = {space.config_key(trial.params): trial.state.name for trial in study.trained_trials()}
+        return states, _trials_left(space, study)
 
 
 def _trials_left(space: Space, study: Study) -> int | None:
@@ -407,7 +416,7 @@ def list_studies(
     """Return a summary of each study in a database, oldest first, without reading its trials.
 
     Args:
-        storage: the database; it is not created.
+        storage: the database. It is only read: neither created, nor migrated, nor changed.
         password: the PostgreSQL password, used if the URL has none.
         runs_dir: the folder with the checkpoints, for the size of each study's files.
 
@@ -418,11 +427,11 @@ def list_studies(
         StorageError: there is no such database, or it cannot be used.
     """
     from hpo.cleaning import count_bytes
-    from storage.database import open_database
+    from storage.database import open_for_reading
     from storage.studies import summarize
 
-    with open_database(storage, password, create=False) as database:
-        summaries = summarize(database)
+    with open_for_reading(storage, password) or nullcontext() as database:
+        summaries = [] if database is None else summarize(database)
     runs = RunsDir(Path(runs_dir))
     return [
         replace(each, disk_bytes=count_bytes(runs.checkpoints(each.unique_name))) if each.unique_name else each

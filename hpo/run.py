@@ -252,7 +252,8 @@ def run(
 def plan(space: str, overrides: Sequence[str], storage: str, data_dir: Path) -> int:
     """Show the trials, time and memory that a search needs.
 
-    Some training steps are measured on this machine. The database is not changed.
+    Some training steps are measured on this machine. The database is only read: not even tables of an older version
+    are migrated.
 
     \b
     Example:  hpo plan grid --set max_epochs=10

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import optuna
 import sqlalchemy as sa
@@ -84,11 +84,13 @@ class Database:
         url: the URL without its password, for messages.
         engine: SQLAlchemy's engine, for our tables.
         optuna_storage: Optuna's storage. It has its own engine with the same options.
+        missing_tables: names of our tables that it lacks. Only `open_for_reading` leaves it so.
     """
 
     url: str
     engine: sa.Engine
     optuna_storage: RDBStorage
+    missing_tables: frozenset[str] = frozenset()
 
     def now_seconds(self) -> sa.ColumnElement[float]:
         """Return an SQL expression for the database's time, in seconds since 1970.
@@ -131,18 +133,10 @@ def open_database(url: str, password: str | None = None, *, create: bool = True)
         StorageError: the URL is wrong; the database is down or forbids access; another program, a newer version
             of hpo or another version of Optuna created its tables.
     """
-    parsed = _parse_url(url)
-    if parsed.get_backend_name() == "postgresql" and parsed.password is None:
-        parsed = parsed.set(password=password)
-    safe_url = parsed.render_as_string(hide_password=True)
+    parsed, safe_url = _parse_url(url, password)
     with translate_errors(safe_url):
         if parsed.get_backend_name() == "sqlite":
-            if not create and not Path(str(parsed.database)).exists():
-                raise StorageError(
-                    f"there is no database {safe_url} yet: `hpo run SPACE` creates it; or name another one with --storage "
-                    "or HPO_STORAGE"
-                )
-            _check_file(Path(str(parsed.database)), safe_url, is_written=create)
+            _check_file(Path(str(parsed.database)), safe_url, may_be_missing=create, is_written=create)
             _create_folder(parsed, safe_url)
         options = _engine_options(parsed)
         engine = sa.create_engine(parsed, **options)
@@ -153,12 +147,52 @@ def open_database(url: str, password: str | None = None, *, create: bool = True)
         try:
             # The first connection needs the lock, too: it turns on WAL, for which SQLite does not wait for other writers.
             with _schema_lock(engine):
-                version = _read_version(engine, safe_url)
+                version = _read_versions(engine, safe_url).ours
                 if version is None:
                     return Database(safe_url, engine, _create_tables(parsed, engine, options))
                 if version < migrations.VERSION:
                     _migrate(engine, version, safe_url)
             return Database(safe_url, engine, _create_optuna_storage(parsed, options, skip_table_creation=True))
+        except BaseException:
+            engine.dispose()
+            raise
+
+
+def open_for_reading(url: str, password: str | None = None) -> Database | None:
+    """Open a database to look at its studies: nothing is created, migrated or changed, not even files next to it.
+
+    What reads runs and the states of trials works with the tables of every version, and with Optuna's alone.
+
+    Args:
+        url: see `open_database`.
+        password: see `open_database`.
+
+    Returns:
+        The database; None if it has no tables yet, or not all of them.
+
+    Raises:
+        StorageError: see `open_database`; or there is no such SQLite file.
+    """
+    parsed, safe_url = _parse_url(url, password)
+    options = _engine_options(parsed)
+    is_sqlite = parsed.get_backend_name() == "sqlite"
+    if is_sqlite:
+        path = Path(str(parsed.database))
+        options["creator"] = lambda: sqlite_file.connect(path, BUSY_SECONDS)
+    with translate_errors(safe_url):
+        if is_sqlite:
+            _check_file(path, safe_url, may_be_missing=False, is_written=False)
+        engine = sa.create_engine(parsed, **options)
+        if not is_sqlite:
+            _configure(engine)
+            sa.event.listen(engine, "connect", _forbid_writing)
+        try:
+            if _read_versions(engine, safe_url).optuna is None:
+                engine.dispose()
+                return None
+            missing = set(metadata.tables) - set(sa.inspect(engine).get_table_names())
+            storage = _create_optuna_storage(parsed, options, skip_table_creation=True, is_written=False)
+            return Database(safe_url, engine, storage, frozenset(missing))
         except BaseException:
             engine.dispose()
             raise
@@ -200,20 +234,26 @@ def _transaction(engine: sa.Engine) -> Iterator[sa.Connection]:
         yield connection
 
 
-def _create_optuna_storage(url: sa.URL, options: dict[str, Any], *, skip_table_creation: bool) -> RDBStorage:
+def _create_optuna_storage(
+    url: sa.URL, options: dict[str, Any], *, skip_table_creation: bool, is_written: bool = True
+) -> RDBStorage:
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # no "A new study created" in the log
     storage = RDBStorage(
         url.render_as_string(hide_password=False),
         engine_kwargs=options,
-        skip_compatibility_check=True,  # where it fails, it leaks its connections; _read_version checks instead
+        skip_compatibility_check=True,  # where it fails, it leaks its connections; _read_versions checks instead
         skip_table_creation=skip_table_creation,
     )
-    _configure(storage.engine)
+    if is_written or url.get_backend_name() == "postgresql":
+        _configure(storage.engine)
+    if not is_written and url.get_backend_name() == "postgresql":
+        sa.event.listen(storage.engine, "connect", _forbid_writing)
     storage.engine.dispose()  # connections opened so far were not configured
     return storage
 
 
-def _parse_url(url: str) -> sa.URL:
+def _parse_url(url: str, password: str | None) -> tuple[sa.URL, str]:
+    """Return a URL, with the password if it has none, and without any password for messages."""
     examples = "for example sqlite:///runs/hpo.db or postgresql://user:password@host:5432/hpo"
     try:
         parsed = sa.make_url(url)
@@ -235,7 +275,9 @@ def _parse_url(url: str) -> sa.URL:
         parsed = parsed.set(password=password).difference_update_query(["password"])
     if parsed.drivername == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
-    return parsed
+    if parsed.get_backend_name() == "postgresql" and parsed.password is None:
+        parsed = parsed.set(password=password)
+    return parsed, parsed.render_as_string(hide_password=True)
 
 
 def _check_sqlite_url(url: sa.URL, examples: str) -> None:
@@ -287,6 +329,11 @@ def _limit_idle_transactions(connection: Any, _record: object) -> None:
     connection.commit()
 
 
+def _forbid_writing(connection: Any, _record: object) -> None:
+    connection.execute("SET default_transaction_read_only = on")
+    connection.commit()
+
+
 def _configure(engine: sa.Engine) -> None:
     """Configure the connections that an engine opens from now on."""
     is_sqlite = engine.dialect.name == "sqlite"
@@ -301,20 +348,26 @@ def _configure_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     connection.execute("PRAGMA synchronous=NORMAL")
 
 
-def _check_file(path: Path, safe_url: str, *, is_written: bool) -> None:
+def _check_file(path: Path, safe_url: str, *, may_be_missing: bool, is_written: bool) -> None:
     """Refuse a SQLite file that hpo cannot use before anything is written: the lock next to it, and WAL in its header.
 
     Args:
-        path: the file; it may be missing.
+        path: the file.
         safe_url: for messages.
+        may_be_missing: whether the caller creates a missing file.
         is_written: whether the caller must be able to write.
 
     Raises:
-        StorageError: see `_read_version`; the file is read-only, or the WAL next to it is of another file.
+        StorageError: see `_read_versions`; the file is missing or read-only, or the WAL next to it is of another file.
         sqlite3.Error: the file is not a database, or cannot be read.
     """
     if not path.exists():
-        return
+        if may_be_missing:
+            return
+        raise StorageError(
+            f"there is no database {safe_url} yet: `hpo run SPACE` creates it; or name another one with --storage "
+            "or HPO_STORAGE"
+        )
     if path.is_dir():
         raise StorageError(f"{safe_url} is a folder: name a file in it")
     if is_written and not os.access(path, os.W_OK):
@@ -328,17 +381,24 @@ def _check_file(path: Path, safe_url: str, *, is_written: bool) -> None:
         )
     try:
         with sqlite_file.engine(path, BUSY_SECONDS) as engine:
-            _read_version(engine, safe_url)
+            _read_versions(engine, safe_url)
     except DBAPIError as error:
         if "readonly" not in str(_driver_error(error)):
             raise
         # Opening the file would undo the transaction of a program that was killed: only if the file is ours.
         with sqlite_file.engine(path, BUSY_SECONDS, immutable=True) as engine:
-            _read_version(engine, safe_url)
+            _read_versions(engine, safe_url)
 
 
-def _read_version(engine: sa.Engine, safe_url: str) -> int | None:
-    """Return the version of our tables; None for an empty database, or one whose tables are incomplete or Optuna's only.
+class _Versions(NamedTuple):
+    """The versions of our tables and of Optuna's; None where there are none, or they are not complete."""
+
+    ours: int | None
+    optuna: str | None
+
+
+def _read_versions(engine: sa.Engine, safe_url: str) -> _Versions:
+    """Return the versions of the tables of a database.
 
     Optuna's tables may be next to others: on PostgreSQL, programs share a database. Nothing of theirs is changed, unless
     their tables have names of ours.
@@ -349,7 +409,7 @@ def _read_version(engine: sa.Engine, safe_url: str) -> int | None:
     inspector = sa.inspect(engine)
     names = {*inspector.get_table_names(), *inspector.get_view_names()}
     if not names:
-        return None
+        return _Versions(None, None)
 
     def columns(table: str) -> set[str]:
         return {column["name"] for column in inspector.get_columns(table)} if table in names else set()
@@ -368,16 +428,16 @@ def _read_version(engine: sa.Engine, safe_url: str) -> int | None:
         )
     known = names & set(_COLUMNS)
     if optuna_version == SCHEMA and version is not None:
-        return version
+        return _Versions(version, optuna_version)
     if optuna_version == SCHEMA:
         strange = {name for name in known if not columns(name) >= _COLUMNS[name]}
         if not strange and known >= _OPTUNA_TABLES:
-            return None
+            return _Versions(None, optuna_version)
     elif optuna_version is None and version is None and schema.name in names:
         # hpo was killed while it created tables: ours come first, and the versions last.
         strange = {name for name in names - {"alembic_version"} if columns(name) != _COLUMNS.get(name)}
         if not strange:
-            return None
+            return _Versions(None, None)
     else:
         strange = names
         if version is not None or ("version_info" in names and columns("studies") >= {"study_id", "study_name"}):

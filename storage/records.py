@@ -99,6 +99,8 @@ def read_keys(database: Database, study_id: int) -> set[str]:
 
 def read_ended_keys(database: Database, study_id: int) -> set[str]:
     """Return the keys of a study's configurations that have ended."""
+    if trials.name in database.missing_tables:
+        return set()
     trial = optuna_tables.trials
     query = sa.select(trials.c.key).join(trial, trial.c.trial_id == trials.c.trial)
     with database.engine.connect() as connection:
@@ -155,8 +157,10 @@ def count_trials(database: Database, *, without: Collection[str], study_id: int 
 
 def read_runs(database: Database, study_id: int) -> list[Any]:
     """Return the rows of a study's runs, oldest first, each with `now`, the database's time in seconds since 1970."""
-    query = (
-        sa.select(runs, database.now_seconds().label("now")).where(runs.c.study == study_id).order_by(runs.c.started)
-    )
+    if runs.name in database.missing_tables:
+        return []
+    columns = [column for column in runs.c if column is not runs.c.takeover_after]  # which old tables lack
+    query = sa.select(*columns, database.now_seconds().label("now")).where(runs.c.study == study_id)
+    query = query.order_by(runs.c.started)
     with database.engine.connect() as connection:
         return list(connection.execute(query))

@@ -223,6 +223,45 @@ def test_a_plan_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert list(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("study", ["mine", "toy"])
+def test_a_plan_and_a_list_do_not_change_a_database_of_optuna(tmp_path: Path, study: str) -> None:
+    """Even where a study of another program has the name of the search."""
+    url, space = f"sqlite:///{tmp_path}/hpo.db", toy_space(tmp_path)
+    optuna.create_study(study_name=study, storage=url)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    planned = api.plan_search(space, storage=url)
+    assert (planned.trials_left, planned.states) == (2, {})
+    assert [(summary.name, summary.state) for summary in api.list_studies(storage=url)] == [(study, "")]
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_plan_and_a_list_do_not_change_a_database_without_tables(tmp_path: Path) -> None:
+    file, space = tmp_path / "hpo.db", toy_space(tmp_path)
+    file.touch()
+    before = sorted(tmp_path.iterdir())
+    assert api.plan_search(space, storage=f"sqlite:///{file}").trials_left == 2
+    assert api.list_studies(storage=f"sqlite:///{file}") == []
+    assert sorted(tmp_path.iterdir()) == before
+    assert file.read_bytes() == b""
+
+
+def test_a_plan_and_a_list_see_a_running_search(tmp_path: Path) -> None:
+    """Its results are in the WAL, not in the file."""
+    url, space = f"sqlite:///{tmp_path}/hpo.db", toy_space(tmp_path)
+    with open_database(url) as database, run_of(open_study(database, **space.study_options), space) as run:
+        run.enqueue(space.grid_points(), space.distributions())
+        claim = run.claim()
+        assert claim is not None
+        run.complete(claim, 0.5)
+        run.flush()
+        files = [tmp_path / "hpo.db", tmp_path / "hpo.db-wal"]
+        before = [path.read_bytes() for path in files]
+        assert api.plan_search(space, storage=url).trials_left == 1
+        (summary,) = api.list_studies(storage=url)
+        assert (summary.state, summary.counts) == ("running", {"COMPLETE": 1})
+        assert [path.read_bytes() for path in files] == before
+
+
 # --- studies ----------------------------------------------------------------------------------------------------------
 
 
