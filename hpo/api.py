@@ -397,14 +397,17 @@ def _look_up(space: Space, storage: str, password: str | None) -> tuple[dict[str
 
 
 def _trials_left(space: Space, study: Study) -> int | None:
-    """Return how many trials have not ended; None where only time ends the search."""
+    """Return how many trials have not ended; None where only time ends the search.
+
+    What `hpo retry` lets run again is left, even if the budget was reduced meanwhile.
+    """
     total = space.total_trials
     if total is None:
         return None
-    ended = study.ended_keys()
+    ended, retried = study.ended_keys(), study.count_retried()
     if space.is_grid and len(ended) >= total:  # trials that were enqueued by hand may be no points of the grid
-        return sum(space.config_key(point) not in ended for point in space.planned_points())
-    return max(0, total - len(ended))
+        return max(retried, sum(space.config_key(point) not in ended for point in space.planned_points()))
+    return max(retried, total - len(ended))
 
 
 # --- studies ----------------------------------------------------------------------------------------------------------

@@ -304,6 +304,28 @@ def test_a_failed_trial_is_retried_from_its_start_or_its_checkpoint(tmp_path: Pa
         api.retry_trials("toy", [0, 1], storage=url)
 
 
+@pytest.mark.parametrize(("sampler", "parameters"), [("random", {"low": 1, "high": 9}), ("grid", [1, 2, 3])])
+def test_retried_trials_are_left_whatever_the_budget_says(tmp_path: Path, sampler: str, parameters: Any) -> None:
+    url = f"sqlite:///{tmp_path}/hpo.db"
+    x = {"type": "int"} | parameters if isinstance(parameters, dict) else parameters
+    options: dict[str, Any] = {"sampler": sampler, "parameters": {"x": x}}
+    space = toy_space(tmp_path, budget={"trials": 3}, **options)
+    with open_database(url) as database, run_of(open_study(database, **space.study_options), space) as run:
+        run.enqueue(space.grid_points() if space.is_grid else [], space.distributions())
+        for number in range(3):
+            claim = run.claim()
+            assert claim is not None
+            (run.complete(claim, 0.5) if number == 0 else run.fail(claim, "a bug"))
+    smaller = toy_space(tmp_path, budget={"trials": 1}, **options)
+    assert api.plan_search(smaller, storage=url).trials_left == 0
+    assert api.retry_trials("toy", storage=url) == [1, 2]
+    assert api.plan_search(smaller, storage=url).trials_left == 2
+    with open_database(url) as database:
+        study, _ = search_without_ray(smaller, database, tmp_path)
+        assert [trial.state.name for trial in study.trials()] == ["COMPLETE"] * 3
+    assert api.plan_search(smaller, storage=url).trials_left == 0
+
+
 def test_only_failed_trials_of_hpo_are_retried(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/hpo.db"
     with open_database(url) as database:
