@@ -1,6 +1,7 @@
 """The command line: flags and environment variables in, text and exit codes out.
 
 Exit codes: 0 finished; 1 finished, but no trial completed; 2 the user must change something; 130 stopped, resumable.
+A search whose time budget is spent is finished. One that stopped because its first trials all failed is not: 2.
 `hpo.api` does the work. Each verb imports what it needs, so `hpo --help` is fast.
 """
 
@@ -208,8 +209,8 @@ def run(
 
     RAY_ADDRESS joins a running Ray cluster. PGPASSWORD is the password of a PostgreSQL URL without one.
 
-    The exit code is 0 if a trial completed, 1 if none did, 2 if you must change something, and 130 if the
-    search was stopped.
+    The exit code is 0 if a trial completed, 1 if none did, 2 if you must change something, such as code with which
+    the first trials all fail, and 130 if the search was stopped.
 
     \b
     Example:  hpo run grid --set max_epochs=2 --set parameters.lr=0.02
@@ -543,6 +544,11 @@ def _hint(verb: str, *words: str, storage: str) -> str:
 def _exit_code(result: SearchResult) -> int:
     if result.interrupted:
         return 130
+    if result.stop_reason:
+        from hpo.search.coordinator import TIME_SPENT
+
+        if result.stop_reason != TIME_SPENT:  # the first trials failed
+            return 2
     return 0 if result.results.counts["COMPLETE"] else 1
 
 
