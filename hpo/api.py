@@ -179,6 +179,7 @@ def _search(
     listener: ProgressListener,
 ) -> tuple[Study, SearchOutcome]:
     """Run the trials that are left. Slow imports happen here, while Ray starts in the background."""
+    from hpo.cleaning import note_database
     from hpo.search.estimate import is_worth_measuring
     from hpo.search.slots import plan_slots
     from hpo.search.tune import run_trials
@@ -189,6 +190,7 @@ def _search(
         provenance["data_sha256"], images = probes.describe_data()
     # Only now, so that a missing data set does not leave an empty study.
     study = open_study(database, **space.study_options)
+    note_database(runs_dir.checkpoints(study.unique_name), database)
     listener.study_opened(space, study.name, database.url, study.counts())
     size = cluster.size()
     slots = plan_slots(space, left, *size)

@@ -407,7 +407,8 @@ def clean(storage: str, yes: bool) -> int:
     studies, damaged checkpoints, and what killed processes left.
 
     Reports, exports, copies of the database (hpo.db.version-N), the files of a study that is running, and those of
-    studies that the database does not know are kept.
+    studies that the database does not know are kept. So are those of a deleted study that another database has, if
+    that database is in runs/, next to this one, or has trained trials there. Other copies are not seen.
 
     \b
     Example:  hpo clean --yes
@@ -420,6 +421,8 @@ def clean(storage: str, yes: bool) -> int:
         print(f"{format_bytes(each.disk_bytes):>8}  {each.folder}: {each.what}")
     for folder, size in cleaning.unknown.items():
         print(f"kept: {folder} ({format_bytes(size)}), which is of no study in {_without_password(storage)}")
+    for folder, other in cleaning.shared.items():
+        print(f"kept: {folder}, of a study that was deleted here, but that {other} has, or may have")
     for name in cleaning.running:
         print(f"kept: the files of {name}, which is running")
     for problem in cleaning.problems:

@@ -30,6 +30,7 @@ from storage.optuna_tables import SCHEMA
 from storage.tables import metadata, schema
 
 BUSY_SECONDS = 60.0  # how long a SQLite writer waits for another writer
+_LOOK_SECONDS = 5.0  # how long a look at another database waits for its writer
 RETRY_SECONDS = 600.0  # how long an operation is retried while the database is down
 
 # A connection whose packets are dropped ends after about a minute instead of hours. PostgreSQL's names and units, for the
@@ -91,6 +92,11 @@ class Database:
     engine: sa.Engine
     optuna_storage: RDBStorage
     missing_tables: frozenset[str] = frozenset()
+
+    @property
+    def file(self) -> Path | None:
+        """The SQLite file; None for PostgreSQL."""
+        return Path(str(self.engine.url.database)).resolve() if self.engine.dialect.name == "sqlite" else None
 
     def now_seconds(self) -> sa.ColumnElement[float]:
         """Return an SQL expression for the database's time, in seconds since 1970.
@@ -196,6 +202,18 @@ def open_for_reading(url: str, password: str | None = None) -> Database | None:
         except BaseException:
             engine.dispose()
             raise
+
+
+def hpo_ids(path: Path) -> set[str]:
+    """Return the `hpo:id` of each study in a SQLite file, which may be of any program. The file is only read.
+
+    Raises:
+        StorageError: the file cannot be read.
+    """
+    with translate_errors(str(path)), sqlite_file.engine(path, _LOOK_SECONDS) as engine, engine.connect() as connection:
+        if not sa.inspect(connection).has_table(optuna_tables.study_user_attributes.name):
+            return set()
+        return {value for value in optuna_tables.read_study_attr(connection, "hpo:id").values() if value is not None}
 
 
 def _create_tables(url: sa.URL, engine: sa.Engine, options: dict[str, Any]) -> RDBStorage:
