@@ -191,6 +191,7 @@ def _search(
     listener: ProgressListener,
 ) -> tuple[Study, SearchOutcome]:
     """Run the trials that are left. Slow imports happen here, while Ray starts in the background."""
+    from hpo.cleaning import note_database
     from hpo.search.estimate import is_worth_measuring
     from hpo.search.slots import plan_slots
     from hpo.search.tune import run_trials
@@ -201,6 +202,7 @@ def _search(
         provenance["data_sha256"], images = probes.describe_data()
     # Only now, so that a missing data set does not leave an empty study.
     study = open_study(database, **space.study_options)
+    note_database(runs_dir.checkpoints(study.unique_name), database)
     listener.study_opened(space, study.name, database.url, study.counts())
     size = cluster.size()
     slots = plan_slots(space, left, *size)
@@ -373,7 +375,9 @@ def plan_search(
     runs_dir: Path | str = "runs",
     listener: ProgressListener | None = None,
 ) -> PlannedSearch:
-    """Measure training steps on this machine and estimate the time and memory of a search. Nothing is stored.
+    """Measure training steps on this machine and estimate the time and memory of a search.
+
+    Nothing is stored. The database is only read: tables of an older version are not migrated.
 
     Args:
         space: the search.
@@ -395,23 +399,15 @@ def plan_search(
     from hpo.search.estimate import machine_size
     from hpo.search.mps import start_mps
     from hpo.search.slots import may_share_gpu, plan_slots
-    from storage.database import open_database
-    from storage.studies import find_revision
 
     listener = listener or NullListener()
-    data, study = space.trainable_data(Path(data_dir).resolve()), None
-    states: dict[str, str] = {}
+    data = space.trainable_data(Path(data_dir).resolve())
     check_trainable(space)
     if (note := note_horizon(space)) is not None:
         listener.note(note)
     with start_mps(is_wanted=may_share_gpu(space)) as mps, _start_probes(space, data, Path(runs_dir)) as probes:
         _note_failure(mps, listener)
-        if not is_new_database(storage):
-            database = open_database(storage, password, create=False)
-            study = find_revision(database, space.name, space.fingerprint)
-        if study is not None:
-            states = {space.config_key(trial.params): trial.state.name for trial in study.trained_trials()}
-        left = space.total_trials if study is None else _trials_left(space, study)
+        states, left = _look_up(space, storage, password)
         size, estimate = machine_size(), None
         slots = plan_slots(space, left, *size)
         if probes is not None:
@@ -422,15 +418,33 @@ def plan_search(
     return PlannedSearch(space, slots, estimate, states, left)
 
 
+def _look_up(space: Space, storage: str, password: str | None) -> tuple[dict[str, str], int | None]:
+    """Return the stored states of a search, and how many trials have not ended; see `PlannedSearch`."""
+    if is_new_database(storage):
+        return {}, space.total_trials
+    from storage.database import open_for_reading
+    from storage.studies import find_revision
+
+    with open_for_reading(storage, password) or nullcontext() as database:
+        study = None if database is None else find_revision(database, space.name, space.fingerprint)
+        if study is None:
+            return {}, space.total_trials
+        states = {space.config_key(trial.params): trial.state.name for trial in study.trained_trials()}
+        return states, _trials_left(space, study)
+
+
 def _trials_left(space: Space, study: Study) -> int | None:
-    """Return how many trials have not ended; None where only time ends the search."""
+    """Return how many trials have not ended; None where only time ends the search.
+
+    What `hpo retry` lets run again is left, even if the budget was reduced meanwhile.
+    """
     total = space.total_trials
     if total is None:
         return None
-    ended = study.ended_keys()
+    ended, retried = study.ended_keys(), study.count_retried()
     if space.is_grid and len(ended) >= total:  # trials that were enqueued by hand may be no points of the grid
-        return sum(space.config_key(point) not in ended for point in space.planned_points())
-    return max(0, total - len(ended))
+        return max(retried, sum(space.config_key(point) not in ended for point in space.planned_points()))
+    return max(retried, total - len(ended))
 
 
 # --- studies ----------------------------------------------------------------------------------------------------------
@@ -442,7 +456,7 @@ def list_studies(
     """Return a summary of each study in a database, oldest first, without reading its trials.
 
     Args:
-        storage: the database; it is not created.
+        storage: the database. It is only read: neither created, nor migrated, nor changed.
         password: the PostgreSQL password, used if the URL has none.
         runs_dir: the folder with the checkpoints, for the size of each study's files.
 
@@ -453,11 +467,11 @@ def list_studies(
         StorageError: there is no such database, or it cannot be used.
     """
     from hpo.cleaning import count_bytes
-    from storage.database import open_database
+    from storage.database import open_for_reading
     from storage.studies import summarize
 
-    with open_database(storage, password, create=False) as database:
-        summaries = summarize(database)
+    with open_for_reading(storage, password) or nullcontext() as database:
+        summaries = [] if database is None else summarize(database)
     runs = RunsDir(Path(runs_dir))
     return [
         replace(each, disk_bytes=count_bytes(runs.checkpoints(each.unique_name))) if each.unique_name else each

@@ -1,8 +1,9 @@
 """Finds and deletes what no search needs any more: `hpo clean`.
 
 Nothing is deleted unless the database says whose it is, or its name says that it is a leftover. Several databases may share
-a folder: what belongs to a study that this database does not know is kept. Exports, reports and copies of the database are
-the user's.
+a folder: what belongs to a study that this database does not know is kept. So is what a copy of the database may still need:
+a study that was deleted from one of them is in the other under the same name. Exports, reports and copies of the database
+are the user's.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from hpo.errors import SpaceError
-from hpo.paths import RunsDir, study_id_of
+from hpo.paths import DATABASES_FILE, RunsDir, study_id_of
 from hpo.search.probes import SCRATCH_PREFIX
 from hpo.search.retention import checkpoint_files, is_of, superfluous_trials, trials_with_checkpoints
 from hpo.space.model import Space
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 LEFTOVER_SECONDS = 86_400.0  # no process writes a file, or measures training steps, for so long
 # See `hpo.paths.atomic_file` and `storage.migrations.back_up`. The user may have other hidden files.
 _DRAFT = re.compile(r"\..+\.(?:(?P<pid>\d+)-[0-9a-f]{8}|version-\d+)\.tmp")
+_MIGRATED = re.compile(r"\.version-\d+$")  # see `storage.migrations.back_up`
+_SQLITE = b"SQLite format 3\0"  # a file starts with it
 _SET_ASIDE = re.compile(r"\d+\.other-\d+")  # see `hpo.search.checkpoints.claim_folder`
 
 
@@ -60,12 +63,15 @@ class Cleaning:
     Attributes:
         garbage: what can be deleted.
         unknown: {folder: bytes} of studies that the database does not know. They are kept.
+        shared: {folder: the other database} of studies that were deleted from the database, but not from another. They are
+            kept.
         running: names of the studies that are running. Their files are kept.
         problems: what could not be deleted, and why.
     """
 
     garbage: list[Garbage]
     unknown: dict[Path, int]
+    shared: dict[Path, str]
     running: list[str]
     problems: list[str]
 
@@ -94,23 +100,32 @@ def find_garbage(database: Database, runs_dir: RunsDir) -> Cleaning:
     deleted = deleted_studies(database) - {study_id_of(name) for name in studies}
     running = {summary.unique_name: summary.name for summary in summarize(database) if summary.state == "running"}
 
+    others = _OtherDatabases(database, runs_dir.root)
+
     garbage: list[Garbage] = []
     unknown: dict[Path, int] = {}
+    shared: dict[Path, str] = {}
     for folder in folders:
+        other, identity = others.find(folder), study_id_of(folder.name)
         if folder.name in studies:
-            garbage += [] if folder.name in running else _of_study(studies[folder.name], folder)
-        elif study_id_of(folder.name) in deleted:
+            garbage += [] if folder.name in running else _of_study(studies[folder.name], folder, is_shared=bool(other))
+        elif identity in deleted and other:
+            shared[folder] = other
+            deleted.discard(identity)
+        elif identity in deleted:
             garbage.append(Garbage("of a deleted study", folder, (folder,)))
         else:
             unknown[folder] = count_bytes(folder)
-    published = [path for path in artifacts if path.name.partition("-")[0] in deleted]
+    published = [
+        path for path in artifacts if (name := path.name.partition("-")[0]) in deleted and not others.has(name)
+    ]
     garbage += [
         Garbage("artifacts of deleted studies", runs_dir.artifacts, tuple(published)),
         Garbage("left by searches that were killed", runs_dir.root, tuple(_leftovers(runs_dir.root))),
     ]
     for folder in [runs_dir.artifacts, *_entries(runs_dir.reports)]:
         garbage.append(Garbage("unfinished files", folder, tuple(_drafts(folder, _is_old))))
-    return Cleaning(_measured([each for each in garbage if each.paths]), unknown, sorted(running.values()), [])
+    return Cleaning(_measured([each for each in garbage if each.paths]), unknown, shared, sorted(running.values()), [])
 
 
 def delete_garbage(found: Cleaning) -> Cleaning:
@@ -135,8 +150,85 @@ def count_bytes(path: Path | str) -> int:
 # --- what is garbage --------------------------------------------------------------------------------------------------
 
 
-def _of_study(study: Study, folder: Path) -> Iterator[Garbage]:
-    """Yield what a study that is not running does not need of its folder."""
+class _OtherDatabases:
+    """The other databases that may have studies of this one: copies of it, or those that it is a copy of.
+
+    They are found next to the database, in the folder to clean, and in what each run notes in its study's folder.
+
+    Args:
+        database: this one.
+        root: the folder to clean.
+    """
+
+    def __init__(self, database: Database, root: Path) -> None:
+        self._own = _name_of(database)
+        self._ids: dict[Path, set[str] | None] = {}  # None: the file cannot be read
+        folders = {root.resolve(), *([] if database.file is None else [database.file.parent])}
+        self._files = [path for folder in sorted(folders) for path in _entries(folder) if _is_sqlite(path)]
+
+    def has(self, identity: str) -> str:
+        """Return which database file may have a study with this `hpo:id`; empty if none has."""
+        return next((str(path) for path in self._files if self._may_have(path, identity)), "")
+
+    def find(self, folder: Path) -> str:
+        """Return which database may have the study of a folder; empty if there is none."""
+        identity = study_id_of(folder.name)
+        for name in _noted_databases(folder):
+            if name != self._own and ("://" in name or self._may_have(Path(name), identity)):
+                return name
+        return self.has(identity)
+
+    def _may_have(self, path: Path, identity: str) -> bool:
+        from storage.database import StorageError, hpo_ids
+
+        if str(path) == self._own or not path.exists():
+            return False
+        if path not in self._ids:
+            self._ids[path] = None
+            with suppress(StorageError):
+                self._ids[path] = hpo_ids(path)
+        ids = self._ids[path]
+        return ids is None or identity in ids
+
+
+def note_database(folder: Path, database: Database) -> None:
+    """Note in the folder of a study that this database needs it. It is a hint only: errors of the disk are ignored."""
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        if _name_of(database) not in _noted_databases(folder):
+            with (folder / DATABASES_FILE).open("a") as file:
+                file.write(f"{_name_of(database)}\n")
+
+
+def _noted_databases(folder: Path) -> list[str]:
+    with suppress(OSError, ValueError):
+        return (folder / DATABASES_FILE).read_text().splitlines()
+    return []
+
+
+def _name_of(database: Database) -> str:
+    """Return the path of a SQLite file, or a URL without a password."""
+    return database.url if database.file is None else str(database.file)
+
+
+def _is_sqlite(path: Path) -> bool:
+    if _MIGRATED.search(path.name):  # a copy that a migration made: only as old as the version that could use it
+        return False
+    with suppress(OSError):
+        if path.is_file():
+            with path.open("rb") as file:
+                return file.read(len(_SQLITE)) == _SQLITE
+    return False
+
+
+def _of_study(study: Study, folder: Path, *, is_shared: bool) -> Iterator[Garbage]:
+    """Yield what a study that is not running does not need of its folder.
+
+    Args:
+        study: the study.
+        folder: of its checkpoints.
+        is_shared: whether another database may have it, too. What was set aside may be of trials of that one.
+    """
     with suppress(SpaceError):  # settings of another version
         space = Space.from_settings(study.settings)
         files: list[Path] = []
@@ -150,7 +242,7 @@ def _of_study(study: Study, folder: Path) -> Iterator[Garbage]:
     yield Garbage(
         "files of other configurations or earlier attempts, which were set aside",
         folder,
-        tuple(path for path in trials if _SET_ASIDE.fullmatch(path.name)),
+        tuple(path for path in trials if _SET_ASIDE.fullmatch(path.name) and not is_shared),
     )
     inside = [path for trial in trials if trial.name.isdecimal() for path in _entries(trial)]
     yield Garbage("damaged checkpoints", folder, tuple(path for path in inside if path.name.endswith(".damaged")))

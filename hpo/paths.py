@@ -18,6 +18,7 @@ LOG_FILE = "log.txt"  # in a trial's folder: the output of its script
 HANG_FILE = "hang.txt"  # in a trial's folder: the stack of every thread of a worker that hung
 LOST_FILE = "device_lost.txt"  # in a trial's folder: the error after which its worker's process could not use the GPU
 CONFIGURATION_FILE = "configuration.json"  # in a trial's folder: whose files these are
+DATABASES_FILE = "databases.txt"  # in a study's folder: which databases have trained its trials, one a line
 SCRIPT_DIR = "script"  # in a trial's folder: {checkpoint_dir} of its script
 
 _UNSAFE = re.compile(r"[^\w.@+-]")

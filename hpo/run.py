@@ -1,6 +1,7 @@
 """The command line: flags and environment variables in, text and exit codes out.
 
 Exit codes: 0 finished; 1 finished, but no trial completed; 2 the user must change something; 130 stopped, resumable.
+A search whose time budget is spent is finished. One that stopped because nothing can be trained is not: 2.
 `hpo.api` does the work. Each verb imports what it needs, so `hpo --help` is fast.
 """
 
@@ -208,8 +209,8 @@ def run(
 
     RAY_ADDRESS joins a running Ray cluster. PGPASSWORD is the password of a PostgreSQL URL without one.
 
-    The exit code is 0 if a trial completed, 1 if none did, 2 if you must change something, and 130 if the
-    search was stopped.
+    The exit code is 0 if a trial completed, 1 if none did, 2 if you must change something, such as code with which
+    all trials fail, and 130 if the search was stopped.
 
     \b
     Example:  hpo run grid --set max_epochs=2 --set parameters.lr=0.02
@@ -252,7 +253,8 @@ def run(
 def plan(space: str, overrides: Sequence[str], storage: str, data_dir: Path) -> int:
     """Show the trials, time and memory that a search needs.
 
-    Some training steps are measured on this machine. The database is not changed.
+    Some training steps are measured on this machine. The database is only read: not even tables of an older version
+    are migrated.
 
     \b
     Example:  hpo plan grid --set max_epochs=10
@@ -406,7 +408,8 @@ def clean(storage: str, yes: bool) -> int:
     studies, damaged checkpoints, and what killed processes left.
 
     Reports, exports, copies of the database (hpo.db.version-N), the files of a study that is running, and those of
-    studies that the database does not know are kept.
+    studies that the database does not know are kept. So are those of a deleted study that another database has, if
+    that database is in runs/, next to this one, or has trained trials there. Other copies are not seen.
 
     \b
     Example:  hpo clean --yes
@@ -419,6 +422,8 @@ def clean(storage: str, yes: bool) -> int:
         print(f"{format_bytes(each.disk_bytes):>8}  {each.folder}: {each.what}")
     for folder, size in cleaning.unknown.items():
         print(f"kept: {folder} ({format_bytes(size)}), which is of no study in {_without_password(storage)}")
+    for folder, other in cleaning.shared.items():
+        print(f"kept: {folder}, of a study that was deleted here, but that {other} has, or may have")
     for name in cleaning.running:
         print(f"kept: the files of {name}, which is running")
     for problem in cleaning.problems:
@@ -541,8 +546,12 @@ def _hint(verb: str, *words: str, storage: str) -> str:
 
 
 def _exit_code(result: SearchResult) -> int:
+    from hpo.search.coordinator import BROKEN
+
     if result.interrupted:
         return 130
+    if result.stop_reason.startswith(BROKEN):
+        return 2
     return 0 if result.results.counts["COMPLETE"] else 1
 
 

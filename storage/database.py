@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sqlite3
 import time
 import zlib
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import optuna
 import sqlalchemy as sa
@@ -23,13 +24,13 @@ from filelock import FileLock
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
-from sqlalchemy.pool import NullPool
 
-from storage import migrations
+from storage import migrations, optuna_tables, sqlite_file
 from storage.optuna_tables import SCHEMA
 from storage.tables import metadata, schema
 
 BUSY_SECONDS = 60.0  # how long a SQLite writer waits for another writer
+_LOOK_SECONDS = 5.0  # how long a look at another database waits for its writer
 RETRY_SECONDS = 600.0  # how long an operation is retried while the database is down
 
 # A connection whose packets are dropped ends after about a minute instead of hours. PostgreSQL's names and units, for the
@@ -41,10 +42,24 @@ _TCP_OPTIONS = {
     "tcp_user_timeout": 60_000,  # milliseconds
 }
 
+_DAMAGED = (
+    "the file is damaged: recover it with `sqlite3 FILE .recover`, or restore a copy. Before you restore one, stop all "
+    "programs that use the file, and delete FILE-wal and FILE-shm: SQLite would mix them with the copy"
+)
+_READ_ONLY = "the file is read-only: make it and its folder writable"
+
 _DRIVERS = ("sqlite", "sqlite+pysqlite", "postgresql", "postgresql+psycopg")
 
-# Columns that Optuna's tables have in all versions. Other programs may have tables with these names, too.
-_OPTUNA_COLUMNS = {"studies": {"study_id", "study_name"}, "trials": {"trial_id", "study_id"}}
+# What a SQLite URL may say after `?`. Others change what a transaction is, or name something that is no file.
+_SQLITE_OPTIONS = {"check_same_thread", "timeout"}
+
+# {table: columns} of Optuna's tables and of ours. Other programs may have tables with these names, too.
+_COLUMNS = {
+    table.name: {column.name for column in table.columns}
+    for tables in (optuna_tables.metadata, metadata)
+    for table in tables.sorted_tables
+}
+_OPTUNA_TABLES = set(optuna_tables.metadata.tables)
 
 # A transaction of ours never waits between two statements, unless its process is suspended. The server then ends it, and
 # releases the rows that it locked: without this, all other runs on the study would wait until the process continues.
@@ -70,11 +85,18 @@ class Database:
         url: the URL without its password, for messages.
         engine: SQLAlchemy's engine, for our tables.
         optuna_storage: Optuna's storage. It has its own engine with the same options.
+        missing_tables: names of our tables that it lacks. Only `open_for_reading` leaves it so.
     """
 
     url: str
     engine: sa.Engine
     optuna_storage: RDBStorage
+    missing_tables: frozenset[str] = frozenset()
+
+    @property
+    def file(self) -> Path | None:
+        """The SQLite file; None for PostgreSQL."""
+        return Path(str(self.engine.url.database)).resolve() if self.engine.dialect.name == "sqlite" else None
 
     def now_seconds(self) -> sa.ColumnElement[float]:
         """Return an SQL expression for the database's time, in seconds since 1970.
@@ -117,19 +139,11 @@ def open_database(url: str, password: str | None = None, *, create: bool = True)
         StorageError: the URL is wrong; the database is down or forbids access; another program, a newer version
             of hpo or another version of Optuna created its tables.
     """
-    parsed = _parse_url(url)
-    if parsed.get_backend_name() == "postgresql" and parsed.password is None:
-        parsed = parsed.set(password=password)
-    safe_url = parsed.render_as_string(hide_password=True)
+    parsed, safe_url = _parse_url(url, password)
     with translate_errors(safe_url):
         if parsed.get_backend_name() == "sqlite":
-            if not create and not Path(str(parsed.database)).exists():
-                raise StorageError(
-                    f"there is no database {safe_url} yet: `hpo run SPACE` creates it; or name another one with --storage "
-                    "or HPO_STORAGE"
-                )
+            _check_file(Path(str(parsed.database)), safe_url, may_be_missing=create, is_written=create)
             _create_folder(parsed, safe_url)
-            _check_file(Path(str(parsed.database)), safe_url)
         options = _engine_options(parsed)
         engine = sa.create_engine(parsed, **options)
         _configure(engine)
@@ -139,7 +153,7 @@ def open_database(url: str, password: str | None = None, *, create: bool = True)
         try:
             # The first connection needs the lock, too: it turns on WAL, for which SQLite does not wait for other writers.
             with _schema_lock(engine):
-                version = _read_version(engine, safe_url)
+                version = _read_versions(engine, safe_url).ours
                 if version is None:
                     return Database(safe_url, engine, _create_tables(parsed, engine, options))
                 if version < migrations.VERSION:
@@ -148,6 +162,58 @@ def open_database(url: str, password: str | None = None, *, create: bool = True)
         except BaseException:
             engine.dispose()
             raise
+
+
+def open_for_reading(url: str, password: str | None = None) -> Database | None:
+    """Open a database to look at its studies: nothing is created, migrated or changed, not even files next to it.
+
+    What reads runs and the states of trials works with the tables of every version, and with Optuna's alone.
+
+    Args:
+        url: see `open_database`.
+        password: see `open_database`.
+
+    Returns:
+        The database; None if it has no tables yet, or not all of them.
+
+    Raises:
+        StorageError: see `open_database`; or there is no such SQLite file.
+    """
+    parsed, safe_url = _parse_url(url, password)
+    options = _engine_options(parsed)
+    is_sqlite = parsed.get_backend_name() == "sqlite"
+    if is_sqlite:
+        path = Path(str(parsed.database))
+        options["creator"] = lambda: sqlite_file.connect(path, BUSY_SECONDS)
+    with translate_errors(safe_url):
+        if is_sqlite:
+            _check_file(path, safe_url, may_be_missing=False, is_written=False)
+        engine = sa.create_engine(parsed, **options)
+        if not is_sqlite:
+            _configure(engine)
+            sa.event.listen(engine, "connect", _forbid_writing)
+        try:
+            if _read_versions(engine, safe_url).optuna is None:
+                engine.dispose()
+                return None
+            missing = set(metadata.tables) - set(sa.inspect(engine).get_table_names())
+            storage = _create_optuna_storage(parsed, options, skip_table_creation=True, is_written=False)
+            return Database(safe_url, engine, storage, frozenset(missing))
+        except BaseException:
+            engine.dispose()
+            raise
+
+
+def hpo_ids(path: Path) -> set[str]:
+    """Return the `hpo:id` of each study in a SQLite file, which may be of any program. The file is only read.
+
+    Raises:
+        StorageError: the file cannot be read.
+    """
+    with translate_errors(str(path)), sqlite_file.engine(path, _LOOK_SECONDS) as engine, engine.connect() as connection:
+        if not sa.inspect(connection).has_table(optuna_tables.study_user_attributes.name):
+            return set()
+        return {value for value in optuna_tables.read_study_attr(connection, "hpo:id").values() if value is not None}
 
 
 def _create_tables(url: sa.URL, engine: sa.Engine, options: dict[str, Any]) -> RDBStorage:
@@ -186,20 +252,26 @@ def _transaction(engine: sa.Engine) -> Iterator[sa.Connection]:
         yield connection
 
 
-def _create_optuna_storage(url: sa.URL, options: dict[str, Any], *, skip_table_creation: bool) -> RDBStorage:
+def _create_optuna_storage(
+    url: sa.URL, options: dict[str, Any], *, skip_table_creation: bool, is_written: bool = True
+) -> RDBStorage:
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # no "A new study created" in the log
     storage = RDBStorage(
         url.render_as_string(hide_password=False),
         engine_kwargs=options,
-        skip_compatibility_check=True,  # where it fails, it leaks its connections; _read_version checks instead
+        skip_compatibility_check=True,  # where it fails, it leaks its connections; _read_versions checks instead
         skip_table_creation=skip_table_creation,
     )
-    _configure(storage.engine)
+    if is_written or url.get_backend_name() == "postgresql":
+        _configure(storage.engine)
+    if not is_written and url.get_backend_name() == "postgresql":
+        sa.event.listen(storage.engine, "connect", _forbid_writing)
     storage.engine.dispose()  # connections opened so far were not configured
     return storage
 
 
-def _parse_url(url: str) -> sa.URL:
+def _parse_url(url: str, password: str | None) -> tuple[sa.URL, str]:
+    """Return a URL, with the password if it has none, and without any password for messages."""
     examples = "for example sqlite:///runs/hpo.db or postgresql://user:password@host:5432/hpo"
     try:
         parsed = sa.make_url(url)
@@ -213,15 +285,32 @@ def _parse_url(url: str) -> sa.URL:
         raise StorageError(f"{parsed.get_backend_name()} is not supported; {examples}")
     if parsed.drivername not in _DRIVERS:
         raise StorageError(f"hpo does not use the driver {parsed.drivername}; {examples}")
-    if parsed.get_backend_name() == "sqlite" and parsed.database in {None, "", ":memory:"}:
-        raise StorageError(f"a SQLite database in memory ends with the process; name a file, {examples}")
+    if parsed.get_backend_name() == "sqlite":
+        _check_sqlite_url(parsed, examples)
     if "password" in parsed.query:  # messages hide the password in its usual place only
         found = parsed.query["password"]
         password = parsed.password or (found if isinstance(found, str) else found[0])
         parsed = parsed.set(password=password).difference_update_query(["password"])
     if parsed.drivername == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
-    return parsed
+    if parsed.get_backend_name() == "postgresql" and parsed.password is None:
+        parsed = parsed.set(password=password)
+    return parsed, parsed.render_as_string(hide_password=True)
+
+
+def _check_sqlite_url(url: sa.URL, examples: str) -> None:
+    """Refuse what names no file. SQLite takes a name that starts with `file:` for a URI, which may name memory."""
+    name = url.database or ""
+    if name in {"", ":memory:"} or url.query.get("mode") == "memory" or "vfs" in url.query:
+        raise StorageError(f"a SQLite database in memory ends with the process; name a file, {examples}")
+    if name.startswith("file:"):
+        raise StorageError(f"hpo opens SQLite files by their path, not by a file: URI; {examples}")
+    unknown = sorted(set(url.query) - _SQLITE_OPTIONS)
+    if unknown:
+        allowed = " and ".join(sorted(_SQLITE_OPTIONS))
+        raise StorageError(
+            f"hpo does not use the option {unknown[0]!r} of a SQLite URL (allowed: {allowed}); {examples}"
+        )
 
 
 def _create_folder(url: sa.URL, safe_url: str) -> None:
@@ -258,6 +347,11 @@ def _limit_idle_transactions(connection: Any, _record: object) -> None:
     connection.commit()
 
 
+def _forbid_writing(connection: Any, _record: object) -> None:
+    connection.execute("SET default_transaction_read_only = on")
+    connection.commit()
+
+
 def _configure(engine: sa.Engine) -> None:
     """Configure the connections that an engine opens from now on."""
     is_sqlite = engine.dialect.name == "sqlite"
@@ -272,63 +366,107 @@ def _configure_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     connection.execute("PRAGMA synchronous=NORMAL")
 
 
-def _check_file(path: Path, safe_url: str) -> None:
+def _check_file(path: Path, safe_url: str, *, may_be_missing: bool, is_written: bool) -> None:
     """Refuse a SQLite file that hpo cannot use before anything is written: the lock next to it, and WAL in its header.
 
+    Args:
+        path: the file.
+        safe_url: for messages.
+        may_be_missing: whether the caller creates a missing file.
+        is_written: whether the caller must be able to write.
+
     Raises:
-        StorageError: see `_read_version`.
-        sqlite3.Error: the file is not a database, or cannot be opened.
+        StorageError: see `_read_versions`; the file is missing or read-only, or the WAL next to it is of another file.
+        sqlite3.Error: the file is not a database, or cannot be read.
     """
-    # Immutable: SQLite locks and writes nothing, and does not read the WAL. What is in use has been opened before.
-    if not path.exists() or any(Path(f"{path}-{suffix}").exists() for suffix in ("wal", "journal")):
-        return
-    uri = f"{path.resolve().as_uri()}?mode=ro&immutable=1"
-    engine = sa.create_engine("sqlite://", creator=lambda: sqlite3.connect(uri, uri=True), poolclass=NullPool)
+    if not path.exists():
+        if may_be_missing:
+            return
+        raise StorageError(
+            f"there is no database {safe_url} yet: `hpo run SPACE` creates it; or name another one with --storage "
+            "or HPO_STORAGE"
+        )
+    if path.is_dir():
+        raise StorageError(f"{safe_url} is a folder: name a file in it")
+    if is_written and not os.access(path, os.W_OK):
+        raise StorageError(f"{safe_url}: {_READ_ONLY}")
+    # Before the tables are read, which fails where the WAL is of another file.
+    if sqlite_file.is_newer_than_its_wal(path) and not sqlite_file.is_intact(path, BUSY_SECONDS):
+        raise StorageError(
+            f"{safe_url} and the file {path.name}-wal next to it do not fit together. If you restored a copy: stop all "
+            f"programs that use it, then delete {path.name}-wal and {path.name}-shm, which are of the file before. If not, "
+            f"{_DAMAGED}"
+        )
     try:
-        _read_version(engine, safe_url)
+        with sqlite_file.engine(path, BUSY_SECONDS) as engine:
+            _read_versions(engine, safe_url)
     except DBAPIError as error:
-        cause = _driver_error(error)
-        if "not a database" in str(cause) or "unable to open" in str(cause):
+        if "readonly" not in str(_driver_error(error)):
             raise
-    finally:
-        engine.dispose()
+        # Opening the file would undo the transaction of a program that was killed: only if the file is ours.
+        with sqlite_file.engine(path, BUSY_SECONDS, immutable=True) as engine:
+            _read_versions(engine, safe_url)
 
 
-def _read_version(engine: sa.Engine, safe_url: str) -> int | None:
-    """Return the version of our tables; None for an empty database, or one whose tables are incomplete or Optuna's only.
+class _Versions(NamedTuple):
+    """The versions of our tables and of Optuna's; None where there are none, or they are not complete."""
+
+    ours: int | None
+    optuna: str | None
+
+
+def _read_versions(engine: sa.Engine, safe_url: str) -> _Versions:
+    """Return the versions of the tables of a database.
+
+    Optuna's tables may be next to others: on PostgreSQL, programs share a database. Nothing of theirs is changed, unless
+    their tables have names of ours.
 
     Raises:
         StorageError: another program, a newer version of hpo or another version of Optuna created the tables.
     """
     inspector = sa.inspect(engine)
-    tables = set(inspector.get_table_names())
-    is_known = bool(tables & {"studies", "hpo_schema"}) and all(
-        columns <= {column["name"] for column in inspector.get_columns(table)}
-        for table, columns in _OPTUNA_COLUMNS.items()
-        if table in tables
-    )
-    if tables and not is_known:
-        raise StorageError(
-            f"{safe_url} belongs to another program (it has the tables {', '.join(sorted(tables)[:3])}, ...); "
-            "name an empty database or one of Optuna's"
-        )
+    names = {*inspector.get_table_names(), *inspector.get_view_names()}
+    if not names:
+        return _Versions(None, None)
+
+    def columns(table: str) -> set[str]:
+        return {column["name"] for column in inspector.get_columns(table)} if table in names else set()
+
+    version: int | None = None
+    optuna_version: str | None = None
     with engine.connect() as connection:
-        version = connection.scalar(sa.select(schema.c.version)) if "hpo_schema" in tables else None
-        if version is not None and version > migrations.VERSION:
+        if columns(schema.name) == {"version"}:
+            version = connection.scalar(sa.select(schema.c.version))
+        if "version_num" in columns("alembic_version"):
+            optuna_version = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
+    if version is not None and version > migrations.VERSION:
+        raise StorageError(
+            f"{safe_url} was written by a newer version of hpo (its tables have version {version}, this one knows up to "
+            f"{migrations.VERSION}); update hpo, or name another database"
+        )
+    known = names & set(_COLUMNS)
+    if optuna_version == SCHEMA and version is not None:
+        return _Versions(version, optuna_version)
+    if optuna_version == SCHEMA:
+        strange = {name for name in known if not columns(name) >= _COLUMNS[name]}
+        if not strange and known >= _OPTUNA_TABLES:
+            return _Versions(None, optuna_version)
+    elif optuna_version is None and version is None and schema.name in names:
+        # hpo was killed while it created tables: ours come first, and the versions last.
+        strange = {name for name in names - {"alembic_version"} if columns(name) != _COLUMNS.get(name)}
+        if not strange:
+            return _Versions(None, None)
+    else:
+        strange = names
+        if version is not None or ("version_info" in names and columns("studies") >= {"study_id", "study_name"}):
             raise StorageError(
-                f"{safe_url} was written by a newer version of hpo (its tables have version {version}, this one knows up to "
-                f"{migrations.VERSION}); update hpo, or name another database"
+                f"{safe_url} was written by another version of Optuna (its tables: {optuna_version}, expected: {SCHEMA}); "
+                "back it up and run `optuna storage upgrade --storage URL`, or name another database"
             )
-        found = None
-        if "alembic_version" in tables:
-            found = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
-        # Ours are completed after Optuna's. Without a version of either, Optuna's are not completed yet.
-        if found != SCHEMA and (found is not None or version is not None):
-            raise StorageError(
-                f"{safe_url} was written by another version of Optuna (its tables: {found}, expected: {SCHEMA}); back it up "
-                "and run `optuna storage upgrade --storage URL`, or name another database"
-            )
-    return version
+    raise StorageError(
+        f"{safe_url} belongs to another program (it has the tables {', '.join(sorted(strange or names)[:3])}, ...); "
+        "name an empty database or one of Optuna's"
+    )
 
 
 @contextlib.contextmanager
@@ -438,9 +576,9 @@ def _remedy(error: BaseException) -> str:
     known = {
         "disk is full": "the disk is full: free some space, then run the same command again",
         "unable to open": "the file cannot be opened: check that its folder exists and is writable",
-        "readonly": "the file is read-only: make it and its folder writable",
+        "readonly": _READ_ONLY,
         "not a database": "the file is not a SQLite database: name another one with --storage",
-        "malformed": "the file is damaged: restore a copy, or recover it with `sqlite3 FILE .recover`",
+        "malformed": _DAMAGED,
         "password authentication": "wrong user or password in the storage URL",
         "no password supplied": "the storage URL has no password",
         "permission denied": f"the database user lacks rights ({text}): grant it CREATE on the schema",

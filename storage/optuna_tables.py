@@ -27,6 +27,7 @@ def _table(model: Any) -> sa.Table:
     return table
 
 
+metadata: sa.MetaData = models.BaseModel.metadata  # all of Optuna's tables, but `alembic_version`
 studies = _table(models.StudyModel)
 study_directions = _table(models.StudyDirectionModel)
 study_user_attributes = _table(models.StudyUserAttributeModel)

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import sqlalchemy as sa
+from optuna.trial import TrialState
 
 from storage import optuna_tables
 from storage.database import Database
@@ -16,6 +17,8 @@ from storage.tables import metrics, rungs, runs, trials
 DUPLICATE = "duplicate of an earlier trial"
 REJECTED = "breaks a constraint"
 NEVER_RUN = {DUPLICATE, REJECTED}  # values of `fail_reason` of trials that no run trained
+
+RETRIED = "retried"  # user attribute of a trial that `hpo retry` let run again, whatever the budget says
 
 Params = dict[str, Any]
 Metrics = dict[int, dict[str, float]]  # {epoch: {name: value}}
@@ -99,6 +102,8 @@ def read_keys(database: Database, study_id: int) -> set[str]:
 
 def read_ended_keys(database: Database, study_id: int) -> set[str]:
     """Return the keys of a study's configurations that have ended."""
+    if trials.name in database.missing_tables:
+        return set()
     trial = optuna_tables.trials
     query = sa.select(trials.c.key).join(trial, trial.c.trial_id == trials.c.trial)
     with database.engine.connect() as connection:
@@ -153,10 +158,29 @@ def count_trials(database: Database, *, without: Collection[str], study_id: int 
         return list(connection.execute(query.group_by(trial.c.study_id, trial.c.state)))
 
 
+def count_retried(database: Database, study_id: int | None = None) -> dict[int, int]:
+    """Return {study_id: number of trials} that `hpo retry` lets run again, and that have not ended yet.
+
+    Args:
+        database: the database.
+        study_id: count the trials of this study only; None counts those of all studies.
+    """
+    trial, attr = optuna_tables.trials, optuna_tables.trial_user_attributes
+    is_retried = sa.and_(attr.c.trial_id == trial.c.trial_id, attr.c.key == RETRIED)
+    query = sa.select(trial.c.study_id, sa.func.count().label("trials")).join(attr, is_retried)
+    query = query.where(trial.c.state.in_([TrialState.RUNNING, TrialState.WAITING]))
+    if study_id is not None:
+        query = query.where(trial.c.study_id == study_id)
+    with database.engine.connect() as connection:
+        return {row.study_id: row.trials for row in connection.execute(query.group_by(trial.c.study_id))}
+
+
 def read_runs(database: Database, study_id: int) -> list[Any]:
     """Return the rows of a study's runs, oldest first, each with `now`, the database's time in seconds since 1970."""
-    query = (
-        sa.select(runs, database.now_seconds().label("now")).where(runs.c.study == study_id).order_by(runs.c.started)
-    )
+    if runs.name in database.missing_tables:
+        return []
+    columns = [column for column in runs.c if column is not runs.c.takeover_after]  # which old tables lack
+    query = sa.select(*columns, database.now_seconds().label("now")).where(runs.c.study == study_id)
+    query = query.order_by(runs.c.started)
     with database.engine.connect() as connection:
         return list(connection.execute(query))

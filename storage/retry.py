@@ -63,6 +63,7 @@ def retry_trials(study: Study, numbers: Collection[int], *, resume: bool = False
             optuna_tables.delete_attrs(connection, ids, _OF_FAILURE)
             of_trials = tables.trials.c.trial.in_(ids)
             connection.execute(tables.trials.update().where(of_trials).values(run=None, token=None, crashes=0))
+            optuna_tables.write_attrs(connection, [(trial_id, {records.RETRIED: True}) for trial_id in ids])
             for trial_id in [] if resume else ids:
                 optuna_tables.delete_values(connection, trial_id, after_epoch=0)
                 records.delete_epochs(connection, trial_id, after_epoch=0)

@@ -75,6 +75,12 @@ class Study:
         counts = self.counts()
         return counts["COMPLETE"] + counts["PRUNED"] + counts["FAIL"]
 
+    def count_retried(self) -> int:
+        """Return how many trials that have not ended `hpo retry` lets run again."""
+        return retry_while_down(self.database, lambda: records.count_retried(self.database, self.study_id)).get(
+            self.study_id, 0
+        )
+
     def ended_keys(self) -> set[str]:
         """Return the keys of the configurations that have ended. Trials that another program added have none."""
         return retry_while_down(self.database, lambda: records.read_ended_keys(self.database, self.study_id))
@@ -196,11 +202,16 @@ def summarize(database: Database) -> list[Summary]:
         counts.setdefault(row.study, {})[row.state] = row.trials
         if row.last is not None:  # Optuna stores UTC without a time zone
             last[row.study] = max(last.get(row.study, 0.0), row.last.replace(tzinfo=UTC).timestamp())
+    retried = retry_while_down(database, lambda: records.count_retried(database))
     studies = retry_while_down(database, lambda: database.optuna_storage.get_all_studies())
-    return [_summary(database, study, counts.get(study_id(study), {}), last.get(study_id(study))) for study in studies]
+    return [
+        _summary(database, study, counts.get(key, {}), retried.get(key, 0), last.get(key))
+        for study in studies
+        for key in [study_id(study)]
+    ]
 
 
-def _summary(database: Database, study: Any, counts: dict[str, int], last: float | None) -> Summary:
+def _summary(database: Database, study: Any, counts: dict[str, int], retried: int, last: float | None) -> Summary:
     best = None
     if len(study.directions) == 1 and "COMPLETE" in counts:
         trial = retry_while_down(database, lambda: database.optuna_storage.get_best_trial(study_id(study)))
@@ -211,7 +222,7 @@ def _summary(database: Database, study: Any, counts: dict[str, int], last: float
     identity = study.user_attrs.get("hpo:id")
     return Summary(
         study.study_name,
-        state_of(study.user_attrs, counts, runs),
+        state_of(study.user_attrs, counts, retried, runs),
         {state: count for state, count in counts.items() if count},
         str(settings.get("metric", "value")),
         best,
@@ -220,12 +231,13 @@ def _summary(database: Database, study: Any, counts: dict[str, int], last: float
     )
 
 
-def state_of(attrs: Mapping[str, Any], counts: Mapping[str, int], runs: Iterable[Any]) -> str:
+def state_of(attrs: Mapping[str, Any], counts: Mapping[str, int], retried: int, runs: Iterable[Any]) -> str:
     """Return `running` while a run is alive, else `finished` or `resumable`; empty for a study of another program.
 
     Args:
         attrs: the study's user attributes, see `Study.attrs`.
         counts: {state: number of trials}.
+        retried: see `Study.count_retried`.
         runs: rows of `records.read_runs`.
     """
     if "hpo:settings" not in attrs:
@@ -237,8 +249,9 @@ def state_of(attrs: Mapping[str, Any], counts: Mapping[str, int], runs: Iterable
         wanted = attrs["hpo:total"]
     else:  # opened by version 1 of our tables only, which stored the number of a grid's points
         wanted = attrs.get("hpo:points", attrs["hpo:settings"].get("budget", {}).get("trials"))
-    if wanted:  # runs claim no trial beyond it, such as one that was interrupted before the budget was reduced
-        return "finished" if ended >= wanted else "resumable"
+    # Beyond it, only trials are run that the user asked for; none that was interrupted before the budget was reduced.
+    if wanted:
+        return "finished" if ended >= wanted and not retried else "resumable"
     left = counts.get("WAITING", 0) + counts.get("RUNNING", 0)
     return "finished" if ended and not left else "resumable"
 

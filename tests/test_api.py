@@ -223,6 +223,45 @@ def test_a_plan_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert list(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("study", ["mine", "toy"])
+def test_a_plan_and_a_list_do_not_change_a_database_of_optuna(tmp_path: Path, study: str) -> None:
+    """Even where a study of another program has the name of the search."""
+    url, space = f"sqlite:///{tmp_path}/hpo.db", toy_space(tmp_path)
+    optuna.create_study(study_name=study, storage=url)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    planned = api.plan_search(space, storage=url)
+    assert (planned.trials_left, planned.states) == (2, {})
+    assert [(summary.name, summary.state) for summary in api.list_studies(storage=url)] == [(study, "")]
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_plan_and_a_list_do_not_change_a_database_without_tables(tmp_path: Path) -> None:
+    file, space = tmp_path / "hpo.db", toy_space(tmp_path)
+    file.touch()
+    before = sorted(tmp_path.iterdir())
+    assert api.plan_search(space, storage=f"sqlite:///{file}").trials_left == 2
+    assert api.list_studies(storage=f"sqlite:///{file}") == []
+    assert sorted(tmp_path.iterdir()) == before
+    assert file.read_bytes() == b""
+
+
+def test_a_plan_and_a_list_see_a_running_search(tmp_path: Path) -> None:
+    """Its results are in the WAL, not in the file."""
+    url, space = f"sqlite:///{tmp_path}/hpo.db", toy_space(tmp_path)
+    with open_database(url) as database, run_of(open_study(database, **space.study_options), space) as run:
+        run.enqueue(space.grid_points(), space.distributions())
+        claim = run.claim()
+        assert claim is not None
+        run.complete(claim, 0.5)
+        run.flush()
+        files = [tmp_path / "hpo.db", tmp_path / "hpo.db-wal"]
+        before = [path.read_bytes() for path in files]
+        assert api.plan_search(space, storage=url).trials_left == 1
+        (summary,) = api.list_studies(storage=url)
+        assert (summary.state, summary.counts) == ("running", {"COMPLETE": 1})
+        assert [path.read_bytes() for path in files] == before
+
+
 # --- studies ----------------------------------------------------------------------------------------------------------
 
 
@@ -263,6 +302,28 @@ def test_a_failed_trial_is_retried_from_its_start_or_its_checkpoint(tmp_path: Pa
     ]
     with pytest.raises(SettingError, match="trial 0 of study toy has not failed; failed trials: 1"):
         api.retry_trials("toy", [0, 1], storage=url)
+
+
+@pytest.mark.parametrize(("sampler", "parameters"), [("random", {"low": 1, "high": 9}), ("grid", [1, 2, 3])])
+def test_retried_trials_are_left_whatever_the_budget_says(tmp_path: Path, sampler: str, parameters: Any) -> None:
+    url = f"sqlite:///{tmp_path}/hpo.db"
+    x = {"type": "int"} | parameters if isinstance(parameters, dict) else parameters
+    options: dict[str, Any] = {"sampler": sampler, "parameters": {"x": x}}
+    space = toy_space(tmp_path, budget={"trials": 3}, **options)
+    with open_database(url) as database, run_of(open_study(database, **space.study_options), space) as run:
+        run.enqueue(space.grid_points() if space.is_grid else [], space.distributions())
+        for number in range(3):
+            claim = run.claim()
+            assert claim is not None
+            (run.complete(claim, 0.5) if number == 0 else run.fail(claim, "a bug"))
+    smaller = toy_space(tmp_path, budget={"trials": 1}, **options)
+    assert api.plan_search(smaller, storage=url).trials_left == 0
+    assert api.retry_trials("toy", storage=url) == [1, 2]
+    assert api.plan_search(smaller, storage=url).trials_left == 2
+    with open_database(url) as database:
+        study, _ = search_without_ray(smaller, database, tmp_path)
+        assert [trial.state.name for trial in study.trials()] == ["COMPLETE"] * 3
+    assert api.plan_search(smaller, storage=url).trials_left == 0
 
 
 def test_only_failed_trials_of_hpo_are_retried(tmp_path: Path) -> None:

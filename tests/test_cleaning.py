@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import optuna
@@ -16,10 +18,10 @@ import pytest
 
 from hpo import cleaning
 from hpo.api import clean_runs, list_studies
-from hpo.cleaning import Garbage, count_bytes, delete_garbage, find_garbage
+from hpo.cleaning import Garbage, count_bytes, delete_garbage, find_garbage, note_database
 from hpo.dashboard import publishing
 from hpo.dashboard.publishing import publish
-from hpo.paths import CONFIGURATION_FILE, RunsDir
+from hpo.paths import CONFIGURATION_FILE, DATABASES_FILE, RunsDir
 from hpo.search.checkpoints import list_checkpoints
 from hpo.search.retention import trials_with_checkpoints
 from storage.database import Database, StorageError, open_database
@@ -93,6 +95,53 @@ def test_the_folder_of_a_deleted_study_is_freed_and_that_of_another_database_is_
     assert delete_garbage(found).problems == []
     assert (one.exists(), two.exists(), other.exists()) == (False, True, True)
     assert find_garbage(database, runs).garbage == []
+
+
+def copy_of(database: Database, path: Path) -> str:
+    assert database.file is not None
+    with closing(sqlite3.connect(database.file)) as source, closing(sqlite3.connect(path)) as target:
+        source.backup(target)
+    return f"sqlite:///{path}"
+
+
+@pytest.mark.parametrize("place", ["runs", "next to it", "noted"])
+def test_what_another_copy_of_the_database_needs_is_kept(
+    database: Database, runs: RunsDir, tmp_path: Path, place: str
+) -> None:
+    """A study was deleted from the copy. Its files, artifacts and what was set aside are still the original's."""
+    study = study_of(database, "one")
+    one, two = folder_of(runs, study), folder_of(runs, study_of(database, "two"))
+    (two / "0.other-1").mkdir()
+    (two / "0.other-1/epoch-000001.pt").touch()
+    runs.artifacts.mkdir()
+    (runs.artifacts / f"{study.attrs['hpo:id']}-9f0e2d7c-6a35-4c1b-8f1d-0d6c8a9b7e55").touch()
+    folder = {"runs": runs.root, "next to it": tmp_path, "noted": tmp_path / "elsewhere"}[place]
+    folder.mkdir(exist_ok=True)
+    with open_database(copy_of(database, folder / "copy.db")) as copy:
+        optuna.delete_study(study_name="one", storage=copy.optuna_storage)
+        if place != "next to it":  # where the copy is next to the original, that is enough
+            for each in (one, two):
+                note_database(each, database)
+                note_database(each, database)
+                assert (each / DATABASES_FILE).read_text() == f"{database.file}\n"
+        found = find_garbage(copy, runs)
+        assert (found.garbage, found.unknown) == ([], {})
+        assert found.shared == {one: str(database.file)}
+        # When the original has deleted it, too, or is gone, the files are garbage.
+        optuna.delete_study(study_name="one", storage=database.optuna_storage)
+        assert one in found_paths(copy, runs)
+        assert {path.parent for path in found_paths(copy, runs)} == {one.parent, runs.artifacts}
+
+
+def test_a_database_that_cannot_be_looked_at_may_need_what_it_has_trained(database: Database, runs: RunsDir) -> None:
+    one = folder_of(runs, study_of(database, "one"))
+    optuna.delete_study(study_name="one", storage=database.optuna_storage)
+    for name, is_kept in (("postgresql://me@host/hpo", True), ("/nowhere/hpo.db", False)):
+        (one / DATABASES_FILE).write_text(f"{database.file}\n{name}\n")
+        assert find_garbage(database, runs).shared == ({one: name} if is_kept else {})
+        assert (one in found_paths(database, runs)) != is_kept
+    (runs.root / "damaged.db").write_bytes(b"SQLite format 3\0 and nothing else")
+    assert find_garbage(database, runs).shared.get(one) == str(runs.root / "damaged.db")
 
 
 def test_a_study_with_the_id_of_a_deleted_one_is_kept(database: Database, runs: RunsDir) -> None:

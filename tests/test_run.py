@@ -30,6 +30,7 @@ Outcome = Mapping[str, Any]
 
 DONE: Outcome = {}
 INTERRUPTED: Outcome = {"stop_reason": "interrupted", "interrupted": True}
+BROKEN: Outcome = {"stop_reason": "nothing can be trained: the last 4 trials on host failed before they trained an epoch"}
 OUT_OF_TIME: Outcome = {"stop_reason": "the time budget is spent"}
 
 
@@ -88,6 +89,9 @@ def fake_search(
         (["PRUNED"], DONE, 1),
         (["COMPLETE", "WAITING"], INTERRUPTED, 130),
         (["COMPLETE", "WAITING"], OUT_OF_TIME, 0),
+        (["PRUNED", "WAITING"], OUT_OF_TIME, 1),
+        (["COMPLETE", "FAIL"], BROKEN, 2),
+        (["FAIL", "FAIL"], BROKEN, 2),
     ],
 )
 def test_exit_codes(
@@ -103,11 +107,13 @@ def test_exit_codes(
     assert finished.returncode == code
     assert finished.stdout.count("failed: its reason") == states.count("FAIL")
     stopped = [line for line in finished.stdout.splitlines() if line.startswith("Stopped: ")]
-    assert stopped == ([f"Stopped: {outcome['stop_reason']}. {_remedy(outcome)} resumes it."] if outcome else [])
+    assert stopped == ([f"Stopped: {outcome['stop_reason']}. {_remedy(outcome)}."] if outcome else [])
 
 
 def _remedy(outcome: Outcome) -> str:
-    return "The same command" if "interrupted" in outcome else "With a larger budget.time, the same command"
+    if outcome is BROKEN:
+        return "Fix the cause, retry the failed trials, and start the same command again"
+    return f"{'The' if 'interrupted' in outcome else 'With a larger budget.time, the'} same command resumes it"
 
 
 @pytest.mark.parametrize("error", [SettingError("no such folder"), StorageError("no such database")])

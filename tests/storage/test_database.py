@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import shutil
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from contextlib import closing
@@ -16,11 +20,12 @@ import sqlalchemy as sa
 from sqlalchemy.exc import OperationalError
 
 from benchmarks.postgres import Postgres
-from storage import database, migrations
+from storage import database, migrations, optuna_tables, sqlite_file
 from storage.database import Database, StorageError, open_database, retry_while_down, translate_errors
 from storage.studies import find_study, open_study
+from storage.tables import metadata
 from tests.factories import wait_until
-from tests.storage.builders import open_in_process, open_s
+from tests.storage.builders import open_in_process, open_s, sql
 
 PASSWORD = "do-not-show-me"
 
@@ -114,6 +119,14 @@ def test_a_process_that_is_suspended_in_a_transaction_does_not_stop_the_others(
         (f"mysql://user:{PASSWORD}@host/name", "mysql is not supported"),
         (f"nonsense://user:{PASSWORD}@host/name", "no driver for nonsense"),
         ("sqlite://", "ends with the process; name a file"),
+        ("sqlite:///:memory:", "ends with the process; name a file"),
+        ("sqlite:///%3Amemory%3A?timeout=5", "ends with the process; name a file"),
+        ("sqlite:///file:x?mode=memory&cache=shared&uri=true", "ends with the process; name a file"),
+        ("sqlite:///file:/x?vfs=memdb&uri=true", "ends with the process; name a file"),
+        ("sqlite:///file::memory:?uri=true", "by their path, not by a file: URI"),
+        ("sqlite:///file::memory:", "by their path, not by a file: URI"),
+        ("sqlite:///x.db?uri=true", "option 'uri' of a SQLite URL .allowed: check_same_thread and timeout"),
+        ("sqlite:///.", "is a folder: name a file in it"),
         (f"postgresql://user:{PASSWORD}@host:port/name", "not a database URL"),
         (f"postgresql+psycopg2://user:{PASSWORD}@host/name", "does not use the driver .*psycopg2"),
         (f"postgresql+asyncpg://user:{PASSWORD}@host/name", "does not use the driver .*asyncpg"),
@@ -121,9 +134,13 @@ def test_a_process_that_is_suspended_in_a_transaction_does_not_stop_the_others(
         (f"postgresql://user@127.0.0.1:9/name?connect_timeout=5&password={PASSWORD}", "no server answers there"),
     ],
 )
-def test_a_wrong_url_raises_an_error_without_the_password(bad: str, message: str) -> None:
+def test_a_wrong_url_raises_an_error_without_the_password(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(StorageError, match=message) as caught:
         open_database(bad)
+    assert list(tmp_path.iterdir()) == []
     assert PASSWORD not in str(caught.value)
     assert caught.value.__cause__ is None  # its traceback would show the driver's message
 
@@ -168,20 +185,173 @@ def test_a_database_of_another_program_is_refused_and_not_changed(url: str) -> N
         ["CREATE TABLE customers (name TEXT)"],
         ["CREATE TABLE studies (id INTEGER, title TEXT)", "INSERT INTO studies VALUES (1, 'law')"],
         ["CREATE TABLE studies (study_id INTEGER, study_name TEXT)", "CREATE TABLE trials (court TEXT)"],
+        # The names of all columns that hpo needs: a register of clinical studies.
+        [
+            "CREATE TABLE studies (study_id INTEGER, study_name TEXT, sponsor TEXT)",
+            "CREATE TABLE patients (id INTEGER)",
+        ],
+        ["CREATE TABLE studies (study_id INTEGER, study_name TEXT)"],
+        ["CREATE TABLE hpo_schema (id INTEGER)"],
+        ["CREATE TABLE alembic_version (version_num TEXT)", "INSERT INTO alembic_version VALUES ('2fa8')"],
+        ["CREATE TABLE all_studies (id INTEGER)", "CREATE VIEW studies AS SELECT id FROM all_studies"],
     ],
 )
-def test_a_file_of_another_program_stays_the_same_to_the_last_byte(tmp_path: Path, statements: list[str]) -> None:
+@pytest.mark.parametrize("journal", ["delete", "persist", "wal"])
+def test_a_file_of_another_program_stays_the_same_to_the_last_byte(
+    tmp_path: Path, statements: list[str], journal: str
+) -> None:
     """Even where a table has the name of one of Optuna's: no lock next to it, and no WAL in its header."""
     file = tmp_path / "theirs.db"
-    with closing(sqlite3.connect(file)) as connection, connection:
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute(f"PRAGMA journal_mode={journal}")
         for statement in statements:
             connection.execute(statement)
-    content = file.read_bytes()
+        connection.commit()
+    _check_that_it_is_refused_and_not_changed(file, "belongs to another program")
+
+
+def _check_that_it_is_refused_and_not_changed(file: Path, message: str) -> None:
+    before = {path: path.read_bytes() for path in file.parent.iterdir()}
     for create in (False, True):
-        with pytest.raises(StorageError, match="belongs to another program"):
+        with pytest.raises(StorageError, match=message):
             open_database(f"sqlite:///{file}", create=create)
-    assert file.read_bytes() == content
-    assert list(tmp_path.iterdir()) == [file]
+    assert {path: path.read_bytes() for path in file.parent.iterdir()} == before
+
+
+KILLED_WRITERS = {
+    "a wal": "c.execute('PRAGMA journal_mode=wal'); c.execute('CREATE TABLE songs (name TEXT)')",
+    "a hot journal": "c.execute('CREATE TABLE songs (name TEXT)'); c.execute('PRAGMA cache_size=1'); "
+    "c.execute('INSERT INTO songs VALUES (zeroblob(1000000))'); c.commit(); "
+    "c.execute('UPDATE songs SET name = zeroblob(900000)')",
+}
+
+
+@pytest.mark.parametrize("left", KILLED_WRITERS)
+def test_what_another_program_left_when_it_was_killed_stays_the_same(tmp_path: Path, left: str) -> None:
+    file = tmp_path / "theirs.db"
+    code = f"import os, sqlite3; c = sqlite3.connect({str(file)!r}); {KILLED_WRITERS[left]}; os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", code], check=False)
+    assert len(list(tmp_path.iterdir())) > 1
+    _check_that_it_is_refused_and_not_changed(file, "belongs to another program")
+
+
+def test_optunas_tables_may_be_next_to_those_of_another_program(url: str) -> None:
+    """Programs share a PostgreSQL database. hpo changes its own tables and Optuna's only."""
+    engine = sa.create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
+    optuna.storages.RDBStorage(engine.url.render_as_string(hide_password=False)).engine.dispose()
+    with engine.begin() as connection:
+        connection.execute(sa.text("CREATE TABLE customers (name TEXT)"))
+        connection.execute(sa.text("INSERT INTO customers VALUES ('a')"))
+    with open_database(url) as opened:
+        open_s(opened)
+        assert sql(opened, "SELECT * FROM customers") == [("a",)]
+    engine.dispose()
+
+
+def test_a_table_of_another_program_with_a_name_of_ours_is_refused(url: str) -> None:
+    engine = sa.create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
+    optuna.storages.RDBStorage(engine.url.render_as_string(hide_password=False)).engine.dispose()
+    with engine.begin() as connection:
+        connection.execute(sa.text("CREATE TABLE hpo_runs (name TEXT)"))
+    tables = sa.inspect(engine).get_table_names()
+    with pytest.raises(StorageError, match=r"another program .it has the tables hpo_runs"):
+        open_database(url)
+    assert sa.inspect(engine).get_table_names() == tables
+    engine.dispose()
+
+
+@pytest.mark.parametrize("created", range(0, 20, 3))
+def test_tables_that_a_killed_process_began_to_create_are_completed(tmp_path: Path, created: int) -> None:
+    """It leaves the first ones: ours, then Optuna's, then the versions."""
+    tables = [*metadata.tables.values(), *optuna_tables.metadata.tables.values()]
+    engine = sa.create_engine(f"sqlite:///{tmp_path}/hpo.db")
+    for table in tables[:created]:
+        table.create(engine)
+    engine.dispose()
+    with open_database(f"sqlite:///{tmp_path}/hpo.db") as opened:
+        assert open_s(opened).name == "s"
+
+
+def test_a_file_that_a_search_cannot_write_is_refused_at_once(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database.close()
+    for lock in tmp_path.glob("*.lock"):
+        lock.unlink()
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # as root has it for a file with `chattr +i`
+    if database.engine.dialect.name == "sqlite":
+        with pytest.raises(StorageError, match="the file is read-only: make it and its folder writable"):
+            open_database(database.url)
+        assert sorted(tmp_path.iterdir()) == before
+
+
+# --- a WAL of another file ----------------------------------------------------------------------------------------------
+
+SEARCH = """
+import os, sqlite3, sys
+from contextlib import closing
+from optuna.distributions import CategoricalDistribution
+from storage.database import open_database
+from tests.storage.builders import claim_one, grid_run, open_s
+
+path, copied, killed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+with grid_run(open_s(open_database(f"sqlite:///{path}"))) as run:
+    run.enqueue([{"x": x} for x in range(200)], {"x": CategoricalDistribution(list(range(200)))})
+    for number in range(200):
+        claim = claim_one(run)
+        for epoch in range(1, 6):
+            run.report(claim, epoch, {"m": float(epoch)}, float(epoch))
+        run.complete(claim, 1.0)
+        if number == copied:
+            run.flush()
+            with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(path + ".copy")) as target:
+                source.backup(target)
+        if number == killed:
+            run.flush()
+            os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.fixture(scope="module")
+def killed_search(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `hpo.db` and its WAL, as a killed search left them, and an older copy of the database."""
+    folder = tmp_path_factory.mktemp("killed")
+    command = [sys.executable, "-c", SEARCH, str(folder / "hpo.db"), "60", "180"]
+    subprocess.run(command, check=False, cwd=Path(__file__).parents[2])
+    assert sqlite_file.has_wal(folder / "hpo.db")
+    return folder
+
+
+@pytest.mark.slow
+def test_a_copy_that_is_restored_next_to_an_old_wal_is_refused_and_not_damaged(
+    killed_search: Path, tmp_path: Path
+) -> None:
+    for path in killed_search.iterdir():
+        shutil.copy(path, tmp_path)
+    file = tmp_path / "hpo.db"
+    shutil.copy(tmp_path / "hpo.db.copy", file)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(StorageError, match=r"If you restored a copy: .* delete hpo\.db-wal and hpo\.db-shm"):
+        open_database(f"sqlite:///{file}")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    for suffix in ("wal", "shm"):
+        Path(f"{file}-{suffix}").unlink()
+    with open_database(f"sqlite:///{file}") as opened:
+        assert sql(opened, "PRAGMA integrity_check") == [("ok",)]
+        assert sql(opened, "SELECT count(*) FROM trials WHERE state = 'COMPLETE'") == [(61,)]
+
+
+@pytest.mark.slow
+def test_the_wal_of_a_killed_search_is_used_without_reading_the_whole_file(
+    killed_search: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("hpo.db", "hpo.db-shm", "hpo.db-wal"):  # the WAL changes last, as in a search
+        shutil.copy(killed_search / name, tmp_path)
+        time.sleep(0.02)
+    monkeypatch.setattr(sqlite_file, "is_intact", lambda *_: pytest.fail("the whole file was read"))
+    with open_database(f"sqlite:///{tmp_path}/hpo.db") as opened:
+        assert sql(opened, "SELECT count(*) FROM trials WHERE state = 'COMPLETE'") == [(181,)]
 
 
 @pytest.mark.parametrize(
@@ -191,8 +361,9 @@ def test_a_file_of_another_program_stays_the_same_to_the_last_byte(tmp_path: Pat
         ("UPDATE alembic_version SET version_num = 'v3.0.0.d'", "another version of Optuna"),
     ],
 )
+@pytest.mark.parametrize("journal", ["delete", "persist", "wal"])
 def test_a_file_of_another_version_stays_the_same_to_the_last_byte(
-    tmp_path: Path, statement: str, message: str
+    tmp_path: Path, statement: str, message: str, journal: str
 ) -> None:
     file = tmp_path / "hpo.db"
     open_database(f"sqlite:///{file}").close()
@@ -200,13 +371,11 @@ def test_a_file_of_another_version_stays_the_same_to_the_last_byte(
         connection.execute(statement)
     with closing(sqlite3.connect(file)) as connection:
         connection.execute("PRAGMA journal_mode=DELETE")
+        connection.execute(f"PRAGMA journal_mode={journal}")
+        connection.execute("PRAGMA user_version=1")
     for lock in tmp_path.glob("*.lock"):
         lock.unlink()
-    content = file.read_bytes()
-    with pytest.raises(StorageError, match=message):
-        open_database(f"sqlite:///{file}")
-    assert file.read_bytes() == content
-    assert list(tmp_path.iterdir()) == [file]
+    _check_that_it_is_refused_and_not_changed(file, message)
 
 
 def test_tables_of_an_older_optuna_get_none_of_ours(url: str) -> None:

@@ -16,8 +16,9 @@ from optuna.storages._rdb.models import BaseModel
 from sqlalchemy.dialects.sqlite import dialect as sqlite_dialect
 
 from storage import migrations, queue
-from storage.database import Database, StorageError, open_database
+from storage.database import Database, StorageError, open_database, open_for_reading
 from storage.protocol import LostTrialError
+from storage.studies import find_study, summarize
 from storage.tables import metadata
 from tests.storage.builders import allow_takeovers, claim_one, claim_point, grid_run, open_s, sql
 
@@ -131,6 +132,37 @@ def test_a_search_of_an_older_version_is_resumed(migrated: Database, monkeypatch
         claims = [claim_one(run) for _ in range(3)]
         assert [(claim.number, claim.epoch) for claim in claims] == [(3, 1), (4, 1), (5, 0)]
         assert run.claim() is None
+
+
+def test_an_older_version_is_read_without_a_migration(old_url: str, old_version: int) -> None:
+    """As `hpo plan` and `hpo list` do."""
+    database = open_for_reading(old_url)
+    assert database is not None
+    with database:
+        (summary,) = summarize(database)
+        assert (summary.name, summary.state, summary.best) == ("s", "resumable", 0.2)
+        study = find_study(database, "s")
+        assert study is not None
+        assert len(study.ended_keys()) == 3
+        with pytest.raises(sa.exc.DBAPIError, match=r"read.?only"), database.engine.begin() as connection:
+            connection.execute(sa.text("DELETE FROM hpo_trials"))
+        assert sql(database, "SELECT version FROM hpo_schema") == [(old_version,)]
+
+
+def test_tables_of_optuna_alone_are_read_without_ours(url: str) -> None:
+    assert url.startswith("sqlite:") or open_for_reading(url) is None
+    optuna_url = url.replace("postgresql://", "postgresql+psycopg://")
+    theirs = optuna.storages.RDBStorage(optuna_url)
+    optuna.create_study(study_name="theirs", storage=theirs)
+    theirs.engine.dispose()
+    database = open_for_reading(url)
+    assert database is not None
+    with database:
+        assert [summary.name for summary in summarize(database)] == ["theirs"]
+        study = find_study(database, "theirs")
+        assert study is not None
+        assert study.ended_keys() == set()
+        assert not [name for name in sa.inspect(database.engine).get_table_names() if name.startswith("hpo")]
 
 
 def test_after_a_migration_the_name_of_a_metric_may_be_long(migrated: Database) -> None:

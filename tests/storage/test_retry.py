@@ -38,7 +38,7 @@ def test_a_failed_trial_waits_again_without_its_failure(study: Study, database: 
     retry_trials(study, [1], resume=resume)
     assert states(study) == ["COMPLETE", "WAITING", "FAIL"]
     retried = study.trials()[1]
-    assert retried.user_attrs == ({} if resume else {"attempt": 2})
+    assert retried.user_attrs == {"retried": True} | ({} if resume else {"attempt": 2})
     assert retried.datetime_complete is None
     assert study.metrics()[1] == ({1: {"m": 0.5, "loss": 1.0}} if resume else {})
     assert sql(database, "SELECT run, crashes FROM hpo_trials WHERE trial = 2") == [(None, 0)]

@@ -11,6 +11,7 @@ import pytest
 
 from storage import records, studies
 from storage.database import Database, StorageError
+from storage.retry import retry_trials
 from storage.studies import Study, find_study, open_study
 from tests.storage.builders import GRID, POINTS, claim_one, claim_point, grid_run, kill, open_s, sampled_run
 
@@ -107,6 +108,26 @@ def test_a_budget_below_what_has_ended_is_finished(database: Database) -> None:
     assert summary(database).state == "finished"
 
 
+def test_a_trial_that_was_retried_is_run_whatever_the_budget_says(database: Database) -> None:
+    """Unlike one that was interrupted, see above."""
+    study = open_s(database, total_trials=3)
+    with sampled_run(study, max_trials=3) as run:
+        run.complete(claim_one(run), 0.5)
+        run.fail(claim_one(run), "a bug")
+    open_s(database, total_trials=1)
+    retry_trials(study, [1])
+    assert study.count_retried() == 1
+    assert (summary(database).counts, summary(database).state) == ({"COMPLETE": 1, "WAITING": 1}, "resumable")
+    with sampled_run(study, max_trials=1) as run:
+        claim = claim_one(run)
+        run.flush()
+        assert (claim.number, study.count_retried()) == (1, 1)
+        run.complete(claim, 0.5)
+        assert run.claim() is None
+    assert study.count_retried() == 0
+    assert summary(database).state == "finished"
+
+
 def test_a_study_whose_run_was_killed_is_resumable_at_once(study: Study, database: Database) -> None:
     run = grid_run(study).__enter__()
     claim_point(run)
@@ -123,7 +144,7 @@ def test_a_sampled_study_is_finished_when_its_budget_is_spent(database: Database
         for value in (0.5, 0.25):
             run.complete(claim_one(run), value)
             run.flush()
-            states.append(studies.state_of(study.attrs, summary(database).counts, []))
+            states.append(studies.state_of(study.attrs, summary(database).counts, 0, []))
     assert states == ["resumable", "finished"]
     assert summary(database).best == 0.25
 
@@ -146,7 +167,7 @@ def test_the_state_and_the_settings_are_those_of_the_latest_opening(
 def test_the_state_of_a_study_that_version_1_opened_last_is_read(database: Database) -> None:
     states = []
     for attrs in ({"hpo:points": 2}, {"hpo:points": 1}, {"hpo:settings": {"budget": {"trials": 2}}}):
-        states.append(studies.state_of({"hpo:settings": {}} | attrs, {"COMPLETE": 1}, []))
+        states.append(studies.state_of({"hpo:settings": {}} | attrs, {"COMPLETE": 1}, 0, []))
     assert states == ["resumable", "finished", "resumable"]
 
 
