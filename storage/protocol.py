@@ -135,7 +135,7 @@ def claim_existing(
     token: int,
     *,
     own_tokens: Collection[int],
-    is_process_dead: Callable[[Any], bool | None],
+    is_run_dead: Callable[[Any], bool | None],
 ) -> Scan:
     """Take over the trials of dead runs, and claim the WAITING trial that is nearest to a result.
 
@@ -145,7 +145,7 @@ def claim_existing(
         token: of the claim, see `new_token`.
         own_tokens: of the claims that this run works on. A trial of the run with another token was claimed by a call that
             failed, or a restored copy of the database shows it as it was before it ended.
-        is_process_dead: returns whether the run of a row of hpo_runs is dead; None if its lease decides.
+        is_run_dead: returns whether the run of a row of hpo_runs is dead; None if its lease decides.
 
     Raises:
         StorageError: the study was deleted.
@@ -155,7 +155,7 @@ def claim_existing(
         if claim := _claimed_with(connection, token):
             return Scan(claim)
         rows = _unfinished(connection, run.study_id)
-        freed, failed = _take_over(connection, run, rows, clock, own_tokens, is_process_dead)
+        freed, failed = _take_over(connection, run, rows, clock, own_tokens, is_run_dead)
         waiting = [row for row in rows if row.trial_id in freed or row.state == TrialState.WAITING]
         ended_or_own = {row.trial_id for row in rows if row.number in failed or row.token in own_tokens}
         others = {row.trial_id for row in rows} - {row.trial_id for row in waiting} - ended_or_own
@@ -220,6 +220,7 @@ def _unfinished(connection: sa.Connection, study_id: int) -> list[Any]:
             ours.c.crashes,
             ours.c.claimed_epoch,
             owner.c.run.label("owner"),
+            owner.c.started,
             owner.c.host,
             owner.c.pid,
             owner.c.process_started,
@@ -255,7 +256,7 @@ def _take_over(
     rows: Iterable[Any],
     clock: Any,
     own_tokens: Collection[int],
-    is_process_dead: Callable[[Any], bool | None],
+    is_run_dead: Callable[[Any], bool | None],
 ) -> tuple[dict[int, int], dict[int, str]]:
     """Set the RUNNING trials of dead runs to WAITING, or to FAIL if they failed too often.
 
@@ -270,7 +271,7 @@ def _take_over(
             continue
         has_died = False
         if row.owner is not None and row.owner != run.run_id and row.ended is None:
-            dead = is_process_dead(row)
+            dead = is_run_dead(row)
             is_expired = not clock.now <= row.lease_until <= clock.now + run.lease_seconds
             has_died = is_expired and clock.takeover_after <= clock.now if dead is None else dead
             if not has_died:

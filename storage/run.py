@@ -90,8 +90,12 @@ class Run:
             history_limit=self._history_limit,
             is_settled=self._writer.is_settled,
         )
-        if self._pruner is not None:
-            retry_while_down(self.database, self._prepare_pruner)
+        try:
+            if self._pruner is not None:
+                retry_while_down(self.database, self._prepare_pruner)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def _prepare_pruner(self) -> None:
@@ -102,12 +106,15 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._lease.stop()
-        self._writer.close()
-        # Best effort: a caller that must know uses `flush`, and the lease expires if the database stays down.
-        with contextlib.suppress(StorageError):
-            self._writer.flush(EXIT_SECONDS)
-            self._lease.end(EXIT_SECONDS)
+        # Best effort: a caller that must know uses `flush`, and the lease expires if the database stays down. What cannot be
+        # written must not keep the lease from being ended: other runs would wait for this one.
+        try:
+            self._writer.close()
+            with contextlib.suppress(StorageError):
+                self._writer.flush(EXIT_SECONDS)
+        finally:
+            with contextlib.suppress(StorageError):
+                self._lease.end(EXIT_SECONDS)
 
     @property
     def database(self) -> Database:

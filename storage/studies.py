@@ -20,7 +20,7 @@ from sqlalchemy.exc import IntegrityError
 
 from storage import optuna_tables, records, tables
 from storage.database import Database, StorageError, retry_while_down
-from storage.lease import is_process_dead
+from storage.lease import is_run_dead
 from storage.optuna_internals import DraftStorage, study_id, trial_id
 from storage.protocol import study_deleted
 from storage.records import NEVER_RUN
@@ -230,7 +230,7 @@ def state_of(attrs: Mapping[str, Any], counts: Mapping[str, int], runs: Iterable
     """
     if "hpo:settings" not in attrs:
         return ""
-    if any(run.ended is None and run.lease_until >= run.now and not is_process_dead(run) for run in runs):
+    if any(run.ended is None and run.lease_until >= run.now and not is_run_dead(run) for run in runs):
         return "running"
     ended = sum(counts.get(state, 0) for state in ("COMPLETE", "PRUNED", "FAIL"))
     if "hpo:total" in attrs:

@@ -14,6 +14,7 @@ ENDED = {"COMPLETE", "PRUNED", "FAIL"}
 NEVER_RUN = {"duplicate of an earlier trial", "breaks a constraint"}
 UNAWARE_SECONDS = 20.0  # how long a trial may be RUNNING under a run that does not work on it
 LEASE_SECONDS = 6.0
+MAX_POLLS = 40  # of a second each: longer than any lease, one after another
 
 
 class Invariants:
@@ -36,6 +37,7 @@ class Invariants:
         self._endings: dict[int, tuple[str, float | None]] = {}
         self._owners: dict[int, int | None] = {}
         self._unaware_since: dict[tuple[int, int], float] = {}
+        self._orphaned: set[tuple[int, int]] = set()  # (trial, run) of RUNNING trials whose run has ended
         self._rungs: set[tuple[int, int]] = set()
         self._knows_crashes = True
 
@@ -44,6 +46,7 @@ class Invariants:
         self._endings.clear()
         self._owners.clear()
         self._unaware_since.clear()
+        self._orphaned.clear()
         self._rungs.clear()
         self._knows_crashes = False
         for driver in self._simulation.drivers:
@@ -132,6 +135,7 @@ class Invariants:
     def _check_owners(self, trials: dict[int, tuple[Any, ...]]) -> None:
         now = self._simulation.scheduler.now
         by_run = {driver.run_id: driver for driver in self._simulation.living() if driver.run_id >= 0}
+        self._orphaned = {(row[0], row[3]) for row in trials.values() if row[2] == "RUNNING" and row[3] not in by_run}
         for trial_id, row in trials.items():
             state, run = row[2], row[3]
             before = self._owners.get(trial_id)
@@ -190,6 +194,12 @@ class Invariants:
         others = [row for row in rows if row[1] not in ENDED and row[2] != driver.run_id]
         assert not others, f"{driver.name} says that the study is finished, but {others} are not"
         assert len(rows) == self._simulation.plan.trials, f"{driver.name} says finished after {len(rows)} trials"
+
+    def check_poll(self, driver: Driver) -> None:
+        """A driver that has nothing else to do finds no trial."""
+        driver.polls = {orphan: driver.polls.get(orphan, 0) + 1 for orphan in self._orphaned}
+        left = [orphan for orphan, polls in driver.polls.items() if polls >= MAX_POLLS]
+        assert not left, f"{driver.name} waits, and (trial, run) {left} stay RUNNING although their runs have ended"
 
     def is_finished(self) -> bool:
         """Return whether every trial of the study has ended."""

@@ -65,7 +65,9 @@ FAULTS = (
     "restart",
     "restore",
     "delete",
+    "exit",
 )
+MAX_RUNS = 4  # of one process, one after another
 
 
 @dataclass
@@ -130,12 +132,15 @@ class Training:
 
 @dataclass(eq=False)
 class Driver:
-    """A process: it opens the study, claims trials, trains them, and ends.
+    """A process: it opens the study, claims trials, trains them, and ends. It may start another run, as a notebook does.
 
     Attributes:
         name: with the number of the process.
         machine: several drivers may share it.
         pid: of the process.
+        live_runs: stands in for `lease.live_runs` of the process.
+        exits: whether its run ends with an error at the next step.
+        polls: {(trial, run) that stayed orphaned: how often, one after another, it found no trial}.
         is_killed: whether it got kill -9.
         suspended_until: in virtual seconds.
     """
@@ -156,16 +161,33 @@ class Driver:
     study: Any = None
     unique_name: str = ""
     is_closing: bool = False
+    live_runs: set[tuple[int, float]] = field(default_factory=set)
+    exits: bool = False
+    polls: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def main(self) -> None:
         """The whole life of the process."""
-        try:
-            self._search()
-        except StorageError:
-            assert self.simulation.was_replaced, f"{self.name} gave up without a reason: {traceback.format_exc()}"
+        draw = self.simulation.scheduler.draw
+        for _ in range(MAX_RUNS):
+            starts_again = False
+            try:
+                starts_again = self._search() and draw.random() < 0.5
+            except ExitError:
+                starts_again = True
+            except StorageError:
+                assert self.simulation.was_replaced, f"{self.name} gave up without a reason: {traceback.format_exc()}"
+                starts_again = draw.random() < 0.5
+            self.run_id, self.is_closing, self.exits = -1, False, False
+            self.polls.clear()
+            self.trainings.clear()
+            self.known.clear()
+            if not starts_again:
+                break
+            self.simulation.scheduler.hand_over("between two runs", seconds=draw.choice([0.0, 1.0, 10.0]))
         self.has_ended = self.is_killed = True  # its threads end with it
 
-    def _search(self) -> None:
+    def _search(self) -> bool:
+        """Work on the study; return whether the run left before it was finished."""
         sim, plan = self.simulation, self.simulation.plan
         database = sim.databases[self.slot]
         self.study = open_study(
@@ -195,25 +217,35 @@ class Driver:
             if plan.is_grid:
                 points = [{"x": x} for x in range(plan.trials)]
                 run.enqueue(points, {"x": CategoricalDistribution(list(range(plan.trials)))})
-            for actions in itertools.count():
-                if actions > leaves and not self.is_closing:
-                    self._leave(run)
-                    break
-                if not self._act(run):
-                    break
-            self.is_closing = True
-            run.flush()
-        self.trainings.clear()
+            try:
+                for actions in itertools.count():
+                    if actions > leaves and not self.is_closing:
+                        self._leave(run)
+                        break
+                    if not self._act(run):
+                        break
+                self.is_closing = True
+                run.flush()
+            finally:
+                # Its end may not be stored. Then it looks like a run that died.
+                self.is_closing = True
+                sim.invariants.note_death(self)
+        return bool(actions > leaves)
 
     def _act(self, run: Run) -> bool:
         """Do one thing; return False if nothing is left to do."""
+        if self.exits:
+            raise ExitError
         draw = self.simulation.scheduler.draw
         if len(self.trainings) < 2 and draw.random() < 0.5:
             if not run.finished and not self._claim(run):
                 if run.finished:
                     self.simulation.invariants.check_finished(self)
                 elif not self.trainings:
+                    self.simulation.invariants.check_poll(self)
                     self.simulation.scheduler.hand_over("poll", seconds=1.0)
+                    return True
+            self.polls.clear()
             return True
         if self.trainings:
             training = draw.choice(self.trainings)
@@ -308,6 +340,10 @@ class Driver:
         if training in self.trainings:
             self.trainings.remove(training)
         self.known.discard(training.claim.trial_id)
+
+
+class ExitError(Exception):
+    """An error of the caller, such as Ctrl-C: the run ends without releasing its trials."""
 
 
 def _draw(trial: optuna.Trial) -> str:
@@ -440,6 +476,12 @@ class Simulation:
                 self.scheduler.drain()
                 self.backend.break_connections(driver.slot, self)
                 self._start(draw.randrange(4))
+            case "exit" if living:
+                driver = draw.choice(living)
+                driver.exits = True
+                if draw.random() < 0.7:  # the database is away until the run has left
+                    self.down_until = self.scheduler.now + draw.choice([8.0, 20.0])
+                self.scheduler.log.append(f"          of the run of {driver.name}")
             case "error" if tasks:
                 self._next_error[draw.choice(tasks)] = self.backend.error()
             case "lost answer":
@@ -737,6 +779,18 @@ def simulated(backend: Backend, seed: int, kinds: tuple[str, ...] = FAULTS) -> I
         def status(self) -> str:
             return "running"
 
+    class LiveRuns:
+        """Each process has its own set."""
+
+        def add(self, entry: tuple[int, float]) -> None:
+            here().live_runs.add(entry)
+
+        def discard(self, entry: tuple[int, float]) -> None:
+            here().live_runs.discard(entry)
+
+        def __contains__(self, entry: tuple[int, float]) -> bool:
+            return entry in here().live_runs
+
     processes = SimpleNamespace(
         Process=Process,
         boot_time=lambda: simulation.boot_clock,
@@ -752,6 +806,7 @@ def simulated(backend: Backend, seed: int, kinds: tuple[str, ...] = FAULTS) -> I
         patch.setattr(lease_module, "psutil", processes)
         patch.setattr(lease_module, "os", SimpleNamespace(getpid=lambda: here().pid))
         patch.setattr(lease_module, "host_id", lambda: here().machine)
+        patch.setattr(lease_module, "live_runs", LiveRuns())
         patch.setattr(
             Database, "now_seconds", lambda _: sa.literal(scheduler().now + simulation.database_clock, sa.Float)
         )

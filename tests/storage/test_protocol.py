@@ -70,7 +70,7 @@ def scan(
     token = protocol.new_token() if token is None else token
     ids = {each.run_id for each in dead}
     return protocol.claim_existing(
-        study.database, run, token, own_tokens={token, *own}, is_process_dead=lambda row: row.run in ids
+        study.database, run, token, own_tokens={token, *own}, is_run_dead=lambda row: row.run in ids
     )
 
 
@@ -690,7 +690,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def far_scan(study: Study, run: RunKey) -> Scan:
     """Claim a trial that exists. All other runs are on other machines."""
     token = protocol.new_token()
-    return protocol.claim_existing(study.database, run, token, own_tokens={token}, is_process_dead=lambda _: None)
+    return protocol.claim_existing(study.database, run, token, own_tokens={token}, is_run_dead=lambda _: None)
 
 
 def renew(database: Database, *runs: RunKey) -> None:

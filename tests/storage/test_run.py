@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import sqlite3
 import threading
 from collections import Counter
+from typing import Any, NoReturn
 
 import pytest
 import sqlalchemy as sa
 from optuna.distributions import CategoricalDistribution
+from sqlalchemy.exc import OperationalError
 
+from storage import protocol
 from storage.database import Database, open_database
+from storage.pruners import Median
 from storage.studies import Study
 from tests.factories import trial_states
 from tests.storage.builders import GRID, POINTS, claim_one, claim_point, grid_run, open_s, prune, sql
@@ -102,6 +107,50 @@ def test_elapsed_seconds_counts_simultaneous_runs_once(study: Study, database: D
                 row = {"study": study.study_id, "started": started, "last_heard": last_heard}
                 connection.execute(insert, row)
         assert run.elapsed_seconds() == pytest.approx(15.0, abs=1.0)
+
+
+def test_after_a_run_that_could_not_store_its_end_another_one_of_the_process_goes_on(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a notebook: the disk was full, space was freed, and the search is started again."""
+
+    def fail(_: Database) -> NoReturn:
+        raise OperationalError("", None, sqlite3.OperationalError("database or disk is full"))
+
+    with monkeypatch.context() as patch, grid_run(study) as first:  # `patch` ends after the run
+        claim = claim_point(first)
+        patch.setattr(Database, "transaction", fail)
+        first.report(claim, 1, {"m": 0.5}, 0.5)
+    with grid_run(study) as second:
+        again = claim_one(second)
+        assert again.number == claim.number
+        second.complete(again, 0.5)
+    assert trial_states(study) == ["COMPLETE"]
+
+
+def test_the_lease_is_ended_even_if_the_last_updates_are_refused(
+    study: Study, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise KeyError("refused")
+
+    with grid_run(study) as run:
+        claim = claim_point(run)
+        monkeypatch.setattr(protocol, "write", refuse)
+        run.report(claim, 1, {"m": 0.5}, 0.5)
+    assert sql(database, "SELECT count(*) FROM hpo_runs WHERE ended IS NULL") == [(0,)]
+
+
+def test_a_run_that_cannot_start_leaves_no_lease(
+    study: Study, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Median, "prepare", fail)
+    with pytest.raises(KeyboardInterrupt), grid_run(study, pruner=Median(maximize=True, min_epochs=1)):
+        pass
+    assert sql(database, "SELECT count(*) FROM hpo_runs WHERE ended IS NULL") == [(0,)]
 
 
 @pytest.mark.slow
