@@ -16,7 +16,8 @@ import sqlalchemy as sa
 
 from storage import tables
 from storage.database import RETRY_SECONDS, Database, retry_while_down
-from storage.protocol import RunKey, renew_lease
+from storage.optuna_tables import StudyKey
+from storage.protocol import RunKey, lock_study, renew_lease
 
 LEASE_SECONDS = 60.0
 MAX_FAILURES = 2
@@ -41,14 +42,13 @@ class Lease:
     def __init__(
         self,
         database: Database,
-        study_id: int,
-        study_name: str,
+        study: StudyKey,
         *,
         provenance: Mapping[str, Any],
         lease_seconds: float = LEASE_SECONDS,
         max_failures: int = MAX_FAILURES,
     ) -> None:
-        self.key = RunKey(study_id, study_name, -1, lease_seconds, max_failures)  # `start` sets the run_id
+        self.key = RunKey(study, -1, lease_seconds, max_failures)  # `start` sets the run_id
         self._database = database
         self._provenance = dict(provenance)
         self._entry = (-1, 0.0)  # in `live_runs`
@@ -58,13 +58,16 @@ class Lease:
         """Insert the row, which sets `key.run_id`, and start the thread.
 
         If the answer was lost, the repetition inserts another row. The first one owns no trial, and counts as dead.
+
+        Raises:
+            StorageError: the study was deleted, or the database cannot be used (after retries).
         """
         seconds = self.key.lease_seconds
 
         def insert() -> tuple[int, float]:
             now = self._database.now_seconds()
             row = sa.insert(tables.runs).values(
-                study=self.key.study_id,
+                study=self.key.study.study_id,
                 host=host_id(),
                 pid=os.getpid(),
                 process_started=started_after_boot(psutil.Process()),
@@ -75,6 +78,7 @@ class Lease:
                 provenance=self._provenance,
             )
             with self._database.transaction() as connection:
+                lock_study(connection, self._database, self.key.study)
                 inserted = connection.execute(row.returning(tables.runs.c.run, tables.runs.c.started)).one()
             return inserted.run, inserted.started
 

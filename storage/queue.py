@@ -261,4 +261,4 @@ class TrialQueue:
         try:
             return self._retry(operation)
         except KeyError:
-            raise protocol.study_deleted(self._database, self._run.study_name) from None
+            raise protocol.study_deleted(self._database, self._run.study.name) from None

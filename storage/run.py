@@ -69,8 +69,7 @@ class Run:
         self._crashes: dict[int, int] = {}  # {token: crashes}
         self._lease = Lease(
             study.database,
-            study.study_id,
-            study.name,
+            study.key,
             provenance=provenance,
             lease_seconds=lease_seconds,
             max_failures=max_failures,
@@ -100,7 +99,7 @@ class Run:
 
     def _prepare_pruner(self) -> None:
         with self.database.transaction() as connection:
-            if self._pruner is not None and optuna_tables.lock_study(connection, self.study.study_id) is not None:
+            if self._pruner is not None and optuna_tables.lock_study(connection, self.study.key):
                 self._pruner.prepare(connection, self.study.study_id)
 
     def __exit__(

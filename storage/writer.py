@@ -136,7 +136,7 @@ class Writer:
         self._ending |= {(each.claim.token, TrialState.PRUNED) for each in updates if each.decides}
         self._ending |= {(each.claim.token, each.final_state) for each in updates if each.final_state is not None}
         study = self._study
-        written = protocol.write(study.database, study.study_id, updates, pruner=self._pruner, ending=self._ending)
+        written = protocol.write(study.database, study.key, updates, pruner=self._pruner, ending=self._ending)
         self._lost |= written.lost
         self._pruned |= written.pruned
         self._ended |= {each.claim.token for each in updates if each.final_state is not None}

@@ -14,6 +14,9 @@ ENDED = {"COMPLETE", "PRUNED", "FAIL"}
 NEVER_RUN = {"duplicate of an earlier trial", "breaks a constraint"}
 UNAWARE_SECONDS = 20.0  # how long a trial may be RUNNING under a run that does not work on it
 LEASE_SECONDS = 6.0
+OTHER_SETTINGS = {"metric": "other"}  # of a study that takes the id of a deleted one
+# The ids of the study that the drivers search: its name may be `s` or `s@2`.
+OURS = "SELECT study_id FROM study_user_attributes WHERE key = 'hpo:fingerprint' AND value_json = '\"f\"'"
 MAX_POLLS = 40  # of a second each: longer than any lease, one after another
 
 
@@ -72,7 +75,7 @@ class Invariants:
                 "SELECT t.trial_id, t.number, CAST(t.state AS TEXT), h.run, h.token, v.value, p.param_value, h.crashes "
                 "FROM trials t LEFT JOIN hpo_trials h ON h.trial = t.trial_id "
                 "LEFT JOIN trial_values v ON v.trial_id = t.trial_id "
-                "LEFT JOIN trial_params p ON p.trial_id = t.trial_id ORDER BY t.trial_id"
+                f"LEFT JOIN trial_params p ON p.trial_id = t.trial_id WHERE t.study_id IN ({OURS}) ORDER BY t.trial_id"
             )
         }
         reasons = {
@@ -86,6 +89,16 @@ class Invariants:
         self._check_owners(trials)
         self._check_endings(trials, reasons)
         self._check_rungs(trials)
+        self._check_other_studies()
+
+    def _check_other_studies(self) -> None:
+        """No driver has written to a study that it does not search."""
+        for table, column in (("trials", "study_id"), ("hpo_trials", "study"), ("hpo_runs", "study")):
+            (count,) = self._sql(f"SELECT count(*) FROM {table} WHERE {column} NOT IN ({OURS})")[0]
+            assert not count, f"{count} rows of {table} belong to another study, or to none"
+        query = f"SELECT value_json FROM study_user_attributes WHERE key = 'hpo:settings' AND study_id NOT IN ({OURS})"
+        changed = [value for (value,) in self._sql(query) if json.loads(value) != OTHER_SETTINGS]
+        assert not changed, f"the settings of another study are {changed}"
 
     def _check_configurations(self, trained: list[tuple[Any, ...]]) -> None:
         counts = Counter(row[6] for row in trained if row[6] is not None)
@@ -187,9 +200,10 @@ class Invariants:
     def check_finished(self, driver: Driver) -> None:
         """A driver says that no run has or will get another trial."""
         rows = self._sql(
-            "SELECT t.trial_id, CAST(t.state AS TEXT), h.run FROM trials t LEFT JOIN hpo_trials h ON h.trial = t.trial_id"
+            "SELECT t.trial_id, CAST(t.state AS TEXT), h.run FROM trials t LEFT JOIN hpo_trials h ON h.trial = t.trial_id "
+            f"WHERE t.study_id IN ({OURS})"
         )
-        if not self._sql("SELECT 1 FROM studies") or driver.excused_until == float("inf"):
+        if not self._sql(OURS) or driver.excused_until == float("inf"):
             return
         others = [row for row in rows if row[1] not in ENDED and row[2] != driver.run_id]
         assert not others, f"{driver.name} says that the study is finished, but {others} are not"
@@ -203,12 +217,20 @@ class Invariants:
 
     def is_finished(self) -> bool:
         """Return whether every trial of the study has ended."""
-        states = [row[0] for row in self._sql("SELECT CAST(state AS TEXT) FROM trials")]
+        states = self._states()
         return len(states) >= self._simulation.plan.trials and set(states) <= ENDED
 
     def check_end(self) -> None:
         """All drivers have ended."""
         self.check()
-        states = Counter(row[0] for row in self._sql("SELECT CAST(state AS TEXT) FROM trials"))
+        states = Counter(self._states())
         assert set(states) <= ENDED, f"at the end, the trials are {dict(states)}"
         assert states.total() == self._simulation.plan.trials, f"{states.total()} trials at the end"
+
+    def _states(self) -> list[str]:
+        return [row[0] for row in self._sql(f"SELECT CAST(state AS TEXT) FROM trials WHERE study_id IN ({OURS})")]
+
+    def study_name(self) -> str:
+        """Return the name of the study that the drivers search."""
+        rows = self._sql(f"SELECT study_name FROM studies WHERE study_id IN ({OURS})")
+        return str(rows[0][0]) if rows else "s"

@@ -46,7 +46,7 @@ from storage.protocol import LostTrialError
 from storage.pruners import Median, Pruner, SuccessiveHalving
 from storage.run import Run
 from storage.studies import open_study
-from tests.storage.invariants import Invariants
+from tests.storage.invariants import OTHER_SETTINGS, Invariants
 from tests.storage.scheduler import Scheduler, SimulatedThreading, SimulatedTime, Task
 
 LEASE_SECONDS = 6.0
@@ -191,7 +191,12 @@ class Driver:
         sim, plan = self.simulation, self.simulation.plan
         database = sim.databases[self.slot]
         self.study = open_study(
-            database, "s", direction="maximize", fingerprint="f", settings={"metric": "m"}, total_trials=plan.trials
+            database,
+            "s",
+            direction="maximize",
+            fingerprint="f",
+            settings={"metric": "m", "driver": self.name},  # new for each driver, so that it is written
+            total_trials=plan.trials,
         )
         self.unique_name = self.study.unique_name
         self.study.optuna_study.sampler = optuna.samplers.RandomSampler(seed=sim.scheduler.draw.randint(0, 10**6))
@@ -517,7 +522,16 @@ class Simulation:
             case "delete":
                 self._break_connections()
                 self.was_replaced = True
-                self.backend.delete_study("s")
+                self.backend.delete_study(self.invariants.study_name())
+                if draw.random() < 0.7:  # on SQLite, another space gets the study's id
+                    open_study(
+                        self.databases[0],
+                        draw.choice(["s", "t"]),
+                        direction="minimize",
+                        fingerprint="g",
+                        settings=OTHER_SETTINGS,
+                    )
+                    self.backend.break_connections()
                 self.invariants.forget()
                 self._is_dirty = True
 
@@ -705,7 +719,7 @@ class Backend:
     def delete_study(self, name: str) -> None:
         """Delete a study as the dashboard does."""
         storage = optuna.storages.RDBStorage(self.url.replace("postgresql://", "postgresql+psycopg://"))
-        with contextlib.suppress(KeyError):
+        with contextlib.suppress(KeyError):  # no driver has created it yet
             optuna.delete_study(study_name=name, storage=storage)
         storage.engine.dispose()
 

@@ -24,7 +24,7 @@ from tests.storage.builders import allow_takeovers, expire_leases, open_s
 
 
 def start_lease(study: Study, **options: Any) -> Lease:
-    started = Lease(study.database, study.study_id, study.name, provenance={}, **options)
+    started = Lease(study.database, study.key, provenance={}, **options)
     started.start()
     return started
 
@@ -229,7 +229,7 @@ def test_a_renewal_that_failed_is_repeated_soon(study: Study, monkeypatch: pytes
             raise StorageError("away")
 
     monkeypatch.setattr(Lease, "renew", fail_twice)
-    lease = Lease(study.database, study.study_id, study.name, provenance={}, lease_seconds=6.0)
+    lease = Lease(study.database, study.key, provenance={}, lease_seconds=6.0)
     lease.start()
     wait_until(lambda: len(renewals) == 3)
     lease.stop()

@@ -90,6 +90,16 @@ def processes_keep_their_trials(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(queue, "is_run_dead", is_process_dead)
 
 
+def studies_are_known_by_their_ids(patch: pytest.MonkeyPatch) -> None:
+    """A study that has the id of a deleted one is taken for it."""
+
+    def lock_id(connection: Any, study: Any) -> bool:
+        studies = optuna_tables.studies
+        return connection.scalar(studies.select().where(studies.c.study_id == study.study_id)) is not None
+
+    patch.setattr(optuna_tables, "lock_study", lock_id)
+
+
 def outages_are_not_noticed(patch: pytest.MonkeyPatch) -> None:
     """After an outage, whoever comes first takes the trials of the others."""
     renew = protocol.renew_lease
@@ -183,6 +193,7 @@ def keys_are_not_compared(patch: pytest.MonkeyPatch) -> None:
         (no_token_check, ("suspend", "outage"), 150),
         (living_runs_are_dead, ("suspend",), 0),
         (processes_keep_their_trials, ("exit",), 0),
+        (studies_are_known_by_their_ids, ("delete",), 0),
         (outages_are_not_noticed, ("outage",), 120),
         (budget_is_checked_before_the_draw_only, ("error",), 0),
         (repeated_claims_are_new, ("lost answer",), 0),
