@@ -12,7 +12,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 
 from storage import optuna_internals, optuna_tables, protocol, records
-from storage.database import retry_while_down
+from storage.database import RETRY_SECONDS, retry_while_down
 from storage.history import History
 from storage.lease import RENEWAL_SHARE, Lease, is_run_dead
 from storage.protocol import ClaimedTrial, Configuration, Refusal
@@ -109,9 +109,9 @@ class TrialQueue:
             self._tokens.add(token)
         return claim
 
-    def release(self, claim: ClaimedTrial) -> None:
+    def release(self, claim: ClaimedTrial, timeout_seconds: float = RETRY_SECONDS) -> None:
         """Set an unfinished trial to WAITING, if this run still owns it."""
-        self._retry(lambda: protocol.release(self._database, claim))
+        retry_while_down(self._database, lambda: protocol.release(self._database, claim), timeout_seconds)
         self._tokens.discard(claim.token)
         self._next_scan = 0.0
 

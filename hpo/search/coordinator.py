@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # workers import this module too, and need no database
     from storage.run import Run
 
 TIME_SPENT = "the time budget is spent"
+INTERRUPTED = "interrupted"
 MIN_EARLY_FAILURES = 4  # and at least two per slot: then the machine or the code is at fault, not the configurations
 POLL_SECONDS = 1.0  # between attempts to claim a trial while other runs hold the rest
 
@@ -210,14 +211,14 @@ class TrialCoordinator:
         """Store everything reported so far, release the trials that have not ended, and delete superfluous checkpoints.
 
         If the database cannot be used, no trial is released, because each attempt would wait as long as the first. Other
-        runs take the trials when the lease of this run has expired.
+        runs take the trials when the lease of this run has expired. After Ctrl-C or an error, all of this waits for the
+        database for `storage.run.EXIT_SECONDS` at most.
         """
-        from storage.database import RETRY_SECONDS
-        from storage.run import EXIT_SECONDS
-
+        if self.error is not None or self.stop_reason == INTERRUPTED:
+            self._run.leave()
         is_stored = False
         with self._storage_errors_kept():
-            self._run.flush(RETRY_SECONDS if self.error is None else EXIT_SECONDS)
+            self._run.flush()
             is_stored = True
         if is_stored:
             for tune_id in list(self._claims):

@@ -29,7 +29,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from hpo.paths import LOST_FILE, RunsDir
-from hpo.search.coordinator import TrialCoordinator
+from hpo.search.coordinator import INTERRUPTED, TrialCoordinator
 from hpo.search.listener import ProgressListener
 from hpo.search.samplers import build_optuna_pruner, build_pruner, build_sampler, history_limit
 from hpo.search.slots import Slots
@@ -39,8 +39,6 @@ from hpo.trainable import load_trainable
 
 if TYPE_CHECKING:  # workers import this module too, and need no database
     from storage.studies import Study
-
-INTERRUPTED = "interrupted"
 
 
 # --- in the worker ----------------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +13,15 @@ import pytest
 
 from benchmarks.toy import expected_value
 from hpo.paths import LOST_FILE, RunsDir
-from hpo.search.coordinator import TrialCoordinator
+from hpo.search.coordinator import INTERRUPTED, TrialCoordinator
 from hpo.search.slots import Slots
 from hpo.search.worker import TrialReport, TrialSpec
 from hpo.space.model import Space
 from storage.database import StorageError
-from storage.run import Run
+from storage.run import EXIT_SECONDS, Run
 from storage.studies import Study
 from tests.factories import RecordingListener, run_of, take_reports, toy_space, trial_states
+from tests.storage.builders import locked
 
 ONE_SLOT = Slots(1, 1.0, 0.0)
 
@@ -173,6 +176,24 @@ def test_with_the_database_away_leaving_waits_for_it_once(
         assert trial_states(study) == ["RUNNING"] * 3
         coordinator.release_all()
         assert trial_states(study) == ["WAITING"] * 3
+
+
+@pytest.mark.slow
+def test_after_ctrl_c_leaving_waits_for_a_locked_database_a_few_seconds_in_all(study: Study, tmp_path: Path) -> None:
+    space = toy_space(tmp_path, parameters={"x": [1, 2, 3]})
+    with contextlib.ExitStack() as stack:
+        with run_of(study, space) as run:
+            coordinator = coordinator_of(space, run, tmp_path, RecordingListener())
+            spec = coordinator.next_trial("a")
+            assert spec is not None
+            stack.enter_context(locked(Path(str(study.database.engine.url.database))))
+            coordinator.on_report("a", take_reports(spec, 1)[0])
+            time.sleep(1.0)  # the writer's thread now waits for the lock
+            coordinator.stop(INTERRUPTED)
+            started = time.monotonic()
+            coordinator.release_all()
+        assert time.monotonic() - started < EXIT_SECONDS + 1.0
+    assert isinstance(coordinator.error, StorageError)
 
 
 # --- several trials on one GPU ------------------------------------------------------------------------------------------

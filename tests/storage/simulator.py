@@ -40,6 +40,7 @@ from storage import lease as lease_module
 from storage import optuna_tables
 from storage import protocol as protocol_module
 from storage import queue as queue_module
+from storage import run as run_module
 from storage import writer as writer_module
 from storage.database import Database, StorageError, open_database
 from storage.protocol import LostTrialError
@@ -230,7 +231,8 @@ class Driver:
                     if not self._act(run):
                         break
                 self.is_closing = True
-                run.flush()
+                if actions <= leaves:
+                    run.flush()
             finally:
                 # Its end may not be stored. Then it looks like a run that died.
                 self.is_closing = True
@@ -337,9 +339,12 @@ class Driver:
     def _leave(self, run: Run) -> None:
         """Ctrl-C."""
         self.is_closing = True
-        for training in list(self.trainings):
-            self._forget(training)
-            run.release(training.claim)
+        run.leave()
+        with contextlib.suppress(StorageError):
+            run.flush()
+            for training in list(self.trainings):
+                self._forget(training)
+                run.release(training.claim)
 
     def _forget(self, training: Training) -> None:
         if training in self.trainings:
@@ -815,6 +820,8 @@ def simulated(backend: Backend, seed: int, kinds: tuple[str, ...] = FAULTS) -> I
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lease_module, "threading", threads)
         patch.setattr(writer_module, "threading", threads)
+        patch.setattr(run_module, "threading", threads)
+        patch.setattr(run_module, "time", clock)
         patch.setattr(queue_module, "time", clock)
         patch.setattr(database_module, "time", clock)
         patch.setattr(lease_module, "psutil", processes)

@@ -39,7 +39,7 @@ def test_updates_that_could_not_be_written_are_kept(
         with monkeypatch.context() as patch:
             failures: list[Exception] = []
 
-            def fail(*_: Any) -> None:
+            def fail(*_: Any, **__: Any) -> None:
                 failures.append(error)
                 raise error
 
