@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any, NamedTuple, TypeVar
 
 import optuna
@@ -510,13 +511,25 @@ def translate_errors(safe_url: str) -> Iterator[None]:
         raise StorageError(f"{safe_url}: {_remedy(_driver_error(error))}") from None
 
 
-def retry_while_down(database: Database, operation: Callable[[], T], timeout_seconds: float = RETRY_SECONDS) -> T:
+def retry_while_down(
+    database: Database,
+    operation: Callable[[], T],
+    timeout_seconds: float = RETRY_SECONDS,
+    *,
+    stopped: Event | None = None,
+) -> T:
     """Run an operation and return its result. Retry it while the database is down.
 
     The operation must be idempotent: its transaction may have been committed although the answer was lost.
 
+    Args:
+        database: the database.
+        operation: what to run.
+        timeout_seconds: how long to retry. A single attempt may take longer.
+        stopped: once it is set, the operation is not retried any more.
+
     Raises:
-        UnavailableError: the database was down for longer than the timeout.
+        UnavailableError: the database was down for longer than the timeout, or until `stopped` was set.
         StorageError: the error is not transient (disk full, missing rights, damaged file).
     """
     deadline = time.monotonic() + timeout_seconds
@@ -535,7 +548,10 @@ def retry_while_down(database: Database, operation: Callable[[], T], timeout_sec
                 ) from None
             if pause_seconds == 0.1:
                 logger.warning("the database is unavailable (%s): retrying", _first_line(cause))
-        time.sleep(pause_seconds)
+        if stopped is None:
+            time.sleep(pause_seconds)
+        elif stopped.wait(pause_seconds):
+            raise UnavailableError(f"{database.url}: still unavailable. {_remedy(cause)}")
         pause_seconds = min(2 * pause_seconds, 5.0)
 
 

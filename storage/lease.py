@@ -16,13 +16,17 @@ import sqlalchemy as sa
 
 from storage import tables
 from storage.database import RETRY_SECONDS, Database, retry_while_down
-from storage.protocol import RunKey, renew_lease
+from storage.optuna_tables import StudyKey
+from storage.protocol import RunKey, lock_study, renew_lease
 
 LEASE_SECONDS = 60.0
 MAX_FAILURES = 2
 RENEWAL_SHARE = 1 / 6  # of a lease: between two renewals
 # A run that starts just after an outage must not take the trials of living runs.
 STARTUP_SHARE = 1 / 3
+# The runs of this process that go on, as (run, started): two databases may have runs with the same key. A run that has ended
+# here may be open in the database, which was away when it ended. It is told from others by this set.
+live_runs: set[tuple[int, float]] = set()
 SECONDS_1970 = 1e9  # version 1 of our tables stored the start of a process in seconds since 1970, far above any uptime
 
 
@@ -38,29 +42,32 @@ class Lease:
     def __init__(
         self,
         database: Database,
-        study_id: int,
-        study_name: str,
+        study: StudyKey,
         *,
         provenance: Mapping[str, Any],
         lease_seconds: float = LEASE_SECONDS,
         max_failures: int = MAX_FAILURES,
     ) -> None:
-        self.key = RunKey(study_id, study_name, -1, lease_seconds, max_failures)  # `start` sets the run_id
+        self.key = RunKey(study, -1, lease_seconds, max_failures)  # `start` sets the run_id
         self._database = database
         self._provenance = dict(provenance)
+        self._entry = (-1, 0.0)  # in `live_runs`
         self._stopped = threading.Event()
 
     def start(self) -> None:
         """Insert the row, which sets `key.run_id`, and start the thread.
 
-        If the answer was lost, the repetition inserts another row. The first one owns no trial.
+        If the answer was lost, the repetition inserts another row. The first one owns no trial, and counts as dead.
+
+        Raises:
+            StorageError: the study was deleted, or the database cannot be used (after retries).
         """
         seconds = self.key.lease_seconds
 
-        def insert() -> int:
+        def insert() -> tuple[int, float]:
             now = self._database.now_seconds()
             row = sa.insert(tables.runs).values(
-                study=self.key.study_id,
+                study=self.key.study.study_id,
                 host=host_id(),
                 pid=os.getpid(),
                 process_started=started_after_boot(psutil.Process()),
@@ -71,14 +78,19 @@ class Lease:
                 provenance=self._provenance,
             )
             with self._database.transaction() as connection:
-                return int(connection.execute(row.returning(tables.runs.c.run)).scalar_one())
+                lock_study(connection, self._database, self.key.study)
+                inserted = connection.execute(row.returning(tables.runs.c.run, tables.runs.c.started)).one()
+            return inserted.run, inserted.started
 
-        self.key = replace(self.key, run_id=retry_while_down(self._database, insert))
+        self._entry = retry_while_down(self._database, insert)
+        self.key = replace(self.key, run_id=self._entry[0])
+        live_runs.add(self._entry)
         threading.Thread(target=self._keep_renewing, name="hpo-lease", daemon=True).start()
 
     def stop(self) -> None:
-        """Stop the thread. The lease expires unless `end` is called."""
+        """Stop the thread. From now on, other runs of this process may take the trials of this one, even without `end`."""
         self._stopped.set()
+        live_runs.discard(self._entry)
 
     def end(self, timeout_seconds: float = RETRY_SECONDS) -> None:
         """Mark the run as ended. Other runs may take its trials at once."""
@@ -120,11 +132,13 @@ def started_after_boot(process: psutil.Process) -> float:
     return process.create_time() - psutil.boot_time()
 
 
-def is_process_dead(run: Any) -> bool | None:
-    """Return whether the process of a run has ended; None if it runs on another machine.
+def is_run_dead(run: Any) -> bool | None:
+    """Return whether a run has ended, or its process has; None if its lease decides.
+
+    The lease decides for a living process on this machine, too: it may be suspended.
 
     Args:
-        run: a row with `host`, `pid` and `process_started` of hpo_runs.
+        run: a row with `run`, `host`, `pid`, `process_started` and `started` of hpo_runs.
     """
     if run.host != host_id():
         return None
@@ -134,6 +148,10 @@ def is_process_dead(run: Any) -> bool | None:
         if started > SECONDS_1970:
             started -= psutil.boot_time()
         is_other = abs(started_after_boot(process) - started) > 1.0  # the PID was reused
-        return is_other or bool(process.status() == psutil.STATUS_ZOMBIE)
+        if is_other or process.status() == psutil.STATUS_ZOMBIE:
+            return True
     except psutil.NoSuchProcess:
         return True
+    if run.pid == os.getpid():
+        return (run.run, run.started) not in live_runs
+    return None

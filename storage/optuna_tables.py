@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -40,6 +41,21 @@ trial_system_attributes = _table(models.TrialSystemAttributeModel)
 intermediate_values = _table(models.TrialIntermediateValueModel)
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+@dataclass(frozen=True)
+class StudyKey:
+    """Which study. Its id is not enough: SQLite gives the id of a deleted study to a new one.
+
+    Attributes:
+        study_id: its primary key.
+        name: its name.
+        identity: its attribute `hpo:id`; None for a study that another program created.
+    """
+
+    study_id: int
+    name: str
+    identity: str | None
 
 
 def upsert(connection: sa.Connection, table: sa.Table, key: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
@@ -84,14 +100,19 @@ def read_study_attr(connection: sa.Connection, key: str) -> dict[str, Any]:
     return {name: None if value is None else json.loads(value) for name, value in rows}
 
 
-def lock_study(connection: sa.Connection, study_id: int) -> str | None:
-    """Return a study's name, and let no other transaction add a trial to it or claim one; None if it is not there.
+def lock_study(connection: sa.Connection, study: StudyKey) -> bool:
+    """Let no other transaction add a trial to a study or claim one. Return False if the study was deleted.
 
     SQLite has one writer at a time in any case: the transaction must be one of `Database.transaction`.
     """
-    query = sa.select(studies.c.study_name).where(studies.c.study_id == study_id)
-    name: str | None = connection.scalar(query.with_for_update(key_share=True))
-    return name
+    attr = study_user_attributes
+    identity = sa.select(attr.c.value_json).where(attr.c.study_id == studies.c.study_id, attr.c.key == "hpo:id")
+    is_it = sa.and_(
+        studies.c.study_id == study.study_id,
+        studies.c.study_name == study.name,
+        identity.scalar_subquery().is_not_distinct_from(None if study.identity is None else json.dumps(study.identity)),
+    )
+    return connection.scalar(sa.select(studies.c.study_id).where(is_it).with_for_update(key_share=True)) is not None
 
 
 def write_study_attrs(connection: sa.Connection, study_id: int, attrs: Mapping[str, Any]) -> None:

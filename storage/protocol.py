@@ -20,8 +20,13 @@ from optuna.trial import TrialState
 
 from storage import optuna_tables, records, tables
 from storage.database import Database, StorageError
+from storage.optuna_tables import StudyKey
 from storage.pruners import Pruner
 from storage.records import DUPLICATE, REJECTED, Params
+
+
+class StudyDeletedError(StorageError):
+    """Another program has deleted the study."""
 
 
 class LostTrialError(Exception):
@@ -33,18 +38,21 @@ class RunKey:
     """Which run does something.
 
     Attributes:
-        study_id: its study.
-        study_name: for messages.
+        study: its study.
         run_id: its key in hpo_runs.
         lease_seconds: how long the run counts as alive after its last renewal.
         max_failures: how often a trial is resumed after its driver died without finishing an epoch of it.
     """
 
-    study_id: int
-    study_name: str
+    study: StudyKey
     run_id: int
     lease_seconds: float
     max_failures: int
+
+    @property
+    def study_id(self) -> int:
+        """The primary key of the study."""
+        return self.study.study_id
 
 
 @dataclass(frozen=True)
@@ -135,7 +143,7 @@ def claim_existing(
     token: int,
     *,
     own_tokens: Collection[int],
-    is_process_dead: Callable[[Any], bool | None],
+    is_run_dead: Callable[[Any], bool | None],
 ) -> Scan:
     """Take over the trials of dead runs, and claim the WAITING trial that is nearest to a result.
 
@@ -145,7 +153,7 @@ def claim_existing(
         token: of the claim, see `new_token`.
         own_tokens: of the claims that this run works on. A trial of the run with another token was claimed by a call that
             failed, or a restored copy of the database shows it as it was before it ended.
-        is_process_dead: returns whether the run of a row of hpo_runs is dead; None if its lease decides.
+        is_run_dead: returns whether the run of a row of hpo_runs is dead; None if its lease decides.
 
     Raises:
         StorageError: the study was deleted.
@@ -155,7 +163,7 @@ def claim_existing(
         if claim := _claimed_with(connection, token):
             return Scan(claim)
         rows = _unfinished(connection, run.study_id)
-        freed, failed = _take_over(connection, run, rows, clock, own_tokens, is_process_dead)
+        freed, failed = _take_over(connection, run, rows, clock, own_tokens, is_run_dead)
         waiting = [row for row in rows if row.trial_id in freed or row.state == TrialState.WAITING]
         ended_or_own = {row.trial_id for row in rows if row.number in failed or row.token in own_tokens}
         others = {row.trial_id for row in rows} - {row.trial_id for row in waiting} - ended_or_own
@@ -173,16 +181,26 @@ def claim_existing(
 
 def _enter(connection: sa.Connection, database: Database, run: RunKey) -> Any:
     """Lock the study and renew the run's lease; return a row with `now` and `takeover_after`."""
-    name = optuna_tables.lock_study(connection, run.study_id)
-    clock = None if name is None else renew_lease(connection, database, run)
+    lock_study(connection, database, run.study)
+    clock = renew_lease(connection, database, run)
     if clock is None:
-        raise study_deleted(database, run.study_name)
+        raise study_deleted(database, run.study.name)
     return clock
 
 
-def study_deleted(database: Database, name: str) -> StorageError:
+def lock_study(connection: sa.Connection, database: Database, study: StudyKey) -> None:
+    """Lock a study, see `optuna_tables.lock_study`.
+
+    Raises:
+        StudyDeletedError: it was deleted. Another one may have its id.
+    """
+    if not optuna_tables.lock_study(connection, study):
+        raise study_deleted(database, study.name)
+
+
+def study_deleted(database: Database, name: str) -> StudyDeletedError:
     """Return the error of an operation on a study that another program has deleted."""
-    return StorageError(
+    return StudyDeletedError(
         f"{database.url}: the study {name!r} was deleted while this search worked on it; the same command creates it again"
     )
 
@@ -220,6 +238,7 @@ def _unfinished(connection: sa.Connection, study_id: int) -> list[Any]:
             ours.c.crashes,
             ours.c.claimed_epoch,
             owner.c.run.label("owner"),
+            owner.c.started,
             owner.c.host,
             owner.c.pid,
             owner.c.process_started,
@@ -255,7 +274,7 @@ def _take_over(
     rows: Iterable[Any],
     clock: Any,
     own_tokens: Collection[int],
-    is_process_dead: Callable[[Any], bool | None],
+    is_run_dead: Callable[[Any], bool | None],
 ) -> tuple[dict[int, int], dict[int, str]]:
     """Set the RUNNING trials of dead runs to WAITING, or to FAIL if they failed too often.
 
@@ -270,7 +289,7 @@ def _take_over(
             continue
         has_died = False
         if row.owner is not None and row.owner != run.run_id and row.ended is None:
-            dead = is_process_dead(row)
+            dead = is_run_dead(row)
             is_expired = not clock.now <= row.lease_until <= clock.now + run.lease_seconds
             has_died = is_expired and clock.takeover_after <= clock.now if dead is None else dead
             if not has_died:
@@ -440,7 +459,7 @@ class Written:
 
 def write(
     database: Database,
-    study_id: int,
+    study: StudyKey,
     updates: Iterable[TrialUpdate],
     *,
     pruner: Pruner | None,
@@ -450,7 +469,7 @@ def write(
 
     Args:
         database: the database.
-        study_id: the study of the trials.
+        study: the study of the trials.
         updates: in the order in which they happened.
         pruner: decides on the updates with `decides`.
         ending: tokens of the claims that this run has tried to end, each with the state. A trial that ended so was ended by
@@ -462,7 +481,7 @@ def write(
     with database.transaction() as connection:
         updates = list(updates)
         if any(update.decides for update in updates):
-            optuna_tables.lock_study(connection, study_id)  # decisions happen one after another
+            optuna_tables.lock_study(connection, study)  # decisions happen one after another
         rows = _owners(connection, {update.claim.trial_id for update in updates})
         for update in updates:
             row, token = rows.get(update.claim.trial_id), update.claim.token
@@ -493,13 +512,13 @@ def write(
                 connection.execute(tables.trials.update().where(is_trial).values(provenance=dict(update.provenance)))
             if update.decides and pruner is not None and claim.token not in pruned:
                 value = update.value or 0.0
-                if pruner.decide(connection, study_id, claim.trial_id, claim.number, update.epoch, value):
+                if pruner.decide(connection, study.study_id, claim.trial_id, claim.number, update.epoch, value):
                     optuna_tables.end(connection, claim.trial_id, TrialState.PRUNED, update.value)
                     pruned.add(claim.token)
             if update.final_state is not None and claim.token not in pruned:
                 optuna_tables.end(connection, claim.trial_id, update.final_state, update.value)
                 if update.final_state == TrialState.COMPLETE and pruner is not None:
-                    pruner.complete(connection, study_id, claim.trial_id)
+                    pruner.complete(connection, study.study_id, claim.trial_id)
     return Written(lost, pruned)
 
 

@@ -12,9 +12,9 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 
 from storage import optuna_internals, optuna_tables, protocol, records
-from storage.database import retry_while_down
+from storage.database import RETRY_SECONDS, retry_while_down
 from storage.history import History
-from storage.lease import RENEWAL_SHARE, Lease, is_process_dead
+from storage.lease import RENEWAL_SHARE, Lease, is_run_dead
 from storage.protocol import ClaimedTrial, Configuration, Refusal
 from storage.records import Params
 from storage.studies import Study
@@ -109,9 +109,9 @@ class TrialQueue:
             self._tokens.add(token)
         return claim
 
-    def release(self, claim: ClaimedTrial) -> None:
+    def release(self, claim: ClaimedTrial, timeout_seconds: float = RETRY_SECONDS) -> None:
         """Set an unfinished trial to WAITING, if this run still owns it."""
-        self._retry(lambda: protocol.release(self._database, claim))
+        retry_while_down(self._database, lambda: protocol.release(self._database, claim), timeout_seconds)
         self._tokens.discard(claim.token)
         self._next_scan = 0.0
 
@@ -121,7 +121,7 @@ class TrialQueue:
         """Claim a trial that a run released, a dead run left, or another program enqueued."""
         scan = self._retry(
             lambda: protocol.claim_existing(
-                self._database, self._run, token, own_tokens=self._tokens, is_process_dead=self._is_dead
+                self._database, self._run, token, own_tokens=self._tokens, is_run_dead=self._is_dead
             )
         )
         for number, reason in scan.failed.items():
@@ -143,7 +143,7 @@ class TrialQueue:
         time by its own clock. Between two looks, it counts the time of one renewal at most: while this run did not see the
         database, no other may have reached it.
         """
-        is_dead = is_process_dead(row)
+        is_dead = is_run_dead(row)
         if is_dead is not None:
             return is_dead
         now = time.monotonic()
@@ -261,4 +261,4 @@ class TrialQueue:
         try:
             return self._retry(operation)
         except KeyError:
-            raise protocol.study_deleted(self._database, self._run.study_name) from None
+            raise protocol.study_deleted(self._database, self._run.study.name) from None

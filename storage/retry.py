@@ -7,7 +7,7 @@ from collections.abc import Collection
 import sqlalchemy as sa
 from optuna.trial import TrialState
 
-from storage import optuna_internals, optuna_tables, records, tables
+from storage import optuna_internals, optuna_tables, protocol, records, tables
 from storage.database import retry_while_down
 from storage.records import attempt_of
 from storage.studies import Study
@@ -45,7 +45,7 @@ def retry_trials(study: Study, numbers: Collection[int], *, resume: bool = False
             the attempt grows.
 
     Raises:
-        StorageError: the database cannot be used (after retries).
+        StorageError: the study was deleted, or the database cannot be used (after retries).
     """
     chosen = {
         optuna_internals.trial_id(trial): attempt_of(trial.user_attrs) + (not resume)
@@ -56,7 +56,7 @@ def retry_trials(study: Study, numbers: Collection[int], *, resume: bool = False
 
     def write() -> None:
         with study.database.transaction() as connection:
-            optuna_tables.lock_study(connection, study.study_id)
+            protocol.lock_study(connection, study.database, study.key)
             is_failed = sa.and_(trials.c.trial_id.in_(chosen), trials.c.state == TrialState.FAIL)
             ids = list(connection.scalars(sa.select(trials.c.trial_id).where(is_failed)))
             optuna_tables.wait(connection, ids)

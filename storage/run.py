@@ -6,7 +6,9 @@ storage/README.md describes the states of a trial and the protocol of runs that 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -15,7 +17,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import TrialState
 
 from storage import optuna_tables, protocol
-from storage.database import RETRY_SECONDS, Database, StorageError, retry_while_down
+from storage.database import RETRY_SECONDS, Database, StorageError, UnavailableError, retry_while_down
 from storage.lease import LEASE_SECONDS, MAX_FAILURES, Lease
 from storage.protocol import ClaimedTrial, TrialUpdate
 from storage.pruners import Pruner
@@ -24,7 +26,8 @@ from storage.records import Params
 from storage.studies import Study, elapsed_seconds, without_garbage_collection
 from storage.writer import Writer
 
-EXIT_SECONDS = 5.0  # how long leaving a run waits for the database
+EXIT_SECONDS = 5.0  # how long leaving a run waits for the database, all operations together
+END_SECONDS = 1.0  # of them, for the end of the lease: what cannot be written must not keep it from being stored
 
 
 class Run:
@@ -67,10 +70,10 @@ class Run:
         self._history_limit = history_limit
         self._pruner = pruner
         self._crashes: dict[int, int] = {}  # {token: crashes}
+        self._leaves_at: float | None = None  # by the monotonic clock
         self._lease = Lease(
             study.database,
-            study.study_id,
-            study.name,
+            study.key,
             provenance=provenance,
             lease_seconds=lease_seconds,
             max_failures=max_failures,
@@ -90,24 +93,73 @@ class Run:
             history_limit=self._history_limit,
             is_settled=self._writer.is_settled,
         )
-        if self._pruner is not None:
-            retry_while_down(self.database, self._prepare_pruner)
+        try:
+            if self._pruner is not None:
+                retry_while_down(self.database, self._prepare_pruner)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def _prepare_pruner(self) -> None:
         with self.database.transaction() as connection:
-            if self._pruner is not None and optuna_tables.lock_study(connection, self.study.study_id) is not None:
+            if self._pruner is not None and optuna_tables.lock_study(connection, self.study.key):
                 self._pruner.prepare(connection, self.study.study_id)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._lease.stop()
-        self._writer.close()
         # Best effort: a caller that must know uses `flush`, and the lease expires if the database stays down.
-        with contextlib.suppress(StorageError):
-            self._writer.flush(EXIT_SECONDS)
-            self._lease.end(EXIT_SECONDS)
+        self.leave()
+        try:
+            with contextlib.suppress(StorageError):
+                self.flush()
+        finally:
+            self._lease.stop()
+            with contextlib.suppress(StorageError):
+                self._before_leaving(self._lease.end, reserve_seconds=0.0)
+        self._writer.close(self._seconds_left())
+
+    def leave(self) -> None:
+        """Wait for the database no longer than `EXIT_SECONDS` from now on, all operations until the end of the run together.
+
+        Callers that end a run early call it before their last operations; the end of the `with` block calls it, too.
+        """
+        if self._leaves_at is None:
+            self._leaves_at = time.monotonic() + EXIT_SECONDS
+            self._writer.stop()
+
+    def _seconds_left(self) -> float:
+        return RETRY_SECONDS if self._leaves_at is None else max(0.0, self._leaves_at - time.monotonic())
+
+    def _before_leaving(self, operation: Callable[[float], None], reserve_seconds: float = END_SECONDS) -> None:
+        """Run an operation, which takes the seconds for which it is retried. A run that leaves waits for it that long only.
+
+        A single statement may wait for a minute, for a lock of SQLite or for a server behind a network that drops packets. A
+        thread that is left behind does no harm: a token fences what it writes.
+
+        Raises:
+            UnavailableError: the run leaves, and the operation has not ended in time.
+        """
+        if self._leaves_at is None:
+            operation(RETRY_SECONDS)
+            return
+        seconds = max(0.0, self._seconds_left() - reserve_seconds)
+        errors: list[Exception] = []
+
+        def run() -> None:
+            try:
+                operation(seconds)
+            except Exception as error:  # noqa: BLE001 # raised below
+                errors.append(error)
+
+        thread = threading.Thread(target=run, name="hpo-exit", daemon=True)
+        thread.start()
+        thread.join(seconds)
+        if thread.is_alive():
+            raise UnavailableError(f"{self.database.url}: no answer within {EXIT_SECONDS:g} s")
+        if errors:
+            raise errors[0]
 
     @property
     def database(self) -> Database:
@@ -149,13 +201,9 @@ class Run:
             self._writer.flush()
         return claim
 
-    def flush(self, timeout_seconds: float = RETRY_SECONDS) -> None:
-        """Return when all updates so far are in the database.
-
-        Args:
-            timeout_seconds: how long to retry while the database is down.
-        """
-        self._writer.flush(timeout_seconds)
+    def flush(self) -> None:
+        """Return when all updates so far are in the database."""
+        self._before_leaving(self._writer.flush)
 
     def report(self, claim: ClaimedTrial, epoch: int, metrics: Mapping[str, float], value: float) -> None:
         """Store one finished epoch. Idempotent.
@@ -231,8 +279,8 @@ class Run:
 
     def release(self, claim: ClaimedTrial) -> None:
         """Set an unfinished trial to WAITING: any run may resume it. Do nothing if the claim does not hold any more."""
-        self._writer.flush()
-        self._queue.release(claim)
+        self.flush()
+        self._before_leaving(lambda seconds: self._queue.release(claim, seconds))
 
     def elapsed_seconds(self) -> float:
         """Return for how long any run has worked on the study. Simultaneous runs count once."""

@@ -9,7 +9,7 @@ import re
 import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC
 from typing import Any, Literal, TypeVar
 
@@ -20,9 +20,10 @@ from sqlalchemy.exc import IntegrityError
 
 from storage import optuna_tables, records, tables
 from storage.database import Database, StorageError, retry_while_down
-from storage.lease import is_process_dead
+from storage.lease import is_run_dead
 from storage.optuna_internals import DraftStorage, study_id, trial_id
-from storage.protocol import study_deleted
+from storage.optuna_tables import StudyKey
+from storage.protocol import StudyDeletedError, lock_study, study_deleted
 from storage.records import NEVER_RUN
 
 T = TypeVar("T")
@@ -40,6 +41,8 @@ class Study:
         study_id: its primary key.
         optuna_study: the same study as an Optuna object.
         drafts: the storage of `optuna_study`.
+        identity: its attribute `hpo:id`, random; None for a study that another program created. SQLite gives the ids of
+            deleted studies to new ones.
     """
 
     database: Database
@@ -47,6 +50,12 @@ class Study:
     study_id: int
     optuna_study: optuna.Study
     drafts: DraftStorage
+    identity: str | None = None
+
+    @property
+    def key(self) -> StudyKey:
+        """What tells it from other studies."""
+        return StudyKey(self.study_id, self.name, self.identity)
 
     @property
     def attrs(self) -> dict[str, Any]:
@@ -126,10 +135,15 @@ class Study:
             raise study_deleted(self.database, self.name) from None
 
     def set_system_attrs(self, attrs: Mapping[str, Any]) -> None:
-        """Set these system attributes in one transaction."""
+        """Set these system attributes in one transaction.
+
+        Raises:
+            StorageError: the study was deleted, or the database cannot be used (after retries).
+        """
 
         def write() -> None:
             with self.database.transaction() as connection:
+                lock_study(connection, self.database, self.key)
                 optuna_tables.write_study_system_attrs(connection, self.study_id, attrs)
 
         retry_while_down(self.database, write)
@@ -137,7 +151,7 @@ class Study:
     @property
     def is_ours(self) -> bool:
         """Whether hpo created the study, not another program that uses Optuna."""
-        return "hpo:id" in self.attrs
+        return self.identity is not None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -148,7 +162,7 @@ class Study:
     @property
     def unique_name(self) -> str:
         """A name that no other study has, in any database. Files of the study are stored under it."""
-        return f"{self.name}-{self.attrs['hpo:id']}"
+        return f"{self.name}-{self.identity}"
 
 
 @contextlib.contextmanager
@@ -204,11 +218,12 @@ def summarize(database: Database) -> list[Summary]:
             last[row.study] = max(last.get(row.study, 0.0), row.last.replace(tzinfo=UTC).timestamp())
     retried = retry_while_down(database, lambda: records.count_retried(database))
     studies = retry_while_down(database, lambda: database.optuna_storage.get_all_studies())
-    return [
-        _summary(database, study, counts.get(key, {}), retried.get(key, 0), last.get(key))
-        for study in studies
-        for key in [study_id(study)]
-    ]
+    summaries = []
+    for study in studies:
+        key = study_id(study)
+        with contextlib.suppress(KeyError, ValueError):  # the study was deleted; another one may have its id
+            summaries.append(_summary(database, study, counts.get(key, {}), retried.get(key, 0), last.get(key)))
+    return summaries
 
 
 def _summary(database: Database, study: Any, counts: dict[str, int], retried: int, last: float | None) -> Summary:
@@ -242,7 +257,7 @@ def state_of(attrs: Mapping[str, Any], counts: Mapping[str, int], retried: int, 
     """
     if "hpo:settings" not in attrs:
         return ""
-    if any(run.ended is None and run.lease_until >= run.now and not is_process_dead(run) for run in runs):
+    if any(run.ended is None and run.lease_until >= run.now and not is_run_dead(run) for run in runs):
         return "running"
     ended = sum(counts.get(state, 0) for state in ("COMPLETE", "PRUNED", "FAIL"))
     if "hpo:total" in attrs:
@@ -341,6 +356,8 @@ def open_study(
         changed = {attr: value for attr, value in wanted.items() if attr not in attrs or attrs[attr] != value}
         identity = {"hpo:id": uuid.uuid4().hex[:12], "hpo:fingerprint": fingerprint}
         identity = {attr: value for attr, value in identity.items() if attr not in attrs}
+        if study is not None and study.identity != attrs.get("hpo:id"):
+            return None  # another process has opened it first, or another study has its id now
         if study is not None and not changed and not identity:
             return study
         new = f"{name}@{_revision(revisions[-1]) + 1}" if revisions else name
@@ -352,7 +369,7 @@ def open_study(
                 if set(found) != set(revisions) or fingerprint in found.values() or None in found.values():
                     return None
                 opened = optuna_tables.insert_study(connection, new, direction)
-            elif optuna_tables.lock_study(connection, study.study_id) is None:
+            elif not optuna_tables.lock_study(connection, study.key):
                 return None
             else:
                 opened = study.study_id
@@ -362,12 +379,14 @@ def open_study(
                 # optuna-dashboard labels the axes of its plots with it.
                 labels = {"study:metric_names": [str(settings.get("metric", "value"))]}
                 optuna_tables.write_study_system_attrs(connection, opened, labels)
-        return study or _load(database, new)
+        if study is None:
+            return _load(database, new)
+        return replace(study, identity=identity.get("hpo:id", study.identity))
 
     def unless_overtaken() -> Study | None:
         try:
             return open_or_create()
-        except IntegrityError:  # another process has created the same revision
+        except (IntegrityError, StudyDeletedError):  # another process has created the same revision, or deleted it
             return None
 
     while True:
@@ -391,9 +410,11 @@ def _load(database: Database, name: str) -> Study | None:
     storage = DraftStorage(database.optuna_storage)
     try:
         study = retry_while_down(database, lambda: optuna.load_study(study_name=name, storage=storage))
+        # If another study has its id now, this is the other one's, which has another name.
+        identity = retry_while_down(database, lambda: study.user_attrs.get("hpo:id"))
     except KeyError:
         return None
-    return Study(database, name, study_id(study), study, storage)
+    return Study(database, name, study_id(study), study, storage, identity)
 
 
 def _revisions(database: Database, name: str) -> list[str]:

@@ -68,8 +68,12 @@ class Writer:
         """Return whether the database has confirmed that a claim is over: its trial has ended, or another run has it."""
         return token in self._lost or token in self._pruned or token in self._ended
 
-    def flush(self, timeout_seconds: float = RETRY_SECONDS) -> None:
+    def flush(self, timeout_seconds: float = RETRY_SECONDS, *, stopped: threading.Event | None = None) -> None:
         """Write all updates.
+
+        Args:
+            timeout_seconds: how long to retry while the database is down.
+            stopped: once it is set, the updates are kept for the next flush if the database is down.
 
         Raises:
             StorageError: the database cannot be used (after retries), or refuses an update. The updates that were not
@@ -80,7 +84,7 @@ class Writer:
                 updates, self._updates = self._updates, []
             left, error = updates, None
             try:
-                left, error = self._write(updates, timeout_seconds)
+                left, error = self._write(updates, timeout_seconds, stopped)
             finally:
                 with self._updates_lock:
                     self._updates[:0] = left
@@ -95,22 +99,33 @@ class Writer:
         with self._write_lock:
             yield
 
-    def close(self) -> None:
-        """End the thread. Updates that were not flushed stay unwritten."""
+    def stop(self) -> None:
+        """Let the thread end soon: it does not wait any more for a database that is away. `flush` still writes updates."""
         self._closed.set()
-        self._thread.join()
+
+    def close(self, timeout_seconds: float | None = None) -> None:
+        """End the thread, and wait for it. Updates that were not flushed stay unwritten.
+
+        Args:
+            timeout_seconds: how long to wait: it may be in a statement that has no answer yet. None waits for that.
+        """
+        self.stop()
+        self._thread.join(timeout_seconds)
 
     def _keep_flushing(self) -> None:
         while not self._closed.wait(BATCH_SECONDS):
             # The run's next call raises the same error where it can be handled.
             with contextlib.suppress(StorageError):
-                self.flush()
+                self.flush(stopped=self._closed)
 
-    def _write(self, updates: list[TrialUpdate], timeout_seconds: float) -> tuple[list[TrialUpdate], Exception | None]:
+    def _write(
+        self, updates: list[TrialUpdate], timeout_seconds: float, stopped: threading.Event | None
+    ) -> tuple[list[TrialUpdate], Exception | None]:
         """Write updates; return those that were not written, and the first error."""
         try:
             if updates:
-                retry_while_down(self._study.database, lambda: self._write_once(updates), timeout_seconds)
+                database = self._study.database
+                retry_while_down(database, lambda: self._write_once(updates), timeout_seconds, stopped=stopped)
         except UnavailableError as error:
             return updates, error
         except Exception as error:  # noqa: BLE001 # raised again by `flush`
@@ -126,7 +141,7 @@ class Writer:
                 if isinstance(first, UnavailableError):
                     left += batch
                     continue
-                not_written, error_of_batch = self._write(batch, timeout_seconds)
+                not_written, error_of_batch = self._write(batch, timeout_seconds, stopped)
                 left += not_written
                 first = first or error_of_batch
             return left, first
@@ -136,7 +151,7 @@ class Writer:
         self._ending |= {(each.claim.token, TrialState.PRUNED) for each in updates if each.decides}
         self._ending |= {(each.claim.token, each.final_state) for each in updates if each.final_state is not None}
         study = self._study
-        written = protocol.write(study.database, study.study_id, updates, pruner=self._pruner, ending=self._ending)
+        written = protocol.write(study.database, study.key, updates, pruner=self._pruner, ending=self._ending)
         self._lost |= written.lost
         self._pruned |= written.pruned
         self._ended |= {each.claim.token for each in updates if each.final_state is not None}

@@ -207,7 +207,7 @@ def search_without_ray(
             for tune_id, (reports, spec) in list(running.items()):
                 ending = coordinator.on_report(tune_id, next(reports))
                 if ending is not None:
-                    coordinator.release(tune_id, end_trial(reports, ending, spec))
+                    coordinator.on_saved(tune_id, end_trial(reports, ending, spec))
                     del running[tune_id]
         coordinator.release_all()
         assert coordinator.error is None

@@ -30,7 +30,9 @@ Outcome = Mapping[str, Any]
 
 DONE: Outcome = {}
 INTERRUPTED: Outcome = {"stop_reason": "interrupted", "interrupted": True}
-BROKEN: Outcome = {"stop_reason": "nothing can be trained: the last 4 trials on host failed before they trained an epoch"}
+BROKEN: Outcome = {
+    "stop_reason": "nothing can be trained: the last 4 trials on host failed before they trained an epoch"
+}
 OUT_OF_TIME: Outcome = {"stop_reason": "the time budget is spent"}
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # workers import this module too, and need no database
     from storage.run import Run
 
 TIME_SPENT = "the time budget is spent"
+INTERRUPTED = "interrupted"
 BROKEN = "nothing can be trained"
 UNKNOWN_NODE = ""  # of a worker that died
 # So many trials of one machine that failed in a row, without training an epoch, stop the search: the machine or the code is
@@ -141,7 +142,7 @@ class TrialCoordinator:
     def on_report(self, tune_id: str, report: TrialReport) -> Ending | None:
         """Store a report. Return None if the trial goes on, else what becomes of its checkpoints.
 
-        A trial that ends because the search stops is released when its last epoch is saved: the caller calls `release`.
+        A trial that ends because the search stops is released when its last epoch is saved: the caller calls `on_saved`.
         """
         claim = self._claims.get(tune_id)
         if claim is None:
@@ -231,30 +232,38 @@ class TrialCoordinator:
         """Store everything reported so far, release the trials that have not ended, and delete superfluous checkpoints.
 
         If the database cannot be used, no trial is released, because each attempt would wait as long as the first. Other
-        runs take the trials when the lease of this run has expired.
+        runs take the trials when the lease of this run has expired. After Ctrl-C or an error, all of this waits for the
+        database for `storage.run.EXIT_SECONDS` at most.
         """
-        from storage.database import RETRY_SECONDS
-        from storage.run import EXIT_SECONDS
-
+        if self.error is not None or self.stop_reason == INTERRUPTED:
+            self._run.leave()
         is_stored = False
         with self._storage_errors_kept():
-            self._run.flush(RETRY_SECONDS if self.error is None else EXIT_SECONDS)
+            self._run.flush()
             is_stored = True
         if is_stored:
             for tune_id in list(self._claims):
                 self.release(tune_id)
             self._retention.run_ended()
 
-    def release(self, tune_id: str, warning: str = "") -> None:
-        """Release one trial if it has not ended: it is WAITING, and any run may resume it.
+    def on_saved(self, tune_id: str, warning: str) -> None:
+        """Release a trial that was stopped, now that its last epoch is saved.
+
+        After Ctrl-C, `release_all` does so: it does not wait long for a database that is away.
 
         Args:
             tune_id: Tune's name of the trial.
-            warning: something that went wrong while it was stopped.
+            warning: why its last epoch is not saved; empty if it is.
         """
         claim = self._claims.get(tune_id)
         if warning:
             self._listener.note(f"trial {claim.number}: {warning}" if claim else warning)
+        if self.stop_reason != INTERRUPTED and self.error is None:
+            self.release(tune_id)
+
+    def release(self, tune_id: str) -> None:
+        """Release one trial if it has not ended: it is WAITING, and any run may resume it."""
+        claim = self._claims.get(tune_id)
         if claim is not None:
             with self._storage_errors_kept(tune_id):
                 self._run.release(claim)

@@ -30,7 +30,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from hpo.paths import LOST_FILE, RunsDir
-from hpo.search.coordinator import TrialCoordinator
+from hpo.search.coordinator import INTERRUPTED, TrialCoordinator
 from hpo.search.listener import ProgressListener
 from hpo.search.samplers import build_optuna_pruner, build_pruner, build_sampler, history_limit
 from hpo.search.slots import Slots
@@ -41,7 +41,6 @@ from hpo.trainable import load_trainable
 if TYPE_CHECKING:  # workers import this module too, and need no database
     from storage.studies import Study
 
-INTERRUPTED = "interrupted"
 SAVE_SECONDS = 120.0  # how long a search that stops waits for its last checkpoints
 
 
@@ -149,8 +148,8 @@ class StudyScheduler(FIFOScheduler):
                 self._saving[trial.trial_id] = answer
         return str(TrialScheduler.STOP)
 
-    def release_saved(self, timeout_seconds: float = 0.0) -> None:
-        """Release the stopped trials whose last epoch is saved.
+    def collect_saved(self, timeout_seconds: float = 0.0) -> None:
+        """Tell the coordinator which stopped trials are saved.
 
         Args:
             timeout_seconds: how long to wait for those that are being saved.
@@ -165,7 +164,7 @@ class StudyScheduler(FIFOScheduler):
                 warning = ray.get(answer)
             except ray.exceptions.RayError as error:  # the worker died: the trial resumes from an earlier checkpoint
                 warning = f"its last epoch was not saved: {str(error).splitlines()[0]}"
-            self._coordinator.release(trial_id, warning)
+            self._coordinator.on_saved(trial_id, warning)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """Handle the death of a worker. Tune has counted the failure and written Ray's report to `trial.error_file`."""
@@ -181,7 +180,7 @@ class StudyScheduler(FIFOScheduler):
 
     def choose_trial_to_run(self, tune_controller: Any, **_: Any) -> Any:
         """Release the trials whose workers have not started yet, if the search is stopping, and those that have stopped."""
-        self.release_saved()
+        self.collect_saved()
         if self._coordinator.stop_reason:
             for trial in list(tune_controller.get_trials()):
                 if trial.status == trial.PENDING:
@@ -289,7 +288,7 @@ def _run_tune(coordinator: TrialCoordinator, slots: Slots) -> None:
             callbacks=[SilentReporter()],
             verbose=0,
         )
-    scheduler.release_saved(SAVE_SECONDS)
+    scheduler.collect_saved(SAVE_SECONDS)
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +16,15 @@ import pytest
 from benchmarks.toy import expected_value
 from hpo.paths import LOST_FILE, RunsDir
 from hpo.search.checkpoints import load_checkpoint
-from hpo.search.coordinator import TrialCoordinator
+from hpo.search.coordinator import INTERRUPTED, TrialCoordinator
 from hpo.search.slots import Slots
 from hpo.search.worker import Ending, TrialReport, TrialSpec, end_trial, run_trial
 from hpo.space.model import Space
 from storage.database import StorageError
-from storage.run import Run
+from storage.run import EXIT_SECONDS, Run
 from storage.studies import Study
 from tests.factories import RecordingListener, run_of, take_reports, toy_space, trial_states
+from tests.storage.builders import locked
 
 ONE_SLOT = Slots(1, 1.0, 0.0)
 
@@ -91,7 +94,9 @@ def test_stop_releases_the_trial_after_its_epoch_and_claims_no_more(study: Study
         assert coordinator.is_done
         run.flush()
         assert trial_states(study) == ["RUNNING"], "nobody takes it while its last epoch is being saved"
-        coordinator.release("a", "the disk is full")
+        coordinator.on_saved("a", "the disk is full")
+        assert trial_states(study) == ["RUNNING"], "after Ctrl-C, all are released together"
+        coordinator.release_all()
     assert trial_states(study) == ["WAITING"]
     assert ("note", "trial 0: the disk is full") in listener.events
     assert study.trials()[0].intermediate_values == {1: expected_value({"x": 1}, 0, 1)}
@@ -105,7 +110,8 @@ def test_end_of_the_time_budget_releases_trials(study: Study, tmp_path: Path) ->
         assert spec is not None
         coordinator.set_deadline(0.0)
         assert coordinator.on_report("a", take_reports(spec, 1)[0]) is Ending.SAVE
-        coordinator.release_all()
+        coordinator.on_saved("a", "")
+        assert trial_states(study) == ["WAITING"]
     assert coordinator.stop_reason == "the time budget is spent"
     assert trial_states(study) == ["WAITING"]
 
@@ -214,7 +220,8 @@ def test_a_trial_that_resumes_on_a_full_disk_goes_on_and_is_saved_when_there_is_
                 for _ in range(3):
                     assert not coordinator.on_report(tune_id, next(reports))
             ending = Ending.SAVE if tune_id == "now" else Ending.KEEP
-            coordinator.release(tune_id, end_trial(reports, ending, spec))
+            coordinator.on_saved(tune_id, end_trial(reports, ending, spec))
+            coordinator.release(tune_id)
     assert ("note", f"trial 0: no checkpoint after epoch 4: [Errno 28] {os.strerror(errno.ENOSPC)}") in listener.events
     assert spec is not None
     found = load_checkpoint(Path(spec.folder), spec.key)
@@ -316,6 +323,24 @@ def test_a_pruned_trial_leaves_the_checkpoints_that_the_search_keeps(
         assert spec is not None
         monkeypatch.setattr(run, "decide", lambda *_: True)
         assert coordinator.on_report("a", take_reports(spec, 1)[0]) is ending
+
+
+@pytest.mark.slow
+def test_after_ctrl_c_leaving_waits_for_a_locked_database_a_few_seconds_in_all(study: Study, tmp_path: Path) -> None:
+    space = toy_space(tmp_path, parameters={"x": [1, 2, 3]})
+    with contextlib.ExitStack() as stack:
+        with run_of(study, space) as run:
+            coordinator = coordinator_of(space, run, tmp_path, RecordingListener())
+            spec = coordinator.next_trial("a")
+            assert spec is not None
+            stack.enter_context(locked(Path(str(study.database.engine.url.database))))
+            coordinator.on_report("a", take_reports(spec, 1)[0])
+            time.sleep(1.0)  # the writer's thread now waits for the lock
+            coordinator.stop(INTERRUPTED)
+            started = time.monotonic()
+            coordinator.release_all()
+        assert time.monotonic() - started < EXIT_SECONDS + 1.0
+    assert isinstance(coordinator.error, StorageError)
 
 
 # --- several trials on one GPU ------------------------------------------------------------------------------------------

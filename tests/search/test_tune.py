@@ -156,14 +156,14 @@ def test_a_stopped_trial_is_released_when_its_last_epoch_is_saved(
         trial = FakeTrial(trial_id=name, temporary_state=SimpleNamespace(ray_actor=actor))
         scheduler.on_trial_result(None, trial, {"report": TrialReport(epoch=1)})
     scheduler.choose_trial_to_run(controller)
-    coordinator.release.assert_not_called()
+    coordinator.on_saved.assert_not_called()
     ray.answers["answer b"] = "no checkpoint after epoch 1: disk full"
     ray.answers["answer c"] = RuntimeError("The actor died.\nIts stack")
     scheduler.choose_trial_to_run(controller)
     ray.answers["answer a"] = ""
-    scheduler.release_saved(10.0)
-    scheduler.release_saved(10.0)
-    assert coordinator.release.call_args_list == [
+    scheduler.collect_saved(10.0)
+    scheduler.collect_saved(10.0)
+    assert coordinator.on_saved.call_args_list == [
         call("b", "no checkpoint after epoch 1: disk full"),
         call("c", "its last epoch was not saved: The actor died."),
         call("a", ""),

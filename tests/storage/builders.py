@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
-from collections.abc import Mapping
+import sqlite3
+from collections.abc import Iterator, Mapping
 from multiprocessing.synchronize import Barrier
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -100,6 +103,14 @@ def allow_takeovers(database: Database) -> None:
     """Leave the runs as after their first seconds: they take over trials of dead runs on other machines."""
     with database.engine.begin() as connection:
         connection.execute(tables.runs.update().values(takeover_after=0.0))
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Lock a SQLite file, as another program does that is suspended while it writes."""
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        yield
 
 
 def sql(database: Database, query: str) -> list[tuple[Any, ...]]:

@@ -14,6 +14,10 @@ ENDED = {"COMPLETE", "PRUNED", "FAIL"}
 NEVER_RUN = {"duplicate of an earlier trial", "breaks a constraint"}
 UNAWARE_SECONDS = 20.0  # how long a trial may be RUNNING under a run that does not work on it
 LEASE_SECONDS = 6.0
+OTHER_SETTINGS = {"metric": "other"}  # of a study that takes the id of a deleted one
+# The ids of the study that the drivers search: its name may be `s` or `s@2`.
+OURS = "SELECT study_id FROM study_user_attributes WHERE key = 'hpo:fingerprint' AND value_json = '\"f\"'"
+MAX_POLLS = 40  # of a second each: longer than any lease, one after another
 
 
 class Invariants:
@@ -36,6 +40,7 @@ class Invariants:
         self._endings: dict[int, tuple[str, float | None]] = {}
         self._owners: dict[int, int | None] = {}
         self._unaware_since: dict[tuple[int, int], float] = {}
+        self._orphaned: set[tuple[int, int]] = set()  # (trial, run) of RUNNING trials whose run has ended
         self._rungs: set[tuple[int, int]] = set()
         self._knows_crashes = True
 
@@ -44,6 +49,7 @@ class Invariants:
         self._endings.clear()
         self._owners.clear()
         self._unaware_since.clear()
+        self._orphaned.clear()
         self._rungs.clear()
         self._knows_crashes = False
         for driver in self._simulation.drivers:
@@ -69,7 +75,7 @@ class Invariants:
                 "SELECT t.trial_id, t.number, CAST(t.state AS TEXT), h.run, h.token, v.value, p.param_value, h.crashes "
                 "FROM trials t LEFT JOIN hpo_trials h ON h.trial = t.trial_id "
                 "LEFT JOIN trial_values v ON v.trial_id = t.trial_id "
-                "LEFT JOIN trial_params p ON p.trial_id = t.trial_id ORDER BY t.trial_id"
+                f"LEFT JOIN trial_params p ON p.trial_id = t.trial_id WHERE t.study_id IN ({OURS}) ORDER BY t.trial_id"
             )
         }
         reasons = {
@@ -83,6 +89,16 @@ class Invariants:
         self._check_owners(trials)
         self._check_endings(trials, reasons)
         self._check_rungs(trials)
+        self._check_other_studies()
+
+    def _check_other_studies(self) -> None:
+        """No driver has written to a study that it does not search."""
+        for table, column in (("trials", "study_id"), ("hpo_trials", "study"), ("hpo_runs", "study")):
+            (count,) = self._sql(f"SELECT count(*) FROM {table} WHERE {column} NOT IN ({OURS})")[0]
+            assert not count, f"{count} rows of {table} belong to another study, or to none"
+        query = f"SELECT value_json FROM study_user_attributes WHERE key = 'hpo:settings' AND study_id NOT IN ({OURS})"
+        changed = [value for (value,) in self._sql(query) if json.loads(value) != OTHER_SETTINGS]
+        assert not changed, f"the settings of another study are {changed}"
 
     def _check_configurations(self, trained: list[tuple[Any, ...]]) -> None:
         counts = Counter(row[6] for row in trained if row[6] is not None)
@@ -132,6 +148,7 @@ class Invariants:
     def _check_owners(self, trials: dict[int, tuple[Any, ...]]) -> None:
         now = self._simulation.scheduler.now
         by_run = {driver.run_id: driver for driver in self._simulation.living() if driver.run_id >= 0}
+        self._orphaned = {(row[0], row[3]) for row in trials.values() if row[2] == "RUNNING" and row[3] not in by_run}
         for trial_id, row in trials.items():
             state, run = row[2], row[3]
             before = self._owners.get(trial_id)
@@ -183,22 +200,37 @@ class Invariants:
     def check_finished(self, driver: Driver) -> None:
         """A driver says that no run has or will get another trial."""
         rows = self._sql(
-            "SELECT t.trial_id, CAST(t.state AS TEXT), h.run FROM trials t LEFT JOIN hpo_trials h ON h.trial = t.trial_id"
+            "SELECT t.trial_id, CAST(t.state AS TEXT), h.run FROM trials t LEFT JOIN hpo_trials h ON h.trial = t.trial_id "
+            f"WHERE t.study_id IN ({OURS})"
         )
-        if not self._sql("SELECT 1 FROM studies") or driver.excused_until == float("inf"):
+        if not self._sql(OURS) or driver.excused_until == float("inf"):
             return
         others = [row for row in rows if row[1] not in ENDED and row[2] != driver.run_id]
         assert not others, f"{driver.name} says that the study is finished, but {others} are not"
         assert len(rows) == self._simulation.plan.trials, f"{driver.name} says finished after {len(rows)} trials"
 
+    def check_poll(self, driver: Driver) -> None:
+        """A driver that has nothing else to do finds no trial."""
+        driver.polls = {orphan: driver.polls.get(orphan, 0) + 1 for orphan in self._orphaned}
+        left = [orphan for orphan, polls in driver.polls.items() if polls >= MAX_POLLS]
+        assert not left, f"{driver.name} waits, and (trial, run) {left} stay RUNNING although their runs have ended"
+
     def is_finished(self) -> bool:
         """Return whether every trial of the study has ended."""
-        states = [row[0] for row in self._sql("SELECT CAST(state AS TEXT) FROM trials")]
+        states = self._states()
         return len(states) >= self._simulation.plan.trials and set(states) <= ENDED
 
     def check_end(self) -> None:
         """All drivers have ended."""
         self.check()
-        states = Counter(row[0] for row in self._sql("SELECT CAST(state AS TEXT) FROM trials"))
+        states = Counter(self._states())
         assert set(states) <= ENDED, f"at the end, the trials are {dict(states)}"
         assert states.total() == self._simulation.plan.trials, f"{states.total()} trials at the end"
+
+    def _states(self) -> list[str]:
+        return [row[0] for row in self._sql(f"SELECT CAST(state AS TEXT) FROM trials WHERE study_id IN ({OURS})")]
+
+    def study_name(self) -> str:
+        """Return the name of the study that the drivers search."""
+        rows = self._sql(f"SELECT study_name FROM studies WHERE study_id IN ({OURS})")
+        return str(rows[0][0]) if rows else "s"

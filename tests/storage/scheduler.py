@@ -37,6 +37,7 @@ class Task:
         self.wakes = 0.0
         self.is_ready: Callable[[], bool] = lambda: True
         self.is_done = False
+        self.waiting: list[Task] = []  # for its end
         self.is_blocked = False  # in a statement, which waits for a lock of the database
         self.go = threading.Semaphore(0)
         self.came_back = threading.Semaphore(0)
@@ -83,6 +84,7 @@ class Scheduler:
             except BaseException as error:  # noqa: BLE001 # the simulation raises it
                 task.error = error
             task.is_done = True
+            self.wake(task.waiting)
             task.came_back.release()
 
         task = Task(host, name, run)
@@ -96,13 +98,21 @@ class Scheduler:
         """The task that runs this code; None outside of the simulation."""
         return self._by_thread.get(threading.get_ident())
 
-    def hand_over(self, what: str, *, seconds: float = 0.0, is_ready: Callable[[], bool] = lambda: True) -> None:
+    def hand_over(
+        self,
+        what: str,
+        *,
+        seconds: float = 0.0,
+        is_ready: Callable[[], bool] = lambda: True,
+        wakers: list[Task] | None = None,
+    ) -> None:
         """Called by a task: let others run.
 
         Args:
             what: the task does next, for the schedule.
             seconds: until it may run again.
             is_ready: must be true, too, before it runs again.
+            wakers: where the task is listed while it waits: `wake` ends the wait early.
 
         Raises:
             Killed: the task's driver was killed meanwhile.
@@ -113,9 +123,18 @@ class Scheduler:
         self._raise_if_killed(task)
         task.wakes, task.is_ready = self.now + seconds, is_ready
         task.next = what  # type: ignore[attr-defined]
+        if wakers is not None:
+            wakers.append(task)
         task.came_back.release()
         task.go.acquire()
+        if wakers is not None:
+            wakers.remove(task)
         self._raise_if_killed(task)
+
+    def wake(self, waiting: list[Task]) -> None:
+        """Let these tasks run again now."""
+        for task in waiting:
+            task.wakes = self.now
 
     @staticmethod
     def _raise_if_killed(task: Task) -> None:
@@ -203,18 +222,26 @@ class SimulatedThreading:
                 host = current.host
                 self._task = scheduler().spawn(host, f"{host.name}/{self._name}", self._target)
 
-            def join(self) -> None:
-                scheduler().hand_over(f"join {self._name}", is_ready=lambda: self._task.is_done)
+            def join(self, timeout: float | None = None) -> None:
+                if timeout is None:
+                    scheduler().hand_over(f"join {self._name}", is_ready=lambda: self._task.is_done)
+                elif not self._task.is_done:
+                    scheduler().hand_over(f"join {self._name}", seconds=timeout, wakers=self._task.waiting)
+
+            def is_alive(self) -> bool:
+                return not self._task.is_done
 
         class Event:
             def __init__(self) -> None:
                 self._is_set = False
+                self._waiting: list[Task] = []
 
             def set(self) -> None:
                 self._is_set = True
+                scheduler().wake(self._waiting)
 
             def wait(self, timeout: float) -> bool:
-                scheduler().hand_over("wait", seconds=0.0 if self._is_set else timeout)
+                scheduler().hand_over("wait", seconds=0.0 if self._is_set else timeout, wakers=self._waiting)
                 return self._is_set
 
         class Lock:

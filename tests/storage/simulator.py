@@ -40,13 +40,14 @@ from storage import lease as lease_module
 from storage import optuna_tables
 from storage import protocol as protocol_module
 from storage import queue as queue_module
+from storage import run as run_module
 from storage import writer as writer_module
 from storage.database import Database, StorageError, open_database
 from storage.protocol import LostTrialError
 from storage.pruners import Median, Pruner, SuccessiveHalving
 from storage.run import Run
 from storage.studies import open_study
-from tests.storage.invariants import Invariants
+from tests.storage.invariants import OTHER_SETTINGS, Invariants
 from tests.storage.scheduler import Scheduler, SimulatedThreading, SimulatedTime, Task
 
 LEASE_SECONDS = 6.0
@@ -65,7 +66,9 @@ FAULTS = (
     "restart",
     "restore",
     "delete",
+    "exit",
 )
+MAX_RUNS = 4  # of one process, one after another
 
 
 @dataclass
@@ -130,12 +133,15 @@ class Training:
 
 @dataclass(eq=False)
 class Driver:
-    """A process: it opens the study, claims trials, trains them, and ends.
+    """A process: it opens the study, claims trials, trains them, and ends. It may start another run, as a notebook does.
 
     Attributes:
         name: with the number of the process.
         machine: several drivers may share it.
         pid: of the process.
+        live_runs: stands in for `lease.live_runs` of the process.
+        exits: whether its run ends with an error at the next step.
+        polls: {(trial, run) that stayed orphaned: how often, one after another, it found no trial}.
         is_killed: whether it got kill -9.
         suspended_until: in virtual seconds.
     """
@@ -156,20 +162,42 @@ class Driver:
     study: Any = None
     unique_name: str = ""
     is_closing: bool = False
+    live_runs: set[tuple[int, float]] = field(default_factory=set)
+    exits: bool = False
+    polls: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def main(self) -> None:
         """The whole life of the process."""
-        try:
-            self._search()
-        except StorageError:
-            assert self.simulation.was_replaced, f"{self.name} gave up without a reason: {traceback.format_exc()}"
+        draw = self.simulation.scheduler.draw
+        for _ in range(MAX_RUNS):
+            starts_again = False
+            try:
+                starts_again = self._search() and draw.random() < 0.5
+            except ExitError:
+                starts_again = True
+            except StorageError:
+                assert self.simulation.was_replaced, f"{self.name} gave up without a reason: {traceback.format_exc()}"
+                starts_again = draw.random() < 0.5
+            self.run_id, self.is_closing, self.exits = -1, False, False
+            self.polls.clear()
+            self.trainings.clear()
+            self.known.clear()
+            if not starts_again:
+                break
+            self.simulation.scheduler.hand_over("between two runs", seconds=draw.choice([0.0, 1.0, 10.0]))
         self.has_ended = self.is_killed = True  # its threads end with it
 
-    def _search(self) -> None:
+    def _search(self) -> bool:
+        """Work on the study; return whether the run left before it was finished."""
         sim, plan = self.simulation, self.simulation.plan
         database = sim.databases[self.slot]
         self.study = open_study(
-            database, "s", direction="maximize", fingerprint="f", settings={"metric": "m"}, total_trials=plan.trials
+            database,
+            "s",
+            direction="maximize",
+            fingerprint="f",
+            settings={"metric": "m", "driver": self.name},  # new for each driver, so that it is written
+            total_trials=plan.trials,
         )
         self.unique_name = self.study.unique_name
         self.study.optuna_study.sampler = optuna.samplers.RandomSampler(seed=sim.scheduler.draw.randint(0, 10**6))
@@ -195,25 +223,36 @@ class Driver:
             if plan.is_grid:
                 points = [{"x": x} for x in range(plan.trials)]
                 run.enqueue(points, {"x": CategoricalDistribution(list(range(plan.trials)))})
-            for actions in itertools.count():
-                if actions > leaves and not self.is_closing:
-                    self._leave(run)
-                    break
-                if not self._act(run):
-                    break
-            self.is_closing = True
-            run.flush()
-        self.trainings.clear()
+            try:
+                for actions in itertools.count():
+                    if actions > leaves and not self.is_closing:
+                        self._leave(run)
+                        break
+                    if not self._act(run):
+                        break
+                self.is_closing = True
+                if actions <= leaves:
+                    run.flush()
+            finally:
+                # Its end may not be stored. Then it looks like a run that died.
+                self.is_closing = True
+                sim.invariants.note_death(self)
+        return bool(actions > leaves)
 
     def _act(self, run: Run) -> bool:
         """Do one thing; return False if nothing is left to do."""
+        if self.exits:
+            raise ExitError
         draw = self.simulation.scheduler.draw
         if len(self.trainings) < 2 and draw.random() < 0.5:
             if not run.finished and not self._claim(run):
                 if run.finished:
                     self.simulation.invariants.check_finished(self)
                 elif not self.trainings:
+                    self.simulation.invariants.check_poll(self)
                     self.simulation.scheduler.hand_over("poll", seconds=1.0)
+                    return True
+            self.polls.clear()
             return True
         if self.trainings:
             training = draw.choice(self.trainings)
@@ -300,14 +339,21 @@ class Driver:
     def _leave(self, run: Run) -> None:
         """Ctrl-C."""
         self.is_closing = True
-        for training in list(self.trainings):
-            self._forget(training)
-            run.release(training.claim)
+        run.leave()
+        with contextlib.suppress(StorageError):
+            run.flush()
+            for training in list(self.trainings):
+                self._forget(training)
+                run.release(training.claim)
 
     def _forget(self, training: Training) -> None:
         if training in self.trainings:
             self.trainings.remove(training)
         self.known.discard(training.claim.trial_id)
+
+
+class ExitError(Exception):
+    """An error of the caller, such as Ctrl-C: the run ends without releasing its trials."""
 
 
 def _draw(trial: optuna.Trial) -> str:
@@ -440,6 +486,12 @@ class Simulation:
                 self.scheduler.drain()
                 self.backend.break_connections(driver.slot, self)
                 self._start(draw.randrange(4))
+            case "exit" if living:
+                driver = draw.choice(living)
+                driver.exits = True
+                if draw.random() < 0.7:  # the database is away until the run has left
+                    self.down_until = self.scheduler.now + draw.choice([8.0, 20.0])
+                self.scheduler.log.append(f"          of the run of {driver.name}")
             case "error" if tasks:
                 self._next_error[draw.choice(tasks)] = self.backend.error()
             case "lost answer":
@@ -475,7 +527,16 @@ class Simulation:
             case "delete":
                 self._break_connections()
                 self.was_replaced = True
-                self.backend.delete_study("s")
+                self.backend.delete_study(self.invariants.study_name())
+                if draw.random() < 0.7:  # on SQLite, another space gets the study's id
+                    open_study(
+                        self.databases[0],
+                        draw.choice(["s", "t"]),
+                        direction="minimize",
+                        fingerprint="g",
+                        settings=OTHER_SETTINGS,
+                    )
+                    self.backend.break_connections()
                 self.invariants.forget()
                 self._is_dirty = True
 
@@ -666,7 +727,7 @@ class Backend:
             self.url.replace("postgresql://", "postgresql+psycopg://"),
             skip_compatibility_check=True,  # it imports all of Optuna's migrations, each time
         )
-        with contextlib.suppress(KeyError):
+        with contextlib.suppress(KeyError):  # no driver has created it yet
             optuna.delete_study(study_name=name, storage=storage)
         storage.engine.dispose()
 
@@ -740,6 +801,18 @@ def simulated(backend: Backend, seed: int, kinds: tuple[str, ...] = FAULTS) -> I
         def status(self) -> str:
             return "running"
 
+    class LiveRuns:
+        """Each process has its own set."""
+
+        def add(self, entry: tuple[int, float]) -> None:
+            here().live_runs.add(entry)
+
+        def discard(self, entry: tuple[int, float]) -> None:
+            here().live_runs.discard(entry)
+
+        def __contains__(self, entry: tuple[int, float]) -> bool:
+            return entry in here().live_runs
+
     processes = SimpleNamespace(
         Process=Process,
         boot_time=lambda: simulation.boot_clock,
@@ -750,11 +823,14 @@ def simulated(backend: Backend, seed: int, kinds: tuple[str, ...] = FAULTS) -> I
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lease_module, "threading", threads)
         patch.setattr(writer_module, "threading", threads)
+        patch.setattr(run_module, "threading", threads)
+        patch.setattr(run_module, "time", clock)
         patch.setattr(queue_module, "time", clock)
         patch.setattr(database_module, "time", clock)
         patch.setattr(lease_module, "psutil", processes)
         patch.setattr(lease_module, "os", SimpleNamespace(getpid=lambda: here().pid))
         patch.setattr(lease_module, "host_id", lambda: here().machine)
+        patch.setattr(lease_module, "live_runs", LiveRuns())
         patch.setattr(
             Database, "now_seconds", lambda _: sa.literal(scheduler().now + simulation.database_clock, sa.Float)
         )

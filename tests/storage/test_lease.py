@@ -15,16 +15,16 @@ import psutil
 import pytest
 
 from storage import lease, protocol
-from storage.database import Database, StorageError
-from storage.lease import Lease, host_id, is_process_dead, started_after_boot
+from storage.database import Database, StorageError, open_database
+from storage.lease import Lease, host_id, is_run_dead, started_after_boot
 from storage.records import read_runs
 from storage.studies import Study
 from tests.factories import ROOT, wait_until
-from tests.storage.builders import allow_takeovers, expire_leases
+from tests.storage.builders import allow_takeovers, expire_leases, open_s
 
 
 def start_lease(study: Study, **options: Any) -> Lease:
-    started = Lease(study.database, study.study_id, study.name, provenance={}, **options)
+    started = Lease(study.database, study.key, provenance={}, **options)
     started.start()
     return started
 
@@ -52,9 +52,7 @@ def test_a_thread_renews_the_lease(study: Study) -> None:
 
 def claim_by(study: Study, of: Lease) -> protocol.Scan:
     token = protocol.new_token()
-    return protocol.claim_existing(
-        study.database, of.key, token, own_tokens={token}, is_process_dead=lease.is_process_dead
-    )
+    return protocol.claim_existing(study.database, of.key, token, own_tokens={token}, is_run_dead=lease.is_run_dead)
 
 
 def start_trial(study: Study, of: Lease) -> int:
@@ -118,10 +116,58 @@ def test_a_run_that_starts_after_an_outage_gives_the_others_time_to_renew(
 def test_the_trial_of_a_run_that_has_ended_is_taken_at_once(study: Study) -> None:
     own, other = start_lease(study), start_lease(study)
     start_trial(study, other)
-    assert claim_by(study, own).claim is None, "its process, this one, lives"
+    assert claim_by(study, own).claim is None, "it is a run of this process that goes on"
     other.end()
     assert claim_by(study, own).claim is not None
     own.stop()
+
+
+def test_the_trial_of_a_run_of_this_process_is_taken_at_once_even_if_its_end_was_not_stored(study: Study) -> None:
+    """As in a notebook: the database was away when the run left, and the process lives on."""
+    own, other = start_lease(study), start_lease(study)
+    start_trial(study, other)
+    assert claim_by(study, own).claim is None
+    other.stop()
+    assert claim_by(study, own).claim is not None
+    own.stop()
+
+
+def test_runs_with_the_same_key_in_two_databases_are_told_apart(study: Study, tmp_path: Path) -> None:
+    other = start_lease(study)
+    start_trial(study, other)
+    other.stop()
+    with open_database(f"sqlite:///{tmp_path}/second.db") as second:
+        living = start_lease(open_s(second))
+        assert living.key.run_id == other.key.run_id
+        own = start_lease(study)
+        assert claim_by(study, own).claim is not None
+        for each in (living, own):
+            each.stop()
+
+
+@pytest.mark.slow
+def test_a_suspended_process_on_this_machine_loses_its_trials_once_its_lease_has_expired(
+    study: Study, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child = subprocess.Popen(["sleep", "60"])
+    with monkeypatch.context() as patch:
+        process = psutil.Process(child.pid)
+        patch.setattr(lease, "os", SimpleNamespace(getpid=lambda: child.pid))
+        patch.setattr(psutil, "Process", lambda: process)
+        other = start_lease(study)
+    other._stopped.set()
+    own = start_lease(study)
+    number = start_trial(study, other)
+    allow_takeovers(database)
+    assert claim_by(study, own).claim is None
+    assert claim_by(study, own).others_are_running
+    expire_leases(database, other.key.run_id)
+    taken = claim_by(study, own).claim
+    assert taken is not None
+    assert taken.number == number
+    own.stop()
+    child.kill()
+    child.wait()
 
 
 @pytest.mark.slow
@@ -129,25 +175,28 @@ def test_a_run_on_this_machine_is_dead_as_soon_as_its_process_is() -> None:
     child = subprocess.Popen(["sleep", "60"])
     process = psutil.Process(child.pid)
     run = SimpleNamespace(host=host_id(), pid=child.pid, process_started=started_after_boot(process))
-    assert not is_process_dead(run)
+    assert not is_run_dead(run)
     earlier = SimpleNamespace(host=run.host, pid=run.pid, process_started=run.process_started - 60)
-    assert is_process_dead(earlier), "the PID was reused"
-    assert is_process_dead(SimpleNamespace(host="another machine")) is None
+    assert is_run_dead(earlier), "the PID was reused"
+    assert is_run_dead(SimpleNamespace(host="another machine")) is None
     child.kill()
     wait_until(lambda: process.status() == psutil.STATUS_ZOMBIE)
-    assert is_process_dead(run), "a zombie is dead"
+    assert is_run_dead(run), "a zombie is dead"
     child.wait()
-    assert is_process_dead(run)
+    assert is_run_dead(run)
 
 
 def test_a_change_of_the_clock_kills_no_run(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     own = start_lease(study)
     started, boot = psutil.Process().create_time(), psutil.boot_time()
-    of_version_1 = SimpleNamespace(host=host_id(), pid=os.getpid(), process_started=started)
-    assert not is_process_dead(of_version_1)
+    row = row_of(study, own)
+    of_version_1 = SimpleNamespace(
+        run=row.run, started=row.started, host=host_id(), pid=os.getpid(), process_started=started
+    )
+    assert not is_run_dead(of_version_1)
     monkeypatch.setattr(psutil.Process, "create_time", lambda _: started + 3600)  # psutil adds the time of the boot
     monkeypatch.setattr(psutil, "boot_time", lambda: boot + 3600)
-    assert not is_process_dead(row_of(study, own))
+    assert not is_run_dead(row_of(study, own))
     own.stop()
 
 
@@ -180,7 +229,7 @@ def test_a_renewal_that_failed_is_repeated_soon(study: Study, monkeypatch: pytes
             raise StorageError("away")
 
     monkeypatch.setattr(Lease, "renew", fail_twice)
-    lease = Lease(study.database, study.study_id, study.name, provenance={}, lease_seconds=6.0)
+    lease = Lease(study.database, study.key, provenance={}, lease_seconds=6.0)
     lease.start()
     wait_until(lambda: len(renewals) == 3)
     lease.stop()

@@ -46,7 +46,7 @@ def dump(database: Database) -> dict[str, list[tuple[str, ...]]]:
 
 def start_run(study: Study, max_failures: int = 2) -> RunKey:
     """Start a run whose lease no thread renews."""
-    lease = Lease(study.database, study.study_id, study.name, provenance={}, max_failures=max_failures)
+    lease = Lease(study.database, study.key, provenance={}, max_failures=max_failures)
     lease.start()
     lease.stop()
     return lease.key
@@ -70,7 +70,7 @@ def scan(
     token = protocol.new_token() if token is None else token
     ids = {each.run_id for each in dead}
     return protocol.claim_existing(
-        study.database, run, token, own_tokens={token, *own}, is_process_dead=lambda row: row.run in ids
+        study.database, run, token, own_tokens={token, *own}, is_run_dead=lambda row: row.run in ids
     )
 
 
@@ -85,7 +85,7 @@ def write(
     study: Study, *updates: TrialUpdate, pruner: SuccessiveHalving | None = None, is_ending: bool = False
 ) -> Written:
     ending = {(update.claim.token, state) for update in updates for state in ENDED} if is_ending else set()
-    return protocol.write(study.database, study.study_id, updates, pruner=pruner, ending=ending)
+    return protocol.write(study.database, study.key, updates, pruner=pruner, ending=ending)
 
 
 def epoch_of(claim: ClaimedTrial, epoch: int, value: float, **options: Any) -> TrialUpdate:
@@ -501,7 +501,7 @@ def test_what_a_run_writes_while_it_is_taken_over_stands(
         else:
             state = TrialState.COMPLETE if ending == "complete" else None
             update = TrialUpdate(claim, 1, {"m": 0.5}, 0.5, final_state=state)
-            protocol.write(database, study.study_id, [update], pruner=None, ending=())
+            protocol.write(database, study.key, [update], pruner=None, ending=())
         return rows
 
     monkeypatch.setattr(protocol, "_unfinished", written_meanwhile)
@@ -690,7 +690,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def far_scan(study: Study, run: RunKey) -> Scan:
     """Claim a trial that exists. All other runs are on other machines."""
     token = protocol.new_token()
-    return protocol.claim_existing(study.database, run, token, own_tokens={token}, is_process_dead=lambda _: None)
+    return protocol.claim_existing(study.database, run, token, own_tokens={token}, is_run_dead=lambda _: None)
 
 
 def renew(database: Database, *runs: RunKey) -> None:

@@ -75,7 +75,7 @@ class Both:
         self.draw = random.Random(self.seed)
         options: Any = {"direction": self.direction, "fingerprint": "f", "settings": {}}
         self.study: Study = open_study(self.database, "s", **options)
-        lease = Lease(self.database, self.study.study_id, "s", provenance={})
+        lease = Lease(self.database, self.study.key, provenance={})
         lease.start()
         lease.stop()
         self.run: RunKey = lease.key
@@ -125,7 +125,7 @@ class Both:
         self.optuna_study.tell(theirs, last)
 
     def _write(self, pruner: Pruner | None, update: TrialUpdate) -> protocol.Written:
-        return protocol.write(self.database, self.study.study_id, [update], pruner=pruner, ending=())
+        return protocol.write(self.database, self.study.key, [update], pruner=pruner, ending=())
 
     def compare(self) -> None:
         """Assert that all decisions are equal, and that there are some of each kind."""

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sqlite3
 import threading
+import time
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 import sqlalchemy as sa
 from optuna.distributions import CategoricalDistribution
+from sqlalchemy.exc import OperationalError
 
+from storage import protocol
 from storage.database import Database, open_database
+from storage.pruners import Median
+from storage.run import EXIT_SECONDS
 from storage.studies import Study
 from tests.factories import trial_states
-from tests.storage.builders import GRID, POINTS, claim_one, claim_point, grid_run, open_s, prune, sql
+from tests.storage.builders import GRID, POINTS, claim_one, claim_point, grid_run, locked, open_s, prune, sql
+
+if TYPE_CHECKING:
+    from benchmarks.postgres import Postgres
 
 
 def test_a_grid_is_claimed_point_by_point_until_it_is_finished(study: Study) -> None:
@@ -102,6 +115,81 @@ def test_elapsed_seconds_counts_simultaneous_runs_once(study: Study, database: D
                 row = {"study": study.study_id, "started": started, "last_heard": last_heard}
                 connection.execute(insert, row)
         assert run.elapsed_seconds() == pytest.approx(15.0, abs=1.0)
+
+
+def test_after_a_run_that_could_not_store_its_end_another_one_of_the_process_goes_on(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a notebook: the disk was full, space was freed, and the search is started again."""
+
+    def fail(_: Database) -> NoReturn:
+        raise OperationalError("", None, sqlite3.OperationalError("database or disk is full"))
+
+    with monkeypatch.context() as patch, grid_run(study) as first:  # `patch` ends after the run
+        claim = claim_point(first)
+        patch.setattr(Database, "transaction", fail)
+        first.report(claim, 1, {"m": 0.5}, 0.5)
+    with grid_run(study) as second:
+        again = claim_one(second)
+        assert again.number == claim.number
+        second.complete(again, 0.5)
+    assert trial_states(study) == ["COMPLETE"]
+
+
+def test_the_lease_is_ended_even_if_the_last_updates_are_refused(
+    study: Study, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise KeyError("refused")
+
+    with grid_run(study) as run:
+        claim = claim_point(run)
+        monkeypatch.setattr(protocol, "write", refuse)
+        run.report(claim, 1, {"m": 0.5}, 0.5)
+    assert sql(database, "SELECT count(*) FROM hpo_runs WHERE ended IS NULL") == [(0,)]
+
+
+def test_a_run_that_cannot_start_leaves_no_lease(
+    study: Study, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Median, "prepare", fail)
+    with pytest.raises(KeyboardInterrupt), grid_run(study, pruner=Median(maximize=True, min_epochs=1)):
+        pass
+    assert sql(database, "SELECT count(*) FROM hpo_runs WHERE ended IS NULL") == [(0,)]
+
+
+@contextlib.contextmanager
+def unavailable(request: pytest.FixtureRequest, database: Database) -> Iterator[None]:
+    """Lock the SQLite file, or stop the server."""
+    if database.engine.dialect.name == "sqlite":
+        with locked(Path(str(database.engine.url.database))):
+            yield
+        return
+    server: Postgres = request.getfixturevalue("postgres")
+    server.stop(immediate=True)
+    try:
+        yield
+    finally:
+        server.start()
+
+
+@pytest.mark.slow
+def test_leaving_does_not_wait_for_a_database_that_is_away(
+    study: Study, database: Database, request: pytest.FixtureRequest
+) -> None:
+    with contextlib.ExitStack() as stack:
+        with grid_run(study) as run:
+            claim = claim_point(run)
+            stack.enter_context(unavailable(request, database))
+            run.report(claim, 1, {"m": 0.5}, 0.5)
+            time.sleep(1.0)  # the writer's thread now waits for the database
+            started = time.monotonic()
+        assert time.monotonic() - started < EXIT_SECONDS + 1.0
+    with grid_run(study) as run:
+        assert claim_one(run).number == claim.number
 
 
 @pytest.mark.slow

@@ -7,9 +7,10 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
-from storage import optuna_tables, protocol, queue, records, tables
+from storage import lease, optuna_tables, protocol, queue, records, tables
 from storage.writer import Writer
 from tests.storage.simulator import Backend, open_backend, run_seed
 
@@ -71,7 +72,32 @@ def no_token_check(patch: pytest.MonkeyPatch) -> None:
 
 def living_runs_are_dead(patch: pytest.MonkeyPatch) -> None:
     """The lease of a run on another machine does not protect it."""
-    patch.setattr(queue, "is_process_dead", lambda run: True)
+    patch.setattr(queue, "is_run_dead", lambda run: True)
+
+
+def processes_keep_their_trials(patch: pytest.MonkeyPatch) -> None:
+    """A run counts as alive as long as its process lives."""
+
+    def is_process_dead(row: Any) -> bool | None:
+        if row.host != lease.host_id():
+            return None
+        try:
+            lease.__dict__["psutil"].Process(row.pid)  # the simulation's
+        except psutil.NoSuchProcess:
+            return True
+        return False
+
+    patch.setattr(queue, "is_run_dead", is_process_dead)
+
+
+def studies_are_known_by_their_ids(patch: pytest.MonkeyPatch) -> None:
+    """A study that has the id of a deleted one is taken for it."""
+
+    def lock_id(connection: Any, study: Any) -> bool:
+        studies = optuna_tables.studies
+        return connection.scalar(studies.select().where(studies.c.study_id == study.study_id)) is not None
+
+    patch.setattr(optuna_tables, "lock_study", lock_id)
 
 
 def outages_are_not_noticed(patch: pytest.MonkeyPatch) -> None:
@@ -166,6 +192,8 @@ def keys_are_not_compared(patch: pytest.MonkeyPatch) -> None:
     [
         (no_token_check, ("suspend", "outage"), 150),
         (living_runs_are_dead, ("suspend",), 0),
+        (processes_keep_their_trials, ("exit",), 0),
+        (studies_are_known_by_their_ids, ("delete",), 0),
         (outages_are_not_noticed, ("outage",), 120),
         (budget_is_checked_before_the_draw_only, ("error",), 0),
         (repeated_claims_are_new, ("lost answer",), 0),

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import optuna
 import pytest
 
 from storage import records, studies
-from storage.database import Database, StorageError
+from storage.database import Database, StorageError, open_database
 from storage.retry import retry_trials
-from storage.studies import Study, find_study, open_study
+from storage.studies import Study, find_study, open_study, summarize
 from tests.storage.builders import GRID, POINTS, claim_one, claim_point, grid_run, kill, open_s, sampled_run
 
 
@@ -209,3 +210,76 @@ def test_a_study_of_another_program_has_no_state(database: Database) -> None:
     assert (line.name, line.state, line.counts, line.best) == ("theirs", "", {"COMPLETE": 1}, None)
     assert line.last_activity is not None
     assert of_infinite.best is None
+
+
+def replace_study(database: Database) -> Study:
+    """Delete the study `s`. On SQLite, a study of another space gets its id."""
+    with open_database(database.engine.url.render_as_string(hide_password=False)) as other:
+        optuna.delete_study(study_name="s", storage=other.optuna_storage)
+    return open_study(database, "other", direction="minimize", fingerprint="g", settings={"metric": "loss"})
+
+
+def test_nothing_is_written_to_the_study_that_has_the_id_of_a_deleted_one(study: Study, database: Database) -> None:
+    other = replace_study(database)
+    operations: list[Callable[[], Any]] = [
+        lambda: grid_run(study).__enter__(),
+        lambda: study.set_system_attrs({"hpo:published": 7}),
+        lambda: retry_trials(study, [0]),
+    ]
+    before = other.attrs, other.system_attrs()
+    for operation in operations:
+        with pytest.raises(StorageError, match="'s' was deleted"):
+            operation()
+    assert (other.attrs, other.system_attrs()) == before
+    assert other.runs() == []
+    again = open_s(database)
+    assert again.key != study.key
+    with grid_run(again) as run:
+        claim_point(run)
+
+
+@pytest.mark.parametrize("new_name", ["other", "s"])
+def test_a_study_that_is_deleted_while_it_is_opened_is_created_again(
+    study: Study, database: Database, monkeypatch: pytest.MonkeyPatch, new_name: str
+) -> None:
+    find = studies.find_revision
+    others: list[Study] = []
+
+    def find_then_delete(*arguments: Any) -> Study | None:
+        found = find(*arguments)
+        if not others:
+            optuna.delete_study(study_name="s", storage=database.optuna_storage)
+            monkeypatch.setattr(studies, "find_revision", find)
+            others.append(
+                open_study(database, new_name, direction="minimize", fingerprint="g", settings={"metric": "loss"})
+            )
+        return found
+
+    monkeypatch.setattr(studies, "find_revision", find_then_delete)
+    opened = open_s(database, total_trials=5)
+    assert opened.attrs["hpo:fingerprint"] == "f"
+    assert opened.attrs["hpo:total"] == 5
+    assert opened.attrs["hpo:id"] == opened.identity
+    (other,) = others
+    assert other.settings == {"metric": "loss"}
+    assert other.attrs["hpo:total"] is None
+    assert other.unique_name != opened.unique_name
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_study_that_is_deleted_while_studies_are_listed_is_left_out(
+    study: Study, database: Database, monkeypatch: pytest.MonkeyPatch, *, replaced: bool
+) -> None:
+    with grid_run(study) as run:
+        run.complete(claim_point(run), 0.5)
+    find = database.optuna_storage.get_all_studies
+
+    def find_then_delete() -> Any:
+        found = find()
+        optuna.delete_study(study_name="s", storage=database.optuna_storage)
+        if replaced:
+            optuna.create_study(study_name="theirs", storage=database.optuna_storage)
+        return found
+
+    monkeypatch.setattr(database.optuna_storage, "get_all_studies", find_then_delete)
+    assert summarize(database) == []

@@ -8,6 +8,7 @@ import pytest
 
 from storage import protocol, writer
 from storage.database import Database, StorageError
+from storage.optuna_tables import StudyKey
 from storage.protocol import TrialUpdate, Written
 from storage.studies import Study
 from tests.factories import trial_states, wait_until
@@ -38,7 +39,7 @@ def test_updates_that_could_not_be_written_are_kept(
         with monkeypatch.context() as patch:
             failures: list[Exception] = []
 
-            def fail(*_: Any) -> None:
+            def fail(*_: Any, **__: Any) -> None:
                 failures.append(error)
                 raise error
 
@@ -58,10 +59,10 @@ def test_what_the_database_refuses_of_one_trial_does_not_keep_others_from_being_
     monkeypatch.setattr(writer, "BATCH_SECONDS", 3600.0)
     write, refuses = protocol.write, True
 
-    def refuse(database: Database, study_id: int, updates: list[TrialUpdate], **options: Any) -> Written:
+    def refuse(database: Database, study: StudyKey, updates: list[TrialUpdate], **options: Any) -> Written:
         if refuses and any("bad" in update.metrics for update in updates):
             raise KeyError("refused")
-        return write(database, study_id, updates, **options)
+        return write(database, study, updates, **options)
 
     monkeypatch.setattr(protocol, "write", refuse)
     with grid_run(study) as run:
