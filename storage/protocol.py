@@ -547,9 +547,10 @@ def _owners(connection: sa.Connection, trial_ids: Collection[int]) -> dict[int, 
     trial, ours = optuna_tables.trials, tables.trials
     query = (
         sa.select(ours.c.trial, ours.c.token, trial.c.state)
-        .join(trial, trial.c.trial_id == ours.c.trial)
-        .where(ours.c.trial.in_(trial_ids))
-        .order_by(ours.c.trial)
+        .select_from(trial)  # first: who deletes a trial in Optuna locks its row before the trigger locks ours
+        .join(ours, ours.c.trial == trial.c.trial_id)
+        .where(trial.c.trial_id.in_(trial_ids))
+        .order_by(trial.c.trial_id)
         .with_for_update()
     )
     locked = {row.trial: row for row in connection.execute(query)}
