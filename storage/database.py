@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import optuna
 import sqlalchemy as sa
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
@@ -31,6 +31,7 @@ from storage.optuna_tables import SCHEMA
 from storage.tables import metadata, schema
 
 BUSY_SECONDS = 60.0  # how long a SQLite writer waits for another writer
+OPENING_SECONDS = 60.0  # how long a process waits for another one that creates or migrates the tables
 _LOOK_SECONDS = 5.0  # how long a look at another database waits for its writer
 RETRY_SECONDS = 600.0  # how long an operation is retried while the database is down
 
@@ -153,7 +154,7 @@ def open_database(url: str, password: str | None = None, *, create: bool = True)
             sa.event.listen(engine, "connect", _limit_idle_transactions)
         try:
             # The first connection needs the lock, too: it turns on WAL, for which SQLite does not wait for other writers.
-            with _schema_lock(engine):
+            with _schema_lock(engine, safe_url):
                 version = _read_versions(engine, safe_url).ours
                 if version is None:
                     return Database(safe_url, engine, _create_tables(parsed, engine, options))
@@ -471,13 +472,19 @@ def _read_versions(engine: sa.Engine, safe_url: str) -> _Versions:
 
 
 @contextlib.contextmanager
-def _schema_lock(engine: sa.Engine) -> Iterator[None]:
-    """Hold the lock under which tables are created. The lock of a process that dies is released."""
+def _schema_lock(engine: sa.Engine, safe_url: str) -> Iterator[None]:
+    """Hold the lock under which tables are created. The lock of a process that dies is released.
+
+    Raises:
+        StorageError: another process has held it for `OPENING_SECONDS`.
+    """
     if engine.dialect.name == "sqlite":
         # Whoever may write to the folder may use the lock: the umask decides, as for the database.
         lock = FileLock(f"{engine.url.database}.{zlib.crc32(b'schema'):08x}.lock", mode=0o666)
         try:
-            lock.acquire()
+            lock.acquire(timeout=OPENING_SECONDS)
+        except Timeout:
+            raise _opened_elsewhere(safe_url, f"`fuser {lock.lock_file}` shows its PID") from None
         except OSError as error:
             raise StorageError(f"cannot write {lock.lock_file}: {error.strerror}") from None
         try:
@@ -488,7 +495,19 @@ def _schema_lock(engine: sa.Engine) -> Iterator[None]:
     number = zlib.crc32(b"hpo/schema")
     # A separate connection without a transaction: the lock is held until it is released or the connection ends.
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        connection.execute(sa.select(sa.func.pg_advisory_lock(number)))
+        connection.exec_driver_sql(f"SET lock_timeout = {OPENING_SECONDS * 1000:.0f}")
+        try:
+            connection.execute(sa.select(sa.func.pg_advisory_lock(number)))
+        except OperationalError as error:
+            if getattr(error.orig, "sqlstate", None) != "55P03":
+                raise
+            pid = connection.exec_driver_sql(
+                "SELECT pid FROM pg_locks JOIN pg_database ON pg_database.oid = database "
+                f"WHERE datname = current_database() AND locktype = 'advisory' AND objid = {number} AND granted"
+            ).scalar()
+            raise _opened_elsewhere(safe_url, f"`SELECT pg_terminate_backend({pid})` ends its connection") from None
+        finally:
+            connection.exec_driver_sql("RESET lock_timeout")
         try:
             yield
         finally:
@@ -496,6 +515,13 @@ def _schema_lock(engine: sa.Engine) -> Iterator[None]:
                 connection.execute(sa.select(sa.func.pg_advisory_unlock(number)))
             except DBAPIError:  # the server is down, which released the lock
                 connection.invalidate()
+
+
+def _opened_elsewhere(safe_url: str, remedy: str) -> StorageError:
+    return StorageError(
+        f"{safe_url}: another process has been opening it for over {OPENING_SECONDS:.0f} s. If it migrates a large "
+        f"database, wait until it is done. If it is suspended, continue or end it: {remedy}"
+    )
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

@@ -150,8 +150,21 @@ def is_run_dead(run: Any) -> bool | None:
         is_other = abs(started_after_boot(process) - started) > 1.0  # the PID was reused
         if is_other or process.status() == psutil.STATUS_ZOMBIE:
             return True
+    except psutil.AccessDenied:
+        return None
     except psutil.NoSuchProcess:
-        return True
+        return None if _is_hidden(run.pid) else True
     if run.pid == os.getpid():
         return (run.run, run.started) not in live_runs
     return None
+
+
+def _is_hidden(pid: int) -> bool:
+    """Return whether a process exists that /proc does not show: with `hidepid=2`, it hides those of other users."""
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -4,6 +4,7 @@
     2   triggers delete our rows of a study or a trial that any program deletes; SQLite never reuses a run's key; names of
         metrics have any length
     3   a token for each claim; the values that pruners compare; deleted studies are recorded; an index on trials' states
+    4   on PostgreSQL, deleting a study deletes what runs add to it meanwhile. SQLite files stay as they are
 
 Optuna's tables have other versions, which Optuna migrates.
 """
@@ -21,7 +22,8 @@ import sqlalchemy as sa
 from storage import optuna_tables
 from storage.tables import metadata, metrics, runs, schema, trials
 
-VERSION = 3
+VERSION = 4
+_LAST_ON_SQLITE = 3  # the last version that changed SQLite files
 
 
 def complete(connection: sa.Connection) -> None:
@@ -54,13 +56,14 @@ def back_up(connection: sa.Connection, version: int) -> Path | None:
         version: of our tables, part of the copy's name.
 
     Returns:
-        The copy, next to the file. None for PostgreSQL, whose backups are its administrator's.
+        The copy, next to the file; None if nothing in the file will change. None for PostgreSQL, whose backups are its
+        administrator's.
 
     Raises:
         sqlite3.Error: the copy cannot be written.
         OSError: the copy cannot be written.
     """
-    if connection.dialect.name != "sqlite":
+    if connection.dialect.name != "sqlite" or version >= _LAST_ON_SQLITE:
         return None
     path = Path(connection.exec_driver_sql("PRAGMA database_list").first()[2])  # type: ignore[index]
     copy = path.with_name(f"{path.name}.version-{version}")
@@ -106,7 +109,11 @@ def _from_2(connection: sa.Connection) -> None:
     _extend_optuna(connection)
 
 
-_STEPS: dict[int, Callable[[sa.Connection], None]] = {1: _from_1, 2: _from_2}
+def _from_3(connection: sa.Connection) -> None:
+    _extend_optuna(connection)
+
+
+_STEPS: dict[int, Callable[[sa.Connection], None]] = {1: _from_1, 2: _from_2, 3: _from_3}
 
 
 def _rebuild(connection: sa.Connection, table: sa.Table) -> None:
@@ -164,9 +171,47 @@ _TRIGGER_TEMPLATES = {
 }
 
 
+# On PostgreSQL, Optuna reads the rows of a study, deletes them one by one, and then the study. A row that a run has added
+# meanwhile refers to the study: the server refuses to delete it, and Optuna ignores that error. So these triggers lock the
+# study, and then delete what is left. SQLite has one writer at a time.
+_BEFORE_DELETE = {
+    "hpo_study_deleting": (
+        "studies",
+        "DELETE FROM trials WHERE study_id = OLD.study_id; "
+        + " ".join(
+            f"DELETE FROM {table} WHERE study_id = OLD.study_id;"
+            for table in ("study_directions", "study_user_attributes", "study_system_attributes")
+        ),
+    ),
+    "hpo_trial_deleting": (
+        "trials",
+        "PERFORM 1 FROM studies WHERE study_id = OLD.study_id FOR UPDATE; "
+        + " ".join(
+            f"DELETE FROM {table} WHERE trial_id = OLD.trial_id;"
+            for table in (
+                "trial_heartbeats",
+                "trial_intermediate_values",
+                "trial_params",
+                "trial_system_attributes",
+                "trial_user_attributes",
+                "trial_values",
+            )
+        ),
+    ),
+}
+_BEFORE_DELETE_TEMPLATES = [
+    "CREATE OR REPLACE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {statements} RETURN OLD; END $$",
+    "DROP TRIGGER IF EXISTS {name} ON {table}",
+    "CREATE TRIGGER {name} BEFORE DELETE ON {table} FOR EACH ROW EXECUTE FUNCTION {name}()",
+]
+
+
 def _extend_optuna(connection: sa.Connection) -> None:
     # A study has few unfinished trials among many: without the index, each claim would read all of them.
     connection.exec_driver_sql("CREATE INDEX IF NOT EXISTS hpo_trials_by_state ON trials (study_id, state)")
     for name, (table, statements) in _TRIGGERS.items():
         for template in _TRIGGER_TEMPLATES[connection.dialect.name]:
+            connection.exec_driver_sql(template.format(name=name, table=table, statements=statements))
+    for name, (table, statements) in _BEFORE_DELETE.items() if connection.dialect.name == "postgresql" else ():
+        for template in _BEFORE_DELETE_TEMPLATES:
             connection.exec_driver_sql(template.format(name=name, table=table, statements=statements))

@@ -129,12 +129,14 @@ class Scan:
         partial_ids: ids of WAITING trials that may lack params and have no key: enqueued through Optuna.
         others_are_running: whether other living runs work on trials.
         failed: {number: reason} of trials that were taken from dead runs and not resumed, because they failed too often.
+        keys: how many configurations the study has; 0 if a trial was claimed.
     """
 
     claim: ClaimedTrial | None
     partial_ids: list[int] = field(default_factory=list)
     others_are_running: bool = False
     failed: dict[int, str] = field(default_factory=dict)
+    keys: int = 0
 
 
 def claim_existing(
@@ -174,7 +176,7 @@ def claim_existing(
             key=lambda row: (freed.get(row.trial_id, row.crashes), row.epoch == 0, row.number),
         )
         if not resumable:
-            return Scan(None, partial_ids, bool(others), failed)
+            return Scan(None, partial_ids, bool(others), failed, records.count_keys(connection, run.study_id))
         _own(connection, run, resumable[0].trial_id, token)
         return Scan(_claimed_with(connection, token), partial_ids, bool(others), failed)
 
@@ -313,8 +315,9 @@ def _take_over(
             freed[trial_id] = crashes
             optuna_tables.wait(connection, [trial_id])
         is_trial = tables.trials.c.trial == trial_id
-        owner = {} if row.number in failed else {"run": None}
-        connection.execute(tables.trials.update().where(is_trial).values(token=None, crashes=crashes, **owner))
+        # A token tells this failure from a later one, see `retry`.
+        owner = {"token": new_token()} if row.number in failed else {"token": None, "run": None}
+        connection.execute(tables.trials.update().where(is_trial).values(crashes=crashes, **owner))
     return freed, failed
 
 
@@ -522,17 +525,41 @@ def write(
     return Written(lost, pruned)
 
 
-def _owners(connection: sa.Connection, trial_ids: Collection[int]) -> dict[int, Any]:
-    """Return {trial_id: row with token, state and last epoch}. No other transaction changes them until this one ends."""
+@dataclass(frozen=True)
+class Owner:
+    """Who owns a trial, and what is stored of it.
+
+    Attributes:
+        token: of the claim.
+        state: of the trial.
+        epoch: the last epoch in storage; 0 for none.
+        last_value: its value; None if it is not finite.
+    """
+
+    token: int | None
+    state: TrialState
+    epoch: int
+    last_value: float | None
+
+
+def _owners(connection: sa.Connection, trial_ids: Collection[int]) -> dict[int, Owner]:
+    """Return {trial_id: its owner}. No other transaction changes them until this one ends."""
     trial, ours = optuna_tables.trials, tables.trials
     query = (
-        sa.select(ours.c.trial, ours.c.token, trial.c.state, _last_epoch(), _last_value())
-        .join(trial, trial.c.trial_id == ours.c.trial)
-        .where(ours.c.trial.in_(trial_ids))
-        .order_by(ours.c.trial)
+        sa.select(ours.c.trial, ours.c.token, trial.c.state)
+        .select_from(trial)  # first: who deletes a trial in Optuna locks its row before the trigger locks ours
+        .join(ours, ours.c.trial == trial.c.trial_id)
+        .where(trial.c.trial_id.in_(trial_ids))
+        .order_by(trial.c.trial_id)
         .with_for_update()
     )
-    return {row.trial: row for row in connection.execute(query)}
+    locked = {row.trial: row for row in connection.execute(query)}
+    # In a second statement: on PostgreSQL, a statement that waits for a lock sees the epochs as they were before it waited.
+    stored = sa.select(trial.c.trial_id, _last_epoch(), _last_value()).where(trial.c.trial_id.in_(list(locked)))
+    epochs = {row.trial_id: row for row in connection.execute(stored)} if locked else {}
+    return {
+        each: Owner(row.token, row.state, epochs[each].epoch, epochs[each].last_value) for each, row in locked.items()
+    }
 
 
 def _is_continued(batch: list[TrialUpdate], stored_epoch: int, stored_value: float | None) -> bool:

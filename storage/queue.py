@@ -72,20 +72,24 @@ class TrialQueue:
         self._history = None if history_limit is None else History(study, history_limit)
         if self._history is not None:
             optuna_internals.show_trials(study.optuna_study, self._history.trials)
-        self._points: list[Params] = []  # the next one is last
+        self._all_points: list[Params] = []
+        self._points: list[Params] = []  # those that no run is known to have claimed; the next one is last
         self._distributions: Mapping[str, BaseDistribution] = {}
         self._known_keys: set[str] = set()
         self._is_settled = is_settled
         self._tokens: set[int] = set()  # of the claims that this run works on
         self._others_are_running = False
+        self._keys = 0  # how many the study had at the last scan
+        self._compared_keys: int | None = None  # how many it had when the points were compared with them
         # {run: (its last renewal, for how many seconds no later one was seen, when this run looked last)}
         self._heard: dict[int, tuple[float, float, float]] = {}
         self._next_scan = 0.0  # by the monotonic clock
 
     def enqueue(self, points: Iterable[Params], distributions: Mapping[str, BaseDistribution]) -> None:
         """Set the points that `claim` returns, in this order; see `storage.run.Run.enqueue`."""
-        self._points = list(points)
-        self._points.reverse()
+        self._all_points = list(points)
+        self._points = self._all_points[::-1]
+        self._compared_keys = None
         self._distributions = distributions
         self._known_keys = self._retry(lambda: records.read_keys(self._database, self._run.study_id))
 
@@ -101,10 +105,14 @@ class TrialQueue:
         if time.monotonic() >= self._next_scan:
             claim = self._claim_existing(token)
         claim = claim or self._claim_new(token)
-        if claim is None:
+        while claim is None:
             # Last, so that `finished` is true: another run may have claimed the last trial meanwhile.
             claim = self._claim_existing(token)
-            self.finished = claim is None and not self._others_are_running
+            if claim is not None or self._draw is not None or self._keys == self._compared_keys:
+                self.finished = claim is None and not self._others_are_running
+                break
+            self._compare_points()
+            claim = self._claim_point(token)
         if claim is not None:
             self._tokens.add(token)
         return claim
@@ -127,6 +135,7 @@ class TrialQueue:
         for number, reason in scan.failed.items():
             logger.warning("trial %d failed: %s", number, reason)
         self._others_are_running = scan.others_are_running
+        self._keys = scan.keys
         claim = scan.claim
         if claim is not None:
             self._study.drafts.forget_finished(self._run.study_id, claim.trial_id)
@@ -205,6 +214,12 @@ class TrialQueue:
                     return claim
             self._points.pop()  # only now: after an error, the next claim starts with the same point
         return None
+
+    def _compare_points(self) -> None:
+        """Queue the points again that the database lacks: an older copy may have been restored since they were claimed."""
+        self._known_keys = self._retry(lambda: records.read_keys(self._database, self._run.study_id))
+        self._points = [each for each in self._all_points[::-1] if self._config_key(each) not in self._known_keys]
+        self._compared_keys = len(self._known_keys)
 
     def _claim_drawn(self, token: int) -> ClaimedTrial | None:
         duplicates = rejected = 0

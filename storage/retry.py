@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection
+from dataclasses import dataclass
 
 import sqlalchemy as sa
 from optuna.trial import TrialState
 
-from storage import optuna_internals, optuna_tables, protocol, records, tables
+from storage import optuna_tables, protocol, records, tables
 from storage.database import retry_while_down
 from storage.records import attempt_of
 from storage.studies import Study
@@ -21,22 +23,14 @@ def failed_trials(study: Study) -> list[int]:
     Raises:
         StorageError: the database cannot be used (after retries).
     """
-    trial = optuna_tables.trials
-    # Without a row of ours, no run trained it: a draw that was refused, or a trial of another program.
-    query = sa.select(trial.c.number).join(tables.trials, tables.trials.c.trial == trial.c.trial_id)
-    query = query.where(trial.c.study_id == study.study_id, trial.c.state == TrialState.FAIL).order_by(trial.c.number)
-
-    def read() -> list[int]:
-        with study.database.engine.connect() as connection:
-            return list(connection.scalars(query))
-
-    return retry_while_down(study.database, read)
+    return [failure.number for failure in _find_failures(study)]
 
 
 def retry_trials(study: Study, numbers: Collection[int], *, resume: bool = False) -> None:
     """Set failed trials to WAITING, and forget their failures. Trials in another state are left as they are.
 
-    One transaction: all of the trials, or none. Repeating it after a lost answer changes nothing.
+    One transaction: all of the trials, or none. A failure is told by its token and attempt, so repeating it after a lost
+    answer changes nothing, even if a run has claimed a trial meanwhile and failed it again.
 
     Args:
         study: the study.
@@ -47,26 +41,68 @@ def retry_trials(study: Study, numbers: Collection[int], *, resume: bool = False
     Raises:
         StorageError: the study was deleted, or the database cannot be used (after retries).
     """
-    chosen = {
-        optuna_internals.trial_id(trial): attempt_of(trial.user_attrs) + (not resume)
-        for trial in study.trials()
-        if trial.number in numbers
-    }
-    trials = optuna_tables.trials
+    chosen = {failure for failure in _find_failures(study) if failure.number in numbers}
 
     def write() -> None:
         with study.database.transaction() as connection:
             protocol.lock_study(connection, study.database, study.key)
-            is_failed = sa.and_(trials.c.trial_id.in_(chosen), trials.c.state == TrialState.FAIL)
-            ids = list(connection.scalars(sa.select(trials.c.trial_id).where(is_failed)))
+            failures = _still_failed(connection, study, chosen)
+            ids = [failure.trial_id for failure in failures]
             optuna_tables.wait(connection, ids)
             optuna_tables.delete_attrs(connection, ids, _OF_FAILURE)
             of_trials = tables.trials.c.trial.in_(ids)
             connection.execute(tables.trials.update().where(of_trials).values(run=None, token=None, crashes=0))
             optuna_tables.write_attrs(connection, [(trial_id, {records.RETRIED: True}) for trial_id in ids])
-            for trial_id in [] if resume else ids:
-                optuna_tables.delete_values(connection, trial_id, after_epoch=0)
-                records.delete_epochs(connection, trial_id, after_epoch=0)
-                optuna_tables.write_attrs(connection, [(trial_id, {"attempt": chosen[trial_id]})])
+            for failure in [] if resume else failures:
+                optuna_tables.delete_values(connection, failure.trial_id, after_epoch=0)
+                records.delete_epochs(connection, failure.trial_id, after_epoch=0)
+                optuna_tables.write_attrs(connection, [(failure.trial_id, {"attempt": failure.attempt + 1})])
 
     retry_while_down(study.database, write)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A trial that failed while it was trained.
+
+    Attributes:
+        trial_id: its primary key.
+        number: its number in the study.
+        token: random, of this failure; None if version 2 of our tables stored it.
+        attempt: how often it was started from its first epoch.
+    """
+
+    trial_id: int
+    number: int
+    token: int | None
+    attempt: int
+
+
+def _find_failures(study: Study) -> list[Failure]:
+    def read() -> list[Failure]:
+        with study.database.engine.connect() as connection:
+            return _read_failures(connection, study)
+
+    return retry_while_down(study.database, read)
+
+
+def _read_failures(connection: sa.Connection, study: Study) -> list[Failure]:
+    """Return the trials that failed while they were trained, by number."""
+    trial, ours, attr = optuna_tables.trials, tables.trials, optuna_tables.trial_user_attributes
+    # Without a row of ours, no run trained it: a draw that was refused, or a trial of another program.
+    query = (
+        sa.select(trial.c.trial_id, trial.c.number, ours.c.token, attr.c.value_json)
+        .join(ours, ours.c.trial == trial.c.trial_id)
+        .join(attr, sa.and_(attr.c.trial_id == trial.c.trial_id, attr.c.key == "attempt"), isouter=True)
+        .where(trial.c.study_id == study.study_id, trial.c.state == TrialState.FAIL)
+        .order_by(trial.c.number)
+    )
+    return [
+        Failure(trial_id, number, token, attempt_of({} if attempt is None else {"attempt": json.loads(attempt)}))
+        for trial_id, number, token, attempt in connection.execute(query)
+    ]
+
+
+def _still_failed(connection: sa.Connection, study: Study, failures: Collection[Failure]) -> list[Failure]:
+    """Return those failures that were not retried meanwhile. The study is locked, so none is until the transaction ends."""
+    return [failure for failure in _read_failures(connection, study) if failure in failures]

@@ -356,7 +356,8 @@ def open_study(
         changed = {attr: value for attr, value in wanted.items() if attr not in attrs or attrs[attr] != value}
         identity = {"hpo:id": uuid.uuid4().hex[:12], "hpo:fingerprint": fingerprint}
         identity = {attr: value for attr, value in identity.items() if attr not in attrs}
-        if study is not None and study.identity != attrs.get("hpo:id"):
+        is_it = study is None or study.identity == attrs.get("hpo:id")
+        if not is_it or attrs.get("hpo:fingerprint", fingerprint) != fingerprint:
             return None  # another process has opened it first, or another study has its id now
         if study is not None and not changed and not identity:
             return study
@@ -380,7 +381,8 @@ def open_study(
                 labels = {"study:metric_names": [str(settings.get("metric", "value"))]}
                 optuna_tables.write_study_system_attrs(connection, opened, labels)
         if study is None:
-            return _load(database, new)
+            created = _load(database, new)
+            return created if created is not None and created.identity == identity["hpo:id"] else None
         return replace(study, identity=identity.get("hpo:id", study.identity))
 
     def unless_overtaken() -> Study | None:

@@ -40,13 +40,15 @@ from storage import lease as lease_module
 from storage import optuna_tables
 from storage import protocol as protocol_module
 from storage import queue as queue_module
+from storage import retry as retry_module
 from storage import run as run_module
 from storage import writer as writer_module
 from storage.database import Database, StorageError, open_database
 from storage.protocol import LostTrialError
 from storage.pruners import Median, Pruner, SuccessiveHalving
+from storage.retry import failed_trials, retry_trials
 from storage.run import Run
-from storage.studies import open_study
+from storage.studies import find_study, open_study
 from tests.storage.invariants import OTHER_SETTINGS, Invariants
 from tests.storage.scheduler import Scheduler, SimulatedThreading, SimulatedTime, Task
 
@@ -67,6 +69,7 @@ FAULTS = (
     "restore",
     "delete",
     "exit",
+    "retry",
 )
 MAX_RUNS = 4  # of one process, one after another
 
@@ -85,6 +88,7 @@ class Plan:
         hosts: how many machines there are.
         shares_folder: whether the machines share the folder of checkpoints. A worker notices there that another one has
             taken its trial; without it, a run that lost a trial works on.
+        failure_chance: of a training, at each of its actions.
         faults: (step, kind).
     """
 
@@ -96,6 +100,7 @@ class Plan:
     drivers: int
     hosts: int
     shares_folder: bool
+    failure_chance: float
     faults: list[tuple[int, str]]
 
     @classmethod
@@ -112,6 +117,7 @@ class Plan:
             drivers=drivers,
             hosts=draw.choice([1, drivers, drivers]),
             shares_folder=draw.random() < 0.5,
+            failure_chance=draw.choice([0.02, 0.02, 0.15]),
             faults=sorted((draw.randint(5, 500), draw.choice(kinds)) for _ in range(draw.randint(0, 6))),
         )
 
@@ -186,6 +192,17 @@ class Driver:
                 break
             self.simulation.scheduler.hand_over("between two runs", seconds=draw.choice([0.0, 1.0, 10.0]))
         self.has_ended = self.is_killed = True  # its threads end with it
+
+    def retry(self) -> None:
+        """The whole life of `hpo retry`."""
+        sim = self.simulation
+        try:
+            study = find_study(sim.databases[self.slot], sim.invariants.study_name())
+            if study is not None:
+                retry_trials(study, failed_trials(study), resume=sim.scheduler.draw.random() < 0.5)
+        except StorageError:
+            assert sim.was_replaced, f"{self.name} gave up without a reason: {traceback.format_exc()}"
+        self.has_ended = self.is_killed = True
 
     def _search(self) -> bool:
         """Work on the study; return whether the run left before it was finished."""
@@ -302,11 +319,11 @@ class Driver:
                 self._start_worker(training)
             return
         if chance < 0.05:
-            self._fail(run, training, "an error of the trainable")
-            return
-        if chance < 0.07:
             self._forget(training)
             run.release(claim)
+            return
+        if chance < 0.05 + sim.plan.failure_chance:
+            self._fail(run, training, "an error of the trainable")
             return
         if training.recalled:
             epoch = training.recalled.pop(0)
@@ -460,11 +477,15 @@ class Simulation:
         self.backend.close_plain()
 
     def _start(self, slot: int) -> None:
+        driver = self._new_driver(slot, "driver")
+        self.scheduler.spawn(driver, driver.name, driver.main)
+
+    def _new_driver(self, slot: int, kind: str) -> Driver:
         number = next(self._numbers)
         machine = f"machine-{slot % self.plan.hosts}"
-        driver = Driver(self, slot, f"driver-{number}", machine, 1000 + number, self.scheduler.now)
+        driver = Driver(self, slot, f"{kind}-{number}", machine, 1000 + number, self.scheduler.now)
         self.drivers.append(driver)
-        self.scheduler.spawn(driver, driver.name, driver.main)
+        return driver
 
     def living(self) -> list[Driver]:
         """Return the drivers that run."""
@@ -492,6 +513,10 @@ class Simulation:
                 if draw.random() < 0.7:  # the database is away until the run has left
                     self.down_until = self.scheduler.now + draw.choice([8.0, 20.0])
                 self.scheduler.log.append(f"          of the run of {driver.name}")
+            case "retry":
+                for _ in range(draw.choice([1, 2])):
+                    retrier = self._new_driver(draw.randrange(4), "retry")
+                    self.scheduler.spawn(retrier, retrier.name, retrier.retry)
             case "error" if tasks:
                 self._next_error[draw.choice(tasks)] = self.backend.error()
             case "lost answer":
@@ -816,19 +841,35 @@ def simulated(backend: Backend, seed: int, kinds: tuple[str, ...] = FAULTS) -> I
     processes = SimpleNamespace(
         Process=Process,
         boot_time=lambda: simulation.boot_clock,
+        AccessDenied=psutil.AccessDenied,
         NoSuchProcess=psutil.NoSuchProcess,
         STATUS_ZOMBIE="zombie",
     )
+
+    def no_process(_pid: int, _signal: int) -> None:
+        raise ProcessLookupError
+
+    find_failures = retry_module._find_failures
+
+    def find_and_note(study: Any) -> Any:
+        failures = find_failures(study)
+        simulation.scheduler.hand_over(
+            "has read the failures", seconds=simulation.scheduler.draw.choice([0.0, 5.0, 20.0])
+        )
+        simulation.invariants.retried |= {(each.trial_id, each.token) for each in failures}
+        return failures
+
     threads, clock = SimulatedThreading(scheduler), SimulatedTime(scheduler)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lease_module, "threading", threads)
         patch.setattr(writer_module, "threading", threads)
+        patch.setattr(retry_module, "_find_failures", find_and_note)
         patch.setattr(run_module, "threading", threads)
         patch.setattr(run_module, "time", clock)
         patch.setattr(queue_module, "time", clock)
         patch.setattr(database_module, "time", clock)
         patch.setattr(lease_module, "psutil", processes)
-        patch.setattr(lease_module, "os", SimpleNamespace(getpid=lambda: here().pid))
+        patch.setattr(lease_module, "os", SimpleNamespace(getpid=lambda: here().pid, kill=no_process))
         patch.setattr(lease_module, "host_id", lambda: here().machine)
         patch.setattr(lease_module, "live_runs", LiveRuns())
         patch.setattr(

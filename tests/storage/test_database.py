@@ -422,11 +422,11 @@ def test_tables_are_created_by_one_process_at_a_time(url: str) -> None:
     entered = threading.Event()
 
     def enter() -> None:
-        with database._schema_lock(second.engine):
+        with database._schema_lock(second.engine, url):
             entered.set()
 
     with open_database(url) as first, open_database(url) as second:
-        with database._schema_lock(first.engine):
+        with database._schema_lock(first.engine, url):
             thread = threading.Thread(target=enter)
             thread.start()
             assert not entered.wait(0.2)
@@ -524,3 +524,20 @@ def test_an_interrupt_in_a_statement_stays_an_interrupt(database: Database) -> N
         retry_while_down(database, interrupted)
     with pytest.raises(KeyboardInterrupt), translate_errors("url"):
         interrupted()
+
+
+def test_opening_does_not_wait_forever_for_a_process_that_is_suspended_while_it_opens(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_database(url) as first, database._schema_lock(first.engine, url):
+        monkeypatch.setattr(database, "OPENING_SECONDS", 0.5)
+        with pytest.raises(StorageError, match="another process has been opening it for over") as raised:
+            open_database(url)
+        message = str(raised.value)
+        if url.startswith("sqlite:"):
+            assert ".lock` shows its PID" in message
+        else:
+            pid = int(message.partition("pg_terminate_backend(")[2].partition(")")[0])
+            assert sql(first, f"SELECT application_name FROM pg_stat_activity WHERE pid = {pid}") == [("hpo",)]
+    with open_database(url):
+        pass

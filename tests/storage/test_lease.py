@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import pytest
@@ -184,6 +184,33 @@ def test_a_run_on_this_machine_is_dead_as_soon_as_its_process_is() -> None:
     assert is_run_dead(run), "a zombie is dead"
     child.wait()
     assert is_run_dead(run)
+
+
+@pytest.mark.parametrize(
+    ("found", "killed", "is_dead"),
+    [
+        (psutil.NoSuchProcess(1), ProcessLookupError(), True),
+        (psutil.NoSuchProcess(1), PermissionError(), None),
+        (psutil.AccessDenied(1), None, None),
+    ],
+)
+def test_a_process_that_proc_hides_does_not_count_as_dead(
+    monkeypatch: pytest.MonkeyPatch, found: Exception, killed: Exception | None, *, is_dead: bool | None
+) -> None:
+    """As /proc does with the processes of other users, mounted with `hidepid=2`."""
+
+    def look(_: int) -> NoReturn:
+        raise found
+
+    def kill(pid: int, number: int) -> None:
+        assert (pid, number) == (4711, 0)
+        if killed is not None:
+            raise killed
+
+    monkeypatch.setattr(psutil, "Process", look)
+    monkeypatch.setattr(lease, "os", SimpleNamespace(getpid=os.getpid, kill=kill))
+    row = SimpleNamespace(run=1, started=1.0, host=host_id(), pid=4711, process_started=1.0)
+    assert is_run_dead(row) is is_dead
 
 
 def test_a_change_of_the_clock_kills_no_run(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:

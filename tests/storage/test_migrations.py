@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sqlite3
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -60,21 +62,28 @@ def _make_old(target: Database, source: Path, version: int) -> None:
     with target.engine.begin() as connection, engine.connect() as old:
         for table in tables:
             connection.execute(table.delete())
-        for name, (on, _) in migrations._TRIGGERS.items():
+        for name, (on, _) in migrations._BEFORE_DELETE.items():
+            connection.execute(sa.text(f"DROP TRIGGER {name} ON {on}"))
+            connection.execute(sa.text(f"DROP FUNCTION {name}"))
+        for name, (on, _) in migrations._TRIGGERS.items() if version < 3 else ():
             if version == 1 or name == "hpo_id_deleted":
                 connection.execute(sa.text(f"DROP TRIGGER {name} ON {on}"))
                 connection.execute(sa.text(f"DROP FUNCTION {name}"))
-        if version > 1:  # the function of its trigger knows no later table
+        if version == 2:  # the function of its trigger knows no later table
             connection.exec_driver_sql(
                 "CREATE OR REPLACE FUNCTION hpo_trial_deleted() RETURNS trigger LANGUAGE plpgsql AS "
                 "$$ BEGIN DELETE FROM hpo_metrics WHERE trial = OLD.trial_id; "
                 "DELETE FROM hpo_trials WHERE trial = OLD.trial_id; RETURN NULL; END $$"
             )
         for statement in (
-            "DROP INDEX hpo_trials_by_state",
-            "DROP TABLE hpo_rungs, hpo_deleted_studies",
-            "ALTER TABLE hpo_trials DROP COLUMN token, DROP COLUMN claimed_epoch",
-            "ALTER TABLE hpo_runs DROP COLUMN takeover_after",
+            (
+                "DROP INDEX hpo_trials_by_state",
+                "DROP TABLE hpo_rungs, hpo_deleted_studies",
+                "ALTER TABLE hpo_trials DROP COLUMN token, DROP COLUMN claimed_epoch",
+                "ALTER TABLE hpo_runs DROP COLUMN takeover_after",
+            )
+            if version < 3
+            else ()
         ):
             connection.execute(sa.text(statement))
         for table in tables:
@@ -266,6 +275,42 @@ def test_deleting_a_study_deletes_its_rows_by_any_program(url: str) -> None:
         assert {table: len(rows) for table, rows in before.items()} == dict.fromkeys(OUR_TABLES, 2)
         delete_in_optuna(url, "s@2")
         assert rows_of(database) == {table: rows[:1] for table, rows in before.items()}
+
+
+@pytest.mark.parametrize("first", ["DELETE FROM trial_", "DELETE FROM trials", "DELETE FROM stud"])
+def test_a_study_is_deleted_although_a_run_adds_to_it_meanwhile(url: str, first: str) -> None:
+    if url.startswith("sqlite:"):
+        pytest.skip("SQLite has one writer at a time")
+    storage = optuna.storages.RDBStorage(url.replace("postgresql://", "postgresql+psycopg://"))
+    with open_database(url) as database:
+        with grid_run(open_s(database)) as run:
+            run.enqueue(POINTS, GRID)
+            claims = [claim_one(run) for _ in range(2)]
+            for claim in claims:
+                run.report(claim, 1, {"m": 0.5}, 0.5)
+            run.flush()
+
+            def work() -> None:
+                with contextlib.suppress(StorageError, LostTrialError):  # the study was deleted first
+                    claim_one(run)
+                    run.report(claims[1], 2, {"m": 0.6}, 0.6)
+                    run.flush()
+
+            added = threading.Thread(target=work)
+
+            def add(_1: Any, _2: Any, statement: str, *_: Any) -> None:
+                if statement.startswith(first) and added.ident is None:
+                    added.start()
+                    added.join(0.5 if first.startswith("DELETE FROM stud") else 10.0)  # it may wait for the deletion
+
+            sa.event.listen(storage.engine, "before_cursor_execute", add)
+            optuna.delete_study(study_name="s", storage=storage)
+            added.join()
+        assert rows_of(database) == {table: [] for table in OUR_TABLES}
+        for table in BaseModel.metadata.sorted_tables:
+            if table.name != "version_info":
+                assert sql(database, f"SELECT * FROM {table.name}") == []
+    storage.engine.dispose()
 
 
 def test_a_run_whose_study_is_deleted_stops_and_touches_no_other_study(url: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import sqlite3
+import threading
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from types import SimpleNamespace
@@ -18,14 +19,14 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import TrialState
 
 from storage import database as database_module
-from storage import protocol, tables
+from storage import optuna_tables, protocol, tables
 from storage.database import Database, StorageError
 from storage.lease import Lease
 from storage.protocol import ClaimedTrial, Configuration, LostTrialError, Refusal, RunKey, Scan, TrialUpdate, Written
 from storage.pruners import SuccessiveHalving
 from storage.retry import retry_trials
 from storage.studies import Study
-from tests.factories import trial_states
+from tests.factories import trial_states, wait_until
 from tests.storage.builders import GRID, POINTS, claim_one, claim_point, grid_run, open_s, sampled_run, sql
 
 ASHA = SuccessiveHalving(maximize=True, study_name="s", min_epochs=1, reduction_factor=2)
@@ -424,9 +425,10 @@ def test_a_trial_whose_drivers_die_without_progress_fails(study: Study, database
     assert trial.state == TrialState.FAIL
     reason = "the driver died 3 times while it trained this trial (max_failures 2)"
     assert trial.user_attrs == {"fail_reason": reason}
-    assert sql(database, "SELECT run, token, crashes FROM hpo_trials") == [(runs[3].run_id, None, 3)]
+    assert sql(database, "SELECT run, crashes FROM hpo_trials") == [(runs[3].run_id, 3)]
+    assert sql(database, f"SELECT token FROM hpo_trials WHERE token <> {claim.token}"), "a retry must know this failure"
     before = dump(database)
-    assert scan(study, runs[0], dead=runs[1:]) == Scan(None)
+    assert scan(study, runs[0], dead=runs[1:]) == Scan(None, keys=1)
     assert dump(database) == before
 
 
@@ -513,6 +515,33 @@ def test_what_a_run_writes_while_it_is_taken_over_stands(
     else:
         assert found is None
         assert trial_states(study) == ["COMPLETE" if ending == "complete" else "WAITING"]
+
+
+def test_after_it_has_waited_for_a_trial_a_transaction_sees_what_was_stored_meanwhile(
+    study: Study, database: Database
+) -> None:
+    """As when the server still stores the last epoch of a driver that has died."""
+    if database.engine.dialect.name == "sqlite":
+        pytest.skip("SQLite has one writer at a time")
+    claim = create(study, start_run(study))
+    write(study, epoch_of(claim, 1, 0.5))
+    seen: list[protocol.Owner] = []
+
+    def look() -> None:
+        with database.transaction() as connection:
+            seen.append(protocol._owners(connection, [claim.trial_id])[claim.trial_id])
+
+    def waits() -> bool:
+        return sql(database, "SELECT count(*) FROM pg_locks WHERE NOT granted") == [(1,)]
+
+    with database.transaction() as connection:
+        protocol._owners(connection, [claim.trial_id])
+        optuna_tables.write_values(connection, [(claim.trial_id, 2, 0.75)])
+        thread = threading.Thread(target=look)
+        thread.start()
+        wait_until(waits)
+    thread.join()
+    assert [(each.epoch, each.last_value) for each in seen] == [(2, 0.75)]
 
 
 # --- epochs that are trained again

@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-from storage import lease, queue
+from storage import lease, optuna_tables, queue
 from storage.database import Database
 from storage.protocol import LostTrialError
 from storage.studies import Study
@@ -62,6 +62,40 @@ def test_enqueue_creates_no_trials(study: Study) -> None:
         run.enqueue([{"a": a} for a in values], {"a": CategoricalDistribution(values)})
         assert study.trials() == []
         assert claim_one(run).params == {"a": 0}
+
+
+def forget_trials(database: Database, first: int) -> None:
+    """Leave the trials as a copy has them that was made before the trial `first` was created."""
+    trial = optuna_tables.trials
+    lost = sa.select(trial.c.trial_id).where(trial.c.number >= first)
+    with database.engine.begin() as connection:
+        for table in (
+            optuna_tables.intermediate_values,
+            optuna_tables.trial_values,
+            optuna_tables.trial_params,
+            optuna_tables.trial_user_attributes,
+            optuna_tables.trial_system_attributes,
+        ):
+            connection.execute(table.delete().where(table.c.trial_id.in_(lost)))
+        connection.execute(trial.delete().where(trial.c.number >= first))
+
+
+def test_a_grid_is_not_finished_before_points_that_an_older_copy_lacks_have_run(
+    study: Study, database: Database
+) -> None:
+    with grid_run(study) as run:
+        run.enqueue(POINTS, GRID)
+        for claim in [claim_one(run) for _ in range(3)]:
+            run.complete(claim, 0.5)
+        run.flush()
+        forget_trials(database, 1)
+        for claim in [claim_one(run) for _ in range(3)]:
+            run.complete(claim, 0.5)
+        run.flush()
+        assert run.claim() is None
+        assert run.finished
+    assert [trial.params for trial in study.trials()] == [POINTS[0], POINTS[3], POINTS[1], POINTS[2]]
+    assert trial_states(study) == ["COMPLETE"] * 4
 
 
 # --- trials of other runs

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import optuna
 import pytest
 
+from storage import retry
 from storage.database import Database
 from storage.records import DUPLICATE
-from storage.retry import failed_trials, retry_trials
+from storage.retry import Failure, failed_trials, retry_trials
 from storage.run import Run
 from storage.studies import Study
-from tests.storage.builders import GRID, POINTS, claim_one, grid_run, sql
+from tests.storage.builders import GRID, POINTS, claim_one, grid_run, kill, sql
 
 
 def fail_two_of_three(run: Run) -> None:
@@ -73,6 +76,65 @@ def test_each_retry_is_a_new_attempt(study: Study) -> None:
             claim = claim_one(run)
             assert (claim.number, claim.attempt) == (2, attempt)
             run.fail(claim, "again")
+
+
+def fail_again(study: Study, run: Run) -> None:
+    """Claim the retried trial 1, and fail it."""
+    run._queue._next_scan = 0.0
+    claim = claim_one(run)
+    assert claim.number == 1
+    run.fail(claim, "again")
+    run.flush()
+    assert states(study)[1] == "FAIL"
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_failure_after_a_lost_answer_is_not_retried(
+    study: Study, monkeypatch: pytest.MonkeyPatch, *, resume: bool
+) -> None:
+    with grid_run(study) as run:
+        fail_two_of_three(run)
+
+        def repeat(_: Database, write: Callable[[], None]) -> None:
+            write()
+            fail_again(study, run)
+            write()
+
+        failures = retry._find_failures(study)
+        monkeypatch.setattr(retry, "_find_failures", lambda _: failures)
+        monkeypatch.setattr(retry, "retry_while_down", repeat)
+        retry_trials(study, [1], resume=resume)
+    assert states(study) == ["COMPLETE", "FAIL", "FAIL"]
+    assert study.trials()[1].user_attrs == {"fail_reason": "again"} | ({} if resume else {"attempt": 2})
+
+
+def test_of_two_retries_at_the_same_time_one_retries(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    with grid_run(study) as run:
+        fail_two_of_three(run)
+        failures = retry._find_failures(study)
+        retry_trials(study, [1])
+        fail_again(study, run)
+        monkeypatch.setattr(retry, "_find_failures", lambda _: failures)
+        retry_trials(study, [1])
+    assert states(study) == ["COMPLETE", "FAIL", "FAIL"]
+    assert study.trials()[1].user_attrs == {"fail_reason": "again", "attempt": 2}
+
+
+def test_a_failure_by_deaths_of_drivers_is_told_from_an_earlier_one(study: Study) -> None:
+    def let_die() -> Failure:
+        dead = grid_run(study, max_failures=0).__enter__()
+        dead.enqueue(POINTS[:1], GRID)
+        claim_one(dead)
+        kill(dead)
+        with grid_run(study, max_failures=0) as run:
+            assert run.claim() is None
+        return retry._find_failures(study)[0]
+
+    first = let_die()
+    retry_trials(study, [0], resume=True)
+    second = let_die()
+    assert (first.number, first.attempt) == (second.number, second.attempt)
+    assert first != second
 
 
 def test_trials_that_did_not_fail_in_training_are_left_as_they_are(study: Study) -> None:

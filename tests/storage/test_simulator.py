@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
-from storage import lease, optuna_tables, protocol, queue, records, tables
+from storage import lease, optuna_tables, protocol, queue, records, retry, tables
 from storage.writer import Writer
 from tests.storage.simulator import Backend, open_backend, run_seed
 
@@ -98,6 +98,21 @@ def studies_are_known_by_their_ids(patch: pytest.MonkeyPatch) -> None:
         return connection.scalar(studies.select().where(studies.c.study_id == study.study_id)) is not None
 
     patch.setattr(optuna_tables, "lock_study", lock_id)
+
+
+def every_failure_is_retried(patch: pytest.MonkeyPatch) -> None:
+    """A retry whose answer was lost retries a later failure, too."""
+
+    def still_failed(connection: Any, study: Any, failures: Any) -> Any:
+        chosen = {failure.trial_id for failure in failures}
+        return [each for each in retry._read_failures(connection, study) if each.trial_id in chosen]
+
+    patch.setattr(retry, "_still_failed", still_failed)
+
+
+def points_are_not_compared(patch: pytest.MonkeyPatch) -> None:
+    """A run forgets the points that it has claimed."""
+    patch.setattr(queue.TrialQueue, "_compare_points", lambda self: setattr(self, "_compared_keys", self._keys))
 
 
 def outages_are_not_noticed(patch: pytest.MonkeyPatch) -> None:
@@ -194,6 +209,8 @@ def keys_are_not_compared(patch: pytest.MonkeyPatch) -> None:
         (living_runs_are_dead, ("suspend",), 0),
         (processes_keep_their_trials, ("exit",), 0),
         (studies_are_known_by_their_ids, ("delete",), 0),
+        (every_failure_is_retried, ("retry", "lost answer"), 0),
+        (points_are_not_compared, ("restore",), 0),
         (outages_are_not_noticed, ("outage",), 120),
         (budget_is_checked_before_the_draw_only, ("error",), 0),
         (repeated_claims_are_new, ("lost answer",), 0),
