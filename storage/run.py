@@ -26,8 +26,8 @@ from storage.records import Params
 from storage.studies import Study, elapsed_seconds, without_garbage_collection
 from storage.writer import Writer
 
-EXIT_SECONDS = 5.0  # how long leaving a run waits for the database, all operations together
-END_SECONDS = 1.0  # of them, for the end of the lease: what cannot be written must not keep it from being stored
+EXIT_SECONDS = 20.0  # how long leaving a run waits for the database, all operations together
+END_SECONDS = 2.0  # of them, for the end of the lease: what cannot be written must not keep it from being stored
 
 
 class Run:

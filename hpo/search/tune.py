@@ -235,6 +235,7 @@ def run_trials(
 
     Raises:
         StorageError: the database cannot be used (after retries); the trials in flight are resumable.
+        KeyboardInterrupt: Ctrl-C or SIGTERM stopped the search, and the database cannot be used.
     """
     from storage.run import Run
 
@@ -266,7 +267,11 @@ def run_trials(
         finally:
             coordinator.release_all()
         if coordinator.error is not None:
-            raise coordinator.error
+            if coordinator.stop_reason != INTERRUPTED:
+                raise coordinator.error
+            # Its results cannot be read either. Who stopped the search does not wait for that.
+            listener.note(f"{coordinator.error}. Epochs that are not stored are reported again by the same command")
+            raise KeyboardInterrupt
         return SearchOutcome(coordinator.stop_reason, coordinator.stop_reason == INTERRUPTED)
 
 
