@@ -88,7 +88,7 @@ class Plan:
         hosts: how many machines there are.
         shares_folder: whether the machines share the folder of checkpoints. A worker notices there that another one has
             taken its trial; without it, a run that lost a trial works on.
-        failure_chance: of a training, at each of its actions.
+        failure_chance: of a training, at each of its actions; the death of its worker has the same.
         faults: (step, kind).
     """
 
@@ -310,7 +310,7 @@ class Driver:
     def _train(self, run: Run, training: Training) -> None:
         sim, claim, draw = self.simulation, training.claim, self.simulation.scheduler.draw
         chance = draw.random()
-        if chance < 0.03:
+        if chance < sim.plan.failure_chance:
             sim.invariants.crashes[claim.trial_id] += 1
             crashes = run.record_crash(claim)
             if crashes > MAX_FAILURES:
@@ -318,11 +318,11 @@ class Driver:
             else:
                 self._start_worker(training)
             return
-        if chance < 0.05:
+        if chance < sim.plan.failure_chance + 0.02:
             self._forget(training)
             run.release(claim)
             return
-        if chance < 0.05 + sim.plan.failure_chance:
+        if chance < 2 * sim.plan.failure_chance + 0.02:
             self._fail(run, training, "an error of the trainable")
             return
         if training.recalled:
