@@ -47,11 +47,8 @@ class Learner:
         self._batch_size = min(params.batch_size, len(images))
         if self._device.type == "cpu":
             _keep_freed_memory()
-        self.model = (
-            build_model(stem=params.stem, width=params.width).to(self._device).to(memory_format=torch.channels_last)
-        )
-        if precision == "bf16":
-            use_fast_convolutions(self.model)
+        model = build_model(stem=params.stem, width=params.width)
+        self.model = use_fast_convolutions(model).to(self._device).to(memory_format=torch.channels_last)
         self._weights = list(self.model.parameters())
         # A learning rate that changes is a tensor, so that a CUDA graph reads it in each step. The GPU's kernels need fp32.
         dtype = torch.float64 if self._device.type == "cpu" else torch.float32
