@@ -105,7 +105,9 @@ def test_a_failure_after_a_lost_answer_is_not_retried(
         monkeypatch.setattr(retry, "retry_while_down", repeat)
         retry_trials(study, [1], resume=resume)
     assert states(study) == ["COMPLETE", "FAIL", "FAIL"]
-    assert study.trials()[1].user_attrs == {"fail_reason": "again", "retried": True} | ({} if resume else {"attempt": 2})
+    assert study.trials()[1].user_attrs == {"fail_reason": "again", "retried": True} | (
+        {} if resume else {"attempt": 2}
+    )
 
 
 def test_of_two_retries_at_the_same_time_one_retries(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -269,6 +269,7 @@ def test_a_step_never_waits_for_the_device_and_keeps_to_its_budget(
     params: dict[str, Any], budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU, `.cpu()` dispatches nothing; so the methods that read values are forbidden as well."""
+    monkeypatch.setattr("hpo.train.learner.use_fast_convolutions", lambda model: model)  # a GPU has torch's
     learner = learner_of(4, **params)
     learner.train_epoch(seed=0)
 

@@ -1,81 +1,198 @@
-"""Fast convolutions of small maps: exact up to rounding, and used only where they apply."""
+"""Fast convolutions: exact up to rounding, and used only where they were measured to be faster."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from hpo.train.fast_conv import _FastConv2d, _SmallMapConv, use_fast_convolutions
+from hpo.train.data import Images
+from hpo.train.fast_conv import Choice, Geometry, _FastConv2d, choose, convolve, use_fast_convolutions
+from hpo.train.learner import Learner
 from hpo.train.network import build_model
+from hpo.train.params import STEMS, TrainParams
 
 # (kernel, stride, padding)
 OF_RESNET = [(3, 1, 1), (3, 2, 1), (1, 2, 0)]
 UNUSUAL = [(1, 1, 0), (5, 1, 2), (7, 2, 3), (2, 1, 0), (4, 3, 2)]
 GEOMETRIES = [
-    pytest.param(kernel, stride, padding, size, marks=marks)
+    pytest.param(
+        Geometry(kernel, stride, padding, size), marks=marks, id=f"{kernel}x{kernel}-{stride}-{padding}-{size}"
+    )
     for geometries, marks in ((OF_RESNET, ()), (UNUSUAL, pytest.mark.slow))
     for kernel, stride, padding in geometries
-    for size in range(1, 9)  # pixels along a side of the image
+    for size in range(1, 9)
     if (size + 2 * padding - kernel) // stride + 1 >= 1
 ]
+PRODUCTS = ("forward", "images_gradient", "weight_gradient")
+CHOICES = [Choice(*chosen) for chosen in product([False, True], [False, True], [False, True], [False])]
+LINEAR = Choice(False, False, False, True)
+# Rounding a sum to bf16 (8 bits) errs by at most 2**-8 of the magnitudes of its terms. oneDNN rounds once, at the end. On a
+# CPU without AVX512, torch also rounds partial sums: measured, at most 1.4 * 2**-8. fp32 has 16 bits more.
+TOLERANCES = {torch.bfloat16: 2.0**-7, torch.float32: 2.0**-21}
 
 
-def output_and_gradients(conv: nn.Conv2d, images: Tensor, output_gradient: Tensor) -> list[Tensor]:
-    """The output, the gradient of the images and the gradient of the weights, in fp64."""
-    images = images.clone().requires_grad_()
+def conv_of(geometry: Geometry, weight: Tensor) -> nn.Conv2d:
+    d, c = weight.shape[:2]
+    kernel, stride, padding, _ = geometry
+    conv = nn.Conv2d(c, d, kernel, stride=stride, padding=padding, bias=False).to(weight.dtype)
+    conv.load_state_dict({"weight": weight})
+    return conv.to(memory_format=torch.channels_last)
+
+
+def output_and_gradients(
+    conv: Callable[[Tensor], Tensor], weight: Tensor, images: Tensor, output_gradient: Tensor
+) -> list[Tensor]:
+    """The output, the gradient of the images and the gradient of the weight, in fp64."""
+    images = images.clone(memory_format=torch.channels_last).requires_grad_()
     output = conv(images)
     output.backward(output_gradient.to(output.dtype))
     assert images.grad is not None
-    assert conv.weight.grad is not None
-    return [output.detach().double(), images.grad.double(), conv.weight.grad.double()]
+    assert weight.grad is not None
+    return [output.detach().double(), images.grad.double(), weight.grad.double()]
 
 
-@pytest.mark.parametrize(("kernel", "stride", "padding", "size"), GEOMETRIES)
-def test_output_and_gradients_are_exact_up_to_rounding(kernel: int, stride: int, padding: int, size: int) -> None:
+def assert_exact_up_to_rounding(
+    geometry: Geometry, dtype: torch.dtype, choice: Choice | None, channels: int = 8
+) -> None:
+    """Compare with fp64. Without a choice, that of this CPU."""
     torch.manual_seed(0)
-    conv, exact_conv, magnitude_conv = (
-        nn.Conv2d(6, 10, kernel, stride=stride, padding=padding, bias=False) for _ in range(3)
-    )
-    side = (size + 2 * padding - kernel) // stride + 1
+    # Multiples of 8 channels, as in the network. With 6, oneDNN's weight gradient of a 1x1 kernel with stride 2 is wrong and
+    # corrupts the heap (torch 2.15, AVX2, fp32).
+    n, c, d = 5, channels, 16
     # All numbers are exact in bf16, so that only sums are rounded.
-    weight = conv.weight.detach().bfloat16()
-    images, output_gradient = torch.randn(5, 6, size, size).bfloat16(), torch.randn(5, 10, side, side).bfloat16()
+    weight = torch.randn(d, c, geometry.kernel, geometry.kernel).bfloat16()
+    images = torch.randn(n, c, geometry.size, geometry.size).bfloat16()
+    output_gradient = torch.randn(n, d, geometry.out, geometry.out).bfloat16()
 
-    conv.load_state_dict({"weight": weight})
+    conv = conv_of(geometry, weight.float())
+    ours: Callable[[Tensor], Tensor] = use_fast_convolutions(conv)
+    if choice is not None:
+        ours = lambda images: convolve(images, conv.weight, geometry, dtype, choice)  # noqa: E731
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        found = output_and_gradients(ours, conv.weight, images.float(), output_gradient)
+    exact, magnitude = conv_of(geometry, weight.double()), conv_of(geometry, weight.double().abs())
+    expected = output_and_gradients(exact, exact.weight, images.double(), output_gradient)
+    magnitudes = output_and_gradients(magnitude, magnitude.weight, images.double().abs(), output_gradient.abs())
+    for name, ours_, exactly, size in zip(PRODUCTS, found, expected, magnitudes, strict=True):
+        assert ((ours_ - exactly).abs() <= TOLERANCES[dtype] * size).all(), name
+
+
+def geometries_of(stem: str) -> list[Geometry]:
+    """The convolutions of a network, in order."""
+    found: list[Geometry] = []
+
+    def record(conv: nn.Module, inputs: tuple[Tensor]) -> None:
+        assert isinstance(conv, nn.Conv2d)
+        found.append(Geometry(conv.kernel_size[0], conv.stride[0], int(conv.padding[0]), inputs[0].shape[2]))
+
+    model = build_model(stem=stem, width=0.125)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(record)
+    model(torch.rand(2, 1, 28, 28))
+    return found
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_each_choice_is_exact_up_to_rounding(geometry: Geometry, dtype: torch.dtype) -> None:
+    choices = [None, CHOICES[1]]  # of this CPU, and the weight gradient alone, as bf16 has it on some maps
+    if dtype is torch.float32:
+        choices += [CHOICES[0], CHOICES[-1], *([LINEAR] if geometry.is_linear else [])]
+    for choice in choices:
+        assert_exact_up_to_rounding(geometry, dtype, choice)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("stem", STEMS)
+def test_every_convolution_of_the_network_is_exact_up_to_rounding(stem: str, dtype: torch.dtype) -> None:
+    first, *others = geometries_of(stem)
+    for channels, geometry in [(1, first), *((8, each) for each in set(others))]:
+        for capability in ("AVX2", "AVX512"):
+            assert_exact_up_to_rounding(geometry, dtype, choose(geometry, dtype, capability), channels)
+
+
+class RecordedConvolutions(TorchDispatchMode):
+    """Records the products that torch's convolution computes."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        if function is torch.ops.aten.convolution_backward.default:
+            self.found.update(name for name, used in zip(PRODUCTS[1:], arguments[-1][:2], strict=True) if used)
+        elif function is torch.ops.aten.convolution.default:
+            self.found.add("forward")
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("choice", [*CHOICES, LINEAR], ids=lambda choice: "".join("01"[each] for each in choice))
+def test_torch_computes_only_what_was_not_chosen(choice: Choice) -> None:
+    images, weight = torch.rand(3, 4, 2, 2, requires_grad=True), torch.rand(5, 4, 3, 3, requires_grad=True)
+    with RecordedConvolutions() as recorded:
+        convolve(images, weight, Geometry(3, 1, 1, 2), torch.float32, choice).sum().backward()
+    assert recorded.found == {
+        name for name, chosen in zip(PRODUCTS, choice, strict=False) if not chosen and not choice.linear
+    }
+
+
+def test_gradients_that_nothing_needs_are_not_computed() -> None:
+    weight = torch.rand(5, 4, 3, 3, requires_grad=True)
+    for choice in (CHOICES[0], CHOICES[-1], LINEAR):
+        with RecordedConvolutions() as recorded:
+            images = torch.rand(3, 4, 2, 2)
+            convolve(images, weight, Geometry(3, 1, 1, 2), torch.float32, choice).sum().backward()
+        assert "images_gradient" not in recorded.found
+
+
+@pytest.mark.parametrize(
+    ("stem", "dtype", "capability", "expected"),
+    [
+        # The first convolution, layer 1, then layers 2 to 4: a 1x1 and a 3x3 kernel of stride 2, three 3x3 kernels.
+        ("imagenet", torch.float32, "AVX2", "- - - - - fiw w w w w fiw w l l l fiw l l l l"),
+        ("cifar", torch.float32, "AVX2", "- - - - - - - - - - - - - - - fiw w w w w"),
+        ("imagenet", torch.float32, "AVX512", "- - - - - - - - - - - - l l l - l l l l"),
+        ("cifar", torch.float32, "AVX512", " ".join("-" * 20)),
+        ("imagenet", torch.float32, "DEFAULT", " ".join("-" * 20)),
+        ("imagenet", torch.bfloat16, "AVX512", "- - - - - w w w w w w w w w w w w w w w"),
+        ("cifar", torch.bfloat16, "AVX512", "- - - - - - - - - - - - - - - w w w w w"),
+    ],
+)
+def test_choices_for_the_network(stem: str, dtype: torch.dtype, capability: str, expected: str) -> None:
+    choices = [choose(geometry, dtype, capability) for geometry in geometries_of(stem)]
+    letters = ["".join(letter for letter, chosen in zip("fiwl", choice, strict=True) if chosen) for choice in choices]
+    assert [each or "-" for each in letters] == expected.split()
+
+
+def test_a_convolution_asks_for_the_choice_of_its_precision_and_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Geometry, torch.dtype, str]] = []
+
+    def record(*question: Any) -> Choice:
+        asked.append(question)
+        return CHOICES[0]
+
+    monkeypatch.setattr("hpo.train.fast_conv.choose", record)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "NEW")
+    conv = use_fast_convolutions(nn.Conv2d(1, 8, 3, stride=2, padding=1, bias=False))
+    conv(torch.rand(2, 1, 7, 7))
     with torch.autocast("cpu", torch.bfloat16):
-        ours = output_and_gradients(use_fast_convolutions(conv), images.float(), output_gradient)  # type: ignore[arg-type]
-    exact_conv.double().load_state_dict({"weight": weight})
-    exact = output_and_gradients(exact_conv, images.double(), output_gradient)
-    magnitude_conv.double().load_state_dict({"weight": weight.abs()})
-    magnitudes = output_and_gradients(magnitude_conv, images.double().abs(), output_gradient.abs())
-
-    for found, expected, magnitude in zip(ours, exact, magnitudes, strict=True):
-        # Rounding a sum to bf16 (8 bits) errs by at most 2**-8 of the magnitudes of its terms. oneDNN rounds once, at the
-        # end. On a CPU without AVX512, torch also rounds partial sums: measured, at most 1.4 * 2**-8.
-        assert ((found - expected).abs() <= 2**-7 * magnitude).all()
+        conv(torch.rand(2, 1, 7, 7))
+    conv(torch.rand(2, 1, 7, 9))  # not square: torch's
+    assert asked == [(Geometry(3, 2, 1, 7), dtype, "NEW") for dtype in (torch.float32, torch.bfloat16)]
 
 
-@pytest.mark.slow
-def test_only_convolutions_with_small_maps_use_the_fast_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
-    forward = _SmallMapConv.forward
-
-    def recording_forward(ctx: Any, images: Tensor, *arguments: Any) -> Tensor:
-        sizes.append(images.shape[2])
-        return forward(ctx, images, *arguments)
-
-    monkeypatch.setattr(_SmallMapConv, "forward", recording_forward)
-    model = use_fast_convolutions(build_model())
-    with torch.autocast("cpu", torch.bfloat16):
-        model(torch.rand(2, 1, 28, 28))
-    # Layer 2 from its first stride on (7x7 -> 4x4), layer 3 (-> 2x2), layer 4 (-> 1x1): five convolutions each.
-    assert sorted(sizes) == sorted([7, 4, 7, 4, 4, 4, 2, 4, 2, 2, 2, 1, 2, 1, 1])
-    sizes.clear()
-    model(torch.rand(2, 1, 28, 28))  # fp32
-    assert sizes == []
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_learner_uses_them(precision: str) -> None:
+    images = Images(torch.zeros(4, 28, 28, dtype=torch.uint8), torch.arange(4))
+    model = Learner(TrainParams(batch_size=2, width=0.125), precision, images).model
+    assert {type(module) for module in model.modules() if isinstance(module, nn.Conv2d)} == {_FastConv2d}
 
 
 def test_names_and_weights_do_not_change() -> None:

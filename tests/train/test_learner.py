@@ -12,6 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpo.train.data import Images
+from hpo.train.fast_conv import use_fast_convolutions
 from hpo.train.learner import Learner, _in_memory_order
 from hpo.train.network import MirrorAverage, build_model
 from hpo.train.params import TrainParams
@@ -72,7 +73,7 @@ def test_the_defaults_train_like_a_plain_loop_bit_by_bit() -> None:
     """The documented recipe: no parameter that was added since changes a bit of it."""
     images = images_of(10)
     torch.manual_seed(0)
-    model = build_model().to(memory_format=torch.channels_last).train()
+    model = use_fast_convolutions(build_model()).to(memory_format=torch.channels_last).train()
     # torch's fused kernel takes contiguous weights.
     views = [torch.nn.Parameter(_in_memory_order(weight.detach())) for weight in model.parameters()]
     optimizer = torch.optim.Adam(views, lr=0.01, fused=True)
