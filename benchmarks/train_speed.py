@@ -1,6 +1,7 @@
 """How fast `hpo.train` trains, compared with the loop of a tutorial. Needs torch and torchvision only.
 
     python -m benchmarks.train_speed                       images/s of both loops, and the share of the matmul peak
+    python -m benchmarks.train_speed convolutions          torch's time over that of hpo/train/fast_conv.py, by shape
     python -m benchmarks.train_speed losses                the loss of one epoch, three seeds, fp32 and the fast path
     python -m benchmarks.train_speed grid --data-dir D     the documented grid, 3 x 50 epochs, without Ray
     python -m benchmarks.train_speed packing --data-dir D  1, 2, 3, 4 trials on one device at the same time
@@ -23,6 +24,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -34,6 +36,8 @@ from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 
 from hpo.train.fashion_mnist import SAMPLE_DIR
+from hpo.train.fast_conv import Choice, Geometry, choose, convolve
+from hpo.train.learner import keep_freed_memory
 from hpo.train.loop import train
 from hpo.train.network import build_model
 from hpo.train.params import STEMS
@@ -43,14 +47,14 @@ BATCH_SIZES = (64, 256, 512)
 LR = 0.01
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SAMPLE = 1900  # training images of the sample, without 100 validation images
-Loop = Callable[[str, int, int, str], Iterator[float]]
+Loop = Callable[[str, int, int, str, str], Iterator[float]]
 
 
 # --- the two loops ------------------------------------------------------------------------------------------------
 
 
-def naive(stem: str, batch_size: int, images: int, data_dir: str) -> Iterator[float]:
-    """Yield the images per second of the tutorial's loop after each epoch."""
+def naive(stem: str, batch_size: int, images: int, data_dir: str, precision: str) -> Iterator[float]:
+    """Yield the images per second of the tutorial's loop after each epoch. It is in fp32, whatever the precision of ours."""
     from torchvision.datasets import FashionMNIST
     from torchvision.transforms import ToTensor
 
@@ -73,9 +77,9 @@ def naive(stem: str, batch_size: int, images: int, data_dir: str) -> Iterator[fl
         yield images / (time.perf_counter() - started)
 
 
-def ours(stem: str, batch_size: int, images: int, data_dir: str) -> Iterator[float]:
+def ours(stem: str, batch_size: int, images: int, data_dir: str, precision: str) -> Iterator[float]:
     """Yield the images per second that `hpo.train` reports after each epoch."""
-    params = {"stem": stem, "batch_size": batch_size, "lr": LR}
+    params = {"stem": stem, "batch_size": batch_size, "lr": LR, "precision": precision}
     for report in train(params, data=_data(data_dir, images), seed=0, max_epochs=10**6, device=DEVICE):
         yield report.metrics["images_per_second"]
 
@@ -115,21 +119,22 @@ def _take_turns(pipe: Connection, loop: Loop, arguments: tuple[Any, ...]) -> Non
         pipe.send(next(speeds))
 
 
-# --- the four commands --------------------------------------------------------------------------------------------
+# --- the commands -------------------------------------------------------------------------------------------------
 
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     """Print images/s of both loops by stem and batch size; return {"stem/batch size": ratio}."""
-    peaks = {precision: matmul_peak(precision) for precision in ("fp32", "bf16")}
-    print(f"matmul peak: {', '.join(f'{name} {peak / 1e12:.2f} TFLOP/s' for name, peak in peaks.items())}")
-    precision = choose_precision("auto", DEVICE)
+    precision = choose_precision(options.precision, DEVICE)
+    peak = matmul_peak(precision)  # of the other one not: without AVX512-BF16, a bf16 product takes minutes
+    print(f"matmul peak: {precision} {peak / 1e12:.3f} TFLOP/s")
     print(f"{'stem':9} {'batch':>5} {'tutorial':>9} {'ours':>9} {'ratio':>6}   share of the {precision} peak")
     ratios = {}
     for stem in options.stems:
         flop = training_flop(stem)
         for batch_size in options.batch_sizes:
             images = options.images or (SAMPLE if stem == "imagenet" else SAMPLE // 3)
-            pair = [Contestant(loop, stem, batch_size, images, options.data_dir) for loop in (naive, ours)]
+            arguments = stem, batch_size, images, options.data_dir, options.precision
+            pair = [Contestant(loop, *arguments) for loop in (naive, ours)]
             rounds: list[list[float]] = [[] for _ in pair]
             for _ in range(options.runs + 1):
                 for contestant, speeds in zip(pair, rounds, strict=True):
@@ -139,11 +144,100 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
                 contestant.stop()
             theirs, fast = (statistics.median(speeds[1:]) for speeds in rounds)  # the first round is a warm-up
             ratios[f"{stem}/{batch_size}"] = round(fast / theirs, 2)
-            share = flop * fast / peaks[precision]
+            share = flop * fast / peak
             print(
                 f"{stem:9} {batch_size:5} {theirs:9,.0f} {fast:9,.0f} {fast / theirs:5.2f}x   {share:.1%}", flush=True
             )
     return ratios
+
+
+def convolutions(options: argparse.Namespace) -> dict[str, Any]:
+    """Print torch's time over ours for each product of each convolution; return {"stem/batch size": {shape: ratios}}.
+
+    A star marks what a training computes with `fast_conv`. The least times count. On a CPU only.
+    """
+    keep_freed_memory()
+    precision = choose_precision(options.precision, "cpu")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    capability = torch.backends.cpu.get_cpu_capability()
+    print(f"{capability}, {precision}; a star: chosen. GFLOP/s are torch's")
+    products = Choice._fields[:3]
+    found: dict[str, Any] = {}
+    for stem in options.stems:
+        for batch_size in options.batch_sizes:
+            print(f"{stem}, batch {batch_size}")
+            ratios: dict[str, list[float]] = {}
+            before = after = 0.0
+            for (c, d, geometry), count in Counter(_shapes(stem)).items():
+                kernel, stride, _, size = geometry
+                chosen = choose(geometry, dtype, capability)
+                name = f"{c} -> {d}, {kernel}x{kernel}/{stride}, {size} -> {geometry.out}"
+                line, ratios[name] = f"{count} x {name:28}", []
+                for i, what in enumerate(products):
+                    if what == "images_gradient" and c == 1:
+                        continue
+                    ours = (
+                        Choice(False, False, False, True) if geometry.is_linear else Choice(*(j == i for j in range(4)))
+                    )
+                    theirs_s, ours_s = _time_product(i, batch_size, (c, d, geometry), dtype, ours, options.runs)
+                    is_ours = chosen[i] or chosen.linear
+                    before += count * theirs_s
+                    after += count * (ours_s if is_ours else theirs_s)
+                    ratios[name].append(round(theirs_s / ours_s, 2))
+                    gflop = 2e-9 * batch_size * c * d * (geometry.out * kernel) ** 2
+                    line += (
+                        f"  {what} {theirs_s / ours_s:5.2f}{'*' if is_ours else ' '} ({gflop / theirs_s:3.0f} GFLOP/s)"
+                    )
+                print(line, flush=True)
+            print(
+                f"all convolutions of a step: {before * 1e3:.0f} ms in torch, {after * 1e3:.0f} ms as chosen",
+                flush=True,
+            )
+            found[f"{stem}/{batch_size}"] = ratios
+    return found
+
+
+def _shapes(stem: str) -> list[tuple[int, int, Geometry]]:
+    """Return channels in, channels out and geometry of each convolution of a network."""
+    found: list[tuple[int, int, Geometry]] = []
+
+    def record(conv: Any, inputs: tuple[torch.Tensor]) -> None:
+        geometry = Geometry(conv.kernel_size[0], conv.stride[0], conv.padding[0], inputs[0].shape[2])
+        found.append((conv.in_channels, conv.out_channels, geometry))
+
+    model = build_model(stem=stem)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_pre_hook(record)
+    model(torch.rand(2, 1, 28, 28))
+    return found
+
+
+def _time_product(
+    which: int, n: int, shape: tuple[int, int, Geometry], dtype: torch.dtype, choice: Choice, runs: int
+) -> tuple[float, float]:
+    """Return the seconds of a product (0: forward, 1: gradient of the images, 2: of the weight) in torch and by a choice."""
+    c, d, geometry = shape
+    kernel, stride, padding, size = geometry
+    images = torch.randn(n, c, size, size).to(memory_format=torch.channels_last).requires_grad_(which == 1)
+    weight = torch.randn(d, c, kernel, kernel).to(memory_format=torch.channels_last).requires_grad_(which == 2)
+    gradient = torch.randn(n, d, geometry.out, geometry.out).to(dtype, memory_format=torch.channels_last)
+    seconds: list[list[float]] = [[], []]
+    for _ in range(runs + 1):
+        for is_ours, found in enumerate(seconds):
+            images.grad = weight.grad = None
+            started = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+                if is_ours:
+                    output = convolve(images, weight, geometry, dtype, choice)
+                else:
+                    output = F.conv2d(images, weight, None, stride, padding)
+            if which:
+                started = time.perf_counter()
+                output.backward(gradient)
+            found.append(time.perf_counter() - started)
+    theirs, ours = (min(found[1:]) for found in seconds)  # the first is a warm-up
+    return theirs, ours
 
 
 def losses(options: argparse.Namespace) -> dict[str, Any]:
@@ -174,7 +268,7 @@ def grid(options: argparse.Namespace) -> dict[str, Any]:
         seconds[stem] = {}
         for batch_size in options.batch_sizes:
             started = time.perf_counter()
-            params = {"stem": stem, "batch_size": batch_size, "lr": LR}
+            params = {"stem": stem, "batch_size": batch_size, "lr": LR, "precision": options.precision}
             data = {"dataset": "fashion_mnist", "data_dir": options.data_dir, "train_samples": options.images}
             *_, last = train(params, data=data, seed=0, max_epochs=options.epochs, device=DEVICE)
             took = time.perf_counter() - started
@@ -198,7 +292,8 @@ def packing(options: argparse.Namespace) -> dict[str, Any]:
                 speeds: dict[str, int] = {}
                 for count in options.trials:
                     images = options.images or SAMPLE
-                    trials = [Contestant(ours, stem, batch_size, images, options.data_dir) for _ in range(count)]
+                    arguments = stem, batch_size, images, options.data_dir, options.precision
+                    trials = [Contestant(ours, *arguments) for _ in range(count)]
                     rates = []
                     for _ in range(options.runs + 1):
                         for trial in trials:
@@ -271,17 +366,22 @@ def main() -> None:
     """Run one command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
-        "compare": compare, "losses": losses, "grid": grid, "packing": packing,
+        "compare": compare, "convolutions": convolutions, "losses": losses, "grid": grid, "packing": packing,
     }  # fmt: skip
     parser.add_argument("command", nargs="?", default="compare", choices=commands)
     parser.add_argument("--data-dir", help="the folder with the official Fashion-MNIST; by default, the small sample")
     parser.add_argument("--stems", nargs="+", default=list(STEMS), choices=STEMS)
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=list(BATCH_SIZES))
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of our loop")
+    parser.add_argument("--threads", type=int, help="CPU threads; by default, one per core")
     parser.add_argument("--images", type=int, help="training images in an epoch")
     parser.add_argument("--runs", type=int, default=5, help="number of measurements; the median counts")
     parser.add_argument("--epochs", type=int, default=50, help="epochs of the grid")
     parser.add_argument("--trials", nargs="+", type=int, default=[1, 2, 3, 4], help="concurrent trials, for packing")
     options = parser.parse_args()
+    if options.threads:
+        os.environ["OMP_NUM_THREADS"] = str(options.threads)  # for the processes of the loops
+        torch.set_num_threads(options.threads)
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{device}, torch {torch.__version__}, precision auto is {choose_precision('auto', DEVICE)}", flush=True)
     with tempfile.TemporaryDirectory(prefix="hpo-sample-") as folder:

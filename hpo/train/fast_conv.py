@@ -5,8 +5,8 @@ padding. The weight gradient is slowest (512 -> 512 channels on 1x1 maps, fp32, 
 product reaches 70). Three exact changes help:
 
 - Where each output pixel meets the whole image, the convolution is a linear layer: one matrix product.
-- The weight gradient is one matrix product over the patches, and so is the output of a 1x1 kernel. The gradient of the
-  images is one matrix product for each tap.
+- The weight gradient is one matrix product over the patches, and so is the output. The gradient of the images is one matrix
+  product for each tap. Output and gradient of the images are faster so with 1x1 kernels only.
 - Taps that never meet an image are cut off.
 
 What is faster depends on the instruction set: `LIMITS` was measured, with `python -m benchmarks.train_speed convolutions`.
@@ -71,15 +71,14 @@ class Choice(NamedTuple):
     linear: bool  # all three
 
 
-# By precision, instruction set and size of the kernel.
+# By precision, instruction set and size of the kernel. Where the batch sizes 64, 256 and 512 disagree, torch's is kept.
 LIMITS: Mapping[tuple[torch.dtype, str], Mapping[int, Limits]] = {
     (torch.float32, "AVX2"): {
-        1: Limits(forward=7, images_gradient=7, weight_gradient=7),
-        3: Limits(images_gradient=2, weight_gradient=7, linear=2),
-        7: Limits(weight_gradient=14, linear=2),
+        1: Limits(forward=4, images_gradient=4, weight_gradient=4),
+        3: Limits(weight_gradient=4, linear=2),
     },
-    # Not measured. A linear layer needs at most 4/9 of the multiplications, which no instruction set changes; all else is
-    # left to torch.
+    # Not measured. On these maps a linear layer needs at most 4/9 of the multiplications, on every instruction set; the rest
+    # stays torch's.
     (torch.float32, "AVX512"): {3: Limits(linear=2)},
 }
 LIMITS_OF_BF16 = Limits(weight_gradient=4)  # measured with AVX512-BF16; from 7 on, oneDNN's gradient is as fast
