@@ -53,6 +53,7 @@ class Lease:
         self._provenance = dict(provenance)
         self._entry = (-1, 0.0)  # in `live_runs`
         self._stopped = threading.Event()
+        self._thread: threading.Thread
 
     def start(self) -> None:
         """Insert the row, which sets `key.run_id`, and start the thread.
@@ -85,7 +86,8 @@ class Lease:
         self._entry = retry_while_down(self._database, insert)
         self.key = replace(self.key, run_id=self._entry[0])
         live_runs.add(self._entry)
-        threading.Thread(target=self._keep_renewing, name="hpo-lease", daemon=True).start()
+        self._thread = threading.Thread(target=self._keep_renewing, name="hpo-lease", daemon=True)
+        self._thread.start()
 
     def stop(self) -> None:
         """Stop the thread. From now on, other runs of this process may take the trials of this one, even without `end`."""

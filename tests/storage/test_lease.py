@@ -36,6 +36,12 @@ def start_far_lease(study: Study, monkeypatch: pytest.MonkeyPatch, **options: An
         return start_lease(study, **options)
 
 
+def stop(started: Lease) -> None:
+    """Stop a lease and wait for its thread, which must not renew it while the database is closed."""
+    started.stop()
+    started._thread.join()
+
+
 def row_of(study: Study, of: Lease) -> Any:
     return next(row for row in read_runs(study.database, study.study_id) if row.run == of.key.run_id)
 
@@ -45,6 +51,7 @@ def test_a_thread_renews_the_lease(study: Study) -> None:
     first = row_of(study, renewed)
     wait_until(lambda: row_of(study, renewed).lease_until > first.lease_until)
     renewed.end()
+    stop(renewed)
     last = row_of(study, renewed)
     assert first.last_heard < last.ended == pytest.approx(last.lease_until, abs=0.1)
     assert last.ended == pytest.approx(last.last_heard, abs=0.1)
@@ -80,7 +87,7 @@ def test_the_trial_of_a_run_on_another_machine_is_taken_once_its_lease_has_expir
     taken = claim_by(study, own).claim
     assert taken is not None
     assert taken.number == number
-    own.stop()
+    stop(own)
 
 
 def test_after_an_outage_the_other_runs_get_time_to_renew(
@@ -88,7 +95,7 @@ def test_after_an_outage_the_other_runs_get_time_to_renew(
 ) -> None:
     """The claim itself notices that its own lease has expired, too: the thread may renew it before or after."""
     own, far = start_lease(study, lease_seconds=1.0), start_far_lease(study, monkeypatch)
-    own.stop()
+    stop(own)
     far.stop()
     allow_takeovers(database)
     start_trial(study, far)
@@ -110,7 +117,7 @@ def test_a_run_that_starts_after_an_outage_gives_the_others_time_to_renew(
     new = start_lease(study, lease_seconds=1.0)
     assert claim_by(study, new).claim is None
     wait_until(lambda: claim_by(study, new).claim is not None)
-    new.stop()
+    stop(new)
 
 
 def test_the_trial_of_a_run_that_has_ended_is_taken_at_once(study: Study) -> None:
@@ -119,7 +126,7 @@ def test_the_trial_of_a_run_that_has_ended_is_taken_at_once(study: Study) -> Non
     assert claim_by(study, own).claim is None, "it is a run of this process that goes on"
     other.end()
     assert claim_by(study, own).claim is not None
-    own.stop()
+    stop(own)
 
 
 def test_the_trial_of_a_run_of_this_process_is_taken_at_once_even_if_its_end_was_not_stored(study: Study) -> None:
@@ -129,7 +136,7 @@ def test_the_trial_of_a_run_of_this_process_is_taken_at_once_even_if_its_end_was
     assert claim_by(study, own).claim is None
     other.stop()
     assert claim_by(study, own).claim is not None
-    own.stop()
+    stop(own)
 
 
 def test_runs_with_the_same_key_in_two_databases_are_told_apart(study: Study, tmp_path: Path) -> None:
@@ -142,7 +149,7 @@ def test_runs_with_the_same_key_in_two_databases_are_told_apart(study: Study, tm
         own = start_lease(study)
         assert claim_by(study, own).claim is not None
         for each in (living, own):
-            each.stop()
+            stop(each)
 
 
 @pytest.mark.slow
@@ -165,7 +172,7 @@ def test_a_suspended_process_on_this_machine_loses_its_trials_once_its_lease_has
     taken = claim_by(study, own).claim
     assert taken is not None
     assert taken.number == number
-    own.stop()
+    stop(own)
     child.kill()
     child.wait()
 
@@ -224,7 +231,7 @@ def test_a_change_of_the_clock_kills_no_run(study: Study, monkeypatch: pytest.Mo
     monkeypatch.setattr(psutil.Process, "create_time", lambda _: started + 3600)  # psutil adds the time of the boot
     monkeypatch.setattr(psutil, "boot_time", lambda: boot + 3600)
     assert not is_run_dead(row_of(study, own))
-    own.stop()
+    stop(own)
 
 
 @pytest.mark.slow
@@ -259,5 +266,5 @@ def test_a_renewal_that_failed_is_repeated_soon(study: Study, monkeypatch: pytes
     lease = Lease(study.database, study.key, provenance={}, lease_seconds=6.0)
     lease.start()
     wait_until(lambda: len(renewals) == 3)
-    lease.stop()
+    stop(lease)
     assert renewals[2] - renewals[0] < 0.9, "a sixth of a lease is a second"
