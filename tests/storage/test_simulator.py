@@ -207,7 +207,7 @@ def keys_are_not_compared(patch: pytest.MonkeyPatch) -> None:
     [
         (no_token_check, ("suspend", "outage"), 200),
         (living_runs_are_dead, ("suspend",), 0),
-        (processes_keep_their_trials, ("exit",), 0),
+        (processes_keep_their_trials, ("exit",), 50),
         (studies_are_known_by_their_ids, ("delete",), 0),
         (every_failure_is_retried, ("retry", "lost answer"), 0),
         (points_are_not_compared, ("restore",), 0),
