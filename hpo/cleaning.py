@@ -239,17 +239,15 @@ def _of_study(study: Study, folder: Path, *, is_shared: bool) -> Iterator[Garbag
         what = f"checkpoints of ended trials; checkpoints.keep is {kept.keep}: those of {kept.description}"
         yield Garbage(what, folder, tuple(files))
     trials = _entries(folder)
+    inside = [path for trial in trials if trial.name.isdecimal() for path in _entries(trial)]
+    aside = [path for path in trials if _SET_ASIDE.fullmatch(path.name)]
+    aside += [path for path in inside if path.name.endswith(".other")]  # see `hpo.search.checkpoints.load_checkpoint`
     yield Garbage(
         "files of other configurations or earlier attempts, which were set aside",
         folder,
-        tuple(path for path in trials if _SET_ASIDE.fullmatch(path.name) and not is_shared),
+        () if is_shared else tuple(aside),
     )
-    inside = [path for trial in trials if trial.name.isdecimal() for path in _entries(trial)]
     yield Garbage("damaged checkpoints", folder, tuple(path for path in inside if path.name.endswith(".damaged")))
-    others = tuple(
-        path for path in inside if path.name.endswith(".other")
-    )  # see `hpo.search.checkpoints.load_checkpoint`
-    yield Garbage("checkpoints of other configurations, which were set aside", folder, others)
     drafts = [path for trial in trials if trial.name.isdecimal() for path in _drafts(trial, _is_abandoned)]
     yield Garbage("unfinished files", folder, tuple(drafts))
 

@@ -113,6 +113,7 @@ def test_what_another_copy_of_the_database_needs_is_kept(
     one, two = folder_of(runs, study), folder_of(runs, study_of(database, "two"))
     (two / "0.other-1").mkdir()
     (two / "0.other-1/epoch-000001.pt").touch()
+    (two / "0/epoch-000001.other").touch()
     runs.artifacts.mkdir()
     (runs.artifacts / f"{study.attrs['hpo:id']}-9f0e2d7c-6a35-4c1b-8f1d-0d6c8a9b7e55").touch()
     folder = {"runs": runs.root, "next to it": tmp_path, "noted": tmp_path / "elsewhere"}[place]
@@ -247,6 +248,7 @@ def test_damaged_and_unfinished_files_and_folders_that_were_set_aside_are_freed(
         trial / f".epoch-000004.pt.{os.getpid()}-0123abcd.tmp",
         folder / "0.other-1",
         folder / "1.other-12",
+        trial / "epoch-000001.other",
     ]
     for path in [*kept, *freed]:
         path.write_bytes(b"12345678") if "other" not in path.name else path.mkdir()
