@@ -5,7 +5,6 @@ Every technique is measured against the training as shipped, alone: a step with 
 
 from __future__ import annotations
 
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.train_speed import CHECKPOINT_POLICIES, Contestant, train_with_checkpoints
+from benchmarks.train_speed import CHECKPOINT_POLICIES, Contestant, take_turns, train_with_checkpoints
 from hpo.search.mps import CONTROL, Mps, start_mps
 from hpo.train import learner as learner_module
 from hpo.train import optimizer as optimizer_module
@@ -153,16 +152,6 @@ def measure_turns(params: dict[str, Any], data: dict[str, Any], device: str, epo
         yield images / (time.perf_counter() - started)
 
 
-def take_turns(trials: Sequence[Contestant], turns: int) -> float:
-    """Let trials train at the same time; return their images per second, all together. The first turn does not count."""
-    speeds = []
-    for _ in range(turns + 1):
-        for trial in trials:
-            trial.start_turn()
-        speeds.append(sum(trial.end_turn() for trial in trials))
-    return statistics.median(speeds[1:])
-
-
 def check_packing(
     device: str,
     batch_sizes: Sequence[int] = BATCH_SIZES,
@@ -218,21 +207,12 @@ def check_checkpoints(
                 trial = Contestant(
                     train_with_checkpoints, policy, {"batch_size": batch_size}, dict(data), device, epochs, folder
                 )
-                seconds = _median_turn(trial, turns)
+                with ExitStack() as stack:
+                    stack.callback(trial.stop)
+                    seconds = take_turns([trial], turns)
                 alone = alone or seconds  # the first policy saves none
                 text = f"{seconds:.2f} s, {seconds / alone - 1:+.1%}"
                 yield f"{epochs} epochs, batch {batch_size}, checkpoints: {policy}", True, text
-
-
-def _median_turn(trial: Contestant, turns: int) -> float:
-    try:
-        seconds = []
-        for _ in range(turns + 1):
-            trial.start_turn()
-            seconds.append(trial.end_turn())
-        return statistics.median(seconds[1:])
-    finally:
-        trial.stop()
 
 
 def check_grid(device: str, stem: str, data_dir: str | None, epochs: int = 50, **data: Any) -> Rows:

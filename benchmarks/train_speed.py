@@ -24,7 +24,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,16 @@ def _take_turns(pipe: Connection, loop: Loop, arguments: tuple[Any, ...]) -> Non
     while True:
         pipe.recv()
         pipe.send(next(speeds))
+
+
+def take_turns(trials: Sequence[Contestant], turns: int) -> float:
+    """Let trials take turns at the same time; return the median of what they yield, added up. The first does not count."""
+    sums = []
+    for _ in range(turns + 1):
+        for trial in trials:
+            trial.start_turn()
+        sums.append(sum(trial.end_turn() for trial in trials))
+    return statistics.median(sums[1:])
 
 
 # --- the commands -------------------------------------------------------------------------------------------------
@@ -296,14 +306,9 @@ def packing(options: argparse.Namespace) -> dict[str, Any]:
                     images = options.images or SAMPLE
                     arguments = stem, batch_size, images, options.data_dir, options.precision
                     trials = [Contestant(ours, *arguments) for _ in range(count)]
-                    rates = []
-                    for _ in range(options.runs + 1):
-                        for trial in trials:
-                            trial.start_turn()
-                        rates.append(sum(trial.end_turn() for trial in trials))
+                    speeds[str(count)] = round(take_turns(trials, options.runs))
                     for trial in trials:
                         trial.stop()
-                    speeds[str(count)] = round(statistics.median(rates[1:]))
                 found[f"{stem}/{batch_size}"] = speeds
                 listed = ", ".join(f"{count}: {speed:,}" for count, speed in speeds.items())
                 print(

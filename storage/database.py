@@ -191,9 +191,7 @@ def open_for_reading(url: str, password: str | None = None) -> Database | None:
         if is_sqlite:
             _check_file(path, safe_url, may_be_missing=False, is_written=False)
         engine = sa.create_engine(parsed, **options)
-        if not is_sqlite:
-            _configure(engine)
-            sa.event.listen(engine, "connect", _forbid_writing)
+        _configure(engine, is_written=False)
         try:
             if _read_versions(engine, safe_url).optuna is None:
                 engine.dispose()
@@ -264,10 +262,7 @@ def _create_optuna_storage(
         skip_compatibility_check=True,  # where it fails, it leaks its connections; _read_versions checks instead
         skip_table_creation=skip_table_creation,
     )
-    if is_written or url.get_backend_name() == "postgresql":
-        _configure(storage.engine)
-    if not is_written and url.get_backend_name() == "postgresql":
-        sa.event.listen(storage.engine, "connect", _forbid_writing)
+    _configure(storage.engine, is_written=is_written)
     storage.engine.dispose()  # connections opened so far were not configured
     return storage
 
@@ -354,10 +349,19 @@ def _forbid_writing(connection: Any, _record: object) -> None:
     connection.commit()
 
 
-def _configure(engine: sa.Engine) -> None:
-    """Configure the connections that an engine opens from now on."""
-    is_sqlite = engine.dialect.name == "sqlite"
-    sa.event.listen(engine, "connect", _configure_sqlite if is_sqlite else _configure_postgresql)
+def _configure(engine: sa.Engine, *, is_written: bool = True) -> None:
+    """Configure the connections that an engine opens from now on.
+
+    Args:
+        engine: the engine.
+        is_written: whether they may write. A SQLite file that is only read is opened so, see `sqlite_file.connect`.
+    """
+    if engine.dialect.name == "postgresql":
+        sa.event.listen(engine, "connect", _configure_postgresql)
+        if not is_written:
+            sa.event.listen(engine, "connect", _forbid_writing)
+    elif is_written:
+        sa.event.listen(engine, "connect", _configure_sqlite)
 
 
 def _configure_sqlite(connection: sqlite3.Connection, _record: object) -> None:

@@ -144,7 +144,7 @@ class StudyScheduler(FIFOScheduler):
         if worker is not None:
             # The actor may stay idle, so stop the trial's script now.
             answer = worker.end.remote(ending)
-            if ending in {Ending.SAVE, Ending.SAVE_ONLY}:
+            if ending.saves:
                 self._saving[trial.trial_id] = answer
         return str(TrialScheduler.STOP)
 

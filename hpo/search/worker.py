@@ -108,6 +108,11 @@ class Ending(Enum):
     SAVE_ONLY = "the last epoch is saved, and earlier ones are deleted"
     DISCARD = "they are deleted"
 
+    @property
+    def saves(self) -> bool:
+        """Whether the last epoch is saved."""
+        return self in {Ending.SAVE, Ending.SAVE_ONLY}
+
 
 class TrialPaused(Exception):  # noqa: N818 # not an error
     """Thrown into the generator of `run_trial`: the trial ends here, and its last epoch is saved."""
@@ -173,7 +178,7 @@ def end_trial(reports: Generator[TrialReport, None, str], ending: Ending, spec: 
         A warning if its last epoch could not be saved; else empty.
     """
     warning = ""
-    if ending in {Ending.SAVE, Ending.SAVE_ONLY}:
+    if ending.saves:
         try:
             reports.throw(TrialPaused())
         except StopIteration as end:
