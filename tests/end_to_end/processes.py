@@ -152,6 +152,12 @@ def count_epochs(database: Path | str) -> int:
     return len(rows(database, "SELECT 1 FROM hpo_metrics WHERE name = 'value'"))
 
 
+def last_epochs(database: Path | str) -> dict[int, int]:
+    """Return {number of the trial: its last stored epoch}, of toy trials."""
+    query = "SELECT number, max(epoch) FROM hpo_metrics JOIN trials ON trial_id = trial WHERE name = 'value' GROUP BY 1"
+    return dict(rows(database, query))
+
+
 def count_states(database: Path | str) -> dict[str, int]:
     """Return {state: trials}."""
     return dict(rows(database, "SELECT CAST(state AS TEXT), count(*) FROM trials GROUP BY state"))
