@@ -22,6 +22,7 @@ from click.shell_completion import CompletionItem
 
 from hpo.errors import HpoError, nearest
 from hpo.paths import DEFAULT_STORAGE
+from hpo.search.stop import StopCause
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from hpo.api import SearchResult
     from hpo.report.results import Results
 
+STOP_CODES = {StopCause.INTERRUPTED: 130, StopCause.BROKEN: 2}
 COMPLETE_VARIABLE = "_HPO_COMPLETE"  # how a shell asks click for completions
 HIDDEN_VARIABLE = "_HPO_STORAGE_WAS_AN_OPTION"  # set by `_hide_password`
 SECRET_VARIABLES = ("PGPASSWORD", "HPO_STORAGE", "HPO_DASHBOARD_PASSWORD", HIDDEN_VARIABLE)
@@ -518,15 +520,12 @@ def _print_report(console: Console, page: Path) -> None:
 
 
 def _print_ending(console: Console, result: SearchResult, storage: str) -> None:
-    if result.stop_reason:
-        from hpo.search.coordinator import TIME_SPENT
-
-        remedy = "The same command resumes it"
-        if result.stop_reason == TIME_SPENT:
-            remedy = "With a larger budget.time, the same command resumes it"
-        elif not result.interrupted:
-            remedy = "Fix the cause, retry the failed trials, and start the same command again"
-        console.print(f"Stopped: {result.stop_reason}. {remedy}.", style="yellow", soft_wrap=True, markup=False)
+    if result.stopped is not None:
+        remedy = {
+            StopCause.INTERRUPTED: "The same command resumes it",
+            StopCause.TIME_SPENT: "With a larger budget.time, the same command resumes it",
+        }.get(result.stopped.cause, "Fix the cause, retry the failed trials, and start the same command again")
+        console.print(f"Stopped: {result.stopped}. {remedy}.", style="yellow", soft_wrap=True, markup=False)
     name = result.results.study.name
     if result.report is not None:
         _print_report(console, result.report)
@@ -546,12 +545,8 @@ def _hint(verb: str, *words: str, storage: str) -> str:
 
 
 def _exit_code(result: SearchResult) -> int:
-    from hpo.search.coordinator import BROKEN
-
-    if result.interrupted:
-        return 130
-    if result.stop_reason.startswith(BROKEN):
-        return 2
+    if result.stopped is not None and result.stopped.cause in STOP_CODES:
+        return STOP_CODES[result.stopped.cause]
     return 0 if result.results.counts["COMPLETE"] else 1
 
 

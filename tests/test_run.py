@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,21 @@ from optuna.trial import TrialState, create_trial
 from hpo import api, run
 from hpo.errors import SettingError
 from hpo.paths import DEFAULT_STORAGE
+from hpo.search.stop import Stop, StopCause
 from storage import tables
 from storage.database import StorageError, open_database
 from storage.optuna_internals import trial_id
 from storage.studies import open_study
 from tests.factories import Finished, HpoHere, toy_space
 
-Outcome = Mapping[str, Any]
-
-DONE: Outcome = {}
-INTERRUPTED: Outcome = {"stop_reason": "interrupted", "interrupted": True}
-BROKEN: Outcome = {
-    "stop_reason": "nothing can be trained: the last 4 trials on host failed before they trained an epoch"
+INTERRUPTED = Stop(StopCause.INTERRUPTED)
+OUT_OF_TIME = Stop(StopCause.TIME_SPENT)
+BROKEN = Stop(StopCause.BROKEN, "the last 4 trials on host failed before they trained an epoch")
+ENDINGS = {
+    INTERRUPTED: "Stopped: interrupted. The same command resumes it.",
+    OUT_OF_TIME: "Stopped: the time budget is spent. With a larger budget.time, the same command resumes it.",
+    BROKEN: f"Stopped: {BROKEN}. Fix the cause, retry the failed trials, and start the same command again.",
 }
-OUT_OF_TIME: Outcome = {"stop_reason": "the time budget is spent"}
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +62,12 @@ def faked(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[str, ...]
 def fake_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faked: Callable[[tuple[str, ...]], Path]
 ) -> Callable[..., list[dict[str, Any]]]:
-    """`fake_search(states, outcome)` replaces `run_search`; it returns the list of the keyword arguments it receives.
+    """`fake_search(states, stopped)` replaces `run_search`; it returns the list of the keyword arguments it receives.
 
     `toy.yaml` and `faked.db` are in `tmp_path` after that.
     """
 
-    def install(states: list[str], outcome: Outcome = DONE) -> list[dict[str, Any]]:
+    def install(states: list[str], stopped: Stop | None = None) -> list[dict[str, Any]]:
         shutil.copytree(faked(tuple(states)), tmp_path, dirs_exist_ok=True)
         url = f"sqlite:///{tmp_path}/faked.db"
         received: list[dict[str, Any]] = []
@@ -75,7 +76,7 @@ def fake_search(
             received.append(options)
             results = api.read_results("toy", storage=url)
             options["on_results"](results)
-            return api.SearchResult(results, **outcome)
+            return api.SearchResult(results, stopped=stopped)
 
         monkeypatch.setattr(api, "run_search", run_search)
         return received
@@ -84,11 +85,11 @@ def fake_search(
 
 
 @pytest.mark.parametrize(
-    ("states", "outcome", "code"),
+    ("states", "stopped", "code"),
     [
-        (["COMPLETE", "FAIL"], DONE, 0),
-        (["FAIL", "FAIL"], DONE, 1),
-        (["PRUNED"], DONE, 1),
+        (["COMPLETE", "FAIL"], None, 0),
+        (["FAIL", "FAIL"], None, 1),
+        (["PRUNED"], None, 1),
         (["COMPLETE", "WAITING"], INTERRUPTED, 130),
         (["COMPLETE", "WAITING"], OUT_OF_TIME, 0),
         (["PRUNED", "WAITING"], OUT_OF_TIME, 1),
@@ -101,21 +102,15 @@ def test_exit_codes(
     hpo_here: HpoHere,
     fake_search: Callable[..., Any],
     states: list[str],
-    outcome: Outcome,
+    stopped: Stop | None,
     code: int,
 ) -> None:
-    fake_search(states, outcome)
+    fake_search(states, stopped)
     finished = hpo_here(tmp_path, "run", "toy.yaml")
     assert finished.returncode == code
     assert finished.stdout.count("failed: its reason") == states.count("FAIL")
-    stopped = [line for line in finished.stdout.splitlines() if line.startswith("Stopped: ")]
-    assert stopped == ([f"Stopped: {outcome['stop_reason']}. {_remedy(outcome)}."] if outcome else [])
-
-
-def _remedy(outcome: Outcome) -> str:
-    if outcome is BROKEN:
-        return "Fix the cause, retry the failed trials, and start the same command again"
-    return f"{'The' if 'interrupted' in outcome else 'With a larger budget.time, the'} same command resumes it"
+    printed = [line for line in finished.stdout.splitlines() if line.startswith("Stopped: ")]
+    assert printed == ([] if stopped is None else [ENDINGS[stopped]])
 
 
 @pytest.mark.parametrize("error", [SettingError("no such folder"), StorageError("no such database")])

@@ -16,6 +16,7 @@ from hpo.search.checkpoints import owner_key, trim_checkpoints
 from hpo.search.listener import ProgressListener
 from hpo.search.retention import Retention
 from hpo.search.slots import Slots
+from hpo.search.stop import Stop, StopCause
 from hpo.search.worker import Ending, TrialReport, TrialSpec
 from hpo.space.model import Space
 
@@ -23,9 +24,6 @@ if TYPE_CHECKING:  # workers import this module too, and need no database
     from storage.protocol import ClaimedTrial
     from storage.run import Run
 
-TIME_SPENT = "the time budget is spent"
-INTERRUPTED = "interrupted"
-BROKEN = "nothing can be trained"
 UNKNOWN_NODE = ""  # of a worker that died
 # So many trials of one machine that failed in a row, without training an epoch, stop the search: the machine or the code is
 # at fault then. There must also be two for each slot; twice as many where trials have worked before.
@@ -48,7 +46,7 @@ class TrialCoordinator:
         listener: receives the events.
 
     Attributes:
-        stop_reason: why no new trial is claimed; empty while there is no reason.
+        stopped: why no new trial is claimed; None while trials are claimed.
         error: the first error of storage.
     """
 
@@ -80,16 +78,21 @@ class TrialCoordinator:
         self._has_trained: set[str] = set()  # the machines on which this run has trained an epoch
         self._new_epochs: set[str] = set()  # the running trials that have trained one
         self._failures_in_a_row: Counter[str] = Counter()  # {machine: trials that failed without one}
-        self.stop_reason = ""
+        self.stopped: Stop | None = None
         self.error: Exception | None = None
 
     def set_deadline(self, deadline: float) -> None:
         """Stop claiming at this time of the monotonic clock; running trials are released after their epoch."""
         self._deadline = deadline
 
-    def stop(self, reason: str) -> None:
-        """Claim no more trials, and release each running trial after its epoch."""
-        self.stop_reason = self.stop_reason or reason
+    def stop(self, cause: StopCause, details: str = "") -> None:
+        """Claim no more trials, and release each running trial after its epoch. The first call says why."""
+        self.stopped = self.stopped or Stop(cause, details)
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether Ctrl-C or SIGTERM stopped the search."""
+        return self.stopped is not None and self.stopped.is_interruption
 
     def next_trial(self, tune_id: str) -> TrialSpec | None:
         """Claim a trial. Return None if no trial is available now. `is_done` says whether one may come later."""
@@ -235,7 +238,7 @@ class TrialCoordinator:
         runs take the trials when the lease of this run has expired. After Ctrl-C or an error, all of this waits for the
         database for `storage.run.EXIT_SECONDS` at most.
         """
-        if self.error is not None or self.stop_reason == INTERRUPTED:
+        if self.error is not None or self.is_interrupted:
             self._run.leave()
         is_stored = False
         with self._storage_errors_kept():
@@ -258,7 +261,7 @@ class TrialCoordinator:
         claim = self._claims.get(tune_id)
         if warning:
             self._listener.note(f"trial {claim.number}: {warning}" if claim else warning)
-        if self.stop_reason != INTERRUPTED and self.error is None:
+        if not self.is_interrupted and self.error is None:
             self.release(tune_id)
 
     def release(self, tune_id: str) -> None:
@@ -297,7 +300,7 @@ class TrialCoordinator:
             limit *= 2
         if failures >= limit:
             where = "" if node == UNKNOWN_NODE else f" on {node}"
-            self.stop(f"{BROKEN}: the last {failures} trials{where} failed before they trained an epoch")
+            self.stop(StopCause.BROKEN, f"the last {failures} trials{where} failed before they trained an epoch")
 
     def _end(self, tune_id: str, state: str, text: str) -> Ending:
         claim = self._claims.pop(tune_id)
@@ -316,8 +319,8 @@ class TrialCoordinator:
 
     def _is_over(self) -> bool:
         if time.monotonic() >= self._deadline:
-            self.stop(TIME_SPENT)
-        return bool(self.stop_reason)
+            self.stop(StopCause.TIME_SPENT)
+        return self.stopped is not None
 
     def _crash_reason(self, claim: ClaimedTrial, details: str) -> tuple[str, str]:
         hang = self._folder(claim) / HANG_FILE
@@ -355,4 +358,4 @@ class TrialCoordinator:
             self._listener.note(str(error))
         except StorageError as error:
             self.error = self.error or error
-            self.stop("storage failed")
+            self.stop(StopCause.STORAGE_FAILED)

@@ -16,7 +16,6 @@ import threading
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +29,11 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from hpo.paths import LOST_FILE, RunsDir
-from hpo.search.coordinator import INTERRUPTED, TrialCoordinator
+from hpo.search.coordinator import TrialCoordinator
 from hpo.search.listener import ProgressListener
 from hpo.search.samplers import build_optuna_pruner, build_pruner, build_sampler, history_limit
 from hpo.search.slots import Slots
+from hpo.search.stop import Stop, StopCause
 from hpo.search.worker import Ending, TrialReport, TrialSpec, end_trial, run_trial, watchdog
 from hpo.space.model import Space
 from hpo.trainable import load_trainable
@@ -181,7 +181,7 @@ class StudyScheduler(FIFOScheduler):
     def choose_trial_to_run(self, tune_controller: Any, **_: Any) -> Any:
         """Release the trials whose workers have not started yet, if the search is stopping, and those that have stopped."""
         self.collect_saved()
-        if self._coordinator.stop_reason:
+        if self._coordinator.stopped:
             for trial in list(tune_controller.get_trials()):
                 if trial.status == trial.PENDING:
                     self._coordinator.release(trial.trial_id)
@@ -199,19 +199,6 @@ class SilentReporter(TrialProgressCallback):
         """Print nothing."""
 
 
-@dataclass(frozen=True)
-class SearchOutcome:
-    """How a search ended.
-
-    Attributes:
-        stop_reason: why it ended before its work was done; empty if it was done.
-        interrupted: whether Ctrl-C or SIGTERM stopped it.
-    """
-
-    stop_reason: str
-    interrupted: bool
-
-
 def run_trials(
     space: Space,
     study: Study,
@@ -221,7 +208,7 @@ def run_trials(
     data: Mapping[str, Any],
     runs_dir: RunsDir,
     listener: ProgressListener,
-) -> SearchOutcome:
+) -> Stop | None:
     """Run the remaining trials of a study. Ray must be up.
 
     Args:
@@ -232,6 +219,9 @@ def run_trials(
         data: what the trainable gets as `data`.
         runs_dir: where checkpoints are stored; every worker must reach it.
         listener: receives the events.
+
+    Returns:
+        Why the search ended before its work was done; None if it was done.
 
     Raises:
         StorageError: the database cannot be used (after retries); the trials in flight are resumable.
@@ -263,16 +253,16 @@ def run_trials(
             with _signals_stop(coordinator, listener):
                 _run_tune(coordinator, slots)
         except KeyboardInterrupt:
-            coordinator.stop(INTERRUPTED)
+            coordinator.stop(StopCause.INTERRUPTED)
         finally:
             coordinator.release_all()
         if coordinator.error is not None:
-            if coordinator.stop_reason != INTERRUPTED:
+            if not coordinator.is_interrupted:
                 raise coordinator.error
             # Its results cannot be read either. Who stopped the search does not wait for that.
             listener.note(f"{coordinator.error}. Epochs that are not stored are reported again by the same command")
             raise KeyboardInterrupt
-        return SearchOutcome(coordinator.stop_reason, coordinator.stop_reason == INTERRUPTED)
+        return coordinator.stopped
 
 
 def _run_tune(coordinator: TrialCoordinator, slots: Slots) -> None:
@@ -304,9 +294,9 @@ def _signals_stop(coordinator: TrialCoordinator, listener: ProgressListener) -> 
         return
 
     def handle(number: int, _frame: object) -> None:
-        if coordinator.stop_reason == INTERRUPTED:
+        if coordinator.is_interrupted:
             raise KeyboardInterrupt
-        coordinator.stop(INTERRUPTED)
+        coordinator.stop(StopCause.INTERRUPTED)
         listener.note("stopping after the epochs in flight; Ctrl-C again stops at once. Both are resumable")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}

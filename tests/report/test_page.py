@@ -18,11 +18,11 @@ from optuna.trial import TrialState, create_trial
 from playwright.sync_api import Browser
 
 from benchmarks.report import fill
-from hpo.api import try_to_report
 from hpo.paths import RunsDir
 from hpo.report.page import write_report
 from hpo.report.published import read_published
 from hpo.report.results import Results, read_results
+from hpo.service import try_to_report
 from storage.database import Database, open_database
 from storage.run import Run
 from storage.studies import open_study

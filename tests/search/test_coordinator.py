@@ -16,8 +16,9 @@ import pytest
 from benchmarks.toy import expected_value
 from hpo.paths import LOST_FILE, RunsDir
 from hpo.search.checkpoints import load_checkpoint
-from hpo.search.coordinator import INTERRUPTED, TrialCoordinator
+from hpo.search.coordinator import TrialCoordinator
 from hpo.search.slots import Slots
+from hpo.search.stop import StopCause
 from hpo.search.worker import Ending, TrialReport, TrialSpec, end_trial, run_trial
 from hpo.space.model import Space
 from storage import run as run_module
@@ -89,7 +90,7 @@ def test_stop_releases_the_trial_after_its_epoch_and_claims_no_more(study: Study
         coordinator = coordinator_of(space, run, tmp_path, listener)
         spec = coordinator.next_trial("a")
         assert spec is not None
-        coordinator.stop("interrupted")
+        coordinator.stop(StopCause.INTERRUPTED)
         assert coordinator.on_report("a", take_reports(spec, 1)[0]) is Ending.SAVE
         assert coordinator.next_trial("b") is None
         assert coordinator.is_done
@@ -113,7 +114,7 @@ def test_end_of_the_time_budget_releases_trials(study: Study, tmp_path: Path) ->
         assert coordinator.on_report("a", take_reports(spec, 1)[0]) is Ending.SAVE
         coordinator.on_saved("a", "")
         assert trial_states(study) == ["WAITING"]
-    assert coordinator.stop_reason == "the time budget is spent"
+    assert str(coordinator.stopped) == "the time budget is spent"
     assert trial_states(study) == ["WAITING"]
 
 
@@ -125,10 +126,10 @@ def test_a_search_whose_first_trials_all_fail_stops_before_it_burns_the_rest(stu
     with run_of(study, space) as run:
         coordinator = coordinator_of(space, run, tmp_path, RecordingListener())
         for number in range(4):
-            assert not coordinator.stop_reason
+            assert coordinator.stopped is None
             assert coordinator.next_trial(str(number)) is not None
             assert coordinator.on_report(str(number), BROKEN)
-        assert coordinator.stop_reason == (
+        assert str(coordinator.stopped) == (
             f"nothing can be trained: the last 4 trials on {BROKEN.node} failed before they trained an epoch"
         )
         assert coordinator.next_trial("4") is None
@@ -139,7 +140,7 @@ def test_a_search_whose_first_trials_all_fail_stops_before_it_burns_the_rest(stu
 def fail_until_stopped(coordinator: TrialCoordinator, report: TrialReport = BROKEN, most: int = 12) -> int:
     """Claim trials that fail until the search stops; return how many did."""
     for count in range(most):
-        if coordinator.stop_reason:
+        if coordinator.stopped:
             return count
         assert coordinator.next_trial(f"fails {count}") is not None
         assert coordinator.on_report(f"fails {count}", report)
@@ -157,7 +158,7 @@ def test_after_an_epoch_more_trials_may_fail_in_a_row(study: Study, tmp_path: Pa
             assert not coordinator.on_report(tune_id, take_reports(spec, 1)[0])
             assert fail_until_stopped(coordinator, most=7) == 7, "each new epoch starts the count again"
         assert fail_until_stopped(coordinator) == 1
-        assert coordinator.stop_reason.startswith("nothing can be trained: the last 8 trials")
+        assert str(coordinator.stopped).startswith("nothing can be trained: the last 8 trials")
 
 
 def test_an_epoch_of_a_checkpoint_does_not_show_that_the_machine_works(study: Study, tmp_path: Path) -> None:
@@ -175,14 +176,14 @@ def test_a_machine_that_cannot_train_is_found_among_others(study: Study, tmp_pat
     with run_of(study, space) as run:
         coordinator = coordinator_of(space, run, tmp_path, RecordingListener())
         for number in range(4):
-            assert not coordinator.stop_reason
+            assert coordinator.stopped is None
             for tune_id, report in (
                 (f"works {number}", TrialReport(1, {"value": 1.0}, node="works")),
                 (f"fails {number}", replace(BROKEN, node="broken")),
             ):
                 assert coordinator.next_trial(tune_id) is not None
                 coordinator.on_report(tune_id, report)
-        assert coordinator.stop_reason.endswith("the last 4 trials on broken failed before they trained an epoch")
+        assert str(coordinator.stopped).endswith("the last 4 trials on broken failed before they trained an epoch")
 
 
 def test_workers_that_die_and_a_metric_that_is_missing_count_too(study: Study, tmp_path: Path) -> None:
@@ -191,13 +192,13 @@ def test_workers_that_die_and_a_metric_that_is_missing_count_too(study: Study, t
         with run_of(study, space) as run:
             coordinator = coordinator_of(space, run, tmp_path, RecordingListener())
             for number in range(4):
-                assert not coordinator.stop_reason
+                assert coordinator.stopped is None
                 assert coordinator.next_trial(str(number)) is not None
                 if way == "die":
                     coordinator.on_crash(str(number), "killed", is_retried=False)
                 else:
                     assert coordinator.on_report(str(number), TrialReport(1, {"valeu": 1.0}))
-            assert coordinator.stop_reason.startswith("nothing can be trained: the last 4 trials")
+            assert str(coordinator.stopped).startswith("nothing can be trained: the last 4 trials")
 
 
 def test_a_trial_that_resumes_on_a_full_disk_goes_on_and_is_saved_when_there_is_room(
@@ -340,7 +341,7 @@ def test_after_ctrl_c_leaving_waits_for_a_locked_database_a_few_seconds_in_all(
             stack.enter_context(locked(Path(str(study.database.engine.url.database))))
             coordinator.on_report("a", take_reports(spec, 1)[0])
             time.sleep(1.0)  # the writer's thread now waits for the lock
-            coordinator.stop(INTERRUPTED)
+            coordinator.stop(StopCause.INTERRUPTED)
             started = time.monotonic()
             coordinator.release_all()
         assert time.monotonic() - started < 5.0 + 2.0

@@ -12,6 +12,7 @@ from unittest.mock import Mock, call, create_autospec
 import pytest
 
 from hpo.search.coordinator import TrialCoordinator
+from hpo.search.stop import Stop, StopCause
 from hpo.search.worker import Ending, TrialReport, TrialSpec
 from tests.factories import trial_spec
 
@@ -48,7 +49,7 @@ def tune() -> ModuleType:
 def coordinator() -> Mock:
     """A coordinator that has the methods of the real one, and does nothing."""
     fake: Mock = create_autospec(TrialCoordinator, instance=True)
-    fake.stop_reason = ""
+    fake.stopped = None
     return fake
 
 
@@ -200,7 +201,7 @@ def test_a_search_that_stops_releases_the_trials_that_have_not_started(tune: Mod
     controller, scheduler = FakeController(running, waiting), tune.StudyScheduler(coordinator)
     assert scheduler.choose_trial_to_run(controller) is waiting
     assert controller.stopped == []
-    coordinator.stop_reason = "interrupted"
+    coordinator.stopped = Stop(StopCause.INTERRUPTED)
     assert scheduler.choose_trial_to_run(controller) is None
     assert controller.stopped == ["b"]
     coordinator.release.assert_called_once_with("b")

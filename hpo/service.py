@@ -1,0 +1,447 @@
+"""Runs and plans searches: what joins the packages space, search, train, storage, report and dashboard.
+
+Slow imports happen inside the functions, while Ray and the probes start in other processes.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hpo.errors import HpoError, SpaceError
+from hpo.paths import DEFAULT_STORAGE, RunsDir, is_new_database
+from hpo.search.environment import check_trainable, describe_environment, note_horizon
+from hpo.search.listener import CombinedListener, NullListener, ProgressListener
+from hpo.space.model import Space
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from hpo.report.results import Results, TrialResult
+    from hpo.search.cluster import RayCluster
+    from hpo.search.estimate import SearchEstimate
+    from hpo.search.mps import Mps
+    from hpo.search.probes import ImageCounts, Probes
+    from hpo.search.slots import Slots
+    from hpo.search.stop import Stop
+    from storage.database import Database
+    from storage.studies import Study
+
+
+# --- search -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The result of a search.
+
+    Attributes:
+        results: every trial of the study, with every metric of every epoch.
+        report: the HTML file of the report; None if it could not be written.
+        stopped: why the search ended before its work was done; None if it was done.
+    """
+
+    results: Results
+    report: Path | None = None
+    stopped: Stop | None = None
+
+    @property
+    def stop_reason(self) -> str:
+        """Why the search ended before its work was done; empty if it was done."""
+        return "" if self.stopped is None else str(self.stopped)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C or SIGTERM stopped it. The same search again resumes it."""
+        return self.stopped is not None and self.stopped.is_interruption
+
+    @property
+    def trials(self) -> list[TrialResult]:
+        """All trials, by number."""
+        return self.results.trials
+
+    @property
+    def best(self) -> TrialResult | None:
+        """The best completed trial, or None if no trial completed."""
+        return self.results.best
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """Return a data frame with one row per trial, see `Results.to_dataframe`.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        return self.results.to_dataframe()
+
+
+def run_search(
+    space: Space,
+    *,
+    storage: str = DEFAULT_STORAGE,
+    password: str | None = None,
+    data_dir: Path | str = "data",
+    runs_dir: Path | str = "runs",
+    ray_address: str | None = None,
+    listener: ProgressListener | None = None,
+    on_results: Callable[[Results], None] | None = None,
+    command: str = "",
+) -> SearchResult:
+    """Run a search, or resume it: trials that have ended are not run again.
+
+    Args:
+        space: the search.
+        storage: an SQLAlchemy URL. The database and its tables are created if they do not exist.
+        password: the PostgreSQL password, used if the URL has none.
+        data_dir: where data sets are read from or downloaded to.
+        runs_dir: where checkpoints, artifacts and reports are written.
+        ray_address: a Ray cluster to join; None starts Ray on this machine, for this search only.
+        listener: receives the events of the search.
+        on_results: receives the results as soon as the last trial has ended, before the report is written.
+        command: how the search was started, for the record.
+
+    Returns:
+        The results, where the report is, and why the search ended.
+
+    Raises:
+        SettingError: a folder, a resource or the Ray address cannot be used.
+        TrainableError: the trainable cannot be imported, or cannot take the space's parameters.
+        DataError: the data set is not there and cannot be downloaded.
+        StorageError: the database cannot be used; trials in flight are resumable.
+    """
+    listener = listener or NullListener()
+    listener.search_starting(space)  # before the imports that take seconds
+    from hpo.search.cluster import RayCluster
+    from hpo.search.mps import start_mps
+    from hpo.search.slots import may_share_gpu
+
+    runs, data = RunsDir(Path(runs_dir)).make(), space.trainable_data(Path(data_dir).resolve())
+    check_trainable(space)
+    if (note := note_horizon(space)) is not None:
+        listener.note(note)
+    is_mps_wanted = ray_address is None and may_share_gpu(space)
+    with (
+        start_mps(is_wanted=is_mps_wanted) as mps,  # first: Ray's workers and the probes inherit its environment
+        RayCluster(ray_address) as cluster,
+        _start_probes(space, data, runs.root) as probes,
+        _warnings_noted(listener),
+    ):
+        _note_failure(mps, listener)
+        listener.preparing("starting Ray")
+        # A new database has no finished trials, so Ray is needed. An existing one may have nothing left to run.
+        if is_new_database(storage):
+            cluster.start()
+        from hpo.report.results import read_results
+        from hpo.search.retention import Retention
+        from storage.database import open_database
+        from storage.studies import find_revision, open_study
+
+        database = open_database(storage, password)
+        study = find_revision(database, space.name, space.fingerprint)
+        left = space.total_trials if study is None else _trials_left(space, study)
+        _note_changes(space, study, listener)
+        if study is not None and left == 0:
+            study = open_study(database, **space.study_options)  # stores a changed budget or `checkpoints.keep`
+            listener.study_opened(space, study.name, database.url, study.counts())
+            Retention(space, study, runs).run_ended()
+            stopped = None
+        else:
+            cluster.start()
+            provenance = {"command": command} | describe_environment()
+            study, stopped = _search(
+                space,
+                database,
+                left,
+                cluster,
+                probes,
+                mps,
+                provenance=provenance,
+                data=data,
+                runs_dir=runs,
+                listener=listener,
+            )
+            cluster.stop()  # Ray shuts down while the results are written
+        results = read_results(study)
+        if on_results is not None:
+            on_results(results)
+        report = try_to_report(results, runs, listener)
+        if left != 0:
+            from hpo.dashboard.publishing import publish
+
+            publish(study, runs, always=True)
+        return SearchResult(results, report, stopped)
+
+
+def _search(
+    space: Space,
+    database: Database,
+    left: int | None,
+    cluster: RayCluster,
+    probes: Probes | None,
+    mps: Mps,
+    *,
+    provenance: dict[str, Any],
+    data: Mapping[str, Any],
+    runs_dir: RunsDir,
+    listener: ProgressListener,
+) -> tuple[Study, Stop | None]:
+    """Run the trials that are left. Slow imports happen here, while Ray starts in the background."""
+    from hpo.cleaning import note_database
+    from hpo.search.estimate import is_worth_measuring
+    from hpo.search.slots import plan_slots
+    from hpo.search.tune import run_trials
+    from storage.studies import open_study
+
+    estimate, images = None, None
+    if probes is not None:
+        provenance["data_sha256"], images = probes.describe_data()
+    # Only now, so that a missing data set does not leave an empty study.
+    study = open_study(database, **space.study_options)
+    note_database(runs_dir.checkpoints(study.unique_name), database)
+    listener.study_opened(space, study.name, database.url, study.counts())
+    size = cluster.size()
+    slots = plan_slots(space, left, *size)
+    if probes is not None:
+        if images is not None and is_worth_measuring(space, left, images):
+            estimate = _measure(space, slots, left, probes, images, size, listener)
+        probes.close()  # frees its memory and CPU for the trials
+    slots = slots if estimate is None else estimate.slots
+    _keep_if_shared(mps, slots, listener)
+    listener.search_planned(space, slots, estimate)
+    listener = CombinedListener(listener, _ReportPreloader())
+    gc.freeze()  # excludes imported objects from the garbage collections of the search
+    try:
+        stopped = run_trials(
+            space, study, slots, provenance=provenance, data=data, runs_dir=runs_dir, listener=listener
+        )
+    finally:
+        gc.unfreeze()  # the caller's garbage must not live forever
+    return study, stopped
+
+
+def _note_failure(mps: Mps, listener: ProgressListener) -> None:
+    if mps.failure:
+        listener.note(f"CUDA MPS is not used, so trials that share a GPU take turns: {mps.failure}")
+
+
+def _keep_if_shared(mps: Mps, slots: Slots, listener: ProgressListener) -> None:
+    """Say that trials share a GPU under MPS, or stop it: with one trial a GPU, it would only add a way to fail."""
+    if not slots.trials_share_gpu:
+        mps.stop()
+    elif mps.is_active:
+        listener.note(
+            f"{slots.trials_per_device} trials share a GPU under CUDA MPS: their kernels run at the same time"
+        )
+
+
+def _note_changes(space: Space, study: Study | None, listener: ProgressListener) -> None:
+    """Notify the listener if the study was last searched with another sampler or scheduler, or kept other checkpoints."""
+    if study is None:
+        return
+    if space.saves_checkpoints and "checkpoints" not in study.settings:
+        listener.note(
+            "trials of earlier versions of hpo keep all of their checkpoints; `hpo clean` shows which ones to delete"
+        )
+    with suppress(SpaceError):  # settings of another version
+        before = Space.from_settings(study.settings)
+        for key in ("sampler", "scheduler"):
+            was, now = getattr(before, key).model_dump(), getattr(space, key).model_dump()
+            changed = [name for name in now if was.get(name) != now[name]]
+            for name in ["name"] if "name" in changed else changed:
+                what = key if name == "name" else f"{key}'s {name}"
+                listener.note(f"the {what} was {was.get(name)} and is now {now[name]}; the trials so far are kept")
+        was_kept, kept = before.checkpoints, space.checkpoints
+        if was_kept.keep != kept.keep:
+            listener.note(
+                f"checkpoints.keep was {was_kept.keep} and is now {kept.keep}; this counts for the trials so far, too"
+            )
+
+
+class _ReportPreloader(NullListener):
+    """Imports the plotting libraries on a background thread, starting at the first epoch."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+
+    def epoch_ended(self, number: int, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Start the imports. If they are not done in time, the report waits for them."""
+        from hpo.report.page import preload
+
+        if self._thread is None:
+            self._thread = threading.Thread(target=preload, name="hpo-preload", daemon=True)
+            self._thread.start()
+
+
+def try_to_report(results: Results, runs_dir: RunsDir, listener: ProgressListener) -> Path | None:
+    """Write the report. On failure, notify the listener and return None: the search itself succeeded.
+
+    Args:
+        results: the study, with its epochs.
+        runs_dir: where the folder of the report is created.
+        listener: receives a note if there is no report.
+
+    Returns:
+        The path of the HTML file; None if the report could not be written.
+    """
+    from hpo.report.page import write_report
+
+    try:
+        return write_report(results, runs_dir)
+    except Exception as error:  # noqa: BLE001 # see the docstring
+        reason = str(error) if isinstance(error, HpoError) else f"{type(error).__name__}: {error}"
+        listener.note(f"no report: {reason}")
+        return None
+
+
+def _start_probes(space: Space, data: Mapping[str, Any], runs_dir: Path) -> AbstractContextManager[Probes | None]:
+    """Start a process that loads the data. None for other trainables, whose data and speed are unknown."""
+    from hpo.search.probes import Probes
+
+    return Probes(data, runs_dir) if space.is_default_trainable else nullcontext()
+
+
+def _measure(
+    space: Space,
+    slots: Slots,
+    left: int | None,
+    probes: Probes,
+    images: ImageCounts,
+    size: tuple[float, float],
+    listener: ProgressListener,
+) -> SearchEstimate | None:
+    """Measure training steps; None if nothing is left to train, or the device is not on this machine."""
+    from hpo.search.estimate import can_measure, estimate_search
+
+    if left == 0 or not can_measure(slots):
+        return None
+    listener.preparing("measuring training steps")
+    return estimate_search(space, slots, left, probes, images, size)
+
+
+@contextmanager
+def _warnings_noted(listener: ProgressListener) -> Iterator[None]:
+    """Pass the warnings of our own loggers to the listener."""
+    handler = _NoteHandler(listener.note)
+    logger = logging.getLogger("hpo")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+class _NoteHandler(logging.Handler):
+    def __init__(self, note: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._note = note
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._note(record.getMessage())
+
+
+# --- plan -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlannedSearch:
+    """The plan of a search, with an estimate of its time and memory.
+
+    Attributes:
+        space: the search.
+        slots: how many trials run at a time, and on what.
+        estimate: seconds, GPU-hours and memory, measured; None where nothing could be measured.
+        states: {`Space.config_key`: state} of the configurations that storage holds.
+        trials_left: how many trials have not ended; None if only time ends the search.
+    """
+
+    space: Space
+    slots: Slots
+    estimate: SearchEstimate | None
+    states: Mapping[str, str]
+    trials_left: int | None
+
+
+def plan_search(
+    space: Space,
+    *,
+    storage: str = DEFAULT_STORAGE,
+    password: str | None = None,
+    data_dir: Path | str = "data",
+    runs_dir: Path | str = "runs",
+    listener: ProgressListener | None = None,
+) -> PlannedSearch:
+    """Measure training steps on this machine and estimate the time and memory of a search.
+
+    Nothing is stored. The database is only read: tables of an older version are not migrated.
+
+    Args:
+        space: the search.
+        storage: the database that may hold some of its trials; one that does not exist is not created.
+        password: the PostgreSQL password, used if the URL has none.
+        data_dir: where data sets are read from or downloaded to.
+        runs_dir: where a search would write checkpoints: the disk's speed is part of the estimate.
+        listener: receives an event before each slow step.
+
+    Returns:
+        The slots, the estimate, the stored states and the number of trials left.
+
+    Raises:
+        SettingError: a resource is not available on this machine, or the measurement failed.
+        TrainableError: the trainable cannot be imported, or cannot take the space's parameters.
+        DataError: the data set is not there and cannot be downloaded.
+        StorageError: the database exists, or should, and cannot be used.
+    """
+    from hpo.search.estimate import machine_size
+    from hpo.search.mps import start_mps
+    from hpo.search.slots import may_share_gpu, plan_slots
+
+    listener = listener or NullListener()
+    data = space.trainable_data(Path(data_dir).resolve())
+    check_trainable(space)
+    if (note := note_horizon(space)) is not None:
+        listener.note(note)
+    with start_mps(is_wanted=may_share_gpu(space)) as mps, _start_probes(space, data, Path(runs_dir)) as probes:
+        _note_failure(mps, listener)
+        states, left = _look_up(space, storage, password)
+        size, estimate = machine_size(), None
+        slots = plan_slots(space, left, *size)
+        if probes is not None:
+            _, images = probes.describe_data()
+            estimate = _measure(space, slots, left, probes, images, size, listener)
+        slots = slots if estimate is None else estimate.slots
+        _keep_if_shared(mps, slots, listener)
+    return PlannedSearch(space, slots, estimate, states, left)
+
+
+def _look_up(space: Space, storage: str, password: str | None) -> tuple[dict[str, str], int | None]:
+    """Return the stored states of a search, and how many trials have not ended; see `PlannedSearch`."""
+    if is_new_database(storage):
+        return {}, space.total_trials
+    from storage.database import open_for_reading
+    from storage.studies import find_revision
+
+    with open_for_reading(storage, password) or nullcontext() as database:
+        study = None if database is None else find_revision(database, space.name, space.fingerprint)
+        if study is None:
+            return {}, space.total_trials
+        states = {space.config_key(trial.params): trial.state.name for trial in study.trained_trials()}
+        return states, _trials_left(space, study)
+
+
+def _trials_left(space: Space, study: Study) -> int | None:
+    """Return how many trials have not ended; None where only time ends the search.
+
+    What `hpo retry` lets run again is left, even if the budget was reduced meanwhile.
+    """
+    total = space.total_trials
+    if total is None:
+        return None
+    ended, retried = study.ended_keys(), study.count_retried()
+    if space.is_grid and len(ended) >= total:  # trials that were enqueued by hand may be no points of the grid
+        return max(retried, sum(space.config_key(point) not in ended for point in space.planned_points()))
+    return max(retried, total - len(ended))
