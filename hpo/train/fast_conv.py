@@ -149,8 +149,8 @@ class _LinearConv(torch.autograd.Function):
         ctx: Any, images: Tensor, weight: Tensor, geometry: Geometry, dtype: torch.dtype, choice: Choice
     ) -> Tensor:
         d, size, out = len(weight), geometry.size, geometry.out
-        inputs = _in_memory_order(images.to(dtype)).reshape(len(images), -1)  # (N, H*H*C)
-        taps = _in_memory_order(weight.to(dtype))
+        inputs = in_memory_order(images.to(dtype)).reshape(len(images), -1)  # (N, H*H*C)
+        taps = in_memory_order(weight.to(dtype))
         rows = [taps[:, *window].reshape(d, -1) for window in geometry.windows]
         matrix = rows[0] if len(rows) == 1 else torch.cat(rows)  # (O*O*D, H*H*C)
         ctx.save_for_backward(inputs, matrix)
@@ -161,7 +161,7 @@ class _LinearConv(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         inputs, matrix = ctx.saved_tensors
         geometry, size, (d, _, _, c) = ctx.geometry, ctx.size, ctx.taps_shape
-        outputs = _in_memory_order(gradient).reshape(len(gradient), -1)  # (N, O*O*D)
+        outputs = in_memory_order(gradient).reshape(len(gradient), -1)  # (N, O*O*D)
         images_gradient = weight_gradient = None
         if ctx.needs_input_grad[0]:
             images_gradient = _as_maps((outputs @ matrix).view(-1, size, size, c))
@@ -192,7 +192,7 @@ class _PatchConv(torch.autograd.Function):
         ctx.kernel, ctx.taps, ctx.geometry, ctx.choice = kernel, taps, geometry, choice
         if not choice.forward:
             return torch.conv2d(images, weight, None, stride, geometry.padding)
-        outputs = _patches(images, geometry) @ _in_memory_order(weight).reshape(len(weight), -1).t()
+        outputs = _patches(images, geometry) @ in_memory_order(weight).reshape(len(weight), -1).t()
         return _as_maps(outputs.view(len(images), geometry.out, geometry.out, -1))
 
     @staticmethod
@@ -207,7 +207,7 @@ class _PatchConv(torch.autograd.Function):
             images_gradient, weight_gradient, _ = torch.ops.aten.convolution_backward(
                 gradient, images, weight, None, stride, padding, [1, 1], False, [0, 0], 1, from_torch
             )
-        outputs = _in_memory_order(gradient).reshape(-1, len(weight))  # (N*O*O, D)
+        outputs = in_memory_order(gradient).reshape(-1, len(weight))  # (N*O*O, D)
         if needed[0] and choice.images_gradient:
             images_gradient = _images_gradient(outputs, images, weight, geometry)
         if needed[1] and choice.weight_gradient:
@@ -222,7 +222,7 @@ def _patches(images: Tensor, geometry: Geometry) -> Tensor:
     """Return what each output pixel meets: (N*O*O, K*K*C)."""
     k, stride, p, _ = geometry
     n, c, out = *images.shape[:2], geometry.out
-    padded = F.pad(_in_memory_order(images), (0, 0, p, p, p, p))
+    padded = F.pad(in_memory_order(images), (0, 0, p, p, p, p))
     by_n, by_row, by_column, by_channel = padded.stride()
     return padded.as_strided(
         (n, out, out, k, k, c), (by_n, by_row * stride, by_column * stride, by_row, by_column, by_channel)
@@ -246,13 +246,13 @@ def _with_all_taps(gradient: Tensor, taps: slice, kernel: int) -> Tensor:
     if k == kernel:
         return gradient
     whole = gradient.new_zeros(d, kernel, kernel, c)
-    whole[:, taps, taps] = _in_memory_order(gradient)
+    whole[:, taps, taps] = in_memory_order(gradient)
     return _as_maps(whole)
 
 
-def _in_memory_order(maps: Tensor) -> Tensor:
-    """Return a view of maps or weights (N, C, H, W) as (N, H, W, C)."""
-    return maps.permute(0, 2, 3, 1)
+def in_memory_order(tensor: Tensor) -> Tensor:
+    """Return a view of maps or weights (N, C, H, W) as (N, H, W, C), and of other tensors as they are."""
+    return tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor
 
 
 def _as_maps(maps: Tensor) -> Tensor:

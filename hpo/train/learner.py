@@ -18,7 +18,7 @@ from hpo.train.augmentation import Augmentation
 from hpo.train.cuda_graph import GraphedStep, new_graph
 from hpo.train.data import Images
 from hpo.train.ema import WeightAverage
-from hpo.train.fast_conv import use_fast_convolutions
+from hpo.train.fast_conv import in_memory_order, use_fast_convolutions
 from hpo.train.network import MirrorAverage, build_model
 from hpo.train.optimizer import build_optimizer
 from hpo.train.params import TrainParams
@@ -54,7 +54,7 @@ class Learner:
         dtype = torch.float64 if self._device.type == "cpu" else torch.float32
         self._lr = None if is_constant(params) else torch.zeros((), dtype=dtype, device=self._device)
         self._optimizer = build_optimizer(
-            params, [_in_memory_order(weight.detach()) for weight in self._weights], self._lr
+            params, [in_memory_order(weight.detach()) for weight in self._weights], self._lr
         )
         self._augmentation = Augmentation(params, len(images), self._device) if Augmentation.is_used(params) else None
         self._average = WeightAverage(self.model, params.ema) if params.ema else None
@@ -143,7 +143,7 @@ class Learner:
         for weight in self._weights:
             weight.grad = None
         loss.backward()
-        self._optimizer.step([_in_memory_order(weight.grad) for weight in self._weights if weight.grad is not None])
+        self._optimizer.step([in_memory_order(weight.grad) for weight in self._weights if weight.grad is not None])
         if self._average is not None:
             self._average.update()
         self._loss_sum += loss.detach() * len(indices)
@@ -159,11 +159,6 @@ def split_into_batches(order: Tensor, batch_size: int) -> list[Tensor]:
     if len(batches) > 1 and len(batches[-1]) == 1:
         batches[-2:] = [torch.cat(batches[-2:])]
     return batches
-
-
-def _in_memory_order(weight: Tensor) -> Tensor:
-    """Return a contiguous view of a weight: (D, C, H, W) in channels-last memory format becomes (D, H, W, C)."""
-    return weight.permute(0, 2, 3, 1) if weight.dim() == 4 else weight
 
 
 @cache

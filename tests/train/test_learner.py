@@ -12,8 +12,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpo.train.data import Images
-from hpo.train.fast_conv import use_fast_convolutions
-from hpo.train.learner import Learner, _in_memory_order
+from hpo.train.fast_conv import in_memory_order, use_fast_convolutions
+from hpo.train.learner import Learner
 from hpo.train.network import MirrorAverage, build_model
 from hpo.train.params import TrainParams
 
@@ -75,7 +75,7 @@ def test_the_defaults_train_like_a_plain_loop_bit_by_bit() -> None:
     torch.manual_seed(0)
     model = use_fast_convolutions(build_model()).to(memory_format=torch.channels_last).train()
     # torch's fused kernel takes contiguous weights.
-    views = [torch.nn.Parameter(_in_memory_order(weight.detach())) for weight in model.parameters()]
+    views = [torch.nn.Parameter(in_memory_order(weight.detach())) for weight in model.parameters()]
     optimizer = torch.optim.Adam(views, lr=0.01, fused=True)
     losses = []
     for seed in (1, 2):
@@ -88,7 +88,7 @@ def test_the_defaults_train_like_a_plain_loop_bit_by_bit() -> None:
             loss.backward()
             for view, weight in zip(views, model.parameters(), strict=True):
                 assert weight.grad is not None
-                view.grad = _in_memory_order(weight.grad)
+                view.grad = in_memory_order(weight.grad)
             optimizer.step()
             total += loss.detach() * len(indices)
         losses.append(float(total) / 10)
