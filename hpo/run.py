@@ -7,21 +7,27 @@ A search whose time budget is spent is finished. One that stopped because nothin
 
 from __future__ import annotations
 
+import hpo.working_folder  # noqa: F401 # before other packages are imported
+
+# isort: split
 import gc
 import json
 import os
-import re
 import shlex
+import stat
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
-from hpo.errors import HpoError, nearest
-from hpo.paths import DEFAULT_STORAGE
+from hpo.credentials import read_secret_file, take_from_environment
+from hpo.errors import HpoError, SettingError, nearest
+from hpo.paths import DEFAULT_STORAGE, RunsDir
 from hpo.search.stop import StopCause
 
 if TYPE_CHECKING:
@@ -32,12 +38,11 @@ if TYPE_CHECKING:
 
 STOP_CODES = {StopCause.INTERRUPTED: 130, StopCause.BROKEN: 2}
 COMPLETE_VARIABLE = "_HPO_COMPLETE"  # how a shell asks click for completions
-HIDDEN_VARIABLE = "_HPO_STORAGE_WAS_AN_OPTION"  # set by `_hide_password`
-SECRET_VARIABLES = ("PGPASSWORD", "HPO_STORAGE", "HPO_DASHBOARD_PASSWORD", HIDDEN_VARIABLE)
-_SECRETS = "hpo.run.secrets"  # in `click.Context.meta`
-# In a URL, as SQLAlchemy reads it: `://user:password@`, or `?password=...`.
-_PASSWORD = re.compile(r"(?<=://)(?P<user>[^:/?]*):[^@]*@")
-_QUERY_PASSWORD = re.compile(r"(?<=[?&])password=[^&]*&?")
+SECRET_VARIABLES = ("PGPASSWORD", "HPO_STORAGE", "HPO_DASHBOARD_PASSWORD")
+STORAGE_FILE_VARIABLE = "HPO_STORAGE_FILE"
+# In `click.Context.meta`:
+_SECRETS = "hpo.run.secrets"  # {variable: value}
+_STORAGE_OPTION = "hpo.run.storage_option"  # whether the command needs --storage to find the same storage again
 
 
 def main(prefix: Sequence[str] = ()) -> NoReturn:
@@ -46,12 +51,8 @@ def main(prefix: Sequence[str] = ()) -> NoReturn:
     Args:
         prefix: inserted before the arguments: `python -m hpo.run SPACE` is `hpo run SPACE`.
     """
-    # Like `python -m`, import trainables from the working directory.
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
     words = [*prefix, *sys.argv[1:]]
-    _hide_password(words)
+    _keep_files_private()
     try:
         code = cli.main(
             words,
@@ -79,42 +80,43 @@ def _is_storage_error(error: Exception) -> bool:
     return module is not None and isinstance(error, module.StorageError)
 
 
-def _hide_password(words: Sequence[str]) -> None:
-    """Re-execute this process with the storage URL in the environment if the URL contains a password.
+def _keep_files_private() -> None:
+    """Let what is written be readable by this user only, unless others may enter the folder that it goes to."""
+    with suppress(OSError):
+        if RunsDir().root.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            return
+    os.umask(stat.S_IRWXG | stat.S_IRWXO)
 
-    Other users can read the command line: `ps` shows it, and Ray keeps it as the name of its job.
+
+def _read_storage(context: click.Context, parameter: click.Parameter, url: str) -> str:
+    """Return the storage URL. Passwords are taken from the environment: Ray's processes and scripts inherit the rest.
+
+    Raises:
+        SettingError: the command line contains a password, or two variables name a storage.
     """
-    for i, word in enumerate(words):
-        option, equals, url = word.partition("=")
-        if option != "--storage":
-            continue
-        given = [word] if equals else words[i : i + 2]
-        url = url if equals else given[-1]
-        if _has_password(url):
-            start = len(sys.orig_argv) - len(words) + i  # the words are the tail of the command line
-            rest = [*sys.orig_argv[1:start], *sys.orig_argv[start + len(given) :]]
-            sys.stdout.flush()
-            variables = {"HPO_STORAGE": url, HIDDEN_VARIABLE: "1"}
-            os.execve(sys.executable, [sys.executable, *rest], os.environ | variables)
+    secrets = context.meta[_SECRETS] = take_from_environment(SECRET_VARIABLES)
+    file = os.environ.get(STORAGE_FILE_VARIABLE)
+    if file and "HPO_STORAGE" in secrets:
+        raise SettingError(f"HPO_STORAGE and {STORAGE_FILE_VARIABLE} are both set: unset one of them")
+    default = read_secret_file(file, STORAGE_FILE_VARIABLE) if file else secrets.get("HPO_STORAGE", DEFAULT_STORAGE)
+    is_given = context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
+    if is_given and ("@" in url or "?" in url):
+        from storage.database import contains_password
 
-
-def _has_password(url: str) -> bool:
-    return _PASSWORD.search(url) is not None or _QUERY_PASSWORD.search(url) is not None
-
-
-def _without_password(url: str) -> str:
-    return _QUERY_PASSWORD.sub("", _PASSWORD.sub(r"\g<user>@", url)).rstrip("?&")
-
-
-def _take_secrets(context: click.Context, _parameter: click.Parameter, storage: str) -> str:
-    """Remove passwords from the environment, after click has read it: Ray's processes and scripts inherit the rest."""
-    context.meta[_SECRETS] = {name: os.environ.pop(name, None) for name in SECRET_VARIABLES}
-    return storage
+        if contains_password(url):
+            raise SettingError(
+                "every user of this machine can read a password on the command line. Leave it out of --storage, and put "
+                "it in PGPASSWORD or ~/.pgpass; or put the URL in HPO_STORAGE, or in a file that "
+                f"{STORAGE_FILE_VARIABLE} names"
+            )
+    context.meta[_STORAGE_OPTION] = is_given and url != default
+    return url if is_given else default
 
 
 def _secret(name: str) -> str | None:
     """Return the value that an environment variable had."""
-    return click.get_current_context().meta[_SECRETS][name] or None
+    secrets: dict[str, str] = click.get_current_context().meta[_SECRETS]
+    return secrets.get(name)
 
 
 # --- options that several verbs share ---------------------------------------------------------------------------------
@@ -134,8 +136,8 @@ def storage_option(verb: Callable[..., Any]) -> Callable[..., Any]:
         envvar="HPO_STORAGE",
         show_default=True,
         show_envvar=True,
-        callback=_take_secrets,
-        help="An SQLAlchemy URL: sqlite:///FILE or postgresql://USER@HOST:PORT/NAME.",
+        callback=_read_storage,
+        help="An SQLAlchemy URL: sqlite:///FILE or postgresql://USER@HOST:PORT/NAME, without a password.",
     )(verb)
 
 
@@ -325,7 +327,9 @@ def list_(storage: str, as_json: bool) -> int:
 
         _console().print(study_table(summaries))
     else:
-        print(f"{_without_password(storage)} has no studies yet; `hpo run SPACE` creates one")
+        from storage.database import without_password
+
+        print(f"{without_password(storage)} has no studies yet; `hpo run SPACE` creates one")
     return 0
 
 
@@ -418,12 +422,13 @@ def clean(storage: str, yes: bool) -> int:
     """
     from hpo.api import clean_runs
     from hpo.report.formatting import format_bytes
+    from storage.database import without_password
 
     cleaning = clean_runs(storage=storage, password=_secret("PGPASSWORD"), delete=yes)
     for each in cleaning.garbage:
         print(f"{format_bytes(each.disk_bytes):>8}  {each.folder}: {each.what}")
     for folder, size in cleaning.unknown.items():
-        print(f"kept: {folder} ({format_bytes(size)}), which is of no study in {_without_password(storage)}")
+        print(f"kept: {folder} ({format_bytes(size)}), which is of no study in {without_password(storage)}")
     for folder, other in cleaning.shared.items():
         print(f"kept: {folder}, of a study that was deleted here, but that {other} has, or may have")
     for name in cleaning.running:
@@ -539,9 +544,8 @@ def _hint(verb: str, *words: str, storage: str) -> str:
     """Return a command that the user can copy and run. It contains no password."""
     from hpo.report.formatting import format_command
 
-    variable = None if _secret(HIDDEN_VARIABLE) else _secret("HPO_STORAGE")  # what the user's shell has
-    is_default = storage == (variable or DEFAULT_STORAGE)
-    return format_command(verb, *words, *([] if is_default else ["--storage", _without_password(storage)]))
+    is_needed = click.get_current_context().meta[_STORAGE_OPTION]
+    return format_command(verb, *words, *(["--storage", storage] if is_needed else []))
 
 
 def _exit_code(result: SearchResult) -> int:

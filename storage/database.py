@@ -52,6 +52,8 @@ _READ_ONLY = "the file is read-only: make it and its folder writable"
 
 _DRIVERS = ("sqlite", "sqlite+pysqlite", "postgresql", "postgresql+psycopg")
 
+_SECRET_OPTIONS = ("sslpassword",)  # after `?`, in URLs of PostgreSQL; not `password`, see `_parse_url`
+
 # What a SQLite URL may say after `?`. Others change what a transaction is, or name something that is no file.
 _SQLITE_OPTIONS = {"check_same_thread", "timeout"}
 
@@ -269,7 +271,7 @@ def _create_optuna_storage(
 
 def _parse_url(url: str, password: str | None) -> tuple[sa.URL, str]:
     """Return a URL, with the password if it has none, and without any password for messages."""
-    examples = "for example sqlite:///runs/hpo.db or postgresql://user:password@host:5432/hpo"
+    examples = "for example sqlite:///runs/hpo.db or postgresql://user@host:5432/hpo"
     try:
         parsed = sa.make_url(url)
         parsed.get_dialect()
@@ -284,15 +286,36 @@ def _parse_url(url: str, password: str | None) -> tuple[sa.URL, str]:
         raise StorageError(f"hpo does not use the driver {parsed.drivername}; {examples}")
     if parsed.get_backend_name() == "sqlite":
         _check_sqlite_url(parsed, examples)
-    if "password" in parsed.query:  # messages hide the password in its usual place only
-        found = parsed.query["password"]
-        password = parsed.password or (found if isinstance(found, str) else found[0])
-        parsed = parsed.set(password=password).difference_update_query(["password"])
+    if "@" in (parsed.host or ""):  # a password with an @ would end there, and messages would show the rest of it
+        raise StorageError("the storage URL has more than one @: write an @ in a user name or password as %40")
+    # SQLAlchemy would show a password in the query, and drop one without a user: both get their usual place.
+    query = {name: found if isinstance(found, str) else found[0] for name, found in parsed.query.items()}
+    user, password_in_url = parsed.username or query.get("user"), parsed.password or query.get("password")
+    parsed = parsed.set(username=user, password=password_in_url).difference_update_query(["user", "password"])
     if parsed.drivername == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.get_backend_name() == "postgresql" and parsed.password is None:
         parsed = parsed.set(password=password)
-    return parsed, parsed.render_as_string(hide_password=True)
+    return parsed, parsed.difference_update_query(_SECRET_OPTIONS).render_as_string(hide_password=True)
+
+
+def without_password(url: str) -> str:
+    """Return a storage URL as messages show it.
+
+    Raises:
+        StorageError: it is not a URL that hpo can use.
+    """
+    return _parse_url(url, None)[1]
+
+
+def contains_password(url: str) -> bool:
+    """Return whether a storage URL contains a password, in any of the places where a driver reads one.
+
+    Raises:
+        StorageError: it is not a URL that hpo can use.
+    """
+    parsed, _ = _parse_url(url, None)
+    return parsed.password is not None or not parsed.query.keys().isdisjoint(_SECRET_OPTIONS)
 
 
 def _check_sqlite_url(url: sa.URL, examples: str) -> None:

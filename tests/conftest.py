@@ -128,14 +128,23 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture
-def hpo_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> HpoHere:
+def hpo_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[HpoHere]:
     """`hpo_here(folder, "report", "grid")` runs `hpo report grid` in a folder, in this process: no imports are repeated."""
     from hpo.run import main
     from tests.factories import Finished
 
-    for name in ("HPO_STORAGE", "HPO_DATA_DIR", "HPO_DASHBOARD_PASSWORD", "PGPASSWORD", "RAY_ADDRESS"):
+    variables = (
+        "HPO_STORAGE",
+        "HPO_STORAGE_FILE",
+        "HPO_DATA_DIR",
+        "HPO_DASHBOARD_PASSWORD",
+        "PGPASSWORD",
+        "RAY_ADDRESS",
+    )
+    for name in variables:
         monkeypatch.delenv(name, raising=False)  # the command removes some of them; they come back after the test
-    monkeypatch.setattr(sys, "path", [*sys.path])  # the command adds the folder
+    umask = os.umask(0o022)
+    os.umask(umask)
 
     def run(folder: Path, *arguments: str, **variables: str) -> Finished:
         monkeypatch.chdir(folder)
@@ -149,4 +158,5 @@ def hpo_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         assert isinstance(ended.value.code, int)
         return Finished(ended.value.code, printed.out, printed.err)
 
-    return run
+    yield run
+    os.umask(umask)

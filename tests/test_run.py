@@ -25,6 +25,7 @@ from storage import tables
 from storage.database import StorageError, open_database
 from storage.optuna_internals import trial_id
 from storage.studies import open_study
+from tests.end_to_end.processes import python
 from tests.factories import Finished, HpoHere, toy_space
 
 INTERRUPTED = Stop(StopCause.INTERRUPTED)
@@ -172,21 +173,8 @@ def test_a_usage_error_is_exit_code_2(tmp_path: Path, hpo_here: HpoHere, argumen
             {"HPO_STORAGE": "postgresql://host/db"},
             f" --storage {DEFAULT_STORAGE}",
         ),
-        (  # what `_hide_password` starts for `--storage postgresql://me:secret@host/db`
-            [],
-            {"HPO_STORAGE": "postgresql://me:secret@host/db", run.HIDDEN_VARIABLE: "1"},
-            " --storage postgresql://me@host/db",
-        ),
-        (
-            [],
-            {"HPO_STORAGE": "postgresql://me@host/db?password=secret&sslmode=require", run.HIDDEN_VARIABLE: "1"},
-            " --storage 'postgresql://me@host/db?sslmode=require'",
-        ),
-        (
-            [],
-            {"HPO_STORAGE": "postgresql://me@host/db?password=secret", run.HIDDEN_VARIABLE: "1"},
-            " --storage postgresql://me@host/db",
-        ),
+        ([], {"HPO_STORAGE_FILE": "url.txt"}, ""),
+        (["--storage", "sqlite:///other.db"], {"HPO_STORAGE_FILE": "url.txt"}, " --storage sqlite:///other.db"),
     ],
 )
 def test_hints_can_be_copied(
@@ -199,6 +187,7 @@ def test_hints_can_be_copied(
     options: str,
 ) -> None:
     fake_search(["COMPLETE"])
+    (tmp_path / "url.txt").write_text("postgresql://me:secret@host/db")
     monkeypatch.delenv("UV_RUN_RECURSION_DEPTH", raising=False)
     finished = hpo_here(tmp_path, "run", "toy.yaml", *arguments, **variables)
     python = "uv run python" if "UV_RUN_RECURSION_DEPTH" in variables else "python"
@@ -250,36 +239,88 @@ def test_no_verb_leaves_a_password_to_the_processes_that_it_starts(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "url"),
+    "arguments",
     [
-        (["--storage", "postgresql://me:secret@host/db"], "postgresql://me:secret@host/db"),
-        (["--storage=postgresql://me:secret@host/db"], "postgresql://me:secret@host/db"),
-        (["--storage", "postgresql://me@host/db?password=secret"], "postgresql://me@host/db?password=secret"),
+        ["--storage", "postgresql://me:secret@host/db"],
+        ["--storage=postgresql://me:secret@host/db"],
+        ["--storage", "postgresql://host/db?user=me&password=secret"],
+        ["--storage", "postgresql://me@host/db?sslpassword=secret"],
+        ["--storage", "postgresql://me:top@secret@host/db"],
+        ["--storage", "postgresql://me:sec/ret@host/db"],
     ],
 )
-@pytest.mark.parametrize(
-    ("start", "prefix"), [(["-m", "hpo.run"], ["run"]), (["-m", "hpo", "run"], []), (["bin/hpo", "run"], [])]
-)
-def test_a_password_on_the_command_line_moves_into_the_environment(
-    monkeypatch: pytest.MonkeyPatch, arguments: list[str], url: str, start: list[str], prefix: list[str]
+@pytest.mark.parametrize("verb", [["run", "toy.yaml"], ["plan", "toy.yaml"], ["list"], ["dashboard"], ["clean"]])
+def test_a_password_on_the_command_line_is_refused(
+    tmp_path: Path, hpo_here: HpoHere, verb: list[str], arguments: list[str]
 ) -> None:
-    called: list[tuple[list[str], dict[str, str]]] = []
-    monkeypatch.setattr(sys, "orig_argv", ["python", *start, "grid", *arguments, "--data-dir", "d"])
-    monkeypatch.setattr(os, "execve", lambda _, argv, env: called.append((argv, env)))
-    run._hide_password([*(prefix or start[-1:]), "grid", *arguments, "--data-dir", "d"])
-    ((argv, environment),) = called
-    assert argv[1:] == [*start, "grid", "--data-dir", "d"]
-    assert environment["HPO_STORAGE"] == url
+    finished = hpo_here(tmp_path, *verb, *arguments)
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("hpo: ")
+    assert (
+        "PGPASSWORD or ~/.pgpass" in finished.stderr
+        or "write an @ in a user name or password as %40" in finished.stderr
+    )
+    assert not any(part in finished.stderr for part in ("secret", "top", "ret@"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_storage_may_be_named_by_a_file(tmp_path: Path, hpo_here: HpoHere, fake_search: Callable[..., Any]) -> None:
+    received = fake_search(["COMPLETE"])
+    file = tmp_path / "url.txt"
+    file.write_text("postgresql://me:secret@host/db\n")
+    assert hpo_here(tmp_path, "run", "toy.yaml", HPO_STORAGE_FILE=str(file)).returncode == 0
+    assert received[0]["storage"] == "postgresql://me:secret@host/db"
+    hpo_here(tmp_path, "run", "toy.yaml", "--storage", "sqlite:///o.db")
+    assert received[1]["storage"] == "sqlite:///o.db"
 
 
 @pytest.mark.parametrize(
-    "url", ["sqlite:///runs/hpo.db", "sqlite:///C:/a@b.db", "postgresql://me@host/db", "postgresql://host:5432/db"]
+    ("content", "variables", "message"),
+    [
+        (None, {}, "HPO_STORAGE_FILE names url.txt, which cannot be read: No such file or directory"),
+        (b"", {}, "HPO_STORAGE_FILE names url.txt, whose first line is empty"),
+        (b"\xff", {}, "HPO_STORAGE_FILE names url.txt, which cannot be read: it is not UTF-8"),
+        (b"sqlite:///x.db", {"HPO_STORAGE": "sqlite:///y.db"}, "HPO_STORAGE and HPO_STORAGE_FILE are both set"),
+    ],
 )
-def test_a_command_line_without_a_password_is_not_started_again(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "hpo.run", "grid", "--storage", url])
-    monkeypatch.setattr(os, "execve", lambda *_: pytest.fail("started again"))
-    run._hide_password(["run", "grid", "--storage", url])
-    run._hide_password(["run", "grid", "--storage"])  # click says what is missing
+def test_a_storage_file_that_cannot_be_used_is_one_message(
+    tmp_path: Path, hpo_here: HpoHere, content: bytes | None, variables: dict[str, str], message: str
+) -> None:
+    if content is not None:
+        (tmp_path / "url.txt").write_bytes(content)
+    finished = hpo_here(tmp_path, "list", HPO_STORAGE_FILE="url.txt", **variables)
+    assert finished.returncode == 2
+    assert finished.stderr.startswith(f"hpo: {message}")
+
+
+# --- the working folder and the files of the user ---------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [["-m", "hpo"], ["-m", "hpo.run"], [str(Path(sys.executable).with_name("hpo"))]])
+def test_a_file_in_the_working_folder_replaces_no_package(tmp_path: Path, start: list[str]) -> None:
+    for package in ("sqlalchemy", "click", "optuna", "pydantic"):
+        (tmp_path / f"{package}.py").write_text("raise SystemExit(7)")
+    verb = ["toy.yaml"] if start[-1] == "hpo.run" else ["list"]
+    finished = python(tmp_path, *start, *verb)
+    assert finished.returncode == 2, finished.stderr
+    assert finished.stderr.startswith(("hpo: there is no database", "hpo: cannot read the search space"))
+
+
+def test_new_files_are_private_unless_others_may_enter_the_folder(
+    tmp_path: Path, hpo_here: HpoHere, fake_search: Callable[..., Any]
+) -> None:
+    fake_search(["COMPLETE"])
+    os.umask(0o022)
+    hpo_here(tmp_path, "report", "toy", "--storage", "sqlite:///faked.db")
+    written = [tmp_path / "runs", *(tmp_path / "runs").rglob("*")]
+    assert len(written) > 3
+    assert [path for path in written if path.stat().st_mode & 0o077] == []
+    hpo_here(tmp_path, "list", "--storage", "sqlite:///faked.db")
+    assert os.umask(0o022) == 0o077, "the folder is private"
+    (tmp_path / "runs").chmod(0o750)
+    hpo_here(tmp_path, "list", "--storage", "sqlite:///faked.db")
+    assert os.umask(0o022) == 0o022, "others may enter the folder"
 
 
 @pytest.mark.parametrize(

@@ -81,13 +81,13 @@ class Driver:
     What it prints goes to a file: a test can read it while the driver runs.
     """
 
-    def __init__(self, folder: Path, number: int, *arguments: str | Path) -> None:
+    def __init__(self, folder: Path, number: int, *arguments: str | Path, **variables: str) -> None:
         self._printed = folder / f"driver-{number}.txt"
         with self._printed.open("w") as printed:
             self._process = subprocess.Popen(
                 command("run", *arguments),
                 cwd=folder,
-                env=environment(),
+                env=environment(**variables),
                 stdout=printed,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

@@ -21,8 +21,16 @@ from sqlalchemy.exc import OperationalError
 
 from benchmarks.postgres import Postgres
 from storage import database, migrations, optuna_tables, sqlite_file
-from storage.database import Database, StorageError, open_database, retry_while_down, translate_errors
-from storage.studies import find_study, open_study
+from storage.database import (
+    Database,
+    StorageError,
+    contains_password,
+    open_database,
+    retry_while_down,
+    translate_errors,
+    without_password,
+)
+from storage.studies import all_studies, find_study, open_study
 from storage.tables import metadata
 from tests.factories import wait_until
 from tests.storage.builders import open_in_process, open_s, sql
@@ -132,6 +140,8 @@ def test_a_process_that_is_suspended_in_a_transaction_does_not_stop_the_others(
         (f"postgresql+asyncpg://user:{PASSWORD}@host/name", "does not use the driver .*asyncpg"),
         (f"postgresql://user:{PASSWORD}@127.0.0.1:9/name", "no server answers there"),
         (f"postgresql://user@127.0.0.1:9/name?connect_timeout=5&password={PASSWORD}", "no server answers there"),
+        (f"postgresql://user@127.0.0.1:9/name?sslmode=disable&sslpassword={PASSWORD}", "no server answers there"),
+        (f"postgresql://user:half@{PASSWORD}@127.0.0.1:9/name", "write an @ in a user name or password as %40"),
     ],
 )
 def test_a_wrong_url_raises_an_error_without_the_password(
@@ -143,6 +153,36 @@ def test_a_wrong_url_raises_an_error_without_the_password(
     assert list(tmp_path.iterdir()) == []
     assert PASSWORD not in str(caught.value)
     assert caught.value.__cause__ is None  # its traceback would show the driver's message
+
+
+@pytest.mark.parametrize(
+    ("url", "shown", "has_password"),
+    [
+        ("sqlite:///runs/a b.db", "sqlite:///runs/a b.db", False),
+        ("postgresql://me@host:5432/db", "postgresql+psycopg://me@host:5432/db", False),
+        ("postgresql://me:s%40cret@host/db", "postgresql+psycopg://me:***@host/db", True),
+        ("postgresql://host/db?user=me&password=s", "postgresql+psycopg://me:***@host/db", True),
+        (
+            "postgresql://me@host/db?sslpassword=s&sslmode=require",
+            "postgresql+psycopg://me@host/db?sslmode=require",
+            True,
+        ),
+    ],
+)
+def test_urls_are_shown_without_their_password(url: str, shown: str, has_password: bool) -> None:
+    assert without_password(url) == shown
+    assert contains_password(url) is has_password
+
+
+@pytest.mark.postgres
+@pytest.mark.slow
+def test_user_and_password_may_be_in_the_query(postgres: Postgres) -> None:
+    url = sa.make_url(postgres.create_database("queried"))
+    query = {"user": str(url.username), "password": postgres.password}
+    moved = sa.URL.create("postgresql", host=url.host, port=url.port, database=url.database, query=query)
+    with open_database(moved.render_as_string(hide_password=False)) as database:
+        assert all_studies(database) == []
+        assert database.optuna_storage.get_all_studies() == []
 
 
 @pytest.mark.postgres

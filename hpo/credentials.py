@@ -1,0 +1,55 @@
+"""Passwords from the environment: they are read once, and other processes can no longer see them there."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from hpo.errors import SettingError
+
+
+def take_from_environment(names: Iterable[str]) -> dict[str, str]:
+    """Return the values of environment variables, and remove them.
+
+    A program that is started later does not inherit them. Linux shows the environment that a process was started with in
+    /proc/PID/environ, whatever the process does with its variables, so the values are overwritten in memory, too.
+
+    Args:
+        names: of the variables. Those that are not set, or empty, are left out.
+    """
+    taken = {name: value for name in names if (value := os.environ.get(name))}
+    for name, value in taken.items():
+        _overwrite(name, len(os.fsencode(value)))
+        del os.environ[name]
+    return taken
+
+
+def _overwrite(name: str, size: int) -> None:
+    """Fill the value of an environment variable with zeros, where the C library finds it."""
+    getenv = ctypes.CDLL(None).getenv
+    getenv.argtypes, getenv.restype = [ctypes.c_char_p], ctypes.c_void_p
+    address = getenv(os.fsencode(name))
+    if address:
+        ctypes.memset(address, 0, size)
+
+
+def read_secret_file(path: str, variable: str) -> str:
+    """Return the first line of a file, such as a secret of Docker Compose.
+
+    Args:
+        path: the file.
+        variable: the environment variable that names it, for the message.
+
+    Raises:
+        SettingError: the file cannot be read, or its first line is empty.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise SettingError(f"{variable} names {path}, which cannot be read: {reason}") from None
+    if not lines or not lines[0].strip():
+        raise SettingError(f"{variable} names {path}, whose first line is empty")
+    return lines[0].strip()
