@@ -22,6 +22,7 @@ DATABASES_FILE = "databases.txt"  # in a study's folder: which databases have tr
 SCRIPT_DIR = "script"  # in a trial's folder: {checkpoint_dir} of its script
 
 _UNSAFE = re.compile(r"[^\w.@+-]")
+_SEPARATORS = re.compile(r"[/\0]")
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,11 @@ class RunsDir:
         Args:
             unique_name: `Study.unique_name`, which is unique across databases.
         """
-        return self.root / "checkpoints" / unique_name
+        return self.root / "checkpoints" / _folder_name(unique_name)
 
     def trial(self, unique_name: str, number: int) -> Path:
         """Return the folder of one trial: its checkpoints, its log, its hang traceback."""
-        return self.checkpoints(unique_name) / str(number)
+        return self.checkpoints(unique_name) / str(int(number))  # SQLite may hold a text there
 
     def report(self, study_name: str) -> Path:
         """Return the folder of a study's report. A study of another program may have any name, even one with slashes."""
@@ -67,7 +68,7 @@ class RunsDir:
 
     def export(self, study_name: str, number: int) -> Path:
         """Return the folder of an exported trial."""
-        return self.root / "exports" / f"{study_name}-{number}"
+        return self.root / "exports" / _folder_name(f"{study_name}-{int(number)}")
 
     def make(self) -> RunsDir:
         """Create the folder and check that it can be written to; return it with an absolute path.
@@ -76,7 +77,7 @@ class RunsDir:
             SettingError: it cannot be created or written to.
         """
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)  # private, unless it exists
             probe = self.root / f".writable-{os.getpid()}-{secrets.token_hex(4)}"
             probe.touch()
             probe.unlink()
@@ -86,6 +87,12 @@ class RunsDir:
                 "make the folder writable, or start from another folder"
             ) from None
         return RunsDir(self.root.resolve())
+
+
+def _folder_name(name: str) -> str:
+    """Return a name from the database as the name of one folder. The names of search spaces stay as they are."""
+    name = _SEPARATORS.sub("_", name)
+    return "_" if name in {"", ".", ".."} else name
 
 
 DEFAULT_STORAGE = RunsDir().default_storage

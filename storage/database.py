@@ -336,7 +336,7 @@ def _check_sqlite_url(url: sa.URL, examples: str) -> None:
 def _create_folder(url: sa.URL, safe_url: str) -> None:
     folder = Path(str(url.database)).parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # private, unless it exists
     except OSError as error:
         raise StorageError(
             f"cannot create the folder {folder} for {safe_url}: {error.strerror}. "

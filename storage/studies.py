@@ -28,6 +28,7 @@ from storage.records import NEVER_RUN
 
 T = TypeVar("T")
 _REVISION = re.compile(r"[2-9]|[1-9][0-9]+")
+_IDENTITY = re.compile(r"[0-9a-f]{12}")  # `hpo:id`; file names contain it
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Study:
         study_id: its primary key.
         optuna_study: the same study as an Optuna object.
         drafts: the storage of `optuna_study`.
-        identity: its attribute `hpo:id`, random; None for a study that another program created. SQLite gives the ids of
-            deleted studies to new ones.
+        identity: its attribute `hpo:id`, random; None for a study that another program created, or changed in a way that hpo
+            does not. SQLite gives the ids of deleted studies to new ones.
     """
 
     database: Database
@@ -234,7 +235,7 @@ def _summary(database: Database, study: Any, counts: dict[str, int], retried: in
     runs = retry_while_down(database, lambda: records.read_runs(database, study_id(study)))
     settings = study.user_attrs.get("hpo:settings", {})
     heard = [run.last_heard for run in runs]
-    identity = study.user_attrs.get("hpo:id")
+    identity = _identity_of(study.user_attrs)
     return Summary(
         study.study_name,
         state_of(study.user_attrs, counts, retried, runs),
@@ -349,6 +350,11 @@ def open_study(
         revisions = _revisions(database, name)  # first: a study that appears after it makes the insertion fail
         study = find_revision(database, name, fingerprint)
         attrs = {} if study is None else study.attrs
+        if "hpo:id" in attrs and _identity_of(attrs) is None:
+            raise StorageError(
+                f"the study {study and study.name!r} in {database.url} has an attribute hpo:id that hpo did not write, so "
+                "its files cannot be told from those of other studies: rename the search space, or delete the study"
+            )
         if study is not None and "hpo:fingerprint" not in attrs:
             _check_direction(study, direction)
         # The budget, for example, may have changed since the study was last opened.
@@ -397,6 +403,12 @@ def open_study(
             return opened
 
 
+def _identity_of(attrs: Mapping[str, Any]) -> str | None:
+    """Return the attribute `hpo:id`; None if there is none, or if it is not as hpo writes it: it becomes part of paths."""
+    value = attrs.get("hpo:id")
+    return value if isinstance(value, str) and _IDENTITY.fullmatch(value) else None
+
+
 def _check_direction(study: Study, direction: str) -> None:
     """Raise StorageError if another program created a study with another direction, such as the dashboard's default."""
     found = [each.name.lower() for each in study.optuna_study.directions]
@@ -413,7 +425,7 @@ def _load(database: Database, name: str) -> Study | None:
     try:
         study = retry_while_down(database, lambda: optuna.load_study(study_name=name, storage=storage))
         # If another study has its id now, this is the other one's, which has another name.
-        identity = retry_while_down(database, lambda: study.user_attrs.get("hpo:id"))
+        identity = _identity_of(retry_while_down(database, lambda: study.user_attrs))
     except KeyError:
         return None
     return Study(database, name, study_id(study), study, storage, identity)

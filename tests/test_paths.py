@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,6 +47,32 @@ def test_the_default_storage_is_below_the_default_root() -> None:
 )
 def test_a_study_of_any_name_has_a_report_folder(study: str, folder: str) -> None:
     assert RunsDir(Path("runs")).report(study) == Path("runs/reports") / folder
+
+
+@pytest.mark.parametrize("name", ["../../other", "/etc", "..", ".", "", "a/../../b", "a\0b"])
+def test_no_name_from_a_database_leaves_its_folder(name: str) -> None:
+    runs = RunsDir(Path("runs"))
+    assert runs.checkpoints(name).parent == Path("runs/checkpoints")
+    assert runs.checkpoints(name).name not in {"", ".", ".."}
+    assert runs.export(name, 3).parent == Path("runs/exports")
+
+
+def test_the_name_of_a_search_space_is_the_name_of_its_folders() -> None:
+    name = "größe @ lr=0.1\\x"
+    assert RunsDir().checkpoints(f"{name}-0123456789ab") == Path("runs/checkpoints", f"{name}-0123456789ab")
+    assert RunsDir().export(name, 3) == Path("runs/exports", f"{name}-3")
+
+
+def test_a_trial_number_that_is_no_number_is_no_path() -> None:
+    number: Any = "../../other"  # SQLite stores a text in a column of integers
+    with pytest.raises(ValueError, match="invalid literal"):
+        RunsDir().trial("s-1", number)
+
+
+def test_a_new_folder_is_private_and_an_existing_one_stays_as_it_is(tmp_path: Path) -> None:
+    assert RunsDir(tmp_path / "runs").make().root.stat().st_mode & 0o777 == 0o700
+    (tmp_path / "runs").chmod(0o775)
+    assert RunsDir(tmp_path / "runs").make().root.stat().st_mode & 0o777 == 0o775
 
 
 def test_make_creates_the_folder_and_leaves_nothing_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

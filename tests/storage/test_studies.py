@@ -238,6 +238,20 @@ def test_nothing_is_written_to_the_study_that_has_the_id_of_a_deleted_one(study:
         claim_point(run)
 
 
+@pytest.mark.parametrize("value", ["../../other", "0123456789ab/..", "0123456789AB", "", 7, None])
+def test_a_study_whose_hpo_id_was_changed_is_not_ours(study: Study, database: Database, value: Any) -> None:
+    """Paths are made of it."""
+    study.optuna_study.set_user_attr("hpo:id", value)
+    changed = find_study(database, "s")
+    assert changed is not None
+    assert not changed.is_ours
+    assert changed.unique_name == "s-None"
+    (summary,) = summarize(database)
+    assert summary.unique_name == ""
+    with pytest.raises(StorageError, match="has an attribute hpo:id that hpo did not write"):
+        open_s(database)
+
+
 @pytest.mark.parametrize("new_name", ["other", "s"])
 def test_a_study_that_is_deleted_while_it_is_opened_is_created_again(
     study: Study, database: Database, monkeypatch: pytest.MonkeyPatch, new_name: str
