@@ -13,7 +13,11 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# All but tab and line feed, which only move on. C1 holds another escape; the rest reverses the order of what follows.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 class HpoError(Exception):
@@ -41,3 +45,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     names = list(known)
     matches = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"did you mean {matches[0]}?" if matches else f"allowed: {', '.join(names)}"
+
+
+def printable(text: str) -> str:
+    """Return a text without control characters: a terminal would obey them, and names in a database may contain any."""
+    return _CONTROL.sub("", text)

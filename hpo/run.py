@@ -19,14 +19,14 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import click
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from hpo.credentials import read_secret_file, take_from_environment
-from hpo.errors import HpoError, SettingError, nearest
+from hpo.errors import HpoError, SettingError, nearest, printable
 from hpo.paths import DEFAULT_STORAGE, RunsDir
 from hpo.search.stop import StopCause
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from hpo.api import SearchResult
     from hpo.report.results import Results
+    from hpo.report.terminal import Terminal
 
 STOP_CODES = {StopCause.INTERRUPTED: 130, StopCause.BROKEN: 2}
 COMPLETE_VARIABLE = "_HPO_COMPLETE"  # how a shell asks click for completions
@@ -69,7 +70,7 @@ def main(prefix: Sequence[str] = ()) -> NoReturn:
         sys.exit(130)
     except Exception as error:
         if isinstance(error, HpoError) or _is_storage_error(error):
-            print(f"hpo: {error}", file=sys.stderr)
+            _say(f"hpo: {error}", to=sys.stderr)
             sys.exit(2)
         raise
 
@@ -278,7 +279,7 @@ def plan(space: str, overrides: Sequence[str], storage: str, data_dir: Path) -> 
         )
     console.print(configuration_table(loaded, planned.states))
     for line in plan_lines(loaded, planned.slots, planned.estimate):
-        console.print(line, markup=False)
+        console.print(line)
     if planned.estimate is not None:
         console.print(speed_table(planned.estimate, loaded))
     elif planned.trials_left != 0:
@@ -329,7 +330,7 @@ def list_(storage: str, as_json: bool) -> int:
     else:
         from storage.database import without_password
 
-        print(f"{without_password(storage)} has no studies yet; `hpo run SPACE` creates one")
+        _say(f"{without_password(storage)} has no studies yet; `hpo run SPACE` creates one")
     return 0
 
 
@@ -352,9 +353,9 @@ def retry(study: str, numbers: Sequence[int], resume: bool, storage: str) -> int
     chosen = retry_trials(study, numbers, resume=resume, storage=storage, password=_secret("PGPASSWORD"))
     if chosen:
         listed = ", ".join(map(str, chosen))
-        print(f"{study}: waiting to run again: {listed}. The command that started the search runs them")
+        _say(f"{study}: waiting to run again: {listed}. The command that started the search runs them")
     else:
-        print(f"{study}: no trial has failed")
+        _say(f"{study}: no trial has failed")
     return 0
 
 
@@ -375,7 +376,7 @@ def replay(study: str, number: int, storage: str, data_dir: Path) -> int:
     from hpo.api import replay_trial
 
     password = _secret("PGPASSWORD")
-    is_equal = replay_trial(study, number, storage=storage, password=password, data_dir=data_dir, show=print)
+    is_equal = replay_trial(study, number, storage=storage, password=password, data_dir=data_dir, show=_say)
     return 0 if is_equal else 1
 
 
@@ -398,9 +399,9 @@ def export(study: str, trial: int | None, output: Path | None, storage: str, dat
     password = _secret("PGPASSWORD")
     exported = export_model(study, trial, storage=storage, password=password, data_dir=data_dir, output=output)
     for remark in exported.remarks:
-        print(f"note: {remark}")
+        _say(f"note: {remark}")
     folder = exported.folder
-    print(f"{folder}: README.md describes it; python {shlex.quote(str(folder / 'classify.py'))} IMAGE runs it")
+    _say(f"{folder}: README.md describes it; python {shlex.quote(str(folder / 'classify.py'))} IMAGE runs it")
     return 0
 
 
@@ -426,20 +427,20 @@ def clean(storage: str, yes: bool) -> int:
 
     cleaning = clean_runs(storage=storage, password=_secret("PGPASSWORD"), delete=yes)
     for each in cleaning.garbage:
-        print(f"{format_bytes(each.disk_bytes):>8}  {each.folder}: {each.what}")
+        _say(f"{format_bytes(each.disk_bytes):>8}  {each.folder}: {each.what}")
     for folder, size in cleaning.unknown.items():
-        print(f"kept: {folder} ({format_bytes(size)}), which is of no study in {without_password(storage)}")
+        _say(f"kept: {folder} ({format_bytes(size)}), which is of no study in {without_password(storage)}")
     for folder, other in cleaning.shared.items():
-        print(f"kept: {folder}, of a study that was deleted here, but that {other} has, or may have")
+        _say(f"kept: {folder}, of a study that was deleted here, but that {other} has, or may have")
     for name in cleaning.running:
-        print(f"kept: the files of {name}, which is running")
+        _say(f"kept: the files of {name}, which is running")
     for problem in cleaning.problems:
-        print(f"hpo: {problem}", file=sys.stderr)
+        _say(f"hpo: {problem}", to=sys.stderr)
     total = format_bytes(cleaning.disk_bytes)
     if not cleaning.garbage:
-        print("Nothing to delete.")
+        _say("Nothing to delete.")
     else:
-        print(f"Freed {total}." if yes else f"{total} can be freed: {_hint('clean', '--yes', storage=storage)}")
+        _say(f"Freed {total}." if yes else f"{total} can be freed: {_hint('clean', '--yes', storage=storage)}")
     return 2 if cleaning.problems else 0
 
 
@@ -504,11 +505,16 @@ def completion(shell: str) -> int:
 # --- what is printed --------------------------------------------------------------------------------------------------
 
 
-def _console() -> Console:
-    from rich.console import Console
+def _say(text: str, to: TextIO | None = None) -> None:
+    """Print a text without control characters, by default to stdout."""
+    print(printable(text), file=to)
+
+
+def _console() -> Terminal:
+    from hpo.report.terminal import Terminal
 
     # A log file has no width: the default of 80 columns would fold the table.
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    return Terminal(width=None if sys.stdout.isatty() else 140)
 
 
 def _print_results(console: Console, results: Results) -> None:
@@ -516,12 +522,12 @@ def _print_results(console: Console, results: Results) -> None:
 
     console.print(trial_table(results, console))
     for line in failures(results):
-        console.print(line, style="red", soft_wrap=True, markup=False)
+        console.print(line, style="red", soft_wrap=True)
 
 
 def _print_report(console: Console, page: Path) -> None:
     page = page.relative_to(Path.cwd()) if page.is_relative_to(Path.cwd()) else page
-    console.print(f"Report: {page}  (report.md has the same figures as PNG)", soft_wrap=True, markup=False)
+    console.print(f"Report: {page}  (report.md has the same figures as PNG)", soft_wrap=True)
 
 
 def _print_ending(console: Console, result: SearchResult, storage: str) -> None:
@@ -530,14 +536,14 @@ def _print_ending(console: Console, result: SearchResult, storage: str) -> None:
             StopCause.INTERRUPTED: "The same command resumes it",
             StopCause.TIME_SPENT: "With a larger budget.time, the same command resumes it",
         }.get(result.stopped.cause, "Fix the cause, retry the failed trials, and start the same command again")
-        console.print(f"Stopped: {result.stopped}. {remedy}.", style="yellow", soft_wrap=True, markup=False)
+        console.print(f"Stopped: {result.stopped}. {remedy}.", style="yellow", soft_wrap=True)
     name = result.results.study.name
     if result.report is not None:
         _print_report(console, result.report)
     if result.results.counts["FAIL"]:
-        console.print(f"Retry failed trials: {_hint('retry', name, storage=storage)}", soft_wrap=True, markup=False)
-    console.print(f"Dashboard: {_hint('dashboard', storage=storage)}", soft_wrap=True, markup=False)
-    console.print(f"Report again: {_hint('report', name, storage=storage)}", soft_wrap=True, markup=False)
+        console.print(f"Retry failed trials: {_hint('retry', name, storage=storage)}", soft_wrap=True)
+    console.print(f"Dashboard: {_hint('dashboard', storage=storage)}", soft_wrap=True)
+    console.print(f"Report again: {_hint('report', name, storage=storage)}", soft_wrap=True)
 
 
 def _hint(verb: str, *words: str, storage: str) -> str:

@@ -191,7 +191,7 @@ class TerminalProgress:
         self._print(Text(text, style="yellow"))
 
     def _print(self, text: str | Text) -> None:
-        self._console.print(text, soft_wrap=True, highlight=False, markup=False)
+        self._console.print(text, soft_wrap=True)
 
     def _may_print(self) -> bool:
         """Take a line from the token bucket; return whether there was one."""

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
@@ -60,7 +59,7 @@ def _build_trial_table(
     """Return the table of trials with these columns; `fold` breaks the headings at underscores too."""
     table = Table(
         box=box.SIMPLE_HEAD,
-        title=escape(f"{results.study.name}: {len(results.trials)} trials"),
+        title=f"{results.study.name}: {len(results.trials)} trials",
         title_justify="left",
         caption_justify="left",
         pad_edge=False,
@@ -70,15 +69,15 @@ def _build_trial_table(
         if fold:
             heading = heading.replace("_", "_\n")
         left = "left" if name == "state" else "right"
-        table.add_column(escape(heading), justify=left, vertical="bottom", overflow="fold")  # type: ignore[arg-type]
+        table.add_column(heading, justify=left, vertical="bottom", overflow="fold")  # type: ignore[arg-type]
     for trial in results.ranked[:MAX_TABLE_ROWS]:
-        table.add_row(*(escape(cell(trial)) for _, cell in columns))
+        table.add_row(*(cell(trial) for _, cell in columns))
     captions = []
     if len(results.ranked) > MAX_TABLE_ROWS:
         captions.append(f"and {len(results.ranked) - MAX_TABLE_ROWS} more")
     if left_out:
         captions.append(f"too narrow for: {', '.join(left_out)}")
-    table.caption = escape("; ".join(captions)) or None
+    table.caption = "; ".join(captions) or None
     return table
 
 
@@ -128,11 +127,11 @@ def study_table(summaries: Sequence[Summary]) -> Table:
         table.add_column(name, justify=left, overflow="fold")  # type: ignore[arg-type]
     for each in summaries:
         table.add_row(
-            escape(each.name),
+            each.name,
             each.state or "another program's",
             *(f"{each.counts.get(state, 0):,}" for state in states),
             format_number(each.best),
-            escape(each.metric),
+            each.metric,
             _ago(each.last_activity),
             format_bytes(each.disk_bytes) if each.unique_name else "",
         )

@@ -50,6 +50,27 @@ def uses_checkpoint_dir(command: str) -> bool:
     return any(name == CHECKPOINT_DIR for name, _ in _PLACEHOLDER.findall(command))
 
 
+def positional_placeholders(command: str) -> set[str]:
+    """Return the names of placeholders that begin an argument and follow no flag, such as `{name}` in `train.py {name}`."""
+    found, follows_flag = set(), False
+    for argument in shlex.split(command):
+        placeholder = _PLACEHOLDER.match(argument)
+        if placeholder and not follows_flag:
+            found.add(placeholder[1])
+        follows_flag = argument.startswith("-") and "{" not in argument
+    return found
+
+
+def looks_like_option(value: Any) -> bool:
+    """Return whether a program would take a positional argument with this value for an option. Numbers are none."""
+    return isinstance(value, str) and value.startswith("-")
+
+
+def describe_option(name: str) -> str:
+    """Return what is wrong with such a value, and the remedy."""
+    return f"the script would take it for an option: write --{name}={{{name}}} in the command, not {{{name}}} alone"
+
+
 def build_arguments(command: str, values: Mapping[str, Any]) -> list[str]:
     """Return the program and its arguments.
 
@@ -57,7 +78,13 @@ def build_arguments(command: str, values: Mapping[str, Any]) -> list[str]:
         command: a command without mistakes.
         values: the values of the placeholders. A placeholder without a value is an inactive parameter: the argument that
             contains it is left out, together with the flag before it.
+
+    Raises:
+        ValueError: a positional argument would be taken for an option.
     """
+    for name in positional_placeholders(command):
+        if looks_like_option(values.get(name)):
+            raise ValueError(f"{name} {values[name]!r}: {describe_option(name)}")
     arguments: list[str] = []
     follows_flag = False
     for argument in shlex.split(command):

@@ -1,7 +1,8 @@
 """Arithmetic in a search space, such as `lr <= 0.004 * batch_size`. simpleeval evaluates it; eval is never used.
 
 An expression may use numbers, strings, `+ - * / // % **`, comparisons, `and or not`, `a if b else c` and `FUNCTIONS`. Its
-length and the size of its powers are limited, so that evaluation is always fast.
+length is limited, and so is the size of each value on the way to its result: each operation takes microseconds, and there
+are fewer operations than characters.
 """
 
 from __future__ import annotations
@@ -17,12 +18,23 @@ from typing import Any
 
 MAX_LENGTH = 200  # characters; also limits the evaluator's recursion
 MAX_INT_POWER = 1000  # a larger base or exponent is computed in floats
+MAX_BITS = 2048  # of an integer; the largest float has 1024
+MAX_TEXT = 1000  # characters of a string
+MAX_DIGITS = 400  # to which a number is rounded, on either side of the point
+
+
+def _round(number: Any, digits: int | None = None) -> Any:
+    """Round as Python does, which computes 10 ** -digits."""
+    if digits is not None and abs(digits) > MAX_DIGITS:
+        raise ValueError(f"round to more than {MAX_DIGITS} digits")
+    return round(number, digits)
+
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "abs": abs,
     "min": min,
     "max": max,
-    "round": round,
+    "round": _round,
     "int": int,
     "float": float,
     "sqrt": math.sqrt,
@@ -51,6 +63,7 @@ class Expression:
         text: the source.
         names: the names of the values that it needs.
         is_condition: whether it is a comparison, or comparisons joined by and, or, not.
+        size: the number of its operations, names and literals.
 
     Raises:
         ExpressionError: it is too long, not an expression, or uses something that is not allowed.
@@ -59,6 +72,7 @@ class Expression:
     def __init__(self, text: str) -> None:
         self.text = text
         self._tree = _parse(text)
+        self.size = sum(isinstance(node, ast.expr) for node in ast.walk(self._tree))
         called = {node.func.id for node in ast.walk(self._tree) if isinstance(node, ast.Call)}  # type: ignore[attr-defined]
         used = {node.id for node in ast.walk(self._tree) if isinstance(node, ast.Name)}
         self.names = frozenset(used - called)
@@ -76,6 +90,8 @@ class Expression:
 
         self._evaluator.names = dict(values)
         try:
+            for name in self.names & values.keys():
+                _limited(values[name])
             result = self._evaluator.eval(self.text, previously_parsed=self._tree)
         except (InvalidExpression, ArithmeticError, ValueError, TypeError, RecursionError) as error:
             raise ExpressionError(f"{self.text} cannot be computed: {error}") from None
@@ -90,7 +106,12 @@ class Expression:
         from simpleeval import DEFAULT_OPERATORS, SimpleEval
 
         operators = {kind: DEFAULT_OPERATORS[kind] for kind in _OPERATORS if kind in DEFAULT_OPERATORS}
-        return SimpleEval(operators=operators | {ast.Pow: _power, ast.Mod: _modulo}, functions=FUNCTIONS, names={})
+        operators |= {ast.Pow: _power, ast.Mod: _modulo}
+        return SimpleEval(
+            operators={kind: _with_limit(operator) for kind, operator in operators.items()},
+            functions={name: _with_limit(function) for name, function in FUNCTIONS.items()},
+            names={},
+        )
 
 
 class Formulas:
@@ -114,6 +135,11 @@ class Formulas:
         order = topological_order({name: expression.names for name, expression in expressions.items()})
         self._derived = {name: expressions[name] for name in order}
         self._constants = {"max_epochs": max_epochs}
+
+    @property
+    def size(self) -> int:
+        """The number of operations, names and literals that one configuration needs."""
+        return sum(expression.size for expression in [*self._constraints, *self._derived.values()])
 
     def derive(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Return the derived values of a configuration.
@@ -193,6 +219,28 @@ def _parse(text: str) -> ast.expr:
         if not is_literal and not isinstance(node, _NODES + _OPERATORS):
             raise ExpressionError(f"{text!r}: only arithmetic, comparisons and {', '.join(FUNCTIONS)} are allowed")
     return tree
+
+
+def _with_limit(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function or operator with a limited result. Its arguments are limited: they are results, or were checked."""
+
+    def limited(*arguments: Any) -> Any:
+        return _limited(compute(*arguments))
+
+    return limited
+
+
+def _limited(value: Any) -> Any:
+    """Return a value.
+
+    Raises:
+        ValueError: it is an integer or a string with which an operation could take long.
+    """
+    if isinstance(value, int) and value.bit_length() > MAX_BITS:
+        raise ValueError(f"an integer of more than {MAX_BITS} bits")
+    if isinstance(value, str) and len(value) > MAX_TEXT:
+        raise ValueError(f"a text of more than {MAX_TEXT} characters")
+    return value
 
 
 def _power(base: Any, exponent: Any) -> Any:

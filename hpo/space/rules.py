@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpo.errors import nearest
-from hpo.space.command import find_command_mistakes
+from hpo.space.command import describe_option, find_command_mistakes, looks_like_option, positional_placeholders
 from hpo.space.expressions import FUNCTIONS, Expression, ExpressionError, Formulas, find_cycle
 from hpo.space.messages import KeyPath, Problem
 from hpo.space.parameters import (
+    Choices,
     FloatRange,
     IntRange,
     Parameter,
@@ -31,6 +32,7 @@ from hpo.space.parameters import (
 from hpo.trainable import DEFAULT_TRAINABLE
 
 MAX_GRID_POINTS = 100_000
+MAX_WORK = 2_000_000  # operations of constraints and derived values for all points of a grid: about 5 s
 RANDOM_POINTS = 1000  # tried against constraints and derived values
 NOT_BUILT = {
     ("objectives",): "several objectives are not built yet: give one `metric` and `direction`",
@@ -225,20 +227,28 @@ def _some_configuration_is_valid(sections: ValidSections) -> Iterator[Problem]:
         return
     formulas = Formulas(sections["constraints"], sections["derived"], sections["max_epochs"])
     is_grid = sections["sampler"].is_grid
+    count = math.prod(each.count or 1 for each in parameters.values()) if is_grid else RANDOM_POINTS
+    if formulas.size * count > MAX_WORK:
+        yield (
+            ("constraints" if sections["constraints"] else "derived",),
+            f"{formulas.size:,} operations for each of {count:,} configurations are more than {MAX_WORK:,}: simplify the "
+            "expressions, or give fewer values",
+        )
+        return
     rng = random.Random(0)
     points = iterate_grid(parameters) if is_grid else (sample_params(parameters, rng) for _ in range(RANDOM_POINTS))
     tried = "no configuration of the grid" if is_grid else f"none of {RANDOM_POINTS} random configurations"
     times_violated: Counter[KeyPath] = Counter()
     texts: dict[KeyPath, str] = {}
-    count = 0
+    tries = 0
     for point in points:
         violations = formulas.violations(point)
         if not violations:
             return
         times_violated.update(path for path, _ in violations)
         texts.update(violations)
-        count += 1
-    always_violated = [path for path, times in times_violated.items() if times == count]
+        tries += 1
+    always_violated = [path for path, times in times_violated.items() if times == tries]
     for path in always_violated:
         yield path, f"{tried} meets it: {texts[path]}"
     if not always_violated:
@@ -250,8 +260,14 @@ def _command_is_complete(sections: ValidSections) -> Iterator[Problem]:
         return
     if "trainable" in sections.data:
         yield ("command",), "give either command or trainable, not both"
-    for text in find_command_mistakes(sections["command"], [*sections.names(), *sections.names("derived")]):
+    mistakes = find_command_mistakes(sections["command"], [*sections.names(), *sections.names("derived")])
+    for text in mistakes:
         yield ("command",), text
+    positional = set() if mistakes else positional_placeholders(sections["command"])
+    for name, parameter in sections["parameters"].items():
+        for value in parameter.choices if isinstance(parameter, Choices) and name in positional else ():
+            if looks_like_option(value):
+                yield ("parameters", name), f"{value!r}: {describe_option(name)}"
 
 
 def _features_are_built(sections: ValidSections) -> Iterator[Problem]:

@@ -6,9 +6,10 @@ import io
 import re
 
 import pytest
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 
 from hpo.report.plan import configuration_table, plan_lines, speed_table
+from hpo.report.terminal import Terminal
 from hpo.search.estimate import SearchEstimate
 from hpo.search.probes import Speed
 from hpo.search.slots import Slots
@@ -19,7 +20,7 @@ KEEPS = "Keeps the checkpoints of the best 3 trials."
 
 def shown(text: RenderableType) -> str:
     file = io.StringIO()
-    Console(file=file, width=140).print(text)
+    Terminal(file=file, width=140).print(text)
     return file.getvalue()
 
 

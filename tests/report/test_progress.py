@@ -11,10 +11,10 @@ from io import StringIO
 from types import SimpleNamespace
 
 import pytest
-from rich.console import Console
 
 from hpo.report.formatting import format_seconds
 from hpo.report.progress import TerminalProgress
+from hpo.report.terminal import Terminal
 from hpo.search.slots import Slots
 from hpo.space.model import Space
 
@@ -60,7 +60,7 @@ class Screen:
         self.slots = Slots(slots, 1.0, 0.0)
         self.counts = counts or {}
         self.paper = StringIO()
-        console = Console(
+        console = Terminal(
             file=self.paper, force_terminal=terminal, width=width, height=height, _environ={"TERM": "xterm"}
         )
         self.progress = TerminalProgress(console)

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 from optuna.trial import TrialState, create_trial
-from rich.console import Console
 
 from hpo.paths import RunsDir
 from hpo.report.page import write_report
 from hpo.report.results import Results, read_epochs, read_results
 from hpo.report.tables import trial_table
+from hpo.report.terminal import Terminal
 from storage import records
 from storage.database import Database
 from storage.records import DUPLICATE
@@ -120,7 +120,7 @@ def test_a_report_reads_each_table_once(database: Database, monkeypatch: pytest.
     count(records, "read_provenances")
     count(records, "read_runs")
     results = read_results(study)
-    trial_table(results, Console(width=80))
+    trial_table(results, Terminal(width=80))
     write_report(results, RunsDir(tmp_path))
     assert sorted(calls) == ["read_metrics", "read_provenances", "read_runs", "trials"]
 

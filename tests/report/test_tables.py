@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from rich.console import Console
 
 from hpo.report.results import Results
 from hpo.report.tables import failures, trial_table
+from hpo.report.terminal import Terminal
 from hpo.run import cli
 from storage.database import Database
 from tests.report.studies import add_trial, finish_grid, optuna_study, read
@@ -22,7 +22,7 @@ from tests.report.studies import add_trial, finish_grid, optuna_study, read
 
 def shown(results: Results, width: int = 140) -> str:
     text = io.StringIO()
-    console = Console(file=text, width=width)
+    console = Terminal(file=text, width=width)
     console.print(trial_table(results, console))
     return text.getvalue()
 

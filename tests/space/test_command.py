@@ -2,7 +2,13 @@ from __future__ import annotations
 
 import pytest
 
-from hpo.space.command import PLACEHOLDERS, build_arguments, find_command_mistakes, uses_checkpoint_dir
+from hpo.space.command import (
+    PLACEHOLDERS,
+    build_arguments,
+    find_command_mistakes,
+    positional_placeholders,
+    uses_checkpoint_dir,
+)
 
 
 def test_values_are_inserted_into_arguments_without_a_shell() -> None:
@@ -66,3 +72,12 @@ def test_every_mistake_is_described(command: str, mistakes: list[str]) -> None:
 )
 def test_a_command_with_the_placeholder_uses_a_checkpoint_dir(command: str, expected: bool) -> None:
     assert uses_checkpoint_dir(command) is expected
+
+
+def test_a_positional_value_that_looks_like_an_option_is_refused() -> None:
+    command = "python t.py {mode} --lr {lr} --flag {flag} --x={x} {lr}"
+    assert positional_placeholders(command) == {"mode", "lr"}
+    values = {"mode": "fast", "lr": -1, "flag": "-f", "x": "-x"}
+    assert build_arguments(command, values)[2:] == ["fast", "--lr", "-1", "--flag", "-f", "--x=-x", "-1"]
+    with pytest.raises(ValueError, match="mode '-rf': the script would take it for an option"):
+        build_arguments(command, values | {"mode": "-rf"})

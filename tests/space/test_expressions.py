@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from graphlib import CycleError
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from hpo.space.expressions import MAX_LENGTH, Expression, ExpressionError, Formulas, find_cycle, topological_order
+from hpo.space.expressions import (
+    FUNCTIONS,
+    MAX_LENGTH,
+    Expression,
+    ExpressionError,
+    Formulas,
+    find_cycle,
+    topological_order,
+)
 
 VALUES = {"lr": 0.1, "batch_size": 64, "optimizer": "sgd", "nesterov": True}
 
@@ -78,7 +89,8 @@ def test_anything_but_arithmetic_is_refused_before_evaluation(text: str) -> None
 @pytest.mark.parametrize(
     "text",
     ["1 / (lr - lr)", "log(0)", "lr < optimizer", "1e308 * 10", "(-8) ** 0.5", "9 ** 9 ** 9 ** 9", "'%9999999999d' % 1",
-     "'a' * 10 ** 9", "min", "10 ** 1000 ** 3", "sqrt(-1)", "int('x')"],
+     "'a' * 10 ** 9", "min", "10 ** 1000 ** 3", "sqrt(-1)", "int('x')", "round(1, -9**999)", "round(1, -2**1000)",
+     "round(1.5, 2**1000)", "round(7, -401)", "9**999", "9**600 * 9**600", "'a' * 1001", "int('9' * 999)"],
 )  # fmt: skip
 def test_an_expression_without_a_finite_value_is_an_error_and_fails_fast(text: str) -> None:
     expression = Expression(text)
@@ -86,6 +98,56 @@ def test_an_expression_without_a_finite_value_is_an_error_and_fails_fast(text: s
     with pytest.raises(ExpressionError):
         expression.evaluate(VALUES)
     assert time.perf_counter() - started < 1
+
+
+def test_derived_values_that_multiply_each_other_stay_small() -> None:
+    chain = {f"d{i + 1}": "*".join([f"d{i}"] * 50) for i in range(6)}
+    formulas = Formulas([], {"d0": "lr ** 1000", **chain}, max_epochs=1)
+    started = time.process_time()
+    with pytest.raises(ExpressionError, match="an integer of more than 2048 bits"):
+        formulas.derive({"lr": 999})
+    texts = {f"d{i + 1}": "+".join([f"d{i}"] * 60) for i in range(6)}
+    with pytest.raises(ExpressionError, match="a text of more than 1000 characters"):
+        Formulas([], {"d0": "name + name", **texts}, max_epochs=1).derive({"name": "abc"})
+    assert time.process_time() - started < 1
+
+
+def test_a_parameter_is_limited_like_a_result() -> None:
+    with pytest.raises(ExpressionError, match="an integer of more than 2048 bits"):
+        Expression("x % 7").evaluate({"x": 1 << 10**6})
+
+
+_names = st.sampled_from(["lr", "batch_size", "optimizer", "nesterov", "d0", "d1", "d2"])
+_literals = st.integers(-(10**9), 10**9).map(str) | st.sampled_from(
+    ["9**999", "1e308", "0.5", "'ab'", "400", "-1", "0"]
+)
+
+
+def _operations(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    operators = st.sampled_from(["+", "-", "*", "/", "//", "%", "**", "<", "==", "and", "or"])
+    binary = st.builds(lambda a, operator, b: f"({a} {operator} {b})", inner, operators, inner)
+    repeated = st.builds(
+        lambda a, operator, n: operator.join([a] * n), _names, st.sampled_from("+*"), st.integers(2, 60)
+    )
+    called = st.builds(
+        lambda name, arguments: f"{name}({', '.join(arguments)})",
+        st.sampled_from(sorted(FUNCTIONS)),
+        st.lists(inner, min_size=1, max_size=2),
+    )
+    return binary | repeated | called | st.builds(lambda a, b, c: f"({a} if {b} else {c})", inner, inner, inner)
+
+
+_expressions = st.recursive(_names | _literals, _operations, max_leaves=12).filter(lambda text: len(text) <= MAX_LENGTH)
+
+
+@settings(max_examples=200, deadline=None, database=None, derandomize=True)
+@given(texts=st.lists(_expressions, min_size=1, max_size=4), batch_size=st.integers(-(2**53), 2**53))
+def test_no_chain_of_expressions_takes_long(texts: list[str], batch_size: int) -> None:
+    derived = {f"d{i}": text for i, text in enumerate(texts)}
+    started = time.process_time()
+    with contextlib.suppress(ExpressionError, CycleError):
+        Formulas([], derived, max_epochs=50).derive(VALUES | {"batch_size": batch_size})
+    assert time.process_time() - started < 0.5
 
 
 def test_the_most_deeply_nested_expression_is_evaluated() -> None:

@@ -184,6 +184,16 @@ RULES = {
     ),
     "an empty command": (VALID + "»command: ''\n", ["command: is empty"]),
     "a placeholder as the program": (VALID + "»command: '{lr} x'\n", ["command: the program cannot be a placeholder"]),
+    "a positional value that looks like an option": (
+        "sampler: grid\nmax_epochs: 1\ncommand: python train.py {mode} --lr {lr} --mode={mode}\n"
+        "parameters: {lr: [-1, -2], »mode: [fast, -rf]}\n",
+        ["parameters.mode: '-rf': the script would take it for an option: write --mode={mode} in the command"],
+    ),
+    "formulas that take too long": (
+        "sampler: grid\nmax_epochs: 1\nparameters: {a: {type: int, low: 1, high: 300}, b: {type: int, low: 1, high: 300}}\n"
+        f"»constraints: [{' + '.join(['a * b'] * 20)} < 0]\n",
+        ["constraints: ", "operations for each of 90,000 configurations are more than 2,000,000: simplify"],
+    ),
     # Keys of features that are not built are refused, not ignored.
     "several objectives": (
         VALID + "»objectives: [{metric: a, direction: minimize}, {metric: b}]\n",
