@@ -69,10 +69,15 @@ class Postgres:
         """Return the `postgresql://` URL of a database, including the password."""
         return f"postgresql://{USER}:{self.password}@127.0.0.1:{self.port}/{database}"
 
-    def create_database(self, name: str) -> str:
-        """Create an empty database and return its URL."""
+    def create_database(self, name: str, options: str = "") -> str:
+        """Create an empty database and return its URL.
+
+        Args:
+            name: of the database.
+            options: of `CREATE DATABASE`, such as an encoding.
+        """
         with psycopg.connect(self.url(), autocommit=True) as connection:
-            connection.execute(f'CREATE DATABASE "{name}"')
+            connection.execute(f'CREATE DATABASE "{name}" {options}')
         return self.url(name)
 
     def start(self) -> None:

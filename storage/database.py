@@ -69,6 +69,15 @@ _OPTUNA_TABLES = set(optuna_tables.metadata.tables)
 # releases the rows that it locked: without this, all other runs on the study would wait until the process continues.
 _IDLE_TRANSACTION_SECONDS = 60
 
+# What a server, a database or a role may have set for its sessions: no wait is cut short, and a number is read as it was
+# written. {name: value}
+_SESSION = {
+    "statement_timeout": "0",
+    "lock_timeout": "0",
+    "transaction_timeout": "0",  # since PostgreSQL 17
+    "extra_float_digits": "1",
+}
+
 T = TypeVar("T")
 logger = logging.getLogger("hpo.storage")
 
@@ -348,17 +357,25 @@ def _engine_options(url: sa.URL) -> dict[str, Any]:
     if url.get_backend_name() == "sqlite":
         return {"connect_args": {"timeout": BUSY_SECONDS}}
     # pre_ping: after a restart of the server, stale connections are replaced before a statement fails on one.
-    connect_args = {"connect_timeout": 10, "application_name": "hpo", "keepalives": 1} | _TCP_OPTIONS
+    # UTF-8, whatever the database's encoding: psycopg gives texts of SQL_ASCII as bytes, and some encodings lack letters.
+    connect_args: dict[str, Any] = {"connect_timeout": 10, "application_name": "hpo", "keepalives": 1} | _TCP_OPTIONS
     given = {name: value for name, value in connect_args.items() if name not in url.query}
-    return {"pool_pre_ping": True, "connect_args": given}
+    return {
+        "pool_pre_ping": True,
+        # Whatever the database's default is: a transaction that waited for a lock must see what the one before it committed.
+        "isolation_level": "READ COMMITTED",
+        "connect_args": given | {"client_encoding": "utf8"},
+    }
 
 
 def _configure_postgresql(connection: Any, _record: object) -> None:
     # The server must notice, too: otherwise, a driver that a network lost would hold its locks for hours.
-    settings = ", ".join(
-        f"set_config('tcp_{name.removeprefix('tcp_')}', '{value}', false)" for name, value in _TCP_OPTIONS.items()
+    settings = _SESSION | {f"tcp_{name.removeprefix('tcp_')}": str(value) for name, value in _TCP_OPTIONS.items()}
+    listed = ", ".join(f"('{name}', '{value}')" for name, value in settings.items())
+    connection.execute(
+        f"SELECT set_config(wanted.name, value, false) FROM (VALUES {listed}) AS wanted (name, value) "
+        "JOIN pg_settings ON pg_settings.name = wanted.name"  # an older server lacks some
     )
-    connection.execute(f"SELECT {settings}")
     connection.commit()
 
 
@@ -533,8 +550,7 @@ def _schema_lock(engine: sa.Engine, safe_url: str) -> Iterator[None]:
                 f"WHERE datname = current_database() AND locktype = 'advisory' AND objid = {number} AND granted"
             ).scalar()
             raise _opened_elsewhere(safe_url, f"`SELECT pg_terminate_backend({pid})` ends its connection") from None
-        finally:
-            connection.exec_driver_sql("RESET lock_timeout")
+        connection.exec_driver_sql("SET lock_timeout = 0")  # not after an error: the connection may have ended
         try:
             yield
         finally:
@@ -633,8 +649,8 @@ def _is_transient(error: BaseException) -> bool:
     state = getattr(error, "sqlstate", None)
     if state is not None:
         # 08: connection; 57P: shutdown or startup; 40: serialization failure and deadlock; 53300: too many connections;
-        # 25P03: this process was suspended in a transaction.
-        return state[:2] in {"08", "40"} or state[:3] == "57P" or state in {"53300", "25P03"}
+        # 25P03, 25P04: this process was suspended in a transaction; 57014: somebody canceled the statement; 55P03: a lock.
+        return state[:2] in {"08", "40"} or state[:3] == "57P" or state in {"53300", "25P03", "25P04", "57014", "55P03"}
     import psycopg
 
     return isinstance(error, psycopg.OperationalError | OperationalError | InterfaceError)
@@ -650,7 +666,17 @@ def _remedy(error: BaseException) -> str:
         "malformed": _DAMAGED,
         "password authentication": "wrong user or password in the storage URL",
         "no password supplied": "the storage URL has no password",
-        "permission denied": f"the database user lacks rights ({text}): grant it CREATE on the schema",
+        "permission denied for schema": f"the database user lacks rights ({text}): grant it USAGE and CREATE on the schema",
+        "permission denied": (
+            f"the database user lacks rights ({text}): grant it SELECT, INSERT, UPDATE and DELETE on all tables of the "
+            "schema, and USAGE on its sequences"
+        ),
+        "must be owner": f"the database user lacks rights ({text}): let the owner of the tables open the database once",
+        "read-only transaction": (
+            f"the server only reads ({text}): name the primary server, or unset default_transaction_read_only"
+        ),
+        "no space left": f"the disk of the server is full ({text}): free some space, then run the same command again",
+        "encoding": f"{text}: create the database with ENCODING 'UTF8'",
         "does not exist": f"{text}: create it, or correct the storage URL",
         "locked": f"another program locked the database for over {BUSY_SECONDS:.0f} s",
         "name or service not known": "the host in the storage URL does not exist",

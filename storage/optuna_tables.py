@@ -266,10 +266,10 @@ def read_values(connection: sa.Connection, trial_id: int) -> dict[int, float]:
     return {epoch: decode_intermediate_value(value, kind) for epoch, value, kind in rows}
 
 
-def delete_values(connection: sa.Connection, trial_id: int, after_epoch: int) -> None:
-    """Delete the intermediate values of a trial after an epoch; 0 deletes all."""
+def delete_values(connection: sa.Connection, trial_id: int, from_epoch: int) -> None:
+    """Delete the intermediate values of a trial from an epoch on."""
     table = intermediate_values
-    connection.execute(table.delete().where(table.c.trial_id == trial_id, table.c.step > after_epoch))
+    connection.execute(table.delete().where(table.c.trial_id == trial_id, table.c.step >= from_epoch))
 
 
 # --- states -----------------------------------------------------------------------------------------------------------

@@ -93,7 +93,8 @@ class TrialUpdate:
         metrics: {name: value} of the epoch.
         value: the objective's value, of the epoch or of the completed trial.
         follows: {epoch: value} of the last epoch before this update, which storage must hold; empty for none.
-        is_restart: whether the stored epochs after this one are of an abandoned attempt. They are deleted.
+        is_restart: whether the stored epochs from this one on are of an abandoned attempt. They are deleted, with what a
+            pruner noted of them.
         decides: whether the pruner decides if the trial ends after this epoch.
         attrs: user attributes of the trial.
         provenance: replaces the trial's provenance; None keeps it.
@@ -590,8 +591,8 @@ def _drop_abandoned(connection: sa.Connection, batch: list[TrialUpdate]) -> list
     for number, update in enumerate(batch, start=1):
         if update.is_restart:
             trial_id = update.claim.trial_id
-            optuna_tables.delete_values(connection, trial_id, after_epoch=update.epoch)
-            records.delete_epochs(connection, trial_id, after_epoch=update.epoch)
+            optuna_tables.delete_values(connection, trial_id, from_epoch=update.epoch)
+            records.delete_epochs(connection, trial_id, from_epoch=update.epoch)
             kept = {epoch: each for epoch, each in kept.items() if epoch < update.epoch}
         kept.pop(update.epoch, None)
         kept[update.epoch or -number] = update

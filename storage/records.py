@@ -42,10 +42,10 @@ def write_metrics(connection: sa.Connection, epochs: Iterable[tuple[int, int, Ma
     optuna_tables.upsert(connection, metrics, ("trial", "epoch", "name"), rows)
 
 
-def delete_epochs(connection: sa.Connection, trial_id: int, after_epoch: int) -> None:
-    """Delete a trial's metrics after an epoch, and what its pruner compared from this epoch on; 0 deletes all."""
-    connection.execute(metrics.delete().where(metrics.c.trial == trial_id, metrics.c.epoch > after_epoch))
-    connection.execute(rungs.delete().where(rungs.c.trial == trial_id, rungs.c.epoch >= after_epoch))
+def delete_epochs(connection: sa.Connection, trial_id: int, from_epoch: int) -> None:
+    """Delete a trial's metrics from an epoch on, and what its pruner noted of these epochs."""
+    connection.execute(metrics.delete().where(metrics.c.trial == trial_id, metrics.c.epoch >= from_epoch))
+    connection.execute(rungs.delete().where(rungs.c.trial == trial_id, rungs.c.epoch >= from_epoch))
 
 
 def read_metrics(database: Database, study_id: int, trial_ids: Collection[int] | None = None) -> dict[int, Metrics]:

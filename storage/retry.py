@@ -54,8 +54,8 @@ def retry_trials(study: Study, numbers: Collection[int], *, resume: bool = False
             connection.execute(tables.trials.update().where(of_trials).values(run=None, token=None, crashes=0))
             optuna_tables.write_attrs(connection, [(trial_id, {records.RETRIED: True}) for trial_id in ids])
             for failure in [] if resume else failures:
-                optuna_tables.delete_values(connection, failure.trial_id, after_epoch=0)
-                records.delete_epochs(connection, failure.trial_id, after_epoch=0)
+                optuna_tables.delete_values(connection, failure.trial_id, from_epoch=1)
+                records.delete_epochs(connection, failure.trial_id, from_epoch=1)
                 optuna_tables.write_attrs(connection, [(failure.trial_id, {"attempt": failure.attempt + 1})])
 
     retry_while_down(study.database, write)

@@ -209,7 +209,7 @@ class Run:
         """Store one finished epoch. Idempotent.
 
         An epoch that storage holds already may have been trained again, because the checkpoint was lost. If its value
-        differs, the stored epochs after it are of the abandoned attempt, and are deleted.
+        differs, the stored epochs from it on are of the abandoned attempt, and are deleted.
 
         Raises:
             LostTrialError: the claim does not hold any more.
@@ -243,16 +243,14 @@ class Run:
 
     def _update(self, claim: ClaimedTrial, epoch: int, metrics: Mapping[str, float], value: float) -> TrialUpdate:
         known = claim.values
-        later = [each for each in known if each > epoch]
         is_same = epoch in known and repr(known[epoch]) == repr(value)  # by text: NaN equals NaN here
-        if not is_same:
-            for each in later:
-                del known[each]
+        abandoned = [] if is_same else [each for each in known if each >= epoch]
+        for each in abandoned:
+            del known[each]
         before = [each for each in known if each < epoch]
         follows = {max(before): known[max(before)]} if before else {}
         known[epoch] = value
-        is_restart = bool(later) and not is_same
-        return TrialUpdate(claim, epoch, dict(metrics), value, follows=follows, is_restart=is_restart)
+        return TrialUpdate(claim, epoch, dict(metrics), value, follows=follows, is_restart=bool(abandoned))
 
     def record(
         self, claim: ClaimedTrial, attrs: Mapping[str, Any], provenance: Mapping[str, Any] | None = None

@@ -189,7 +189,13 @@ class Invariants:
                 )
 
     def _check_rungs(self, trials: dict[int, tuple[Any, ...]]) -> None:
-        """A decision to prune is stored together with the state PRUNED."""
+        """Decisions compare values that are stored, and a decision to prune is stored together with the state PRUNED."""
+        differing = self._sql(
+            "SELECT r.trial, r.epoch, r.value, v.intermediate_value FROM hpo_rungs r LEFT JOIN trial_intermediate_values v "
+            "ON v.trial_id = r.trial AND v.step = r.epoch "
+            "WHERE v.intermediate_value IS NULL OR v.intermediate_value <> r.value"
+        )
+        assert not differing, f"(trial, epoch, value at the rung, stored value) differ: {differing}"
         if self._simulation.plan.pruner != "asha":
             return
         rows = self._sql("SELECT trial, epoch, value FROM hpo_rungs WHERE pool = 'asha'")

@@ -196,19 +196,6 @@ def test_a_wrong_password_or_database_names_the_remedy(postgres: Postgres) -> No
         open_database(postgres.url("nowhere"))
 
 
-@pytest.mark.postgres
-@pytest.mark.slow
-def test_a_user_without_rights_raises_an_error_that_names_the_right_to_grant(postgres: Postgres) -> None:
-    url = sa.make_url(postgres.create_database("norights"))
-    admin = sa.create_engine(url.set(drivername="postgresql+psycopg"))
-    with admin.begin() as connection:
-        connection.execute(sa.text("CREATE ROLE reader LOGIN PASSWORD 'reader'"))
-    admin.dispose()
-    reader = url.set(username="reader", password="reader").render_as_string(hide_password=False)
-    with pytest.raises(StorageError, match=r"lacks rights .*grant it CREATE"):
-        open_database(reader)
-
-
 def test_a_database_of_another_program_is_refused_and_not_changed(url: str) -> None:
     engine = sa.create_engine(url.replace("postgresql://", "postgresql+psycopg://"))
     with engine.begin() as connection:

@@ -582,6 +582,22 @@ def test_an_epoch_with_another_value_deletes_the_later_ones(
     assert (2, 2 / 8) not in rungs, "the abandoned attempt does not compete"
 
 
+def test_the_last_epoch_competes_with_the_value_of_its_new_attempt(study: Study, database: Database) -> None:
+    with grid_run(study, pruner=ASHA) as run:
+        run.enqueue(POINTS, GRID)
+        first = claim_one(run)
+        assert not run.decide(first, 1, {"m": 7 / 8, "extra": 1.0}, 7 / 8)
+        run.release(first)  # its checkpoint is not written yet
+        first, second = claim_one(run), claim_one(run)
+        assert run.decide(second, 1, {"m": 4 / 8}, 4 / 8), "until then, the stored value counts"
+        assert run.decide(first, 1, {"m": 1 / 8}, 1 / 8), "the other trial is better"
+        third = claim_one(run)
+        assert not run.decide(third, 1, {"m": 6 / 8}, 6 / 8), "the best of all"
+        run.release(third)
+    assert sorted(curves(database)[2]) == [(1, 1 / 8), (1, 4 / 8), (1, 6 / 8)]
+    assert sql(database, "SELECT count(*) FROM hpo_metrics WHERE name = 'extra'") == [(0,)]
+
+
 def test_epochs_with_the_same_values_are_kept(study: Study, database: Database) -> None:
     with grid_run(study, pruner=ASHA) as run:
         claim = claim_point(run)

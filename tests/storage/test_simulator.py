@@ -161,6 +161,16 @@ def abandoned_epochs_stay(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(protocol, "_drop_abandoned", keep)
 
 
+def rungs_of_abandoned_epochs_stay(patch: pytest.MonkeyPatch) -> None:
+    """What a pruner noted of an epoch outlives the value of this epoch."""
+    delete = records.delete_epochs
+
+    def keep_one(connection: Any, trial_id: int, from_epoch: int) -> None:
+        delete(connection, trial_id, from_epoch + 1)
+
+    patch.setattr(records, "delete_epochs", keep_one)
+
+
 def bugs_end_the_writer(patch: pytest.MonkeyPatch) -> None:
     """The writer loses its batch on an error that it does not know."""
     write = Writer._write_once
@@ -215,6 +225,7 @@ def keys_are_not_compared(patch: pytest.MonkeyPatch) -> None:
         (budget_is_checked_before_the_draw_only, ("error",), 0),
         (repeated_claims_are_new, ("lost answer",), 0),
         (abandoned_epochs_stay, ("kill",), 100),
+        (rungs_of_abandoned_epochs_stay, ("kill",), 100),
         (bugs_end_the_writer, ("bug",), 0),
         (decisions_are_stored_alone, ("kill",), 0),
         (crashes_are_added, ("lost answer",), 120),
