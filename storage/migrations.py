@@ -4,7 +4,8 @@
     2   triggers delete our rows of a study or a trial that any program deletes; SQLite never reuses a run's key; names of
         metrics have any length
     3   a token for each claim; the values that pruners compare; deleted studies are recorded; an index on trials' states
-    4   on PostgreSQL, deleting a study deletes what runs add to it meanwhile. SQLite files stay as they are
+    4   on PostgreSQL, deleting a study deletes what runs add to it meanwhile, from a session with any search_path. SQLite
+        files stay as they are
 
 Optuna's tables have other versions, which Optuna migrates.
 """
@@ -163,7 +164,7 @@ _TRIGGER_TEMPLATES = {
         "CREATE TRIGGER {name} AFTER DELETE ON {table} BEGIN {statements} END",
     ],
     "postgresql": [
-        "CREATE OR REPLACE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS "
+        "CREATE OR REPLACE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql SET search_path = {schema}, pg_temp AS "
         "$$ BEGIN {statements} RETURN NULL; END $$",
         "DROP TRIGGER IF EXISTS {name} ON {table}",
         "CREATE TRIGGER {name} AFTER DELETE ON {table} FOR EACH ROW EXECUTE FUNCTION {name}()",
@@ -200,7 +201,8 @@ _BEFORE_DELETE = {
     ),
 }
 _BEFORE_DELETE_TEMPLATES = [
-    "CREATE OR REPLACE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {statements} RETURN OLD; END $$",
+    "CREATE OR REPLACE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql SET search_path = {schema}, pg_temp AS "
+    "$$ BEGIN {statements} RETURN OLD; END $$",
     "DROP TRIGGER IF EXISTS {name} ON {table}",
     "CREATE TRIGGER {name} BEFORE DELETE ON {table} FOR EACH ROW EXECUTE FUNCTION {name}()",
 ]
@@ -209,9 +211,12 @@ _BEFORE_DELETE_TEMPLATES = [
 def _extend_optuna(connection: sa.Connection) -> None:
     # A study has few unfinished trials among many: without the index, each claim would read all of them.
     connection.exec_driver_sql("CREATE INDEX IF NOT EXISTS hpo_trials_by_state ON trials (study_id, state)")
+    is_postgresql = connection.dialect.name == "postgresql"
+    schema_name = str(connection.scalar(sa.select(sa.func.current_schema()))) if is_postgresql else ""
+    quoted = connection.dialect.identifier_preparer.quote(schema_name)
     for name, (table, statements) in _TRIGGERS.items():
         for template in _TRIGGER_TEMPLATES[connection.dialect.name]:
-            connection.exec_driver_sql(template.format(name=name, table=table, statements=statements))
-    for name, (table, statements) in _BEFORE_DELETE.items() if connection.dialect.name == "postgresql" else ():
+            connection.exec_driver_sql(template.format(name=name, table=table, statements=statements, schema=quoted))
+    for name, (table, statements) in _BEFORE_DELETE.items() if is_postgresql else ():
         for template in _BEFORE_DELETE_TEMPLATES:
-            connection.exec_driver_sql(template.format(name=name, table=table, statements=statements))
+            connection.exec_driver_sql(template.format(name=name, table=table, statements=statements, schema=quoted))

@@ -147,6 +147,7 @@ def claim_existing(
     *,
     own_tokens: Collection[int],
     is_run_dead: Callable[[Any], bool | None],
+    max_trials: int | None = None,
 ) -> Scan:
     """Take over the trials of dead runs, and claim the WAITING trial that is nearest to a result.
 
@@ -157,6 +158,8 @@ def claim_existing(
         own_tokens: of the claims that this run works on. A trial of the run with another token was claimed by a call that
             failed, or a restored copy of the database shows it as it was before it ended.
         is_run_dead: returns whether the run of a row of hpo_runs is dead; None if its lease decides.
+        max_trials: the budget of the study; None for no limit. It may be smaller than when the trials were created: then
+            those that have ended or are RUNNING count first. What `hpo retry` lets run again is claimed in any case.
 
     Raises:
         StorageError: the study was deleted.
@@ -176,6 +179,11 @@ def claim_existing(
             (row for row in waiting if row.key is not None),
             key=lambda row: (freed.get(row.trial_id, row.crashes), row.epoch == 0, row.number),
         )
+        if resumable and max_trials is not None:
+            started = records.count_keys(connection, run.study_id) - len(resumable)
+            if started >= max_trials:
+                retried = records.read_retried(connection, run.study_id)
+                resumable = [row for row in resumable if row.trial_id in retried]
         if not resumable:
             return Scan(None, partial_ids, bool(others), failed, records.count_keys(connection, run.study_id))
         _own(connection, run, resumable[0].trial_id, token)

@@ -129,7 +129,12 @@ class TrialQueue:
         """Claim a trial that a run released, a dead run left, or another program enqueued."""
         scan = self._retry(
             lambda: protocol.claim_existing(
-                self._database, self._run, token, own_tokens=self._tokens, is_run_dead=self._is_dead
+                self._database,
+                self._run,
+                token,
+                own_tokens=self._tokens,
+                is_run_dead=self._is_dead,
+                max_trials=None if self._draw is None else self._max_trials,
             )
         )
         for number, reason in scan.failed.items():

@@ -158,6 +158,14 @@ def count_trials(database: Database, *, without: Collection[str], study_id: int 
         return list(connection.execute(query.group_by(trial.c.study_id, trial.c.state)))
 
 
+def read_retried(connection: sa.Connection, study_id: int) -> set[int]:
+    """Return the ids of the WAITING trials of a study that `hpo retry` lets run again, whatever the budget says."""
+    trial, attr = optuna_tables.trials, optuna_tables.trial_user_attributes
+    query = sa.select(trial.c.trial_id).join(attr, sa.and_(attr.c.trial_id == trial.c.trial_id, attr.c.key == RETRIED))
+    query = query.where(trial.c.study_id == study_id, trial.c.state == TrialState.WAITING)
+    return set(connection.scalars(query))
+
+
 def count_retried(database: Database, study_id: int | None = None) -> dict[int, int]:
     """Return {study_id: number of trials} that `hpo retry` lets run again, and that have not ended yet.
 

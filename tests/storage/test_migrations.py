@@ -264,6 +264,18 @@ def test_rows_of_deleted_studies_are_removed(old_url: str) -> None:
         assert rows_of(database) == {table: [] for table in OUR_TABLES}
 
 
+def test_a_study_can_be_deleted_from_a_session_with_another_search_path(url: str) -> None:
+    if url.startswith("sqlite:"):
+        pytest.skip("SQLite has no search_path")
+    with open_database(url) as database:
+        with grid_run(open_s(database)) as run:
+            run.complete(claim_point(run), 0.5)
+        with database.engine.begin() as connection:
+            connection.execute(sa.text("SET LOCAL search_path = pg_catalog"))
+            connection.execute(sa.text("DELETE FROM public.studies"))
+        assert rows_of(database) == {table: [] for table in OUR_TABLES}
+
+
 def test_deleting_a_study_deletes_its_rows_by_any_program(url: str) -> None:
     with open_database(url) as database:
         for fingerprint in ("kept", "deleted"):

@@ -13,6 +13,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from storage import lease, optuna_tables, queue
 from storage.database import Database
 from storage.protocol import LostTrialError
+from storage.retry import retry_trials
 from storage.studies import Study
 from tests.factories import trial_states
 from tests.storage.builders import (
@@ -238,6 +239,31 @@ def test_runs_share_the_budget_of_trials(study: Study, learns: bool) -> None:
         claims = [run.claim() for _ in range(4) for run in (one, two)]
     keys = [config_key(claim.params) for claim in claims if claim is not None]
     assert len(keys) == len(set(keys)) == 5
+
+
+def test_a_reduced_budget_counts_for_trials_that_wait(study: Study) -> None:
+    with sampled_run(study, max_trials=6) as run:
+        claims = [claim_one(run) for _ in range(6)]
+        run.complete(claims[0], 0.5)
+        for claim in claims[2:]:
+            run.release(claim)
+        run.fail(claims[1], "an error")
+        run.flush()
+    assert trial_states(study) == ["COMPLETE", "FAIL", "WAITING", "WAITING", "WAITING", "WAITING"]
+    with sampled_run(study, max_trials=3) as run:
+        assert claim_one(run).number == 2
+        assert run.claim() is None
+        assert run.finished
+    retry_trials(study, [1], resume=False)
+    with sampled_run(study, max_trials=1) as run:
+        claim = claim_one(run)
+        assert claim.number == 1, "what was let run again runs in any case"
+        assert run.claim() is None
+        run.complete(claim, 0.5)
+        assert run.claim() is None
+        assert run.finished
+    with sampled_run(study, max_trials=6) as run:
+        assert len({claim_one(run).number for _ in range(4)}) == 4, "a larger budget resumes the others"
 
 
 def test_a_configuration_is_claimed_once_and_an_exhausted_space_ends(study: Study) -> None:
