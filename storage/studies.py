@@ -115,9 +115,19 @@ class Study:
         return retry_while_down(self.database, lambda: records.read_runs(self.database, self.study_id))
 
     def provenance(self, number: int) -> dict[str, Any]:
-        """Return what is needed to run a trial again, for the trial with this number."""
-        trial = trial_id(self.trials()[number])
-        return retry_while_down(self.database, lambda: records.read_provenance(self.database, trial))
+        """Return what is needed to run a trial again.
+
+        Args:
+            number: of the trial.
+
+        Raises:
+            StorageError: the study has no such trial, or the database cannot be used (after retries).
+        """
+        # Not by position: numbers have gaps where a program has deleted trials.
+        found = next((trial_id(trial) for trial in self.trials() if trial.number == number), None)
+        if found is None:
+            raise StorageError(f"the study {self.name!r} in {self.database.url} has no trial {number}")
+        return retry_while_down(self.database, lambda: records.read_provenance(self.database, found))
 
     def metrics_of(self, trial_ids: Collection[int]) -> dict[int, records.Metrics]:
         """Return {trial_id: {epoch: {name: value}}} of these trials. The metrics of others are not read."""

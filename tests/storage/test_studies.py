@@ -9,6 +9,7 @@ from typing import Any
 
 import optuna
 import pytest
+import sqlalchemy as sa
 
 from storage import records, studies
 from storage.database import Database, StorageError, open_database
@@ -297,3 +298,22 @@ def test_a_study_that_is_deleted_while_studies_are_listed_is_left_out(
 
     monkeypatch.setattr(database.optuna_storage, "get_all_studies", find_then_delete)
     assert summarize(database) == []
+
+
+def test_the_provenance_of_a_trial_is_found_by_its_number(study: Study, database: Database) -> None:
+    with grid_run(study) as run:
+        run.enqueue(POINTS[:3], GRID)
+        for number in range(3):
+            claim = claim_one(run)
+            run.record(claim, {}, {"threads": number})
+            run.complete(claim, 0.5)
+    with database.transaction() as connection:  # another program deletes a trial
+        for table in ("trial_values", "trial_params", "trials"):
+            connection.execute(
+                sa.text(f"DELETE FROM {table} WHERE trial_id IN (SELECT trial_id FROM trials WHERE number = 0)")
+            )
+    found = find_study(database, "s")
+    assert found is not None
+    assert [found.provenance(number)["threads"] for number in (1, 2)] == [1, 2]
+    with pytest.raises(StorageError, match=r"the study 's' in .* has no trial 0"):
+        found.provenance(0)
