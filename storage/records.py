@@ -111,6 +111,17 @@ def read_ended_keys(database: Database, study_id: int) -> set[str]:
         return set(connection.scalars(query.where(trial.c.study_id == study_id, has_ended)))
 
 
+def count_ended_keys(database: Database) -> dict[int, int]:
+    """Return {study_id: number of configurations that have ended}, see `read_ended_keys`."""
+    if trials.name in database.missing_tables:
+        return {}
+    trial = optuna_tables.trials
+    query = sa.select(trial.c.study_id, sa.func.count().label("keys")).join(trials, trials.c.trial == trial.c.trial_id)
+    query = query.where(trial.c.state.in_(optuna_tables.ENDED)).group_by(trial.c.study_id)
+    with database.engine.connect() as connection:
+        return {row.study_id: row.keys for row in connection.execute(query)}
+
+
 def read_provenance(database: Database, trial_id: int) -> dict[str, Any]:
     """Return what is needed to run a trial again: its own provenance and its run's; empty if it never started."""
     query = (

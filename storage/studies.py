@@ -227,17 +227,23 @@ def summarize(database: Database) -> list[Summary]:
         counts.setdefault(row.study, {})[row.state] = row.trials
         if row.last is not None:  # Optuna stores UTC without a time zone
             last[row.study] = max(last.get(row.study, 0.0), row.last.replace(tzinfo=UTC).timestamp())
+    ended = retry_while_down(database, lambda: records.count_ended_keys(database))
     retried = retry_while_down(database, lambda: records.count_retried(database))
     studies = retry_while_down(database, lambda: database.optuna_storage.get_all_studies())
     summaries = []
     for study in studies:
         key = study_id(study)
         with contextlib.suppress(KeyError, ValueError):  # the study was deleted; another one may have its id
-            summaries.append(_summary(database, study, counts.get(key, {}), retried.get(key, 0), last.get(key)))
+            summary = _summary(
+                database, study, counts.get(key, {}), ended.get(key, 0), retried.get(key, 0), last.get(key)
+            )
+            summaries.append(summary)
     return summaries
 
 
-def _summary(database: Database, study: Any, counts: dict[str, int], retried: int, last: float | None) -> Summary:
+def _summary(
+    database: Database, study: Any, counts: dict[str, int], ended: int, retried: int, last: float | None
+) -> Summary:
     best = None
     if len(study.directions) == 1 and "COMPLETE" in counts:
         trial = retry_while_down(database, lambda: database.optuna_storage.get_best_trial(study_id(study)))
@@ -248,7 +254,7 @@ def _summary(database: Database, study: Any, counts: dict[str, int], retried: in
     identity = _identity_of(study.user_attrs)
     return Summary(
         study.study_name,
-        state_of(study.user_attrs, counts, retried, runs),
+        state_of(study.user_attrs, counts, runs, ended=ended, retried=retried),
         {state: count for state, count in counts.items() if count},
         str(settings.get("metric", "value")),
         best,
@@ -257,20 +263,22 @@ def _summary(database: Database, study: Any, counts: dict[str, int], retried: in
     )
 
 
-def state_of(attrs: Mapping[str, Any], counts: Mapping[str, int], retried: int, runs: Iterable[Any]) -> str:
+def state_of(
+    attrs: Mapping[str, Any], counts: Mapping[str, int], runs: Iterable[Any], *, ended: int, retried: int
+) -> str:
     """Return `running` while a run is alive, else `finished` or `resumable`; empty for a study of another program.
 
     Args:
         attrs: the study's user attributes, see `Study.attrs`.
         counts: {state: number of trials}.
-        retried: see `Study.count_retried`.
         runs: rows of `records.read_runs`.
+        ended: how many configurations have ended, see `Study.ended_keys`. Runs compare the same number with the budget.
+        retried: see `Study.count_retried`.
     """
     if "hpo:settings" not in attrs:
         return ""
     if any(run.ended is None and run.lease_until >= run.now and not is_run_dead(run) for run in runs):
         return "running"
-    ended = sum(counts.get(state, 0) for state in ("COMPLETE", "PRUNED", "FAIL"))
     if "hpo:total" in attrs:
         wanted = attrs["hpo:total"]
     else:  # opened by version 1 of our tables only, which stored the number of a grid's points

@@ -17,8 +17,6 @@ from hpo.report.formatting import format_number, format_params, format_seconds
 from hpo.report.published import Published, describe_images, match_published
 from hpo.report.results import Results
 from hpo.report.tables import trial_columns
-from storage.records import RETRIED
-from storage.studies import state_of
 
 if TYPE_CHECKING:
     import jinja2
@@ -115,10 +113,6 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _count_retried(results: Results) -> int:
-    return sum(trial.state in {"WAITING", "RUNNING"} and RETRIED in trial.attrs for trial in results.trials)
-
-
 def _content(results: Results) -> dict[str, Any]:
     """Return the variables of the templates."""
     published = match_published(results)
@@ -130,7 +124,7 @@ def _content(results: Results) -> dict[str, Any]:
     return {
         "name": results.study.name,
         "description": results.space.description if results.space else "",
-        "state": state_of(results.attrs, results.counts, _count_retried(results), results.runs),
+        "state": results.state,
         "made": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         "facts": _facts(results),
         "figures": figures,

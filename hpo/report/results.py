@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,8 @@ from hpo.report.formatting import format_value
 from hpo.space.model import Space
 from hpo.trainable import is_timing
 from storage.optuna_internals import trial_id
-from storage.studies import elapsed_seconds, without_garbage_collection
+from storage.records import RETRIED
+from storage.studies import elapsed_seconds, state_of, without_garbage_collection
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -120,6 +121,7 @@ class Results:
         runs: the rows of `hpo_runs`, oldest first.
         space: the search space that the study was opened with. None if another program made the study, or if this
             version of hpo cannot read its stored settings.
+        state: `running`, `finished` or `resumable`; empty for a study of another program.
     """
 
     study: Study
@@ -128,6 +130,7 @@ class Results:
     attrs: dict[str, Any]
     runs: list[Any]
     space: Space | None = None
+    state: str = ""
 
     @property
     def metric(self) -> str:
@@ -307,7 +310,7 @@ def read_results(study: Study, *, epochs: bool = True) -> Results:
         if epochs:
             metrics |= study.metrics(trials)
         provenances = study.provenances(trials)
-    attrs = study.attrs
+    attrs, runs = study.attrs, study.runs()
     space = _stored_space(attrs)
     objectives = _objectives(study, space)
     return Results(
@@ -315,8 +318,9 @@ def read_results(study: Study, *, epochs: bool = True) -> Results:
         objectives,
         [_trial_result(trial, metrics[trial.number], provenances[trial.number], objectives[0][0]) for trial in trials],
         attrs,
-        study.runs(),
+        runs,
         space,
+        _state_of(study, attrs, trials, runs),
     )
 
 
@@ -329,6 +333,12 @@ def read_epochs(results: Results, numbers: Container[int]) -> Results:
     wanted = [trial.trial_id for trial in results.trials if trial.number in numbers]
     found = results.study.metrics_of(wanted)
     return replace(results, trials=[replace(trial, epochs=found.get(trial.trial_id, {})) for trial in results.trials])
+
+
+def _state_of(study: Study, attrs: Mapping[str, Any], trials: Sequence[FrozenTrial], runs: Sequence[Any]) -> str:
+    counts = Counter(trial.state.name for trial in trials)
+    retried = sum(trial.state.name in {"WAITING", "RUNNING"} and RETRIED in trial.user_attrs for trial in trials)
+    return state_of(attrs, counts, runs, ended=len(study.ended_keys()), retried=retried)
 
 
 def _stored_space(attrs: Mapping[str, Any]) -> Space | None:

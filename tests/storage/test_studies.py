@@ -110,6 +110,26 @@ def test_a_budget_below_what_has_ended_is_finished(database: Database) -> None:
     assert summary(database).state == "finished"
 
 
+@pytest.mark.parametrize("total", [2, None])
+def test_a_trial_that_another_program_added_does_not_count_for_the_budget(
+    database: Database, total: int | None
+) -> None:
+    """Runs count configurations, of which such a trial has none."""
+    study = open_s(database, total_trials=total)
+    study.optuna_study.add_trial(optuna.create_trial(value=0.5))
+    assert (summary(database).counts, summary(database).state) == ({"COMPLETE": 1}, "resumable")
+    with sampled_run(study, max_trials=2) as run:
+        run.complete(claim_one(run), 0.5)
+        run.flush()
+        assert len(study.ended_keys()) == 1
+        run.release(claim_one(run))
+    assert (summary(database).counts, summary(database).state) == ({"COMPLETE": 2, "WAITING": 1}, "resumable")
+    with sampled_run(study, max_trials=2) as run:
+        run.complete(claim_one(run), 0.5)
+        assert run.claim() is None
+    assert (summary(database).counts, summary(database).state) == ({"COMPLETE": 3}, "finished")
+
+
 def test_a_trial_that_was_retried_is_run_whatever_the_budget_says(database: Database) -> None:
     """Unlike one that was interrupted, see above."""
     study = open_s(database, total_trials=3)
@@ -146,7 +166,8 @@ def test_a_sampled_study_is_finished_when_its_budget_is_spent(database: Database
         for value in (0.5, 0.25):
             run.complete(claim_one(run), value)
             run.flush()
-            states.append(studies.state_of(study.attrs, summary(database).counts, 0, []))
+            ended = len(study.ended_keys())
+            states.append(studies.state_of(study.attrs, summary(database).counts, [], ended=ended, retried=0))
     assert states == ["resumable", "finished"]
     assert summary(database).best == 0.25
 
@@ -169,7 +190,7 @@ def test_the_state_and_the_settings_are_those_of_the_latest_opening(
 def test_the_state_of_a_study_that_version_1_opened_last_is_read(database: Database) -> None:
     states = []
     for attrs in ({"hpo:points": 2}, {"hpo:points": 1}, {"hpo:settings": {"budget": {"trials": 2}}}):
-        states.append(studies.state_of({"hpo:settings": {}} | attrs, {"COMPLETE": 1}, 0, []))
+        states.append(studies.state_of({"hpo:settings": {}} | attrs, {"COMPLETE": 1}, [], ended=1, retried=0))
     assert states == ["resumable", "finished", "resumable"]
 
 
