@@ -106,7 +106,7 @@ def read_results(study: str, *, storage: str = DEFAULT_STORAGE, password: str | 
     """Read a study: all trials, every metric of every epoch.
 
     Args:
-        study: its name; without a revision (`@2`), the latest revision.
+        study: its name; without a revision (`@1`, `@2`, ...), the latest revision.
         storage: the database; it is not created.
         password: the PostgreSQL password, used if the URL has none.
 
@@ -151,7 +151,7 @@ def retry_trials(
     """Let failed trials run again: the next search of the study restarts them from the first epoch.
 
     Args:
-        study: the study's name.
+        study: the study's name, as for `read_results`.
         numbers: the trials; empty for all that failed.
         resume: whether they resume from their last checkpoint. Otherwise their stored epochs are deleted.
         storage: the database; it is not created.
@@ -191,7 +191,7 @@ def replay_trial(
     """Run a trial again as it was recorded, and compare every metric of every epoch.
 
     Args:
-        study: the study's name.
+        study: the study's name, as for `read_results`.
         number: the trial's number.
         storage: the database; it is not created.
         password: the PostgreSQL password, used if the URL has none.
@@ -225,7 +225,7 @@ def export_model(
     """Write a trial's model as files that load without this project.
 
     Args:
-        study: the study's name.
+        study: the study's name, as for `read_results`.
         number: the trial; None for the best one.
         storage: the database; it is not created.
         password: the PostgreSQL password, used if the URL has none.

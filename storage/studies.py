@@ -27,6 +27,7 @@ from storage.protocol import StudyDeletedError, lock_study, study_deleted
 from storage.records import NEVER_RUN
 
 T = TypeVar("T")
+_FIRST = "@1"  # a name that ends so means the first revision, whose own name has no such ending
 _REVISION = re.compile(r"[2-9]|[1-9][0-9]+")
 _IDENTITY = re.compile(r"[0-9a-f]{12}")  # `hpo:id`; file names contain it
 
@@ -62,6 +63,11 @@ class Study:
     def attrs(self) -> dict[str, Any]:
         """The user attributes of the study."""
         return self._read(lambda: self.optuna_study.user_attrs)
+
+    @property
+    def reference(self) -> str:
+        """What names the study for users, see `references`. It changes when a second revision is created."""
+        return references(study_names(self.database)).get(self.name, self.name)
 
     def trials(self) -> list[FrozenTrial]:
         """Return all trials, ordered by number."""
@@ -199,7 +205,7 @@ class Summary:
     """One study in a list of studies.
 
     Attributes:
-        name: the study's name.
+        name: what names the study, see `references`.
         state: see `state_of`.
         counts: {state: number of trials}, without trials never run.
         metric: the objective's name.
@@ -230,6 +236,7 @@ def summarize(database: Database) -> list[Summary]:
     ended = retry_while_down(database, lambda: records.count_ended_keys(database))
     retried = retry_while_down(database, lambda: records.count_retried(database))
     studies = retry_while_down(database, lambda: database.optuna_storage.get_all_studies())
+    names = references(study.study_name for study in studies)
     summaries = []
     for study in studies:
         key = study_id(study)
@@ -237,7 +244,7 @@ def summarize(database: Database) -> list[Summary]:
             summary = _summary(
                 database, study, counts.get(key, {}), ended.get(key, 0), retried.get(key, 0), last.get(key)
             )
-            summaries.append(summary)
+            summaries.append(replace(summary, name=names[summary.name]))
     return summaries
 
 
@@ -306,11 +313,32 @@ def all_studies(database: Database) -> list[Study]:
 
 
 def find_study(database: Database, name: str) -> Study | None:
-    """Return the study with this name, or None. A name without a revision means the latest one."""
+    """Return the study with this name, or None.
+
+    A name without a revision means the latest one. `NAME@1` means the first one, unless another program has given a study
+    this very name.
+    """
     if "@" in name:
-        return _load(database, name) if name in study_names(database) else None
+        names, first = study_names(database), name.removesuffix(_FIRST)
+        found = name if name in names or "@" in first else first
+        return _load(database, found) if found in names else None
     revisions = _revisions(database, name)
     return _load(database, revisions[-1]) if revisions else None
+
+
+def references(names: Iterable[str]) -> dict[str, str]:
+    """Return {name: what names the study} for users: `find_study` finds the study by it, not a later revision.
+
+    It is the name itself, but `NAME@1` for the first revision of a study that has later ones. If another program has given
+    a study the name `NAME@1`, nothing names the first revision: its name is returned.
+
+    Args:
+        names: of all studies of a database.
+    """
+    known = set(names)
+    bases = {name: name.partition("@")[0] for name in known}
+    revised = {base for name, base in bases.items() if name != base and _is_revision(name, base)}
+    return {name: name + _FIRST if name in revised and name + _FIRST not in known else name for name in known}
 
 
 def find_revision(database: Database, name: str, fingerprint: str) -> Study | None:

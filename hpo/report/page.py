@@ -94,7 +94,7 @@ def write_report(results: Results, runs_dir: RunsDir) -> Path:
     except OSError as error:
         raise SettingError(
             f"cannot write the report to {folder}: {error.strerror}. Make the folder writable, then run `hpo report "
-            f"{results.study.name}`"
+            f"{results.name}`"
         ) from None
     return folder / "index.html"
 
@@ -122,7 +122,7 @@ def _content(results: Results) -> dict[str, Any]:
     columns = trial_columns(results)
     shown = results.ranked[:MAX_PAGE_ROWS]
     return {
-        "name": results.study.name,
+        "name": results.name,
         "description": results.space.description if results.space else "",
         "state": results.state,
         "made": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
@@ -286,7 +286,7 @@ def _reproduce(results: Results) -> list[tuple[str, str]]:
     other_versions = len({(each.get("code"), str(each.get("packages"))) for each in provenances}) - 1
     pairs = [
         *(("command", command) for command in commands[-5:]),
-        ("one trial", f"hpo replay {results.study.name} NUMBER" if provenances else None),
+        ("one trial", f"hpo replay {results.name} NUMBER" if provenances else None),
         *((name, last.get(name)) for name in ("code", "python", "platform", "data_sha256")),
         ("packages", ", ".join(f"{name} {version}" for name, version in packages.items())),
         ("seed", str(results.space.seed) if results.space else None),

@@ -121,6 +121,7 @@ class Results:
         runs: the rows of `hpo_runs`, oldest first.
         space: the search space that the study was opened with. None if another program made the study, or if this
             version of hpo cannot read its stored settings.
+        name: what names the study on the command line: `NAME@1` for the first revision if there are later ones.
         state: `running`, `finished` or `resumable`; empty for a study of another program.
     """
 
@@ -130,6 +131,7 @@ class Results:
     attrs: dict[str, Any]
     runs: list[Any]
     space: Space | None = None
+    name: str = ""
     state: str = ""
 
     @property
@@ -320,6 +322,7 @@ def read_results(study: Study, *, epochs: bool = True) -> Results:
         attrs,
         runs,
         space,
+        study.reference,
         _state_of(study, attrs, trials, runs),
     )
 

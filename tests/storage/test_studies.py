@@ -34,6 +34,30 @@ def test_a_study_of_another_fingerprint_is_a_new_revision(database: Database) ->
     assert [study.name for study in studies.all_studies(database)] == ["s", "s@2", "s@3"]
 
 
+def test_the_first_revision_is_named_once_there_are_later_ones(database: Database) -> None:
+    first = open_s(database, "f")
+    assert first.reference == "s"
+    second = open_s(database, "g")
+    assert (first.reference, second.reference) == ("s@1", "s@2")
+    assert [summary.name for summary in summarize(database)] == ["s@1", "s@2"]
+    for study in (first, second):
+        found = find_study(database, study.reference)
+        assert found is not None
+        assert found.key == study.key
+    assert find_study(database, "t@1") is None
+    assert find_study(database, "s@2@1") is None
+
+
+def test_a_study_of_another_program_may_have_the_name_of_the_first_revision(database: Database) -> None:
+    optuna.create_study(storage=database.optuna_storage, study_name="s@1")
+    first, _ = open_s(database, "f"), open_s(database, "g")
+    found = find_study(database, "s@1")
+    assert found is not None
+    assert found.name == "s@1"
+    assert first.reference == "s"
+    assert [summary.name for summary in summarize(database)] == ["s@1", "s", "s@2"]
+
+
 def test_a_study_of_another_program_is_refused(database: Database) -> None:
     foreign = optuna.create_study(storage=database.optuna_storage, study_name="s")
     foreign.add_trial(optuna.create_trial(value=1.0))
