@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +303,28 @@ def test_a_failed_trial_is_retried_from_its_start_or_its_checkpoint(tmp_path: Pa
     ]
     with pytest.raises(SettingError, match="trial 0 of study toy has not failed; failed trials: 1"):
         api.retry_trials("toy", [0, 1], storage=url)
+
+
+def test_a_retried_trial_uses_no_checkpoint_that_an_older_copy_of_the_database_does_not_know(tmp_path: Path) -> None:
+    url, parameters = f"sqlite:///{tmp_path}/hpo.db", {"how": ["raise"], "folder": str(tmp_path)}
+    space = toy_space(tmp_path, trainable="benchmarks.toy:failing", max_epochs=2, parameters=parameters)
+
+    def retry_and_search() -> list[str]:
+        """Return the folders of earlier attempts after a retry from the first epoch."""
+        if (tmp_path / "copy.db").exists():
+            assert api.retry_trials("toy", storage=url) == [0]
+        with open_database(url) as database:
+            study, _ = search_without_ray(space, database, tmp_path)
+            assert [trial.state.name for trial in study.trials()] == ["FAIL"]
+        folder = RunsDir(tmp_path).checkpoints(study.unique_name)
+        assert trials_with_checkpoints(folder) == [0]
+        return sorted(path.name for path in folder.glob("0.other-*"))
+
+    assert retry_and_search() == []
+    shutil.copy(tmp_path / "hpo.db", tmp_path / "copy.db")
+    assert retry_and_search() == ["0.other-1"]
+    shutil.copy(tmp_path / "copy.db", tmp_path / "hpo.db")
+    assert retry_and_search() == ["0.other-1", "0.other-2"]
 
 
 @pytest.mark.parametrize(("sampler", "parameters"), [("random", {"low": 1, "high": 9}), ("grid", [1, 2, 3])])
