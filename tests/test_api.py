@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import psutil
+import psycopg
 import pytest
 
 import hpo
@@ -19,7 +21,7 @@ from hpo.search.environment import note_horizon
 from hpo.search.retention import trials_with_checkpoints
 from storage.database import StorageError, open_database
 from storage.studies import all_studies, find_revision, open_study
-from tests.factories import RecordingListener, run_of, search_without_ray, shipped_space, toy_space
+from tests.factories import RecordingListener, run_of, search_without_ray, shipped_space, toy_space, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -365,6 +367,47 @@ def test_a_trial_is_replayed(storage: str) -> None:
     assert lines[-3:] == [f"epoch {epoch}: 1 metrics equal" for epoch in (1, 2, 3)]
     with pytest.raises(SettingError, match=r"study toy has no trial 7 with epochs.*: 0, 1"):
         api.replay_trial("toy", 7, storage=storage)
+
+
+def count_connections(url: str) -> int:
+    if url.startswith("sqlite:"):
+        return sum(file.path == url.removeprefix("sqlite:///") for file in psutil.Process().open_files())
+    with psycopg.connect(url) as connection:
+        query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        return int(connection.execute(query).fetchone()[0])  # type: ignore[index]
+
+
+def test_what_the_api_returns_holds_no_connection(url: str, tmp_path: Path) -> None:
+    with open_database(url) as database:
+        space = toy_space(tmp_path)
+        search_without_ray(space, database, tmp_path)
+        theirs = optuna.create_study(
+            storage=database.optuna_storage, study_name="theirs", directions=["maximize", "minimize"]
+        )
+        for values in ([1.0, 2.0], [0.0, 3.0]):
+            theirs.add_trial(optuna.create_trial(values=values))
+
+    def read_and_write() -> tuple[Any, ...]:
+        results = api.read_results("theirs", storage=url)
+        assert [trial.number for trial in results.ranked] == [0, 1]
+        api.write_report(results, runs_dir=tmp_path / "runs")
+        return results, api.read_results("toy", storage=url)
+
+    kept: list[Any] = [
+        read_and_write(),
+        api.run_search(space, storage=url, runs_dir=tmp_path / "runs"),
+        api.retry_trials("toy", storage=url),
+        api.replay_trial("toy", 1, storage=url),
+        api.list_studies(storage=url),
+    ]
+    with pytest.raises(SettingError, match="only the network of"):
+        api.export_model("toy", storage=url)
+    with pytest.raises(SettingError, match="there is no study"):
+        api.read_results("missing", storage=url)
+    wait_until(lambda: count_connections(url) == 0)  # the server notices a moment later
+    results = kept[0][1]
+    with results.study.database:
+        assert [trial.number for trial in results.study.trials()] == [0, 1], "it connects again"
 
 
 def test_a_report_is_written_again(finished: Path, storage: str) -> None:

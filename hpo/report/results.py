@@ -111,7 +111,7 @@ class TrialResult:
 class Results:
     """The results of a study at the moment it was read.
 
-    `study` stays connected to the database: `pareto_front` and Optuna's plots read it later.
+    `study` can still be read, which `pareto_front` and Optuna's plots do: it connects to the database when needed.
 
     Attributes:
         study: the study that was read.
@@ -185,7 +185,8 @@ class Results:
         """The numbers of the trials on the Pareto front; empty for a single objective."""
         if len(self.objectives) < 2:
             return set()
-        return {trial.number for trial in self.study.optuna_study.best_trials}
+        with self.study.database:  # results may be kept for long, and hold no connection
+            return {trial.number for trial in self.study.optuna_study.best_trials}
 
     def best_value(self, trial: TrialResult) -> float | None:
         """Return the best finite value of the first objective over a trial's epochs, or None if it has none."""
