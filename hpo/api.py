@@ -11,8 +11,8 @@ file, an unreachable database. Storage URLs are SQLAlchemy URLs: `sqlite:///runs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,7 +106,7 @@ def read_results(study: str, *, storage: str = DEFAULT_STORAGE, password: str | 
     """Read a study: all trials, every metric of every epoch.
 
     Args:
-        study: its name; without a revision (`@2`), the latest revision.
+        study: its name; without a revision (`@1`, `@2`, ...), the latest revision.
         storage: the database; it is not created.
         password: the PostgreSQL password, used if the URL has none.
 
@@ -119,7 +119,8 @@ def read_results(study: str, *, storage: str = DEFAULT_STORAGE, password: str | 
     """
     from hpo.report import results
 
-    return results.read_results(_existing_study(study, storage, password))
+    with _opened_study(study, storage, password) as opened:
+        return results.read_results(opened)
 
 
 def write_report(results: Results, *, runs_dir: Path | str = "runs") -> Path:
@@ -137,7 +138,8 @@ def write_report(results: Results, *, runs_dir: Path | str = "runs") -> Path:
     """
     from hpo.report.page import write_report
 
-    return write_report(results, RunsDir(Path(runs_dir)))
+    with results.study.database:  # it reads more of the study
+        return write_report(results, RunsDir(Path(runs_dir)))
 
 
 def retry_trials(
@@ -151,7 +153,7 @@ def retry_trials(
     """Let failed trials run again: the next search of the study restarts them from the first epoch.
 
     Args:
-        study: the study's name.
+        study: the study's name, as for `read_results`.
         numbers: the trials; empty for all that failed.
         resume: whether they resume from their last checkpoint. Otherwise their stored epochs are deleted.
         storage: the database; it is not created.
@@ -166,16 +168,16 @@ def retry_trials(
     """
     from storage import retry
 
-    opened = _existing_study(study, storage, password)
-    if not opened.is_ours:
-        raise SettingError(f"study {opened.name} was not created by hpo, so hpo cannot run its trials")
-    failed = retry.failed_trials(opened)
-    for number in sorted(numbers):
-        if number not in failed:
-            listed = ", ".join(map(str, failed)) or "none"
-            raise SettingError(f"trial {number} of study {opened.name} has not failed; failed trials: {listed}")
-    chosen = sorted(set(numbers) or failed)
-    retry.retry_trials(opened, chosen, resume=resume)
+    with _opened_study(study, storage, password) as opened:
+        if not opened.is_ours:
+            raise SettingError(f"study {opened.name} was not created by hpo, so hpo cannot run its trials")
+        failed = retry.failed_trials(opened)
+        for number in sorted(numbers):
+            if number not in failed:
+                listed = ", ".join(map(str, failed)) or "none"
+                raise SettingError(f"trial {number} of study {opened.name} has not failed; failed trials: {listed}")
+        chosen = sorted(set(numbers) or failed)
+        retry.retry_trials(opened, chosen, resume=resume)
     return chosen
 
 
@@ -191,7 +193,7 @@ def replay_trial(
     """Run a trial again as it was recorded, and compare every metric of every epoch.
 
     Args:
-        study: the study's name.
+        study: the study's name, as for `read_results`.
         number: the trial's number.
         storage: the database; it is not created.
         password: the PostgreSQL password, used if the URL has none.
@@ -208,8 +210,8 @@ def replay_trial(
     """
     from hpo.search.replay import replay
 
-    opened = _existing_study(study, storage, password)
-    return replay(opened, number, show, data_dir=Path(data_dir).resolve(), environment=describe_environment())
+    with _opened_study(study, storage, password) as opened:
+        return replay(opened, number, show, data_dir=Path(data_dir).resolve(), environment=describe_environment())
 
 
 def export_model(
@@ -225,7 +227,7 @@ def export_model(
     """Write a trial's model as files that load without this project.
 
     Args:
-        study: the study's name.
+        study: the study's name, as for `read_results`.
         number: the trial; None for the best one.
         storage: the database; it is not created.
         password: the PostgreSQL password, used if the URL has none.
@@ -243,17 +245,17 @@ def export_model(
         DataError: the data set is not there and cannot be downloaded.
         StorageError: the database cannot be used.
     """
-    opened = _existing_study(study, storage, password)
-    from hpo.export import exporting
+    with _opened_study(study, storage, password) as opened:
+        from hpo.export import exporting
 
-    return exporting.export_model(
-        opened,
-        number,
-        runs_dir=RunsDir(Path(runs_dir).resolve()),
-        data_dir=Path(data_dir).resolve(),
-        output=output,
-        versions=describe_environment(),
-    )
+        return exporting.export_model(
+            opened,
+            number,
+            runs_dir=RunsDir(Path(runs_dir).resolve()),
+            data_dir=Path(data_dir).resolve(),
+            output=output,
+            versions=describe_environment(),
+        )
 
 
 def serve_dashboard(
@@ -283,18 +285,20 @@ def serve_dashboard(
     from hpo.dashboard.server import serve
     from storage.database import open_database
 
-    database = open_database(storage, password)
-    serve(database, host, port, password=dashboard_password, runs_dir=RunsDir(Path(runs_dir)).make())
+    with open_database(storage, password) as database:
+        serve(database, host, port, password=dashboard_password, runs_dir=RunsDir(Path(runs_dir)).make())
 
 
-def _existing_study(name: str, storage: str, password: str | None) -> Study:
+@contextmanager
+def _opened_study(name: str, storage: str, password: str | None) -> Iterator[Study]:
+    """Open a study, and close its connections at the end. It can be read after that: it connects again."""
     from storage.database import open_database
     from storage.studies import find_study, study_names
 
-    database = open_database(storage, password, create=False)
-    study = find_study(database, name)
-    if study is None:
-        names = study_names(database)
-        hint = nearest(name, names) if names else "it has none yet"
-        raise SettingError(f"there is no study {name!r} in {database.url}: {hint}")
-    return study
+    with open_database(storage, password, create=False) as database:
+        study = find_study(database, name)
+        if study is None:
+            names = study_names(database)
+            hint = nearest(name, names) if names else "it has none yet"
+            raise SettingError(f"there is no study {name!r} in {database.url}: {hint}")
+        yield study

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import secrets
@@ -21,6 +22,7 @@ CONFIGURATION_FILE = "configuration.json"  # in a trial's folder: whose files th
 DATABASES_FILE = "databases.txt"  # in a study's folder: which databases have trained its trials, one a line
 SCRIPT_DIR = "script"  # in a trial's folder: {checkpoint_dir} of its script
 
+MAX_FOLDER_BYTES = 200  # of the name of a report's folder; file systems allow 255
 _UNSAFE = re.compile(r"[^\w.@+-]")
 _SEPARATORS = re.compile(r"[/\0]")
 
@@ -64,7 +66,10 @@ class RunsDir:
 
     def report(self, study_name: str) -> Path:
         """Return the folder of a study's report. A study of another program may have any name, even one with slashes."""
-        return self.reports / (_UNSAFE.sub("_", study_name).lstrip(".")[:100] or "_")
+        name = _UNSAFE.sub("_", study_name).lstrip(".")[:100].encode()[:MAX_FOLDER_BYTES].decode(errors="ignore") or "_"
+        if name != study_name:  # the hash tells it from others that would have the same folder; no name contains a ~
+            name += "~" + hashlib.sha256(study_name.encode(errors="surrogatepass")).hexdigest()[:8]
+        return self.reports / name
 
     def export(self, study_name: str, number: int) -> Path:
         """Return the folder of an exported trial."""

@@ -537,7 +537,7 @@ def _print_ending(console: Console, result: SearchResult, storage: str) -> None:
             StopCause.TIME_SPENT: "With a larger budget.time, the same command resumes it",
         }.get(result.stopped.cause, "Fix the cause, retry the failed trials, and start the same command again")
         console.print(f"Stopped: {result.stopped}. {remedy}.", style="yellow", soft_wrap=True)
-    name = result.results.study.name
+    name = result.results.name
     if result.report is not None:
         _print_report(console, result.report)
     if result.results.counts["FAIL"]:

@@ -9,7 +9,7 @@ import gc
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,6 +130,7 @@ def run_search(
         RayCluster(ray_address) as cluster,
         _start_probes(space, data, runs.root) as probes,
         _warnings_noted(listener),
+        ExitStack() as opened,
     ):
         _note_failure(mps, listener)
         listener.preparing("starting Ray")
@@ -141,7 +142,7 @@ def run_search(
         from storage.database import open_database
         from storage.studies import find_revision, open_study
 
-        database = open_database(storage, password)
+        database = opened.enter_context(open_database(storage, password))
         study = find_revision(database, space.name, space.fingerprint)
         left = space.total_trials if study is None else _trials_left(space, study)
         _note_changes(space, study, listener)

@@ -142,13 +142,27 @@ def as_point(trial: FrozenTrial, distributions: Mapping[str, BaseDistribution]) 
     params = trial.system_attrs[_FIXED_PARAMS]
     if set(params) != set(distributions):
         raise ValueError(f"its parameters are {', '.join(params) or 'none'} in place of {', '.join(distributions)}")
-    for name, distribution in distributions.items():
-        if not distribution._contains(distribution.to_internal_repr(params[name])):
-            raise ValueError(f"{name} cannot be {params[name]!r}")
     point = copy.copy(trial)
     point.distributions = dict(distributions)
-    point.params = dict(params)
+    point.params = {name: params[name] for name in distributions}
+    check_params(point)
     return point
+
+
+def check_params(trial: FrozenTrial) -> None:
+    """Check the params of an enqueued trial, and replace each by the value that the database returns, such as 2.0 by 2.
+
+    Optuna only warns of a number outside of its range, and stores a rounded one.
+
+    Raises:
+        ValueError: a distribution does not contain its value.
+    """
+    for name, distribution in trial.distributions.items():
+        value = trial.params[name]
+        internal = distribution.to_internal_repr(value)
+        if not distribution._contains(internal) or distribution.to_external_repr(internal) != value:
+            raise ValueError(f"{name} cannot be {value!r}")
+        trial.params[name] = distribution.to_external_repr(internal)
 
 
 # --- TPE --------------------------------------------------------------------------------------------------------------

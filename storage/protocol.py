@@ -22,7 +22,7 @@ from storage import optuna_tables, records, tables
 from storage.database import Database, StorageError
 from storage.optuna_tables import StudyKey
 from storage.pruners import Pruner
-from storage.records import DUPLICATE, REJECTED, Params
+from storage.records import DUPLICATE, FIRST_ATTEMPT, REJECTED, Params
 
 
 class StudyDeletedError(StorageError):
@@ -65,7 +65,7 @@ class ClaimedTrial:
         params: its configuration.
         values: {epoch: value} of the objective, as in storage. `Run` adds to it what it reports.
         crashes: how many workers and drivers have died while they trained it.
-        attempt: how often it was started from its first epoch.
+        attempt: which attempt of its configuration it is, see `records.attempt_of`.
         token: of this claim.
     """
 
@@ -74,7 +74,7 @@ class ClaimedTrial:
     params: Params
     values: dict[int, float]
     crashes: int
-    attempt: int
+    attempt: str
     token: int
 
     @property
@@ -427,7 +427,7 @@ def register(
         optuna_tables.write_system_attrs(connection, [(trial_id, configuration.system_attrs)])
         row = {"trial": trial_id, "study": run.study_id, "key": configuration.key, "run": run.run_id, "token": token}
         connection.execute(tables.trials.insert(), row)
-        return ClaimedTrial(trial_id, number, configuration.params, {}, 0, 1, token)
+        return ClaimedTrial(trial_id, number, configuration.params, {}, 0, FIRST_ATTEMPT, token)
 
 
 def refuse(database: Database, run: RunKey, trial_id: int, constraint: str) -> None:

@@ -181,7 +181,7 @@ class TrialQueue:
                 broken, draft = "", optuna_internals.as_point(partial, self._distributions)
             else:
                 broken, draft = self._read(lambda: self._draw_once(partial.number, partial))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:  # OverflowError: an infinite value of an int
             broken, draft = f"not in the search space: {error}", partial
         if broken:
             self._retry(lambda: protocol.refuse(self._database, self._run, trial_id, broken))
@@ -265,7 +265,10 @@ class TrialQueue:
         if self._history is not None:
             self._history.refresh()
         trial, draft = optuna_internals.draft_trial(self._study.optuna_study, number, partial)
-        return self._draw(trial), draft
+        broken = self._draw(trial)
+        if partial is not None:
+            optuna_internals.check_params(draft)
+        return broken, draft
 
     def _register(self, token: int, draft: FrozenTrial, trial_id: int | None = None) -> ClaimedTrial | Refusal:
         key = self._config_key(draft.params)

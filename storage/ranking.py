@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +11,7 @@ from optuna.trial import TrialState
 
 from storage import optuna_tables, tables
 from storage.database import RETRY_SECONDS, retry_while_down
+from storage.records import attempt_columns, attempt_of, read_attempt
 from storage.studies import Study
 
 MAX_NUMBERS = 1000  # in one query; with more, the caller gets all trials and picks
@@ -27,12 +27,12 @@ class EndedTrial:
     Attributes:
         number: its number.
         key: of its configuration.
-        attempt: how often it was started from its first epoch.
+        attempt: see `records.attempt_of`.
     """
 
     number: int
     key: str
-    attempt: int
+    attempt: str
 
 
 def superfluous_trials(
@@ -67,14 +67,14 @@ def superfluous_trials(
     def read() -> list[EndedTrial]:
         with study.database.engine.connect() as connection:
             rows = connection.execute(query)
-            return [EndedTrial(number, key, int(json.loads(attempt or "1"))) for number, key, attempt in rows]
+            return [EndedTrial(row.number, row.key, attempt_of(read_attempt(row))) for row in rows]
 
     found = retry_while_down(study.database, read, timeout_seconds)
     return found if among is None or is_short else [trial for trial in found if trial.number in set(among)]
 
 
 def _query(study: Study, count: int, direction: Direction | None) -> sa.Select[Any]:
-    trial, value, attempt = optuna_tables.trials, optuna_tables.trial_values, optuna_tables.trial_user_attributes
+    trial, value = optuna_tables.trials, optuna_tables.trial_values
     kept = sa.select(trial.c.trial_id).where(
         trial.c.study_id == study.study_id,
         trial.c.state == TrialState.COMPLETE,
@@ -88,9 +88,8 @@ def _query(study: Study, count: int, direction: Direction | None) -> sa.Select[A
         kept = kept.join(value, sa.and_(value.c.trial_id == trial.c.trial_id, value.c.objective == 0))
         kept = kept.order_by(order.nulls_last(), trial.c.number)
     return (
-        sa.select(trial.c.number, tables.trials.c.key, attempt.c.value_json)
+        sa.select(trial.c.number, tables.trials.c.key, *attempt_columns())
         .join(tables.trials, tables.trials.c.trial == trial.c.trial_id)
-        .join(attempt, sa.and_(attempt.c.trial_id == trial.c.trial_id, attempt.c.key == "attempt"), isouter=True)
         .where(
             trial.c.study_id == study.study_id,
             trial.c.state.in_((TrialState.COMPLETE, TrialState.PRUNED)),

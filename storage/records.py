@@ -20,6 +20,11 @@ NEVER_RUN = {DUPLICATE, REJECTED}  # values of `fail_reason` of trials that no r
 
 RETRIED = "retried"  # user attribute of a trial that `hpo retry` let run again, whatever the budget says
 
+# User attributes of a trial that was started from its first epoch again, see `attempt_of`:
+ATTEMPT = "attempt"
+ATTEMPT_TOKEN = "attempt_token"
+FIRST_ATTEMPT = "1"
+
 Params = dict[str, Any]
 Metrics = dict[int, dict[str, float]]  # {epoch: {name: value}}
 
@@ -74,13 +79,35 @@ def read_metrics(database: Database, study_id: int, trial_ids: Collection[int] |
 # --- studies and trials -----------------------------------------------------------------------------------------------
 
 
-def attempt_of(attrs: Mapping[str, Any]) -> int:
-    """Return how often a trial was started from its first epoch.
+def attempt_of(attrs: Mapping[str, Any]) -> str:
+    """Return which attempt of its configuration a trial is: `1`, or `2-` and a token, ...
+
+    The number is how often it was started from its first epoch. The token is random: a database that was restored from a
+    copy gives the number out again, for another attempt. Earlier versions stored none: then the attempt is `2`.
 
     Args:
         attrs: its user attributes.
     """
-    return int(attrs.get("attempt", 1))
+    attempt, token = int(attrs.get(ATTEMPT, 1)), attrs.get(ATTEMPT_TOKEN)
+    return str(attempt) if token is None else f"{attempt}-{token}"
+
+
+def attempt_columns() -> list[sa.Label[Any]]:
+    """Return columns of a query on Optuna's trials: what `read_attempt` needs."""
+    trial, attr = optuna_tables.trials, optuna_tables.trial_user_attributes
+    return [
+        sa.select(attr.c.value_json)
+        .where(attr.c.trial_id == trial.c.trial_id, attr.c.key == name)
+        .scalar_subquery()
+        .label(name)
+        for name in (ATTEMPT, ATTEMPT_TOKEN)
+    ]
+
+
+def read_attempt(row: Any) -> dict[str, Any]:
+    """Return the user attributes of an attempt, from a row with `attempt_columns`."""
+    found = {name: getattr(row, name) for name in (ATTEMPT, ATTEMPT_TOKEN)}
+    return {name: json.loads(value) for name, value in found.items() if value is not None}
 
 
 def count_keys(connection: sa.Connection, study_id: int) -> int:
@@ -109,6 +136,17 @@ def read_ended_keys(database: Database, study_id: int) -> set[str]:
     with database.engine.connect() as connection:
         has_ended = trial.c.state.in_(optuna_tables.ENDED)
         return set(connection.scalars(query.where(trial.c.study_id == study_id, has_ended)))
+
+
+def count_ended_keys(database: Database) -> dict[int, int]:
+    """Return {study_id: number of configurations that have ended}, see `read_ended_keys`."""
+    if trials.name in database.missing_tables:
+        return {}
+    trial = optuna_tables.trials
+    query = sa.select(trial.c.study_id, sa.func.count().label("keys")).join(trials, trials.c.trial == trial.c.trial_id)
+    query = query.where(trial.c.state.in_(optuna_tables.ENDED)).group_by(trial.c.study_id)
+    with database.engine.connect() as connection:
+        return {row.study_id: row.keys for row in connection.execute(query)}
 
 
 def read_provenance(database: Database, trial_id: int) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -11,7 +10,6 @@ from optuna.trial import TrialState
 
 from storage import optuna_tables, protocol, records, tables
 from storage.database import retry_while_down
-from storage.records import attempt_of
 from storage.studies import Study
 
 _OF_FAILURE = ("fail_reason", "traceback")  # user attributes of a failed trial
@@ -35,8 +33,8 @@ def retry_trials(study: Study, numbers: Collection[int], *, resume: bool = False
     Args:
         study: the study.
         numbers: the numbers of the trials.
-        resume: whether they resume after the last epoch in storage. Otherwise their epochs are deleted, and the number of
-            the attempt grows.
+        resume: whether they resume after the last epoch in storage. Otherwise their epochs are deleted, and
+            they get a new attempt.
 
     Raises:
         StorageError: the study was deleted, or the database cannot be used (after retries).
@@ -56,7 +54,8 @@ def retry_trials(study: Study, numbers: Collection[int], *, resume: bool = False
             for failure in [] if resume else failures:
                 optuna_tables.delete_values(connection, failure.trial_id, from_epoch=1)
                 records.delete_epochs(connection, failure.trial_id, from_epoch=1)
-                optuna_tables.write_attrs(connection, [(failure.trial_id, {"attempt": failure.attempt + 1})])
+                attempt = {records.ATTEMPT: failure.attempts + 1, records.ATTEMPT_TOKEN: f"{protocol.new_token():x}"}
+                optuna_tables.write_attrs(connection, [(failure.trial_id, attempt)])
 
     retry_while_down(study.database, write)
 
@@ -69,13 +68,15 @@ class Failure:
         trial_id: its primary key.
         number: its number in the study.
         token: random, of this failure; None if version 2 of our tables stored it.
-        attempt: how often it was started from its first epoch.
+        attempts: how often it was started from its first epoch.
+        attempt: the last of these, see `records.attempt_of`.
     """
 
     trial_id: int
     number: int
     token: int | None
-    attempt: int
+    attempts: int
+    attempt: str
 
 
 def _find_failures(study: Study) -> list[Failure]:
@@ -88,19 +89,20 @@ def _find_failures(study: Study) -> list[Failure]:
 
 def _read_failures(connection: sa.Connection, study: Study) -> list[Failure]:
     """Return the trials that failed while they were trained, by number."""
-    trial, ours, attr = optuna_tables.trials, tables.trials, optuna_tables.trial_user_attributes
+    trial, ours = optuna_tables.trials, tables.trials
     # Without a row of ours, no run trained it: a draw that was refused, or a trial of another program.
     query = (
-        sa.select(trial.c.trial_id, trial.c.number, ours.c.token, attr.c.value_json)
+        sa.select(trial.c.trial_id, trial.c.number, ours.c.token, *records.attempt_columns())
         .join(ours, ours.c.trial == trial.c.trial_id)
-        .join(attr, sa.and_(attr.c.trial_id == trial.c.trial_id, attr.c.key == "attempt"), isouter=True)
         .where(trial.c.study_id == study.study_id, trial.c.state == TrialState.FAIL)
         .order_by(trial.c.number)
     )
-    return [
-        Failure(trial_id, number, token, attempt_of({} if attempt is None else {"attempt": json.loads(attempt)}))
-        for trial_id, number, token, attempt in connection.execute(query)
-    ]
+    failures = []
+    for row in connection.execute(query):
+        attrs = records.read_attempt(row)
+        attempts = int(attrs.get(records.ATTEMPT, 1))
+        failures.append(Failure(row.trial_id, row.number, row.token, attempts, records.attempt_of(attrs)))
+    return failures
 
 
 def _still_failed(connection: sa.Connection, study: Study, failures: Collection[Failure]) -> list[Failure]:

@@ -27,6 +27,7 @@ from storage.protocol import StudyDeletedError, lock_study, study_deleted
 from storage.records import NEVER_RUN
 
 T = TypeVar("T")
+_FIRST = "@1"  # a name that ends so means the first revision, whose own name has no such ending
 _REVISION = re.compile(r"[2-9]|[1-9][0-9]+")
 _IDENTITY = re.compile(r"[0-9a-f]{12}")  # `hpo:id`; file names contain it
 
@@ -62,6 +63,11 @@ class Study:
     def attrs(self) -> dict[str, Any]:
         """The user attributes of the study."""
         return self._read(lambda: self.optuna_study.user_attrs)
+
+    @property
+    def reference(self) -> str:
+        """What names the study for users, see `references`. It changes when a second revision is created."""
+        return references(study_names(self.database)).get(self.name, self.name)
 
     def trials(self) -> list[FrozenTrial]:
         """Return all trials, ordered by number."""
@@ -115,9 +121,19 @@ class Study:
         return retry_while_down(self.database, lambda: records.read_runs(self.database, self.study_id))
 
     def provenance(self, number: int) -> dict[str, Any]:
-        """Return what is needed to run a trial again, for the trial with this number."""
-        trial = trial_id(self.trials()[number])
-        return retry_while_down(self.database, lambda: records.read_provenance(self.database, trial))
+        """Return what is needed to run a trial again.
+
+        Args:
+            number: of the trial.
+
+        Raises:
+            StorageError: the study has no such trial, or the database cannot be used (after retries).
+        """
+        # Not by position: numbers have gaps where a program has deleted trials.
+        found = next((trial_id(trial) for trial in self.trials() if trial.number == number), None)
+        if found is None:
+            raise StorageError(f"the study {self.name!r} in {self.database.url} has no trial {number}")
+        return retry_while_down(self.database, lambda: records.read_provenance(self.database, found))
 
     def metrics_of(self, trial_ids: Collection[int]) -> dict[int, records.Metrics]:
         """Return {trial_id: {epoch: {name: value}}} of these trials. The metrics of others are not read."""
@@ -189,7 +205,7 @@ class Summary:
     """One study in a list of studies.
 
     Attributes:
-        name: the study's name.
+        name: what names the study, see `references`.
         state: see `state_of`.
         counts: {state: number of trials}, without trials never run.
         metric: the objective's name.
@@ -217,17 +233,24 @@ def summarize(database: Database) -> list[Summary]:
         counts.setdefault(row.study, {})[row.state] = row.trials
         if row.last is not None:  # Optuna stores UTC without a time zone
             last[row.study] = max(last.get(row.study, 0.0), row.last.replace(tzinfo=UTC).timestamp())
+    ended = retry_while_down(database, lambda: records.count_ended_keys(database))
     retried = retry_while_down(database, lambda: records.count_retried(database))
     studies = retry_while_down(database, lambda: database.optuna_storage.get_all_studies())
+    names = references(study.study_name for study in studies)
     summaries = []
     for study in studies:
         key = study_id(study)
         with contextlib.suppress(KeyError, ValueError):  # the study was deleted; another one may have its id
-            summaries.append(_summary(database, study, counts.get(key, {}), retried.get(key, 0), last.get(key)))
+            summary = _summary(
+                database, study, counts.get(key, {}), ended.get(key, 0), retried.get(key, 0), last.get(key)
+            )
+            summaries.append(replace(summary, name=names[summary.name]))
     return summaries
 
 
-def _summary(database: Database, study: Any, counts: dict[str, int], retried: int, last: float | None) -> Summary:
+def _summary(
+    database: Database, study: Any, counts: dict[str, int], ended: int, retried: int, last: float | None
+) -> Summary:
     best = None
     if len(study.directions) == 1 and "COMPLETE" in counts:
         trial = retry_while_down(database, lambda: database.optuna_storage.get_best_trial(study_id(study)))
@@ -238,7 +261,7 @@ def _summary(database: Database, study: Any, counts: dict[str, int], retried: in
     identity = _identity_of(study.user_attrs)
     return Summary(
         study.study_name,
-        state_of(study.user_attrs, counts, retried, runs),
+        state_of(study.user_attrs, counts, runs, ended=ended, retried=retried),
         {state: count for state, count in counts.items() if count},
         str(settings.get("metric", "value")),
         best,
@@ -247,20 +270,22 @@ def _summary(database: Database, study: Any, counts: dict[str, int], retried: in
     )
 
 
-def state_of(attrs: Mapping[str, Any], counts: Mapping[str, int], retried: int, runs: Iterable[Any]) -> str:
+def state_of(
+    attrs: Mapping[str, Any], counts: Mapping[str, int], runs: Iterable[Any], *, ended: int, retried: int
+) -> str:
     """Return `running` while a run is alive, else `finished` or `resumable`; empty for a study of another program.
 
     Args:
         attrs: the study's user attributes, see `Study.attrs`.
         counts: {state: number of trials}.
-        retried: see `Study.count_retried`.
         runs: rows of `records.read_runs`.
+        ended: how many configurations have ended, see `Study.ended_keys`. Runs compare the same number with the budget.
+        retried: see `Study.count_retried`.
     """
     if "hpo:settings" not in attrs:
         return ""
     if any(run.ended is None and run.lease_until >= run.now and not is_run_dead(run) for run in runs):
         return "running"
-    ended = sum(counts.get(state, 0) for state in ("COMPLETE", "PRUNED", "FAIL"))
     if "hpo:total" in attrs:
         wanted = attrs["hpo:total"]
     else:  # opened by version 1 of our tables only, which stored the number of a grid's points
@@ -288,11 +313,32 @@ def all_studies(database: Database) -> list[Study]:
 
 
 def find_study(database: Database, name: str) -> Study | None:
-    """Return the study with this name, or None. A name without a revision means the latest one."""
+    """Return the study with this name, or None.
+
+    A name without a revision means the latest one. `NAME@1` means the first one, unless another program has given a study
+    this very name.
+    """
     if "@" in name:
-        return _load(database, name) if name in study_names(database) else None
+        names, first = study_names(database), name.removesuffix(_FIRST)
+        found = name if name in names or "@" in first else first
+        return _load(database, found) if found in names else None
     revisions = _revisions(database, name)
     return _load(database, revisions[-1]) if revisions else None
+
+
+def references(names: Iterable[str]) -> dict[str, str]:
+    """Return {name: what names the study} for users: `find_study` finds the study by it, not a later revision.
+
+    It is the name itself, but `NAME@1` for the first revision of a study that has later ones. If another program has given
+    a study the name `NAME@1`, nothing names the first revision: its name is returned.
+
+    Args:
+        names: of all studies of a database.
+    """
+    known = set(names)
+    bases = {name: name.partition("@")[0] for name in known}
+    revised = {base for name, base in bases.items() if name != base and _is_revision(name, base)}
+    return {name: name + _FIRST if name in revised and name + _FIRST not in known else name for name in known}
 
 
 def find_revision(database: Database, name: str, fingerprint: str) -> Study | None:

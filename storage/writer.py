@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 
 from optuna.trial import TrialState
+from sqlalchemy.exc import DataError, IntegrityError, StatementError
 
 from storage import protocol
 from storage.database import RETRY_SECONDS, StorageError, UnavailableError, retry_while_down
@@ -88,10 +89,8 @@ class Writer:
             finally:
                 with self._updates_lock:
                     self._updates[:0] = left
-            if isinstance(error, StorageError):
-                raise error
             if error is not None:
-                raise StorageError(f"{self._study.database.url}: cannot store updates of trials: {error!r}") from error
+                raise error
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -120,7 +119,7 @@ class Writer:
 
     def _write(
         self, updates: list[TrialUpdate], timeout_seconds: float, stopped: threading.Event | None
-    ) -> tuple[list[TrialUpdate], Exception | None]:
+    ) -> tuple[list[TrialUpdate], StorageError | None]:
         """Write updates; return those that were not written, and the first error."""
         try:
             if updates:
@@ -133,10 +132,10 @@ class Writer:
             for update in updates:
                 batches.setdefault(update.claim.token, []).append(update)
             if len(batches) == 1:
-                return updates, error
+                return updates, self._name_trial(updates[0].claim, error)
             # What the database refuses of one trial must not keep the others from being stored.
             left: list[TrialUpdate] = []
-            first: Exception | None = None
+            first: StorageError | None = None
             for batch in batches.values():
                 if isinstance(first, UnavailableError):
                     left += batch
@@ -146,6 +145,19 @@ class Writer:
                 first = first or error_of_batch
             return left, first
         return [], None
+
+    def _name_trial(self, claim: ClaimedTrial, error: Exception) -> StorageError:
+        """Return the error of one trial's updates. It names the trial, if what it reported is the cause."""
+        # `retry_while_down` has made a StorageError of what the database refused.
+        of_driver = error.__context__ if isinstance(error, StorageError) else error
+        if isinstance(error, StorageError) and not isinstance(of_driver, DataError | IntegrityError):
+            return error
+        cause = of_driver.orig if isinstance(of_driver, StatementError) and of_driver.orig is not None else of_driver
+        text = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+        url = self._study.database.url
+        named = StorageError(f"{url}: cannot store what trial {claim.number} reported: {text}")
+        named.__cause__ = error
+        return named
 
     def _write_once(self, updates: list[TrialUpdate]) -> None:
         self._ending |= {(each.claim.token, TrialState.PRUNED) for each in updates if each.decides}

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import inspect
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import optuna
+import psutil
+import psycopg
 import pytest
 
 import hpo
@@ -18,7 +21,7 @@ from hpo.search.environment import note_horizon
 from hpo.search.retention import trials_with_checkpoints
 from storage.database import StorageError, open_database
 from storage.studies import all_studies, find_revision, open_study
-from tests.factories import RecordingListener, run_of, search_without_ray, shipped_space, toy_space
+from tests.factories import RecordingListener, run_of, search_without_ray, shipped_space, toy_space, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -304,6 +307,28 @@ def test_a_failed_trial_is_retried_from_its_start_or_its_checkpoint(tmp_path: Pa
         api.retry_trials("toy", [0, 1], storage=url)
 
 
+def test_a_retried_trial_uses_no_checkpoint_that_an_older_copy_of_the_database_does_not_know(tmp_path: Path) -> None:
+    url, parameters = f"sqlite:///{tmp_path}/hpo.db", {"how": ["raise"], "folder": str(tmp_path)}
+    space = toy_space(tmp_path, trainable="benchmarks.toy:failing", max_epochs=2, parameters=parameters)
+
+    def retry_and_search() -> list[str]:
+        """Return the folders of earlier attempts after a retry from the first epoch."""
+        if (tmp_path / "copy.db").exists():
+            assert api.retry_trials("toy", storage=url) == [0]
+        with open_database(url) as database:
+            study, _ = search_without_ray(space, database, tmp_path)
+            assert [trial.state.name for trial in study.trials()] == ["FAIL"]
+        folder = RunsDir(tmp_path).checkpoints(study.unique_name)
+        assert trials_with_checkpoints(folder) == [0]
+        return sorted(path.name for path in folder.glob("0.other-*"))
+
+    assert retry_and_search() == []
+    shutil.copy(tmp_path / "hpo.db", tmp_path / "copy.db")
+    assert retry_and_search() == ["0.other-1"]
+    shutil.copy(tmp_path / "copy.db", tmp_path / "hpo.db")
+    assert retry_and_search() == ["0.other-1", "0.other-2"]
+
+
 @pytest.mark.parametrize(("sampler", "parameters"), [("random", {"low": 1, "high": 9}), ("grid", [1, 2, 3])])
 def test_retried_trials_are_left_whatever_the_budget_says(tmp_path: Path, sampler: str, parameters: Any) -> None:
     url = f"sqlite:///{tmp_path}/hpo.db"
@@ -342,6 +367,47 @@ def test_a_trial_is_replayed(storage: str) -> None:
     assert lines[-3:] == [f"epoch {epoch}: 1 metrics equal" for epoch in (1, 2, 3)]
     with pytest.raises(SettingError, match=r"study toy has no trial 7 with epochs.*: 0, 1"):
         api.replay_trial("toy", 7, storage=storage)
+
+
+def count_connections(url: str) -> int:
+    if url.startswith("sqlite:"):
+        return sum(file.path == url.removeprefix("sqlite:///") for file in psutil.Process().open_files())
+    with psycopg.connect(url) as connection:
+        query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        return int(connection.execute(query).fetchone()[0])  # type: ignore[index]
+
+
+def test_what_the_api_returns_holds_no_connection(url: str, tmp_path: Path) -> None:
+    with open_database(url) as database:
+        space = toy_space(tmp_path)
+        search_without_ray(space, database, tmp_path)
+        theirs = optuna.create_study(
+            storage=database.optuna_storage, study_name="theirs", directions=["maximize", "minimize"]
+        )
+        for values in ([1.0, 2.0], [0.0, 3.0]):
+            theirs.add_trial(optuna.create_trial(values=values))
+
+    def read_and_write() -> tuple[Any, ...]:
+        results = api.read_results("theirs", storage=url)
+        assert [trial.number for trial in results.ranked] == [0, 1]
+        api.write_report(results, runs_dir=tmp_path / "runs")
+        return results, api.read_results("toy", storage=url)
+
+    kept: list[Any] = [
+        read_and_write(),
+        api.run_search(space, storage=url, runs_dir=tmp_path / "runs"),
+        api.retry_trials("toy", storage=url),
+        api.replay_trial("toy", 1, storage=url),
+        api.list_studies(storage=url),
+    ]
+    with pytest.raises(SettingError, match="only the network of"):
+        api.export_model("toy", storage=url)
+    with pytest.raises(SettingError, match="there is no study"):
+        api.read_results("missing", storage=url)
+    wait_until(lambda: count_connections(url) == 0)  # the server notices a moment later
+    results = kept[0][1]
+    with results.study.database:
+        assert [trial.number for trial in results.study.trials()] == [0, 1], "it connects again"
 
 
 def test_a_report_is_written_again(finished: Path, storage: str) -> None:

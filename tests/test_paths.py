@@ -36,17 +36,44 @@ def test_the_default_storage_is_below_the_default_root() -> None:
         ("grid", "grid"),
         ("grid@2", "grid@2"),
         ("a+b-c.d_e", "a+b-c.d_e"),
-        ("../../etc", "_.._etc"),
-        ("a/b\\c d", "a_b_c_d"),
-        ("..", "_"),
-        ("", "_"),
-        ("x" * 300, "x" * 100),
-        ("ä b", "ä_b"),
-        (".hidden", "hidden"),
+        ("größe", "größe"),
+        ("x" * 100, "x" * 100),
+        # With a part of the SHA-256 of the name:
+        ("../../etc", "_.._etc~74ccf3c5"),
+        ("a/b\\c d", "a_b_c_d~d43012b6"),
+        ("..", "_~5ec1f7e7"),
+        ("", "_~e3b0c442"),
+        ("x" * 300, "x" * 100 + "~0d4e2ca9"),
+        ("\N{HIRAGANA LETTER A}" * 100, "\N{HIRAGANA LETTER A}" * 66 + "~74584a8c"),
+        ("ä b", "ä_b~83ec61e9"),
+        (".hidden", "hidden~16924190"),
+        ("a\udcff", "a_~d76edf05"),
     ],
 )
 def test_a_study_of_any_name_has_a_report_folder(study: str, folder: str) -> None:
     assert RunsDir(Path("runs")).report(study) == Path("runs/reports") / folder
+
+
+def test_no_two_studies_share_a_report_folder() -> None:
+    names = [
+        "a_b",
+        "a b",
+        "a,b",
+        "a/b",
+        "a~b",
+        "hidden",
+        ".hidden",
+        "..hidden",
+        "_",
+        "",
+        ".",
+        "..",
+        "x" * 100,
+        "x" * 101,
+    ]
+    folders = {RunsDir().report(name) for name in names}
+    assert len(folders) == len(names)
+    assert folders.isdisjoint({RunsDir().report(folder.name) for folder in folders if "~" in folder.name})
 
 
 @pytest.mark.parametrize("name", ["../../other", "/etc", "..", ".", "", "a/../../b", "a\0b"])

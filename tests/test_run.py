@@ -75,7 +75,7 @@ def fake_search(
 
         def run_search(_space: object, **options: Any) -> api.SearchResult:
             received.append(options)
-            results = api.read_results("toy", storage=url)
+            results = api.read_results("toy@1", storage=url)
             options["on_results"](results)
             return api.SearchResult(results, stopped=stopped)
 
@@ -342,6 +342,30 @@ def test_failed_trials_are_offered_for_retry(
     monkeypatch.delenv("UV_RUN_RECURSION_DEPTH", raising=False)
     finished = hpo_here(tmp_path, "run", "toy.yaml", "--storage", "sqlite:///x.db")
     assert [line for line in finished.stdout.splitlines() if line.startswith("Retry")] == hints
+
+
+def test_what_is_printed_names_the_revision_of_the_run(
+    tmp_path: Path, hpo_here: HpoHere, fake_search: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_search(["COMPLETE", "FAIL"])
+    storage = f"sqlite:///{tmp_path}/faked.db"
+    with open_database(storage) as database:
+        assert open_study(database, **toy_space(tmp_path, max_epochs=1).study_options).name == "toy@2"
+    monkeypatch.delenv("UV_RUN_RECURSION_DEPTH", raising=False)
+    lines = hpo_here(tmp_path, "run", "toy.yaml", HPO_STORAGE=storage).stdout.splitlines()
+    assert "toy@1: 2 trials" in lines[0]
+    assert lines[-3:] == [
+        "Retry failed trials: python -m hpo retry toy@1",
+        "Dashboard: python -m hpo.dashboard",
+        "Report again: python -m hpo.report toy@1",
+    ]
+    listed = hpo_here(tmp_path, "list", "--json", HPO_STORAGE=storage).stdout
+    assert [summary["name"] for summary in json.loads(listed)] == ["toy@1", "toy@2"]
+    assert hpo_here(tmp_path, "retry", "toy", HPO_STORAGE=storage).stdout == "toy: no trial has failed\n"
+    assert hpo_here(tmp_path, "report", "toy@1", HPO_STORAGE=storage).returncode == 0
+    assert "by `hpo report toy@1`" in (tmp_path / "runs/reports/toy/report.md").read_text()
+    retried = hpo_here(tmp_path, "retry", "toy@1", HPO_STORAGE=storage)
+    assert retried.stdout.startswith("toy@1: waiting to run again: 1.")
 
 
 def test_retry_lists_the_trials_that_wait_again(

@@ -116,7 +116,7 @@ def export_model(
     remarks = _compare_training(space, checkpoint, provenance, dataset)
     remarks += compare_scores(own_scores, metrics, dataset, provenance.get("device_name", "an unknown device"))
     facts = {
-        "study": study.name,
+        "study": study.reference,
         "study_id": study.unique_name,
         "trial": trial.number,
         "params": asdict(params),

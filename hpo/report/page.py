@@ -17,8 +17,6 @@ from hpo.report.formatting import format_number, format_params, format_seconds
 from hpo.report.published import Published, describe_images, match_published
 from hpo.report.results import Results
 from hpo.report.tables import trial_columns
-from storage.records import RETRIED
-from storage.studies import state_of
 
 if TYPE_CHECKING:
     import jinja2
@@ -96,7 +94,7 @@ def write_report(results: Results, runs_dir: RunsDir) -> Path:
     except OSError as error:
         raise SettingError(
             f"cannot write the report to {folder}: {error.strerror}. Make the folder writable, then run `hpo report "
-            f"{results.study.name}`"
+            f"{results.name}`"
         ) from None
     return folder / "index.html"
 
@@ -115,10 +113,6 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _count_retried(results: Results) -> int:
-    return sum(trial.state in {"WAITING", "RUNNING"} and RETRIED in trial.attrs for trial in results.trials)
-
-
 def _content(results: Results) -> dict[str, Any]:
     """Return the variables of the templates."""
     published = match_published(results)
@@ -128,9 +122,9 @@ def _content(results: Results) -> dict[str, Any]:
     columns = trial_columns(results)
     shown = results.ranked[:MAX_PAGE_ROWS]
     return {
-        "name": results.study.name,
+        "name": results.name,
         "description": results.space.description if results.space else "",
-        "state": state_of(results.attrs, results.counts, _count_retried(results), results.runs),
+        "state": results.state,
         "made": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         "facts": _facts(results),
         "figures": figures,
@@ -292,7 +286,7 @@ def _reproduce(results: Results) -> list[tuple[str, str]]:
     other_versions = len({(each.get("code"), str(each.get("packages"))) for each in provenances}) - 1
     pairs = [
         *(("command", command) for command in commands[-5:]),
-        ("one trial", f"hpo replay {results.study.name} NUMBER" if provenances else None),
+        ("one trial", f"hpo replay {results.name} NUMBER" if provenances else None),
         *((name, last.get(name)) for name in ("code", "python", "platform", "data_sha256")),
         ("packages", ", ".join(f"{name} {version}" for name, version in packages.items())),
         ("seed", str(results.space.seed) if results.space else None),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,8 @@ from hpo.report.formatting import format_value
 from hpo.space.model import Space
 from hpo.trainable import is_timing
 from storage.optuna_internals import trial_id
-from storage.studies import elapsed_seconds, without_garbage_collection
+from storage.records import RETRIED
+from storage.studies import elapsed_seconds, state_of, without_garbage_collection
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -110,7 +111,7 @@ class TrialResult:
 class Results:
     """The results of a study at the moment it was read.
 
-    `study` stays connected to the database: `pareto_front` and Optuna's plots read it later.
+    `study` can still be read, which `pareto_front` and Optuna's plots do: it connects to the database when needed.
 
     Attributes:
         study: the study that was read.
@@ -120,6 +121,8 @@ class Results:
         runs: the rows of `hpo_runs`, oldest first.
         space: the search space that the study was opened with. None if another program made the study, or if this
             version of hpo cannot read its stored settings.
+        name: what names the study on the command line: `NAME@1` for the first revision if there are later ones.
+        state: `running`, `finished` or `resumable`; empty for a study of another program.
     """
 
     study: Study
@@ -128,6 +131,8 @@ class Results:
     attrs: dict[str, Any]
     runs: list[Any]
     space: Space | None = None
+    name: str = ""
+    state: str = ""
 
     @property
     def metric(self) -> str:
@@ -180,7 +185,8 @@ class Results:
         """The numbers of the trials on the Pareto front; empty for a single objective."""
         if len(self.objectives) < 2:
             return set()
-        return {trial.number for trial in self.study.optuna_study.best_trials}
+        with self.study.database:  # results may be kept for long, and hold no connection
+            return {trial.number for trial in self.study.optuna_study.best_trials}
 
     def best_value(self, trial: TrialResult) -> float | None:
         """Return the best finite value of the first objective over a trial's epochs, or None if it has none."""
@@ -307,7 +313,7 @@ def read_results(study: Study, *, epochs: bool = True) -> Results:
         if epochs:
             metrics |= study.metrics(trials)
         provenances = study.provenances(trials)
-    attrs = study.attrs
+    attrs, runs = study.attrs, study.runs()
     space = _stored_space(attrs)
     objectives = _objectives(study, space)
     return Results(
@@ -315,8 +321,10 @@ def read_results(study: Study, *, epochs: bool = True) -> Results:
         objectives,
         [_trial_result(trial, metrics[trial.number], provenances[trial.number], objectives[0][0]) for trial in trials],
         attrs,
-        study.runs(),
+        runs,
         space,
+        study.reference,
+        _state_of(study, attrs, trials, runs),
     )
 
 
@@ -329,6 +337,12 @@ def read_epochs(results: Results, numbers: Container[int]) -> Results:
     wanted = [trial.trial_id for trial in results.trials if trial.number in numbers]
     found = results.study.metrics_of(wanted)
     return replace(results, trials=[replace(trial, epochs=found.get(trial.trial_id, {})) for trial in results.trials])
+
+
+def _state_of(study: Study, attrs: Mapping[str, Any], trials: Sequence[FrozenTrial], runs: Sequence[Any]) -> str:
+    counts = Counter(trial.state.name for trial in trials)
+    retried = sum(trial.state.name in {"WAITING", "RUNNING"} and RETRIED in trial.user_attrs for trial in trials)
+    return state_of(attrs, counts, runs, ended=len(study.ended_keys()), retried=retried)
 
 
 def _stored_space(attrs: Mapping[str, Any]) -> Space | None:

@@ -59,7 +59,7 @@ def _build_trial_table(
     """Return the table of trials with these columns; `fold` breaks the headings at underscores too."""
     table = Table(
         box=box.SIMPLE_HEAD,
-        title=f"{results.study.name}: {len(results.trials)} trials",
+        title=f"{results.name}: {len(results.trials)} trials",
         title_justify="left",
         caption_justify="left",
         pad_edge=False,

@@ -52,14 +52,14 @@ class Checkpoint:
     key: str = ""
 
 
-def owner_key(key: str, attempt: int) -> str:
+def owner_key(key: str, attempt: str) -> str:
     """Return whose a trial's folder is: an attempt to train a configuration.
 
     Args:
         key: the configuration's key.
-        attempt: how often its training was started from the first epoch.
+        attempt: see `storage.records.attempt_of`; `1` for the first.
     """
-    return key if attempt == 1 else f"{key}-{attempt}"
+    return key if attempt == "1" else f"{key}-{attempt}"
 
 
 class TakenOverError(Exception):

@@ -7,6 +7,7 @@ the next epoch trains. Errors become reports too.
 from __future__ import annotations
 
 import faulthandler
+import json
 import os
 import platform
 import time
@@ -219,6 +220,8 @@ def _report_epochs(spec: TrialSpec) -> Generator[TrialReport, None, str]:
         started = time.perf_counter()
         for finished in epochs:
             metrics = {_checked_name(name): float(value) for name, value in finished.metrics.items()}
+            # Any object with an epoch, metrics and a state is a report.
+            provenance = {**device, **_checked_provenance(getattr(finished, "provenance", {}))}
             metrics["epoch_seconds"] = time.perf_counter() - started
             history[finished.epoch] = metrics
             if keeps_checkpoints:
@@ -227,11 +230,9 @@ def _report_epochs(spec: TrialSpec) -> Generator[TrialReport, None, str]:
                     # A script continues after the last epoch that it saved itself. No epoch before may be missing then.
                     unsaved = unsaved or writer.save_now()
                 warning = warning or unsaved
-            # Any object with an epoch, metrics and a state is a report.
             its_warning = getattr(finished, "warning", "")
             if its_warning != shown:
                 warning, shown = "; ".join(filter(None, [warning, its_warning])), its_warning
-            provenance = {**device, **getattr(finished, "provenance", {})}
             report = TrialReport(
                 finished.epoch,
                 metrics,
@@ -262,6 +263,32 @@ def _checked_name(name: object) -> str:
             f"the name of a metric is Unicode text of at most {MAX_NAME_LENGTH} characters without NUL, not {text[:50]!r}"
         )
     return text
+
+
+def _checked_provenance(provenance: Any) -> dict[str, Any]:
+    """Return what a trainable records with a trial, as plain values.
+
+    Raises:
+        ValueError: a database cannot store it. Only this trial must fail.
+    """
+    try:
+        plain = dict(provenance)
+        text = json.dumps(plain, allow_nan=False)
+        for key in _keys(plain):
+            if not isinstance(key, str):
+                raise TypeError(f"the key {key!r} is no text")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"the provenance of an epoch cannot be stored as JSON: {error}") from None
+    return dict(json.loads(text))
+
+
+def _keys(value: object) -> Iterator[object]:
+    """Yield the keys of a value that JSON can hold, at any depth. JSON would turn numbers into texts."""
+    if isinstance(value, dict):
+        yield from value
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    for item in items:
+        yield from _keys(item)
 
 
 def _encodable(text: str) -> str:

@@ -155,6 +155,45 @@ def test_a_metric_that_no_database_can_store_fails_the_trial(tmp_path: Path, nam
     assert not list((tmp_path / "trial").glob("*.pt"))
 
 
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (Path("/data"), "Object of type PosixPath is not JSON serializable"),
+        ({1}, "Object of type set is not JSON serializable"),
+        (float("nan"), "Out of range float values are not JSON compliant"),
+        ([{"a": {2: "b"}}], "the key 2 is no text"),
+        (torch.ones(1), "Object of type Tensor is not JSON serializable"),
+    ],
+)
+def test_provenance_that_no_database_can_store_fails_the_trial(tmp_path: Path, value: Any, reason: str) -> None:
+    params = {"provenance": {"fact": value}}
+    (report,) = take_reports(trial_spec(tmp_path, trainable="tests.search.test_worker:record", params=params), 1)
+    assert report.failure.startswith(f"ValueError: the provenance of an epoch cannot be stored as JSON: {reason}")
+    assert not list((tmp_path / "trial").glob("*.pt")), "resumed from one, the trial would lack it"
+
+
+def test_provenance_is_reported_as_plain_values(tmp_path: Path) -> None:
+    facts = {"path": "/data", "sizes": (1, 2.5), "nested": {"a": None}}
+    spec = trial_spec(tmp_path, trainable="tests.search.test_worker:record", params={"provenance": facts})
+    (report,) = take_reports(spec, 1)
+    assert report.provenance is not None
+    assert {name: report.provenance[name] for name in facts} == facts | {"sizes": [1, 2.5]}
+    assert report.provenance["device"] == "cpu"
+
+
+def record(
+    params: Mapping[str, Any],
+    *,
+    data: Mapping[str, Any],
+    seed: int,
+    max_epochs: int,
+    device: str,
+    checkpoint: Mapping[str, Any] | None = None,
+) -> Iterator[EpochReport]:
+    """Report one epoch with this provenance."""
+    yield EpochReport(1, {"value": 0.5}, dict, provenance=params["provenance"])
+
+
 def test_the_error_of_a_trainable_becomes_unicode_text(tmp_path: Path) -> None:
     (report,) = take_reports(trial_spec(tmp_path, trainable="tests.search.test_worker:report_badly", params={}), 1)
     assert report.failure == r"FileNotFoundError: \udcff\x00"

@@ -300,7 +300,7 @@ class Driver:
     def _start_worker(self, training: Training) -> None:
         """As `hpo.search.worker.run_trial` does: from the newest checkpoint, epochs that storage lacks first."""
         sim, claim = self.simulation, training.claim
-        _, attempt, history = sim.checkpoints.get(training.folder, (0, 0, {}))
+        _, attempt, history = sim.checkpoints.get(training.folder, (0, "", {}))
         training.history = dict(history) if attempt == claim.attempt and sim.plan.keeps_checkpoints else {}
         sim.checkpoints[training.folder] = (claim.token, claim.attempt, dict(training.history))
         differing = [epoch for epoch, value in training.history.items() if claim.values.get(epoch) != value]
@@ -393,7 +393,7 @@ class Simulation:
         self.plan = Plan.draw(self.scheduler, kinds)
         self.invariants = Invariants(self, backend.connect_plain())
         self.drivers: list[Driver] = []
-        self.checkpoints: dict[str, tuple[int, int, dict[int, float]]] = {}  # {folder: (owner, attempt, history)}
+        self.checkpoints: dict[str, tuple[int, str, dict[int, float]]] = {}  # {folder: (owner, attempt, history)}
         self.database_clock = 0.0  # seconds ahead of virtual time
         self.boot_clock = 0.0  # how far the machines' clocks were set
         self.down_until = 0.0

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from types import SimpleNamespace
 from typing import Any
 
 import optuna
 import pytest
 import sqlalchemy as sa
-from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from storage import lease, optuna_tables, queue
 from storage.database import Database
@@ -371,9 +373,14 @@ def test_a_trial_enqueued_through_optuna_is_claimed(study: Study) -> None:
         assert claim_one(run).params == {"x": 0.25, "n": 2}
 
 
-@pytest.mark.parametrize("value", ["one half", None])
-def test_an_enqueued_trial_with_a_value_outside_the_space_fails_alone(study: Study, value: Any) -> None:
-    study.optuna_study.enqueue_trial({"x": value, "n": 2})
+@pytest.mark.filterwarnings("ignore:Fixed parameter")
+@pytest.mark.parametrize("params", [{"x": "one half"}, {"x": None}, {"n": math.inf}])
+def test_an_enqueued_trial_with_a_value_outside_the_space_fails_alone(
+    study: Study, database: Database, params: dict[str, Any]
+) -> None:
+    if params == {"n": math.inf} and database.engine.dialect.name == "postgresql":
+        pytest.skip("PostgreSQL's JSON has no infinity")
+    study.optuna_study.enqueue_trial(params)
     with sampled_run(study, max_trials=2) as run:
         claims = [claim_one(run) for _ in range(2)]
         for claim in claims:
@@ -383,6 +390,43 @@ def test_an_enqueued_trial_with_a_value_outside_the_space_fails_alone(study: Stu
     refused = study.trials()[0]
     assert refused.state.name == "FAIL"
     assert refused.user_attrs["constraint"].startswith("not in the search space: ")
+
+
+@pytest.mark.parametrize(
+    ("params", "reason"),
+    [
+        ({"n": 2.7}, "n cannot be 2.7"),
+        ({"n": 99}, "n cannot be 99"),
+        ({"x": 50.0}, "x cannot be 50.0"),
+        ({"n": "2"}, "n cannot be '2'"),
+    ],
+)
+def test_an_enqueued_number_outside_the_space_is_refused_like_a_wrong_choice(
+    study: Study, params: dict[str, Any], reason: str
+) -> None:
+    with pytest.warns(match="out of range") if "'" not in reason else contextlib.nullcontext():
+        study.optuna_study.enqueue_trial(params)
+        with sampled_run(study, max_trials=1) as run:
+            claim = claim_one(run)
+            assert claim.number == 1
+            run.complete(claim, 0.5)
+    refused = study.trials()[0]
+    assert refused.user_attrs == {
+        "fail_reason": "breaks a constraint",
+        "constraint": f"not in the search space: {reason}",
+    }
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_an_enqueued_trial_is_trained_with_what_the_database_stores(study: Study, *, sampled: bool) -> None:
+    study.optuna_study.enqueue_trial({"n": 2.0, "x": 1})
+    ranges: dict[str, BaseDistribution] = {"n": IntDistribution(1, 3), "x": FloatDistribution(0, 1)}
+    with sampled_run(study) if sampled else grid_run(study) as run:
+        if not sampled:
+            run.enqueue([{"n": 1, "x": 0.0}], ranges)
+        claim = claim_one(run)
+        assert repr(sorted(claim.params.items())) == "[('n', 2), ('x', 1.0)]"
+        assert study.trials()[0].params == claim.params
 
 
 def test_a_point_of_a_grid_that_is_enqueued_through_optuna_is_run_once(study: Study) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import optuna
 import pytest
+from optuna.trial import FrozenTrial
 
-from storage import retry
+from storage import optuna_tables, retry
 from storage.database import Database
+from storage.protocol import ClaimedTrial
 from storage.records import DUPLICATE
 from storage.retry import Failure, failed_trials, retry_trials
 from storage.run import Run
 from storage.studies import Study
-from tests.storage.builders import GRID, POINTS, claim_one, grid_run, kill, sql
+from tests.storage.builders import GRID, POINTS, claim_one, claim_point, grid_run, kill, sql
 
 
 def fail_two_of_three(run: Run) -> None:
@@ -30,6 +33,15 @@ def fail_two_of_three(run: Run) -> None:
     run.flush()
 
 
+def attrs_of(trial: FrozenTrial) -> dict[str, Any]:
+    """Return the user attributes of a trial, without the random one."""
+    return {name: value for name, value in trial.user_attrs.items() if name != "attempt_token"}
+
+
+def attempts_of(claim: ClaimedTrial) -> int:
+    return int(claim.attempt.partition("-")[0])
+
+
 def states(study: Study) -> list[str]:
     return [trial.state.name for trial in study.trials()]
 
@@ -41,14 +53,14 @@ def test_a_failed_trial_waits_again_without_its_failure(study: Study, database: 
     retry_trials(study, [1], resume=resume)
     assert states(study) == ["COMPLETE", "WAITING", "FAIL"]
     retried = study.trials()[1]
-    assert retried.user_attrs == {"retried": True} | ({} if resume else {"attempt": 2})
+    assert attrs_of(retried) == {"retried": True} | ({} if resume else {"attempt": 2})
     assert retried.datetime_complete is None
     assert study.metrics()[1] == ({1: {"m": 0.5, "loss": 1.0}} if resume else {})
     assert sql(database, "SELECT run, crashes FROM hpo_trials WHERE trial = 2") == [(None, 0)]
     assert study.metrics()[0] == study.metrics()[2] == {1: {"m": 0.5, "loss": 1.0}}
     with grid_run(study) as run:
         claim = claim_one(run)
-        assert (claim.number, claim.epoch, claim.attempt) == (1, 1 if resume else 0, 1 if resume else 2)
+        assert (claim.number, claim.epoch, attempts_of(claim)) == (1, 1 if resume else 0, 1 if resume else 2)
         run.complete(claim, 0.75)
     assert states(study) == ["COMPLETE", "COMPLETE", "FAIL"]
 
@@ -74,8 +86,47 @@ def test_each_retry_is_a_new_attempt(study: Study) -> None:
         retry_trials(study, [2])  # the answer was lost, and the operation repeated
         with grid_run(study) as run:
             claim = claim_one(run)
-            assert (claim.number, claim.attempt) == (2, attempt)
+            assert (claim.number, attempts_of(claim)) == (2, attempt)
             run.fail(claim, "again")
+
+
+def test_an_attempt_is_told_from_one_that_an_older_copy_of_the_database_does_not_know(
+    study: Study, database: Database
+) -> None:
+    def retry_and_claim() -> ClaimedTrial:
+        retry_trials(study, [0])
+        with grid_run(study) as run:
+            claim = claim_one(run)
+            run.fail(claim, "again")
+        return claim
+
+    with grid_run(study) as run:
+        first = claim_point(run)
+        run.fail(first, "no")
+    second = retry_and_claim()
+    with database.transaction() as connection:  # as the copy has it that was made before the retry
+        attrs = ("attempt", "attempt_token")
+        optuna_tables.delete_attrs(connection, [first.trial_id], attrs)
+    other_second = retry_and_claim()
+    assert first.attempt == "1"
+    assert attempts_of(second) == attempts_of(other_second) == 2
+    assert second.attempt != other_second.attempt
+
+
+def test_an_attempt_that_an_earlier_version_stored_has_a_number_only(study: Study, database: Database) -> None:
+    """Its checkpoints are found by it."""
+    with grid_run(study) as run:
+        claim = claim_point(run)
+        run.release(claim)
+    with database.transaction() as connection:
+        optuna_tables.write_attrs(connection, [(claim.trial_id, {"attempt": 2})])
+    with grid_run(study) as run:
+        again = claim_one(run)
+        assert again.attempt == "2"
+        run.fail(again, "no")
+    retry_trials(study, [0])
+    with grid_run(study) as run:
+        assert claim_one(run).attempt.startswith("3-")
 
 
 def fail_again(study: Study, run: Run) -> None:
@@ -105,9 +156,7 @@ def test_a_failure_after_a_lost_answer_is_not_retried(
         monkeypatch.setattr(retry, "retry_while_down", repeat)
         retry_trials(study, [1], resume=resume)
     assert states(study) == ["COMPLETE", "FAIL", "FAIL"]
-    assert study.trials()[1].user_attrs == {"fail_reason": "again", "retried": True} | (
-        {} if resume else {"attempt": 2}
-    )
+    assert attrs_of(study.trials()[1]) == {"fail_reason": "again", "retried": True} | ({} if resume else {"attempt": 2})
 
 
 def test_of_two_retries_at_the_same_time_one_retries(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +168,7 @@ def test_of_two_retries_at_the_same_time_one_retries(study: Study, monkeypatch: 
         monkeypatch.setattr(retry, "_find_failures", lambda _: failures)
         retry_trials(study, [1])
     assert states(study) == ["COMPLETE", "FAIL", "FAIL"]
-    assert study.trials()[1].user_attrs == {"fail_reason": "again", "attempt": 2, "retried": True}
+    assert attrs_of(study.trials()[1]) == {"fail_reason": "again", "attempt": 2, "retried": True}
 
 
 def test_a_failure_by_deaths_of_drivers_is_told_from_an_earlier_one(study: Study) -> None:

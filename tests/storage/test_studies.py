@@ -9,6 +9,7 @@ from typing import Any
 
 import optuna
 import pytest
+import sqlalchemy as sa
 
 from storage import records, studies
 from storage.database import Database, StorageError, open_database
@@ -31,6 +32,30 @@ def test_a_study_of_another_fingerprint_is_a_new_revision(database: Database) ->
     assert second.study_id == changed.study_id
     assert find_study(database, "t") is None
     assert [study.name for study in studies.all_studies(database)] == ["s", "s@2", "s@3"]
+
+
+def test_the_first_revision_is_named_once_there_are_later_ones(database: Database) -> None:
+    first = open_s(database, "f")
+    assert first.reference == "s"
+    second = open_s(database, "g")
+    assert (first.reference, second.reference) == ("s@1", "s@2")
+    assert [summary.name for summary in summarize(database)] == ["s@1", "s@2"]
+    for study in (first, second):
+        found = find_study(database, study.reference)
+        assert found is not None
+        assert found.key == study.key
+    assert find_study(database, "t@1") is None
+    assert find_study(database, "s@2@1") is None
+
+
+def test_a_study_of_another_program_may_have_the_name_of_the_first_revision(database: Database) -> None:
+    optuna.create_study(storage=database.optuna_storage, study_name="s@1")
+    first, _ = open_s(database, "f"), open_s(database, "g")
+    found = find_study(database, "s@1")
+    assert found is not None
+    assert found.name == "s@1"
+    assert first.reference == "s"
+    assert [summary.name for summary in summarize(database)] == ["s@1", "s", "s@2"]
 
 
 def test_a_study_of_another_program_is_refused(database: Database) -> None:
@@ -109,6 +134,26 @@ def test_a_budget_below_what_has_ended_is_finished(database: Database) -> None:
     assert summary(database).state == "finished"
 
 
+@pytest.mark.parametrize("total", [2, None])
+def test_a_trial_that_another_program_added_does_not_count_for_the_budget(
+    database: Database, total: int | None
+) -> None:
+    """Runs count configurations, of which such a trial has none."""
+    study = open_s(database, total_trials=total)
+    study.optuna_study.add_trial(optuna.create_trial(value=0.5))
+    assert (summary(database).counts, summary(database).state) == ({"COMPLETE": 1}, "resumable")
+    with sampled_run(study, max_trials=2) as run:
+        run.complete(claim_one(run), 0.5)
+        run.flush()
+        assert len(study.ended_keys()) == 1
+        run.release(claim_one(run))
+    assert (summary(database).counts, summary(database).state) == ({"COMPLETE": 2, "WAITING": 1}, "resumable")
+    with sampled_run(study, max_trials=2) as run:
+        run.complete(claim_one(run), 0.5)
+        assert run.claim() is None
+    assert (summary(database).counts, summary(database).state) == ({"COMPLETE": 3}, "finished")
+
+
 def test_a_trial_that_was_retried_is_run_whatever_the_budget_says(database: Database) -> None:
     """Unlike one that was interrupted, see above."""
     study = open_s(database, total_trials=3)
@@ -145,7 +190,8 @@ def test_a_sampled_study_is_finished_when_its_budget_is_spent(database: Database
         for value in (0.5, 0.25):
             run.complete(claim_one(run), value)
             run.flush()
-            states.append(studies.state_of(study.attrs, summary(database).counts, 0, []))
+            ended = len(study.ended_keys())
+            states.append(studies.state_of(study.attrs, summary(database).counts, [], ended=ended, retried=0))
     assert states == ["resumable", "finished"]
     assert summary(database).best == 0.25
 
@@ -168,7 +214,7 @@ def test_the_state_and_the_settings_are_those_of_the_latest_opening(
 def test_the_state_of_a_study_that_version_1_opened_last_is_read(database: Database) -> None:
     states = []
     for attrs in ({"hpo:points": 2}, {"hpo:points": 1}, {"hpo:settings": {"budget": {"trials": 2}}}):
-        states.append(studies.state_of({"hpo:settings": {}} | attrs, {"COMPLETE": 1}, 0, []))
+        states.append(studies.state_of({"hpo:settings": {}} | attrs, {"COMPLETE": 1}, [], ended=1, retried=0))
     assert states == ["resumable", "finished", "resumable"]
 
 
@@ -297,3 +343,22 @@ def test_a_study_that_is_deleted_while_studies_are_listed_is_left_out(
 
     monkeypatch.setattr(database.optuna_storage, "get_all_studies", find_then_delete)
     assert summarize(database) == []
+
+
+def test_the_provenance_of_a_trial_is_found_by_its_number(study: Study, database: Database) -> None:
+    with grid_run(study) as run:
+        run.enqueue(POINTS[:3], GRID)
+        for number in range(3):
+            claim = claim_one(run)
+            run.record(claim, {}, {"threads": number})
+            run.complete(claim, 0.5)
+    with database.transaction() as connection:  # another program deletes a trial
+        for table in ("trial_values", "trial_params", "trials"):
+            connection.execute(
+                sa.text(f"DELETE FROM {table} WHERE trial_id IN (SELECT trial_id FROM trials WHERE number = 0)")
+            )
+    found = find_study(database, "s")
+    assert found is not None
+    assert [found.provenance(number)["threads"] for number in (1, 2)] == [1, 2]
+    with pytest.raises(StorageError, match=r"the study 's' in .* has no trial 0"):
+        found.provenance(0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,6 +53,30 @@ def test_updates_that_could_not_be_written_are_kept(
         run.complete(claim, 0.5)
     assert trial_states(study) == ["COMPLETE"]
     assert study.trials()[0].intermediate_values == {1: 0.5}
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (Path("/data"), "TypeError: Object of type PosixPath is not JSON serializable"),
+        (math.nan, "invalid input syntax"),
+    ],
+)
+def test_what_cannot_be_stored_is_reported_with_its_trial_and_the_cause(
+    study: Study, database: Database, monkeypatch: pytest.MonkeyPatch, value: Any, reason: str
+) -> None:
+    if value is math.nan and database.engine.dialect.name == "sqlite":
+        pytest.skip("SQLite stores any text as JSON")
+    monkeypatch.setattr(writer, "BATCH_SECONDS", 3600.0)
+    with grid_run(study) as run:
+        run.enqueue(POINTS[:2], GRID)
+        good, bad = claim_one(run), claim_one(run)
+        run.complete(good, 0.5)
+        run.record(bad, {}, {"fact": value})
+        with pytest.raises(StorageError, match=f"cannot store what trial 1 reported: .*{reason}"):
+            run.flush()
+        assert trial_states(study) == ["COMPLETE", "RUNNING"]
+        run._writer._updates.clear()  # the run can end
 
 
 def test_what_the_database_refuses_of_one_trial_does_not_keep_others_from_being_stored(
