@@ -14,6 +14,8 @@ import socket
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -34,6 +36,9 @@ os.environ.update(
     TUNE_PRINT_ALL_TRIAL_ERRORS="0",
     TUNE_GLOBAL_CHECKPOINT_S="86400",
 )
+
+# For a Ray that is started here: it listens on the loopback interface only, as on Windows and macOS, and asks for its token.
+_LOCAL_VARIABLES = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
 
 CONNECT_SECONDS = 10.0  # how long a cluster may take to answer
 INTERRUPT_SECONDS = 0.1  # until a signal that arrived in an import is sent again
@@ -120,11 +125,14 @@ class RayCluster:
         import ray
 
         logging.getLogger("ray").setLevel(logging.CRITICAL)
-        with tempfile.TemporaryDirectory(prefix="hpo-ray-", ignore_cleanup_errors=True) as scratch:
+        with (
+            tempfile.TemporaryDirectory(prefix="hpo-ray-", ignore_cleanup_errors=True) as scratch,
+            _private_if_local(self._address),
+        ):
             options: dict[str, Any] = {"address": self._address}
             if self._address is None:
                 options = {"address": "local", "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
-                options["_temp_dir"] = scratch
+                options["_temp_dir"] = f"{scratch}/r"  # Ray opens its folder to all users; nobody else may enter ours
             try:
                 _check_answers(self._address)
                 ray.init(logging_level=logging.CRITICAL, log_to_driver=False, **options)
@@ -137,6 +145,33 @@ class RayCluster:
             self._start_ended.set()
             self._must_stop.wait()
             ray.shutdown()
+
+
+@contextmanager
+def _private_if_local(address: str | None) -> Iterator[None]:
+    """Set what keeps other machines and users out of a Ray that is started here.
+
+    Ray's processes read it from the environment. This process may have imported ray before, hence the private names;
+    pyproject.toml bounds the version of Ray.
+    """
+    if address is not None:
+        yield
+        return
+    import ray
+
+    private: Any = ray
+    before = {name: os.environ.pop(name, None) for name in _LOCAL_VARIABLES}
+    try:
+        os.environ.update(_LOCAL_VARIABLES)
+        private._private.ray_constants.ENABLE_RAY_CLUSTER = False  # noqa: SLF001
+        private._raylet.Config.initialize("")  # noqa: SLF001 # reads the environment again
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            os.environ.update({} if value is None else {name: value})
+        private._private.ray_constants.ENABLE_RAY_CLUSTER = True  # noqa: SLF001
+        private._raylet.Config.initialize("")  # noqa: SLF001
 
 
 def _check_answers(address: str | None) -> None:

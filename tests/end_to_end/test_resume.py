@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks.toy import hold_epochs
@@ -22,6 +23,23 @@ from tests.end_to_end.processes import (
 )
 
 
+def check_private(driver: Driver) -> None:
+    """Check that other machines reach none of a driver's processes, and that other users reach none of Ray's files."""
+    processes = [psutil.Process(driver.pid), *driver.children()]
+    listening = [
+        (process.name(), connection.laddr.ip.removeprefix("::ffff:"))
+        for process in processes
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert {name for name, _ in listening} >= {"raylet", "gcs_server"}
+    assert {address for _, address in listening} == {"127.0.0.1"}, listening
+    words = (word for process in processes for word in process.cmdline() if "/hpo-ray-" in word)
+    folders = {Path("/", *Path(word[word.index("/tmp/") :]).parts[1:3]) for word in words if "/tmp/" in word}
+    assert folders
+    assert {folder.stat().st_mode & 0o777 for folder in folders} == {0o700}
+
+
 @pytest.mark.slow
 @pytest.mark.ray(starts=5)
 def test_a_study_survives_signals_kill_9_and_two_drivers(tmp_path: Path, start_driver: Callable[..., Driver]) -> None:
@@ -36,6 +54,7 @@ def test_a_study_survives_signals_kill_9_and_two_drivers(tmp_path: Path, start_d
     commands = [" ".join(child.cmdline()) for child in driver.children()]
     assert any("gcs_server" in command for command in commands)
     assert not any("/autoscaler/" in command for command in commands), "ray.shutdown would wait a second for it"
+    check_private(driver)
     driver.terminate()
     driver.wait_until(lambda: "Ctrl-C again" in driver.output)
     assert driver.is_running, "the first signal waits for the epoch in flight"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import socket
 import sys
@@ -28,10 +29,14 @@ class FakeRay(SimpleNamespace):
         self.threads: set[threading.Thread] = set()
         self._error = error
         node = SimpleNamespace(kill_monitor=lambda check_alive: self.calls.append(("kill_monitor", None)))
-        self._private = SimpleNamespace(worker=SimpleNamespace(_global_node=node))
+        self.environment: dict[str, str] = {}  # of Ray's processes
+        constants = SimpleNamespace(ENABLE_RAY_CLUSTER=True)
+        self._private = SimpleNamespace(worker=SimpleNamespace(_global_node=node), ray_constants=constants)
+        self._raylet = SimpleNamespace(Config=SimpleNamespace(initialize=lambda _: None))
 
     def init(self, **options: Any) -> None:
         self.calls.append(("init", options["address"]))
+        self.environment = dict(os.environ)
         self.threads.add(threading.current_thread())
         if self._error is not None:
             raise self._error
@@ -72,6 +77,21 @@ def test_a_cluster_is_started_once_and_stopped_once_by_the_same_thread(
     (thread,) = fake_ray.threads
     assert thread is not threading.current_thread()
     assert not thread.is_alive()
+
+
+def test_a_ray_of_our_own_is_private_and_a_joined_one_is_as_it_is(
+    fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    for address, mode, loopback in ((None, "token", "0"), ("auto", "disabled", None)):
+        with RayCluster(address) as cluster:
+            cluster.start()
+            cluster.size()
+            assert fake_ray.environment["RAY_AUTH_MODE"] == mode
+            assert fake_ray.environment.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") == loopback
+            assert fake_ray._private.ray_constants.ENABLE_RAY_CLUSTER is (address is not None)
+        assert os.environ["RAY_AUTH_MODE"] == "disabled"
+        assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ
 
 
 def test_leaving_the_context_stops_the_cluster_even_after_an_error(fake_ray: FakeRay) -> None:
