@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import io
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +85,9 @@ def write_report(results: Results, runs_dir: RunsDir) -> Path:
 
     folder, environment, content = runs_dir.report(results.study.name), _environment(), _content(results)
     markdown = environment.get_template("report.md").render(content)
-    page = environment.get_template("report.html").render(content, plotlyjs=get_plotlyjs())
+    # Only our own scripts run, even if a text got into the page as HTML.
+    nonce = secrets.token_urlsafe(16)
+    page = environment.get_template("report.html").render(content, plotlyjs=get_plotlyjs(), nonce=nonce)
     files = {f"{figure.name}.png": figure.png for figure in content["figures"]}
     files |= {"report.md": markdown.encode(), "index.html": page.encode()}
     try:
@@ -222,7 +225,7 @@ def _optuna_figure(results: Results, function: str) -> PageFigure:
         name,
         title,
         captions[function],
-        str(optuna_plots.plot(results, function).to_json()),
+        plotly_figures.dump(plotly_figures.escape_texts(optuna_plots.plot(results, function).to_plotly_json())),
         png_figures.to_png(optuna_plots.draw(results, function)),
         min_width=AXIS_PIXELS * axes if function == "plot_parallel_coordinate" else 0,
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hpo.report.curves import Band, CurveFigure, Line
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # As in plotly's own `to_json`: the text is safe inside a <script> element.
 _ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "/": "\\u002f"})
+_MARKUP = ("<br>", "<extra></extra>")  # what Optuna writes itself; in a name, it would be a line break at most
 
 
 def to_plotly(figure: CurveFigure) -> dict[str, Any]:
@@ -32,7 +33,29 @@ def to_plotly(figure: CurveFigure) -> dict[str, Any]:
 
 def to_json(figure: CurveFigure) -> str:
     """Return a figure as JSON that is safe inside a <script> element."""
-    return json.dumps(to_plotly(figure), separators=(",", ":"), allow_nan=False).translate(_ESCAPES)
+    return dump(to_plotly(figure))
+
+
+def dump(figure: Mapping[str, Any]) -> str:
+    """Return {"data": traces, "layout": layout} as JSON that is safe inside a <script> element."""
+    return json.dumps(figure, separators=(",", ":"), allow_nan=False).translate(_ESCAPES)
+
+
+def escape_texts(figure: Any) -> Any:
+    """Return a figure of another library as plain values, in which Plotly shows every text as it is.
+
+    Plotly takes texts for HTML: names of traces and axes, ticks, annotations, and what is shown next to the pointer.
+    """
+    if isinstance(figure, Mapping):
+        return {key: escape_texts(value) for key, value in figure.items()}
+    if isinstance(figure, list | tuple):
+        return [escape_texts(value) for value in figure]
+    if isinstance(figure, str):
+        escaped = html.escape(figure)
+        for markup in _MARKUP:
+            escaped = escaped.replace(html.escape(markup), markup)
+        return escaped
+    return escape_texts(figure.tolist()) if hasattr(figure, "tolist") else figure
 
 
 def to_graph_object(figure: CurveFigure) -> Figure:
