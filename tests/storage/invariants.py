@@ -31,6 +31,7 @@ class Invariants:
         trained: {value: the training that reported it}.
         crashes: {trial_id: how many workers and drivers died while they trained it}.
         retried: (trial_id, token) of the failures that an `hpo retry` has read.
+        replacements: how often the database was replaced.
     """
 
     def __init__(self, simulation: Simulation, sql: Callable[[str], list[tuple[Any, ...]]]) -> None:
@@ -39,6 +40,7 @@ class Invariants:
         self.trained: dict[float, Training] = {}
         self.crashes: Counter[int] = Counter()
         self.retried: set[tuple[int, int | None]] = set()
+        self.replacements = 0
         self._endings: dict[int, tuple[str, float | None]] = {}
         self._failures: dict[int, int | None] = {}  # {trial_id: token} of those in `_endings` that failed
         self._owners: dict[int, int | None] = {}
@@ -49,6 +51,7 @@ class Invariants:
 
     def forget(self) -> None:
         """The database was replaced."""
+        self.replacements += 1
         self._endings.clear()
         self._owners.clear()
         self._unaware_since.clear()

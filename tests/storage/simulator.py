@@ -262,9 +262,12 @@ class Driver:
             raise ExitError
         draw = self.simulation.scheduler.draw
         if len(self.trainings) < 2 and draw.random() < 0.5:
+            replacements = self.simulation.invariants.replacements
             if not run.finished and not self._claim(run):
                 if run.finished:
-                    self.simulation.invariants.check_finished(self)
+                    # A copy may be restored between the run's last look at the database and this one.
+                    if self.simulation.invariants.replacements == replacements:
+                        self.simulation.invariants.check_finished(self)
                 elif not self.trainings:
                     self.simulation.invariants.check_poll(self)
                     self.simulation.scheduler.hand_over("poll", seconds=1.0)
