@@ -29,6 +29,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModu
 from storage import migrations, optuna_tables, sqlite_file
 from storage.optuna_tables import SCHEMA
 from storage.tables import metadata, schema
+from storage.wal import STAMPS
 
 BUSY_SECONDS = 60.0  # how long a SQLite writer waits for another writer
 OPENING_SECONDS = 60.0  # how long a process waits for another one that creates or migrates the tables
@@ -249,9 +250,17 @@ def _migrate(engine: sa.Engine, version: int, safe_url: str) -> None:
 def _transaction(engine: sa.Engine) -> Iterator[sa.Connection]:
     """Begin a transaction, see `Database.transaction`. It may contain DDL."""
     with engine.begin() as connection:
-        if engine.dialect.name == "sqlite":
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        if engine.dialect.name != "sqlite":
+            yield connection
+            return
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        driver: sqlite3.Connection = connection.connection.driver_connection  # type: ignore[assignment]
+        changes = driver.total_changes
         yield connection
+        if driver.total_changes != changes:
+            # A number in the file's first page, so that the WAL has a version of the page from each transaction: see `wal`.
+            (number,) = driver.execute("PRAGMA user_version").fetchone()
+            driver.execute(f"PRAGMA user_version = {(number + 1) % STAMPS}")
 
 
 def _create_optuna_storage(
@@ -420,11 +429,16 @@ def _check_file(path: Path, safe_url: str, *, may_be_missing: bool, is_written: 
     if is_written and not os.access(path, os.W_OK):
         raise StorageError(f"{safe_url}: {_READ_ONLY}")
     # Before the tables are read, which fails where the WAL is of another file.
-    if sqlite_file.is_newer_than_its_wal(path) and not sqlite_file.is_intact(path, BUSY_SECONDS):
+    try:
+        does_not_fit = sqlite_file.has_wal_of_another_file(path)
+    except OSError as error:
+        raise StorageError(f"{safe_url}: cannot read {error.filename}: {error.strerror}") from None
+    if does_not_fit:
+        wal, shm = f"{path.resolve().name}-wal", f"{path.resolve().name}-shm"
         raise StorageError(
-            f"{safe_url} and the file {path.name}-wal next to it do not fit together. If you restored a copy: stop all "
-            f"programs that use it, then delete {path.name}-wal and {path.name}-shm, which are of the file before. If not, "
-            f"{_DAMAGED}"
+            f"{safe_url} and the file {wal} next to it do not fit together. If you restored a copy: stop all programs that "
+            f"use it, then delete {wal} and {shm}, which are of the file before. If {wal} is of this file (you copied both, "
+            f"or changed the rights of the file): run `touch {wal}`"
         )
     try:
         with sqlite_file.engine(path, BUSY_SECONDS) as engine:

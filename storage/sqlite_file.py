@@ -6,16 +6,24 @@ its header, a rollback of what a killed program left, a checkpoint when it is cl
 
 from __future__ import annotations
 
+import fcntl
+import os
 import sqlite3
+import struct
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import sqlalchemy as sa
 from sqlalchemy.pool import NullPool
 
+from storage import wal
+
 _WAL_MODE = 2  # bytes 18 and 19 of the header
+_LOCKED_BYTE = 128  # SQLite's UNIX_SHM_DMS
+_FLOCK = "hhqqi4x"  # Linux's `struct flock`: kind of the lock, meaning of the start, start, length, process
 
 
 def connect(path: Path, timeout_seconds: float, *, immutable: bool = False) -> sqlite3.Connection:
@@ -75,29 +83,74 @@ def has_wal(path: Path) -> bool:
     return _status(_beside(path, "wal"), "st_size") > 0
 
 
-def is_newer_than_its_wal(path: Path) -> bool:
-    """Return whether a file changed after the WAL next to it: if it was replaced, the WAL is of the file before.
+def has_wal_of_another_file(path: Path) -> bool:
+    """Return whether the WAL next to a file is of the file that a copy has replaced.
 
-    SQLite changes a file itself when it moves the WAL into it, so this is no proof. The time is that of the last change
-    (ctime): programs that copy files can set the other times.
-    """
-    return has_wal(path) and _status(path, "st_ctime_ns") >= _status(_beside(path, "wal"), "st_ctime_ns")
-
-
-def is_intact(path: Path, timeout_seconds: float) -> bool:
-    """Return whether every page of a file, with its WAL, is where it should be. Reads the whole file: 7 s a GB.
+    It costs little, unless the file changed after the WAL and nobody has it open: then the WAL is read.
 
     Raises:
-        sqlite3.Error: the file cannot be opened.
+        OSError: one of the files cannot be read.
     """
-    with closing(connect(path, timeout_seconds)) as connection:
+    path = path.resolve()
+    before = None
+    while before != (before := (_identity(path), _identity(_beside(path, "wal")))):
+        # A program that has the file open uses the WAL. So it belongs to the file, which checkpoints change at any time.
+        if not _is_newer_than_its_wal(path) or is_open_here(path) or _is_open_elsewhere(path):
+            return False
         try:
-            answer: str = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-        except sqlite3.DatabaseError as error:
-            if "malformed" in str(error):
+            if wal.belongs(path):
                 return False
-            raise
-    return answer == "ok"
+        except FileNotFoundError:  # the last program that had the file open has deleted it
+            continue
+    return not _is_open_elsewhere(path)  # others may have opened the file meanwhile
+
+
+def _is_newer_than_its_wal(path: Path) -> bool:
+    """Return whether a file changed after the WAL next to it: a checkpoint, or a copy that replaced the file.
+
+    The time is that of the last change (ctime): programs that copy files can set the other times.
+    """
+    return has_wal(path) and _status(path, "st_ctime_ns") > _status(_beside(path, "wal"), "st_ctime_ns")
+
+
+def is_open_here(path: Path) -> bool:
+    """Return whether this process has a file open.
+
+    Then it must not open and close the file again without SQLite: that ends the locks of its connections (POSIX), and other
+    programs would delete the WAL that they write to.
+    """
+    with suppress(OSError):
+        status = path.stat()
+        for descriptor in Path("/dev/fd").iterdir():
+            with suppress(OSError):  # closed meanwhile
+                if os.path.samestat(os.fstat(int(descriptor.name)), status):
+                    return True
+    return False
+
+
+def _is_open_elsewhere(path: Path) -> bool:
+    """Return whether another process has a file open that is in WAL mode. This process must not: see `is_open_here`.
+
+    Every connection holds a lock on a byte of the file's shared memory. The operating system takes it from a killed process.
+    """
+    try:
+        descriptor = os.open(_beside(path, "shm"), os.O_RDWR)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        descriptor = os.open(_beside(path, "shm"), os.O_RDONLY)
+    try:
+        if sys.platform == "linux":
+            question = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, _LOCKED_BYTE, 1, 0)
+            kind: int = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_GETLK, question))[0]
+            return kind != fcntl.F_UNLCK
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _LOCKED_BYTE)
+        except OSError:
+            return True
+        return False
+    finally:
+        os.close(descriptor)
 
 
 def _is_in_wal_mode(path: Path) -> bool:
@@ -108,6 +161,15 @@ def _is_in_wal_mode(path: Path) -> bool:
 
 def _beside(path: Path, suffix: str) -> Path:
     return Path(f"{path.resolve()}-{suffix}")
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """Return what changes when a file is written or replaced; None if it is missing."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _status(path: Path, field: str) -> int:

@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import OperationalError
 
 from benchmarks.postgres import Postgres
-from storage import database, migrations, optuna_tables, sqlite_file
+from storage import database, migrations, optuna_tables, sqlite_file, wal
 from storage.database import (
     Database,
     StorageError,
@@ -370,6 +370,7 @@ def test_a_copy_that_is_restored_next_to_an_old_wal_is_refused_and_not_damaged(
     for path in killed_search.iterdir():
         shutil.copy(path, tmp_path)
     file = tmp_path / "hpo.db"
+    time.sleep(0.02)
     shutil.copy(tmp_path / "hpo.db.copy", file)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(StorageError, match=r"If you restored a copy: .* delete hpo\.db-wal and hpo\.db-shm"):
@@ -382,14 +383,32 @@ def test_a_copy_that_is_restored_next_to_an_old_wal_is_refused_and_not_damaged(
         assert sql(opened, "SELECT count(*) FROM trials WHERE state = 'COMPLETE'") == [(61,)]
 
 
+def test_transactions_that_write_are_numbered_in_the_file(tmp_path: Path) -> None:
+    """So each is in the first page of the file, by which `wal` recognizes the file of a WAL."""
+    with open_database(f"sqlite:///{tmp_path}/hpo.db") as opened:
+        open_s(opened)
+        (before,) = sql(opened, "PRAGMA user_version")[0]
+        with opened.transaction() as connection:
+            connection.execute(sa.text("SELECT count(*) FROM trials"))
+        assert sql(opened, "PRAGMA user_version") == [(before,)]
+        with opened.transaction() as connection:
+            connection.execute(sa.text("DELETE FROM studies"))
+        assert sql(opened, "PRAGMA user_version") == [(before + 1,)]
+        with opened.engine.connect() as connection:
+            connection.execute(sa.text(f"PRAGMA user_version = {wal.STAMPS - 1}"))
+        with opened.transaction() as connection:
+            connection.execute(sa.text("INSERT INTO hpo_deleted_studies VALUES ('a')"))
+        assert sql(opened, "PRAGMA user_version") == [(0,)]
+
+
 @pytest.mark.slow
-def test_the_wal_of_a_killed_search_is_used_without_reading_the_whole_file(
+def test_the_wal_of_a_killed_search_is_used_without_reading_it_first(
     killed_search: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("hpo.db", "hpo.db-shm", "hpo.db-wal"):  # the WAL changes last, as in a search
         shutil.copy(killed_search / name, tmp_path)
         time.sleep(0.02)
-    monkeypatch.setattr(sqlite_file, "is_intact", lambda *_: pytest.fail("the whole file was read"))
+    monkeypatch.setattr(wal, "belongs", lambda *_: pytest.fail("the WAL was read"))
     with open_database(f"sqlite:///{tmp_path}/hpo.db") as opened:
         assert sql(opened, "SELECT count(*) FROM trials WHERE state = 'COMPLETE'") == [(181,)]
 
