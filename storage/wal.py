@@ -19,6 +19,9 @@ _MAGIC = (0x377F0682, 0x377F0683)
 _VERSION = 3007000
 _WAL_HEADER = struct.Struct(">8I")  # magic, version, bytes of a page, number of checkpoints, two salts, two checksums
 _FRAME_HEADER = struct.Struct(">6I")  # page, pages of the file if it ends a transaction, two salts, two checksums
+_COUNTER = slice(
+    24, 28
+)  # of the first page: at most one more after each transaction; low in a copy that `.backup` made
 _COOKIE = slice(40, 44)  # of the first page: a new value after each change of the schema
 _STAMP = slice(60, 64)  # of the first page: `PRAGMA user_version`
 STAMPS = 2**31  # numbers of transactions, see `belongs`
@@ -76,9 +79,14 @@ def _belongs(file: int, wal: int) -> bool:
 
 def _may_precede(page: bytes, next_version: bytes) -> bool:
     """Return whether the first page of a file may have become the other by one transaction."""
-    number, next_number = (int.from_bytes(each[_STAMP], "big") for each in (page, next_version))
-    # The same number: the transaction is of a program that does not count.
-    return page[_COOKIE] == next_version[_COOKIE] and next_number in {number, (number + 1) % STAMPS}
+    (counter, cookie, number), (next_counter, next_cookie, next_number) = (
+        [int.from_bytes(each[field], "big") for field in (_COUNTER, _COOKIE, _STAMP)] for each in (page, next_version)
+    )
+    # The same number: the transaction is of a program that does not number them.
+    has_number = next_number in {number, (number + 1) % STAMPS}
+    # Tables are created, and migrated, before there are numbers.
+    has_cookie = cookie == next_cookie or (number == 0 and cookie < next_cookie)
+    return has_number and has_cookie and next_counter - counter in {0, 1}
 
 
 def _committed(wal: int) -> tuple[int, dict[int, list[int]]]:

@@ -119,6 +119,22 @@ def test_a_wal_belongs_to_its_file_when_a_reader_kept_a_checkpoint_from_the_firs
         assert not sqlite_file.has_wal_of_another_file(writer.kill())
 
 
+def test_a_wal_belongs_to_its_file_when_it_begins_with_the_creation_of_the_tables(tmp_path: Path) -> None:
+    with closing(sqlite3.connect(tmp_path / "new.db", isolation_level=None)) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")
+        for table in ("rows", "counts"):
+            connection.execute(f"CREATE TABLE {table} (value TEXT)")
+        with closing(sqlite3.connect(tmp_path / "new.db")) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT * FROM rows").fetchone()
+            connection.execute("PRAGMA user_version = 1")
+            connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
+            for suffix in ("-wal", ""):
+                shutil.copy(f"{tmp_path}/new.db{suffix}", f"{tmp_path}/killed.db{suffix}")
+                time.sleep(TICK_SECONDS)
+    assert not sqlite_file.has_wal_of_another_file(tmp_path / "killed.db")
+
+
 def test_a_wal_belongs_to_its_file_when_another_program_wrote_first(writer: Writer) -> None:
     """One that does not count its transactions, such as optuna-dashboard."""
     with closing(sqlite3.connect(writer.file, isolation_level=None)) as other:
