@@ -24,7 +24,14 @@ import sqlalchemy as sa
 from filelock import FileLock, Timeout
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    DisconnectionError,
+    InterfaceError,
+    NoSuchModuleError,
+    OperationalError,
+)
 
 from storage import migrations, optuna_tables, sqlite_file
 from storage.optuna_tables import SCHEMA
@@ -196,10 +203,10 @@ def open_for_reading(url: str, password: str | None = None) -> Database | None:
         engine = sa.create_engine(parsed, **options)
         _configure(engine, is_written=False)
         try:
-            if _read_versions(engine, safe_url).optuna is None:
+            if _read_again(lambda: _read_versions(engine, safe_url)).optuna is None:
                 engine.dispose()
                 return None
-            missing = set(metadata.tables) - set(sa.inspect(engine).get_table_names())
+            missing = set(metadata.tables) - set(_read_again(lambda: sa.inspect(engine).get_table_names()))
             storage = _create_optuna_storage(parsed, options, skip_table_creation=True, is_written=False)
             return Database(safe_url, engine, storage, frozenset(missing))
         except BaseException:
@@ -213,10 +220,18 @@ def hpo_ids(path: Path) -> set[str]:
     Raises:
         StorageError: the file cannot be read.
     """
-    with translate_errors(str(path)), sqlite_file.engine(path, _LOOK_SECONDS) as engine, engine.connect() as connection:
-        if not sa.inspect(connection).has_table(optuna_tables.study_user_attributes.name):
-            return set()
-        return {value for value in optuna_tables.read_study_attr(connection, "hpo:id").values() if value is not None}
+
+    def read() -> set[str]:
+        with sqlite_file.engine(path, _LOOK_SECONDS) as engine, engine.connect() as connection:
+            if not sa.inspect(connection).has_table(optuna_tables.study_user_attributes.name):
+                return set()
+            return {
+                value for value in optuna_tables.read_study_attr(connection, "hpo:id").values() if value is not None
+            }
+
+    with translate_errors(str(path)):
+        _check_wal(path, str(path))
+        return _read_again(read)
 
 
 def _create_tables(url: sa.URL, engine: sa.Engine, options: dict[str, Any]) -> RDBStorage:
@@ -394,6 +409,8 @@ def _configure(engine: sa.Engine, *, is_written: bool = True) -> None:
             sa.event.listen(engine, "connect", _forbid_writing)
     elif is_written:
         sa.event.listen(engine, "connect", _configure_sqlite)
+    else:
+        sa.event.listen(engine, "checkout", _replace_if_outdated)
 
 
 def _configure_sqlite(connection: sqlite3.Connection, _record: object) -> None:
@@ -402,6 +419,11 @@ def _configure_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     if connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
         connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=NORMAL")
+
+
+def _replace_if_outdated(connection: sqlite3.Connection, _record: object, _proxy: object) -> None:
+    if not sqlite_file.can_go_on(connection):
+        raise DisconnectionError  # SQLAlchemy opens another one
 
 
 def _check_file(path: Path, safe_url: str, *, may_be_missing: bool, is_written: bool) -> None:
@@ -428,27 +450,50 @@ def _check_file(path: Path, safe_url: str, *, may_be_missing: bool, is_written: 
         raise StorageError(f"{safe_url} is a folder: name a file in it")
     if is_written and not os.access(path, os.W_OK):
         raise StorageError(f"{safe_url}: {_READ_ONLY}")
-    # Before the tables are read, which fails where the WAL is of another file.
+    _check_wal(path, safe_url)  # before the tables are read, which fails where the WAL is of another file
+
+    def read(*, immutable: bool = False) -> None:
+        with sqlite_file.engine(path, BUSY_SECONDS, immutable=immutable) as engine:
+            _read_versions(engine, safe_url)
+
     try:
-        does_not_fit = sqlite_file.has_wal_of_another_file(path)
+        _read_again(read)
+    except DBAPIError as error:
+        if "readonly" not in str(_driver_error(error)):
+            raise
+        # Opening the file would undo the transaction of a program that was killed: only if the file is ours.
+        _read_again(lambda: read(immutable=True))
+
+
+def _check_wal(path: Path, safe_url: str) -> None:
+    """Refuse a SQLite file next to the WAL of another one.
+
+    Raises:
+        StorageError: the WAL is of another file, or cannot be read.
+    """
+    try:
+        fits = not sqlite_file.has_wal_of_another_file(path)
     except OSError as error:
         raise StorageError(f"{safe_url}: cannot read {error.filename}: {error.strerror}") from None
-    if does_not_fit:
+    if not fits:
         wal, shm = f"{path.resolve().name}-wal", f"{path.resolve().name}-shm"
         raise StorageError(
             f"{safe_url} and the file {wal} next to it do not fit together. If you restored a copy: stop all programs that "
             f"use it, then delete {wal} and {shm}, which are of the file before. If {wal} is of this file (you copied both, "
             f"or changed the rights of the file): run `touch {wal}`"
         )
-    try:
-        with sqlite_file.engine(path, BUSY_SECONDS) as engine:
-            _read_versions(engine, safe_url)
-    except DBAPIError as error:
-        if "readonly" not in str(_driver_error(error)):
-            raise
-        # Opening the file would undo the transaction of a program that was killed: only if the file is ours.
-        with sqlite_file.engine(path, BUSY_SECONDS, immutable=True) as engine:
-            _read_versions(engine, safe_url)
+
+
+def _read_again(operation: Callable[[], T]) -> T:
+    """Run an operation that reads. Run it again if another program changed a SQLite file meanwhile; return its result."""
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            return operation()
+        except DBAPIError as error:
+            if not sqlite_file.is_change(_driver_error(error)) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 class _Versions(NamedTuple):

@@ -14,50 +14,138 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.pool import NullPool
 
 from storage import wal
 
+_TICK_SECONDS = 0.02  # two changes of a file within this time may leave it with the same time of its last change
 _WAL_MODE = 2  # bytes 18 and 19 of the header
 _LOCKED_BYTE = 128  # SQLite's UNIX_SHM_DMS
+_CHANGED = "database is locked: another program changed the file while it was read"  # "locked": it can be read again
 _FLOCK = "hhqqi4x"  # Linux's `struct flock`: kind of the lock, meaning of the start, start, length, process
+
+
+class _Cursor(sqlite3.Cursor):
+    """Reads the whole answer at once, and refuses it if the file was changed meanwhile."""
+
+    _rows: Iterator[Any] = iter(())
+
+    def execute(self, sql: str, parameters: Any = ()) -> _Cursor:
+        try:
+            super().execute(sql, parameters)
+            self._rows = iter(super().fetchall())
+        finally:  # what looks like damage may be pages of two versions
+            if isinstance(self.connection, _Alone):
+                self.connection.check()
+        return self
+
+    def fetchone(self) -> Any:
+        return next(self._rows, None)
+
+    def fetchmany(self, size: int | None = None) -> list[Any]:
+        return list(islice(self._rows, self.arraysize if size is None else size))
+
+    def fetchall(self) -> list[Any]:
+        return list(self._rows)
+
+    def __next__(self) -> Any:
+        return next(self._rows)
+
+
+class _Alone(sqlite3.Connection):
+    """A connection that reads a file without locks, as the file was when it was opened.
+
+    SQLite expects that nobody changes the file. Others may: a run starts, and a checkpoint writes to it.
+    """
+
+    _path: Path | None = None
+    _opened: tuple[int, ...] | None = None
+
+    def watch(self, path: Path, opened: tuple[int, ...] | None) -> None:
+        """Compare the file with what `_identity` returned before it was opened."""
+        self._path, self._opened = path, opened
+
+    def cursor(self, factory: Any = _Cursor) -> Any:
+        return super().cursor(factory)
+
+    def execute(self, sql: str, parameters: Any = ()) -> Any:
+        return self.cursor().execute(sql, parameters)
+
+    def is_current(self) -> bool:
+        return self._path is None or _identity(self._path) == self._opened
+
+    def check(self) -> None:
+        if not self.is_current():
+            raise sqlite3.OperationalError(_CHANGED)
+
+    def can_go_on(self) -> bool:
+        """Return whether the next transaction may use it: the file is current without a WAL."""
+        return self.is_current() and (self._path is None or not has_wal(self._path))
+
+
+def can_go_on(connection: sqlite3.Connection) -> bool:
+    """Return whether a connection of `connect` may be used for another transaction. Otherwise, open a new one."""
+    return not isinstance(connection, _Alone) or connection.can_go_on()
+
+
+def is_change(error: BaseException) -> bool:
+    """Return whether an error says that another program changed a file while it was read. Reading it again helps."""
+    return str(error) == _CHANGED
 
 
 def connect(path: Path, timeout_seconds: float, *, immutable: bool = False) -> sqlite3.Connection:
     """Open a file for reading. What SQLite would write, such as the rollback of a killed program's transaction, is an error.
 
+    Where nobody has the file open, it is read alone: otherwise, SQLite would create the files of an empty WAL, and could not
+    delete them. If another program changes it meanwhile, that is an error, see `is_change`.
+
     Args:
         path: the file.
         timeout_seconds: how long to wait for another program's transaction.
-        immutable: whether to read the file alone: without locks, its WAL, or its journal.
+        immutable: whether to read the file alone in any case: without locks, its WAL, or its journal.
 
     Raises:
         sqlite3.Error: the file cannot be opened.
     """
     for pause_seconds in (0.01, 0.1, 0.5, None):
+        opened = _identity(path)
+        is_alone = immutable or (not has_wal(path) and not is_open_here(path) and _is_in_wal_mode(path))
         connection = sqlite3.connect(
-            _uri(path, immutable=immutable), uri=True, timeout=timeout_seconds, check_same_thread=False
+            _uri(path, is_alone=is_alone),
+            uri=True,
+            timeout=timeout_seconds,
+            check_same_thread=False,
+            factory=_Alone if is_alone else sqlite3.Connection,
         )
+        if isinstance(connection, _Alone):
+            if opened is not None and abs(time.time_ns() - opened[-1]) < _TICK_SECONDS * 1e9:
+                time.sleep(_TICK_SECONDS)
+                opened = _identity(path)
+            connection.watch(path, opened)
         try:
             connection.execute("SELECT 1 FROM sqlite_master")  # only now, SQLite opens the files
         except sqlite3.OperationalError as error:
             connection.close()
             # The last program that had the file open may have deleted its WAL meanwhile.
-            if pause_seconds is None or "unable to open" not in str(error):
+            if pause_seconds is None or not (is_change(error) or "unable to open" in str(error)):
                 raise
             time.sleep(pause_seconds)
+        except BaseException:
+            connection.close()
+            raise
         else:
             return connection
     raise AssertionError
 
 
-def _uri(path: Path, *, immutable: bool) -> str:
+def _uri(path: Path, *, is_alone: bool) -> str:
     options = "mode=ro"
-    if immutable or (_is_in_wal_mode(path) and not has_wal(path)):
-        # The file is complete. Otherwise, SQLite would create the files of an empty WAL, and could not delete them.
+    if is_alone:
         options += "&immutable=1"
     elif has_wal(path) and _beside(path, "shm").exists():
         options += "&readonly_shm=1"
@@ -114,16 +202,16 @@ def _is_newer_than_its_wal(path: Path) -> bool:
 
 
 def is_open_here(path: Path) -> bool:
-    """Return whether this process has a file open.
+    """Return whether this process has a file open that is in WAL mode, other than alone (see `connect`).
 
-    Then it must not open and close the file again without SQLite: that ends the locks of its connections (POSIX), and other
-    programs would delete the WAL that they write to.
+    Then it must not open and close the file again without SQLite, or alone: that ends the locks of its connections (POSIX),
+    and other programs would delete the WAL that they write to.
     """
     with suppress(OSError):
-        status = path.stat()
+        shared_memory = _beside(path, "shm").stat()
         for descriptor in Path("/dev/fd").iterdir():
             with suppress(OSError):  # closed meanwhile
-                if os.path.samestat(os.fstat(int(descriptor.name)), status):
+                if os.path.samestat(os.fstat(int(descriptor.name)), shared_memory):
                     return True
     return False
 
@@ -164,7 +252,7 @@ def _beside(path: Path, suffix: str) -> Path:
 
 
 def _identity(path: Path) -> tuple[int, ...] | None:
-    """Return what changes when a file is written or replaced; None if it is missing."""
+    """Return what changes when a file is written or replaced, the time of that last; None if it is missing."""
     try:
         status = path.stat()
     except FileNotFoundError:
