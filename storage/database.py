@@ -247,7 +247,11 @@ def _create_tables(url: sa.URL, engine: sa.Engine, options: dict[str, Any]) -> R
 
 
 def _migrate(engine: sa.Engine, version: int, safe_url: str) -> None:
-    with engine.connect() as connection:
+    with _transaction(engine) as connection:
+        # An older version of hpo may hold another lock, and have migrated the tables while this one waited.
+        version = connection.scalar(sa.select(schema.c.version)) or version
+        if version >= migrations.VERSION:
+            return
         try:
             copy = migrations.back_up(connection, version)
         except OSError as error:
@@ -255,7 +259,6 @@ def _migrate(engine: sa.Engine, version: int, safe_url: str) -> None:
                 f"{safe_url} has tables of version {version}, which this version of hpo replaces, but the file cannot be "
                 f"backed up first: {error.strerror}. Make its folder writable"
             ) from None
-    with _transaction(engine) as connection:
         migrations.migrate(connection, version)
     kept = "" if copy is None else f"; the old file is kept as {copy}"
     logger.warning("%s: tables migrated from version %d to %d%s", safe_url, version, migrations.VERSION, kept)
@@ -566,13 +569,17 @@ def _schema_lock(engine: sa.Engine, safe_url: str) -> Iterator[None]:
     """
     if engine.dialect.name == "sqlite":
         # Whoever may write to the folder may use the lock: the umask decides, as for the database.
-        lock = FileLock(f"{engine.url.database}.{zlib.crc32(b'schema'):08x}.lock", mode=0o666)
+        file = Path(str(engine.url.database)).resolve()  # one lock, even if links lead to the file
+        lock = FileLock(f"{file}.{zlib.crc32(b'schema'):08x}.lock", mode=0o666)
         try:
             lock.acquire(timeout=OPENING_SECONDS)
         except Timeout:
             raise _opened_elsewhere(safe_url, f"`fuser {lock.lock_file}` shows its PID") from None
         except OSError as error:
-            raise StorageError(f"cannot write {lock.lock_file}: {error.strerror}") from None
+            raise StorageError(
+                f"{safe_url}: cannot write {lock.lock_file}: {error.strerror}. Every process that opens the database needs "
+                "this file: make it and its folder writable"
+            ) from None
         try:
             yield
         finally:
