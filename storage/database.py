@@ -214,6 +214,30 @@ def open_for_reading(url: str, password: str | None = None) -> Database | None:
             raise
 
 
+def identify(database: Database) -> str:
+    """Return what tells a PostgreSQL database from every other one, whatever the URL is; its URL, if it does not say.
+
+    It is a URL, too: of the server's number, the database's, and the schema.
+
+    Raises:
+        StorageError: the database cannot be used.
+    """
+
+    def read() -> str:
+        with database.engine.connect() as connection:
+            if not connection.scalar(sa.text("SELECT has_function_privilege('pg_control_system()', 'EXECUTE')")):
+                return database.url
+            row = connection.execute(
+                sa.text(
+                    "SELECT system_identifier, oid, current_schema() FROM pg_control_system(), pg_database "
+                    "WHERE datname = current_database()"
+                )
+            ).one()
+            return "postgresql://server-{}/database-{}/{}".format(*row)
+
+    return database.url if database.file is not None else retry_while_down(database, read)
+
+
 def hpo_ids(path: Path) -> set[str]:
     """Return the `hpo:id` of each study in a SQLite file, which may be of any program. The file is only read.
 
