@@ -95,9 +95,9 @@ def clean_runs(
         StorageError: there is no such database, or it cannot be used.
     """
     from hpo.cleaning import delete_garbage, find_garbage
-    from storage.database import open_database
+    from storage.database import open_existing
 
-    with open_database(storage, password, create=False) as database:
+    with open_existing(storage, password) as database:
         found = find_garbage(database, RunsDir(Path(runs_dir)))
     return delete_garbage(found) if delete else found
 
@@ -119,7 +119,7 @@ def read_results(study: str, *, storage: str = DEFAULT_STORAGE, password: str | 
     """
     from hpo.report import results
 
-    return results.read_results(_existing_study(study, storage, password))
+    return results.read_results(_existing_study(study, storage, password, is_written=False))
 
 
 def write_report(results: Results, *, runs_dir: Path | str = "runs") -> Path:
@@ -208,7 +208,7 @@ def replay_trial(
     """
     from hpo.search.replay import replay
 
-    opened = _existing_study(study, storage, password)
+    opened = _existing_study(study, storage, password, is_written=False)
     return replay(opened, number, show, data_dir=Path(data_dir).resolve(), environment=describe_environment())
 
 
@@ -243,7 +243,7 @@ def export_model(
         DataError: the data set is not there and cannot be downloaded.
         StorageError: the database cannot be used.
     """
-    opened = _existing_study(study, storage, password)
+    opened = _existing_study(study, storage, password, is_written=False)
     from hpo.export import exporting
 
     return exporting.export_model(
@@ -287,11 +287,11 @@ def serve_dashboard(
     serve(database, host, port, password=dashboard_password, runs_dir=RunsDir(Path(runs_dir)).make())
 
 
-def _existing_study(name: str, storage: str, password: str | None) -> Study:
-    from storage.database import open_database
+def _existing_study(name: str, storage: str, password: str | None, *, is_written: bool = True) -> Study:
+    from storage.database import open_database, open_existing
     from storage.studies import find_study, study_names
 
-    database = open_database(storage, password, create=False)
+    database = open_database(storage, password, create=False) if is_written else open_existing(storage, password)
     study = find_study(database, name)
     if study is None:
         names = study_names(database)

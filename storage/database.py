@@ -145,7 +145,7 @@ def open_database(url: str, password: str | None = None, *, create: bool = True)
     Args:
         url: an SQLAlchemy URL: `sqlite:///path/to/file.db` or `postgresql://user:password@host/name`.
         password: the password for a PostgreSQL URL without one.
-        create: whether to create a missing SQLite file. Readers pass False.
+        create: whether to create a missing SQLite file.
 
     Raises:
         StorageError: the URL is wrong; the database is down or forbids access; another program, a newer version
@@ -154,7 +154,7 @@ def open_database(url: str, password: str | None = None, *, create: bool = True)
     parsed, safe_url = _parse_url(url, password)
     with translate_errors(safe_url):
         if parsed.get_backend_name() == "sqlite":
-            _check_file(Path(str(parsed.database)), safe_url, may_be_missing=create, is_written=create)
+            _check_file(Path(str(parsed.database)), safe_url, may_be_missing=create, is_written=True)
             _create_folder(parsed, safe_url)
         options = _engine_options(parsed)
         engine = sa.create_engine(parsed, **options)
@@ -212,6 +212,24 @@ def open_for_reading(url: str, password: str | None = None) -> Database | None:
         except BaseException:
             engine.dispose()
             raise
+
+
+def open_existing(url: str, password: str | None = None) -> Database:
+    """Open a database to read all of a study. It is only read, like by `open_for_reading`, unless its tables are older.
+
+    Args:
+        url: see `open_database`.
+        password: see `open_database`.
+
+    Raises:
+        StorageError: see `open_database`; or there is no such SQLite file.
+    """
+    database = open_for_reading(url, password)
+    if database is not None:
+        if _read_again(lambda: _read_versions(database.engine, database.url)).ours == migrations.VERSION:
+            return database
+        database.close()
+    return open_database(url, password, create=False)
 
 
 def identify(database: Database) -> str:
@@ -382,6 +400,26 @@ def _check_sqlite_url(url: sa.URL, examples: str) -> None:
         raise StorageError(
             f"hpo does not use the option {unknown[0]!r} of a SQLite URL (allowed: {allowed}); {examples}"
         )
+    checks: tuple[tuple[str, str, Callable[[Any], object]], ...] = (
+        ("timeout", "a number of seconds", float),
+        ("check_same_thread", "true or false", sa.util.asbool),
+    )
+    for option, allowed, check in checks:
+        try:
+            check(url.query.get(option, "1"))
+        except (TypeError, ValueError):  # TypeError: it is there twice
+            raise StorageError(f"the option {option} of a SQLite URL must be {allowed}; {examples}") from None
+    try:
+        name.encode()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):  # see `_check_file`
+            os.stat(name)  # noqa: PTH116 - Path.exists would hide a null character
+    except UnicodeEncodeError:
+        raise StorageError(
+            "the name of the database is no Unicode: start in its folder, and name it from there"
+        ) from None
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise StorageError(f"the path of the database cannot be used: {reason}; {examples}") from None
 
 
 def _create_folder(url: sa.URL, safe_url: str) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from benchmarks.postgres import Postgres
 from hpo import cleaning
-from hpo.api import clean_runs, list_studies
+from hpo.api import clean_runs, list_studies, read_results
 from hpo.cleaning import Garbage, count_bytes, delete_garbage, find_garbage, note_database
 from hpo.dashboard import publishing
 from hpo.dashboard.publishing import publish
@@ -133,6 +133,20 @@ def test_what_another_copy_of_the_database_needs_is_kept(
         optuna.delete_study(study_name="one", storage=database.optuna_storage)
         assert one in found_paths(copy, runs)
         assert {path.parent for path in found_paths(copy, runs)} == {one.parent, runs.artifacts}
+
+
+def test_a_file_that_may_not_be_written_is_only_read(database: Database, runs: RunsDir) -> None:
+    assert database.file is not None
+    url, file = database.url, database.file
+    study_of(database, "one")
+    database.close()
+    for path in file.parent.glob("*.lock"):
+        path.unlink()
+    file.chmod(0o444)
+    before = {path: path.stat().st_mtime_ns for path in file.parent.iterdir() if path.is_file()}
+    assert clean_runs(storage=url, runs_dir=runs.root).garbage == []
+    assert read_results("one", storage=url).study.name == "one"
+    assert {path: path.stat().st_mtime_ns for path in file.parent.iterdir() if path.is_file()} == before
 
 
 def test_a_link_to_the_database_is_no_other_database(database: Database, runs: RunsDir) -> None:

@@ -134,6 +134,12 @@ def test_a_process_that_is_suspended_in_a_transaction_does_not_stop_the_others(
         ("sqlite:///file::memory:?uri=true", "by their path, not by a file: URI"),
         ("sqlite:///file::memory:", "by their path, not by a file: URI"),
         ("sqlite:///x.db?uri=true", "option 'uri' of a SQLite URL .allowed: check_same_thread and timeout"),
+        ("sqlite:///x.db?timeout=abc", "option timeout of a SQLite URL must be a number of seconds"),
+        ("sqlite:///x.db?timeout=1&timeout=2", "option timeout of a SQLite URL must be a number of seconds"),
+        ("sqlite:///x.db?check_same_thread=perhaps", "option check_same_thread of a SQLite URL must be true or false"),
+        (f"sqlite:///{'a' * 300}.db", "the path of the database cannot be used: File name too long"),
+        ("sqlite:///a\0b.db", "the path of the database cannot be used: embedded null"),
+        ("sqlite:////caf\udce9/x.db", "is no Unicode: start in its folder"),
         ("sqlite:///.", "is a folder: name a file in it"),
         (f"postgresql://user:{PASSWORD}@host:port/name", "not a database URL"),
         (f"postgresql+psycopg2://user:{PASSWORD}@host/name", "does not use the driver .*psycopg2"),
@@ -321,9 +327,37 @@ def test_a_file_that_a_search_cannot_write_is_refused_at_once(
     before = sorted(tmp_path.iterdir())
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # as root has it for a file with `chattr +i`
     if database.engine.dialect.name == "sqlite":
-        with pytest.raises(StorageError, match="the file is read-only: make it and its folder writable"):
-            open_database(database.url)
+        for create in (True, False):
+            with pytest.raises(StorageError, match="the file is read-only: make it and its folder writable"):
+                open_database(database.url, create=create)
         assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_lock_that_cannot_be_written_is_named_with_the_remedy(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/hpo.db"
+    open_database(url).close()
+    (lock,) = tmp_path.glob("*.lock")
+    lock.unlink()
+    lock.mkdir()
+    with pytest.raises(StorageError, match=r"cannot write .*\.lock: .*make it and its folder writable"):
+        open_database(url)
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_an_existing_database_is_only_read_unless_its_tables_are_older(tmp_path: Path, version: int) -> None:
+    file = tmp_path / "hpo.db"
+    with closing(sqlite3.connect(file)) as connection:
+        connection.executescript((Path(__file__).parent / f"data/version_{version}.sql").read_text())
+    with database.open_existing(f"sqlite:///{file}") as opened:
+        assert sql(opened, "SELECT version FROM hpo_schema") == [(migrations.VERSION,)]
+    for path in set(tmp_path.iterdir()) - {file}:
+        path.unlink()
+    before = file.read_bytes()
+    with database.open_existing(f"sqlite:///{file}") as opened:
+        (study,) = all_studies(opened)
+        assert study.metrics()
+    assert list(tmp_path.iterdir()) == [file]
+    assert file.read_bytes() == before
 
 
 # --- a WAL of another file ----------------------------------------------------------------------------------------------
