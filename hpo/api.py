@@ -95,9 +95,9 @@ def clean_runs(
         StorageError: there is no such database, or it cannot be used.
     """
     from hpo.cleaning import delete_garbage, find_garbage
-    from storage.database import open_database
+    from storage.database import open_existing
 
-    with open_database(storage, password, create=False) as database:
+    with open_existing(storage, password) as database:
         found = find_garbage(database, RunsDir(Path(runs_dir)))
     return delete_garbage(found) if delete else found
 
@@ -168,7 +168,7 @@ def retry_trials(
     """
     from storage import retry
 
-    with _opened_study(study, storage, password) as opened:
+    with _opened_study(study, storage, password, is_written=True) as opened:
         if not opened.is_ours:
             raise SettingError(f"study {opened.name} was not created by hpo, so hpo cannot run its trials")
         failed = retry.failed_trials(opened)
@@ -290,12 +290,13 @@ def serve_dashboard(
 
 
 @contextmanager
-def _opened_study(name: str, storage: str, password: str | None) -> Iterator[Study]:
+def _opened_study(name: str, storage: str, password: str | None, *, is_written: bool = False) -> Iterator[Study]:
     """Open a study, and close its connections at the end. It can be read after that: it connects again."""
-    from storage.database import open_database
+    from storage.database import open_database, open_existing
     from storage.studies import find_study, study_names
 
-    with open_database(storage, password, create=False) as database:
+    opened = open_database(storage, password, create=False) if is_written else open_existing(storage, password)
+    with opened as database:
         study = find_study(database, name)
         if study is None:
             names = study_names(database)

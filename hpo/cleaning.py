@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -161,10 +162,13 @@ class _OtherDatabases:
     """
 
     def __init__(self, database: Database, root: Path) -> None:
-        self._own = _name_of(database)
+        self._own = database.file
+        self._names = _names_of(database)
         self._ids: dict[Path, set[str] | None] = {}  # None: the file cannot be read
         folders = {root.resolve(), *([] if database.file is None else [database.file.parent])}
-        self._files = [path for folder in sorted(folders) for path in _entries(folder) if _is_sqlite(path)]
+        entries = [path for folder in sorted(folders) for path in _entries(folder)]
+        # Without the database itself, under any name: to open and close its file here would end SQLite's locks on it.
+        self._files = [path for path in entries if not self._is_own(path) and _is_sqlite(path)]
 
     def has(self, identity: str) -> str:
         """Return which database file may have a study with this `hpo:id`; empty if none has."""
@@ -174,14 +178,17 @@ class _OtherDatabases:
         """Return which database may have the study of a folder; empty if there is none."""
         identity = study_id_of(folder.name)
         for name in _noted_databases(folder):
-            if name != self._own and ("://" in name or self._may_have(Path(name), identity)):
+            if "://" in name:
+                if name not in self._names and _without_aliases(name) not in self._names:
+                    return name
+            elif self._may_have(Path(name), identity):
                 return name
         return self.has(identity)
 
     def _may_have(self, path: Path, identity: str) -> bool:
         from storage.database import StorageError, hpo_ids
 
-        if str(path) == self._own or not path.exists():
+        if not path.exists() or self._is_own(path):
             return False
         if path not in self._ids:
             self._ids[path] = None
@@ -190,25 +197,49 @@ class _OtherDatabases:
         ids = self._ids[path]
         return ids is None or identity in ids
 
+    def _is_own(self, path: Path) -> bool:
+        """Return whether a path leads to this database, also by a link."""
+        with suppress(OSError):
+            return self._own is not None and path.samefile(self._own)
+        return False
+
 
 def note_database(folder: Path, database: Database) -> None:
     """Note in the folder of a study that this database needs it. It is a hint only: errors of the disk are ignored."""
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        if _name_of(database) not in _noted_databases(folder):
-            with (folder / DATABASES_FILE).open("a") as file:
-                file.write(f"{_name_of(database)}\n")
+        name = _name_of(database)
+        if name not in _noted_databases(folder):
+            # A path may contain bytes that are no characters.
+            with (folder / DATABASES_FILE).open("a", encoding="utf-8", errors="surrogateescape") as file:
+                file.write(f"{name}\n")
 
 
 def _noted_databases(folder: Path) -> list[str]:
-    with suppress(OSError, ValueError):
-        return (folder / DATABASES_FILE).read_text().splitlines()
+    with suppress(OSError):
+        return (folder / DATABASES_FILE).read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     return []
 
 
 def _name_of(database: Database) -> str:
-    """Return the path of a SQLite file, or a URL without a password."""
-    return database.url if database.file is None else str(database.file)
+    """Return the path of a SQLite file, or a name of a PostgreSQL database that does not depend on its URL."""
+    from storage.database import identify
+
+    return identify(database) if database.file is None else str(database.file)
+
+
+def _names_of(database: Database) -> set[str]:
+    """Return the names of a database that a note may have. Older versions of hpo note the URL."""
+    return {_name_of(database)} | (set() if database.file else {database.url, _without_aliases(database.url)})
+
+
+def _without_aliases(url: str) -> str:
+    """Return the URL of a PostgreSQL database in the same form for all names of this machine, and for all users."""
+    with suppress(ValueError):
+        parts = urlsplit(url)
+        host = "localhost" if parts.hostname in {None, "127.0.0.1", "::1"} else parts.hostname
+        return f"postgresql://{host}:{parts.port or 5432}{parts.path}?{parts.query}"
+    return url
 
 
 def _is_sqlite(path: Path) -> bool:

@@ -24,11 +24,19 @@ import sqlalchemy as sa
 from filelock import FileLock, Timeout
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    DisconnectionError,
+    InterfaceError,
+    NoSuchModuleError,
+    OperationalError,
+)
 
 from storage import migrations, optuna_tables, sqlite_file
 from storage.optuna_tables import SCHEMA
 from storage.tables import metadata, schema
+from storage.wal import STAMPS
 
 BUSY_SECONDS = 60.0  # how long a SQLite writer waits for another writer
 OPENING_SECONDS = 60.0  # how long a process waits for another one that creates or migrates the tables
@@ -146,7 +154,7 @@ def open_database(url: str, password: str | None = None, *, create: bool = True)
     Args:
         url: an SQLAlchemy URL: `sqlite:///path/to/file.db` or `postgresql://user:password@host/name`.
         password: the password for a PostgreSQL URL without one.
-        create: whether to create a missing SQLite file. Readers pass False.
+        create: whether to create a missing SQLite file.
 
     Raises:
         StorageError: the URL is wrong; the database is down or forbids access; another program, a newer version
@@ -155,7 +163,7 @@ def open_database(url: str, password: str | None = None, *, create: bool = True)
     parsed, safe_url = _parse_url(url, password)
     with translate_errors(safe_url):
         if parsed.get_backend_name() == "sqlite":
-            _check_file(Path(str(parsed.database)), safe_url, may_be_missing=create, is_written=create)
+            _check_file(Path(str(parsed.database)), safe_url, may_be_missing=create, is_written=True)
             _create_folder(parsed, safe_url)
         options = _engine_options(parsed)
         engine = sa.create_engine(parsed, **options)
@@ -204,15 +212,57 @@ def open_for_reading(url: str, password: str | None = None) -> Database | None:
         engine = sa.create_engine(parsed, **options)
         _configure(engine, is_written=False)
         try:
-            if _read_versions(engine, safe_url).optuna is None:
+            if _read_again(lambda: _read_versions(engine, safe_url)).optuna is None:
                 engine.dispose()
                 return None
-            missing = set(metadata.tables) - set(sa.inspect(engine).get_table_names())
+            missing = set(metadata.tables) - set(_read_again(lambda: sa.inspect(engine).get_table_names()))
             storage = _create_optuna_storage(parsed, options, skip_table_creation=True, is_written=False)
             return Database(safe_url, engine, storage, frozenset(missing))
         except BaseException:
             engine.dispose()
             raise
+
+
+def open_existing(url: str, password: str | None = None) -> Database:
+    """Open a database to read all of a study. It is only read, like by `open_for_reading`, unless its tables are older.
+
+    Args:
+        url: see `open_database`.
+        password: see `open_database`.
+
+    Raises:
+        StorageError: see `open_database`; or there is no such SQLite file.
+    """
+    database = open_for_reading(url, password)
+    if database is not None:
+        if _read_again(lambda: _read_versions(database.engine, database.url)).ours == migrations.VERSION:
+            return database
+        database.close()
+    return open_database(url, password, create=False)
+
+
+def identify(database: Database) -> str:
+    """Return what tells a PostgreSQL database from every other one, whatever the URL is; its URL, if it does not say.
+
+    It is a URL, too: of the server's number, the database's, and the schema.
+
+    Raises:
+        StorageError: the database cannot be used.
+    """
+
+    def read() -> str:
+        with database.engine.connect() as connection:
+            if not connection.scalar(sa.text("SELECT has_function_privilege('pg_control_system()', 'EXECUTE')")):
+                return database.url
+            row = connection.execute(
+                sa.text(
+                    "SELECT system_identifier, oid, current_schema() FROM pg_control_system(), pg_database "
+                    "WHERE datname = current_database()"
+                )
+            ).one()
+            return "postgresql://server-{}/database-{}/{}".format(*row)
+
+    return database.url if database.file is not None else retry_while_down(database, read)
 
 
 def hpo_ids(path: Path) -> set[str]:
@@ -221,10 +271,18 @@ def hpo_ids(path: Path) -> set[str]:
     Raises:
         StorageError: the file cannot be read.
     """
-    with translate_errors(str(path)), sqlite_file.engine(path, _LOOK_SECONDS) as engine, engine.connect() as connection:
-        if not sa.inspect(connection).has_table(optuna_tables.study_user_attributes.name):
-            return set()
-        return {value for value in optuna_tables.read_study_attr(connection, "hpo:id").values() if value is not None}
+
+    def read() -> set[str]:
+        with sqlite_file.engine(path, _LOOK_SECONDS) as engine, engine.connect() as connection:
+            if not sa.inspect(connection).has_table(optuna_tables.study_user_attributes.name):
+                return set()
+            return {
+                value for value in optuna_tables.read_study_attr(connection, "hpo:id").values() if value is not None
+            }
+
+    with translate_errors(str(path)):
+        _check_wal(path, str(path))
+        return _read_again(read)
 
 
 def _create_tables(url: sa.URL, engine: sa.Engine, options: dict[str, Any]) -> RDBStorage:
@@ -240,7 +298,11 @@ def _create_tables(url: sa.URL, engine: sa.Engine, options: dict[str, Any]) -> R
 
 
 def _migrate(engine: sa.Engine, version: int, safe_url: str) -> None:
-    with engine.connect() as connection:
+    with _transaction(engine) as connection:
+        # An older version of hpo may hold another lock, and have migrated the tables while this one waited.
+        version = connection.scalar(sa.select(schema.c.version)) or version
+        if version >= migrations.VERSION:
+            return
         try:
             copy = migrations.back_up(connection, version)
         except OSError as error:
@@ -248,7 +310,6 @@ def _migrate(engine: sa.Engine, version: int, safe_url: str) -> None:
                 f"{safe_url} has tables of version {version}, which this version of hpo replaces, but the file cannot be "
                 f"backed up first: {error.strerror}. Make its folder writable"
             ) from None
-    with _transaction(engine) as connection:
         migrations.migrate(connection, version)
     kept = "" if copy is None else f"; the old file is kept as {copy}"
     logger.warning("%s: tables migrated from version %d to %d%s", safe_url, version, migrations.VERSION, kept)
@@ -258,9 +319,17 @@ def _migrate(engine: sa.Engine, version: int, safe_url: str) -> None:
 def _transaction(engine: sa.Engine) -> Iterator[sa.Connection]:
     """Begin a transaction, see `Database.transaction`. It may contain DDL."""
     with engine.begin() as connection:
-        if engine.dialect.name == "sqlite":
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        if engine.dialect.name != "sqlite":
+            yield connection
+            return
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        driver: sqlite3.Connection = connection.connection.driver_connection  # type: ignore[assignment]
+        changes = driver.total_changes
         yield connection
+        if driver.total_changes != changes:
+            # A number in the file's first page, so that the WAL has a version of the page from each transaction: see `wal`.
+            (number,) = driver.execute("PRAGMA user_version").fetchone()
+            driver.execute(f"PRAGMA user_version = {(number + 1) % STAMPS}")
 
 
 def _create_optuna_storage(
@@ -340,6 +409,26 @@ def _check_sqlite_url(url: sa.URL, examples: str) -> None:
         raise StorageError(
             f"hpo does not use the option {unknown[0]!r} of a SQLite URL (allowed: {allowed}); {examples}"
         )
+    checks: tuple[tuple[str, str, Callable[[Any], object]], ...] = (
+        ("timeout", "a number of seconds", float),
+        ("check_same_thread", "true or false", sa.util.asbool),
+    )
+    for option, allowed, check in checks:
+        try:
+            check(url.query.get(option, "1"))
+        except (TypeError, ValueError):  # TypeError: it is there twice
+            raise StorageError(f"the option {option} of a SQLite URL must be {allowed}; {examples}") from None
+    try:
+        name.encode()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):  # see `_check_file`
+            os.stat(name)  # noqa: PTH116 - Path.exists would hide a null character
+    except UnicodeEncodeError:
+        raise StorageError(
+            "the name of the database is no Unicode: start in its folder, and name it from there"
+        ) from None
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise StorageError(f"the path of the database cannot be used: {reason}; {examples}") from None
 
 
 def _create_folder(url: sa.URL, safe_url: str) -> None:
@@ -402,6 +491,8 @@ def _configure(engine: sa.Engine, *, is_written: bool = True) -> None:
             sa.event.listen(engine, "connect", _forbid_writing)
     elif is_written:
         sa.event.listen(engine, "connect", _configure_sqlite)
+    else:
+        sa.event.listen(engine, "checkout", _replace_if_outdated)
 
 
 def _configure_sqlite(connection: sqlite3.Connection, _record: object) -> None:
@@ -410,6 +501,11 @@ def _configure_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     if connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
         connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=NORMAL")
+
+
+def _replace_if_outdated(connection: sqlite3.Connection, _record: object, _proxy: object) -> None:
+    if not sqlite_file.can_go_on(connection):
+        raise DisconnectionError  # SQLAlchemy opens another one
 
 
 def _check_file(path: Path, safe_url: str, *, may_be_missing: bool, is_written: bool) -> None:
@@ -436,22 +532,50 @@ def _check_file(path: Path, safe_url: str, *, may_be_missing: bool, is_written: 
         raise StorageError(f"{safe_url} is a folder: name a file in it")
     if is_written and not os.access(path, os.W_OK):
         raise StorageError(f"{safe_url}: {_READ_ONLY}")
-    # Before the tables are read, which fails where the WAL is of another file.
-    if sqlite_file.is_newer_than_its_wal(path) and not sqlite_file.is_intact(path, BUSY_SECONDS):
-        raise StorageError(
-            f"{safe_url} and the file {path.name}-wal next to it do not fit together. If you restored a copy: stop all "
-            f"programs that use it, then delete {path.name}-wal and {path.name}-shm, which are of the file before. If not, "
-            f"{_DAMAGED}"
-        )
-    try:
-        with sqlite_file.engine(path, BUSY_SECONDS) as engine:
+    _check_wal(path, safe_url)  # before the tables are read, which fails where the WAL is of another file
+
+    def read(*, immutable: bool = False) -> None:
+        with sqlite_file.engine(path, BUSY_SECONDS, immutable=immutable) as engine:
             _read_versions(engine, safe_url)
+
+    try:
+        _read_again(read)
     except DBAPIError as error:
         if "readonly" not in str(_driver_error(error)):
             raise
         # Opening the file would undo the transaction of a program that was killed: only if the file is ours.
-        with sqlite_file.engine(path, BUSY_SECONDS, immutable=True) as engine:
-            _read_versions(engine, safe_url)
+        _read_again(lambda: read(immutable=True))
+
+
+def _check_wal(path: Path, safe_url: str) -> None:
+    """Refuse a SQLite file next to the WAL of another one.
+
+    Raises:
+        StorageError: the WAL is of another file, or cannot be read.
+    """
+    try:
+        fits = not sqlite_file.has_wal_of_another_file(path)
+    except OSError as error:
+        raise StorageError(f"{safe_url}: cannot read {error.filename}: {error.strerror}") from None
+    if not fits:
+        wal, shm = f"{path.resolve().name}-wal", f"{path.resolve().name}-shm"
+        raise StorageError(
+            f"{safe_url} and the file {wal} next to it do not fit together. If you restored a copy: stop all programs that "
+            f"use it, then delete {wal} and {shm}, which are of the file before. If {wal} is of this file (you copied both, "
+            f"or changed the rights of the file): run `touch {wal}`"
+        )
+
+
+def _read_again(operation: Callable[[], T]) -> T:
+    """Run an operation that reads. Run it again if another program changed a SQLite file meanwhile; return its result."""
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            return operation()
+        except DBAPIError as error:
+            if not sqlite_file.is_change(_driver_error(error)) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 class _Versions(NamedTuple):
@@ -524,13 +648,17 @@ def _schema_lock(engine: sa.Engine, safe_url: str) -> Iterator[None]:
     """
     if engine.dialect.name == "sqlite":
         # Whoever may write to the folder may use the lock: the umask decides, as for the database.
-        lock = FileLock(f"{engine.url.database}.{zlib.crc32(b'schema'):08x}.lock", mode=0o666)
+        file = Path(str(engine.url.database)).resolve()  # one lock, even if links lead to the file
+        lock = FileLock(f"{file}.{zlib.crc32(b'schema'):08x}.lock", mode=0o666)
         try:
             lock.acquire(timeout=OPENING_SECONDS)
         except Timeout:
             raise _opened_elsewhere(safe_url, f"`fuser {lock.lock_file}` shows its PID") from None
         except OSError as error:
-            raise StorageError(f"cannot write {lock.lock_file}: {error.strerror}") from None
+            raise StorageError(
+                f"{safe_url}: cannot write {lock.lock_file}: {error.strerror}. Every process that opens the database needs "
+                "this file: make it and its folder writable"
+            ) from None
         try:
             yield
         finally:

@@ -12,10 +12,12 @@ Optuna's tables have other versions, which Optuna migrates.
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
+from itertools import chain, count
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -53,12 +55,12 @@ def back_up(connection: sa.Connection, version: int) -> Path | None:
     """Copy the file of a SQLite database, as it was before a migration; return the copy.
 
     Args:
-        connection: to the database.
+        connection: to the database, in a transaction that has not written yet: nobody else writes.
         version: of our tables, part of the copy's name.
 
     Returns:
-        The copy, next to the file; None if nothing in the file will change. None for PostgreSQL, whose backups are its
-        administrator's.
+        The copy, next to the file. An older copy is kept: the new one has a number in its name. None if nothing in the file
+        will change. None for PostgreSQL, whose backups are its administrator's.
 
     Raises:
         sqlite3.Error: the copy cannot be written.
@@ -67,13 +69,16 @@ def back_up(connection: sa.Connection, version: int) -> Path | None:
     if connection.dialect.name != "sqlite" or version >= _LAST_ON_SQLITE:
         return None
     path = Path(connection.exec_driver_sql("PRAGMA database_list").first()[2])  # type: ignore[index]
-    copy = path.with_name(f"{path.name}.version-{version}")
+    # `hpo clean` and older versions of hpo know the copies by the end of their names.
+    names = (f"{path.name}{number}.version-{version}" for number in chain([""], map(".{}".format, count(2))))
+    copy = next(free for name in names if not os.path.lexists(free := path.with_name(name)))
     draft = copy.with_name(f".{copy.name}.tmp")
     try:
         draft.touch()
         shutil.copymode(path, draft)  # a copy must not be readable for more users than the database
-        with closing(sqlite3.connect(draft)) as target:
-            connection.connection.driver_connection.backup(target)  # type: ignore[union-attr]
+        # Another connection: SQLite makes no copy for one that is in a transaction that writes.
+        with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(draft)) as target:
+            source.backup(target)
         draft.replace(copy)
     finally:
         draft.unlink(missing_ok=True)

@@ -16,16 +16,17 @@ import optuna
 import psutil
 import pytest
 
+from benchmarks.postgres import Postgres
 from hpo import cleaning
-from hpo.api import clean_runs, list_studies
+from hpo.api import clean_runs, list_studies, read_results
 from hpo.cleaning import Garbage, count_bytes, delete_garbage, find_garbage, note_database
 from hpo.dashboard import publishing
 from hpo.dashboard.publishing import publish
 from hpo.paths import CONFIGURATION_FILE, DATABASES_FILE, RunsDir
 from hpo.search.checkpoints import list_checkpoints
 from hpo.search.retention import trials_with_checkpoints
-from storage.database import Database, StorageError, open_database
-from storage.studies import Study, find_study
+from storage.database import Database, StorageError, identify, open_database
+from storage.studies import Study, find_study, open_study
 from tests.factories import HpoHere, run_of, search_without_ray, toy_space
 
 TWO_DAYS = 2 * 86_400.0
@@ -132,6 +133,65 @@ def test_what_another_copy_of_the_database_needs_is_kept(
         optuna.delete_study(study_name="one", storage=database.optuna_storage)
         assert one in found_paths(copy, runs)
         assert {path.parent for path in found_paths(copy, runs)} == {one.parent, runs.artifacts}
+
+
+def test_a_file_that_may_not_be_written_is_only_read(database: Database, runs: RunsDir) -> None:
+    assert database.file is not None
+    url, file = database.url, database.file
+    study_of(database, "one")
+    database.close()
+    for path in file.parent.glob("*.lock"):
+        path.unlink()
+    file.chmod(0o444)
+    before = {path: path.stat().st_mtime_ns for path in file.parent.iterdir() if path.is_file()}
+    assert clean_runs(storage=url, runs_dir=runs.root).garbage == []
+    assert read_results("one", storage=url).study.name == "one"
+    assert {path: path.stat().st_mtime_ns for path in file.parent.iterdir() if path.is_file()} == before
+
+
+def test_a_link_to_the_database_is_no_other_database(database: Database, runs: RunsDir) -> None:
+    assert database.file is not None
+    one = folder_of(runs, study_of(database, "one"))
+    aside = one / "0.other-1"
+    aside.mkdir(parents=True)
+    (aside / "epoch-000001.pt").write_bytes(b"x")
+    link = runs.root / "link.db"
+    link.symlink_to(database.file)
+    (one / DATABASES_FILE).write_text(f"{link}\n{database.file}\n")
+    assert aside in found_paths(database, runs)
+    optuna.delete_study(study_name="one", storage=database.optuna_storage)
+    assert one in found_paths(database, runs)
+
+
+@pytest.mark.postgres
+@pytest.mark.slow
+def test_a_postgresql_database_is_no_other_under_another_url(postgres: Postgres, tmp_path: Path) -> None:
+    url = postgres.create_database("aliases")
+    runs, other_url = RunsDir(tmp_path), url.replace("127.0.0.1", "localhost")
+    assert other_url != url
+    with open_database(url) as database, open_database(other_url) as same:
+        assert identify(same) == identify(database) != database.url
+        name = open_study(database, "s", direction="maximize", fingerprint="f", settings={}).unique_name
+        note_database(runs.checkpoints(name), database)
+        with (runs.checkpoints(name) / DATABASES_FILE).open("a") as file:
+            file.write(f"{database.url}\n")  # as older versions note it
+        optuna.delete_study(study_name="s", storage=database.optuna_storage)
+        assert runs.checkpoints(name) in found_paths(same, runs)
+        with open_database(postgres.create_database("stranger")) as stranger:
+            assert identify(stranger) != identify(database)
+            note_database(runs.checkpoints(name), stranger)
+            assert find_garbage(same, runs).shared == {runs.checkpoints(name): identify(stranger)}
+
+
+def test_a_folder_whose_name_is_no_text_can_be_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    with open_database("sqlite:///hpo.db") as database:
+        note_database(tmp_path, database)
+        note_database(tmp_path, database)
+        assert (tmp_path / DATABASES_FILE).read_bytes() == os.fsencode(folder) + b"/hpo.db\n"
+        find_garbage(database, RunsDir(tmp_path))
 
 
 def test_a_database_that_cannot_be_looked_at_may_need_what_it_has_trained(database: Database, runs: RunsDir) -> None:

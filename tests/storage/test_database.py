@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import OperationalError
 
 from benchmarks.postgres import Postgres
-from storage import database, migrations, optuna_tables, sqlite_file
+from storage import database, migrations, optuna_tables, sqlite_file, wal
 from storage.database import (
     Database,
     StorageError,
@@ -134,6 +134,12 @@ def test_a_process_that_is_suspended_in_a_transaction_does_not_stop_the_others(
         ("sqlite:///file::memory:?uri=true", "by their path, not by a file: URI"),
         ("sqlite:///file::memory:", "by their path, not by a file: URI"),
         ("sqlite:///x.db?uri=true", "option 'uri' of a SQLite URL .allowed: check_same_thread and timeout"),
+        ("sqlite:///x.db?timeout=abc", "option timeout of a SQLite URL must be a number of seconds"),
+        ("sqlite:///x.db?timeout=1&timeout=2", "option timeout of a SQLite URL must be a number of seconds"),
+        ("sqlite:///x.db?check_same_thread=perhaps", "option check_same_thread of a SQLite URL must be true or false"),
+        (f"sqlite:///{'a' * 300}.db", "the path of the database cannot be used: File name too long"),
+        ("sqlite:///a\0b.db", "the path of the database cannot be used: embedded null"),
+        ("sqlite:////caf\udce9/x.db", "is no Unicode: start in its folder"),
         ("sqlite:///.", "is a folder: name a file in it"),
         (f"postgresql://user:{PASSWORD}@host:port/name", "not a database URL"),
         (f"postgresql+psycopg2://user:{PASSWORD}@host/name", "does not use the driver .*psycopg2"),
@@ -308,9 +314,37 @@ def test_a_file_that_a_search_cannot_write_is_refused_at_once(
     before = sorted(tmp_path.iterdir())
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # as root has it for a file with `chattr +i`
     if database.engine.dialect.name == "sqlite":
-        with pytest.raises(StorageError, match="the file is read-only: make it and its folder writable"):
-            open_database(database.url)
+        for create in (True, False):
+            with pytest.raises(StorageError, match="the file is read-only: make it and its folder writable"):
+                open_database(database.url, create=create)
         assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_lock_that_cannot_be_written_is_named_with_the_remedy(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/hpo.db"
+    open_database(url).close()
+    (lock,) = tmp_path.glob("*.lock")
+    lock.unlink()
+    lock.mkdir()
+    with pytest.raises(StorageError, match=r"cannot write .*\.lock: .*make it and its folder writable"):
+        open_database(url)
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_an_existing_database_is_only_read_unless_its_tables_are_older(tmp_path: Path, version: int) -> None:
+    file = tmp_path / "hpo.db"
+    with closing(sqlite3.connect(file)) as connection:
+        connection.executescript((Path(__file__).parent / f"data/version_{version}.sql").read_text())
+    with database.open_existing(f"sqlite:///{file}") as opened:
+        assert sql(opened, "SELECT version FROM hpo_schema") == [(migrations.VERSION,)]
+    for path in set(tmp_path.iterdir()) - {file}:
+        path.unlink()
+    before = file.read_bytes()
+    with database.open_existing(f"sqlite:///{file}") as opened:
+        (study,) = all_studies(opened)
+        assert study.metrics()
+    assert list(tmp_path.iterdir()) == [file]
+    assert file.read_bytes() == before
 
 
 # --- a WAL of another file ----------------------------------------------------------------------------------------------
@@ -357,6 +391,7 @@ def test_a_copy_that_is_restored_next_to_an_old_wal_is_refused_and_not_damaged(
     for path in killed_search.iterdir():
         shutil.copy(path, tmp_path)
     file = tmp_path / "hpo.db"
+    time.sleep(0.02)
     shutil.copy(tmp_path / "hpo.db.copy", file)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(StorageError, match=r"If you restored a copy: .* delete hpo\.db-wal and hpo\.db-shm"):
@@ -369,14 +404,32 @@ def test_a_copy_that_is_restored_next_to_an_old_wal_is_refused_and_not_damaged(
         assert sql(opened, "SELECT count(*) FROM trials WHERE state = 'COMPLETE'") == [(61,)]
 
 
+def test_transactions_that_write_are_numbered_in_the_file(tmp_path: Path) -> None:
+    """So each is in the first page of the file, by which `wal` recognizes the file of a WAL."""
+    with open_database(f"sqlite:///{tmp_path}/hpo.db") as opened:
+        open_s(opened)
+        (before,) = sql(opened, "PRAGMA user_version")[0]
+        with opened.transaction() as connection:
+            connection.execute(sa.text("SELECT count(*) FROM trials"))
+        assert sql(opened, "PRAGMA user_version") == [(before,)]
+        with opened.transaction() as connection:
+            connection.execute(sa.text("DELETE FROM studies"))
+        assert sql(opened, "PRAGMA user_version") == [(before + 1,)]
+        with opened.engine.connect() as connection:
+            connection.execute(sa.text(f"PRAGMA user_version = {wal.STAMPS - 1}"))
+        with opened.transaction() as connection:
+            connection.execute(sa.text("INSERT INTO hpo_deleted_studies VALUES ('a')"))
+        assert sql(opened, "PRAGMA user_version") == [(0,)]
+
+
 @pytest.mark.slow
-def test_the_wal_of_a_killed_search_is_used_without_reading_the_whole_file(
+def test_the_wal_of_a_killed_search_is_used_without_reading_it_first(
     killed_search: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("hpo.db", "hpo.db-shm", "hpo.db-wal"):  # the WAL changes last, as in a search
         shutil.copy(killed_search / name, tmp_path)
         time.sleep(0.02)
-    monkeypatch.setattr(sqlite_file, "is_intact", lambda *_: pytest.fail("the whole file was read"))
+    monkeypatch.setattr(wal, "belongs", lambda *_: pytest.fail("the WAL was read"))
     with open_database(f"sqlite:///{tmp_path}/hpo.db") as opened:
         assert sql(opened, "SELECT count(*) FROM trials WHERE state = 'COMPLETE'") == [(181,)]
 

@@ -17,7 +17,8 @@ import sqlalchemy as sa
 from optuna.storages._rdb.models import BaseModel
 from sqlalchemy.dialects.sqlite import dialect as sqlite_dialect
 
-from storage import migrations, queue
+from hpo import cleaning
+from storage import database, migrations, queue
 from storage.database import Database, StorageError, open_database, open_for_reading
 from storage.protocol import LostTrialError
 from storage.studies import find_study, summarize
@@ -215,14 +216,68 @@ def test_the_old_sqlite_file_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert str(copy) in caplog.text
 
 
+def test_a_copy_of_an_earlier_migration_is_kept(tmp_path: Path) -> None:
+    """As when the migrated file is moved away, and another old one gets its name."""
+    path = tmp_path / "hpo.db"
+    names = ["hpo.db.version-1", "hpo.db.2.version-1", "hpo.db.3.version-1"]
+    for name in names:
+        write_old(path)
+        with closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute("UPDATE studies SET study_name = ?", (name,))
+        open_database(f"sqlite:///{path}").close()
+        path.unlink()
+    for name in names:
+        with closing(sqlite3.connect(tmp_path / name)) as connection:
+            assert connection.execute("SELECT study_name FROM studies").fetchone() == (name,)
+            assert connection.execute("SELECT version FROM hpo_schema").fetchone() == (1,)
+        assert cleaning._MIGRATED.search(name)
+
+
+def test_a_file_that_is_opened_through_a_link_meanwhile_is_migrated_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "real").mkdir()
+    write_old(tmp_path / "real/hpo.db")
+    (tmp_path / "link.db").symlink_to(tmp_path / "real/hpo.db")
+    entered, opened = threading.Event(), threading.Event()
+    back_up = migrations.back_up
+
+    def wait_for_the_other(connection: sa.Connection, version: int) -> Path | None:
+        entered.set()
+        assert not opened.wait(0.3)
+        return back_up(connection, version)
+
+    def open_link() -> None:
+        open_database(f"sqlite:///{tmp_path}/link.db").close()
+        opened.set()
+
+    monkeypatch.setattr(migrations, "back_up", wait_for_the_other)
+    first = threading.Thread(target=lambda: open_database(f"sqlite:///{tmp_path}/real/hpo.db").close())
+    second = threading.Thread(target=open_link)
+    first.start()
+    assert entered.wait(30)
+    monkeypatch.setattr(migrations, "back_up", lambda *_: pytest.fail("migrated twice"))
+    second.start()
+    first.join()
+    second.join()
+    assert opened.is_set()
+    assert [path.name for path in tmp_path.glob("real/*.version-*")] == ["hpo.db.version-1"]
+    assert not list(tmp_path.glob("*.lock"))
+
+
+def test_a_file_that_was_migrated_since_it_was_looked_at_is_not_migrated_again(tmp_path: Path) -> None:
+    with open_database(f"sqlite:///{tmp_path}/hpo.db") as opened:
+        database._migrate(opened.engine, 1, opened.url)
+    assert not list(tmp_path.glob("*.version-*"))
+
+
 def test_without_a_copy_nothing_is_migrated(tmp_path: Path) -> None:
     write_old(tmp_path / "hpo.db")
-    (tmp_path / "hpo.db.version-1/in the way").mkdir(parents=True)
+    (tmp_path / ".hpo.db.version-1.tmp/in the way").mkdir(parents=True)
     with pytest.raises(StorageError, match="cannot be backed up first: Is a directory"):
         open_database(f"sqlite:///{tmp_path}/hpo.db")
     with closing(sqlite3.connect(tmp_path / "hpo.db")) as connection:
         assert list(connection.execute("SELECT version FROM hpo_schema")) == [(1,)]
-    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
