@@ -21,6 +21,7 @@ from hpo.errors import SettingError, nearest
 from hpo.paths import DEFAULT_STORAGE, RunsDir
 from hpo.search.environment import describe_environment
 from hpo.service import PlannedSearch, SearchResult, plan_search, run_search
+from hpo.space.model import Space
 
 if TYPE_CHECKING:
     from hpo.cleaning import Cleaning
@@ -189,6 +190,7 @@ def replay_trial(
     password: str | None = None,
     data_dir: Path | str = "data",
     show: Callable[[str], None] = lambda _: None,
+    run_stored_code: bool = False,
 ) -> bool:
     """Run a trial again as it was recorded, and compare every metric of every epoch.
 
@@ -199,18 +201,21 @@ def replay_trial(
         password: the PostgreSQL password, used if the URL has none.
         data_dir: where the data sets are stored.
         show: receives one line per epoch, and one per version that differs.
+        run_stored_code: whether to run a command, or a trainable from outside of hpo, that only the database names.
 
     Returns:
         Whether every metric is equal to the last digit.
 
     Raises:
-        SettingError: the study or trial does not exist, or the trial fails this time.
+        SettingError: the study or trial does not exist, its code must be confirmed, or the trial fails this time.
         SpaceError: this version of hpo cannot read the settings of the study.
         StorageError: the database cannot be used.
     """
-    from hpo.search.replay import replay
+    from hpo.search.replay import check_stored_code, replay
 
     with _opened_study(study, storage, password) as opened:
+        if not run_stored_code and opened.is_ours:
+            check_stored_code(Space.from_settings(opened.settings))
         return replay(opened, number, show, data_dir=Path(data_dir).resolve(), environment=describe_environment())
 
 

@@ -362,13 +362,16 @@ def retry(study: str, numbers: Sequence[int], resume: bool, storage: str) -> int
 @cli.command()
 @click.argument("study")
 @click.argument("number", type=int)
+@click.option("--yes", is_flag=True, help="Run the command or the trainable that the database names.")
 @storage_option
 @data_option
-def replay(study: str, number: int, storage: str, data_dir: Path) -> int:
+def replay(study: str, number: int, yes: bool, storage: str, data_dir: Path) -> int:
     """Train a trial again, and compare its metrics.
 
     The exit code is 0 if all metrics are equal to the last digit, else 1. Speeds are not compared. On a GPU, differences in
     the last digits are expected.
+
+    Code that the database alone names, a command or a trainable that is not part of hpo, is run with --yes only.
 
     \b
     Example:  hpo replay grid 0
@@ -376,7 +379,9 @@ def replay(study: str, number: int, storage: str, data_dir: Path) -> int:
     from hpo.api import replay_trial
 
     password = _secret("PGPASSWORD")
-    is_equal = replay_trial(study, number, storage=storage, password=password, data_dir=data_dir, show=_say)
+    is_equal = replay_trial(
+        study, number, storage=storage, password=password, data_dir=data_dir, show=_say, run_stored_code=yes
+    )
     return 0 if is_equal else 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import shutil
 from pathlib import Path
@@ -20,7 +21,7 @@ from hpo.paths import RunsDir
 from hpo.search.environment import note_horizon
 from hpo.search.retention import trials_with_checkpoints
 from storage.database import StorageError, open_database
-from storage.studies import all_studies, find_revision, open_study
+from storage.studies import all_studies, find_revision, find_study, open_study
 from tests.factories import RecordingListener, run_of, search_without_ray, shipped_space, toy_space, wait_until
 
 
@@ -363,10 +364,40 @@ def test_only_failed_trials_of_hpo_are_retried(tmp_path: Path) -> None:
 
 def test_a_trial_is_replayed(storage: str) -> None:
     lines: list[str] = []
-    assert api.replay_trial("toy", 1, storage=storage, show=lines.append)
+    assert api.replay_trial("toy", 1, storage=storage, show=lines.append, run_stored_code=True)
     assert lines[-3:] == [f"epoch {epoch}: 1 metrics equal" for epoch in (1, 2, 3)]
     with pytest.raises(SettingError, match=r"study toy has no trial 7 with epochs.*: 0, 1"):
-        api.replay_trial("toy", 7, storage=storage)
+        api.replay_trial("toy", 7, storage=storage, run_stored_code=True)
+
+
+def test_code_that_only_the_database_names_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str
+) -> None:
+    """Whoever can write to the database must not thereby run programs."""
+    monkeypatch.chdir(tmp_path)
+    with open_database(storage) as database:
+        study = find_study(database, "toy")
+        assert study is not None
+        settings = study.settings
+        changed = {**settings, "trainable": "hpo.train:train", "command": f"touch {tmp_path}/ran"}
+        with pytest.raises(
+            SettingError, match=r"trained by the trainable benchmarks.toy:.* pass --yes to run it, or put"
+        ):
+            api.replay_trial("toy", 1, storage=storage)
+        study.optuna_study.set_user_attr("hpo:settings", changed)
+        try:
+            with pytest.raises(SettingError, match=r"trained by the command `touch .*ran`. Only the database"):
+                api.replay_trial("toy", 1, storage=storage)
+            (tmp_path / "search_spaces").mkdir()
+            of_file = {key: settings[key] for key in ("max_epochs", "metric")} | {"sampler": "grid"}
+            text = json.dumps(of_file | {"trainable": "benchmarks.toy:chain", "parameters": {"x": [1, 2]}})
+            (tmp_path / "search_spaces/toy.yaml").write_text(text)
+            with pytest.raises(SettingError, match="trained by the command"):
+                api.replay_trial("toy", 1, storage=storage)
+        finally:
+            study.optuna_study.set_user_attr("hpo:settings", settings)
+        assert not (tmp_path / "ran").exists()
+        assert api.replay_trial("toy", 1, storage=storage), "a search space in search_spaces/ says the same"
 
 
 def count_connections(url: str) -> int:
@@ -397,7 +428,7 @@ def test_what_the_api_returns_holds_no_connection(url: str, tmp_path: Path) -> N
         read_and_write(),
         api.run_search(space, storage=url, runs_dir=tmp_path / "runs"),
         api.retry_trials("toy", storage=url),
-        api.replay_trial("toy", 1, storage=url),
+        api.replay_trial("toy", 1, storage=url, run_stored_code=True),
         api.list_studies(storage=url),
     ]
     with pytest.raises(SettingError, match="only the network of"):

@@ -5,16 +5,41 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpo.errors import SettingError
+from hpo.errors import HpoError, SettingError
 from hpo.search.worker import TrialReport, TrialSpec, run_trial
-from hpo.space.model import Space
+from hpo.space.model import Space, load_space
 from hpo.trainable import is_timing
 
 if TYPE_CHECKING:
     from storage.studies import Study
+
+
+def check_stored_code(space: Space) -> None:
+    """Refuse to run code that only the database names: whoever can write to a database must not thereby run programs.
+
+    The training of the package is run in any case, and so is what a search space in search_spaces/ with this name says.
+
+    Args:
+        space: as the study has stored it.
+
+    Raises:
+        SettingError: the user must confirm it.
+    """
+    if space.command is None and space.trainable.startswith("hpo."):
+        return
+    with suppress(HpoError):  # there is no such file, or it is not valid
+        of_file = load_space(space.name)
+        if (of_file.command, of_file.trainable) == (space.command, space.trainable):
+            return
+    code = f"the command `{space.command}`" if space.command else f"the trainable {space.trainable}"
+    raise SettingError(
+        f"study {space.name} was trained by {code}. Only the database says so, and whoever can write to it chooses what "
+        f"runs: pass --yes to run it, or put the file of the search space at search_spaces/{space.name}.yaml"
+    )
 
 
 def replay(

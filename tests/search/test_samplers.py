@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import pickle
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,10 @@ from benchmarks.toy import expected_value
 from hpo.report.results import read_results
 from hpo.report.tables import failures
 from hpo.search.samplers import TPE_HISTORY, build_optuna_pruner, build_pruner, build_sampler, history_limit
-from storage.database import Database, open_database
+from storage import optuna_tables
+from storage.database import Database, StorageError, open_database
 from storage.history import MIN_LIMIT
+from storage.optuna_internals import trial_id
 from storage.pruners import Median, SuccessiveHalving
 from storage.studies import Study, open_study
 from tests.factories import ROOT, run_of, search_without_ray, shipped_space, toy_space
@@ -47,6 +52,50 @@ def test_runs_draw_different_points_and_a_run_is_reproducible(study: Study, tmp_
     with open_database(f"sqlite:///{tmp_path}/same.db") as database:
         study = open_study(database, "toy", direction="maximize", fingerprint="f", settings={"metric": "value"})
         assert draw(1) == first
+
+
+class _Attack:
+    """A pickle of it runs a command when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, (f"touch {self.path}",))
+
+
+@pytest.mark.parametrize("options", [{}, {"with_margin": True}])
+def test_cmaes_runs_nothing_of_what_the_database_holds(study: Study, tmp_path: Path, options: dict[str, Any]) -> None:
+    space = toy_space(
+        tmp_path,
+        sampler={"name": "cmaes", "popsize": 5, **options},
+        budget={"trials": 20},
+        parameters={name: {"type": "float", "low": 0.0, "high": 1.0} for name in ("x", "y")},
+    )
+
+    def draw(count: int) -> None:
+        study.optuna_study.sampler = build_sampler(space, 1)  # as a resumed search does
+        for _ in range(count):
+            trial = study.optuna_study.ask()
+            space.draw(trial)
+            study.optuna_study.tell(trial, trial.params["x"])
+
+    draw(8)
+    draw(8)
+    stored = {key: trial.number for trial in study.trials() for key in trial.system_attrs if "optimizer" in key}
+    assert stored, "it goes on from the state that an earlier trial holds"
+    key, number = max(stored.items(), key=lambda item: item[1])
+    trial = study.trials()[number]
+    attack = pickle.dumps(_Attack(tmp_path / "ran")).hex()
+    with study.database.engine.begin() as connection:
+        values = optuna_tables.trial_system_attributes
+        update = values.update().where(values.c.trial_id == trial_id(trial), values.c.key == key)
+        connection.execute(update.values(value_json=json.dumps(attack)))
+    with pytest.raises(
+        StorageError, match=rf"the sampler cmaes in trial {number} cannot be read: posix.system is no part"
+    ):
+        draw(1)
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
