@@ -24,7 +24,7 @@ from storage.database import Database, StorageError, open_database
 from storage.history import MIN_LIMIT
 from storage.optuna_internals import trial_id
 from storage.pruners import Median, SuccessiveHalving
-from storage.studies import Study, open_study
+from storage.studies import Study, find_study, open_study
 from tests.factories import ROOT, run_of, search_without_ray, shipped_space, toy_space
 
 
@@ -74,11 +74,15 @@ def test_cmaes_runs_nothing_of_what_the_database_holds(study: Study, tmp_path: P
     )
 
     def draw(count: int) -> None:
-        study.optuna_study.sampler = build_sampler(space, 1)  # as a resumed search does
-        for _ in range(count):
-            trial = study.optuna_study.ask()
-            space.draw(trial)
-            study.optuna_study.tell(trial, trial.params["x"])
+        """As a resumed search does, in a process that has read nothing yet."""
+        with open_database(study.database.engine.url.render_as_string(hide_password=False)) as database:
+            resumed = find_study(database, study.name)
+            assert resumed is not None
+            resumed.optuna_study.sampler = build_sampler(space, 1)
+            for _ in range(count):
+                trial = resumed.optuna_study.ask()
+                space.draw(trial)
+                resumed.optuna_study.tell(trial, trial.params["x"])
 
     draw(8)
     draw(8)
