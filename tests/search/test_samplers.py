@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from optuna.distributions import CategoricalDistribution
 from optuna.exceptions import StorageInternalError
 from optuna.pruners import HyperbandPruner
@@ -86,15 +87,15 @@ def test_cmaes_runs_nothing_of_what_the_database_holds(study: Study, tmp_path: P
 
     draw(8)
     draw(8)
-    stored = {key: trial.number for trial in study.trials() for key in trial.system_attrs if "optimizer" in key}
-    assert stored, "it goes on from the state that an earlier trial holds"
-    key, number = max(stored.items(), key=lambda item: item[1])
-    trial = study.trials()[number]
-    attack = pickle.dumps(_Attack(tmp_path / "ran")).hex()
+    holders = [trial for trial in study.trials() if any("optimizer" in key for key in trial.system_attrs)]
+    assert holders, "it goes on from the state that an earlier trial holds"
+    number, holder = holders[-1].number, trial_id(holders[-1])
+    attack = json.dumps(pickle.dumps(_Attack(tmp_path / "ran")).hex())
     with study.database.engine.begin() as connection:
         values = optuna_tables.trial_system_attributes
-        update = values.update().where(values.c.trial_id == trial_id(trial), values.c.key == key)
-        connection.execute(update.values(value_json=json.dumps(attack)))
+        of_holder = sa.and_(values.c.trial_id == holder, values.c.key.contains("optimizer"))
+        connection.execute(values.delete().where(of_holder, ~values.c.key.endswith(":0")))
+        connection.execute(values.update().where(of_holder).values(value_json=attack))
     with pytest.raises(
         StorageError, match=rf"the sampler cmaes in trial {number} cannot be read: posix.system is no part"
     ):
