@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import io
 import math
 import struct
@@ -25,6 +26,13 @@ FILES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
+# Of the official files, unpacked. The download is over plain HTTP, and torchvision compares MD5 sums, which can be forged.
+SHA256 = {
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
 Part = tuple[Tensor, Tensor]  # images, uint8 of shape (N, 28, 28), and labels, int64 of shape (N,)
 
 _UINT8 = 0x08  # the code of the element type in the idx format
@@ -69,7 +77,11 @@ def read_fashion_mnist(data_dir: Path) -> tuple[Part, Part]:
 
 
 def _download(data_dir: Path, paths: list[Path]) -> None:
-    """Download the files that are missing, check their MD5 sums and unpack them."""
+    """Download the files that are missing, unpack them, and check what was unpacked.
+
+    Raises:
+        ValueError: a file is not the official one. It was deleted.
+    """
     data_dir.mkdir(parents=True, exist_ok=True)
     # Processes that start at the same time must not unpack into the same files.
     with FileLock(data_dir / ".fashion_mnist.lock"):
@@ -80,6 +92,11 @@ def _download(data_dir: Path, paths: list[Path]) -> None:
         output = io.StringIO()  # torchvision prints progress
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             FashionMNIST(str(data_dir), download=True)
+        for path in paths:
+            if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256[path.name]:
+                for file in (path, path.with_name(f"{path.name}.gz")):
+                    file.unlink(missing_ok=True)
+                raise ValueError(f"{path.name} was not the official file, and was deleted")
 
 
 def _decode(train_images: bytes, train_labels: bytes, test_images: bytes, test_labels: bytes) -> tuple[Part, Part]:

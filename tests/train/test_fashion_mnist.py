@@ -127,11 +127,14 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def sample_is_official(no_network: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give the files of the sample the checksums that torchvision expects of the official ones."""
+    """Give the files of the sample the checksums that are expected of the official ones."""
     from torchvision.datasets import FashionMNIST
 
     sums = [(name, hashlib.md5((SAMPLE_DIR / name).read_bytes()).hexdigest()) for name in PACKED]
     monkeypatch.setattr(FashionMNIST, "resources", sums)
+    for name in FILES:
+        content = gzip.decompress((SAMPLE_DIR / f"{name}.gz").read_bytes())
+        monkeypatch.setitem(fashion_mnist.SHA256, name, hashlib.sha256(content).hexdigest())
 
 
 @pytest.mark.slow  # imports torchvision
@@ -171,6 +174,20 @@ def test_a_compressed_file_with_another_checksum_is_not_used(tmp_path: Path, sam
     (folder / PACKED[2]).write_bytes(gzip.compress(b"<html>please log in</html>"))
     with pytest.raises(DataError, match="could not be downloaded"):
         read_fashion_mnist(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_file_with_the_right_md5_sum_only_is_not_used(
+    tmp_path: Path, sample_is_official: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = pack_sample(tmp_path)
+    monkeypatch.setitem(fashion_mnist.SHA256, FILES[2], "0" * 64)
+    with pytest.raises(
+        DataError, match=f"could not be downloaded .{FILES[2]} was not the official file, and was deleted"
+    ):
+        read_fashion_mnist(tmp_path)
+    assert not (folder / FILES[2]).exists()
+    assert not (folder / PACKED[2]).exists()
 
 
 class QuietHandler(http.server.SimpleHTTPRequestHandler):
