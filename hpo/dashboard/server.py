@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -9,7 +10,9 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from hpo.dashboard.guards import LOOPBACK_HOSTS, is_loopback, protect
 from hpo.dashboard.publishing import publish
@@ -23,6 +26,30 @@ if TYPE_CHECKING:
     from storage.database import Database
 
 PUBLISH_INTERVAL_SECONDS = 60.0
+HEADER_SECONDS = 10.0  # in which the headers of a request must arrive
+MAX_CONNECTIONS = 200
+
+
+class PatientH11Protocol(H11Protocol):
+    """Closes connections on which the headers of a request do not arrive in time: uvicorn would wait for them forever."""
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start to wait for a request."""
+        super().connection_made(transport)
+        self._deadline = self.loop.call_later(HEADER_SECONDS, self._close_if_unfinished)
+
+    def data_received(self, data: bytes) -> None:
+        """Take a part of a request. After an answer, the next request begins with it."""
+        super().data_received(data)
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(HEADER_SECONDS, self._close_if_unfinished)
+
+    def _close_if_unfinished(self) -> None:
+        self._deadline = None
+        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+            self.transport.close()
 
 
 def serve(database: Database, host: str, port: int, *, password: str | None, runs_dir: RunsDir) -> None:
@@ -96,6 +123,7 @@ def build_server(app: Starlette) -> uvicorn.Server:
     """Return a server for `run(sockets=[...])`. Setting `should_exit`, Ctrl-C and SIGTERM stop it."""
     # The timeout is short because browsers keep their connections open.
     options: dict[str, Any] = {"ws": "none", "lifespan": "off", "timeout_graceful_shutdown": 1}
+    options |= {"http": PatientH11Protocol, "limit_concurrency": MAX_CONNECTIONS}
     return uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, **options))
 
 

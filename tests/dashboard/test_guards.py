@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import gzip
 import json
+import socket
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
 
+from hpo.dashboard import guards, server
 from hpo.dashboard.guards import LOOPBACK_HOSTS, is_loopback, protect
 from tests.dashboard.builders import PASSWORD, basic_auth, request, serving
 
+SCRIPT = b"<script>fetch('/api/studies/1', {method: 'DELETE'})</script>"
 CONTENT = {
     "/api/studies": ("application/json", b'{"name": "search"}' * 1000),
     "/artifacts/1/1": ("application/octet-stream", bytes(20_000)),
+    "/artifacts/1/2": ("text/html", SCRIPT),
+    "//artifacts/1/2": ("text/html; charset=utf-8", SCRIPT),
+    "/artifacts/1/3": ("image/svg+xml", SCRIPT),
+    "/artifacts/1/4": ("image/png", b"an image"),
 }
 
 
@@ -27,7 +35,9 @@ class RecordingApp:
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         self.requests.append(f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}")
         content_type, content = CONTENT.get(environ["PATH_INFO"], ("text/plain", b"search"))
-        start_response("200 OK", [("Content-Type", content_type), ("Content-Length", str(len(content)))])
+        environ["wsgi.input"].read()
+        headers = [("Content-Type", content_type), ("Content-Length", str(len(content)))]
+        start_response("200 OK", [*headers, ("Access-Control-Allow-Origin", "*")])
         return [content]
 
 
@@ -102,6 +112,73 @@ def test_requests_from_other_sites_are_rejected(open_port: int, app: RecordingAp
     status, _, _ = request(open_port, method, "/api/studies", Origin=origin.format(port=open_port))
     assert status == 403
     assert app.requests == []
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_requests_that_a_browser_says_are_cross_site_are_rejected(
+    open_port: int, app: RecordingApp, method: str
+) -> None:
+    app.requests.clear()
+    assert request(open_port, method, "/api/studies", Sec_Fetch_Site="cross-site")[0] == 403
+    for site in ("same-origin", "none"):
+        assert request(open_port, method, "/api/studies", Sec_Fetch_Site=site)[0] == 200
+    assert app.requests == [f"{method} /api/studies"] * 2
+
+
+@pytest.mark.parametrize("path", ["/", "/api/studies", "/artifacts/1/2", "//artifacts/1/2", "/artifacts/1/3"])
+def test_no_page_can_be_framed_and_no_artifact_runs_a_script(open_port: int, path: str) -> None:
+    _, headers, _ = request(open_port, "GET", path)
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert headers["Referrer-Policy"] == "no-referrer"
+    assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
+    assert "Access-Control-Allow-Origin" not in headers
+    is_artifact = "artifacts" in path
+    assert headers["Content-Security-Policy"].startswith("sandbox; default-src 'none'") is is_artifact
+    assert (headers["Content-Disposition"] == "attachment") is is_artifact
+
+
+def test_an_image_is_shown(open_port: int) -> None:
+    _, headers, content = request(open_port, "GET", "/artifacts/1/4")
+    assert "Content-Disposition" not in headers
+    assert content == b"an image"
+
+
+HALF_SENT = [
+    b"POST /api/studies HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n{",
+    b"POST /api/studies HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Le",
+    b"",
+]
+
+
+@pytest.mark.parametrize("half", HALF_SENT, ids=["body", "headers", "nothing"])
+def test_requests_that_are_sent_in_part_keep_nobody_else_waiting(
+    open_port: int, monkeypatch: pytest.MonkeyPatch, half: bytes
+) -> None:
+    monkeypatch.setattr(server, "HEADER_SECONDS", 0.5)
+    monkeypatch.setattr(guards, "BODY_SECONDS", 0.5)
+    waiting = [socket.create_connection(("127.0.0.1", open_port)) for _ in range(30)]
+    for each in waiting:
+        each.sendall(half)
+    started = time.monotonic()
+    assert request(open_port, "GET", "/api/studies")[0] == 200
+    assert time.monotonic() - started < 5
+    for each in waiting:
+        each.settimeout(30)
+        answer = b""
+        while part := each.recv(4096):  # until the server closes the connection
+            answer += part
+        assert answer.startswith(b"HTTP/1.1 408") if b"{" in half else not answer
+        each.close()
+
+
+def test_a_request_that_is_too_large_is_refused(
+    open_port: int, app: RecordingApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app.requests.clear()
+    monkeypatch.setattr(guards, "MAX_BODY_BYTES", 1000)
+    assert request(open_port, "POST", "/api/studies", {"note": "x" * 900})[0] == 200
+    assert request(open_port, "POST", "/api/studies", {"note": "x" * 1000})[0] == 413
+    assert app.requests == ["POST /api/studies"]
 
 
 @pytest.mark.parametrize("path", ["/api/studies/1/rename", "//api/studies/1/rename", "/api/studies/1/rename/"])
