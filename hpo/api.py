@@ -270,6 +270,10 @@ def serve_dashboard(
     host: str = "127.0.0.1",
     port: int = 8080,
     dashboard_password: str | None = None,
+    reader_password: str | None = None,
+    read_only: bool = False,
+    certfile: Path | None = None,
+    keyfile: Path | None = None,
     runs_dir: Path | str = "runs",
 ) -> None:
     """Serve optuna-dashboard until interrupted.
@@ -279,19 +283,28 @@ def serve_dashboard(
         password: the PostgreSQL password, used if the URL has none.
         host: the address to listen on.
         port: the port to listen on; 0 takes a free one.
-        dashboard_password: required by HTTP Basic authentication. None is allowed on loopback addresses only.
+        dashboard_password: required by HTTP Basic authentication. Without one, the printed link contains a new token, and
+            only loopback addresses are allowed.
+        reader_password: of those who may look at everything and change nothing.
+        read_only: whether nobody may change anything.
+        certfile: a certificate for HTTPS, in PEM format; None serves plain HTTP.
+        keyfile: its private key, in PEM format; None if `certfile` contains it.
         runs_dir: where artifacts and checkpoints are stored.
 
     Raises:
-        SettingError: other machines can reach the address and there is no password, or the address cannot be listened
-            on.
+        SettingError: other machines can reach the address and there is no password, the address cannot be listened on, or
+            the certificate cannot be used.
         StorageError: the database cannot be used.
     """
-    from hpo.dashboard.server import serve
+    from hpo.dashboard.guards import Access
+    from hpo.dashboard.server import Certificate, serve
     from storage.database import open_database
 
+    certificate = None if certfile is None else Certificate(certfile, keyfile)
+    access = Access(dashboard_password, reader_password, read_only=read_only)
     with open_database(storage, password) as database:
-        serve(database, host, port, password=dashboard_password, runs_dir=RunsDir(Path(runs_dir)).make())
+        runs = RunsDir(Path(runs_dir)).make()
+        serve(database, host, port, access=access, runs_dir=runs, certificate=certificate)
 
 
 @contextmanager

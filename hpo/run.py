@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 STOP_CODES = {StopCause.INTERRUPTED: 130, StopCause.BROKEN: 2}
 COMPLETE_VARIABLE = "_HPO_COMPLETE"  # how a shell asks click for completions
-SECRET_VARIABLES = ("PGPASSWORD", "HPO_STORAGE", "HPO_DASHBOARD_PASSWORD")
+SECRET_VARIABLES = ("PGPASSWORD", "HPO_STORAGE", "HPO_DASHBOARD_PASSWORD", "HPO_DASHBOARD_READER_PASSWORD")
 STORAGE_FILE_VARIABLE = "HPO_STORAGE_FILE"
 # In `click.Context.meta`:
 _SECRETS = "hpo.run.secrets"  # {variable: value}
@@ -453,23 +453,35 @@ def clean(storage: str, yes: bool) -> int:
 @storage_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option("--port", type=int, default=8080, show_default=True, help="The port to listen on; 0 takes a free one.")
-def dashboard(storage: str, host: str, port: int) -> int:
+@click.option("--read-only", is_flag=True, help="Let nobody change anything.")
+@click.option(
+    "--certfile", type=click.Path(path_type=Path), metavar="FILE", help="Serve HTTPS with this PEM certificate."
+)
+@click.option("--keyfile", type=click.Path(path_type=Path), metavar="FILE", help="Its key, if it is in another file.")
+def dashboard(storage: str, host: str, port: int, read_only: bool, certfile: Path | None, keyfile: Path | None) -> int:
     """Serve optuna-dashboard until Ctrl-C.
 
-    An address that other machines reach needs a password in the environment variable HPO_DASHBOARD_PASSWORD. A
-    browser sends it with any user name.
+    Open the link that it prints: it contains a token, which a cookie then remembers. With a password in the environment
+    variable HPO_DASHBOARD_PASSWORD, browsers ask for it instead, with any user name. An address that other machines
+    reach needs one. Who has the password in HPO_DASHBOARD_READER_PASSWORD may look, and change nothing.
 
     \b
     Example:  hpo dashboard --port 8081
     """
     from hpo.api import serve_dashboard
 
+    if keyfile is not None and certfile is None:
+        raise SettingError("--keyfile is the key of a certificate: give --certfile, too")
     serve_dashboard(
         storage=storage,
         password=_secret("PGPASSWORD"),
         host=host,
         port=port,
         dashboard_password=_secret("HPO_DASHBOARD_PASSWORD"),
+        reader_password=_secret("HPO_DASHBOARD_READER_PASSWORD"),
+        read_only=read_only,
+        certfile=certfile,
+        keyfile=keyfile,
     )
     return 0
 

@@ -1,10 +1,10 @@
 """Middleware in front of optuna-dashboard, which has no authentication: anyone who can reach it can delete studies.
 
-    Host check -> headers -> site check -> password -> refusal to rename -> whole body -> gzip -> optuna-dashboard
+    Host check -> headers -> site check -> password or token -> who may change something -> refusal to rename
+    -> whole body -> gzip -> optuna-dashboard
 
-Without a password, the dashboard accepts requests from this machine only. A web page that the user visits could still
-send requests to it. The site check stops cross-site requests, the Host check stops DNS rebinding. Files that somebody has
-uploaded run no script: the browser is told to sandbox them.
+A web page that the user visits could send requests to the dashboard, too. The site check stops cross-site requests, the Host
+check stops DNS rebinding. Files that somebody has uploaded run no script: the browser is told to sandbox them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ import binascii
 import contextlib
 import hmac
 import ipaddress
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -29,27 +31,65 @@ from starlette.middleware.authentication import AuthenticationMiddleware
 from starlette.middleware.gzip import DEFAULT_EXCLUDED_CONTENT_TYPES, GZipMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import HTTPConnection
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Mount
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+logger = logging.getLogger("hpo.dashboard")
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1", "[::1]")
 _RENAMING = re.compile(r"/+api/studies/\d+/rename/?")
 _ARTIFACT = re.compile(r"/+artifacts/")
 _SHOWN_TYPES = ("image/png", "text/plain")  # of artifacts that a browser may show as a page
+CHANGES = "changes"  # the scope of those who may change something
+FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 0.05, 5.0  # after failed attempts
 MAX_BODY_BYTES = 192 * 2**20  # optuna-dashboard takes 128 MiB, which a browser sends as base64
 BODY_SECONDS = 300.0  # in which a request must arrive
 GZIP_LEVEL = 5  # a large study: 15.3 MB to 3.1 MB in 0.2 s; level 9 saves 0.2 MB more in 0.5 s more
 
 
-def protect(wsgi_app: Any, *, password: str | None, allowed_hosts: Sequence[str]) -> Starlette:
+@dataclass(frozen=True)
+class Access:
+    """Who may do what. Without a password and a token, everyone who reaches the dashboard may do everything.
+
+    Attributes:
+        password: by HTTP Basic authentication, with any user name.
+        reader_password: the same, of those who may look and change nothing.
+        token: in the link that the owner opens first (`/?token=...`); a cookie remembers it. Programs may send it as a
+            password, too.
+        read_only: whether nobody may change anything.
+    """
+
+    password: str | None = None
+    reader_password: str | None = None
+    token: str | None = None
+    read_only: bool = False
+
+    @property
+    def is_restricted(self) -> bool:
+        """Whether a request needs a password or a token."""
+        return any((self.password, self.reader_password, self.token))
+
+    def scopes_of(self, secret: str) -> list[str] | None:
+        """Return what a password or token allows; None if it is wrong."""
+        scopes = None
+        for known, allowed in ((self.reader_password, []), (self.password, [CHANGES]), (self.token, [CHANGES])):
+            # Constant time: the duration of a refusal must not reveal how much of a guess was right.
+            if known and hmac.compare_digest(secret.encode(errors="replace"), known.encode(errors="replace")):
+                scopes = [] if self.read_only else allowed
+        return scopes
+
+
+OPEN = Access()
+
+
+def protect(wsgi_app: Any, *, access: Access = OPEN, allowed_hosts: Sequence[str]) -> Starlette:
     """Return an ASGI application that checks requests before it passes them to a WSGI application.
 
     Args:
         wsgi_app: the application to protect.
-        password: required by HTTP Basic authentication, with any user name; None requires none.
+        access: who may do what.
         allowed_hosts: the values of the Host header that are accepted; `*` accepts any.
     """
     middleware = [
@@ -57,10 +97,16 @@ def protect(wsgi_app: Any, *, password: str | None, allowed_hosts: Sequence[str]
         Middleware(HeadersMiddleware),
         Middleware(SameSiteMiddleware),
     ]
-    if password is not None:
-        backend = PasswordBackend(password)
-        middleware.append(Middleware(AuthenticationMiddleware, backend=backend, on_error=_ask_for_password))
-    middleware += [Middleware(NoRenamingMiddleware), Middleware(WholeBodyMiddleware)]
+    if access.is_restricted:
+        middleware += [
+            Middleware(TokenLinkMiddleware, access=access),
+            Middleware(AuthenticationMiddleware, backend=SecretBackend(access), on_error=_refuse(access)),
+        ]
+    middleware += [
+        Middleware(ChangesMiddleware, access=access),
+        Middleware(NoRenamingMiddleware),
+        Middleware(WholeBodyMiddleware),
+    ]
     # Checkpoints are slow to compress and do not get smaller.
     not_compressed = (*DEFAULT_EXCLUDED_CONTENT_TYPES, "application/octet-stream")
     middleware.append(Middleware(GZipMiddleware, compresslevel=GZIP_LEVEL, exclude_content_types=not_compressed))
@@ -168,32 +214,102 @@ class NoRenamingMiddleware:
             await self._app(scope, receive, send)
 
 
-class PasswordBackend(AuthenticationBackend):
-    """HTTP Basic authentication with one password and any user name."""
+class TokenLinkMiddleware:
+    """Answers the link with the token: it sets a cookie, and leads to the same page without the token in its address."""
 
-    def __init__(self, password: str) -> None:
-        self._password = password.encode()
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self._app = app
+        self._access = access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or redirect it."""
+        connection = HTTPConnection(scope)
+        token = connection.query_params.get("token")
+        if token is None or self._access.token is None or self._access.scopes_of(token) is None:
+            await self._app(scope, receive, send)
+            return
+        url = connection.url.remove_query_params("token")
+        response = RedirectResponse(f"{url.path}?{url.query}" if url.query else url.path, status_code=303)
+        response.set_cookie(
+            cookie_name(scope), token, httponly=True, samesite="strict", secure=connection.url.scheme == "https"
+        )
+        await response(scope, receive, send)
+
+
+def cookie_name(scope: Scope) -> str:
+    """Return the name of the cookie. Browsers keep the cookies of all ports of a machine together."""
+    _, port = scope.get("server") or ("", 0)
+    return f"hpo-dashboard-{port}"
+
+
+class SecretBackend(AuthenticationBackend):
+    """Reads a password or token: from HTTP Basic authentication with any user name, or from the cookie.
+
+    Failed attempts slow the next ones down, whoever makes them.
+    """
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
+        self._failures = 0
 
     async def authenticate(self, conn: HTTPConnection) -> tuple[AuthCredentials, SimpleUser]:
-        """Return the user of a request.
+        """Return the user of a request, and what the user may do.
 
         Raises:
-            AuthenticationError: the request has no password, or a wrong one.
+            AuthenticationError: the request has no password or token, or a wrong one.
         """
         scheme, _, encoded = conn.headers.get("authorization", "").partition(" ")
-        credentials = b""
-        with contextlib.suppress(binascii.Error, ValueError):
-            credentials = base64.b64decode(encoded, validate=True)
-        user, _, password = credentials.partition(b":")
-        # Constant time: the duration of a rejection must not reveal how much of a guess was right.
-        if not hmac.compare_digest(password, self._password) or scheme.lower() != "basic":
+        user, secret = "", conn.cookies.get(cookie_name(conn.scope), "")
+        if scheme.lower() == "basic":
+            with contextlib.suppress(binascii.Error, ValueError):
+                user, _, secret = base64.b64decode(encoded, validate=True).decode(errors="replace").partition(":")
+        scopes = self._access.scopes_of(secret) if secret else None
+        if scopes is None:
+            if secret:
+                self._failures += 1
+                logger.warning("refused: a wrong password or token from %s", _client(conn.scope))
+                await asyncio.sleep(min(MAX_DELAY_SECONDS, FIRST_DELAY_SECONDS * 2 ** min(self._failures, 20)))
             raise AuthenticationError
-        return AuthCredentials(), SimpleUser(user.decode(errors="replace"))
+        self._failures = 0
+        return AuthCredentials(scopes), SimpleUser(user)
 
 
-def _ask_for_password(_connection: HTTPConnection, _error: AuthenticationError) -> Response:
+def _refuse(access: Access) -> Callable[[HTTPConnection, AuthenticationError], Response]:
+    """Return what answers a request without a password or token."""
+    if access.token is not None:
+        text = "open the link that `hpo dashboard` has printed: it contains a token, which a cookie then remembers"
+        return lambda _connection, _error: PlainTextResponse(text, 401)
     challenge = {"WWW-Authenticate": 'Basic realm="hpo dashboard", charset="UTF-8"'}
-    return PlainTextResponse("the dashboard requires a password; any user name is accepted", 401, challenge)
+    text = "the dashboard requires a password; any user name is accepted"
+    return lambda _connection, _error: PlainTextResponse(text, 401, challenge)
+
+
+class ChangesMiddleware:
+    """Refuses changes of those who may only look, and logs all others."""
+
+    def __init__(self, app: ASGIApp, access: Access) -> None:
+        self._app = app
+        self._access = access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it with status 403."""
+        connection = HTTPConnection(scope)
+        what = f"{scope['method']} {scope['path']}"
+        if scope["method"] in {"GET", "HEAD", "OPTIONS"}:
+            await self._app(scope, receive, send)
+        elif self._access.read_only or (self._access.is_restricted and CHANGES not in connection.auth.scopes):
+            logger.warning("refused: %s from %s, who may only look", what, _client(scope))
+            await JSONResponse({"reason": "you may look at this dashboard, and change nothing"}, 403)(
+                scope, receive, send
+            )
+        else:
+            logger.info("%s from %s", what, _client(scope))
+            await self._app(scope, receive, send)
+
+
+def _client(scope: Scope) -> str:
+    host, _ = scope.get("client") or ("an unknown address", 0)
+    return str(host)
 
 
 def is_loopback(host: str) -> bool:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
+import secrets
 import socket
+import ssl
 import threading
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from hpo.dashboard.guards import LOOPBACK_HOSTS, is_loopback, protect
+from hpo.dashboard.guards import LOOPBACK_HOSTS, OPEN, Access, is_loopback, protect
 from hpo.dashboard.publishing import publish
-from hpo.errors import SettingError
+from hpo.errors import SettingError, printable
 from hpo.paths import RunsDir
 from storage.studies import all_studies
 
@@ -25,6 +31,7 @@ if TYPE_CHECKING:
 
     from storage.database import Database
 
+logger = logging.getLogger("hpo.dashboard")
 PUBLISH_INTERVAL_SECONDS = 60.0
 HEADER_SECONDS = 10.0  # in which the headers of a request must arrive
 MAX_CONNECTIONS = 200
@@ -52,42 +59,104 @@ class PatientH11Protocol(H11Protocol):
             self.transport.close()
 
 
-def serve(database: Database, host: str, port: int, *, password: str | None, runs_dir: RunsDir) -> None:
+@dataclass(frozen=True)
+class Certificate:
+    """A certificate for HTTPS.
+
+    Attributes:
+        certfile: the certificate, with those that signed it, in PEM format.
+        keyfile: its private key, in PEM format; None if `certfile` contains it.
+    """
+
+    certfile: Path
+    keyfile: Path | None = None
+
+    def check(self) -> None:
+        """Raise SettingError if a server cannot use it."""
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.certfile, self.keyfile, password=lambda: "")
+        except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+            reason = (error.strerror if isinstance(error, OSError) else None) or error
+            files = ", ".join(str(file) for file in (self.certfile, self.keyfile) if file is not None)
+            raise SettingError(
+                f"the certificate in {files} cannot be used: {reason}. It is a PEM file with its key"
+            ) from None
+
+
+def serve(
+    database: Database,
+    host: str,
+    port: int,
+    *,
+    access: Access,
+    runs_dir: RunsDir,
+    certificate: Certificate | None = None,
+) -> None:
     """Serve the dashboard until interrupted.
 
     Args:
         database: the database with the studies.
         host: the address to listen on.
         port: the port to listen on; 0 takes a free one.
-        password: required by HTTP Basic authentication; None requires none.
+        access: who may do what. Without a password, a new token is required, which the printed link contains.
         runs_dir: the folder of the artifacts and checkpoints.
+        certificate: for HTTPS; None serves plain HTTP.
 
     Raises:
         SettingError: other machines can reach the address and there is no password, or the address cannot be listened on.
     """
-    if password is None and not is_loopback(host):
-        raise SettingError(
-            f"anyone who can reach {host}:{port} could delete studies: set HPO_DASHBOARD_PASSWORD to the password that the "
-            "dashboard requires, or keep --host 127.0.0.1"
-        )
-    app = build_app(database, password=password, runs_dir=runs_dir)
+    if not access.is_restricted:
+        if not is_loopback(host):
+            raise SettingError(
+                f"anyone who can reach {host}:{port} could delete studies: set HPO_DASHBOARD_PASSWORD to the password that "
+                "the dashboard requires, or keep --host 127.0.0.1"
+            )
+        access = replace(access, token=secrets.token_urlsafe(24))
+    if certificate is not None:
+        certificate.check()
+    app = build_app(database, access=access, runs_dir=runs_dir)
     stopped = threading.Event()
     publisher = threading.Thread(target=publish_repeatedly, args=(database, runs_dir, stopped), daemon=True)
-    with listen(host, port) as listener:
+    with listen(host, port) as listener, _logged():
         address = f"[{host}]" if ":" in host else host
-        print(f"http://{address}:{listener.getsockname()[1]}/ shows {database.url}; Ctrl-C stops it", flush=True)
+        scheme = "http" if certificate is None else "https"
+        link = f"{scheme}://{address}:{listener.getsockname()[1]}/"
+        link += f"?token={access.token}" if access.token else ""
+        print(f"{link} shows {database.url}; Ctrl-C stops it", flush=True)
+        if certificate is None and not is_loopback(host):
+            logger.warning("passwords and results travel in plain text: --certfile serves HTTPS")
         publisher.start()
         with contextlib.suppress(KeyboardInterrupt):
-            build_server(app).run(sockets=[listener])
+            build_server(app, certificate).run(sockets=[listener])
         stopped.set()
 
 
-def build_app(database: Database, *, password: str | None, runs_dir: RunsDir) -> Starlette:
+@contextlib.contextmanager
+def _logged() -> Iterator[None]:
+    """Print what the guards log, such as refusals and deletions, with the time."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_PrintableFormatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+
+
+class _PrintableFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record)).replace("\n", " ")
+
+
+def build_app(database: Database, *, access: Access = OPEN, runs_dir: RunsDir) -> Starlette:
     """Return the dashboard with its guards, as an ASGI application.
 
     Args:
         database: the database with the studies.
-        password: required by HTTP Basic authentication; None requires none, and accepts only a loopback name as Host.
+        access: who may do what. Without a password, only a loopback name is accepted as Host.
         runs_dir: the folder of the artifacts.
     """
     from optuna.artifacts import FileSystemArtifactStore
@@ -98,7 +167,8 @@ def build_app(database: Database, *, password: str | None, runs_dir: RunsDir) ->
     # `get_storage` adds Optuna's cache: a response with 5,000 ended trials takes 2 s with it and 10 s without.
     dashboard = wsgi(get_storage(database.optuna_storage), artifact_store=FileSystemArtifactStore(runs_dir.artifacts))
     # With a password, any Host is safe: after DNS rebinding, the browser does not send the password to the other name.
-    return protect(dashboard, password=password, allowed_hosts=LOOPBACK_HOSTS if password is None else ("*",))
+    has_password = access.password or access.reader_password
+    return protect(dashboard, access=access, allowed_hosts=("*",) if has_password else LOOPBACK_HOSTS)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -119,11 +189,13 @@ def listen(host: str, port: int) -> socket.socket:
     raise SettingError(f"cannot listen on {host}:{port}: {reason}; choose another --host or --port")
 
 
-def build_server(app: Starlette) -> uvicorn.Server:
+def build_server(app: Starlette, certificate: Certificate | None = None) -> uvicorn.Server:
     """Return a server for `run(sockets=[...])`. Setting `should_exit`, Ctrl-C and SIGTERM stop it."""
     # The timeout is short because browsers keep their connections open.
     options: dict[str, Any] = {"ws": "none", "lifespan": "off", "timeout_graceful_shutdown": 1}
     options |= {"http": PatientH11Protocol, "limit_concurrency": MAX_CONNECTIONS}
+    if certificate is not None:
+        options |= {"ssl_certfile": certificate.certfile, "ssl_keyfile": certificate.keyfile}
     return uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, **options))
 
 

@@ -27,7 +27,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with open_database(runs_dir.default_storage) as database:
         publish(make_study(database, runs_dir), runs_dir)
         make_study(database, runs_dir, "bare")
-        with serving(build_app(database, password=None, runs_dir=runs_dir)) as port:
+        with serving(build_app(database, runs_dir=runs_dir)) as port:
             yield f"http://127.0.0.1:{port}"
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from hpo.dashboard import guards, server
-from hpo.dashboard.guards import LOOPBACK_HOSTS, is_loopback, protect
+from hpo.dashboard.guards import LOOPBACK_HOSTS, Access, is_loopback, protect
 from tests.dashboard.builders import PASSWORD, basic_auth, request, serving
 
+TOKEN = "a-token-of-the-link"
 SCRIPT = b"<script>fetch('/api/studies/1', {method: 'DELETE'})</script>"
 CONTENT = {
     "/api/studies": ("application/json", b'{"name": "search"}' * 1000),
@@ -41,6 +42,11 @@ class RecordingApp:
         return [content]
 
 
+@pytest.fixture(autouse=True)
+def no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guards, "FIRST_DELAY_SECONDS", 0.0)
+
+
 @pytest.fixture(scope="module")
 def app() -> RecordingApp:
     return RecordingApp()
@@ -49,13 +55,19 @@ def app() -> RecordingApp:
 @pytest.fixture(scope="module")
 def open_port(app: RecordingApp) -> Iterator[int]:
     """The port of a server without a password."""
-    with serving(protect(app, password=None, allowed_hosts=LOOPBACK_HOSTS)) as port:
+    with serving(protect(app, allowed_hosts=LOOPBACK_HOSTS)) as port:
         yield port
 
 
 @pytest.fixture(scope="module")
 def password_port(app: RecordingApp) -> Iterator[int]:
-    with serving(protect(app, password=PASSWORD, allowed_hosts=("*",))) as port:
+    with serving(protect(app, access=Access(PASSWORD), allowed_hosts=("*",))) as port:
+        yield port
+
+
+@pytest.fixture(scope="module")
+def token_port(app: RecordingApp) -> Iterator[int]:
+    with serving(protect(app, access=Access(token=TOKEN), allowed_hosts=LOOPBACK_HOSTS)) as port:
         yield port
 
 
@@ -112,6 +124,77 @@ def test_requests_from_other_sites_are_rejected(open_port: int, app: RecordingAp
     status, _, _ = request(open_port, method, "/api/studies", Origin=origin.format(port=open_port))
     assert status == 403
     assert app.requests == []
+
+
+@pytest.mark.parametrize("path", ["/", "/api/studies", "/artifacts/1/1", "/?token=wrong", "/?token="])
+def test_without_the_token_nothing_is_shown(app: RecordingApp, token_port: int, path: str) -> None:
+    app.requests.clear()
+    for headers in ({}, {"Cookie": f"hpo-dashboard-{token_port}=wrong"}, {"Authorization": basic_auth("wrong")}):
+        status, _, content = request(token_port, "GET", path, **headers)
+        assert status == 401
+        assert content.startswith(b"open the link that `hpo dashboard` has printed")
+    assert app.requests == []
+
+
+def test_the_link_with_the_token_sets_a_cookie(app: RecordingApp, token_port: int) -> None:
+    app.requests.clear()
+    status, headers, _ = request(token_port, "GET", f"/dashboard/studies/1?token={TOKEN}&tab=best")
+    assert (status, headers["Location"]) == (303, "/dashboard/studies/1?tab=best")
+    cookie, *flags = headers["Set-Cookie"].split("; ")
+    assert {"HttpOnly", "SameSite=strict"} <= set(flags)
+    assert request(token_port, "GET", "/api/studies", Cookie=cookie)[0] == 200
+    assert request(token_port, "DELETE", "/api/studies/1", Cookie=cookie)[0] == 200
+    assert request(token_port, "GET", "/api/studies", Authorization=basic_auth(TOKEN))[0] == 200, "for programs"
+    assert app.requests == ["GET /api/studies", "DELETE /api/studies/1", "GET /api/studies"]
+    assert request(token_port, "GET", "/", Cookie=cookie, Host="other.example")[0] == 400
+
+
+@pytest.mark.parametrize(
+    ("access", "password"),
+    [
+        (Access(PASSWORD, "looks"), "looks"),
+        (Access(None, "looks"), "looks"),
+        (Access(PASSWORD, read_only=True), PASSWORD),
+        (Access(None, None, TOKEN, read_only=True), TOKEN),
+        (Access(read_only=True), ""),
+    ],
+)
+def test_a_reader_changes_nothing(
+    app: RecordingApp, caplog: pytest.LogCaptureFixture, access: Access, password: str
+) -> None:
+    app.requests.clear()
+    headers = {"Authorization": basic_auth(password)}
+    with serving(protect(app, access=access, allowed_hosts=LOOPBACK_HOSTS)) as port:
+        assert request(port, "GET", "/api/studies", **headers)[0] == 200
+        for method in ("POST", "PUT", "DELETE", "PATCH"):
+            status, _, content = request(port, method, "/api/studies/1", **headers)
+            assert status == 403
+            assert json.loads(content) == {"reason": "you may look at this dashboard, and change nothing"}
+        if access.password and not access.read_only:
+            owner = {"Authorization": basic_auth(PASSWORD)}
+            assert request(port, "DELETE", "/api/studies/1", **owner)[0] == 200
+            assert app.requests.pop() == "DELETE /api/studies/1"
+    assert app.requests == ["GET /api/studies"]
+    assert "refused: DELETE /api/studies/1 from 127.0.0.1, who may only look" in caplog.text
+
+
+def test_failed_attempts_are_logged_and_slow_the_next_ones_down(
+    app: RecordingApp, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(guards, "FIRST_DELAY_SECONDS", 0.02)
+    monkeypatch.setattr(guards, "MAX_DELAY_SECONDS", 0.3)
+    with serving(protect(app, access=Access(PASSWORD), allowed_hosts=("*",))) as port:
+        seconds = []
+        for _ in range(6):
+            started = time.monotonic()
+            assert request(port, "GET", "/", Authorization=basic_auth("guess"))[0] == 401
+            seconds.append(time.monotonic() - started)
+        started = time.monotonic()
+        assert request(port, "GET", "/", Authorization=basic_auth(PASSWORD))[0] == 200
+        assert time.monotonic() - started < 0.3, "who knows the password does not wait"
+    assert seconds[0] < 0.3 <= seconds[-1]
+    assert caplog.text.count("refused: a wrong password or token from 127.0.0.1") == 6
+    assert "guess" not in caplog.text
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
