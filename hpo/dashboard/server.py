@@ -79,7 +79,7 @@ class Certificate:
             reason = (error.strerror if isinstance(error, OSError) else None) or error
             files = ", ".join(str(file) for file in (self.certfile, self.keyfile) if file is not None)
             raise SettingError(
-                f"the certificate in {files} cannot be used: {reason}. It is a PEM file with its key"
+                f"the certificate in {files} cannot be used ({reason}): give a PEM file with its key"
             ) from None
 
 

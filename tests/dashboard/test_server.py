@@ -208,6 +208,8 @@ def test_the_dashboard_is_served_by_https(study: Study, runs_dir: RunsDir, certi
             answer = connection.getresponse()
             assert answer.status == 303
             assert "Secure" in answer.headers["Set-Cookie"]
+            answer.close()
+            connection.close()
         finally:
             https.should_exit = True
             thread.join()
