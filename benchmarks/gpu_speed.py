@@ -72,7 +72,7 @@ def foreach_optimizer() -> AbstractContextManager[None]:
 def contiguous_maps() -> AbstractContextManager[None]:
     """Let images, maps and weights have torch's usual memory format, in place of channels-last."""
     return patched(
-        (torch, "channels_last", torch.contiguous_format), (learner_module, "_in_memory_order", lambda weight: weight)
+        (torch, "channels_last", torch.contiguous_format), (learner_module, "in_memory_order", lambda weight: weight)
     )
 
 

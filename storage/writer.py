@@ -152,9 +152,11 @@ class Writer:
         of_driver = error.__context__ if isinstance(error, StorageError) else error
         if isinstance(error, StorageError) and not isinstance(of_driver, DataError | IntegrityError):
             return error
+        url = self._study.database.url
         cause = of_driver.orig if isinstance(of_driver, StatementError) and of_driver.orig is not None else of_driver
         text = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
-        url = self._study.database.url
+        if isinstance(error, StorageError):  # it may name a remedy
+            text = str(error).removeprefix(f"{url}: ")
         named = StorageError(f"{url}: cannot store what trial {claim.number} reported: {text}")
         named.__cause__ = error
         return named

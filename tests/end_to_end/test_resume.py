@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,8 +35,8 @@ def check_private(driver: Driver) -> None:
     ]
     assert {name for name, _ in listening} >= {"raylet", "gcs_server"}
     assert {address for _, address in listening} == {"127.0.0.1"}, listening
-    words = (word for process in processes for word in process.cmdline() if "/hpo-ray-" in word)
-    folders = {Path("/", *Path(word[word.index("/tmp/") :]).parts[1:3]) for word in words if "/tmp/" in word}
+    lines = " ".join(word for process in processes for word in process.cmdline())
+    folders = {Path(found) for found in re.findall(r"/[^ =:]*?/hpo-ray-\w+", lines)}
     assert folders
     assert {folder.stat().st_mode & 0o777 for folder in folders} == {0o700}
 
