@@ -35,6 +35,7 @@ __all__ = [
     "clean_runs",
     "export_model",
     "list_studies",
+    "migrate_database",
     "plan_search",
     "read_results",
     "replay_trial",
@@ -72,6 +73,21 @@ def list_studies(
         replace(each, disk_bytes=count_bytes(runs.checkpoints(each.unique_name))) if each.unique_name else each
         for each in summaries
     ]
+
+
+def migrate_database(*, storage: str = DEFAULT_STORAGE, password: str | None = None) -> None:
+    """Create the tables of a database, or migrate those of an older version, as every function that writes does.
+
+    Args:
+        storage: the database; it is created if it does not exist.
+        password: the PostgreSQL password, used if the URL has none.
+
+    Raises:
+        StorageError: the database cannot be used.
+    """
+    from storage.database import open_database
+
+    open_database(storage, password).close()
 
 
 def clean_runs(

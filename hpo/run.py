@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 STOP_CODES = {StopCause.INTERRUPTED: 130, StopCause.BROKEN: 2}
 COMPLETE_VARIABLE = "_HPO_COMPLETE"  # how a shell asks click for completions
 SECRET_VARIABLES = ("PGPASSWORD", "HPO_STORAGE", "HPO_DASHBOARD_PASSWORD", "HPO_DASHBOARD_READER_PASSWORD")
-STORAGE_FILE_VARIABLE = "HPO_STORAGE_FILE"
 # In `click.Context.meta`:
 _SECRETS = "hpo.run.secrets"  # {variable: value}
 _STORAGE_OPTION = "hpo.run.storage_option"  # whether the command needs --storage to find the same storage again
@@ -89,17 +88,33 @@ def _keep_files_private() -> None:
     os.umask(stat.S_IRWXG | stat.S_IRWXO)
 
 
-def _read_storage(context: click.Context, parameter: click.Parameter, url: str) -> str:
-    """Return the storage URL. Passwords are taken from the environment: Ray's processes and scripts inherit the rest.
+def _take_secrets() -> dict[str, str]:
+    """Return {variable: value} of passwords. Ray's processes and scripts do not inherit them.
+
+    Each may be in the first line of a file, such as a secret of Docker Compose. `NAME_FILE` names it.
 
     Raises:
-        SettingError: the command line contains a password, or two variables name a storage.
+        SettingError: a file cannot be read, or both variables are set.
     """
-    secrets = context.meta[_SECRETS] = take_from_environment(SECRET_VARIABLES)
-    file = os.environ.get(STORAGE_FILE_VARIABLE)
-    if file and "HPO_STORAGE" in secrets:
-        raise SettingError(f"HPO_STORAGE and {STORAGE_FILE_VARIABLE} are both set: unset one of them")
-    default = read_secret_file(file, STORAGE_FILE_VARIABLE) if file else secrets.get("HPO_STORAGE", DEFAULT_STORAGE)
+    secrets = take_from_environment(SECRET_VARIABLES)
+    for name in SECRET_VARIABLES:
+        variable = f"{name}_FILE"
+        file = os.environ.get(variable)
+        if file and name in secrets:
+            raise SettingError(f"{name} and {variable} are both set: unset one of them")
+        if file:
+            secrets[name] = read_secret_file(file, variable)
+    return secrets
+
+
+def _read_storage(context: click.Context, parameter: click.Parameter, url: str) -> str:
+    """Return the storage URL.
+
+    Raises:
+        SettingError: the command line contains a password, or see `_take_secrets`.
+    """
+    secrets = context.meta[_SECRETS] = _take_secrets()
+    default = secrets.get("HPO_STORAGE", DEFAULT_STORAGE)
     is_given = context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
     if is_given and ("@" in url or "?" in url):
         from storage.database import contains_password
@@ -107,8 +122,7 @@ def _read_storage(context: click.Context, parameter: click.Parameter, url: str) 
         if contains_password(url):
             raise SettingError(
                 "every user of this machine can read a password on the command line. Leave it out of --storage, and put "
-                "it in PGPASSWORD or ~/.pgpass; or put the URL in HPO_STORAGE, or in a file that "
-                f"{STORAGE_FILE_VARIABLE} names"
+                "it in PGPASSWORD or ~/.pgpass; or put the URL in HPO_STORAGE, or in a file that HPO_STORAGE_FILE names"
             )
     context.meta[_STORAGE_OPTION] = is_given and url != default
     return url if is_given else default
@@ -258,8 +272,8 @@ def run(
 def plan(space: str, overrides: Sequence[str], storage: str, data_dir: Path) -> int:
     """Show the trials, time and memory that a search needs.
 
-    Some training steps are measured on this machine. The database is only read: not even tables of an older version
-    are migrated.
+    Some training steps are measured on this machine. The trainable is imported, so that its parameters can be checked.
+    The database is only read: not even tables of an older version are migrated.
 
     \b
     Example:  hpo plan grid --set max_epochs=10
@@ -407,6 +421,24 @@ def export(study: str, trial: int | None, output: Path | None, storage: str, dat
         _say(f"note: {remark}")
     folder = exported.folder
     _say(f"{folder}: README.md describes it; python {shlex.quote(str(folder / 'classify.py'))} IMAGE runs it")
+    return 0
+
+
+@cli.command()
+@storage_option
+def migrate(storage: str) -> int:
+    """Create the tables of a database, or migrate those of an older version.
+
+    `hpo run` and `hpo dashboard` do so, too. This is for databases where they run as users who may not.
+
+    \b
+    Example:  hpo migrate --storage postgresql://hpo_owner@database/hpo
+    """
+    from hpo.api import migrate_database
+    from storage.database import without_password
+
+    migrate_database(storage=storage, password=_secret("PGPASSWORD"))
+    _say(f"{without_password(storage)} is ready")
     return 0
 
 

@@ -136,6 +136,7 @@ def hpo_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     variables = (
         "HPO_STORAGE",
         "HPO_STORAGE_FILE",
+        "HPO_DASHBOARD_READER_PASSWORD",
         "HPO_DATA_DIR",
         "HPO_DASHBOARD_PASSWORD",
         "PGPASSWORD",

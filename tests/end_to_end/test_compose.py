@@ -6,11 +6,13 @@ import base64
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,47 +21,89 @@ import pytest
 from ruamel.yaml import YAML
 
 from benchmarks.postgres import Postgres
+from storage.database import open_database
 from tests.factories import ROOT, TOY
 
-PASSWORD = "a-password-of-the-env-file"
-DASHBOARD_PASSWORD = "another-one"
+
+@dataclass(frozen=True)
+class Compose:
+    """docker-compose.yml, and the secrets that deploy/make-secrets.sh has created for it."""
+
+    file: dict[str, Any]
+    secrets: Path
+
+    @property
+    def services(self) -> dict[str, Any]:
+        services: dict[str, Any] = self.file["services"]
+        return services
+
+    def secret(self, name: str) -> str:
+        return (self.secrets / name).read_text().strip()
 
 
 @pytest.fixture(scope="module")
-def services() -> dict[str, Any]:
-    """The services, with the passwords of a .env file filled in."""
-    text = (ROOT / "docker-compose.yml").read_text()
-    text = re.sub(r"\$\{POSTGRES_PASSWORD:\?[^}]*\}", PASSWORD, text)
-    text = re.sub(r"\$\{DASHBOARD_PASSWORD:\?[^}]*\}", DASHBOARD_PASSWORD, text)
-    assert "${" not in text
-    services: dict[str, Any] = YAML(typ="safe").load(text)["services"]
-    return services
+def compose(tmp_path_factory: pytest.TempPathFactory) -> Compose:
+    folder = tmp_path_factory.mktemp("compose")
+    shutil.copytree(ROOT / "deploy", folder / "deploy")
+    for _ in range(2):
+        done = subprocess.run(["sh", "deploy/make-secrets.sh"], cwd=folder, capture_output=True, text=True, check=True)
+    compose = Compose(YAML(typ="safe").load((ROOT / "docker-compose.yml").read_text()), folder / "secrets")
+    assert done.stdout.strip().endswith(compose.secret("dashboard_password")), "the second run keeps the first one's"
+    return compose
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, services: dict[str, Any]) -> Iterator[Postgres]:
-    """A PostgreSQL server with the user, the database and the password of the service `database`."""
-    server = Postgres(tmp_path_factory.mktemp("compose"), password=PASSWORD)
-    environment = services["database"]["environment"]
-    assert environment["POSTGRES_PASSWORD"] == PASSWORD
-    server.create_database(environment["POSTGRES_DB"])
+def server(tmp_path_factory: pytest.TempPathFactory, compose: Compose) -> Iterator[Postgres]:
+    """A PostgreSQL server with the database of the service `database`, in which deploy/roles.sh has created the roles."""
+    server = Postgres(tmp_path_factory.mktemp("server"), password=compose.secret("superuser_password"))
+    database = compose.services["database"]["environment"]["POSTGRES_DB"]
+    server.create_database(database)
+    environment = {
+        "PATH": f"{server.programs}:{os.environ['PATH']}",
+        "SECRETS": str(compose.secrets),
+        "POSTGRES_USER": "hpo",
+        "POSTGRES_DB": database,
+        "PGHOST": "127.0.0.1",
+        "PGPORT": str(server.port),
+        "PGPASSWORD": server.password,
+    }
+    done = subprocess.run(
+        ["sh", str(ROOT / "deploy/roles.sh")], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
     yield server
     server.stop()
 
 
-def environment_of(services: dict[str, Any], name: str, server: Postgres) -> dict[str, str]:
-    """A service's environment, with the address of `server` instead of the database's name in compose's network."""
-    environment = {key: str(value) for key, value in services[name]["environment"].items()}
-    environment["HPO_STORAGE"] = environment["HPO_STORAGE"].replace("@database:5432/", f"@127.0.0.1:{server.port}/")
-    assert str(server.port) in environment["HPO_STORAGE"]
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+def url_of(compose: Compose, role: str, server: Postgres) -> str:
+    """The URL of a role, with the address of `server` instead of the database's name in compose's network."""
+    url = compose.secret(f"{role}_url")
+    assert "@database:5432/hpo" in url
+    return url.replace("@database:5432/", f"@127.0.0.1:{server.port}/")
 
 
-def command_of(services: dict[str, Any], name: str) -> list[str]:
+def environment_of(compose: Compose, name: str, server: Postgres, folder: Path) -> dict[str, str]:
+    """A service's environment. Its secrets are files in a folder, as compose mounts them: only those that it lists."""
+    folder.mkdir()
+    for secret in compose.services[name]["secrets"]:
+        content = compose.secret(secret)
+        is_url = secret.endswith("_url")
+        (folder / secret).write_text(url_of(compose, secret.removesuffix("_url"), server) if is_url else content)
+    variables = compose.services[name]["environment"]
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        **{key: str(value).replace("/run/secrets", str(folder)) for key, value in variables.items()},
+    }
+
+
+def command_of(compose: Compose, name: str) -> list[str]:
     """A service's command line, with `hpo` from this checkout."""
     dockerfile = (ROOT / "Dockerfile").read_text()
     image_entrypoint = json.loads(re.findall(r"^ENTRYPOINT (.*)$", dockerfile, re.MULTILINE)[-1])
-    command = services[name].get("entrypoint", image_entrypoint) + services[name]["command"]
+    service = compose.services[name]
+    command = service.get("entrypoint", image_entrypoint) + service["command"]
     assert command[0] == "hpo"
     return [sys.executable, "-m", *command]
 
@@ -71,64 +115,125 @@ def test_the_file_conforms_to_the_compose_schema() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_there_is_no_default_password_and_no_port_is_published_beyond_this_machine(services: dict[str, Any]) -> None:
-    text = (ROOT / "docker-compose.yml").read_text()
-    passwords = re.findall(r"(?:POSTGRES_PASSWORD|PGPASSWORD|HPO_DASHBOARD_PASSWORD): (.*)", text)
-    assert len(passwords) == 3
-    assert all(value.startswith(("${POSTGRES_PASSWORD:?", "${DASHBOARD_PASSWORD:?")) for value in passwords)
-    assert all(port.startswith("127.0.0.1:") for service in services.values() for port in service.get("ports", []))
-    assert "ports" not in services["database"]
-    visible = str([service.get(key) for service in services.values() for key in ("command", "ports")])
-    assert PASSWORD not in visible
-    assert DASHBOARD_PASSWORD not in visible
+def test_no_password_is_in_the_file_and_no_port_is_published_beyond_this_machine(compose: Compose) -> None:
+    for service in compose.services.values():
+        variables = service["environment"]
+        assert [name for name in variables if "PASSWORD" in name and not name.endswith("_FILE")] == []
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+    assert "ports" not in compose.services["database"]
+    used = {secret for service in compose.services.values() for secret in service["secrets"]}
+    assert used == set(compose.file["secrets"]) == {path.name for path in compose.secrets.iterdir()}
+    assert [name for name, service in compose.services.items() if "superuser_password" in service["secrets"]] == [
+        "database"
+    ]
+    assert compose.secrets.stat().st_mode & 0o777 == 0o700
+    assert "/secrets/" in (ROOT / ".gitignore").read_text().splitlines()
 
 
-def test_data_survives_in_volumes_and_the_dashboard_reads_the_artifacts_of_the_searches(
-    services: dict[str, Any],
-) -> None:
-    assert services["database"]["volumes"] == ["database:/var/lib/postgresql"]
-    assert "runs:/app/runs" in services["hpo"]["volumes"]
-    assert "runs:/app/runs" in services["dashboard"]["volumes"]
+def test_services_are_hardened_and_only_the_front_is_reached(compose: Compose) -> None:
+    for name, service in compose.services.items():
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert service["read_only"] is True
+        assert service["mem_limit"]
+        assert ("cap_add" in service) == (name == "database")
+    networks = {name: set(service["networks"]) for name, service in compose.services.items()}
+    assert networks == {
+        "database": {"database"},
+        "migrate": {"database"},
+        "dashboard": {"database", "front"},
+        "hpo": {"database", "front"},
+    }
+    assert compose.file["networks"]["database"] == {"internal": True}
+
+
+def test_data_survives_in_volumes_and_the_dashboard_reads_the_artifacts_of_the_searches(compose: Compose) -> None:
+    assert "database:/var/lib/postgresql" in compose.services["database"]["volumes"]
+    assert "runs:/app/runs" in compose.services["hpo"]["volumes"]
+    assert "runs:/app/runs" in compose.services["dashboard"]["volumes"]
 
 
 @pytest.mark.slow
 @pytest.mark.postgres
-def test_the_health_check_succeeds_only_while_the_database_runs(services: dict[str, Any], server: Postgres) -> None:
-    kind, program, *options = services["database"]["healthcheck"]["test"]
+def test_the_health_check_succeeds_only_while_the_database_runs(compose: Compose, server: Postgres) -> None:
+    kind, program, *options = compose.services["database"]["healthcheck"]["test"]
     assert (kind, program) == ("CMD", "pg_isready")
     command = [str(server.programs / program), *options]
-    environment = {**os.environ, "PGHOST": "127.0.0.1", "PGPORT": str(server.port)}
+    environment = {**os.environ, "PGPORT": str(server.port)}
     assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0
     server.stop()
     assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode != 0
     server.start()
 
 
+FORBIDDEN_TO_ALL = [
+    "CREATE ROLE intruder",
+    "COPY (SELECT 1) TO PROGRAM 'true'",
+    "COPY (SELECT 1) TO '/tmp/intruder'",
+    "SELECT rolpassword FROM pg_authid",
+    "ALTER ROLE hpo_owner SUPERUSER",
+    "CREATE SCHEMA intruder",
+    "CREATE TEMP TABLE intruder (x INT)",
+]
+FORBIDDEN_TO_USERS = [
+    "CREATE TABLE intruder (x INT)",
+    "ALTER TABLE trials ADD COLUMN intruder INT",
+    "DROP TABLE hpo_metrics",
+    "TRUNCATE trials CASCADE",
+    "DROP TRIGGER hpo_study_deleted ON studies",
+    "CREATE FUNCTION intruder() RETURNS INT LANGUAGE sql AS 'SELECT 1'",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.postgres
+def test_each_role_is_refused_what_it_does_not_need(compose: Compose, server: Postgres) -> None:
+    open_database(url_of(compose, "owner", server)).close()  # what the service `migrate` does
+    forbidden = {
+        "owner": FORBIDDEN_TO_ALL,
+        "runner": FORBIDDEN_TO_ALL + FORBIDDEN_TO_USERS,
+        "dashboard": FORBIDDEN_TO_ALL + FORBIDDEN_TO_USERS,
+    }
+    for role, statements in forbidden.items():
+        with psycopg.connect(url_of(compose, role, server), autocommit=True) as connection:
+            for statement in statements:
+                with pytest.raises(psycopg.errors.InsufficientPrivilege):
+                    connection.execute(statement.encode())
+        with pytest.raises(psycopg.OperationalError, match="permission denied for database"):
+            psycopg.connect(url_of(compose, role, server), dbname="postgres")
+
+
 @pytest.mark.slow
 @pytest.mark.postgres
 @pytest.mark.ray
 def test_a_search_stores_its_trials_in_postgresql_and_the_dashboard_serves_them(
-    services: dict[str, Any], server: Postgres, tmp_path: Path
+    compose: Compose, server: Postgres, tmp_path: Path
 ) -> None:
     (tmp_path / "search_spaces").mkdir()
     (tmp_path / "search_spaces" / "toy.yaml").write_text(json.dumps(TOY))  # JSON is YAML
 
-    command = command_of(services, "dashboard")
+    command, environment = (
+        command_of(compose, "migrate"),
+        environment_of(compose, "migrate", server, tmp_path / "owner"),
+    )
+    migrated = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert migrated.returncode == 0, migrated.stderr
+    command = command_of(compose, "dashboard")
     assert command[-4:] == ["--host", "0.0.0.0", "--port", "8080"]
     command[-3:] = ["127.0.0.1", "--port", "0"]
-    environment = environment_of(services, "dashboard", server)
+    environment = environment_of(compose, "dashboard", server, tmp_path / "of_dashboard")
     # The dashboard runs before the first search, as with `docker compose up`; its start takes as long as that of the search.
     dashboard = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
     try:
         # `docker compose run --rm hpo toy` replaces the service's command, not its entrypoint.
-        command = command_of(services, "hpo")
+        command = command_of(compose, "hpo")
         assert command[-2:] == ["run", "grid"]
-        environment = environment_of(services, "hpo", server)
+        environment = environment_of(compose, "hpo", server, tmp_path / "of_hpo")
         done = subprocess.run(
             [*command[:-1], "toy"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
-        assert PASSWORD not in done.stdout + done.stderr
+        assert compose.secret("runner_url").split(":")[2].split("@")[0] not in done.stdout + done.stderr
         with psycopg.connect(server.url("hpo")) as connection:
             states = connection.execute("SELECT state, count(*) FROM trials GROUP BY state").fetchall()
         assert states == [("COMPLETE", 2)]
@@ -137,20 +242,21 @@ def test_a_search_stores_its_trials_in_postgresql_and_the_dashboard_serves_them(
         match = re.match(r"(http://127\.0\.0\.1:\d+)/ shows ", dashboard.stdout.readline())
         assert match is not None
         url = match[1]
-        studies = _get_json(f"{url}/api/studies")["study_summaries"]
+        password = compose.secret("dashboard_password")
+        studies = _get_json(f"{url}/api/studies", password)["study_summaries"]
         assert [study["study_name"] for study in studies] == ["toy"]
-        trials = _get_json(f"{url}/api/studies/{studies[0]['study_id']}?after=0")["trials"]
+        trials = _get_json(f"{url}/api/studies/{studies[0]['study_id']}?after=0", password)["trials"]
         assert [trial["state"] for trial in trials] == ["Complete"] * 2
         assert all(trial["intermediate_values"] for trial in trials)
         assert all("hpo replay toy" in trial["note"]["body"] for trial in trials)
         with pytest.raises(urllib.error.HTTPError, match="401"):
-            _get_json(f"{url}/api/studies", password=PASSWORD)
+            _get_json(f"{url}/api/studies", server.password)
     finally:
         dashboard.terminate()
         dashboard.communicate()
 
 
-def _get_json(url: str, password: str = DASHBOARD_PASSWORD) -> Any:
+def _get_json(url: str, password: str) -> Any:
     authorization = "Basic " + base64.b64encode(f"hpo:{password}".encode()).decode()
     request = urllib.request.Request(url, headers={"Authorization": authorization})
     with urllib.request.urlopen(request, timeout=60) as response:
