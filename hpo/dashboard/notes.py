@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from typing import TYPE_CHECKING
 
@@ -48,7 +49,7 @@ def describe_trial(results: Results, trial: TrialResult, space: Space | None) ->
     parent = trial.attrs.get("parent")
     if parent is not None:
         lines.append(f"**Parent**: [trial {parent}](/dashboard/studies/{study.study_id}/trials?numbers={parent})")
-    lines.append(f"**Replay**: {code(f'hpo replay {results.name} {trial.number}')}")
+    lines.append(f"**Replay**: {code(f'hpo replay {shlex.quote(results.name)} {trial.number}')}")
     note = "\n".join(f"- {line}" for line in lines)
     if trial.fail_reason:
         reason = textwrap.wrap(trial.fail_reason, 80)  # the dashboard does not wrap the lines of a code block

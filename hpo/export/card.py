@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from importlib import resources
 from typing import Any
@@ -23,6 +24,7 @@ def render_card(facts: Mapping[str, Any]) -> str:
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.filters["quoted"] = shlex.quote
     return environment.get_template("README.md").render(facts)
 
 

@@ -6,6 +6,7 @@ import datetime
 import io
 import re
 import secrets
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ def write_report(results: Results, runs_dir: RunsDir) -> Path:
     except OSError as error:
         raise SettingError(
             f"cannot write the report to {folder}: {error.strerror}. Make the folder writable, then run `hpo report "
-            f"{results.name}`"
+            f"{shlex.quote(results.name)}`"
         ) from None
     return folder / "index.html"
 
@@ -112,7 +113,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"cell": _markdown_cell, "number": format_number}
+    environment.filters |= {"cell": _markdown_cell, "number": format_number, "quoted": shlex.quote}
     return environment
 
 
@@ -289,7 +290,7 @@ def _reproduce(results: Results) -> list[tuple[str, str]]:
     other_versions = len({(each.get("code"), str(each.get("packages"))) for each in provenances}) - 1
     pairs = [
         *(("command", command) for command in commands[-5:]),
-        ("one trial", f"hpo replay {results.name} NUMBER" if provenances else None),
+        ("one trial", f"hpo replay {shlex.quote(results.name)} NUMBER" if provenances else None),
         *((name, last.get(name)) for name in ("code", "python", "platform", "data_sha256")),
         ("packages", ", ".join(f"{name} {version}" for name, version in packages.items())),
         ("seed", str(results.space.seed) if results.space else None),

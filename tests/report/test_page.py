@@ -363,6 +363,7 @@ def test_names_from_a_database_are_text_and_never_markup(database: Database, bro
     tab.close()
     markdown = (page.parent / "report.md").read_text()
     assert "<script>" not in markdown.replace("\\<script\\>", "")
+    assert "`hpo report '" in markdown, "a command to copy is quoted"
 
 
 @pytest.mark.slow
