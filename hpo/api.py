@@ -21,7 +21,6 @@ from hpo.errors import SettingError, nearest
 from hpo.paths import DEFAULT_STORAGE, RunsDir
 from hpo.search.environment import describe_environment
 from hpo.service import PlannedSearch, SearchResult, plan_search, run_search
-from hpo.space.model import Space
 
 if TYPE_CHECKING:
     from hpo.cleaning import Cleaning
@@ -230,8 +229,10 @@ def replay_trial(
     from hpo.search.replay import check_stored_code, replay
 
     with _opened_study(study, storage, password) as opened:
-        if not run_stored_code and opened.is_ours:
-            check_stored_code(Space.from_settings(opened.settings))
+        if not opened.is_ours:
+            raise SettingError(f"study {opened.name} was not created by hpo, so hpo cannot run its trials")
+        if not run_stored_code:
+            check_stored_code(opened, number)
         return replay(opened, number, show, data_dir=Path(data_dir).resolve(), environment=describe_environment())
 
 

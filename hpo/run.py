@@ -116,16 +116,26 @@ def _read_storage(context: click.Context, parameter: click.Parameter, url: str) 
     secrets = context.meta[_SECRETS] = _take_secrets()
     default = secrets.get("HPO_STORAGE", DEFAULT_STORAGE)
     is_given = context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
-    if is_given and ("@" in url or "?" in url):
-        from storage.database import contains_password
-
-        if contains_password(url):
-            raise SettingError(
-                "every user of this machine can read a password on the command line. Leave it out of --storage, and put "
-                "it in PGPASSWORD or ~/.pgpass; or put the URL in HPO_STORAGE, or in a file that HPO_STORAGE_FILE names"
-            )
+    # Every word: click takes the last --storage, and the whole command line is recorded.
+    typed = [word.removeprefix("--storage=") for word in shlex.split(context.obj or "")]
+    if any(_has_password(word) for word in [*typed, *([url] if is_given else [])]):
+        raise SettingError(
+            "every user of this machine can read a password on the command line. Leave it out of --storage, and put "
+            "it in PGPASSWORD or ~/.pgpass; or put the URL in HPO_STORAGE, or in a file that HPO_STORAGE_FILE names"
+        )
     context.meta[_STORAGE_OPTION] = is_given and url != default
     return url if is_given else default
+
+
+def _has_password(word: str) -> bool:
+    if "://" not in word or not ("@" in word or "?" in word):
+        return False
+    from storage.database import StorageError, contains_password
+
+    try:
+        return contains_password(word)
+    except StorageError:  # whatever it is, what stands before an @ may be a password
+        return "@" in word
 
 
 def _secret(name: str) -> str | None:

@@ -173,8 +173,7 @@ class Study:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that the study was opened with."""
-        settings: dict[str, Any] = self.attrs.get("hpo:settings", {})
-        return settings
+        return _settings_of(self.attrs)
 
     @property
     def unique_name(self) -> str:
@@ -256,7 +255,7 @@ def _summary(
         trial = retry_while_down(database, lambda: database.optuna_storage.get_best_trial(study_id(study)))
         best = trial.value if trial.value is not None and math.isfinite(trial.value) else None
     runs = retry_while_down(database, lambda: records.read_runs(database, study_id(study)))
-    settings = study.user_attrs.get("hpo:settings", {})
+    settings = _settings_of(study.user_attrs)
     heard = [run.last_heard for run in runs]
     identity = _identity_of(study.user_attrs)
     return Summary(
@@ -282,14 +281,16 @@ def state_of(
         ended: how many configurations have ended, see `Study.ended_keys`. Runs compare the same number with the budget.
         retried: see `Study.count_retried`.
     """
-    if "hpo:settings" not in attrs:
+    if not _settings_of(attrs):
         return ""
     if any(run.ended is None and run.lease_until >= run.now and not is_run_dead(run) for run in runs):
         return "running"
     if "hpo:total" in attrs:
         wanted = attrs["hpo:total"]
     else:  # opened by version 1 of our tables only, which stored the number of a grid's points
-        wanted = attrs.get("hpo:points", attrs["hpo:settings"].get("budget", {}).get("trials"))
+        budget = _settings_of(attrs).get("budget")
+        wanted = attrs.get("hpo:points", budget.get("trials") if isinstance(budget, dict) else None)
+    wanted = wanted if isinstance(wanted, int) else None  # any program may change it
     # Beyond it, only trials are run that the user asked for; none that was interrupted before the budget was reduced.
     if wanted:
         return "finished" if ended >= wanted and not retried else "resumable"
@@ -447,6 +448,12 @@ def open_study(
         opened = retry_while_down(database, unless_overtaken)
         if opened is not None:
             return opened
+
+
+def _settings_of(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the attribute `hpo:settings`; empty if there is none, or if another program has made something else of it."""
+    value = attrs.get("hpo:settings")
+    return value if isinstance(value, dict) else {}
 
 
 def _identity_of(attrs: Mapping[str, Any]) -> str | None:

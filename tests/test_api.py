@@ -13,6 +13,7 @@ import optuna
 import psutil
 import psycopg
 import pytest
+from optuna.distributions import CategoricalDistribution
 
 import hpo
 from hpo import api, service
@@ -20,8 +21,9 @@ from hpo.errors import SettingError
 from hpo.paths import RunsDir
 from hpo.search.environment import note_horizon
 from hpo.search.retention import trials_with_checkpoints
+from storage import tables
 from storage.database import StorageError, open_database
-from storage.studies import all_studies, find_revision, find_study, open_study
+from storage.studies import all_studies, find_revision, open_study
 from tests.factories import RecordingListener, run_of, search_without_ray, shipped_space, toy_space, wait_until
 
 
@@ -370,34 +372,55 @@ def test_a_trial_is_replayed(storage: str) -> None:
         api.replay_trial("toy", 7, storage=storage, run_stored_code=True)
 
 
+@pytest.mark.parametrize(
+    "change",
+    ["nothing", "command", "command and hpo:id", "command and no hpo:id", "command and name", "value", "derived"],
+)
 def test_code_that_only_the_database_names_is_not_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     """Whoever can write to the database must not thereby run programs."""
     monkeypatch.chdir(tmp_path)
+    storage = f"sqlite:///{tmp_path}/hpo.db"
+    harmless, attack = "echo {x}", f"touch {tmp_path}/ran"
+    keys: dict[str, Any] = {"command": harmless, "trainable": "hpo.train:train", "metric": "value"}
+    (tmp_path / "elsewhere").mkdir()
+    spaces = {"ours": keys, "theirs": keys | {"command": attack}}
+    (tmp_path / "search_spaces").mkdir()
+    for folder, name in (("search_spaces", "ours"), ("elsewhere", "theirs")):
+        space = {"sampler": "grid", "max_epochs": 1, "parameters": {"x": [1, 2]}, **spaces[name]}
+        del space["trainable"]
+        (tmp_path / folder / "toy.yaml").write_text(json.dumps(space))
     with open_database(storage) as database:
-        study = find_study(database, "toy")
-        assert study is not None
-        settings = study.settings
-        changed = {**settings, "trainable": "hpo.train:train", "command": f"touch {tmp_path}/ran"}
-        with pytest.raises(
-            SettingError, match=r"trained by the trainable benchmarks.toy:.* pass --yes to run it, or put"
-        ):
-            api.replay_trial("toy", 1, storage=storage)
-        study.optuna_study.set_user_attr("hpo:settings", changed)
-        try:
-            with pytest.raises(SettingError, match=r"trained by the command `touch .*ran`. Only the database"):
-                api.replay_trial("toy", 1, storage=storage)
-            (tmp_path / "search_spaces").mkdir()
-            of_file = {key: settings[key] for key in ("max_epochs", "metric")} | {"sampler": "grid"}
-            text = json.dumps(of_file | {"trainable": "benchmarks.toy:chain", "parameters": {"x": [1, 2]}})
-            (tmp_path / "search_spaces/toy.yaml").write_text(text)
-            with pytest.raises(SettingError, match="trained by the command"):
-                api.replay_trial("toy", 1, storage=storage)
-        finally:
-            study.optuna_study.set_user_attr("hpo:settings", settings)
-        assert not (tmp_path / "ran").exists()
-        assert api.replay_trial("toy", 1, storage=storage), "a search space in search_spaces/ says the same"
+        study = open_study(database, **hpo.load_space("toy").study_options)
+        settings, optuna_study = study.settings, study.optuna_study
+        optuna_study.add_trial(
+            optuna.create_trial(
+                params={"x": f"; {attack}" if change == "value" else 1},
+                distributions={"x": CategoricalDistribution([1, 2, f"; {attack}"])},
+                intermediate_values={1: 0.5},
+                value=0.5,
+                user_attrs={"derived": {"x": attack}} if change == "derived" else {},
+            )
+        )
+        with database.engine.begin() as connection:
+            connection.execute(tables.trials.insert(), [{"trial": 1, "study": study.study_id, "key": "k"}])
+            connection.execute(tables.metrics.insert(), [{"trial": 1, "epoch": 1, "name": "value", "value": 0.5}])
+        if change.startswith("command"):
+            name = str(tmp_path / "elsewhere/toy.yaml") if change.endswith("name") else "toy"
+            optuna_study.set_user_attr("hpo:settings", {**settings, "command": attack, "name": name})
+        if change.endswith(" hpo:id"):
+            value = "x" if change.endswith("and hpo:id") else None
+            optuna_study.set_user_attr("hpo:id", value)
+    reason = {
+        "nothing": "the trial failed this time",  # `echo` reports nothing
+        "derived": "the trial failed this time",
+        "command and hpo:id": "was not created by hpo",
+        "command and no hpo:id": "was not created by hpo",
+    }.get(change, "Only the database says so")
+    with pytest.raises(SettingError, match=reason):
+        api.replay_trial("toy", 0, storage=storage)
+    assert not (tmp_path / "ran").exists()
 
 
 def count_connections(url: str) -> int:

@@ -247,6 +247,7 @@ def test_no_verb_leaves_a_password_to_the_processes_that_it_starts(
         ["--storage", "postgresql://me@host/db?sslpassword=secret"],
         ["--storage", "postgresql://me:top@secret@host/db"],
         ["--storage", "postgresql://me:sec/ret@host/db"],
+        ["--storage", "postgresql://me:secret@host/db", "--storage", "sqlite:///x.db"],
     ],
 )
 @pytest.mark.parametrize("verb", [["run", "toy.yaml"], ["plan", "toy.yaml"], ["list"], ["dashboard"], ["clean"]])

@@ -1,6 +1,6 @@
 """Middleware in front of optuna-dashboard, which has no authentication: anyone who can reach it can delete studies.
 
-    Host check -> headers -> site check -> password or token -> who may change something -> refusal to rename
+    headers -> Host check -> site check -> password or token -> who may change something -> refusal to rename
     -> whole body -> gzip -> optuna-dashboard
 
 A web page that the user visits could send requests to the dashboard, too. The site check stops cross-site requests, the Host
@@ -44,6 +44,7 @@ _ARTIFACT = re.compile(r"/+artifacts/")
 _SHOWN_TYPES = ("image/png", "text/plain")  # of artifacts that a browser may show as a page
 CHANGES = "changes"  # the scope of those who may change something
 FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS = 0.05, 5.0  # after failed attempts
+MAX_CLIENTS = 10_000  # whose failed attempts are counted
 MAX_BODY_BYTES = 192 * 2**20  # optuna-dashboard takes 128 MiB, which a browser sends as base64
 BODY_SECONDS = 300.0  # in which a request must arrive
 GZIP_LEVEL = 5  # a large study: 15.3 MB to 3.1 MB in 0.2 s; level 9 saves 0.2 MB more in 0.5 s more
@@ -93,14 +94,16 @@ def protect(wsgi_app: Any, *, access: Access = OPEN, allowed_hosts: Sequence[str
         allowed_hosts: the values of the Host header that are accepted; `*` accepts any.
     """
     middleware = [
-        Middleware(TrustedHostMiddleware, allowed_hosts=list(allowed_hosts), www_redirect=False),
         Middleware(HeadersMiddleware),
+        Middleware(TrustedHostMiddleware, allowed_hosts=list(allowed_hosts), www_redirect=False),
         Middleware(SameSiteMiddleware),
     ]
     if access.is_restricted:
+        attempts = Attempts()
+        backend = SecretBackend(access, attempts)
         middleware += [
-            Middleware(TokenLinkMiddleware, access=access),
-            Middleware(AuthenticationMiddleware, backend=SecretBackend(access), on_error=_refuse(access)),
+            Middleware(TokenLinkMiddleware, access=access, attempts=attempts),
+            Middleware(AuthenticationMiddleware, backend=backend, on_error=_refuse(access)),
         ]
     middleware += [
         Middleware(ChangesMiddleware, access=access),
@@ -214,22 +217,48 @@ class NoRenamingMiddleware:
             await self._app(scope, receive, send)
 
 
+class Attempts:
+    """Failed attempts to guess a password or token: each one of a client waits longer, one after another."""
+
+    def __init__(self) -> None:
+        self._failures: dict[str, int] = {}
+        self._turns: dict[str, asyncio.Lock] = {}
+
+    async def failed(self, client: str) -> None:
+        """Log a failed attempt, and wait."""
+        logger.warning("refused: a wrong password or token from %s", client)
+        if len(self._failures) > MAX_CLIENTS:
+            self._failures.clear()
+            self._turns.clear()
+        async with self._turns.setdefault(client, asyncio.Lock()):
+            self._failures[client] = self._failures.get(client, 0) + 1
+            await asyncio.sleep(min(MAX_DELAY_SECONDS, FIRST_DELAY_SECONDS * 2 ** min(self._failures[client], 20)))
+
+    def succeeded(self, client: str) -> None:
+        """Forget the failures of a client that may change everything, and so needs no more guesses."""
+        self._failures.pop(client, None)
+
+
 class TokenLinkMiddleware:
     """Answers the link with the token: it sets a cookie, and leads to the same page without the token in its address."""
 
-    def __init__(self, app: ASGIApp, access: Access) -> None:
+    def __init__(self, app: ASGIApp, access: Access, attempts: Attempts) -> None:
         self._app = app
         self._access = access
+        self._attempts = attempts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or redirect it."""
         connection = HTTPConnection(scope)
-        token = connection.query_params.get("token")
-        if token is None or self._access.token is None or self._access.scopes_of(token) is None:
+        token, known = connection.query_params.get("token"), self._access.token
+        if not token or known is None or not hmac.compare_digest(token.encode(errors="replace"), known.encode()):
+            if token and known is not None:
+                await self._attempts.failed(_client(scope))
             await self._app(scope, receive, send)
             return
         url = connection.url.remove_query_params("token")
-        response = RedirectResponse(f"{url.path}?{url.query}" if url.query else url.path, status_code=303)
+        path = "/" + url.path.lstrip("/")  # two slashes would begin the address of another site
+        response = RedirectResponse(f"{path}?{url.query}" if url.query else path, status_code=303)
         response.set_cookie(
             cookie_name(scope), token, httponly=True, samesite="strict", secure=connection.url.scheme == "https"
         )
@@ -243,14 +272,11 @@ def cookie_name(scope: Scope) -> str:
 
 
 class SecretBackend(AuthenticationBackend):
-    """Reads a password or token: from HTTP Basic authentication with any user name, or from the cookie.
+    """Reads a password or token: from HTTP Basic authentication with any user name, or from the cookie."""
 
-    Failed attempts slow the next ones down, whoever makes them.
-    """
-
-    def __init__(self, access: Access) -> None:
+    def __init__(self, access: Access, attempts: Attempts) -> None:
         self._access = access
-        self._failures = 0
+        self._attempts = attempts
 
     async def authenticate(self, conn: HTTPConnection) -> tuple[AuthCredentials, SimpleUser]:
         """Return the user of a request, and what the user may do.
@@ -266,11 +292,10 @@ class SecretBackend(AuthenticationBackend):
         scopes = self._access.scopes_of(secret) if secret else None
         if scopes is None:
             if secret:
-                self._failures += 1
-                logger.warning("refused: a wrong password or token from %s", _client(conn.scope))
-                await asyncio.sleep(min(MAX_DELAY_SECONDS, FIRST_DELAY_SECONDS * 2 ** min(self._failures, 20)))
+                await self._attempts.failed(_client(conn.scope))
             raise AuthenticationError
-        self._failures = 0
+        if CHANGES in scopes:
+            self._attempts.succeeded(_client(conn.scope))
         return AuthCredentials(scopes), SimpleUser(user)
 
 

@@ -53,6 +53,12 @@ class PatientH11Protocol(H11Protocol):
         if self._deadline is None:
             self._deadline = self.loop.call_later(HEADER_SECONDS, self._close_if_unfinished)
 
+    def on_response_complete(self) -> None:
+        """End a connection whose request was answered before all of it arrived: the rest may never come."""
+        super().on_response_complete()
+        if self.conn.their_state is h11.SEND_BODY and not self.transport.is_closing():
+            self.transport.close()
+
     def _close_if_unfinished(self) -> None:
         self._deadline = None
         if self.conn.their_state is h11.IDLE and not self.transport.is_closing():

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpo.errors import SettingError
+from hpo.errors import SettingError, printable
 from hpo.paths import RunsDir, write_atomically
 from hpo.report import curves, optuna_plots, plotly_figures, png_figures
 from hpo.report.formatting import format_number, format_params, format_seconds
@@ -112,6 +112,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
+        finalize=lambda value: printable(value) if type(value) is str else value,
     )
     environment.filters |= {"cell": _markdown_cell, "number": format_number, "quoted": shlex.quote}
     return environment

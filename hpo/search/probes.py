@@ -139,7 +139,7 @@ class Probes:
             ours, theirs = multiprocessing.Pipe()
             # multiprocessing would import the caller's main module again, which may be a script that starts a search.
             process = subprocess.Popen(
-                [sys.executable, "-c", f"from hpo.search.probes import serve; serve({theirs.fileno()})"],
+                [sys.executable, "-P", "-c", f"from hpo.search.probes import serve; serve({theirs.fileno()})"],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=os.environ | {"PYTHONPATH": os.pathsep.join([str(PACKAGE_DIR.parent), *sys.path])},

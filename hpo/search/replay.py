@@ -11,35 +11,46 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.errors import HpoError, SettingError
 from hpo.search.worker import TrialReport, TrialSpec, run_trial
-from hpo.space.model import Space, load_space
+from hpo.space.model import Space, known_spaces, load_space
 from hpo.trainable import is_timing
 
 if TYPE_CHECKING:
     from storage.studies import Study
 
 
-def check_stored_code(space: Space) -> None:
+def check_stored_code(study: Study, number: int) -> None:
     """Refuse to run code that only the database names: whoever can write to a database must not thereby run programs.
 
-    The training of the package is run in any case, and so is what a search space in search_spaces/ with this name says.
+    The training of the package is run in any case. So is what the file of the study in search_spaces/ says, with values that
+    the file allows.
 
     Args:
-        space: as the study has stored it.
+        study: of the trial.
+        number: of the trial.
 
     Raises:
         SettingError: the user must confirm it.
     """
+    space = Space.from_settings(study.settings)
     if space.command is None and space.trainable.startswith("hpo."):
         return
-    with suppress(HpoError):  # there is no such file, or it is not valid
-        of_file = load_space(space.name)
-        if (of_file.command, of_file.trainable) == (space.command, space.trainable):
-            return
+    base = study.name.partition("@")[0]
+    if base in known_spaces():
+        with suppress(HpoError):  # the file is not valid
+            of_file = load_space(base)
+            if of_file.fingerprint == space.fingerprint and _allows(of_file, study, number):
+                return
     code = f"the command `{space.command}`" if space.command else f"the trainable {space.trainable}"
     raise SettingError(
-        f"study {space.name} was trained by {code}. Only the database says so, and whoever can write to it chooses what "
-        f"runs: pass --yes to run it, or put the file of the search space at search_spaces/{space.name}.yaml"
+        f"study {study.name} was trained by {code}. Only the database says so, and whoever can write to it chooses what "
+        f"runs: pass --yes to run it, or put the file that it was started with at search_spaces/{base}.yaml"
     )
+
+
+def _allows(space: Space, study: Study, number: int) -> bool:
+    """Return whether every value of a trial is one that a space gives its parameter."""
+    params = {name: value for trial in study.trials() if trial.number == number for name, value in trial.params.items()}
+    return all(name in space.parameters and space.parameters[name].contains(value) for name, value in params.items())
 
 
 def replay(
@@ -69,7 +80,7 @@ def replay(
     for name in ("code", "packages", "python"):
         if recorded.get(name) != environment[name]:
             show(f"{name}: {recorded.get(name)} then, {environment[name]} now")
-    params = {**trials[number].params, **trials[number].user_attrs.get("derived", {})}
+    params = {**trials[number].params, **space.derive(trials[number].params)}
     may_differ = recorded.get("device") == "cuda" and not params.get("deterministic")
     if may_differ:
         show("the trial ran on a GPU without `deterministic: true`: differences in the last digits are expected")

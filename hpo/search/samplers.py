@@ -111,7 +111,10 @@ def _load_optimizer(stored: str, number: int) -> Any:
     from storage.database import StorageError
 
     try:
-        return _OptimizerUnpickler(io.BytesIO(bytes.fromhex(stored))).load()
+        optimizer = _OptimizerUnpickler(io.BytesIO(bytes.fromhex(stored))).load()
+        if not type(optimizer).__module__.startswith("cmaes."):
+            raise pickle.UnpicklingError(f"it is {optimizer!r:.60}")
+        return optimizer
     except Exception as error:  # noqa: BLE001 # a damaged pickle may raise anything
         raise StorageError(
             f"the state of the sampler cmaes in trial {number} cannot be read: {error}. If nobody has changed the database, "

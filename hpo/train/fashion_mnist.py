@@ -7,7 +7,9 @@ import gzip
 import hashlib
 import io
 import math
+import shutil
 import struct
+import tempfile
 from pathlib import Path
 
 import torch
@@ -77,10 +79,10 @@ def read_fashion_mnist(data_dir: Path) -> tuple[Part, Part]:
 
 
 def _download(data_dir: Path, paths: list[Path]) -> None:
-    """Download the files that are missing, unpack them, and check what was unpacked.
+    """Download the files that are missing, unpack them, and check what was unpacked before anybody can read it.
 
     Raises:
-        ValueError: a file is not the official one. It was deleted.
+        ValueError: a file is not the official one. It is not used.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
     # Processes that start at the same time must not unpack into the same files.
@@ -89,14 +91,22 @@ def _download(data_dir: Path, paths: list[Path]) -> None:
             return
         from torchvision.datasets import FashionMNIST  # takes seconds
 
-        output = io.StringIO()  # torchvision prints progress
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            FashionMNIST(str(data_dir), download=True)
-        for path in paths:
-            if hashlib.sha256(path.read_bytes()).hexdigest() != SHA256[path.name]:
-                for file in (path, path.with_name(f"{path.name}.gz")):
-                    file.unlink(missing_ok=True)
-                raise ValueError(f"{path.name} was not the official file, and was deleted")
+        with tempfile.TemporaryDirectory(prefix=".fashion_mnist-", dir=data_dir) as scratch:
+            raw = Path(scratch) / "FashionMNIST" / "raw"
+            raw.mkdir(parents=True)
+            for path in paths:
+                packed = path.with_name(f"{path.name}.gz")
+                if packed.exists():
+                    shutil.copyfile(packed, raw / packed.name)
+            output = io.StringIO()  # torchvision prints progress
+            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+                FashionMNIST(scratch, download=True)
+            for path in paths:
+                if hashlib.sha256((raw / path.name).read_bytes()).hexdigest() != SHA256[path.name]:
+                    raise ValueError(f"{path.name}.gz is not the official file")
+            paths[0].parent.mkdir(parents=True, exist_ok=True)
+            for path in paths:
+                (raw / path.name).replace(path)
 
 
 def _decode(train_images: bytes, train_labels: bytes, test_images: bytes, test_labels: bytes) -> tuple[Part, Part]:

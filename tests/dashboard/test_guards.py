@@ -7,6 +7,7 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -195,6 +196,38 @@ def test_failed_attempts_are_logged_and_slow_the_next_ones_down(
     assert seconds[0] < 0.3 <= seconds[-1]
     assert caplog.text.count("refused: a wrong password or token from 127.0.0.1") == 6
     assert "guess" not in caplog.text
+
+
+def test_neither_a_reader_nor_links_nor_haste_make_guesses_faster(
+    app: RecordingApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guards, "FIRST_DELAY_SECONDS", 0.1)
+    monkeypatch.setattr(guards, "MAX_DELAY_SECONDS", 0.1)
+    reader = {"Authorization": basic_auth("looks")}
+    access = Access(reader_password="looks", token=TOKEN)
+    with serving(protect(app, access=access, allowed_hosts=LOOPBACK_HOSTS)) as port:
+        started = time.monotonic()
+        for _ in range(3):
+            assert request(port, "GET", "/", **reader)[0] == 200
+            assert request(port, "GET", "/?token=looks")[0] == 401, "a link takes the token only"
+        assert time.monotonic() - started >= 0.3
+        started = time.monotonic()
+        with ThreadPoolExecutor(8) as pool:
+            answers = [pool.submit(request, port, "GET", "/", Authorization=basic_auth("guess")) for _ in range(8)]
+        assert {answer.result()[0] for answer in answers} == {401}
+        assert time.monotonic() - started >= 0.8, "one after another"
+        status, headers, _ = request(port, "GET", f"//other.example/?token={TOKEN}")
+        assert (status, headers["Location"]) == (303, "/other.example/")
+
+
+def test_a_request_that_is_refused_early_ends_its_connection(password_port: int) -> None:
+    """Otherwise, whoever knows no password could hold all connections by sending a body slowly."""
+    with socket.create_connection(("127.0.0.1", password_port), timeout=30) as connection:
+        connection.sendall(b"POST /api/studies HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000000\r\n\r\n{")
+        answer = b""
+        while part := connection.recv(4096):  # until the server closes the connection
+            answer += part
+    assert answer.startswith(b"HTTP/1.1 401")
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])

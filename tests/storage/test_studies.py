@@ -298,6 +298,16 @@ def test_a_study_whose_hpo_id_was_changed_is_not_ours(study: Study, database: Da
         open_s(database)
 
 
+@pytest.mark.parametrize("value", [[1], "x", 7, None, {"budget": 5}, {"budget": {"trials": "x"}, "metric": [1]}])
+def test_a_study_with_odd_settings_is_listed(study: Study, database: Database, value: Any) -> None:
+    other = open_s(database, "another")
+    study.optuna_study.set_user_attr("hpo:settings", value)
+    study.optuna_study.set_user_attr("hpo:total", value)
+    assert [summary.name for summary in summarize(database)] == ["s@1", "s@2"]
+    assert isinstance(study.settings, dict)
+    assert other.settings
+
+
 @pytest.mark.parametrize("new_name", ["other", "s"])
 def test_a_study_that_is_deleted_while_it_is_opened_is_created_again(
     study: Study, database: Database, monkeypatch: pytest.MonkeyPatch, new_name: str

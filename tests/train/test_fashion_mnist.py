@@ -182,12 +182,10 @@ def test_a_file_with_the_right_md5_sum_only_is_not_used(
 ) -> None:
     folder = pack_sample(tmp_path)
     monkeypatch.setitem(fashion_mnist.SHA256, FILES[2], "0" * 64)
-    with pytest.raises(
-        DataError, match=f"could not be downloaded .{FILES[2]} was not the official file, and was deleted"
-    ):
+    with pytest.raises(DataError, match=f"could not be downloaded .{FILES[2]}.gz is not the official file"):
         read_fashion_mnist(tmp_path)
-    assert not (folder / FILES[2]).exists()
-    assert not (folder / PACKED[2]).exists()
+    assert [name for name in FILES if (folder / name).exists()] == [], "nothing was put where it would be read"
+    assert {path.name for path in tmp_path.iterdir()} <= {"FashionMNIST", ".fashion_mnist.lock"}
 
 
 class QuietHandler(http.server.SimpleHTTPRequestHandler):
