@@ -281,7 +281,7 @@ def state_of(
         ended: how many configurations have ended, see `Study.ended_keys`. Runs compare the same number with the budget.
         retried: see `Study.count_retried`.
     """
-    if not _settings_of(attrs):
+    if not isinstance(attrs.get("hpo:settings"), dict):
         return ""
     if any(run.ended is None and run.lease_until >= run.now and not is_run_dead(run) for run in runs):
         return "running"

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import pytest
@@ -107,18 +107,18 @@ TOGETHER = Slots(3, 1.0, 0.0)
 class FakeProbe:
     """A probe that finds no room or fails, as the shape says: {what: numbers of the processes}."""
 
-    made: int
-    closed: int
+    open: ClassVar[list[FakeProbe]] = []  # a list: unlike a counter, threads cannot lose a change of it
+    made: ClassVar[list[int]] = []  # the numbers of the processes
 
     def __init__(self, shape: dict[str, list[int]], *, data: dict[str, int], device: str) -> None:
         self._shape, self._number = shape, data["number"]
-        FakeProbe.made += 1
+        FakeProbe.made.append(self._number)
         self._do("at_start")
+        FakeProbe.open.append(self)
 
     def _do(self, when: str) -> None:
         for what, error in ERRORS.items():
             if self._number in self._shape.get(f"{what} {when}", ()):
-                FakeProbe.closed += when == "at_start"  # nothing was made
                 raise error
 
     def measure(self, seconds: float) -> tuple[float, int]:
@@ -129,7 +129,7 @@ class FakeProbe:
         return {}
 
     def close(self) -> None:
-        FakeProbe.closed += 1
+        FakeProbe.open.remove(self)
 
 
 ERRORS = {
@@ -144,7 +144,8 @@ def fake_probes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pro
     monkeypatch.setattr("hpo.train.probe.Probe", FakeProbe)
     monkeypatch.setattr(probes_module, "_checkpoint_seconds", lambda *_: 0.0)
     monkeypatch.setattr(probes_module, "ANSWER_SECONDS", {"cpu": 20.0})
-    FakeProbe.made = FakeProbe.closed = 0
+    FakeProbe.made.clear()
+    FakeProbe.open.clear()
 
     def serve(pipe: Any, number: int) -> None:
         with suppress(EOFError, OSError):
@@ -172,7 +173,8 @@ def test_without_room_for_one_the_others_are_free_for_the_next_shape(
     for _ in range(2):
         assert fake_probes.measure(shape, TOGETHER) is None
     assert fake_probes.measure({}, TOGETHER) == Speed(20.0, 300, 0.0, 0)
-    assert (FakeProbe.made, FakeProbe.closed) == (9, 9)
+    wait_until(lambda: not FakeProbe.open)  # a process answers before it closes its probe
+    assert len(FakeProbe.made) == 9
 
 
 @pytest.mark.parametrize("when", ["at_start", "at_work"])
