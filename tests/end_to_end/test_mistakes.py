@@ -36,7 +36,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(
 @pytest.mark.slow
 def test_a_process_that_refuses_a_storage_url_shows_no_traceback_and_no_password(tmp_path: Path) -> None:
     (tmp_path / "search_spaces").symlink_to(ROOT / "search_spaces")
-    finished = hpo(tmp_path, "run", "quick", "--storage", "mysql://me:do-not-show-me@host/db")
+    finished = hpo(tmp_path, "run", "quick", HPO_STORAGE="mysql://me:do-not-show-me@host/db")
     assert finished.returncode == 2, finished.stdout + finished.stderr
     assert finished.stderr.startswith("hpo: ")
     assert "mysql is not supported" in finished.stderr
