@@ -185,8 +185,7 @@ def retry_trials(
     from storage import retry
 
     with _opened_study(study, storage, password, is_written=True) as opened:
-        if not opened.is_ours:
-            raise SettingError(f"study {opened.name} was not created by hpo, so hpo cannot run its trials")
+        _require_ours(opened)
         failed = retry.failed_trials(opened)
         for number in sorted(numbers):
             if number not in failed:
@@ -229,8 +228,7 @@ def replay_trial(
     from hpo.search.replay import check_stored_code, replay
 
     with _opened_study(study, storage, password) as opened:
-        if not opened.is_ours:
-            raise SettingError(f"study {opened.name} was not created by hpo, so hpo cannot run its trials")
+        _require_ours(opened)
         if not run_stored_code:
             check_stored_code(opened, number)
         return replay(opened, number, show, data_dir=Path(data_dir).resolve(), environment=describe_environment())
@@ -338,3 +336,9 @@ def _opened_study(name: str, storage: str, password: str | None, *, is_written: 
             hint = nearest(name, names) if names else "it has none yet"
             raise SettingError(f"there is no study {name!r} in {database.url}: {hint}")
         yield study
+
+
+def _require_ours(study: Study) -> None:
+    """Raise SettingError for a study of another program: nothing says how its trials are run."""
+    if not study.is_ours:
+        raise SettingError(f"study {study.name} was not created by hpo, so hpo cannot run its trials")

@@ -206,9 +206,11 @@ class _OtherDatabases:
 
 def note_database(folder: Path, database: Database) -> None:
     """Note in the folder of a study that this database needs it. It is a hint only: errors of the disk are ignored."""
+    from storage.database import identify
+
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        name = _name_of(database)
+        name = identify(database)
         if name not in _noted_databases(folder):
             # A path may contain bytes that are no characters.
             with (folder / DATABASES_FILE).open("a", encoding="utf-8", errors="surrogateescape") as file:
@@ -221,16 +223,11 @@ def _noted_databases(folder: Path) -> list[str]:
     return []
 
 
-def _name_of(database: Database) -> str:
-    """Return the path of a SQLite file, or a name of a PostgreSQL database that does not depend on its URL."""
-    from storage.database import identify
-
-    return identify(database) if database.file is None else str(database.file)
-
-
 def _names_of(database: Database) -> set[str]:
     """Return the names of a database that a note may have. Older versions of hpo note the URL."""
-    return {_name_of(database)} | (set() if database.file else {database.url, _without_aliases(database.url)})
+    from storage.database import identify
+
+    return {identify(database)} | (set() if database.file else {database.url, _without_aliases(database.url)})
 
 
 def _without_aliases(url: str) -> str:

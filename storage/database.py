@@ -242,9 +242,10 @@ def open_existing(url: str, password: str | None = None) -> Database:
 
 
 def identify(database: Database) -> str:
-    """Return what tells a PostgreSQL database from every other one, whatever the URL is; its URL, if it does not say.
+    """Return what tells a database from every other one, whatever its URL is.
 
-    It is a URL, too: of the server's number, the database's, and the schema.
+    It is the path of a SQLite file. Of a PostgreSQL database, it is a URL: of the server's number, the database's, and the
+    schema; or the database's own URL, without the password, if the role may not read these.
 
     Raises:
         StorageError: the database cannot be used.
@@ -262,7 +263,7 @@ def identify(database: Database) -> str:
             ).one()
             return "postgresql://server-{}/database-{}/{}".format(*row)
 
-    return database.url if database.file is not None else retry_while_down(database, read)
+    return retry_while_down(database, read) if database.file is None else str(database.file)
 
 
 def hpo_ids(path: Path) -> set[str]:

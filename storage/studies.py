@@ -129,11 +129,17 @@ class Study:
         Raises:
             StorageError: the study has no such trial, or the database cannot be used (after retries).
         """
-        # Not by position: numbers have gaps where a program has deleted trials.
-        found = next((trial_id(trial) for trial in self.trials() if trial.number == number), None)
-        if found is None:
-            raise StorageError(f"the study {self.name!r} in {self.database.url} has no trial {number}")
-        return retry_while_down(self.database, lambda: records.read_provenance(self.database, found))
+        storage = self.database.optuna_storage
+
+        def read() -> dict[str, Any]:
+            # Not by position: numbers have gaps where a program has deleted trials.
+            trial = storage.get_trial_id_from_study_id_trial_number(self.study_id, number)
+            return records.read_provenance(self.database, trial)
+
+        try:
+            return retry_while_down(self.database, read)
+        except KeyError:
+            raise StorageError(f"the study {self.name!r} in {self.database.url} has no trial {number}") from None
 
     def metrics_of(self, trial_ids: Collection[int]) -> dict[int, records.Metrics]:
         """Return {trial_id: {epoch: {name: value}}} of these trials. The metrics of others are not read."""
