@@ -5,7 +5,7 @@
     result = run_search(load_space("quick"), storage="sqlite:///runs/hpo.db")
     print(result.best.params, result.best.values)
 
-Every function raises `HpoError` or `storage.database.StorageError` for what the caller can change: a wrong name, a missing
+Every function raises `HpoError` or `storage.errors.StorageError` for what the caller can change: a wrong name, a missing
 file, an unreachable database. Storage URLs are SQLAlchemy URLs: `sqlite:///runs/hpo.db`, `postgresql://user@host:5432/name`.
 """
 

@@ -186,7 +186,8 @@ class _OtherDatabases:
         return self.has(identity)
 
     def _may_have(self, path: Path, identity: str) -> bool:
-        from storage.database import StorageError, hpo_ids
+        from storage.database import hpo_ids
+        from storage.errors import StorageError
 
         if not path.exists() or self._is_own(path):
             return False

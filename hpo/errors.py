@@ -6,7 +6,7 @@
     ├── TrainableError       the trainable, or a parameter that it does not accept
     └── SettingError         a flag, an environment variable, a folder, a name on the command line
 
-`storage.database.StorageError` is the same kind of error. storage imports nothing of hpo, so it is not in this tree;
+`storage.errors.StorageError` is the same kind of error. storage imports nothing of hpo, so it is not in this tree;
 `hpo.run` handles both in the same way.
 """
 

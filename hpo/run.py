@@ -76,7 +76,7 @@ def main(prefix: Sequence[str] = ()) -> NoReturn:
 
 def _is_storage_error(error: Exception) -> bool:
     # The module is imported late. If it was never imported, this cannot be a StorageError.
-    module = sys.modules.get("storage.database")
+    module = sys.modules.get("storage.errors")
     return module is not None and isinstance(error, module.StorageError)
 
 
@@ -130,7 +130,8 @@ def _read_storage(context: click.Context, parameter: click.Parameter, url: str) 
 def _has_password(word: str) -> bool:
     if "://" not in word or not ("@" in word or "?" in word):
         return False
-    from storage.database import StorageError, contains_password
+    from storage.errors import StorageError
+    from storage.urls import contains_password
 
     try:
         return contains_password(word)
@@ -352,7 +353,7 @@ def list_(storage: str, as_json: bool) -> int:
 
         _console().print(study_table(summaries))
     else:
-        from storage.database import without_password
+        from storage.urls import without_password
 
         _say(f"{without_password(storage)} has no studies yet; `hpo run SPACE` creates one")
     return 0
@@ -445,7 +446,7 @@ def migrate(storage: str) -> int:
     Example:  hpo migrate --storage postgresql://hpo_owner@database/hpo
     """
     from hpo.api import migrate_database
-    from storage.database import without_password
+    from storage.urls import without_password
 
     migrate_database(storage=storage, password=_secret("PGPASSWORD"))
     _say(f"{without_password(storage)} is ready")
@@ -470,7 +471,7 @@ def clean(storage: str, yes: bool) -> int:
     """
     from hpo.api import clean_runs
     from hpo.report.formatting import format_bytes
-    from storage.database import without_password
+    from storage.urls import without_password
 
     cleaning = clean_runs(storage=storage, password=_secret("PGPASSWORD"), delete=yes)
     for each in cleaning.garbage:

@@ -15,7 +15,8 @@ import psutil
 import sqlalchemy as sa
 
 from storage import tables
-from storage.database import RETRY_SECONDS, Database, retry_while_down
+from storage.database import Database
+from storage.errors import RETRY_SECONDS, retry_while_down
 from storage.optuna_tables import StudyKey
 from storage.protocol import RunKey, lock_study, renew_lease
 

@@ -19,7 +19,8 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import TrialState
 
 from storage import optuna_tables, records, tables
-from storage.database import Database, StorageError
+from storage.database import Database
+from storage.errors import StorageError
 from storage.optuna_tables import StudyKey
 from storage.pruners import Pruner
 from storage.records import DUPLICATE, FIRST_ATTEMPT, REJECTED, Params

@@ -12,7 +12,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 
 from storage import optuna_internals, optuna_tables, protocol, records
-from storage.database import RETRY_SECONDS, retry_while_down
+from storage.errors import RETRY_SECONDS, retry_while_down
 from storage.history import History
 from storage.lease import RENEWAL_SHARE, Lease, is_run_dead
 from storage.protocol import ClaimedTrial, Configuration, Refusal

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from optuna.trial import TrialState
 
 from storage import optuna_tables, tables
-from storage.database import RETRY_SECONDS, retry_while_down
+from storage.errors import RETRY_SECONDS, retry_while_down
 from storage.records import attempt_columns, attempt_of, read_attempt
 from storage.studies import Study
 

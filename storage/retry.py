@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from optuna.trial import TrialState
 
 from storage import optuna_tables, protocol, records, tables
-from storage.database import retry_while_down
+from storage.errors import retry_while_down
 from storage.studies import Study
 
 _OF_FAILURE = ("fail_reason", "traceback")  # user attributes of a failed trial

@@ -17,7 +17,8 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import TrialState
 
 from storage import optuna_tables, protocol
-from storage.database import RETRY_SECONDS, Database, StorageError, UnavailableError, retry_while_down
+from storage.database import Database
+from storage.errors import RETRY_SECONDS, StorageError, UnavailableError, retry_while_down
 from storage.lease import LEASE_SECONDS, MAX_FAILURES, Lease
 from storage.protocol import ClaimedTrial, TrialUpdate
 from storage.pruners import Pruner

@@ -23,6 +23,7 @@ from sqlalchemy.pool import NullPool
 
 from storage import wal
 
+BUSY_SECONDS = 60.0  # how long a writer waits for another writer
 _TICK_SECONDS = 0.02  # two changes of a file within this time may leave it with the same time of its last change
 _WAL_MODE = 2  # bytes 18 and 19 of the header
 _LOCKED_BYTE = 128  # SQLite's UNIX_SHM_DMS

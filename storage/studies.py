@@ -19,7 +19,8 @@ from optuna.trial import FrozenTrial
 from sqlalchemy.exc import IntegrityError
 
 from storage import optuna_tables, records, tables
-from storage.database import Database, StorageError, retry_while_down
+from storage.database import Database
+from storage.errors import StorageError, retry_while_down
 from storage.lease import is_run_dead
 from storage.optuna_internals import DraftStorage, study_id, trial_id
 from storage.optuna_tables import StudyKey

@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import DataError, IntegrityError, StatementError
 
 from storage import protocol
-from storage.database import RETRY_SECONDS, StorageError, UnavailableError, retry_while_down
+from storage.errors import RETRY_SECONDS, StorageError, UnavailableError, retry_while_down
 from storage.protocol import ClaimedTrial, LostTrialError, TrialUpdate
 from storage.pruners import Pruner
 from storage.studies import Study

@@ -22,7 +22,8 @@ from hpo.paths import RunsDir
 from hpo.search.environment import note_horizon
 from hpo.search.retention import trials_with_checkpoints
 from storage import tables
-from storage.database import StorageError, open_database
+from storage.database import open_database
+from storage.errors import StorageError
 from storage.studies import all_studies, find_revision, open_study
 from tests.factories import RecordingListener, run_of, search_without_ray, shipped_space, toy_space, wait_until
 

@@ -25,7 +25,8 @@ from hpo.dashboard.publishing import publish
 from hpo.paths import CONFIGURATION_FILE, DATABASES_FILE, RunsDir
 from hpo.search.checkpoints import list_checkpoints
 from hpo.search.retention import trials_with_checkpoints
-from storage.database import Database, StorageError, identify, open_database
+from storage.database import Database, identify, open_database
+from storage.errors import StorageError
 from storage.studies import Study, find_study, open_study
 from tests.factories import HpoHere, run_of, search_without_ray, toy_space
 

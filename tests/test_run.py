@@ -22,7 +22,8 @@ from hpo.errors import SettingError
 from hpo.paths import DEFAULT_STORAGE
 from hpo.search.stop import Stop, StopCause
 from storage import tables
-from storage.database import StorageError, open_database
+from storage.database import open_database
+from storage.errors import StorageError
 from storage.optuna_internals import trial_id
 from storage.studies import open_study
 from tests.end_to_end.processes import python

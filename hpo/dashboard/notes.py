@@ -21,7 +21,7 @@ def describe_trial(results: Results, trial: TrialResult, space: Space | None) ->
         trial: the trial.
         space: the study's search space; None if this version of hpo cannot read it.
     """
-    from storage.database import retry_while_down
+    from storage.errors import retry_while_down
     from storage.records import read_provenance
 
     study, epochs = results.study, len(trial.epochs)

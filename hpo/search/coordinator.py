@@ -345,7 +345,7 @@ class TrialCoordinator:
         Args:
             tune_id: the trial that is dropped if another run has taken it over.
         """
-        from storage.database import StorageError
+        from storage.errors import StorageError
         from storage.protocol import LostTrialError
 
         try:

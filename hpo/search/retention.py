@@ -60,7 +60,7 @@ class Retention:
         self._delete(trials_with_checkpoints(self._folder))
 
     def _delete(self, numbers: Collection[int]) -> set[int]:
-        from storage.database import StorageError
+        from storage.errors import StorageError
 
         deleted = set()
         with suppress(StorageError):

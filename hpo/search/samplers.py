@@ -108,7 +108,7 @@ def _load_optimizer(stored: str, number: int) -> Any:
     Raises:
         StorageError: it is not as cmaes has written it.
     """
-    from storage.database import StorageError
+    from storage.errors import StorageError
 
     try:
         optimizer = _OptimizerUnpickler(io.BytesIO(bytes.fromhex(stored))).load()
@@ -176,7 +176,7 @@ def build_optuna_pruner(space: Space, study: Study) -> BasePruner:
     from optuna import pruners
     from optuna.trial import TrialState, create_trial
 
-    from storage.database import retry_while_down
+    from storage.errors import retry_while_down
 
     if space.scheduler.name != "hyperband":
         return pruners.NopPruner()

@@ -22,7 +22,7 @@ from hpo.search.stop import StopCause
 from hpo.search.worker import Ending, TrialReport, TrialSpec, end_trial, run_trial
 from hpo.space.model import Space
 from storage import run as run_module
-from storage.database import StorageError
+from storage.errors import StorageError
 from storage.run import Run
 from storage.studies import Study
 from tests.factories import RecordingListener, run_of, take_reports, toy_space, trial_states

@@ -14,7 +14,7 @@ from hpo.search.estimate import estimate_search, is_worth_measuring
 from hpo.search.probes import Probes, Speed
 from hpo.search.slots import Slots
 from hpo.space.model import Space
-from storage.database import StorageError
+from storage.errors import StorageError
 from tests.factories import RecordingListener, shipped_space
 
 IMAGES = (1600, 400, 500)  # training, validation, test

@@ -17,7 +17,8 @@ from hpo.search.retention import Retention, checkpoint_files, is_deleted, trials
 from hpo.search.slots import Slots
 from hpo.search.worker import TrialReport
 from hpo.space.model import Space, load_space
-from storage.database import Database, StorageError
+from storage.database import Database
+from storage.errors import StorageError
 from storage.run import Run
 from storage.studies import Study, open_study
 from tests.factories import RecordingListener, run_of, search_without_ray, take_reports, toy_space, trial_states

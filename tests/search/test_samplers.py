@@ -21,7 +21,8 @@ from hpo.report.results import read_results
 from hpo.report.tables import failures
 from hpo.search.samplers import TPE_HISTORY, build_optuna_pruner, build_pruner, build_sampler, history_limit
 from storage import optuna_tables
-from storage.database import Database, StorageError, open_database
+from storage.database import Database, open_database
+from storage.errors import StorageError
 from storage.history import MIN_LIMIT
 from storage.optuna_internals import trial_id
 from storage.pruners import Median, SuccessiveHalving

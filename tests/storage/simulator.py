@@ -35,15 +35,16 @@ import pytest
 import sqlalchemy as sa
 from optuna.distributions import CategoricalDistribution
 
-from storage import database as database_module
+from storage import errors as errors_module
 from storage import lease as lease_module
-from storage import optuna_tables
+from storage import optuna_tables, sqlite_file
 from storage import protocol as protocol_module
 from storage import queue as queue_module
 from storage import retry as retry_module
 from storage import run as run_module
 from storage import writer as writer_module
-from storage.database import Database, StorageError, open_database
+from storage.database import Database, open_database
+from storage.errors import StorageError
 from storage.protocol import LostTrialError
 from storage.pruners import Median, Pruner, SuccessiveHalving
 from storage.retry import failed_trials, retry_trials
@@ -870,7 +871,7 @@ def simulated(backend: Backend, seed: int, kinds: tuple[str, ...] = FAULTS) -> I
         patch.setattr(run_module, "threading", threads)
         patch.setattr(run_module, "time", clock)
         patch.setattr(queue_module, "time", clock)
-        patch.setattr(database_module, "time", clock)
+        patch.setattr(errors_module, "time", clock)
         patch.setattr(lease_module, "psutil", processes)
         patch.setattr(lease_module, "os", SimpleNamespace(getpid=lambda: here().pid, kill=no_process))
         patch.setattr(lease_module, "host_id", lambda: here().machine)
@@ -905,7 +906,7 @@ def open_backend(storage: str) -> Iterator[Backend]:
     shared = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(prefix="hpo-simulator-", dir=shared if shared.is_dir() else None))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(database_module, "BUSY_SECONDS", 0.0)
+        patch.setattr(sqlite_file, "BUSY_SECONDS", 0.0)
         if storage == "sqlite":
             backend = Backend(f"sqlite:///{folder}/hpo.db", folder)
             stop: Callable[[], None] = lambda: None  # noqa: E731

@@ -20,18 +20,13 @@ import sqlalchemy as sa
 from sqlalchemy.exc import OperationalError
 
 from benchmarks.postgres import Postgres
-from storage import database, migrations, optuna_tables, sqlite_file, wal
-from storage.database import (
-    Database,
-    StorageError,
-    contains_password,
-    open_database,
-    retry_while_down,
-    translate_errors,
-    without_password,
-)
+from storage import engines, migrations, optuna_tables, sqlite_file, versions, wal
+from storage.database import Database, open_database, open_existing
+from storage.errors import StorageError, retry_while_down, translate_errors
 from storage.studies import all_studies, find_study, open_study
 from storage.tables import metadata
+from storage.urls import contains_password, without_password
+from storage.versions import schema_lock
 from tests.factories import wait_until
 from tests.storage.builders import open_in_process, open_s, sql
 
@@ -100,7 +95,7 @@ def test_a_lost_connection_is_noticed_on_both_sides_within_about_a_minute(postgr
 def test_a_process_that_is_suspended_in_a_transaction_does_not_stop_the_others(
     postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "_IDLE_TRANSACTION_SECONDS", 1)
+    monkeypatch.setattr(engines, "_IDLE_TRANSACTION_SECONDS", 1)
     lock = sa.text("SELECT study_name FROM studies FOR UPDATE")
     with open_database(postgres.create_database("suspended")) as opened:
         open_s(opened)
@@ -335,12 +330,12 @@ def test_an_existing_database_is_only_read_unless_its_tables_are_older(tmp_path:
     file = tmp_path / "hpo.db"
     with closing(sqlite3.connect(file)) as connection:
         connection.executescript((Path(__file__).parent / f"data/version_{version}.sql").read_text())
-    with database.open_existing(f"sqlite:///{file}") as opened:
+    with open_existing(f"sqlite:///{file}") as opened:
         assert sql(opened, "SELECT version FROM hpo_schema") == [(migrations.VERSION,)]
     for path in set(tmp_path.iterdir()) - {file}:
         path.unlink()
     before = file.read_bytes()
-    with database.open_existing(f"sqlite:///{file}") as opened:
+    with open_existing(f"sqlite:///{file}") as opened:
         (study,) = all_studies(opened)
         assert study.metrics()
     assert list(tmp_path.iterdir()) == [file]
@@ -502,11 +497,11 @@ def test_tables_are_created_by_one_process_at_a_time(url: str) -> None:
     entered = threading.Event()
 
     def enter() -> None:
-        with database._schema_lock(second.engine, url):
+        with schema_lock(second.engine, url):
             entered.set()
 
     with open_database(url) as first, open_database(url) as second:
-        with database._schema_lock(first.engine, url):
+        with schema_lock(first.engine, url):
             thread = threading.Thread(target=enter)
             thread.start()
             assert not entered.wait(0.2)
@@ -609,8 +604,8 @@ def test_an_interrupt_in_a_statement_stays_an_interrupt(database: Database) -> N
 def test_opening_does_not_wait_forever_for_a_process_that_is_suspended_while_it_opens(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with open_database(url) as first, database._schema_lock(first.engine, url):
-        monkeypatch.setattr(database, "OPENING_SECONDS", 0.5)
+    with open_database(url) as first, schema_lock(first.engine, url):
+        monkeypatch.setattr(versions, "OPENING_SECONDS", 0.5)
         with pytest.raises(StorageError, match="another process has been opening it for over") as raised:
             open_database(url)
         message = str(raised.value)

@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from storage import lease, protocol
-from storage.database import Database, StorageError, open_database
+from storage.database import Database, open_database
+from storage.errors import StorageError
 from storage.lease import Lease, host_id, is_run_dead, started_after_boot
 from storage.records import read_runs
 from storage.studies import Study

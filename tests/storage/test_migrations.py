@@ -19,7 +19,8 @@ from sqlalchemy.dialects.sqlite import dialect as sqlite_dialect
 
 from hpo import cleaning
 from storage import database, migrations, queue
-from storage.database import Database, StorageError, open_database, open_for_reading
+from storage.database import Database, open_database, open_for_reading
+from storage.errors import StorageError
 from storage.protocol import LostTrialError
 from storage.studies import find_study, summarize
 from storage.tables import metadata

@@ -10,7 +10,8 @@ import pytest
 import sqlalchemy as sa
 
 from benchmarks.postgres import Postgres
-from storage.database import Database, StorageError, open_database
+from storage.database import Database, open_database
+from storage.errors import StorageError
 from storage.studies import summarize
 from tests.factories import trial_states, wait_until
 from tests.storage.builders import GRID, POINTS, claim_one, claim_point, grid_run, open_s, sampled_run

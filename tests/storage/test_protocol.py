@@ -18,9 +18,10 @@ import sqlalchemy as sa
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
-from storage import database as database_module
+from storage import errors as errors_module
 from storage import optuna_tables, protocol, tables
-from storage.database import Database, StorageError
+from storage.database import Database
+from storage.errors import StorageError
 from storage.lease import Lease
 from storage.protocol import ClaimedTrial, Configuration, LostTrialError, Refusal, RunKey, Scan, TrialUpdate, Written
 from storage.pruners import SuccessiveHalving
@@ -221,7 +222,7 @@ def lose_answers(database: Database, monkeypatch: pytest.MonkeyPatch) -> list[bo
     monkeypatch.setattr(dialect, "do_commit", do_commit)
     ticks = itertools.count()
     monkeypatch.setattr(
-        database_module, "time", SimpleNamespace(monotonic=lambda: next(ticks) / 1000, sleep=lambda _: None)
+        errors_module, "time", SimpleNamespace(monotonic=lambda: next(ticks) / 1000, sleep=lambda _: None)
     )
     return commits
 

@@ -12,7 +12,8 @@ import pytest
 import sqlalchemy as sa
 
 from storage import sqlite_file
-from storage.database import StorageError, open_database, open_for_reading, retry_while_down
+from storage.database import open_database, open_for_reading
+from storage.errors import StorageError, retry_while_down
 from storage.studies import find_study, summarize
 from tests.storage.builders import GRID, POINTS, claim_one, grid_run, open_s
 

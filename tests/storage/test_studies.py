@@ -12,7 +12,8 @@ import pytest
 import sqlalchemy as sa
 
 from storage import records, studies
-from storage.database import Database, StorageError, open_database
+from storage.database import Database, open_database
+from storage.errors import StorageError
 from storage.retry import retry_trials
 from storage.studies import Study, find_study, open_study, summarize
 from tests.storage.builders import GRID, POINTS, claim_one, claim_point, grid_run, kill, open_s, sampled_run

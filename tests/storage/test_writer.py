@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from storage import protocol, writer
-from storage.database import Database, StorageError
+from storage.database import Database
+from storage.errors import StorageError
 from storage.optuna_tables import StudyKey
 from storage.protocol import TrialUpdate, Written
 from storage.studies import Study
