@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from hpo.cleaning import Cleaning
     from hpo.export.exporting import ExportedModel
     from hpo.report.results import Results
-    from storage.studies import Study, Summary
+    from storage.studies import Study
+    from storage.summaries import Summary
 
 __all__ = [
     "PlannedSearch",
@@ -63,7 +64,7 @@ def list_studies(
     """
     from hpo.cleaning import count_bytes
     from storage.database import open_for_reading
-    from storage.studies import summarize
+    from storage.summaries import summarize
 
     with open_for_reading(storage, password) or nullcontext() as database:
         summaries = [] if database is None else summarize(database)

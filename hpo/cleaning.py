@@ -92,7 +92,8 @@ def find_garbage(database: Database, runs_dir: RunsDir) -> Cleaning:
     Raises:
         StorageError: the database cannot be used.
     """
-    from storage.studies import all_studies, deleted_studies, summarize
+    from storage.studies import all_studies, deleted_studies
+    from storage.summaries import summarize
 
     # First the folders, then the studies: a study that is created meanwhile has no folder here.
     folders = [path for path in _entries(runs_dir.root / "checkpoints") if path.is_dir() and not path.is_symlink()]

@@ -24,7 +24,8 @@ from storage.protocol import ClaimedTrial, TrialUpdate
 from storage.pruners import Pruner
 from storage.queue import ConfigKey, Draw, TrialQueue
 from storage.records import Params
-from storage.studies import Study, elapsed_seconds, without_garbage_collection
+from storage.studies import Study, without_garbage_collection
+from storage.summaries import elapsed_seconds
 from storage.writer import Writer
 
 EXIT_SECONDS = 20.0  # how long leaving a run waits for the database, all operations together

@@ -15,7 +15,8 @@ from hpo.space.model import Space
 from hpo.trainable import is_timing
 from storage.optuna_internals import trial_id
 from storage.records import RETRIED
-from storage.studies import elapsed_seconds, state_of, without_garbage_collection
+from storage.studies import without_garbage_collection
+from storage.summaries import elapsed_seconds, state_of
 
 if TYPE_CHECKING:
     from types import ModuleType

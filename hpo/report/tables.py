@@ -18,7 +18,7 @@ from hpo.report.results import STATES, Results, TrialResult
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from storage.studies import Summary
+    from storage.summaries import Summary
 
 MAX_TABLE_ROWS = 50
 MAX_PARAMS = 8  # with more parameters, only those that vary get a column

@@ -22,7 +22,8 @@ from storage import database, migrations, queue
 from storage.database import Database, open_database, open_for_reading
 from storage.errors import StorageError
 from storage.protocol import LostTrialError
-from storage.studies import find_study, summarize
+from storage.studies import find_study
+from storage.summaries import summarize
 from storage.tables import metadata
 from tests.storage.builders import allow_takeovers, claim_one, claim_point, grid_run, open_s, sql
 

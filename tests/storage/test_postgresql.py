@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from benchmarks.postgres import Postgres
 from storage.database import Database, open_database
 from storage.errors import StorageError
-from storage.studies import summarize
+from storage.summaries import summarize
 from tests.factories import trial_states, wait_until
 from tests.storage.builders import GRID, POINTS, claim_one, claim_point, grid_run, open_s, sampled_run
 

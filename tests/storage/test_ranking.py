@@ -12,7 +12,8 @@ from storage.database import Database
 from storage.ranking import Direction, EndedTrial, superfluous_trials
 from storage.records import attempt_of
 from storage.retry import retry_trials
-from storage.studies import Study, deleted_studies, study_names, summarize
+from storage.studies import Study, deleted_studies, study_names
+from storage.summaries import summarize
 from tests.storage.builders import claim_one, config_key, grid_run, open_s, prune, sampled_run, sql
 
 VALUES = [0.2, 0.9, 0.5, 0.9, 0.1]

@@ -14,7 +14,8 @@ import sqlalchemy as sa
 from storage import sqlite_file
 from storage.database import open_database, open_for_reading
 from storage.errors import StorageError, retry_while_down
-from storage.studies import find_study, summarize
+from storage.studies import find_study
+from storage.summaries import summarize
 from tests.storage.builders import GRID, POINTS, claim_one, grid_run, open_s
 
 

@@ -15,7 +15,8 @@ from storage import records, studies
 from storage.database import Database, open_database
 from storage.errors import StorageError
 from storage.retry import retry_trials
-from storage.studies import Study, find_study, open_study, summarize
+from storage.studies import Study, find_study, open_study
+from storage.summaries import Summary, state_of, summarize
 from tests.storage.builders import GRID, POINTS, claim_one, claim_point, grid_run, kill, open_s, sampled_run
 
 
@@ -98,8 +99,8 @@ def test_a_study_whose_name_would_be_a_revision_is_refused(database: Database) -
 # --- summaries
 
 
-def summary(database: Database) -> studies.Summary:
-    (only,) = studies.summarize(database)
+def summary(database: Database) -> Summary:
+    (only,) = summarize(database)
     return only
 
 
@@ -192,7 +193,7 @@ def test_a_sampled_study_is_finished_when_its_budget_is_spent(database: Database
             run.complete(claim_one(run), value)
             run.flush()
             ended = len(study.ended_keys())
-            states.append(studies.state_of(study.attrs, summary(database).counts, [], ended=ended, retried=0))
+            states.append(state_of(study.attrs, summary(database).counts, [], ended=ended, retried=0))
     assert states == ["resumable", "finished"]
     assert summary(database).best == 0.25
 
@@ -215,7 +216,7 @@ def test_the_state_and_the_settings_are_those_of_the_latest_opening(
 def test_the_state_of_a_study_that_version_1_opened_last_is_read(database: Database) -> None:
     states = []
     for attrs in ({"hpo:points": 2}, {"hpo:points": 1}, {"hpo:settings": {"budget": {"trials": 2}}}):
-        states.append(studies.state_of({"hpo:settings": {}} | attrs, {"COMPLETE": 1}, [], ended=1, retried=0))
+        states.append(state_of({"hpo:settings": {}} | attrs, {"COMPLETE": 1}, [], ended=1, retried=0))
     assert states == ["resumable", "finished", "resumable"]
 
 
@@ -253,7 +254,7 @@ def test_a_study_of_another_program_has_no_state(database: Database) -> None:
     foreign.add_trial(optuna.trial.create_trial(values=[1.0, 2.0]))
     infinite = optuna.create_study(study_name="infinite", storage=database.optuna_storage, direction="maximize")
     infinite.add_trial(optuna.trial.create_trial(value=math.inf))
-    line, of_infinite = studies.summarize(database)
+    line, of_infinite = summarize(database)
     assert (line.name, line.state, line.counts, line.best) == ("theirs", "", {"COMPLETE": 1}, None)
     assert line.last_activity is not None
     assert of_infinite.best is None

@@ -1,0 +1,130 @@
+"""What a list of studies shows of each: its state, its counts and its best value, without reading the trials."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC
+from typing import Any
+
+from storage import records
+from storage.database import Database
+from storage.errors import retry_while_down
+from storage.lease import is_run_dead
+from storage.optuna_internals import study_id
+from storage.records import NEVER_RUN
+from storage.studies import identity_of, references, settings_of
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One study in a list of studies.
+
+    Attributes:
+        name: what names the study, see `references`.
+        state: see `state_of`.
+        counts: {state: number of trials}, without trials never run.
+        metric: the objective's name.
+        best: the best value of a completed trial; None if there is none, if it is infinite, or with several objectives.
+        last_activity: when a run or trial was last active, in seconds since 1970; None if there was none.
+        unique_name: see `Study.unique_name`; empty for a study of another program.
+        disk_bytes: the size of its files. Storage does not know them: the caller sets it.
+    """
+
+    name: str
+    state: str
+    counts: dict[str, int]
+    metric: str
+    best: float | None
+    last_activity: float | None
+    unique_name: str = ""
+    disk_bytes: int = 0
+
+
+def summarize(database: Database) -> list[Summary]:
+    """Return a summary of each study, oldest first, without reading the trials."""
+    counts: dict[int, dict[str, int]] = {}
+    last: dict[int, float] = {}
+    for row in retry_while_down(database, lambda: records.count_trials(database, without=NEVER_RUN)):
+        counts.setdefault(row.study, {})[row.state] = row.trials
+        if row.last is not None:  # Optuna stores UTC without a time zone
+            last[row.study] = max(last.get(row.study, 0.0), row.last.replace(tzinfo=UTC).timestamp())
+    ended = retry_while_down(database, lambda: records.count_ended_keys(database))
+    retried = retry_while_down(database, lambda: records.count_retried(database))
+    studies = retry_while_down(database, lambda: database.optuna_storage.get_all_studies())
+    names = references(study.study_name for study in studies)
+    summaries = []
+    for study in studies:
+        key = study_id(study)
+        with contextlib.suppress(KeyError, ValueError):  # the study was deleted; another one may have its id
+            summary = _summary(
+                database, study, counts.get(key, {}), ended.get(key, 0), retried.get(key, 0), last.get(key)
+            )
+            summaries.append(replace(summary, name=names[summary.name]))
+    return summaries
+
+
+def _summary(
+    database: Database, study: Any, counts: dict[str, int], ended: int, retried: int, last: float | None
+) -> Summary:
+    best = None
+    if len(study.directions) == 1 and "COMPLETE" in counts:
+        trial = retry_while_down(database, lambda: database.optuna_storage.get_best_trial(study_id(study)))
+        best = trial.value if trial.value is not None and math.isfinite(trial.value) else None
+    runs = retry_while_down(database, lambda: records.read_runs(database, study_id(study)))
+    settings = settings_of(study.user_attrs)
+    heard = [run.last_heard for run in runs]
+    identity = identity_of(study.user_attrs)
+    return Summary(
+        study.study_name,
+        state_of(study.user_attrs, counts, runs, ended=ended, retried=retried),
+        {state: count for state, count in counts.items() if count},
+        str(settings.get("metric", "value")),
+        best,
+        max([*heard, *([] if last is None else [last])], default=None),
+        f"{study.study_name}-{identity}" if identity else "",
+    )
+
+
+def state_of(
+    attrs: Mapping[str, Any], counts: Mapping[str, int], runs: Iterable[Any], *, ended: int, retried: int
+) -> str:
+    """Return `running` while a run is alive, else `finished` or `resumable`; empty for a study of another program.
+
+    Args:
+        attrs: the study's user attributes, see `Study.attrs`.
+        counts: {state: number of trials}.
+        runs: rows of `records.read_runs`.
+        ended: how many configurations have ended, see `Study.ended_keys`. Runs compare the same number with the budget.
+        retried: see `Study.count_retried`.
+    """
+    if not isinstance(attrs.get("hpo:settings"), dict):
+        return ""
+    if any(run.ended is None and run.lease_until >= run.now and not is_run_dead(run) for run in runs):
+        return "running"
+    if "hpo:total" in attrs:
+        wanted = attrs["hpo:total"]
+    else:  # opened by version 1 of our tables only, which stored the number of a grid's points
+        budget = settings_of(attrs).get("budget")
+        wanted = attrs.get("hpo:points", budget.get("trials") if isinstance(budget, dict) else None)
+    wanted = wanted if isinstance(wanted, int) else None  # any program may change it
+    # Beyond it, only trials are run that the user asked for; none that was interrupted before the budget was reduced.
+    if wanted:
+        return "finished" if ended >= wanted and not retried else "resumable"
+    left = counts.get("WAITING", 0) + counts.get("RUNNING", 0)
+    return "finished" if ended and not left else "resumable"
+
+
+def elapsed_seconds(runs: Iterable[Any]) -> float:
+    """Return for how long any of these runs was active. Simultaneous runs count once.
+
+    Args:
+        runs: rows of `records.read_runs`, oldest first.
+    """
+    spent, covered_until = 0.0, 0.0
+    for run in runs:
+        spent += max(0.0, run.last_heard - max(run.started, covered_until))
+        covered_until = max(covered_until, run.last_heard)
+    return spent
