@@ -9,6 +9,27 @@ from pathlib import Path
 
 from hpo.errors import SettingError
 
+SECRET_VARIABLES = ("PGPASSWORD", "HPO_STORAGE", "HPO_DASHBOARD_PASSWORD", "HPO_DASHBOARD_READER_PASSWORD")
+
+
+def take_secrets() -> dict[str, str]:
+    """Return {variable: value} of passwords. Ray's processes and scripts do not inherit them.
+
+    Each may be in the first line of a file, such as a secret of Docker Compose. `NAME_FILE` names it.
+
+    Raises:
+        SettingError: a file cannot be read, or both variables are set.
+    """
+    secrets = take_from_environment(SECRET_VARIABLES)
+    for name in SECRET_VARIABLES:
+        variable = f"{name}_FILE"
+        file = os.environ.get(variable)
+        if file and name in secrets:
+            raise SettingError(f"{name} and {variable} are both set: unset one of them")
+        if file:
+            secrets[name] = read_secret_file(file, variable)
+    return secrets
+
 
 def take_from_environment(names: Iterable[str]) -> dict[str, str]:
     """Return the values of environment variables, and remove them.

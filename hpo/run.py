@@ -16,18 +16,16 @@ import os
 import shlex
 import stat
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import click
-from click.core import ParameterSource
-from click.shell_completion import CompletionItem
 
-from hpo.credentials import read_secret_file, take_from_environment
 from hpo.errors import HpoError, SettingError, nearest, printable
-from hpo.paths import DEFAULT_STORAGE, RunsDir
+from hpo.options import data_option, needs_storage_option, secret, space_arguments, storage_option
+from hpo.paths import RunsDir
 from hpo.search.stop import StopCause
 
 if TYPE_CHECKING:
@@ -39,10 +37,6 @@ if TYPE_CHECKING:
 
 STOP_CODES = {StopCause.INTERRUPTED: 130, StopCause.BROKEN: 2}
 COMPLETE_VARIABLE = "_HPO_COMPLETE"  # how a shell asks click for completions
-SECRET_VARIABLES = ("PGPASSWORD", "HPO_STORAGE", "HPO_DASHBOARD_PASSWORD", "HPO_DASHBOARD_READER_PASSWORD")
-# In `click.Context.meta`:
-_SECRETS = "hpo.run.secrets"  # {variable: value}
-_STORAGE_OPTION = "hpo.run.storage_option"  # whether the command needs --storage to find the same storage again
 
 
 def main(prefix: Sequence[str] = ()) -> NoReturn:
@@ -86,111 +80,6 @@ def _keep_files_private() -> None:
         if RunsDir().root.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             return
     os.umask(stat.S_IRWXG | stat.S_IRWXO)
-
-
-def _take_secrets() -> dict[str, str]:
-    """Return {variable: value} of passwords. Ray's processes and scripts do not inherit them.
-
-    Each may be in the first line of a file, such as a secret of Docker Compose. `NAME_FILE` names it.
-
-    Raises:
-        SettingError: a file cannot be read, or both variables are set.
-    """
-    secrets = take_from_environment(SECRET_VARIABLES)
-    for name in SECRET_VARIABLES:
-        variable = f"{name}_FILE"
-        file = os.environ.get(variable)
-        if file and name in secrets:
-            raise SettingError(f"{name} and {variable} are both set: unset one of them")
-        if file:
-            secrets[name] = read_secret_file(file, variable)
-    return secrets
-
-
-def _read_storage(context: click.Context, parameter: click.Parameter, url: str) -> str:
-    """Return the storage URL.
-
-    Raises:
-        SettingError: the command line contains a password, or see `_take_secrets`.
-    """
-    secrets = context.meta[_SECRETS] = _take_secrets()
-    default = secrets.get("HPO_STORAGE", DEFAULT_STORAGE)
-    is_given = context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
-    # Every word: click takes the last --storage, and the whole command line is recorded.
-    typed = [word.removeprefix("--storage=") for word in shlex.split(context.obj or "")]
-    if any(_has_password(word) for word in [*typed, *([url] if is_given else [])]):
-        raise SettingError(
-            "every user of this machine can read a password on the command line. Leave it out of --storage, and put "
-            "it in PGPASSWORD or ~/.pgpass; or put the URL in HPO_STORAGE, or in a file that HPO_STORAGE_FILE names"
-        )
-    context.meta[_STORAGE_OPTION] = is_given and url != default
-    return url if is_given else default
-
-
-def _has_password(word: str) -> bool:
-    if "://" not in word or not ("@" in word or "?" in word):
-        return False
-    from storage.errors import StorageError
-    from storage.urls import contains_password
-
-    try:
-        return contains_password(word)
-    except StorageError:  # whatever it is, what stands before an @ may be a password
-        return "@" in word
-
-
-def _secret(name: str) -> str | None:
-    """Return the value that an environment variable had."""
-    secrets: dict[str, str] = click.get_current_context().meta[_SECRETS]
-    return secrets.get(name)
-
-
-# --- options that several verbs share ---------------------------------------------------------------------------------
-
-
-def _complete_space(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    names = [path.stem for path in sorted(Path("search_spaces").glob(f"{incomplete}*.yaml"))]
-    return [CompletionItem(name) for name in names] or [CompletionItem(incomplete, type="file")]
-
-
-def storage_option(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --storage."""
-    return click.option(
-        "--storage",
-        metavar="URL",
-        default=DEFAULT_STORAGE,
-        envvar="HPO_STORAGE",
-        show_default=True,
-        show_envvar=True,
-        callback=_read_storage,
-        help="An SQLAlchemy URL: sqlite:///FILE or postgresql://USER@HOST:PORT/NAME, without a password.",
-    )(verb)
-
-
-def data_option(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --data-dir."""
-    return click.option(
-        "--data-dir",
-        metavar="DIR",
-        type=click.Path(path_type=Path),
-        default="data",
-        envvar="HPO_DATA_DIR",
-        show_default=True,
-        show_envvar=True,
-        help="Folder of the data sets. Missing ones are downloaded to it.",
-    )(verb)
-
-
-def space_arguments(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """Add SPACE and --set."""
-    verb = click.option(
-        "--set",
-        "overrides",
-        metavar="KEY=VALUE",
-        multiple=True,
-        help="Override a key of the file, such as max_epochs=1 or parameters.lr=0.02. Repeatable.",
-    )(verb)
-    return click.argument("space", metavar="SPACE", shell_complete=_complete_space)(verb)
 
 
 class _Verbs(click.Group):
@@ -263,7 +152,7 @@ def run(
         result = run_search(
             loaded,
             storage=storage,
-            password=_secret("PGPASSWORD"),
+            password=secret("PGPASSWORD"),
             data_dir=data_dir,
             ray_address=os.environ.get("RAY_ADDRESS"),
             listener=progress,
@@ -300,7 +189,7 @@ def plan(space: str, overrides: Sequence[str], storage: str, data_dir: Path) -> 
     with TerminalProgress(console) as progress:
         progress.search_starting(loaded)
         planned = plan_search(
-            loaded, storage=storage, password=_secret("PGPASSWORD"), data_dir=data_dir, listener=progress
+            loaded, storage=storage, password=secret("PGPASSWORD"), data_dir=data_dir, listener=progress
         )
     console.print(configuration_table(loaded, planned.states))
     for line in plan_lines(loaded, planned.slots, planned.estimate):
@@ -325,7 +214,7 @@ def report(study: str, storage: str) -> int:
     """
     from hpo.api import read_results, write_report
 
-    console, results = _console(), read_results(study, storage=storage, password=_secret("PGPASSWORD"))
+    console, results = _console(), read_results(study, storage=storage, password=secret("PGPASSWORD"))
     _print_results(console, results)
     _print_report(console, write_report(results))
     return 0
@@ -345,7 +234,7 @@ def list_(storage: str, as_json: bool) -> int:
     """
     from hpo.api import list_studies
 
-    summaries = list_studies(storage=storage, password=_secret("PGPASSWORD"))
+    summaries = list_studies(storage=storage, password=secret("PGPASSWORD"))
     if as_json:
         print(json.dumps([vars(summary) for summary in summaries], indent=2))
     elif summaries:
@@ -375,7 +264,7 @@ def retry(study: str, numbers: Sequence[int], resume: bool, storage: str) -> int
     """
     from hpo.api import retry_trials
 
-    chosen = retry_trials(study, numbers, resume=resume, storage=storage, password=_secret("PGPASSWORD"))
+    chosen = retry_trials(study, numbers, resume=resume, storage=storage, password=secret("PGPASSWORD"))
     if chosen:
         listed = ", ".join(map(str, chosen))
         _say(f"{study}: waiting to run again: {listed}. The command that started the search runs them")
@@ -403,7 +292,7 @@ def replay(study: str, number: int, yes: bool, storage: str, data_dir: Path) -> 
     """
     from hpo.api import replay_trial
 
-    password = _secret("PGPASSWORD")
+    password = secret("PGPASSWORD")
     is_equal = replay_trial(
         study, number, storage=storage, password=password, data_dir=data_dir, show=_say, run_stored_code=yes
     )
@@ -426,7 +315,7 @@ def export(study: str, trial: int | None, output: Path | None, storage: str, dat
     """
     from hpo.api import export_model
 
-    password = _secret("PGPASSWORD")
+    password = secret("PGPASSWORD")
     exported = export_model(study, trial, storage=storage, password=password, data_dir=data_dir, output=output)
     for remark in exported.remarks:
         _say(f"note: {remark}")
@@ -448,7 +337,7 @@ def migrate(storage: str) -> int:
     from hpo.api import migrate_database
     from storage.urls import without_password
 
-    migrate_database(storage=storage, password=_secret("PGPASSWORD"))
+    migrate_database(storage=storage, password=secret("PGPASSWORD"))
     _say(f"{without_password(storage)} is ready")
     return 0
 
@@ -473,7 +362,7 @@ def clean(storage: str, yes: bool) -> int:
     from hpo.report.formatting import format_bytes
     from storage.urls import without_password
 
-    cleaning = clean_runs(storage=storage, password=_secret("PGPASSWORD"), delete=yes)
+    cleaning = clean_runs(storage=storage, password=secret("PGPASSWORD"), delete=yes)
     for each in cleaning.garbage:
         _say(f"{format_bytes(each.disk_bytes):>8}  {each.folder}: {each.what}")
     for folder, size in cleaning.unknown.items():
@@ -517,11 +406,11 @@ def dashboard(storage: str, host: str, port: int, read_only: bool, certfile: Pat
         raise SettingError("--keyfile is the key of a certificate: give --certfile, too")
     serve_dashboard(
         storage=storage,
-        password=_secret("PGPASSWORD"),
+        password=secret("PGPASSWORD"),
         host=host,
         port=port,
-        dashboard_password=_secret("HPO_DASHBOARD_PASSWORD"),
-        reader_password=_secret("HPO_DASHBOARD_READER_PASSWORD"),
+        dashboard_password=secret("HPO_DASHBOARD_PASSWORD"),
+        reader_password=secret("HPO_DASHBOARD_READER_PASSWORD"),
         read_only=read_only,
         certfile=certfile,
         keyfile=keyfile,
@@ -610,8 +499,7 @@ def _hint(verb: str, *words: str, storage: str) -> str:
     """Return a command that the user can copy and run. It contains no password."""
     from hpo.report.formatting import format_command
 
-    is_needed = click.get_current_context().meta[_STORAGE_OPTION]
-    return format_command(verb, *words, *(["--storage", storage] if is_needed else []))
+    return format_command(verb, *words, *(["--storage", storage] if needs_storage_option() else []))
 
 
 def _exit_code(result: SearchResult) -> int:

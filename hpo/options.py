@@ -1,0 +1,108 @@
+"""Options that several verbs of the command line share, and the passwords that come with them."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+from click.shell_completion import CompletionItem
+
+from hpo.credentials import take_secrets
+from hpo.errors import SettingError
+from hpo.paths import DEFAULT_STORAGE
+
+# In `click.Context.meta`:
+_SECRETS = "hpo.options.secrets"  # {variable: value}
+_STORAGE_OPTION = "hpo.options.storage"  # whether the command needs --storage to find the same storage again
+
+
+def _complete_space(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    names = [path.stem for path in sorted(Path("search_spaces").glob(f"{incomplete}*.yaml"))]
+    return [CompletionItem(name) for name in names] or [CompletionItem(incomplete, type="file")]
+
+
+def storage_option(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --storage."""
+    return click.option(
+        "--storage",
+        metavar="URL",
+        default=DEFAULT_STORAGE,
+        envvar="HPO_STORAGE",
+        show_default=True,
+        show_envvar=True,
+        callback=_read_storage,
+        help="An SQLAlchemy URL: sqlite:///FILE or postgresql://USER@HOST:PORT/NAME, without a password.",
+    )(verb)
+
+
+def data_option(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --data-dir."""
+    return click.option(
+        "--data-dir",
+        metavar="DIR",
+        type=click.Path(path_type=Path),
+        default="data",
+        envvar="HPO_DATA_DIR",
+        show_default=True,
+        show_envvar=True,
+        help="Folder of the data sets. Missing ones are downloaded to it.",
+    )(verb)
+
+
+def space_arguments(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """Add SPACE and --set."""
+    verb = click.option(
+        "--set",
+        "overrides",
+        metavar="KEY=VALUE",
+        multiple=True,
+        help="Override a key of the file, such as max_epochs=1 or parameters.lr=0.02. Repeatable.",
+    )(verb)
+    return click.argument("space", metavar="SPACE", shell_complete=_complete_space)(verb)
+
+
+def _read_storage(context: click.Context, parameter: click.Parameter, url: str) -> str:
+    """Return the storage URL.
+
+    Raises:
+        SettingError: the command line contains a password, or see `take_secrets`.
+    """
+    secrets = context.meta[_SECRETS] = take_secrets()
+    default = secrets.get("HPO_STORAGE", DEFAULT_STORAGE)
+    is_given = context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
+    # Every word: click takes the last --storage, and the whole command line is recorded.
+    typed = [word.removeprefix("--storage=") for word in shlex.split(context.obj or "")]
+    if any(_has_password(word) for word in [*typed, *([url] if is_given else [])]):
+        raise SettingError(
+            "every user of this machine can read a password on the command line. Leave it out of --storage, and put "
+            "it in PGPASSWORD or ~/.pgpass; or put the URL in HPO_STORAGE, or in a file that HPO_STORAGE_FILE names"
+        )
+    context.meta[_STORAGE_OPTION] = is_given and url != default
+    return url if is_given else default
+
+
+def _has_password(word: str) -> bool:
+    if "://" not in word or not ("@" in word or "?" in word):
+        return False
+    from storage.errors import StorageError
+    from storage.urls import contains_password
+
+    try:
+        return contains_password(word)
+    except StorageError:  # whatever it is, what stands before an @ may be a password
+        return "@" in word
+
+
+def secret(name: str) -> str | None:
+    """Return the value that a variable of `SECRET_VARIABLES` had in the environment, or in its file."""
+    secrets: dict[str, str] = click.get_current_context().meta[_SECRETS]
+    return secrets.get(name)
+
+
+def needs_storage_option() -> bool:
+    """Return whether a command that the user can copy needs --storage to find the same database."""
+    return bool(click.get_current_context().meta[_STORAGE_OPTION])
