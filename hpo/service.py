@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from hpo.search.probes import ImageCounts, Probes
     from hpo.search.slots import Slots
     from hpo.search.stop import Stop
+    from hpo.search.warm_start import Found
     from storage.database import Database
     from storage.studies import Study
 
@@ -139,6 +140,7 @@ def run_search(
             cluster.start()
         from hpo.report.results import read_results
         from hpo.search.retention import Retention
+        from hpo.search.warm_start import find_trials
         from storage.database import open_database
         from storage.studies import find_revision, open_study
 
@@ -152,12 +154,14 @@ def run_search(
             Retention(space, study, runs).run_ended()
             stopped = None
         else:
+            found = find_trials(space, study, database, password)  # a wrong name must not leave an empty study
             cluster.start()
             provenance = {"command": command} | describe_environment()
             study, stopped = _search(
                 space,
                 database,
                 left,
+                found,
                 cluster,
                 probes,
                 mps,
@@ -182,6 +186,7 @@ def _search(
     space: Space,
     database: Database,
     left: int | None,
+    found: Sequence[Found],
     cluster: RayCluster,
     probes: Probes | None,
     mps: Mps,
@@ -196,6 +201,7 @@ def _search(
     from hpo.search.estimate import is_worth_measuring
     from hpo.search.slots import plan_slots
     from hpo.search.tune import run_trials
+    from hpo.search.warm_start import take_over_trials
     from storage.studies import open_study
 
     estimate, images = None, None
@@ -204,7 +210,14 @@ def _search(
     # Only now, so that a missing data set does not leave an empty study.
     study = open_study(database, **space.study_options)
     note_database(runs_dir.checkpoints(study.unique_name), database)
+    if found:
+        take_over_trials(space, study, found)
+        left = _trials_left(space, study)
+        for each in found:
+            listener.note(str(each))
     listener.study_opened(space, study.name, database.url, study.counts())
+    if left == 0:  # earlier studies had all results
+        return study, None
     size = cluster.size()
     slots = plan_slots(space, left, *size)
     if probes is not None:
@@ -408,7 +421,7 @@ def plan_search(
         listener.note(note)
     with start_mps(is_wanted=may_share_gpu(space)) as mps, _start_probes(space, data, Path(runs_dir)) as probes:
         _note_failure(mps, listener)
-        states, left = _look_up(space, storage, password)
+        states, left = _look_up(space, storage, password, listener)
         size, estimate = machine_size(), None
         slots = plan_slots(space, left, *size)
         if probes is not None:
@@ -419,19 +432,33 @@ def plan_search(
     return PlannedSearch(space, slots, estimate, states, left)
 
 
-def _look_up(space: Space, storage: str, password: str | None) -> tuple[dict[str, str], int | None]:
+def _look_up(
+    space: Space, storage: str, password: str | None, listener: ProgressListener
+) -> tuple[dict[str, str], int | None]:
     """Return the stored states of a search, and how many trials have not ended; see `PlannedSearch`."""
     if is_new_database(storage):
         return {}, space.total_trials
+    from hpo.search.warm_start import find_trials
     from storage.database import open_for_reading
     from storage.studies import find_revision
 
     with open_for_reading(storage, password) or nullcontext() as database:
         study = None if database is None else find_revision(database, space.name, space.fingerprint)
-        if study is None:
-            return {}, space.total_trials
-        states = {space.config_key(trial.params): trial.state.name for trial in study.trained_trials()}
-        return states, _trials_left(space, study)
+        states: dict[str, str] = {}
+        left = space.total_trials
+        if study is not None:
+            states = {space.config_key(trial.params): trial.state.name for trial in study.trained_trials()}
+            left = _trials_left(space, study)
+        if database is not None and left != 0:
+            found = find_trials(space, study, database, password)
+            for each in found:
+                listener.note(str(each))
+            reused = {trial.key: "COMPLETE" for each in found for trial in each.reused if trial.key is not None}
+            if space.is_grid and left is not None:
+                points = {space.config_key(point) for point in space.planned_points()}
+                left -= len(points & (reused.keys() - states.keys()))
+            states = reused | states
+        return states, left
 
 
 def _trials_left(space: Space, study: Study) -> int | None:
@@ -442,7 +469,8 @@ def _trials_left(space: Space, study: Study) -> int | None:
     total = space.total_trials
     if total is None:
         return None
-    ended, retried = study.ended_keys(), study.count_retried()
-    if space.is_grid and len(ended) >= total:  # trials that were enqueued by hand may be no points of the grid
-        return max(retried, sum(space.config_key(point) not in ended for point in space.planned_points()))
-    return max(retried, total - len(ended))
+    ended, retried = study.count_ended_keys(), study.count_retried()
+    if space.is_grid and ended >= total:  # trials that were enqueued by hand may be no points of the grid
+        keys = study.ended_keys()
+        return max(retried, sum(space.config_key(point) not in keys for point in space.planned_points()))
+    return max(retried, total - ended)

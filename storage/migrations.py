@@ -6,6 +6,7 @@
     3   a token for each claim; the values that pruners compare; deleted studies are recorded; an index on trials' states
     4   on PostgreSQL, deleting a study deletes what runs add to it meanwhile, from a session with any search_path. SQLite
         files stay as they are
+    5   trials that were taken over from earlier studies are recorded
 
 Optuna's tables have other versions, which Optuna migrates.
 """
@@ -25,8 +26,7 @@ import sqlalchemy as sa
 from storage import optuna_tables
 from storage.tables import metadata, metrics, runs, schema, trials
 
-VERSION = 4
-_LAST_ON_SQLITE = 3  # the last version that changed SQLite files
+VERSION = 5
 
 
 def complete(connection: sa.Connection) -> None:
@@ -59,14 +59,14 @@ def back_up(connection: sa.Connection, version: int) -> Path | None:
         version: of our tables, part of the copy's name.
 
     Returns:
-        The copy, next to the file. An older copy is kept: the new one has a number in its name. None if nothing in the file
-        will change. None for PostgreSQL, whose backups are its administrator's.
+        The copy, next to the file. An older copy is kept: the new one has a number in its name. None for PostgreSQL, whose
+        backups are its administrator's.
 
     Raises:
         sqlite3.Error: the copy cannot be written.
         OSError: the copy cannot be written.
     """
-    if connection.dialect.name != "sqlite" or version >= _LAST_ON_SQLITE:
+    if connection.dialect.name != "sqlite":
         return None
     path = Path(connection.exec_driver_sql("PRAGMA database_list").first()[2])  # type: ignore[index]
     # `hpo clean` and older versions of hpo know the copies by the end of their names.
@@ -119,7 +119,12 @@ def _from_3(connection: sa.Connection) -> None:
     _extend_optuna(connection)
 
 
-_STEPS: dict[int, Callable[[sa.Connection], None]] = {1: _from_1, 2: _from_2, 3: _from_3}
+def _from_4(connection: sa.Connection) -> None:
+    metadata.create_all(connection)
+    _extend_optuna(connection)
+
+
+_STEPS: dict[int, Callable[[sa.Connection], None]] = {1: _from_1, 2: _from_2, 3: _from_3, 4: _from_4}
 
 
 def _rebuild(connection: sa.Connection, table: sa.Table) -> None:
@@ -153,7 +158,7 @@ _TRIGGERS = {
     "hpo_trial_deleted": (
         "trials",
         "DELETE FROM hpo_metrics WHERE trial = OLD.trial_id; DELETE FROM hpo_rungs WHERE trial = OLD.trial_id; "
-        "DELETE FROM hpo_trials WHERE trial = OLD.trial_id;",
+        "DELETE FROM hpo_imports WHERE trial = OLD.trial_id; DELETE FROM hpo_trials WHERE trial = OLD.trial_id;",
     ),
     "hpo_study_deleted": ("studies", "DELETE FROM hpo_runs WHERE study = OLD.study_id;"),
     # Attributes of a study are deleted with it only.

@@ -305,5 +305,13 @@ def end(connection: sa.Connection, trial_id: int, state: TrialState, value: floa
         upsert(connection, trial_values, ("trial_id", "objective"), [row])
 
 
+def set_times(connection: sa.Connection, trial_id: int, started: datetime | None, completed: datetime | None) -> None:
+    """Set when a trial started and ended, in UTC without a time zone. None leaves what is stored."""
+    times = {"datetime_start": started, "datetime_complete": completed}
+    known = {name: time for name, time in times.items() if time is not None}
+    if known:
+        connection.execute(trials.update().where(trials.c.trial_id == trial_id).values(known))
+
+
 def _now() -> datetime:
     return datetime.now(UTC).replace(tzinfo=None)  # Optuna stores UTC without a time zone

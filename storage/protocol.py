@@ -181,7 +181,7 @@ def claim_existing(
             key=lambda row: (freed.get(row.trial_id, row.crashes), row.epoch == 0, row.number),
         )
         if resumable and max_trials is not None:
-            started = records.count_keys(connection, run.study_id) - len(resumable)
+            started = records.count_budgeted(connection, run.study_id) - len(resumable)
             if started >= max_trials:
                 retried = records.read_retried(connection, run.study_id)
                 resumable = [row for row in resumable if row.trial_id in retried]
@@ -412,7 +412,7 @@ def register(
         trial_id = configuration.trial_id
         if trial_id is not None and not _is_partial(connection, trial_id):
             return Refusal.TAKEN
-        if max_trials is not None and records.count_keys(connection, run.study_id) >= max_trials:
+        if max_trials is not None and records.count_budgeted(connection, run.study_id) >= max_trials:
             return Refusal.SPENT
         if records.has_key(connection, run.study_id, configuration.key):
             if trial_id is not None:

@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 from sqlalchemy.dialects import postgresql, sqlite
 
 from storage import optuna_tables
-from storage.tables import rungs
+from storage.tables import LEARNED, is_imported, rungs
 
 
 class Pruner(Protocol):
@@ -121,7 +121,7 @@ class SuccessiveHalving:
         """See `Pruner.prepare`."""
         values, trial = optuna_tables.intermediate_values, optuna_tables.trials
         of_study = sa.select(values.c.trial_id).join(trial, trial.c.trial_id == values.c.trial_id)
-        of_study = of_study.where(trial.c.study_id == study_id)
+        of_study = of_study.where(trial.c.study_id == study_id, ~is_imported(trial, LEARNED))
         last = connection.scalar(of_study.with_only_columns(sa.func.max(values.c.step))) or 0
         is_known = sa.exists().where(
             rungs.c.trial == values.c.trial_id,
@@ -181,6 +181,7 @@ class Median:
             return False
         trial, values = optuna_tables.trials, optuna_tables.intermediate_values
         is_complete = sa.and_(trial.c.study_id == study_id, trial.c.state == TrialState.COMPLETE)
+        is_complete = sa.and_(is_complete, ~is_imported(trial, LEARNED))
         first = sa.select(trial.c.trial_id).where(is_complete).limit(max(1, self.startup_trials))
         if len(connection.scalars(first).all()) < max(1, self.startup_trials):
             return False
@@ -226,6 +227,7 @@ class Median:
             )
             .join(trial, trial.c.trial_id == values.c.trial_id)
             .where(trial.c.study_id == study_id, condition, values.c.intermediate_value.is_not(None))
+            .where(~is_imported(trial, LEARNED))
         )
         columns = ["trial", "epoch", "pool", "study", "value"]
         connection.execute(_insert_new(connection).from_select(columns, query))

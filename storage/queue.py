@@ -255,9 +255,10 @@ class TrialQueue:
     def _next_number(self) -> int | None:
         """Return the number that the next trial gets, unless another run is faster; None if the budget is spent."""
         with self._database.engine.connect() as connection:
-            if self._max_trials is not None and records.count_keys(connection, self._run.study_id) >= self._max_trials:
+            study_id = self._run.study_id
+            if self._max_trials is not None and records.count_budgeted(connection, study_id) >= self._max_trials:
                 return None
-            return optuna_tables.next_number(connection, self._run.study_id)
+            return optuna_tables.next_number(connection, study_id)
 
     def _draw_once(self, number: int, partial: FrozenTrial | None = None) -> tuple[str, FrozenTrial]:
         """Draw a configuration in memory; return the constraint that it breaks, and a trial with its params."""

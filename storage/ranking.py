@@ -75,11 +75,15 @@ def superfluous_trials(
 
 def _query(study: Study, count: int, direction: Direction | None) -> sa.Select[Any]:
     trial, value = optuna_tables.trials, optuna_tables.trial_values
+    has_files: tuple[sa.ColumnElement[bool], ...] = ()
+    if tables.imports.name not in study.database.missing_tables:  # an earlier study has the files of a reused trial
+        has_files = (~sa.exists().where(tables.imports.c.trial == trial.c.trial_id),)
     kept = sa.select(trial.c.trial_id).where(
         trial.c.study_id == study.study_id,
         trial.c.state == TrialState.COMPLETE,
         # Without such a row, another program added the trial.
         sa.exists().where(tables.trials.c.trial == trial.c.trial_id),
+        *has_files,
     )
     if direction is None:
         kept = kept.order_by(trial.c.datetime_complete.desc(), trial.c.number.desc())
@@ -94,6 +98,7 @@ def _query(study: Study, count: int, direction: Direction | None) -> sa.Select[A
             trial.c.study_id == study.study_id,
             trial.c.state.in_((TrialState.COMPLETE, TrialState.PRUNED)),
             trial.c.trial_id.not_in(kept.limit(count)),
+            *has_files,
         )
         .order_by(trial.c.number)
     )

@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 
 from storage import optuna_tables
 from storage.database import Database
-from storage.tables import metrics, rungs, runs, trials
+from storage.tables import LEARNED, REUSED, imports, is_imported, metrics, rungs, runs, trials
 
 DUPLICATE = "duplicate of an earlier trial"
 REJECTED = "breaks a constraint"
@@ -24,6 +24,10 @@ RETRIED = "retried"  # user attribute of a trial that `hpo retry` let run again,
 ATTEMPT = "attempt"
 ATTEMPT_TOKEN = "attempt_token"
 FIRST_ATTEMPT = "1"
+
+# User attributes of trials that were taken over from an earlier study, {study, trial, id} both:
+LEARNED_FROM = "learned_from"
+REUSED_FROM = "reused_from"
 
 Params = dict[str, Any]
 Metrics = dict[int, dict[str, float]]  # {epoch: {name: value}}
@@ -111,8 +115,14 @@ def read_attempt(row: Any) -> dict[str, Any]:
 
 
 def count_keys(connection: sa.Connection, study_id: int) -> int:
-    """Return how many configurations a study has. The budget counts them."""
+    """Return how many configurations a study has."""
     return int(connection.scalar(sa.select(sa.func.count()).where(trials.c.study == study_id)) or 0)
+
+
+def count_budgeted(connection: sa.Connection, study_id: int) -> int:
+    """Return how many configurations of a study its budget counts: not those whose results an earlier study had."""
+    reused = sa.select(sa.func.count()).where(imports.c.study == study_id, imports.c.role == REUSED)
+    return count_keys(connection, study_id) - int(connection.scalar(reused) or 0)
 
 
 def has_key(connection: sa.Connection, study_id: int, key: str) -> bool:
@@ -138,15 +148,39 @@ def read_ended_keys(database: Database, study_id: int) -> set[str]:
         return set(connection.scalars(query.where(trial.c.study_id == study_id, has_ended)))
 
 
-def count_ended_keys(database: Database) -> dict[int, int]:
-    """Return {study_id: number of configurations that have ended}, see `read_ended_keys`."""
+def count_ended_keys(database: Database, study_id: int | None = None) -> dict[int, int]:
+    """Return {study_id: number of configurations that have ended}, of those that the budget counts.
+
+    Args:
+        database: the database.
+        study_id: count those of this study only; None counts those of all studies.
+    """
     if trials.name in database.missing_tables:
         return {}
     trial = optuna_tables.trials
     query = sa.select(trial.c.study_id, sa.func.count().label("keys")).join(trials, trials.c.trial == trial.c.trial_id)
     query = query.where(trial.c.state.in_(optuna_tables.ENDED)).group_by(trial.c.study_id)
+    if imports.name not in database.missing_tables:
+        query = query.where(~is_imported(trial, REUSED))
+    if study_id is not None:
+        query = query.where(trial.c.study_id == study_id)
     with database.engine.connect() as connection:
         return {row.study_id: row.keys for row in connection.execute(query)}
+
+
+def read_best_value(database: Database, study_id: int, *, maximize: bool) -> float | None:
+    """Return the best finite value of the completed trials whose results are the study's; None without one."""
+    trial, value = optuna_tables.trials, optuna_tables.trial_values
+    best = sa.func.max if maximize else sa.func.min
+    query = (
+        sa.select(best(value.c.value))
+        .join(trial, trial.c.trial_id == value.c.trial_id)
+        .where(trial.c.study_id == study_id, trial.c.state == TrialState.COMPLETE, value.c.objective == 0)
+        .where(~is_imported(trial, LEARNED))
+    )
+    with database.engine.connect() as connection:
+        found: float | None = connection.scalar(query)
+    return found
 
 
 def read_provenance(database: Database, trial_id: int) -> dict[str, Any]:
@@ -171,7 +205,8 @@ def read_provenances(database: Database, study_id: int) -> dict[int, dict[str, A
 def count_trials(database: Database, *, without: Collection[str], study_id: int | None = None) -> list[Any]:
     """Return rows (study, state, trials, last), where `last` is when one of these trials last started or ended.
 
-    The database counts: reading the trials of a large study takes many seconds.
+    The database counts: reading the trials of a large study takes many seconds. Trials of earlier studies from which only
+    the sampler learns are not counted.
 
     Args:
         database: the database.
@@ -190,6 +225,8 @@ def count_trials(database: Database, *, without: Collection[str], study_id: int 
         sa.func.count().label("trials"),
         sa.type_coerce(last, sa.DateTime).label("last"),
     ).where(sa.or_(sa.cast(trial.c.state, sa.String) != "FAIL", ~is_left_out))
+    if imports.name not in database.missing_tables:
+        query = query.where(~is_imported(trial, LEARNED))
     if study_id is not None:
         query = query.where(trial.c.study_id == study_id)
     with database.engine.connect() as connection:

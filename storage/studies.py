@@ -74,8 +74,16 @@ class Study:
             return self._read(lambda: storage.get_all_trials(self.study_id, deepcopy=False))
 
     def trained_trials(self) -> list[FrozenTrial]:
-        """Return the trials without those never run: draws that were duplicates or broke a constraint."""
-        return [trial for trial in self.trials() if trial.user_attrs.get("fail_reason") not in NEVER_RUN]
+        """Return the trials whose results are the study's.
+
+        Left out are those never run, which were duplicates or broke a constraint, and those of earlier studies from which
+        only the sampler learns.
+        """
+        return [
+            trial
+            for trial in self.trials()
+            if trial.user_attrs.get("fail_reason") not in NEVER_RUN and records.LEARNED_FROM not in trial.user_attrs
+        ]
 
     def counts(self) -> Counter[str]:
         """Return {state: number of trials} for `trained_trials`, without reading the trials."""
@@ -98,6 +106,11 @@ class Study:
     def ended_keys(self) -> set[str]:
         """Return the keys of the configurations that have ended. Trials that another program added have none."""
         return retry_while_down(self.database, lambda: records.read_ended_keys(self.database, self.study_id))
+
+    def count_ended_keys(self) -> int:
+        """Return how many configurations have ended, of those that the budget counts."""
+        found = retry_while_down(self.database, lambda: records.count_ended_keys(self.database, self.study_id))
+        return found.get(self.study_id, 0)
 
     def metrics(self, trials: Iterable[FrozenTrial] | None = None) -> dict[int, records.Metrics]:
         """Return {trial number: {epoch: {name: value}}}.
@@ -271,6 +284,20 @@ def find_revision(database: Database, name: str, fingerprint: str) -> Study | No
         if found in {None, fingerprint}:
             return study
     return None
+
+
+def earlier_revision(database: Database, name: str, study: Study | None) -> Study | None:
+    """Return the revision before a study, or None.
+
+    Args:
+        database: the database.
+        name: the study's name, without a revision.
+        study: the study; None for one that does not exist yet, after all revisions.
+    """
+    known = _revisions(database, name)
+    if study is not None:
+        known = [each for each in known if _revision(each) < _revision(study.name)]
+    return _load(database, known[-1]) if known else None
 
 
 def open_study(

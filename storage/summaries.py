@@ -72,7 +72,13 @@ def _summary(
     best = None
     if len(study.directions) == 1 and "COMPLETE" in counts:
         trial = retry_while_down(database, lambda: database.optuna_storage.get_best_trial(study_id(study)))
-        best = trial.value if trial.value is not None and math.isfinite(trial.value) else None
+        value = trial.value
+        if records.LEARNED_FROM in trial.user_attrs:  # no result of this study
+            is_maximized = study.directions[0].name == "MAXIMIZE"
+            value = retry_while_down(
+                database, lambda: records.read_best_value(database, study_id(study), maximize=is_maximized)
+            )
+        best = value if value is not None and math.isfinite(value) else None
     runs = retry_while_down(database, lambda: records.read_runs(database, study_id(study)))
     settings = settings_of(study.user_attrs)
     heard = [run.last_heard for run in runs]
@@ -97,7 +103,7 @@ def state_of(
         attrs: the study's user attributes, see `Study.attrs`.
         counts: {state: number of trials}.
         runs: rows of `records.read_runs`.
-        ended: how many configurations have ended, see `Study.ended_keys`. Runs compare the same number with the budget.
+        ended: see `Study.count_ended_keys`. Runs compare the same number with the budget.
         retried: see `Study.count_retried`.
     """
     if not isinstance(attrs.get("hpo:settings"), dict):

@@ -5,6 +5,7 @@
     hpo_trials            one row for each trial: the key of its configuration, its owner, what a replay needs
     hpo_metrics           one row for each value: trial, epoch, name, value
     hpo_rungs             one row for each value that a pruner compares with others
+    hpo_imports           one row for each trial that was taken over from an earlier study
     hpo_deleted_studies   one row for each deleted study, whose files can be deleted, too
 
 `trial` is Optuna's trial_id and `study` its study_id. Both are unique in the database. storage/README.md lists the columns.
@@ -13,6 +14,11 @@
 from __future__ import annotations
 
 import sqlalchemy as sa
+
+# What a trial is that was taken over from an earlier study, values of `hpo_imports.role`:
+LEARNED = "learned"  # the sampler learns from it; it is no result of the study
+REUSED = "reused"  # a result, of a configuration that would be trained in the same way; the budget does not count it
+POINT = "point"  # the same, of a point of the study's grid, which the budget counts
 
 metadata = sa.MetaData()
 
@@ -82,9 +88,27 @@ rungs = sa.Table(
     sa.Index("hpo_rungs_by_value", "study", "pool", "epoch", "value"),
 )
 
+imports = sa.Table(
+    "hpo_imports",
+    metadata,
+    sa.Column("trial", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("study", sa.Integer, nullable=False),
+    # The attribute `hpo:id` of the study that trained it, and its number there.
+    sa.Column("source", sa.Text, nullable=False),
+    sa.Column("number", sa.Integer, nullable=False),
+    # LEARNED, REUSED or POINT.
+    sa.Column("role", sa.String(20), nullable=False),
+    sa.UniqueConstraint("study", "source", "number"),
+)
+
 deleted_studies = sa.Table(
     "hpo_deleted_studies",
     metadata,
     # The study's attribute `hpo:id`, part of the names of its files.
     sa.Column("id", sa.Text, primary_key=True),
 )
+
+
+def is_imported(trial: sa.Table, role: str) -> sa.Exists:
+    """Return whether a trial in a query on Optuna's trials was taken over from an earlier study, in a role."""
+    return sa.exists().where(imports.c.trial == trial.c.trial_id, imports.c.role == role)

@@ -69,9 +69,9 @@ def shipped_space(name: str, *overrides: str) -> Space:
     return load_space(str(ROOT / f"search_spaces/{name}.yaml"), overrides)
 
 
-def toy_space(folder: Path, **changes: Any) -> Space:
+def toy_space(folder: Path, name: str = "toy", **changes: Any) -> Space:
     """Write and load a grid of two toy trials, with changed keys."""
-    path = folder / "toy.yaml"
+    path = folder / f"{name}.yaml"
     path.write_text(json.dumps(TOY | changes))  # JSON is YAML
     return load_space(str(path))
 

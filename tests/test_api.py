@@ -188,7 +188,10 @@ def test_another_sampler_or_scheduler_is_noted(tmp_path: Path) -> None:
 
 def test_a_plan_counts_what_storage_holds(finished: Path, storage: str) -> None:
     more = api.plan_search(toy_space(finished, parameters={"x": [1, 2, 3]}), storage=storage)
-    assert more.trials_left == 3, "a changed space is a new revision"
+    assert more.trials_left == 1, "a changed space is a new revision, which takes over two results"
+    assert sorted(more.states.values()) == ["COMPLETE", "COMPLETE"]
+    longer = api.plan_search(toy_space(finished, max_epochs=9), storage=storage)
+    assert (longer.trials_left, longer.states) == (2, {})
     same = api.plan_search(toy_space(finished), storage=storage)
     assert (same.trials_left, same.estimate) == (0, None)
     assert sorted(same.states.values()) == ["COMPLETE", "COMPLETE"]

@@ -141,6 +141,7 @@ def _content(results: Results) -> dict[str, Any]:
         "fixed": format_params(fixed),
         "published": _published_rows(results, published),
         "published_images": describe_images(results.space) if results.space else "",
+        "sources": [(each, _reasons(each.refused)) for each in results.sources],
         "failed": [(trial, results.label(trial)) for trial in failed[:MAX_FAILURES]],
         "more_failed": max(0, len(failed) - MAX_FAILURES),
         "cost": _cost(results),
@@ -267,17 +268,27 @@ def _published_rows(results: Results, published: Mapping[int, Published]) -> lis
     return rows
 
 
+def _reasons(refused: Mapping[str, int]) -> str:
+    most_first = sorted(refused.items(), key=lambda item: -item[1])
+    return "; ".join(f"{reason} ({count:,})" for reason, count in most_first)
+
+
 def _cost(results: Results) -> list[tuple[str, str]]:
-    images = sum(trial.images for trial in results.trials)
-    seconds = sum(trial.seconds for trial in results.trials)
+    images = sum(trial.images for trial in results.trained)
+    seconds = sum(trial.seconds for trial in results.trained)
     devices = ", ".join(f"{name} ({count:,} trials)" for name, count in results.devices.most_common(5))
     wall = format_seconds(results.wall_seconds if results.runs else None)
     return [
         ("wall-clock time with at least one run active", wall or "none"),
-        ("sum over all trials", f"{format_seconds(seconds)} ({seconds:,.1f} s)"),
+        (
+            "sum over all trials"
+            if len(results.trained) == len(results.trials)
+            else "sum over the trials that it trained",
+            f"{format_seconds(seconds)} ({seconds:,.1f} s)",
+        ),
         ("GPU-hours", f"{results.gpu_hours:.2f}"),
         ("training images, counted once per epoch", f"{images:,.0f}" if images else "not reported by the trainable"),
-        ("epochs", f"{sum(len(trial.epochs) for trial in results.trials):,}"),
+        ("epochs", f"{sum(len(trial.epochs) for trial in results.trained):,}"),
         ("devices", devices or "unknown"),
     ]
 

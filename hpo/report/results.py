@@ -13,6 +13,7 @@ from hpo.errors import SpaceError
 from hpo.report.formatting import format_value
 from hpo.space.model import Space
 from hpo.trainable import is_timing
+from storage.imports import SOURCES, Origin
 from storage.optuna_internals import trial_id
 from storage.records import RETRIED
 from storage.studies import without_garbage_collection
@@ -67,6 +68,12 @@ class TrialResult:
         return self.state in ENDED_STATES
 
     @property
+    def reused_from(self) -> str:
+        """The trial of an earlier study whose result this is, such as `grid #3`; empty if this study trained it."""
+        origin = Origin.of(self.attrs)
+        return "" if origin is None else f"{origin.study} #{origin.number}"
+
+    @property
     def last_epoch(self) -> int:
         """The last epoch that storage holds; 0 without epochs."""
         return max(self.epochs, default=0)
@@ -106,6 +113,38 @@ class TrialResult:
         """The mean training speed over all epochs, or None if the trainable does not report it."""
         _, speeds = self.curve("images_per_second")
         return sum(speeds) / len(speeds) if speeds else None
+
+
+@dataclass(frozen=True)
+class SourceResult:
+    """An earlier study from which trials were taken over.
+
+    Attributes:
+        study: its name.
+        storage: its database, without a password; empty for that of the study.
+        learned: from how many trials the sampler learns.
+        reused: how many results stand: their configurations were not trained again.
+        refused: {reason: number of trials} that were not taken over.
+    """
+
+    study: str
+    storage: str
+    learned: int
+    reused: int
+    refused: dict[str, int]
+
+    @classmethod
+    def read(cls, stored: Mapping[str, Any]) -> SourceResult:
+        """Return what is stored, of which any program may have changed a part."""
+        learned, reused, refused = (stored.get(name) for name in ("learned", "reused", "refused"))
+        counts = refused.items() if isinstance(refused, Mapping) else ()
+        return cls(
+            str(stored.get("study", "")),
+            str(stored.get("storage", "")),
+            learned if isinstance(learned, int) else 0,
+            reused if isinstance(reused, int) else 0,
+            {str(reason): count for reason, count in counts if isinstance(count, int)},
+        )
 
 
 @dataclass(frozen=True)
@@ -149,6 +188,19 @@ class Results:
     def counts(self) -> Counter[str]:
         """{state: number of trials}. A state without trials counts 0."""
         return Counter(trial.state for trial in self.trials)
+
+    @property
+    def trained(self) -> list[TrialResult]:
+        """The trials that this study trained: not those whose results it has from an earlier study."""
+        return [trial for trial in self.trials if not trial.reused_from]
+
+    @property
+    def sources(self) -> list[SourceResult]:
+        """The earlier studies from which trials were taken over, or could not be."""
+        found = self.attrs.get(SOURCES)
+        return (
+            [SourceResult.read(each) for each in found if isinstance(each, Mapping)] if isinstance(found, list) else []
+        )
 
     @cached_property
     def param_names(self) -> list[str]:
@@ -202,17 +254,17 @@ class Results:
     @property
     def wall_seconds(self) -> float:
         """The seconds during which at least one run was active. Without runs, the sum over all trials."""
-        return elapsed_seconds(self.runs) if self.runs else sum(trial.seconds for trial in self.trials)
+        return elapsed_seconds(self.runs) if self.runs else sum(trial.seconds for trial in self.trained)
 
     @property
     def gpu_hours(self) -> float:
         """The GPU-hours of all trials; a trial on a quarter of a GPU counts a quarter."""
-        return sum(trial.seconds * trial.gpus for trial in self.trials) / 3600
+        return sum(trial.seconds * trial.gpus for trial in self.trained) / 3600
 
     @property
     def devices(self) -> Counter[str]:
         """{device name: number of trials that ran on it}."""
-        names = (trial.provenance.get("device_name") or trial.provenance.get("device") for trial in self.trials)
+        names = (trial.provenance.get("device_name") or trial.provenance.get("device") for trial in self.trained)
         return Counter(str(name) for name in names if name)
 
     @cached_property
@@ -343,7 +395,7 @@ def read_epochs(results: Results, numbers: Container[int]) -> Results:
 def _state_of(study: Study, attrs: Mapping[str, Any], trials: Sequence[FrozenTrial], runs: Sequence[Any]) -> str:
     counts = Counter(trial.state.name for trial in trials)
     retried = sum(trial.state.name in {"WAITING", "RUNNING"} and RETRIED in trial.user_attrs for trial in trials)
-    return state_of(attrs, counts, runs, ended=len(study.ended_keys()), retried=retried)
+    return state_of(attrs, counts, runs, ended=study.count_ended_keys(), retried=retried)
 
 
 def _stored_space(attrs: Mapping[str, Any]) -> Space | None:

@@ -46,7 +46,7 @@ def _layouts(results: Results) -> Iterator[Table]:
     yield _build_trial_table(results, columns, fold=True)
     fixed = [name for name in results.param_names if name not in results.varying_params]
     left_out: list[str] = []
-    for name in [*fixed, "images/s", "seconds", f"last {results.metric}", "test_accuracy", "epochs"]:
+    for name in [*fixed, "images/s", "seconds", "reused from", f"last {results.metric}", "test_accuracy", "epochs"]:
         if any(name == heading for heading, _ in columns):
             columns = [column for column in columns if column[0] != name]
             left_out.append(name)
@@ -85,12 +85,15 @@ def trial_columns(results: Results) -> list[Column]:
     """Return the columns of a table of trials, each a (heading, function from a trial to its text) pair.
 
     The columns are: number, parameters, state, epochs, the last and the best value of the objective (or all objectives if
-    there are several), test accuracy, seconds, and images per second where the trainable reports them.
+    there are several), test accuracy, seconds, and images per second where the trainable reports them. Where results of an
+    earlier study stand, a column says which trial they are from.
     """
     params = results.param_names if len(results.param_names) <= MAX_PARAMS else results.varying_params
     columns: list[Column] = [("trial", lambda trial: str(trial.number))]
     columns += [(name, _param_of(name)) for name in params]
     columns += [("state", lambda trial: trial.state), ("epochs", lambda trial: str(trial.last_epoch or ""))]
+    if any(trial.reused_from for trial in results.trials):
+        columns.append(("reused from", lambda trial: trial.reused_from))
     if len(results.objectives) > 1:
         columns += [(name, _objective_of(i)) for i, (name, _) in enumerate(results.objectives)]
     else:

@@ -43,6 +43,7 @@ from hpo.space.sections import (
     Data,
     NamedSampler,
     NamedScheduler,
+    NamedSource,
     Objective,
     Resources,
     Scheduler,
@@ -90,8 +91,8 @@ class Space(StrictModel):
     """Comparisons that every configuration must meet, such as `lr <= 0.004 * batch_size`."""
     derived: Annotated[dict[str, str], Field(max_length=MAX_PARAMETERS, default_factory=dict)]
     """Values computed from the parameters, such as `0.05 * max_epochs`. The trainable receives them with the parameters."""
-    warm_start: Annotated[list[str], Field(default_factory=list)]
-    """Earlier studies to learn from; not built yet."""
+    warm_start: Annotated[list[NamedSource], Field(default_factory=list)]
+    """Earlier studies to learn from: a name, or a mapping with the name of a study and options."""
     budget: Budget = Budget()
     """The limits at which the search ends."""
     resources: Resources = Resources()
@@ -245,6 +246,10 @@ class Space(StrictModel):
         for name, parameter in self._ordered.items():
             if is_active(parameter, params):
                 params[name] = parameter.suggest(trial, name)
+        return self.broken_constraint(params)
+
+    def broken_constraint(self, params: Mapping[str, Scalar]) -> str:
+        """Return the first constraint that a configuration breaks; empty if it breaks none."""
         return next((text for _, text in self._formulas.violations(params)), "")
 
     def grid_points(self) -> Iterator[Params]:

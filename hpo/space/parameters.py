@@ -116,8 +116,8 @@ class Choices(StrictModel):
     """When the parameter is active: other parameters and their values, such as `{optimizer: sgd}`. A list means any of its
     values."""
     default: Scalar = None
-    """The value that trials used implicitly before this parameter was added. It has no effect yet: the import of earlier
-    trials is not built."""
+    """The value that trials used implicitly before this parameter was added: those of earlier studies are taken over with
+    it."""
 
     @model_validator(mode="after")
     def _check(self) -> Choices:
@@ -174,8 +174,8 @@ class IntRange(StrictModel):
     """When the parameter is active: other parameters and their values, such as `{optimizer: sgd}`. A list means any of its
     values."""
     default: _ExactInt | None = None
-    """The value that trials used implicitly before this parameter was added. It has no effect yet: the import of earlier
-    trials is not built."""
+    """The value that trials used implicitly before this parameter was added: those of earlier studies are taken over with
+    it."""
 
     @model_validator(mode="after")
     def _check(self) -> IntRange:
@@ -233,8 +233,8 @@ class FloatRange(StrictModel):
     """When the parameter is active: other parameters and their values, such as `{optimizer: sgd}`. A list means any of its
     values."""
     default: _Finite | None = None
-    """The value that trials used implicitly before this parameter was added. It has no effect yet: the import of earlier
-    trials is not built."""
+    """The value that trials used implicitly before this parameter was added: those of earlier studies are taken over with
+    it."""
 
     @model_validator(mode="after")
     def _check(self) -> FloatRange:

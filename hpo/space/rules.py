@@ -36,7 +36,6 @@ MAX_WORK = 2_000_000  # operations of constraints and derived values for all poi
 RANDOM_POINTS = 1000  # tried against constraints and derived values
 NOT_BUILT = {
     ("objectives",): "several objectives are not built yet: give one `metric` and `direction`",
-    ("warm_start",): "learning from earlier studies is not built yet: leave warm_start out",
     ("budget", "gpu_hours"): "a budget of GPU-hours is not built yet: give budget.trials or budget.time",
 }
 
@@ -270,6 +269,14 @@ def _command_is_complete(sections: ValidSections) -> Iterator[Problem]:
                 yield ("parameters", name), f"{value!r}: {describe_option(name)}"
 
 
+def _sources_are_distinct(sections: ValidSections) -> Iterator[Problem]:
+    seen: set[tuple[str, str | None]] = set()
+    for i, source in enumerate(sections["warm_start"]):
+        if (source.study, source.storage) in seen:
+            yield ("warm_start", i), f"{source.study} is named twice"
+        seen.add((source.study, source.storage))
+
+
 def _features_are_built(sections: ValidSections) -> Iterator[Problem]:
     for path, text in NOT_BUILT.items():
         value: Any = sections.data
@@ -292,5 +299,6 @@ RULES: tuple[Rule, ...] = (
     _expressions_are_valid,
     _some_configuration_is_valid,
     _command_is_complete,
+    _sources_are_distinct,
     _features_are_built,
 )

@@ -305,6 +305,53 @@ class Checkpoints(StrictModel):
         return f"the {which} {self.count} trials"
 
 
+def _expand_study(raw: object) -> object:
+    """Accept `grid` for `{study: grid}`."""
+    return {"study": raw} if isinstance(raw, str) else raw
+
+
+def _check_share(raw: object) -> object:
+    if raw == "all" or (isinstance(raw, str) and _BEST.fullmatch(raw)):
+        return raw
+    text = f"write all or best N (such as best 20), got {repr(raw)[:40]}"
+    hint = nearest(raw, ["all", "best 20"]) if isinstance(raw, str) else ""
+    raise ValueError(f"{text}, {hint}" if hint.startswith("did you mean") else text)
+
+
+Difference = Literal["data", "max_epochs", "metric", "trainable"]
+
+
+class Source(StrictModel):
+    """An earlier study to learn from."""
+
+    study: Annotated[str, Field(min_length=1)]
+    """The name of the study. grid means its latest revision, grid@1 the first one."""
+    storage: str | None = None
+    """The URL of the database that has the study, without a password; by default, the database of this search."""
+    trials: Annotated[
+        str,
+        BeforeValidator(
+            _check_share,
+            json_schema_input_type=Literal["all"] | Annotated[str, Field(pattern=r"^best [1-9]\d{0,8}$")],
+        ),
+    ] = "all"
+    """all, or best N: only the N best trials that completed."""
+    despite: Annotated[list[Difference], Field(default_factory=list)]
+    """What may differ: data, max_epochs, metric or trainable. Otherwise, trials whose values cannot be compared with those
+    of this search are left out."""
+
+    @property
+    def count(self) -> int | None:
+        """How many of the best trials are taken; None for all."""
+        best = _BEST.fullmatch(self.trials)
+        return int(best[1]) if best else None
+
+
+NamedSource = Annotated[
+    Source, BeforeValidator(_expand_study, json_schema_input_type=Annotated[str, Field(min_length=1)] | Source)
+]
+
+
 class Objective(StrictModel):
     """One of several objectives; not built yet."""
 

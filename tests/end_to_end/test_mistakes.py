@@ -59,3 +59,14 @@ def test_the_command_line_starts_without_heavy_imports(tmp_path: Path, arguments
     loaded = set(re.findall(r"\| +(\w+)$", finished.stderr, re.MULTILINE))
     assert "click" in loaded
     assert not loaded & {"torch", "ray", "optuna", "sqlalchemy", "pandas", "matplotlib", "plotly"}
+
+
+def test_an_unknown_earlier_study_leaves_no_study_behind(tmp_path: Path, hpo_here: HpoHere) -> None:
+    space = str(ROOT / "search_spaces/quick.yaml")
+    hpo_here(tmp_path, "migrate")
+    finished = hpo_here(tmp_path, "run", space, "--set", "warm_start=[gird]")
+    assert finished.returncode == 2
+    assert finished.stderr == (
+        "hpo: --set warm_start=[gird]: warm_start: there is no study 'gird' in sqlite:///runs/hpo.db: it has none\n"
+    )
+    assert rows(tmp_path / "runs/hpo.db", "SELECT count(*) FROM studies") == [(0,)]

@@ -49,7 +49,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "few_test_images")
 
 def grid_space(folder: Path, **changes: Any) -> Space:
     """A grid of three trials of the default trainable."""
-    written = {
+    written: dict[str, Any] = {
         "trainable": "hpo.train:train",
         "metric": "val_accuracy",
         "max_epochs": 2,

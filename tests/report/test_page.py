@@ -24,6 +24,7 @@ from hpo.paths import RunsDir
 from hpo.report.page import write_report
 from hpo.report.published import read_published
 from hpo.report.results import Results, read_results
+from hpo.search.warm_start import find_trials, take_over_trials
 from hpo.service import try_to_report
 from storage.database import Database, open_database
 from storage.run import Run
@@ -252,6 +253,40 @@ with open_database("sqlite:///{tmp_path}/hpo.db") as database:
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert len(done.stdout.split()) < 10, done.stdout
+
+
+# --- earlier studies ---------------------------------------------------------------------------------------------------
+
+
+def test_results_of_earlier_studies_are_marked_and_cost_nothing(database: Database, tmp_path: Path) -> None:
+    finish_grid(database)
+    space = grid_space(parameters={"batch_size": [64, 128, 256], "lr": 0.01})
+    study = open_study(database, **space.study_options)
+    take_over_trials(space, study, find_trials(space, study, database))
+    results = read_results(study)
+    assert [trial.reused_from for trial in results.trials] == ["grid #0", "grid #1"]
+    assert results.trained == []
+    assert (results.gpu_hours, sum(results.devices.values()), results.wall_seconds) == (0.0, 0, 0.0)
+    (source,) = results.sources
+    assert (source.study, source.reused, source.learned) == ("grid@1", 2, 0)
+    assert source.refused == {"batch_size 512 is not in this search": 1}
+    for text in written(results, tmp_path):
+        assert "Earlier studies" in text
+        assert "batch_size 512 is not in this search (1)" in text.replace("\\", "")
+        assert "reused from" in text
+        assert "grid #1" in text.replace("\\", "")
+
+
+def test_whatever_the_database_says_of_earlier_studies_is_text(database: Database, tmp_path: Path) -> None:
+    study = finish_grid(database)
+    stored = [{"study": HOSTILE, "storage": HOSTILE, "refused": {HOSTILE: 3}}, {"refused": HOSTILE, "reused": "x"}, 7]
+    study.optuna_study.set_user_attr("hpo:sources", stored)
+    page, markdown = written(read_results(study), tmp_path)
+    assert page.count("&lt;script&gt;window.hacked=1") >= 3
+    assert HOSTILE not in page.partition("<h2>Earlier studies</h2>")[2].partition("</div>")[0]
+    assert "<script>" not in markdown.replace("\\<script\\>", "")
+    study.optuna_study.set_user_attr("hpo:sources", "nothing")
+    assert read_results(study).sources == []
 
 
 # --- in a real browser ------------------------------------------------------------------------------------------------

@@ -199,7 +199,10 @@ RULES = {
         VALID + "»objectives: [{metric: a, direction: minimize}, {metric: b}]\n",
         ["objectives: ", "not built yet"],
     ),
-    "a warm start": (VALID + "»warm_start: [grid]\n", ["warm_start: ", "not built yet"]),
+    "a warm start from the same study": (
+        VALID + "warm_start: [grid, {study: grid, storage: 'sqlite:///a.db'}, »{study: grid, trials: best 3}]\n",
+        ["warm_start.2: ", "grid is named twice"],
+    ),
     "replicates": (VALID + "»replicates: 3\n", ["replicates: ", "not built yet"]),
     "a budget of GPU-hours": (VALID + "budget: {»gpu_hours: 8}\n", ["budget.gpu_hours: ", "not built yet"]),
     "population-based training": (VALID + "»scheduler: pbt\n", ["scheduler: pbt is not built yet"]),
@@ -216,7 +219,7 @@ def test_broken_rules_and_invalid_keys_are_reported_together(error_of: ErrorOf) 
     error = error_of(
         "sampler: cmaes\nmax_epochs: many\nbudgett: {trials: 3}\nparameters:\n"
         "  lr: {type: float, low: 5, high: 3}\n  m: {choices: [1, 2], when: {lrr: 1}}\n"
-        "constraints: [zzz > 1, lr > 1]\nderived: {w: 1 +}\nwarm_start: [grid]\n"
+        "constraints: [zzz > 1, lr > 1]\nderived: {w: 1 +}\nwarm_start: [a, a]\n"
     )
     assert re.findall(r"space.yaml:(\d+):\d+: ([\w.]+): ", error) == [
         ("1", "sampler"),  # cmaes and `when`
@@ -227,7 +230,7 @@ def test_broken_rules_and_invalid_keys_are_reported_together(error_of: ErrorOf) 
         ("6", "parameters.m.when.lrr"),
         ("7", "constraints.0"),
         ("8", "derived.w"),
-        ("9", "warm_start"),
+        ("9", "warm_start.1"),
     ]
 
 

@@ -128,3 +128,38 @@ def test_what_is_kept_changes_no_identity(load: Load) -> None:
 )
 def test_a_script_has_checkpoints_if_it_uses_the_folder_for_them(load: Load, command: str, saves: bool) -> None:
     assert load(VALID + "command: " + (command if command == "null" else repr(command))).saves_checkpoints == saves
+
+
+# --- earlier studies ----------------------------------------------------------------------------------------------------
+
+
+def test_an_earlier_study_is_a_name_or_a_mapping(load: Load) -> None:
+    short, long = load(
+        VALID
+        + "warm_start:\n- grid\n- {study: old, storage: 'sqlite:///old.db', trials: best 20, despite: [data, metric]}\n"
+    ).warm_start
+    assert (short.study, short.storage, short.count, short.despite) == ("grid", None, None, [])
+    assert (long.study, long.storage, long.count, long.despite) == ("old", "sqlite:///old.db", 20, ["data", "metric"])
+
+
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        ("trials: best 0", "trials: write all or best N (such as best 20), got 'best 0', did you mean best 20?"),
+        ("trials: 20", "trials: write all or best N (such as best 20), got 20"),
+        ("despite: [epochs]", "despite.0: "),
+        ("studies: grid", "studies: unknown key"),
+    ],
+)
+def test_wrong_options_of_an_earlier_study_are_answered_with_what_is_allowed(
+    load: Load, written: str, text: str
+) -> None:
+    with pytest.raises(SpaceError) as error:
+        load(VALID + f"warm_start: [{{study: grid, {written}}}]\n")
+    assert text in str(error.value)
+
+
+def test_what_a_search_learns_from_changes_no_identity(load: Load) -> None:
+    one, other = load(VALID), load(VALID, "warm_start=[grid]")
+    assert one.fingerprint == other.fingerprint
+    assert one.config_key({"lr": 0.01}) == other.config_key({"lr": 0.01})

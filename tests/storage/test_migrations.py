@@ -65,19 +65,21 @@ def _make_old(target: Database, source: Path, version: int) -> None:
     with target.engine.begin() as connection, engine.connect() as old:
         for table in tables:
             connection.execute(table.delete())
-        for name, (on, _) in migrations._BEFORE_DELETE.items():
+        for name, (on, _) in migrations._BEFORE_DELETE.items() if version < 4 else ():
             connection.execute(sa.text(f"DROP TRIGGER {name} ON {on}"))
             connection.execute(sa.text(f"DROP FUNCTION {name}"))
         for name, (on, _) in migrations._TRIGGERS.items() if version < 3 else ():
             if version == 1 or name == "hpo_id_deleted":
                 connection.execute(sa.text(f"DROP TRIGGER {name} ON {on}"))
                 connection.execute(sa.text(f"DROP FUNCTION {name}"))
-        if version == 2:  # the function of its trigger knows no later table
+        if version > 1:  # the function of its trigger knows no later table
+            of_rungs = "DELETE FROM hpo_rungs WHERE trial = OLD.trial_id; " if version > 2 else ""
             connection.exec_driver_sql(
                 "CREATE OR REPLACE FUNCTION hpo_trial_deleted() RETURNS trigger LANGUAGE plpgsql AS "
-                "$$ BEGIN DELETE FROM hpo_metrics WHERE trial = OLD.trial_id; "
+                f"$$ BEGIN DELETE FROM hpo_metrics WHERE trial = OLD.trial_id; {of_rungs}"
                 "DELETE FROM hpo_trials WHERE trial = OLD.trial_id; RETURN NULL; END $$"
             )
+        connection.execute(sa.text("DROP TABLE hpo_imports"))
         for statement in (
             (
                 "DROP INDEX hpo_trials_by_state",

@@ -1,0 +1,90 @@
+"""A configuration of an earlier search, as a configuration of this one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hpo.space.model import Space
+from hpo.space.parameters import Choices, Fixed, IntRange, Parameter, Params, Scalar, is_active, is_same, sampling_order
+
+
+class TranslationError(Exception):
+    """The search has no such configuration. The message says why, in words that fit several trials."""
+
+
+@dataclass(frozen=True)
+class Translation:
+    """A configuration of this search.
+
+    Attributes:
+        params: {name: value}.
+        is_same: whether it is trained with the same values. If not, the earlier one had parameters that are not active here.
+    """
+
+    params: Params
+    is_same: bool
+
+
+def translate(space: Space, params: Mapping[str, Scalar], *, defaults: Mapping[str, Scalar]) -> Translation:
+    """Return a configuration of an earlier search as one of this search.
+
+    - Choices are matched by value, and values must be in the ranges of this search.
+    - A parameter that the earlier search did not have gets its `default`, or the trainable's.
+    - A derived value must be the one that the trial was trained with.
+    - A parameter that this search does not have must have had the trainable's default, so that it changes nothing.
+    - A parameter that is not active here (`when`) is left out.
+
+    Args:
+        space: this search.
+        params: {name: value} with which the earlier trial was trained, derived values included.
+        defaults: {name: value} that the trainable uses for parameters that it does not get.
+
+    Raises:
+        TranslationError: there is no such configuration.
+    """
+    translated: Params = {}
+    is_exact = True
+    for name in sampling_order(space.parameters):
+        parameter = space.parameters[name]
+        if is_active(parameter, translated):
+            translated[name] = _value_of(name, parameter, params, defaults)
+        elif name in params and not _is_default(name, params[name], defaults):
+            is_exact = False
+    if broken := space.broken_constraint(translated):
+        raise TranslationError(f"it breaks the constraint {broken}")
+    derived = space.derive(translated)
+    for name, value in derived.items():
+        if name not in params and name not in defaults:
+            raise TranslationError(f"{name} is derived here, and was not known there")
+        if not is_same(params.get(name, defaults.get(name)), value):
+            raise TranslationError(f"{name} was not the value that is derived here")
+    for name, value in params.items():
+        if name not in space.parameters and name not in derived and not _is_default(name, value, defaults):
+            raise TranslationError(f"{name} is no parameter here")
+    return Translation(translated, is_exact)
+
+
+def _value_of(name: str, parameter: Parameter, params: Mapping[str, Scalar], defaults: Mapping[str, Scalar]) -> Scalar:
+    if name in params:
+        value = params[name]
+    elif not isinstance(parameter, Fixed) and "default" in parameter.model_fields_set:
+        value = parameter.default
+    elif name in defaults:
+        value = defaults[name]
+    else:
+        raise TranslationError(f"{name} is new here, and has no default")
+    if isinstance(parameter, Fixed | Choices):
+        same = [known for known in parameter.grid_values() if is_same(known, value)]
+        if not same:
+            raise TranslationError(f"{name} {value!r} is not in this search")
+        return same[0]
+    if not parameter.contains(value):
+        step = "" if parameter.step in {None, 1} else f" in steps of {parameter.step}"
+        raise TranslationError(f"{name} was not from {parameter.low} to {parameter.high}{step}")
+    assert isinstance(value, int | float)
+    return int(value) if isinstance(parameter, IntRange) else float(value)
+
+
+def _is_default(name: str, value: Scalar, defaults: Mapping[str, Scalar]) -> bool:
+    return name in defaults and is_same(defaults[name], value)

@@ -1,0 +1,191 @@
+"""Taking over trials of earlier studies: the sampler then knows their results, and nothing is trained twice.
+
+A trial that is taken over is a new trial of the study, with the study's own distributions. `hpo_imports` says where it is
+from. It never changes: the study that trained it can be changed or deleted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+from optuna.distributions import BaseDistribution
+from optuna.trial import TrialState
+
+from storage import optuna_tables, records, tables
+from storage.errors import retry_while_down
+from storage.protocol import lock_study
+from storage.records import LEARNED_FROM, REUSED_FROM, Metrics, Params
+from storage.studies import Study
+from storage.tables import LEARNED, POINT, REUSED
+
+SOURCES = "hpo:sources"  # user attribute of a study
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The trial of an earlier study.
+
+    Attributes:
+        study: the name of the study that trained it, for people.
+        identity: the attribute `hpo:id` of this study.
+        number: its number there.
+    """
+
+    study: str
+    identity: str
+    number: int
+
+    @classmethod
+    def of(cls, attrs: Mapping[str, Any]) -> Origin | None:
+        """Return where a trial with these user attributes was taken over from; None if its own study trained it."""
+        for name in (REUSED_FROM, LEARNED_FROM):
+            value = attrs.get(name)
+            if isinstance(value, Mapping) and isinstance(value.get("trial"), int):
+                return cls(str(value.get("study")), str(value.get("id")), value["trial"])
+        return None
+
+
+@dataclass(frozen=True)
+class ImportedTrial:
+    """A trial to take over.
+
+    Attributes:
+        origin: where it is from.
+        params: {name: value}, as in the new study.
+        distributions: {name: distribution} of these params, as in the new study.
+        state: COMPLETE or PRUNED.
+        value: the objective of the new study.
+        key: of its configuration, if the new study would train it in the same way: then its result stands. None if only the
+            sampler learns from it.
+        values: {epoch: objective}.
+        metrics: {epoch: {name: value}}, stored with a key only.
+        attrs: further user attributes.
+        provenance: what is needed to run it again.
+        started: when it was started, in UTC without a time zone; None if this is not known.
+        completed: when it ended.
+    """
+
+    origin: Origin
+    params: Params
+    distributions: Mapping[str, BaseDistribution]
+    state: TrialState
+    value: float
+    key: str | None = None
+    values: Mapping[int, float] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict)
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    started: datetime | None = None
+    completed: datetime | None = None
+
+
+def import_trials(
+    study: Study,
+    imported: Sequence[ImportedTrial],
+    *,
+    points: Collection[str] | None = None,
+    sources: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, int]:
+    """Add trials of earlier studies to a study: all of them, or none. Idempotent: those that the study has are left out.
+
+    Args:
+        study: the study.
+        imported: the trials, in this order.
+        points: keys of the points of the study's grid; None if the study is no grid.
+        sources: stored as the study's attribute `hpo:sources`, for reports.
+
+    Returns:
+        {role: number of trials that were added}; see `tables.LEARNED`.
+
+    Raises:
+        StorageError: the study was deleted, or the database cannot be used (after retries).
+    """
+
+    def write() -> dict[str, int]:
+        with study.database.transaction() as connection:
+            lock_study(connection, study.database, study.key)
+            added = _insert(connection, study.study_id, imported)
+            if points is not None:
+                _set_roles(connection, study.study_id, points)
+            if sources:
+                optuna_tables.write_study_attrs(connection, study.study_id, {SOURCES: list(map(dict, sources))})
+            return added
+
+    return retry_while_down(study.database, write)
+
+
+def _insert(connection: sa.Connection, study_id: int, imported: Sequence[ImportedTrial]) -> dict[str, int]:
+    table = tables.imports
+    known = {
+        (row.source, row.number)
+        for row in connection.execute(sa.select(table.c.source, table.c.number).where(table.c.study == study_id))
+    }
+    number = optuna_tables.next_number(connection, study_id)
+    keys = set(connection.scalars(sa.select(tables.trials.c.key).where(tables.trials.c.study == study_id)))
+    added: list[tuple[int, ImportedTrial]] = []
+    for trial in imported:
+        origin = trial.origin.identity, trial.origin.number
+        if origin in known or trial.key in keys:
+            continue
+        known.add(origin)
+        keys |= {trial.key} if trial.key is not None else set()
+        trial_id = optuna_tables.insert_trial(connection, study_id, number + len(added), TrialState.WAITING)
+        optuna_tables.write_params(connection, trial_id, trial.params, trial.distributions)
+        optuna_tables.end(connection, trial_id, trial.state, trial.value)
+        optuna_tables.set_times(connection, trial_id, trial.started, trial.completed)
+        added.append((trial_id, trial))
+    optuna_tables.write_values(
+        connection, ((trial_id, epoch, value) for trial_id, trial in added for epoch, value in trial.values.items())
+    )
+    optuna_tables.write_attrs(
+        connection,
+        ((trial_id, {**trial.attrs, _attribute(trial): _describe(trial.origin)}) for trial_id, trial in added),
+    )
+    reused = [(trial_id, trial) for trial_id, trial in added if trial.key is not None]
+    if reused:
+        rows = [
+            {"trial": trial_id, "study": study_id, "key": trial.key, "provenance": dict(trial.provenance)}
+            for trial_id, trial in reused
+        ]
+        connection.execute(tables.trials.insert(), rows)
+    records.write_metrics(
+        connection, ((trial_id, epoch, found) for trial_id, trial in reused for epoch, found in trial.metrics.items())
+    )
+    if added:
+        rows = [
+            {
+                "trial": trial_id,
+                "study": study_id,
+                "source": trial.origin.identity,
+                "number": trial.origin.number,
+                "role": _role(trial),
+            }
+            for trial_id, trial in added
+        ]
+        connection.execute(table.insert(), rows)
+    return {role: sum(_role(trial) == role for _, trial in added) for role in (LEARNED, REUSED)}
+
+
+def _set_roles(connection: sa.Connection, study_id: int, points: Collection[str]) -> None:
+    """The budget of a grid counts the reused trials that are points of it now: `budget.trials` may have changed."""
+    table, ours = tables.imports, tables.trials
+    query = sa.select(ours.c.trial, ours.c.key).join(table, table.c.trial == ours.c.trial)
+    for trial_id, key in connection.execute(query.where(table.c.study == study_id)).all():
+        role = POINT if key in points else REUSED
+        connection.execute(table.update().where(table.c.trial == trial_id).values(role=role))
+
+
+def _role(trial: ImportedTrial) -> str:
+    return LEARNED if trial.key is None else REUSED
+
+
+def _attribute(trial: ImportedTrial) -> str:
+    return LEARNED_FROM if trial.key is None else REUSED_FROM
+
+
+def _describe(origin: Origin) -> dict[str, Any]:
+    return {"study": origin.study, "trial": origin.number, "id": origin.identity}

@@ -1,0 +1,373 @@
+"""A search takes over what earlier studies learned. The earlier ones are documented grids of four epochs, not trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from hpo.errors import SettingError
+from hpo.search.samplers import build_sampler
+from hpo.search.warm_start import Found, find_trials, take_over_trials
+from hpo.space.model import Space
+from storage.database import Database, open_database
+from storage.optuna_tables import write_attrs, write_values
+from storage.run import Run
+from storage.studies import Study, open_study
+from tests.factories import run_of, toy_space
+from tests.report.studies import epoch_metrics, finish_grid, grid_space, optuna_study
+
+RANGE = {"type": "int", "low": 16, "high": 1024, "log": True}
+LARGER: dict[str, Any] = {
+    "name": "larger",
+    "sampler": {"name": "tpe"},
+    "budget": {"trials": 5},
+    "warm_start": ["grid"],
+    "parameters": {"batch_size": RANGE, "lr": 0.01},
+}
+
+
+def larger(**changes: Any) -> Space:
+    """A search over a range of batch sizes that learns from the grid."""
+    return grid_space(**(LARGER | changes))
+
+
+def take_over(space: Space, study: Study) -> list[Found]:
+    found = find_trials(space, study, study.database)
+    take_over_trials(space, study, found)
+    return found
+
+
+def source(**options: Any) -> dict[str, Any]:
+    return {"warm_start": [{"study": "grid", **options}]}
+
+
+def found_in(database: Database, space: Space) -> Found:
+    (found,) = find_trials(space, None, database)
+    return found
+
+
+def params_of(found: Found) -> list[Any]:
+    return [trial.params["batch_size"] for trial in found.trials]
+
+
+# --- what is taken over -----------------------------------------------------------------------------------------------
+
+
+def test_results_of_the_same_training_stand(database: Database) -> None:
+    earlier = finish_grid(database)
+    with database.transaction() as connection:
+        write_attrs(connection, [(1, {"test_accuracy": 0.75, "other": 1})])
+    space = larger()
+    found = found_in(database, space)
+    assert str(found) == "warm start from grid: reuses 3 results"
+    assert params_of(found) == [64, 256, 512]
+    assert [trial.key for trial in found.trials] == [space.config_key(trial.params) for trial in found.trials]
+    study = open_study(database, **space.study_options)
+    assert take_over(space, study) == [found]
+    assert study.metrics() == earlier.metrics(), "of every epoch"
+    assert study.provenance(1)["device_name"] == "a GPU"
+    assert study.provenance(1)["packages"] == {"torch": "2"}, "what the earlier run recorded"
+    first, old = study.trials()[0], earlier.trials()[0]
+    assert first.distributions["batch_size"] == optuna.distributions.IntDistribution(16, 1024, log=True)
+    assert (first.value, first.intermediate_values) == (old.value, old.intermediate_values)
+    assert (first.datetime_start, first.datetime_complete) == (old.datetime_start, old.datetime_complete)
+    assert first.user_attrs.keys() == {"test_accuracy", "reused_from"}
+    assert first.user_attrs["test_accuracy"] == 0.75
+    assert take_over(space, study) == [found], "again"
+    assert len(study.trials()) == 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"parameters": {"batch_size": RANGE, "lr": 0.01, "flip": {"choices": [True, False], "default": True}}},
+    ],
+    ids=["seed", "default"],
+)
+def test_the_sampler_learns_from_a_training_that_would_differ(database: Database, changes: dict[str, Any]) -> None:
+    finish_grid(database)
+    found = found_in(database, larger(**changes))
+    if "seed" in changes:
+        assert str(found) == "warm start from grid: learns from 3 trials"
+        assert [trial.values for trial in found.trials] == [{}, {}, {}]
+    else:  # the file says that the grid implicitly used it
+        assert [trial.params["flip"] for trial in found.trials] == [True, True, True]
+
+
+def test_parameters_that_the_grid_lacked_have_the_trainings_own_defaults(database: Database) -> None:
+    finish_grid(database)
+    parameters = {"batch_size": RANGE, "lr": 0.01, "optimizer": ["sgd", "adam"], "ema": {**_FLOAT}}
+    found = found_in(database, larger(parameters=parameters))
+    assert found.trials[0].params == {"batch_size": 64, "lr": 0.01, "optimizer": "adam", "ema": 0.0}
+    assert len(found.reused) == 3
+
+
+_FLOAT = {"type": "float", "low": 0.0, "high": 0.99}
+
+
+def test_what_does_not_fit_is_left_out_with_its_reason(database: Database) -> None:
+    finish_grid(database)
+    found = found_in(database, larger(parameters={"batch_size": [32, 64], "lr": 0.01}))
+    assert params_of(found) == [64]
+    assert found.refused == {"batch_size 256 is not in this search": 1, "batch_size 512 is not in this search": 1}
+    assert str(found) == (
+        "warm start from grid: reuses 1 result, leaves out 2 trials: batch_size 256 is not in this search (1); "
+        "batch_size 512 is not in this search (1)"
+    )
+
+
+def test_many_reasons_are_summarized_in_the_note() -> None:
+    refused = {f"reason {i}": i for i in range(1, 6)}
+    assert str(Found("grid", refused=refused)).endswith("reason 5 (5); reason 4 (4); reason 3 (3); and 2 other reasons")
+
+
+def test_only_the_best_trials_are_taken_if_the_file_says_so(database: Database) -> None:
+    finish_grid(database)  # the smallest batch size is the best
+    assert params_of(found_in(database, larger(**source(trials="best 2")))) == [64, 256]
+    minimize: dict[str, Any] = {"metric": "val_loss", "direction": "minimize"}
+    finish_grid(database, name="losses", **minimize)
+    losses = larger(**minimize, warm_start=[{"study": "losses", "trials": "best 1"}])
+    assert params_of(found_in(database, losses)) == [64]
+
+
+def test_failed_and_unfinished_trials_are_no_results(database: Database) -> None:
+    space = grid_space()
+    study = open_study(database, **space.study_options)
+    with Run(study, config_key=space.config_key, provenance={}) as run:
+        run.enqueue(space.grid_points(), space.distributions())
+        for end in (run.fail, run.release):
+            claim = run.claim()
+            assert claim is not None
+            run.report(claim, 1, {"val_accuracy": 0.5}, 0.5)
+            end(*([claim, "no"] if end == run.fail else [claim]))
+    assert str(found_in(database, larger())) == "warm start from grid: it has no results yet"
+
+
+# --- what can be compared -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "despite", "reason"),
+    [
+        ({"data": {"val_samples": 1000}}, "data", "it had other data"),
+        ({"max_epochs": 5}, "max_epochs", "it was trained for 4 epochs, not 5"),
+        ({"trainable": "benchmarks.toy:chain"}, "trainable", "it ran other code"),
+        ({"metric": "f1"}, "metric", "it has no f1"),
+    ],
+)
+def test_values_that_cannot_be_compared_are_taken_only_if_the_file_says_so(
+    database: Database, changes: dict[str, Any], despite: str, reason: str
+) -> None:
+    finish_grid(database)
+    found = found_in(database, larger(**changes))
+    assert not found.trials
+    assert found.refused == {f"{reason} (despite: [{despite}] takes it)": 3}
+    taken = found_in(database, larger(**changes, **source(despite=[despite])))
+    assert [trial.key for trial in taken.trials] == [None] * 3, "they never stand"
+    assert [trial.value for trial in taken.trials] == [
+        epoch_metrics(trial.params, 4)["val_accuracy"] for trial in taken.trials
+    ]
+
+
+def test_another_metric_is_read_from_what_was_reported(database: Database) -> None:
+    finish_grid(database)
+    found = found_in(database, larger(metric="val_loss", direction="minimize"))
+    assert len(found.reused) == 3
+    first = found.trials[0]
+    assert first.values == {epoch: epoch_metrics(first.params, epoch)["val_loss"] for epoch in range(1, 5)}
+    assert first.value == first.values[4]
+
+
+def test_a_longer_training_stands_with_its_value_after_the_epochs_of_this_search(database: Database) -> None:
+    finish_grid(database)
+    space = larger(max_epochs=2)
+    found = found_in(database, space)
+    study = open_study(database, **space.study_options)
+    take_over(space, study)
+    assert len(found.reused) == 3
+    assert [trial.value for trial in study.trials()] == [
+        epoch_metrics(trial.params, 2)["val_accuracy"] for trial in study.trials()
+    ]
+    assert all(list(epochs) == [1, 2] for epochs in study.metrics().values())
+    assert "test_accuracy" not in study.trials()[0].user_attrs, "it was scored after the last epoch only"
+
+
+def test_a_longer_training_whose_schedule_depends_on_its_length_does_not(database: Database) -> None:
+    cosine = {"batch_size": [64, 256], "lr": 0.01, "schedule": "cosine"}
+    finish_grid(database, parameters=cosine)
+    found = found_in(database, larger(max_epochs=2, parameters={**cosine, "batch_size": RANGE}))
+    assert list(found.refused) == ["it was trained for 4 epochs, not 2 (despite: [max_epochs] takes it)"]
+
+
+def test_a_trial_without_a_finite_value_is_left_out(database: Database) -> None:
+    finish_grid(database)
+    with database.transaction() as connection:
+        write_values(connection, [(1, 4, math.nan)])
+    found = found_in(database, larger())
+    assert params_of(found) == [256, 512]
+    assert found.refused == {"it has no finite value": 1}
+
+
+def test_a_pruned_trial_keeps_its_last_value(database: Database, tmp_path: Path) -> None:
+    space = toy_space(tmp_path, scheduler={"name": "asha", "grace_period": 1, "reduction_factor": 2})
+    study = open_study(database, **space.study_options)
+    with Run(study, config_key=space.config_key, provenance={}) as run:
+        run.enqueue(space.grid_points(), space.distributions())
+        while claim := run.claim():
+            run.report(claim, 1, {"value": 0.25}, 0.25)
+            run._writer.put(dataclasses.replace(run._update(claim, 2, {"value": 0.5}, 0.5), final_state=_PRUNED))
+    after = toy_space(tmp_path, name="later", warm_start=["toy"])
+    found = found_in(database, after)
+    assert [(trial.state.name, trial.value, trial.values, trial.key) for trial in found.trials] == [
+        ("PRUNED", 0.5, {2: 0.5}, None)
+    ] * 2
+
+
+_PRUNED = optuna.trial.TrialState.PRUNED
+
+
+# --- revisions ----------------------------------------------------------------------------------------------------------
+
+
+def revise(database: Database, **changes: Any) -> tuple[Study, list[Found]]:
+    space = grid_space(**changes)
+    study = open_study(database, **space.study_options)
+    return study, take_over(space, study)
+
+
+def test_a_new_revision_takes_over_the_one_before(database: Database) -> None:
+    finish_grid(database)
+    study, (found,) = revise(database, parameters={"batch_size": [64, 128, 512], "lr": 0.01})
+    assert study.name == "grid@2"
+    assert str(found) == (
+        "warm start from grid@1: reuses 2 results, leaves out 1 trial: batch_size 256 is not in this search (1)"
+    )
+    assert study.count_ended_keys() == 2, "two of its three points"
+    assert study.attrs["hpo:sources"] == [
+        {
+            "study": "grid@1",
+            "storage": "",
+            "learned": 0,
+            "reused": 2,
+            "refused": {"batch_size 256 is not in this search": 1},
+        }
+    ]
+    third, (found,) = revise(database, parameters={"batch_size": [64, 256], "lr": 0.01})
+    assert third.name == "grid@3"
+    assert params_of(found) == [64], "the second revision never had 256"
+    assert third.trials()[0].user_attrs["reused_from"]["study"] == "grid", "who trained it"
+
+
+def test_its_options_may_be_in_the_file(database: Database) -> None:
+    finish_grid(database)
+    _, (found,) = revise(database, max_epochs=9)
+    assert not found.trials
+    _, (found,) = revise(database, max_epochs=8, **source(despite=["max_epochs"]))
+    assert not found.trials, "the revision before, which is not the one that was trained"
+    study, (_, first) = revise(database, max_epochs=7, warm_start=[{"study": "grid@1", "despite": ["max_epochs"]}])
+    assert len(first.trials) == 3
+    assert take_over(grid_space(max_epochs=7, warm_start=["grid@4"]), study)[1:] == [], "itself"
+
+
+def test_a_study_without_earlier_ones_takes_over_nothing(database: Database) -> None:
+    finish_grid(database)
+    study, found = revise(database)
+    assert (study.name, found) == ("grid", [])
+    assert "hpo:sources" not in study.attrs
+
+
+def test_a_cycle_of_warm_starts_takes_nothing_back(database: Database) -> None:
+    earlier = finish_grid(database)
+    space = larger()
+    study = open_study(database, **space.study_options)
+    take_over(space, study)
+    back = grid_space(warm_start=["larger"])
+    (found,) = take_over(back, earlier)
+    assert found.trials == []
+    assert len(earlier.trials()) == 3
+
+
+def test_a_result_is_passed_on_with_the_study_that_trained_it(database: Database) -> None:
+    earlier = finish_grid(database)
+    space = larger()
+    take_over(space, open_study(database, **space.study_options))
+    last = larger(name="last", warm_start=["larger", "grid"])
+    study = open_study(database, **last.study_options)
+    take_over(last, study)
+    assert [trial.user_attrs["reused_from"]["id"] for trial in study.trials()] == [earlier.identity] * 3, "once"
+
+
+# --- other databases, wrong input ---------------------------------------------------------------------------------------
+
+
+def test_an_earlier_study_may_be_in_another_database(database: Database, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/earlier.db"
+    with open_database(url) as other:
+        finish_grid(other)
+    before = (tmp_path / "earlier.db").read_bytes()
+    space = larger(**source(storage=url))
+    found = found_in(database, space)
+    assert (found.study, found.storage, len(found.reused)) == ("grid", url, 3)
+    study = open_study(database, **space.study_options)
+    take_over(space, study)
+    assert len(study.trials()) == 3
+    assert (tmp_path / "earlier.db").read_bytes() == before
+
+
+def test_wrong_sources_are_refused_in_one_message(database: Database) -> None:
+    with pytest.raises(SettingError, match=r"there is no study 'grid' in .*: it has none"):
+        find_trials(larger(), None, database)
+    finish_grid(database)
+    optuna_study(database, "foreign")
+    with pytest.raises(SettingError, match=r"there is no study 'gird' in .*: did you mean grid"):
+        find_trials(larger(warm_start=["gird"]), None, database)
+    with pytest.raises(SettingError, match="another program created the study 'foreign'"):
+        find_trials(larger(warm_start=["foreign"]), None, database)
+    with pytest.raises(SettingError, match="warm_start: leave the password out of the file"):
+        find_trials(larger(**source(storage="postgresql://u:secret@host/hpo")), None, database)
+    finish_grid(database, name="small", parameters={"batch_size": [16, 32], "lr": 0.01})
+    with pytest.raises(SettingError, match="warm_start: small has no parameter in common with this search"):
+        find_trials(larger(parameters={"momentum": _FLOAT}, warm_start=["small"]), None, database)
+
+
+def test_settings_of_another_version_are_left_out(database: Database) -> None:
+    study = finish_grid(database)
+    study.optuna_study.set_user_attr("hpo:settings", {"parameters": {"batch_size": {"type": "quantum"}}})
+    found = found_in(database, larger())
+    assert found.refused == {"another version of hpo wrote its settings": 3}
+
+
+# --- what a search makes of it ------------------------------------------------------------------------------------------
+
+
+def test_tpe_draws_from_what_earlier_trials_showed(database: Database) -> None:
+    """Two studies of the same seed: the one that knows where the best values are draws near them."""
+
+    def search(space: Space) -> list[float]:
+        study = open_study(database, **space.study_options)
+        take_over(space, study)
+        study.optuna_study.sampler = build_sampler(space, 0)
+        drawn = []
+        with run_of(study, space) as run:
+            while claim := run.claim():
+                drawn.append(claim.params["lr"])
+                value = -abs(claim.params["lr"] - 70.0)
+                run.report(claim, 4, {"val_accuracy": value}, value)
+                run.complete(claim, value)
+        return drawn
+
+    parameters = {"lr": {"type": "float", "low": 0.0, "high": 100.0}}
+    search(grid_space(parameters=parameters, sampler={"name": "random"}, budget={"trials": 40}))
+    options = {"parameters": parameters, "budget": {"trials": 8}, "seed": 3}
+    cold, warm = (
+        [abs(lr - 70.0) for lr in search(larger(name=name, warm_start=sources, **options))]
+        for name, sources in (("cold", []), ("warm", ["grid"]))
+    )
+    assert len(cold) == len(warm) == 8
+    assert sum(warm) < sum(cold) / 2
