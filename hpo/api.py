@@ -226,13 +226,14 @@ def replay_trial(
         SpaceError: this version of hpo cannot read the settings of the study.
         StorageError: the database cannot be used.
     """
-    from hpo.search.replay import check_stored_code, replay
+    from hpo.search.replay import check_stored_code, read_trial, replay
 
     with _opened_study(study, storage, password) as opened:
         _require_ours(opened)
-        if not run_stored_code:
-            check_stored_code(opened, number)
-        return replay(opened, number, show, data_dir=Path(data_dir).resolve(), environment=describe_environment())
+        trial = read_trial(opened, number)
+    if not run_stored_code:
+        check_stored_code(trial)
+    return replay(trial, show, data_dir=Path(data_dir).resolve(), environment=describe_environment())
 
 
 def export_model(

@@ -427,6 +427,25 @@ def test_code_that_only_the_database_names_is_not_run(
     assert not (tmp_path / "ran").exists()
 
 
+def test_what_is_replayed_is_what_was_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The database changes between the check and the training."""
+    monkeypatch.chdir(tmp_path)
+    storage = f"sqlite:///{tmp_path}/hpo.db"
+    (tmp_path / "search_spaces").mkdir()
+    space = toy_space(tmp_path / "search_spaces")
+    with open_database(storage) as database:
+        study, _ = search_without_ray(space, database, tmp_path)
+        settings = study.settings
+
+        def change_settings() -> dict[str, Any]:
+            study.optuna_study.set_user_attr("hpo:settings", settings | {"command": f"touch {tmp_path}/ran"})
+            return {"code": "", "packages": {}, "python": ""}
+
+        monkeypatch.setattr(api, "describe_environment", change_settings)
+        assert api.replay_trial("toy", 0, storage=storage)
+    assert not (tmp_path / "ran").exists()
+
+
 def count_connections(url: str) -> int:
     if url.startswith("sqlite:"):
         return sum(file.path == url.removeprefix("sqlite:///") for file in psutil.Process().open_files())

@@ -99,7 +99,7 @@ class TrialCoordinator:
         if self._is_over() or time.monotonic() < self._next_attempt or len(self._claims) >= self._at_a_time:
             return None
         with self._storage_errors_kept():
-            claim = self._run.claim()
+            claim = self._claim()
             if self._run.exhausted and not self._is_exhaustion_noted:
                 self._is_exhaustion_noted = True
                 self._listener.note(f"no new trials: {self._run.exhausted}")
@@ -130,6 +130,21 @@ class TrialCoordinator:
                 timeout=self._space.trial_timeout,
             )
         return None
+
+    def _claim(self) -> ClaimedTrial | None:
+        """Claim a trial whose configuration the search has.
+
+        A program may have changed a trial that waits, or added one. What the database says must not reach a script or a
+        trainable unless the search space allows it.
+        """
+        while (claim := self._run.claim()) is not None:
+            misfit = self._space.find_misfit(claim.params)
+            if not misfit:
+                break
+            reason = f"not in the search space: {misfit}"
+            self._run.fail(claim, reason)
+            self._listener.trial_ended(claim.number, "FAIL", reason)
+        return claim
 
     @property
     def is_done(self) -> bool:

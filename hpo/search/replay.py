@@ -6,6 +6,7 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,49 +19,76 @@ if TYPE_CHECKING:
     from storage.studies import Study
 
 
-def check_stored_code(study: Study, number: int) -> None:
+@dataclass(frozen=True)
+class RecordedTrial:
+    """A trial as the database has it, read once: what is checked is what runs.
+
+    Attributes:
+        study: the study's name.
+        number: the trial's number.
+        space: the search.
+        params: {name: value}.
+        epochs: {epoch: {metric: value}}, at least one.
+        provenance: versions, device and threads.
+    """
+
+    study: str
+    number: int
+    space: Space
+    params: dict[str, Any]
+    epochs: Mapping[int, Mapping[str, float]]
+    provenance: Mapping[str, Any]
+
+
+def read_trial(study: Study, number: int) -> RecordedTrial:
+    """Read a trial.
+
+    Raises:
+        SettingError: the study has no such trial with epochs.
+        SpaceError: this version of hpo cannot read the settings of the study.
+        StorageError: the database cannot be used.
+    """
+    trials, metrics = {trial.number: trial for trial in study.trials()}, study.metrics()
+    stored = metrics.get(number)
+    if not stored:
+        with_epochs = ", ".join(str(each) for each, epochs in metrics.items() if epochs) or "none"
+        raise SettingError(f"study {study.name} has no trial {number} with epochs; trials with epochs: {with_epochs}")
+    space = Space.from_settings(study.settings)
+    return RecordedTrial(study.name, number, space, dict(trials[number].params), stored, study.provenance(number))
+
+
+def check_stored_code(trial: RecordedTrial) -> None:
     """Refuse to run code that only the database names: whoever can write to a database must not thereby run programs.
 
     The training of the package is run in any case. So is what the file of the study in search_spaces/ says, with values that
     the file allows.
 
-    Args:
-        study: of the trial.
-        number: of the trial.
-
     Raises:
         SettingError: the user must confirm it.
     """
-    space = Space.from_settings(study.settings)
-    if space.command is None and space.trainable.startswith("hpo."):
+    space = trial.space
+    if space.is_default_trainable:
         return
-    base = study.name.partition("@")[0]
+    base = trial.study.partition("@")[0]
     if base in known_spaces():
         with suppress(HpoError):  # the file is not valid
             of_file = load_space(base)
-            if of_file.fingerprint == space.fingerprint and _allows(of_file, study, number):
+            if of_file.fingerprint == space.fingerprint and not of_file.find_misfit(trial.params):
                 return
     code = f"the command `{space.command}`" if space.command else f"the trainable {space.trainable}"
     raise SettingError(
-        f"study {study.name} was trained by {code}. Only the database says so, and whoever can write to it chooses what "
+        f"study {trial.study} was trained by {code}. Only the database says so, and whoever can write to it chooses what "
         f"runs: pass --yes to run it, or put the file that it was started with at search_spaces/{base}.yaml"
     )
 
 
-def _allows(space: Space, study: Study, number: int) -> bool:
-    """Return whether every value of a trial is one that a space gives its parameter."""
-    params = {name: value for trial in study.trials() if trial.number == number for name, value in trial.params.items()}
-    return all(name in space.parameters and space.parameters[name].contains(value) for name, value in params.items())
-
-
 def replay(
-    study: Study, number: int, show: Callable[[str], None], *, data_dir: Path, environment: Mapping[str, Any]
+    trial: RecordedTrial, show: Callable[[str], None], *, data_dir: Path, environment: Mapping[str, Any]
 ) -> bool:
     """Run a trial again as it was recorded.
 
     Args:
-        study: the trial's study.
-        number: the trial's number.
+        trial: the trial.
         show: receives one line per version that differs from the recorded one, and one line per epoch.
         data_dir: where the data sets are stored.
         environment: the versions of this environment, as `describe_environment` returns them.
@@ -69,18 +97,13 @@ def replay(
         Whether every stored metric, except for timings, is equal to the last digit.
 
     Raises:
-        SettingError: the study has no such trial, or the trial fails this time.
+        SettingError: the trial fails this time.
     """
-    trials, metrics = {trial.number: trial for trial in study.trials()}, study.metrics()
-    stored = metrics.get(number)
-    if not stored:
-        with_epochs = ", ".join(str(each) for each, epochs in metrics.items() if epochs) or "none"
-        raise SettingError(f"study {study.name} has no trial {number} with epochs; trials with epochs: {with_epochs}")
-    recorded, space = study.provenance(number), Space.from_settings(study.settings)
+    recorded, space, stored = trial.provenance, trial.space, trial.epochs
     for name in ("code", "packages", "python"):
         if recorded.get(name) != environment[name]:
             show(f"{name}: {recorded.get(name)} then, {environment[name]} now")
-    params = {**trials[number].params, **space.derive(trials[number].params)}
+    params = trial.params | space.derive(trial.params)
     may_differ = recorded.get("device") == "cuda" and not params.get("deterministic")
     if may_differ:
         show("the trial ran on a GPU without `deterministic: true`: differences in the last digits are expected")
@@ -90,7 +113,7 @@ def replay(
         spec = TrialSpec(
             trainable=space.trainable,
             command=space.command,
-            key=space.config_key(trials[number].params),
+            key=space.config_key(trial.params),
             token=0,
             params=params,
             data=space.trainable_data(data_dir),
@@ -109,8 +132,9 @@ def replay(
             now, then = ((each or {}).get("device_name") for each in (report.provenance, recorded))
             if now and then and now != then:
                 show(f"device_name: {then} then, {now} now")
-            count, differences = _compare(report, stored[report.epoch])
-            largest = max(largest, _largest_difference(report, stored[report.epoch]))
+            then_metrics = stored.get(report.epoch, {})
+            count, differences = _compare(report, then_metrics)
+            largest = max(largest, _largest_difference(report, then_metrics))
             is_equal = is_equal and not differences
             show(f"epoch {report.epoch}: " + ("; ".join(differences) or f"{count} metrics equal"))
             if report.epoch == max(stored):
@@ -147,4 +171,4 @@ def _compare(report: TrialReport, stored: Mapping[str, float]) -> tuple[int, lis
         for name in names
         if repr(stored[name]) != repr(report.metrics[name])  # by text: NaN equals NaN here
     ]
-    return len(names), differences
+    return len(names), differences if stored else ["storage does not have it"]

@@ -248,6 +248,18 @@ class Space(StrictModel):
                 params[name] = parameter.suggest(trial, name)
         return self.broken_constraint(params)
 
+    def find_misfit(self, params: Mapping[str, Scalar]) -> str:
+        """Return why a configuration is none of this search, constraints apart; empty if it is one."""
+        active: Params = {}
+        for name, parameter in self._ordered.items():
+            if is_active(parameter, active):
+                if name not in params:
+                    return f"it has no {name}"
+                if not parameter.contains(params[name]):
+                    return f"{name} cannot be {params[name]!r}"
+                active[name] = params[name]
+        return next((f"it has {name}, which is not active" for name in params if name not in active), "")
+
     def broken_constraint(self, params: Mapping[str, Scalar]) -> str:
         """Return the first constraint that a configuration breaks; empty if it breaks none."""
         return next((text for _, text in self._formulas.violations(params)), "")

@@ -5,13 +5,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sqlalchemy as sa
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.trial import TrialState, create_trial
 
 from benchmarks.toy import expected_value
 from hpo.paths import LOST_FILE, RunsDir
@@ -22,10 +27,18 @@ from hpo.search.stop import StopCause
 from hpo.search.worker import Ending, TrialReport, TrialSpec, end_trial, run_trial
 from hpo.space.model import Space
 from storage import run as run_module
+from storage.database import Database
 from storage.errors import StorageError
 from storage.run import Run
-from storage.studies import Study
-from tests.factories import RecordingListener, run_of, take_reports, toy_space, trial_states
+from storage.studies import Study, open_study
+from tests.factories import (
+    RecordingListener,
+    run_of,
+    search_without_ray,
+    take_reports,
+    toy_space,
+    trial_states,
+)
 from tests.storage.builders import locked
 
 ONE_SLOT = Slots(1, 1.0, 0.0)
@@ -425,3 +438,50 @@ def test_a_worker_that_lost_its_gpu_left_the_reason(study: Study, tmp_path: Path
     reason = "the GPU could not be used any more, worker ended: RuntimeError: CUDA error: illegal"
     assert ("note", f"trial 0: {reason}; it restarts from its last checkpoint") in listener.events
     assert ("FAIL", 0, f"{reason} (max_failures {space.max_failures})") in listener.events
+
+
+# --- values of the database that the search space does not allow ------------------------------------------------------
+
+
+def in_database(name: str, value: Any) -> str:
+    return f'{{"name": "CategoricalDistribution", "attributes": {{"choices": [{json.dumps(value)}]}}}}'
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"x": "/tmp/evil.py"}, "x cannot be '/tmp/evil.py'"),
+        ({"checkpoint_dir": "/tmp/evil"}, "it has checkpoint_dir, which is not active"),
+    ],
+)
+@pytest.mark.parametrize("how", ["waiting", "invented"])
+def test_what_a_program_wrote_into_a_trial_that_waits_is_not_run(
+    database: Database, tmp_path: Path, change: dict[str, Any], reason: str, how: str
+) -> None:
+    """Whoever can write to the database must not thereby choose what a script or a trainable gets."""
+    space = toy_space(tmp_path)
+    study = open_study(database, **space.study_options)
+    if how == "waiting":
+        with run_of(study, space) as run:
+            run.enqueue(space.grid_points(), space.distributions())
+            claim = run.claim()
+            assert claim is not None
+            run.release(claim)
+    else:
+        params = {"x": 1} | change
+        distributions: dict[str, BaseDistribution] = {
+            name: CategoricalDistribution([value]) for name, value in params.items()
+        }
+        study.optuna_study.add_trial(create_trial(params=params, distributions=distributions, state=TrialState.WAITING))
+    with database.engine.begin() as connection:
+        for name, value in change.items() if how == "waiting" else ():
+            row = {"name": name, "text": in_database(name, value)}
+            connection.execute(sa.text("DELETE FROM trial_params WHERE param_name = :name"), {"name": name})
+            columns = "(trial_id, param_name, param_value, distribution_json)"
+            connection.execute(sa.text(f"INSERT INTO trial_params {columns} VALUES (1, :name, 0, :text)"), row)
+    search_without_ray(space, database, tmp_path)
+    trials = study.trials()
+    failed = [trial for trial in trials if trial.state.name == "FAIL"]
+    assert [trial.user_attrs["fail_reason"] for trial in failed] == [f"not in the search space: {reason}"]
+    assert all(trial.params in ({"x": 1}, {"x": 2}) for trial in trials if trial not in failed)
+    assert study.metrics()[failed[0].number] == {}

@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from hpo.errors import SettingError
-from hpo.search.replay import _explain, replay
+from hpo.search.replay import _explain, read_trial, replay
 from storage.database import Database
 from storage.studies import Study
 from tests.factories import search_without_ray, shipped_space, toy_space
@@ -27,7 +27,8 @@ def searched(database: Database, tmp_path: Path) -> Study:
 def replayed(study: Study, number: int, folder: Path, **environment: Any) -> tuple[bool, list[str]]:
     lines: list[str] = []
     recorded: dict[str, Any] = dict.fromkeys(NOW)
-    is_equal = replay(study, number, lines.append, data_dir=folder, environment=recorded | environment)
+    trial = read_trial(study, number)
+    is_equal = replay(trial, lines.append, data_dir=folder, environment=recorded | environment)
     return is_equal, lines
 
 
