@@ -1,5 +1,11 @@
 """Hyperparameter search: a YAML search space, trials scheduled by Ray Tune, results in Optuna storage."""
 
+from hpo import working_folder
+
+if working_folder.is_run_as_module():
+    working_folder.leave()  # before any other import
+
+# isort: split
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:

@@ -7,9 +7,6 @@ A search whose time budget is spent is finished. One that stopped because nothin
 
 from __future__ import annotations
 
-import hpo.working_folder  # noqa: F401 # before other packages are imported
-
-# isort: split
 import gc
 import json
 import os
@@ -23,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import click
 
+from hpo import working_folder
 from hpo.errors import HpoError, SettingError, nearest, printable
 from hpo.options import data_option, needs_storage_option, secret, space_arguments, storage_option
 from hpo.paths import RunsDir
@@ -45,6 +43,7 @@ def main(prefix: Sequence[str] = ()) -> NoReturn:
     Args:
         prefix: inserted before the arguments: `python -m hpo.run SPACE` is `hpo run SPACE`.
     """
+    working_folder.leave()  # for what is imported later; `hpo/__init__.py` has done it where `python -m` put it there
     words = [*prefix, *sys.argv[1:]]
     _keep_files_private()
     try:

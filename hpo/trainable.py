@@ -67,17 +67,20 @@ class Trainable(Protocol):
         ...
 
 
-def load_trainable(name: str) -> Callable[..., Generator[Any, None, None]]:
-    """Import a `Trainable`, from the current folder or the packages that Python finds.
+def load_trainable(name: str, folder: Path | str | None = None) -> Callable[..., Generator[Any, None, None]]:
+    """Import a `Trainable`, from a folder or the packages that Python finds.
+
+    The folder stays at the end of Python's path: the trainable may import other files of it while it runs.
 
     Args:
         name: `module:function`.
+        folder: the folder; by default, the current one.
 
     Raises:
         TrainableError: the module or the function does not exist, or the function does not have the right signature.
     """
-    here = str(Path.cwd())
-    if here not in sys.path:  # as for a Python script in another folder
+    here = str(Path.cwd() if folder is None else folder)
+    if here not in sys.path and name != DEFAULT_TRAINABLE:
         sys.path.append(here)
     module_name, _, function_name = name.partition(":")
     try:

@@ -93,6 +93,7 @@ def trial_spec(folder: Path, **changes: Any) -> TrialSpec:
         "device": "cpu",
         "threads": 1,
         "timeout": None,
+        "code_folder": str(folder),
     }
     return TrialSpec(**(values | changes))
 

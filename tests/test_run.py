@@ -301,8 +301,11 @@ def test_a_storage_file_that_cannot_be_used_is_one_message(
 @pytest.mark.slow
 @pytest.mark.parametrize("start", [["-m", "hpo"], ["-m", "hpo.run"], [str(Path(sys.executable).with_name("hpo"))]])
 def test_a_file_in_the_working_folder_replaces_no_package(tmp_path: Path, start: list[str]) -> None:
-    for package in ("sqlalchemy", "click", "optuna", "pydantic"):
-        (tmp_path / f"{package}.py").write_text("raise SystemExit(7)")
+    (tmp_path / "loaded.py").write_text("import sys; print(*sys.modules)")
+    loaded = python(tmp_path, "-m", "loaded").stdout.split()  # by Python itself, before any code of ours
+    packages = {"sqlalchemy", "click", "optuna", "pydantic", "google", "cuda", "mpl_toolkits"}
+    for name in (packages | sys.stdlib_module_names) - {*loaded, "this", "antigravity"}:
+        (tmp_path / f"{name}.py").write_text("import os\nos.write(2, b'replaced ' + __name__.encode())\nos._exit(7)")
     verb = ["toy.yaml"] if start[-1] == "hpo.run" else ["list"]
     finished = python(tmp_path, *start, *verb)
     assert finished.returncode == 2, finished.stderr

@@ -9,13 +9,15 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -37,8 +39,10 @@ os.environ.update(
     TUNE_GLOBAL_CHECKPOINT_S="86400",
 )
 
-# For a Ray that is started here: it listens on the loopback interface only, as on Windows and macOS, and asks for its token.
+# For a Ray that is started here: it listens on the loopback interface only, as on Windows and macOS, and asks for a token of
+# its own, from a file in its folder. The usual file, ~/.ray/auth_token, may be readable for others.
 _LOCAL_VARIABLES = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
+_TOKEN, _TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
 CONNECT_SECONDS = 10.0  # how long a cluster may take to answer
 INTERRUPT_SECONDS = 0.1  # until a signal that arrived in an import is sent again
@@ -127,13 +131,19 @@ class RayCluster:
         logging.getLogger("ray").setLevel(logging.CRITICAL)
         with (
             tempfile.TemporaryDirectory(prefix="hpo-ray-", ignore_cleanup_errors=True) as scratch,
-            _private_if_local(self._address),
+            _private_if_local(self._address, Path(scratch)),
         ):
-            options: dict[str, Any] = {"address": self._address}
-            if self._address is None:
-                options = {"address": "local", "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
-                options["_temp_dir"] = f"{scratch}/r"  # Ray opens its folder to all users; nobody else may enter ours
             try:
+                options: dict[str, Any] = {"address": self._address, "job_config": _without_driver_paths()}
+                if self._address is None:
+                    options |= {
+                        "address": "local",
+                        "object_store_memory": OBJECT_STORE_BYTES,
+                        "include_dashboard": False,
+                    }
+                    options["_temp_dir"] = (
+                        f"{scratch}/r"  # Ray opens its folder to all users; nobody else may enter ours
+                    )
                 _check_answers(self._address)
                 ray.init(logging_level=logging.CRITICAL, log_to_driver=False, **options)
                 if self._address is None:
@@ -148,11 +158,15 @@ class RayCluster:
 
 
 @contextmanager
-def _private_if_local(address: str | None) -> Iterator[None]:
+def _private_if_local(address: str | None, folder: Path) -> Iterator[None]:
     """Set what keeps other machines and users out of a Ray that is started here.
 
     Ray's processes read it from the environment. This process may have imported ray before, hence the private names;
     pyproject.toml bounds the version of Ray.
+
+    Args:
+        address: of the cluster to join; None for a Ray that is started here.
+        folder: private; the token is written to it.
     """
     if address is not None:
         yield
@@ -160,18 +174,45 @@ def _private_if_local(address: str | None) -> Iterator[None]:
     import ray
 
     private: Any = ray
-    before = {name: os.environ.pop(name, None) for name in _LOCAL_VARIABLES}
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    before = {name: os.environ.pop(name, None) for name in (*_LOCAL_VARIABLES, _TOKEN, _TOKEN_PATH)}
+
+    def read_environment() -> None:
+        private._raylet.Config.initialize("")  # noqa: SLF001
+        private._raylet.AuthenticationTokenLoader.instance().reset_cache()  # noqa: SLF001
+
     try:
-        os.environ.update(_LOCAL_VARIABLES)
+        os.environ.update(_LOCAL_VARIABLES, **{_TOKEN_PATH: str(token)})
         private._private.ray_constants.ENABLE_RAY_CLUSTER = False  # noqa: SLF001
-        private._raylet.Config.initialize("")  # noqa: SLF001 # reads the environment again
+        read_environment()
         yield
     finally:
         for name, value in before.items():
-            os.environ.pop(name)
+            os.environ.pop(name, None)
             os.environ.update({} if value is None else {name: value})
         private._private.ray_constants.ENABLE_RAY_CLUSTER = True  # noqa: SLF001
-        private._raylet.Config.initialize("")  # noqa: SLF001
+        read_environment()
+
+
+class _NoPaths(list[str]):
+    """Stays empty."""
+
+    def extend(self, _: Iterable[str]) -> None:
+        pass
+
+
+def _without_driver_paths() -> Any:
+    """Return the configuration of a job whose workers do not put the driver's folders first on their path.
+
+    A file there, such as pandas.py, would replace a package. No option of Ray leaves them out, hence the private name.
+    """
+    import ray
+
+    job: Any = ray.job_config.JobConfig()
+    job._py_driver_sys_path = _NoPaths()  # noqa: SLF001
+    return job
 
 
 def _check_answers(address: str | None) -> None:

@@ -128,6 +128,7 @@ class TrialCoordinator:
                 device=self._slots.device,
                 threads=self._slots.threads,
                 timeout=self._space.trial_timeout,
+                code_folder=str(Path.cwd()),
             )
         return None
 

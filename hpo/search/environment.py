@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import platform
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
@@ -28,7 +31,7 @@ def check_trainable(space: Space) -> None:
             check_program(space.command)
         return
     if not space.is_default_trainable:
-        with space.locating_errors("trainable"):
+        with space.locating_errors("trainable"), _path_restored():
             load_trainable(space.trainable)
         return
     from hpo.train.params import read_params  # does not import torch; only workers do
@@ -42,6 +45,16 @@ def check_trainable(space: Space) -> None:
             mistakes[str(error)] = None
     if mistakes:
         raise TrainableError("\n".join(mistakes))
+
+
+@contextmanager
+def _path_restored() -> Iterator[None]:
+    """Take what was added to Python's path off again: this process does not run the trainable."""
+    before = list(sys.path)
+    try:
+        yield
+    finally:
+        sys.path[:] = before
 
 
 def note_horizon(space: Space) -> str | None:

@@ -125,6 +125,7 @@ def replay(
             device=recorded.get("device", "cpu"),
             threads=recorded.get("threads", 1),
             timeout=None,
+            code_folder=str(Path.cwd()),
         )
         for report in run_trial(spec):
             if report.failure:

@@ -60,7 +60,7 @@ class TrialWorker(tune.Trainable):
             import torch  # noqa: F401
 
             if self._spec.command is None:
-                load_trainable(self._spec.trainable)
+                load_trainable(self._spec.trainable, self._spec.code_folder)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next trial, unless this process must not run another one.

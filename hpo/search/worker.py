@@ -48,6 +48,7 @@ class TrialSpec:
         device: `cpu` or `cuda`.
         threads: the threads that torch uses.
         timeout: seconds without an epoch after which the worker counts as hung; None for no limit.
+        code_folder: the folder in which the search was started: the trainable may be there.
     """
 
     trainable: str
@@ -64,6 +65,7 @@ class TrialSpec:
     device: str
     threads: int
     timeout: float | None
+    code_folder: str
 
 
 @dataclass(frozen=True)
@@ -318,7 +320,7 @@ def _describe_failure(error: Exception, spec: TrialSpec) -> TrialReport:
 def _start_epochs(spec: TrialSpec, checkpoint: Checkpoint | None) -> Generator[Any, None, None]:
     """Start the trainable, or the script that replaces it; the generator yields one `EpochReport` per epoch."""
     if spec.command is None:
-        return load_trainable(spec.trainable)(
+        return load_trainable(spec.trainable, spec.code_folder)(
             spec.params,
             data=spec.data,
             seed=spec.seed,

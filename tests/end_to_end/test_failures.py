@@ -78,6 +78,8 @@ def __getattr__(name):
 @pytest.mark.ray
 def test_a_worker_that_dies_when_it_is_reused_loses_no_trial(tmp_path: Path) -> None:
     (tmp_path / "fragile.py").write_text(FRAGILE)
+    for name in ("torch", "numpy", "pandas", "psutil", "gzip", "msvcrt"):  # of the trials' processes, too
+        (tmp_path / f"{name}.py").write_text("from pathlib import Path\nPath('replaced').touch()")
     space = {
         "sampler": "grid",
         "trainable": "fragile:train",
@@ -90,6 +92,7 @@ def test_a_worker_that_dies_when_it_is_reused_loses_no_trial(tmp_path: Path) -> 
     finished = hpo(tmp_path, "run", write_space(tmp_path, "fragile", space))
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert (tmp_path / "died").exists()
+    assert not (tmp_path / "replaced").exists(), "a file in the working folder replaces no package"
     states = "SELECT state, crashes FROM trials JOIN hpo_trials ON trial = trial_id"
     assert sorted(rows(tmp_path / "runs/hpo.db", states)) == [("COMPLETE", 0), ("COMPLETE", 0), ("COMPLETE", 1)]
     assert finished.stdout.count("the worker process died") == 1

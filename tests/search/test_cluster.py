@@ -32,10 +32,16 @@ class FakeRay(SimpleNamespace):
         self.environment: dict[str, str] = {}  # of Ray's processes
         constants = SimpleNamespace(ENABLE_RAY_CLUSTER=True)
         self._private = SimpleNamespace(worker=SimpleNamespace(_global_node=node), ray_constants=constants)
-        self._raylet = SimpleNamespace(Config=SimpleNamespace(initialize=lambda _: None))
+        loader = SimpleNamespace(instance=lambda: SimpleNamespace(reset_cache=lambda: None))
+        self._raylet = SimpleNamespace(
+            Config=SimpleNamespace(initialize=lambda _: None), AuthenticationTokenLoader=loader
+        )
+        self.job_config = SimpleNamespace(JobConfig=SimpleNamespace)
 
     def init(self, **options: Any) -> None:
         self.calls.append(("init", options["address"]))
+        options["job_config"]._py_driver_sys_path.extend(["/the/working/folder"])
+        assert options["job_config"]._py_driver_sys_path == []
         self.environment = dict(os.environ)
         self.threads.add(threading.current_thread())
         if self._error is not None:
@@ -83,15 +89,23 @@ def test_a_ray_of_our_own_is_private_and_a_joined_one_is_as_it_is(
     fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "the user's")
     for address, mode, loopback in ((None, "token", "0"), ("auto", "disabled", None)):
         with RayCluster(address) as cluster:
             cluster.start()
             cluster.size()
             assert fake_ray.environment["RAY_AUTH_MODE"] == mode
             assert fake_ray.environment.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") == loopback
+            assert fake_ray.environment.get("RAY_AUTH_TOKEN") == (None if address is None else "the user's")
+            if address is None:
+                token = Path(fake_ray.environment["RAY_AUTH_TOKEN_PATH"])
+                assert token.stat().st_mode & 0o777 == 0o600
+                assert token.parent.stat().st_mode & 0o777 == 0o700
+                assert len(token.read_text()) == 64
             assert fake_ray._private.ray_constants.ENABLE_RAY_CLUSTER is (address is not None)
         assert os.environ["RAY_AUTH_MODE"] == "disabled"
-        assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ
+        assert os.environ["RAY_AUTH_TOKEN"] == "the user's"
+        assert {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_TOKEN_PATH"}.isdisjoint(os.environ)
 
 
 def test_leaving_the_context_stops_the_cluster_even_after_an_error(fake_ray: FakeRay) -> None:

@@ -239,7 +239,7 @@ def holding(params: dict[str, Any], **_: Any) -> Iterator[EpochReport]:
 def freed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether the memory was gone each time that the worker freed what is left on the GPU."""
     states: list[bool] = []
-    monkeypatch.setattr(worker, "load_trainable", lambda _: holding)
+    monkeypatch.setattr(worker, "load_trainable", lambda *_: holding)
     monkeypatch.setattr(worker, "_describe_device", lambda spec: {"device": spec.device})
     monkeypatch.setattr(gpu, "free_memory", lambda: states.append(Memory.held() is None))
     return states
@@ -315,7 +315,7 @@ def test_a_device_is_lost_if_it_answers_every_call_with_an_error(
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: is_initialized)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     monkeypatch.setattr(torch.cuda, "empty_cache", synchronize)
-    monkeypatch.setattr(worker, "load_trainable", lambda _: holding)
+    monkeypatch.setattr(worker, "load_trainable", lambda *_: holding)
     error = RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED")
     *_, last = run_trial(trial_spec(tmp_path, params={"error": error}))
     assert last.failure == f"RuntimeError: {error}"
@@ -324,7 +324,7 @@ def test_a_device_is_lost_if_it_answers_every_call_with_an_error(
 
 def test_a_device_that_mps_does_not_serve_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA is not initialized then, so it cannot be asked: the server recovers from an error of a neighbour."""
-    monkeypatch.setattr(worker, "load_trainable", lambda _: holding)
+    monkeypatch.setattr(worker, "load_trainable", lambda *_: holding)
     error = RuntimeError("Unexpected error from cudaGetDeviceCount(). Error 807: MPS server is not ready")
     *_, last = run_trial(trial_spec(tmp_path, params={"error": error}))
     assert (last.is_device_lost, last.is_out_of_memory) == (True, False)
@@ -336,7 +336,7 @@ def test_what_a_trainable_says_about_its_run_is_passed_on_once(tmp_path: Path, m
         for epoch in (2, 3):
             yield EpochReport(epoch, {"value": 1.0}, dict, {"cuda_graph": False}, "no graph", needs_new_process=True)
 
-    monkeypatch.setattr(worker, "load_trainable", lambda _: telling)
+    monkeypatch.setattr(worker, "load_trainable", lambda *_: telling)
     monkeypatch.setattr(worker, "_describe_device", lambda _: {"device": "cuda"})
     reports = take_reports(trial_spec(tmp_path), 3)
     assert [report.provenance for report in reports] == [
