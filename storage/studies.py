@@ -217,11 +217,12 @@ def study_names(database: Database) -> list[str]:
 
 
 def deleted_studies(database: Database) -> set[str]:
-    """Return the `hpo:id` of each study that was deleted from this database."""
+    """Return the `hpo:id` of each study that was deleted from this database. What no study can have is left out."""
 
     def read() -> set[str]:
         with database.engine.connect() as connection:
-            return set(connection.scalars(sa.select(tables.deleted_studies.c.id)))
+            found = connection.scalars(sa.select(tables.deleted_studies.c.id))
+            return {each for each in found if isinstance(each, str) and _IDENTITY.fullmatch(each)}
 
     return retry_while_down(database, read)
 

@@ -15,8 +15,8 @@ def start_driver(tmp_path: Path) -> Iterator[Callable[..., Driver]]:
     """`start_driver("space.yaml")` starts `hpo run space.yaml` in `tmp_path`. After the test no driver is left."""
     drivers: list[Driver] = []
 
-    def start(*arguments: str | Path) -> Driver:
-        drivers.append(Driver(tmp_path, len(drivers), *arguments))
+    def start(*arguments: str | Path, **variables: str) -> Driver:
+        drivers.append(Driver(tmp_path, len(drivers), *arguments, **variables))
         return drivers[-1]
 
     yield start

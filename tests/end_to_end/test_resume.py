@@ -39,6 +39,10 @@ def check_private(driver: Driver) -> None:
     folders = {Path(found) for found in re.findall(r"/[^ =:]*?/hpo-ray-\w+", lines)}
     assert folders
     assert {folder.stat().st_mode & 0o777 for folder in folders} == {0o700}
+    of_ray = [process for process in processes if process.name() in {"raylet", "gcs_server"}]
+    tokens = {Path(process.environ()["RAY_AUTH_TOKEN_PATH"]) for process in of_ray}
+    assert {token.parent for token in tokens} <= folders
+    assert {token.stat().st_mode & 0o777 for token in tokens} == {0o600}
 
 
 @pytest.mark.slow
@@ -50,12 +54,14 @@ def test_a_study_survives_signals_kill_9_and_two_drivers(tmp_path: Path, start_d
 
     # Two signals stop a driver at once, in the middle of an epoch.
     hold_epochs(hold, 1)
-    driver = start_driver(path)
+    (tmp_path / "home").mkdir()
+    driver = start_driver(path, HOME=str(tmp_path / "home"))
     driver.wait_until(lambda: driver.is_held(hold))
     commands = [" ".join(child.cmdline()) for child in driver.children()]
     assert any("gcs_server" in command for command in commands)
     assert not any("/autoscaler/" in command for command in commands), "ray.shutdown would wait a second for it"
     check_private(driver)
+    assert not (tmp_path / "home/.ray").exists(), "others may be able to read what Ray writes there"
     driver.terminate()
     driver.wait_until(lambda: "Ctrl-C again" in driver.output)
     assert driver.is_running, "the first signal waits for the epoch in flight"

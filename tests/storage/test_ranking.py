@@ -7,7 +7,7 @@ from collections.abc import Collection
 import pytest
 from optuna.trial import TrialState, create_trial
 
-from storage import ranking
+from storage import ranking, tables
 from storage.database import Database
 from storage.ranking import Direction, EndedTrial, superfluous_trials
 from storage.records import attempt_of
@@ -123,4 +123,8 @@ def test_a_deleted_study_is_recorded_under_the_id_in_its_unique_name(database: D
     database.optuna_storage.delete_study(study.study_id)
     assert study_names(database) == []
     assert deleted_studies(database) == {summary.unique_name.removeprefix("s-")}
+    with database.engine.begin() as connection:
+        rows = [{"id": each} for each in ("../other", "0123abcd", "0123456789ab\n")]
+        connection.execute(tables.deleted_studies.insert(), rows)
+    assert len(deleted_studies(database)) == 1, "what no study can have would name files of others"
     assert sql(database, "SELECT count(*) FROM hpo_runs") == [(0,)]
