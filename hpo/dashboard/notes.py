@@ -46,6 +46,8 @@ def describe_trial(results: Results, trial: TrialResult, space: Space | None) ->
     if trial.seconds:
         per_epoch = f", {trial.seconds / epochs:,.2f} s per epoch" if epochs else ""
         lines.append(f"**Duration**: {trial.seconds:,.1f} s{per_epoch}")
+    if trial.reused_from:
+        lines.append(f"**Reused from**: {code(trial.reused_from)}, which trained it")
     parent = trial.attrs.get("parent")
     if parent is not None:
         lines.append(f"**Parent**: [trial {parent}](/dashboard/studies/{study.study_id}/trials?numbers={parent})")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -45,6 +46,7 @@ from hpo.train.fashion_mnist import CLASS_NAMES
 from hpo.train.network import MirrorAverage, build_model
 from hpo.train.params import read_params
 from hpo.trainable import DEFAULT_TRAINABLE
+from storage.imports import Origin
 from storage.optuna_internals import trial_id
 from storage.records import attempt_of
 
@@ -198,6 +200,12 @@ def _load_checkpoint(
             f"trial {trial.number} has no checkpoint any more: this search keeps those of {kept.description} "
             f"(checkpoints.keep is {kept.keep}). With `checkpoints: {{keep: all}}` in the search space, trials keep theirs "
             f"from then on. Trials with a checkpoint: {left}"
+        )
+    origin = Origin.of(trial.user_attrs)
+    if checkpoint is None and origin is not None:
+        raise SettingError(
+            f"trial {trial.number} was trained as trial {origin.number} of study {origin.study}, which has its checkpoint: "
+            f"export it there, with `hpo export {shlex.quote(origin.study)} --trial {origin.number}`"
         )
     if checkpoint is None:
         raise SettingError(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -24,6 +25,13 @@ def test_a_note_has_params_training_machine_duration_and_parent(study: Study) ->
         "- **Replay**: `hpo replay search 2`",
     ]
     assert "Parent" not in describe_trial(results, results.trials[1], space)
+
+
+def test_the_note_of_a_result_of_an_earlier_study_names_it(study: Study) -> None:
+    results, space = read_results(study), Space.from_settings(study.settings)
+    attrs = {"reused_from": {"study": "grid", "trial": 3, "id": "0123456789ab"}}
+    note = describe_trial(results, replace(results.trials[0], attrs=attrs), space)
+    assert "- **Reused from**: `grid #3`, which trained it" in note.splitlines()
 
 
 def test_the_note_of_a_failed_trial_has_the_wrapped_reason(study: Study) -> None:

@@ -34,6 +34,7 @@ from hpo.train.data import load
 from hpo.train.network import build_model
 from storage.database import open_database
 from storage.optuna_internals import DraftStorage, study_id
+from storage.optuna_tables import write_attrs
 from storage.run import Run
 from storage.studies import Study, find_study, open_study
 from tests.factories import toy_space, trial_spec
@@ -276,6 +277,14 @@ def test_a_trial_that_cannot_be_exported_is_an_error(study: Study, tmp_path: Pat
     with pytest.raises(SettingError, match=message):
         export(study, tmp_path, number)
     assert not (tmp_path / "exports").exists()
+
+
+@pytest.mark.slow
+def test_a_result_of_an_earlier_study_is_exported_there(study: Study, tmp_path: Path) -> None:
+    with study.database.transaction() as connection:
+        write_attrs(connection, [(2, {"reused_from": {"study": "grid", "trial": 3, "id": "0123456789ab"}})])
+    with pytest.raises(SettingError, match=r"trained as trial 3 of study grid.*`hpo export grid --trial 3`"):
+        export(find_study(study.database, "toy") or study, tmp_path, 1)
 
 
 @pytest.mark.slow
