@@ -81,6 +81,7 @@ def trial_spec(folder: Path, **changes: Any) -> TrialSpec:
     values: dict[str, Any] = {
         "trainable": "benchmarks.toy:chain",
         "command": None,
+        "patterns": {},
         "key": "k",
         "params": {"x": 1},
         "data": {},

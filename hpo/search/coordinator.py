@@ -116,6 +116,7 @@ class TrialCoordinator:
             return TrialSpec(
                 trainable=self._space.trainable,
                 command=self._space.command,
+                patterns=self._space.report,
                 key=owner_key(self._space.config_key(claim.params), claim.attempt),
                 token=claim.token,
                 params=claim.params | derived,

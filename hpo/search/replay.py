@@ -113,6 +113,7 @@ def replay(
         spec = TrialSpec(
             trainable=space.trainable,
             command=space.command,
+            patterns=space.report,
             key=space.config_key(trial.params),
             token=0,
             params=params,

@@ -1,7 +1,8 @@
 """Runs the user's script as a trial: `command: python train.py --lr {lr}`.
 
-The script prints a line of JSON with its metrics for each epoch. All of its output is appended to the trial's log. When the
-trial ends first, or when this process is killed, the script's process group is killed too.
+The script prints a line of JSON with its metrics for each epoch; or patterns find them in what it prints. All of its output
+is appended to the trial's log. When the trial ends first, or when this process is killed, the script's process group is
+killed, too.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from hpo.errors import TrainableError
 from hpo.space.command import CHECKPOINT_DIR
+from hpo.space.patterns import OutputReader, PatternError
 
 STOP_SECONDS = 5.0  # between SIGTERM and SIGKILL
 STDERR_SECONDS = 1.0  # how long to wait for the rest of stderr after the script has ended
@@ -56,7 +58,13 @@ def check_program(command: str) -> None:
 
 
 def run_script(
-    arguments: Sequence[str], *, log: Path, max_epochs: int, threads: int, needs_epoch: bool
+    arguments: Sequence[str],
+    *,
+    log: Path,
+    max_epochs: int,
+    threads: int,
+    needs_epoch: bool,
+    patterns: Mapping[str, str] | None = None,
 ) -> Generator[ScriptEpoch, None, None]:
     """Start a script and yield a ScriptEpoch for each line of JSON that has numbers.
 
@@ -68,11 +76,13 @@ def run_script(
         max_epochs: the last epoch. It is yielded after the script has ended, so that the script can finish its work.
         threads: the script's OMP_NUM_THREADS.
         needs_epoch: whether each line must have an `epoch`. Otherwise lines without one are counted from 1.
+        patterns: read the metrics instead of JSON, see `OutputReader`.
 
     Raises:
         ScriptError: the script failed, ended before the last epoch, or reported epochs that do not increase.
         OSError: the script could not be started.
     """
+    parse = OutputReader(patterns).read if patterns else _parse_metrics
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as log_file, _started(arguments, log, threads) as (script, stderr_copier):
         epoch = 0
@@ -80,7 +90,10 @@ def run_script(
         assert script.stdout is not None
         for line in script.stdout:
             _append(log_file, line)
-            metrics = _parse_metrics(line)
+            try:
+                metrics = parse(line)
+            except PatternError as error:
+                raise ScriptError(f"{error}{_tail(log)}") from None
             if metrics is None:
                 continue
             next_epoch = _take_epoch(metrics, epoch, needs_epoch=needs_epoch)

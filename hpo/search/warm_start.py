@@ -204,7 +204,7 @@ class _Comparison:
         self._before = before
         self._earlier = earlier
         self._despite = despite
-        self._is_same_code = (space.trainable, space.command) == (before.trainable, before.command)
+        self._is_same_code = _code_of(space) == _code_of(before)
         self._trainings = space.is_default_trainable and before.is_default_trainable
         self._defaults = _default_params() if self._trainings else {}
         self._epochs: dict[int, dict[int, dict[str, float]]] | None = None
@@ -341,6 +341,10 @@ class _Comparison:
         if is_reused and self._before.max_epochs == self._space.max_epochs:
             attrs |= {name: value for name, value in trial.user_attrs.items() if name.startswith("test_")}
         return attrs
+
+
+def _code_of(space: Space) -> tuple[Any, ...]:
+    return space.trainable, space.command, space.report
 
 
 def _default_params() -> dict[str, Scalar]:

@@ -36,6 +36,7 @@ class TrialSpec:
     Attributes:
         trainable: `module:function`.
         command: the script that is run instead of the trainable, or None.
+        patterns: read the metrics of the script; empty if it prints JSON.
         key: of the configuration and the attempt: files of another one are not used.
         token: of the claim: a worker with an earlier one saves no checkpoint any more.
         params: hyperparameters and derived values.
@@ -53,6 +54,7 @@ class TrialSpec:
 
     trainable: str
     command: str | None
+    patterns: dict[str, str]
     key: str
     token: int
     params: dict[str, Any]
@@ -345,6 +347,7 @@ def _start_epochs(spec: TrialSpec, checkpoint: Checkpoint | None) -> Generator[A
         max_epochs=spec.max_epochs,
         threads=spec.threads,
         needs_epoch=needs_epoch,
+        patterns=spec.patterns,
     )
 
 

@@ -71,6 +71,9 @@ class Space(StrictModel):
     command: str | None = None
     """A script to run instead of a trainable, such as `python train.py --lr {lr}`, where `{lr}` becomes the value of lr. It
     prints one line of JSON with its metrics after each epoch."""
+    report: Annotated[dict[str, str], Field(max_length=MAX_PARAMETERS, default_factory=dict)]
+    """Patterns that read metrics from what the script prints, such as `accuracy: 'Accuracy: (\\d+/\\d+)'`. The group is the
+    number, or a fraction. Without them, the script prints JSON."""
     metric: str = "val_accuracy"
     """The metric to optimize. The trainable must report it."""
     direction: Literal["maximize", "minimize"] = "maximize"
@@ -214,7 +217,7 @@ class Space(StrictModel):
             parameter.pop("default", None)  # only about earlier trials
             if parameter.get("when", False) is None:
                 del parameter["when"]
-        return _digest(identity | self.model_dump(include=self._used({"constraints", "derived", "command"})))
+        return _digest(identity | self.model_dump(include=self._used({"constraints", "derived", "command", "report"})))
 
     def config_key(self, params: Mapping[str, Scalar]) -> str:
         """Return the identity of a configuration: trainings with the same key differ at most in the number of epochs."""
@@ -224,7 +227,7 @@ class Space(StrictModel):
             "trainable": self.trainable,
             "seed": self.seed,
         }
-        return _digest(identity | self.model_dump(include=self._used({"derived", "command"})))
+        return _digest(identity | self.model_dump(include=self._used({"derived", "command", "report"})))
 
     def _used(self, names: set[str]) -> set[str]:
         """Return the names of the keys with a value. An unused key must not change identities from before it existed."""

@@ -16,7 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from hpo.errors import nearest
-from hpo.space.command import describe_option, find_command_mistakes, looks_like_option, positional_placeholders
+from hpo.space.command import (
+    CHECKPOINT_DIR,
+    describe_option,
+    find_command_mistakes,
+    looks_like_option,
+    positional_placeholders,
+    uses_checkpoint_dir,
+)
 from hpo.space.expressions import FUNCTIONS, Expression, ExpressionError, Formulas, find_cycle
 from hpo.space.messages import KeyPath, Problem
 from hpo.space.parameters import (
@@ -29,6 +36,7 @@ from hpo.space.parameters import (
     sample_params,
     sampling_order,
 )
+from hpo.space.patterns import EPOCH, PatternError, compile_pattern
 from hpo.trainable import DEFAULT_TRAINABLE
 
 MAX_GRID_POINTS = 100_000
@@ -269,6 +277,23 @@ def _command_is_complete(sections: ValidSections) -> Iterator[Problem]:
                 yield ("parameters", name), f"{value!r}: {describe_option(name)}"
 
 
+def _patterns_are_valid(sections: ValidSections) -> Iterator[Problem]:
+    patterns, metric, command = sections["report"], sections["metric"], sections["command"]
+    if not patterns:
+        return
+    if command is None:
+        yield ("report",), "patterns read the output of a script: give a command, or leave report out"
+    for name, text in patterns.items():
+        try:
+            compile_pattern(text)
+        except PatternError as error:
+            yield ("report", name), str(error)
+    if metric not in patterns:
+        yield ("report",), f"no pattern reads the metric {metric}, {nearest(metric, patterns)}"
+    if command is not None and uses_checkpoint_dir(command) and EPOCH not in patterns:
+        yield ("report",), f"with {{{CHECKPOINT_DIR}}}, a pattern must read the epoch: give report.{EPOCH}"
+
+
 def _sources_are_distinct(sections: ValidSections) -> Iterator[Problem]:
     seen: set[tuple[str, str | None]] = set()
     for i, source in enumerate(sections["warm_start"]):
@@ -299,6 +324,7 @@ RULES: tuple[Rule, ...] = (
     _expressions_are_valid,
     _some_configuration_is_valid,
     _command_is_complete,
+    _patterns_are_valid,
     _sources_are_distinct,
     _features_are_built,
 )

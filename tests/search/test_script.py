@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -18,7 +19,9 @@ from hpo.errors import TrainableError
 from hpo.search import script
 from hpo.search.script import ScriptEpoch, ScriptError, check_program, run_script
 from hpo.search.worker import TrialReport, run_trial
-from tests.factories import ROOT, trial_spec, wait_until
+from hpo.space.model import load_space
+from storage.database import Database
+from tests.factories import ROOT, search_without_ray, trial_spec, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -40,8 +43,17 @@ def log(tmp_path: Path) -> Path:
 def start(log: Path) -> Start:
     """Run Python code as a script of three epochs."""
 
-    def start(code: str, *, needs_epoch: bool = False) -> Generator[ScriptEpoch, None, None]:
-        return run_script([sys.executable, "-c", code], log=log, max_epochs=3, threads=1, needs_epoch=needs_epoch)
+    def start(
+        code: str, *, needs_epoch: bool = False, patterns: dict[str, str] | None = None
+    ) -> Generator[ScriptEpoch, None, None]:
+        return run_script(
+            [sys.executable, "-c", code],
+            log=log,
+            max_epochs=3,
+            threads=1,
+            needs_epoch=needs_epoch,
+            patterns=patterns,
+        )
 
     return start
 
@@ -50,6 +62,60 @@ def test_a_missing_program_is_an_error_before_anything_starts() -> None:
     check_program("python train.py")
     with pytest.raises(TrainableError, match="command: there is no program 'pyhton'"):
         check_program("pyhton train.py")
+
+
+# --- patterns ---------------------------------------------------------------------------------------------------------
+
+# Prints what the MNIST example of PyTorch prints.
+LIKE_MNIST = r"""
+for epoch in range(1, 4):
+    for done in range(0, 60000, 20000):
+        print(f"Train Epoch: {epoch} [{done}/60000 ({done / 600:.0f}%)]\tLoss: {2.3 / (epoch + done):.6f}")
+    print(f"\nTest set: Average loss: {0.1 / epoch:.4f}, Accuracy: {9800 + epoch}/10000 (98%)\n")
+"""
+MNIST = {"epoch": r"Train Epoch: (\d+)", "accuracy": r"Accuracy: (\d+/\d+)"}
+
+
+@pytest.mark.parametrize("needs_epoch", [False, True])
+def test_patterns_read_the_output_of_a_script_that_nobody_changes(start: Start, log: Path, needs_epoch: bool) -> None:
+    epochs = list(start(LIKE_MNIST, patterns=MNIST, needs_epoch=needs_epoch))
+    assert epochs == [ScriptEpoch(epoch, {"accuracy": (9800 + epoch) / 10000}) for epoch in (1, 2, 3)]
+    assert "Accuracy: 9803/10000 (98%)" in log.read_text()
+
+
+def test_without_a_pattern_for_the_epoch_they_are_counted(start: Start) -> None:
+    epochs = list(start(LIKE_MNIST, patterns={"loss": r"Average loss: ([\d.]+)"}))
+    assert epochs == [ScriptEpoch(epoch, {"loss": value}) for epoch, value in ((1, 0.1), (2, 0.05), (3, 0.0333))]
+
+
+def test_a_search_reads_the_output_of_such_a_script(tmp_path: Path, database: Database) -> None:
+    (tmp_path / "main.py").write_text(LIKE_MNIST)
+    keys = {
+        "sampler": "grid",
+        "max_epochs": 3,
+        "command": f"{sys.executable} {tmp_path}/main.py --lr {{lr}}",
+        "metric": "accuracy",
+        "report": MNIST,
+        "parameters": {"lr": [1]},
+    }
+    path = tmp_path / "mnist.yaml"
+    path.write_text(json.dumps(keys))
+    space = load_space(str(path))
+    study, _ = search_without_ray(space, database, tmp_path)
+    assert study.trials()[0].value == 0.9803
+    assert study.metrics()[0][2]["accuracy"] == 0.9802
+    path.write_text(json.dumps(keys | {"report": {"accuracy": "(1)"}}))
+    assert load_space(str(path)).config_key({"lr": 1}) != space.config_key({"lr": 1}), "it measures something else"
+
+
+def test_with_patterns_json_is_text_like_any_other(start: Start) -> None:
+    with pytest.raises(ScriptError, match="the script ended after epoch 0 of 3"):
+        list(start(PRINT_EPOCHS.format(epochs=3), patterns=MNIST))
+
+
+def test_a_pattern_that_finds_no_number_fails_the_trial_with_the_last_lines(start: Start) -> None:
+    with pytest.raises(ScriptError, match=r"report.accuracy found '98%', which is no number[\s\S]*Test set"):
+        list(start(LIKE_MNIST, patterns={"accuracy": r"\((98%)\)"}))
 
 
 # --- output -----------------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def test_the_annotated_file_loads_and_uses_every_key_that_is_built(tmp_path: Pat
     path.write_text(annotated_block())
     space = load_space(str(path))
     missing = set(Space.model_fields) - space.model_fields_set
-    assert missing == {"trainable", "command", "objectives", "warm_start", "replicates"}
+    assert missing == {"trainable", "command", "report", "objectives", "replicates"}
     used = {type(parameter).__name__ for parameter in space.parameters.values()}
     assert {"Fixed", "Choices", "FloatRange"} <= used
     assert space.parameters["momentum"].when == {"optimizer": "sgd"}

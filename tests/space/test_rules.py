@@ -194,6 +194,22 @@ RULES = {
         f"»constraints: [{' + '.join(['a * b'] * 20)} < 0]\n",
         ["constraints: ", "operations for each of 90,000 configurations are more than 2,000,000: simplify"],
     ),
+    "a pattern without a script": (
+        VALID + "»report: {val_accuracy: 'Accuracy: (.+)'}\n",
+        ["report: patterns read the output of a script: give a command, or leave report out"],
+    ),
+    "a pattern without a group": (
+        VALID + "command: python train.py\nmetric: acc\nreport: {»acc: 'Accuracy: .+'}\n",
+        ["report.acc: 'Accuracy: .+' must have one group, parentheses around the number, and has 0"],
+    ),
+    "no pattern for the metric": (
+        VALID + "command: python train.py\nmetric: acc\n»report: {loss: 'Loss: (.+)', accu: 'Acc: (.+)'}\n",
+        ["report: no pattern reads the metric acc, did you mean accu?"],
+    ),
+    "no pattern for the epoch of a script that resumes": (
+        VALID + "command: python train.py {checkpoint_dir}\nmetric: acc\n»report: {acc: 'Acc: (.+)'}\n",
+        ["report: with {checkpoint_dir}, a pattern must read the epoch: give report.epoch"],
+    ),
     # Keys of features that are not built are refused, not ignored.
     "several objectives": (
         VALID + "»objectives: [{metric: a, direction: minimize}, {metric: b}]\n",
