@@ -1,7 +1,7 @@
 """The command line: flags and environment variables in, text and exit codes out.
 
 Exit codes: 0 finished; 1 finished, but no trial completed; 2 the user must change something; 130 stopped, resumable.
-A search whose time budget is spent is finished. One that stopped because nothing can be trained is not: 2.
+A search whose time or patience is spent is finished. One that stopped because nothing can be trained is not: 2.
 `hpo.api` does the work. Each verb imports what it needs, so `hpo --help` is fast.
 """
 
@@ -483,6 +483,7 @@ def _print_ending(console: Console, result: SearchResult, storage: str) -> None:
         remedy = {
             StopCause.INTERRUPTED: "The same command resumes it",
             StopCause.TIME_SPENT: "With a larger budget.time, the same command resumes it",
+            StopCause.NO_IMPROVEMENT: "With a larger budget.patience, the same command resumes it",
         }.get(result.stopped.cause, "Fix the cause, retry the failed trials, and start the same command again")
         console.print(f"Stopped: {result.stopped}. {remedy}.", style="yellow", soft_wrap=True)
     name = result.results.name

@@ -20,6 +20,40 @@ MAX_NUMBERS = 1000  # in one query; with more, the caller gets all trials and pi
 Direction = Literal["maximize", "minimize"]
 
 
+def count_since_best(study: Study, *, maximize: bool) -> int:
+    """Return how many trials have ended after the one with the best value, of equal ones the first; 0 if none completed.
+
+    Failed trials do not count, nor those of earlier studies from which only the sampler learns.
+
+    Args:
+        study: the study.
+        maximize: whether larger values are better.
+
+    Raises:
+        StorageError: the database cannot be used.
+    """
+    trial, value = optuna_tables.trials, optuna_tables.trial_values
+    own = sa.and_(trial.c.study_id == study.study_id, ~tables.is_imported(trial, tables.LEARNED))
+    best = (
+        sa.select(trial.c.datetime_complete)
+        .join(value, sa.and_(value.c.trial_id == trial.c.trial_id, value.c.objective == 0))
+        .where(own, trial.c.state == TrialState.COMPLETE, value.c.value.is_not(None))
+        .order_by(value.c.value.desc() if maximize else value.c.value, trial.c.datetime_complete)
+        .limit(1)
+    )
+    has_ended = trial.c.state.in_((TrialState.COMPLETE, TrialState.PRUNED))
+
+    def read() -> int:
+        with study.database.engine.connect() as connection:
+            when = connection.scalar(best)
+            if when is None:
+                return 0
+            later = sa.select(sa.func.count()).where(own, has_ended, trial.c.datetime_complete > when)
+            return int(connection.scalar(later) or 0)
+
+    return retry_while_down(study.database, read)
+
+
 @dataclass(frozen=True)
 class EndedTrial:
     """A trial that is COMPLETE or PRUNED: it never runs again.

@@ -23,6 +23,7 @@ from storage.lease import LEASE_SECONDS, MAX_FAILURES, Lease
 from storage.protocol import ClaimedTrial, TrialUpdate
 from storage.pruners import Pruner
 from storage.queue import ConfigKey, Draw, TrialQueue
+from storage.ranking import count_since_best
 from storage.records import Params
 from storage.studies import Study, without_garbage_collection
 from storage.summaries import elapsed_seconds
@@ -281,6 +282,11 @@ class Run:
         """Set an unfinished trial to WAITING: any run may resume it. Do nothing if the claim does not hold any more."""
         self.flush()
         self._before_leaving(lambda seconds: self._queue.release(claim, seconds))
+
+    def trials_since_best(self, *, maximize: bool) -> int:
+        """Return how many trials have ended after the best one, see `ranking.count_since_best`."""
+        self.flush()
+        return count_since_best(self.study, maximize=maximize)
 
     def elapsed_seconds(self) -> float:
         """Return for how long any run has worked on the study. Simultaneous runs count once."""

@@ -82,7 +82,7 @@ def configuration_table(space: Space, states: Mapping[str, str]) -> RenderableTy
     counts = ", ".join(f"{n} {state}" for state, n in sorted(Counter(states.values()).items()))
     stored = f"storage has {counts}" if counts else "storage has none of them"
     if not space.is_grid:
-        budget = f"{total} trials" if total is not None else "as many trials as budget.time allows"
+        budget = f"{total} trials" if total is not None else "as many trials as the budget allows"
         return f"{budget}, drawn by {space.sampler.name}; {stored}."
     points = list(space.planned_points())
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)

@@ -99,6 +99,11 @@ class TrialCoordinator:
         if self._is_over() or time.monotonic() < self._next_attempt or len(self._claims) >= self._at_a_time:
             return None
         with self._storage_errors_kept():
+            if self._is_patience_spent():
+                self._next_attempt = (
+                    time.monotonic() + POLL_SECONDS
+                )  # a trial that still runs may end with a better value
+                return None
             claim = self._claim()
             if self._run.exhausted and not self._is_exhaustion_noted:
                 self._is_exhaustion_noted = True
@@ -338,6 +343,15 @@ class TrialCoordinator:
         if time.monotonic() >= self._deadline:
             self.stop(StopCause.TIME_SPENT)
         return self.stopped is not None
+
+    def _is_patience_spent(self) -> bool:
+        """Whether too many trials in a row ended without a better value. If this run has no trial any more, stop it."""
+        patience = self._space.budget.patience
+        if patience is None or self._run.trials_since_best(maximize=self._space.direction == "maximize") < patience:
+            return False
+        if not self._claims:
+            self.stop(StopCause.NO_IMPROVEMENT, f"{patience} trials in a row have not found a better value")
+        return True
 
     def _crash_reason(self, claim: ClaimedTrial, details: str) -> tuple[str, str]:
         hang = self._folder(claim) / HANG_FILE

@@ -10,6 +10,7 @@ class StopCause(Enum):
     """What stopped a search. The value is how messages begin."""
 
     TIME_SPENT = "the time budget is spent"
+    NO_IMPROVEMENT = "budget.patience is spent"
     INTERRUPTED = "interrupted"
     BROKEN = "nothing can be trained"
     STORAGE_FAILED = "storage failed"

@@ -122,8 +122,8 @@ def _grid_is_finite(sections: ValidSections) -> Iterator[Problem]:
 
 def _search_ends(sections: ValidSections) -> Iterator[Problem]:
     sampler, budget = sections["sampler"], sections["budget"]
-    if not sampler.is_grid and budget.trials is None and budget.time is None and budget.gpu_hours is None:
-        yield ("sampler",), f"sampler {sampler.name} never ends: give budget.trials or budget.time"
+    if not sampler.is_grid and not budget.model_dump(exclude_none=True):
+        yield ("sampler",), f"sampler {sampler.name} never ends: give budget.trials, budget.time or budget.patience"
 
 
 def _sampler_fits_parameters(sections: ValidSections) -> Iterator[Problem]:

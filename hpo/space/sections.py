@@ -236,6 +236,8 @@ class Budget(StrictModel):
     """Number of trials."""
     time: Seconds | None = None
     """Wall-clock time of the study, summed over its runs: 90s, 30m, 4h, 1d12h, or seconds."""
+    patience: PositiveInt | None = None
+    """Number of trials that end one after another without a better value."""
     gpu_hours: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """GPU-hours; not built yet."""
 

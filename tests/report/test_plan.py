@@ -53,7 +53,7 @@ def test_a_large_grid_is_listed_in_part() -> None:
     ("budget", "text"),
     [
         ({"trials": 30}, "30 trials, drawn by random"),
-        ({"time": "4h"}, "as many trials as budget.time allows, drawn by"),
+        ({"time": "4h"}, "as many trials as the budget allows, drawn by"),
     ],
 )
 def test_a_sampled_search_is_described_by_its_budget(budget: dict[str, object], text: str) -> None:

@@ -134,6 +134,42 @@ def test_end_of_the_time_budget_releases_trials(study: Study, tmp_path: Path) ->
 BROKEN = TrialReport(failure="ModuleNotFoundError: No module named 'helpers'")
 
 
+def test_a_search_without_a_better_value_ends_when_its_last_trial_has_ended(study: Study, tmp_path: Path) -> None:
+    parameters = {"x": [1, 2, 3, 4, 5]}
+    space, listener = (
+        toy_space(tmp_path, parameters=parameters, budget={"patience": 2}, max_epochs=1),
+        RecordingListener(),
+    )
+    slots = Slots(2, 1.0, 0.0)
+    with run_of(study, space) as run:
+        coordinator = coordinator_of(space, run, tmp_path, listener, slots)
+
+        def end(tune_id: str, value: float) -> None:
+            claim = coordinator._claims[tune_id]
+            run.report(claim, 1, {"value": value}, value)
+            run.complete(claim, value)
+            coordinator._end(tune_id, "COMPLETE", "")
+
+        for tune_id, value in (("a", 0.5), ("b", 0.5), ("c", 0.75), ("d", 0.5)):
+            assert coordinator.next_trial(tune_id) is not None, "a better value starts the count again"
+            if tune_id != "d":
+                end(tune_id, value)
+        assert coordinator.next_trial("e") is not None
+        end("d", 0.5)
+        run.release(coordinator._claims["e"])  # another run may end it
+        other = run.claim()
+        assert other is not None
+        run.report(other, 1, {"value": 0.25}, 0.25)
+        run.complete(other, 0.25)
+        assert coordinator.next_trial("f") is None
+        assert not coordinator.is_done, "e may end with a better value"
+        coordinator._claims.clear()
+        coordinator._next_attempt = 0.0
+        assert coordinator.next_trial("f") is None
+        assert coordinator.is_done
+    assert str(coordinator.stopped) == "budget.patience is spent: 2 trials in a row have not found a better value"
+
+
 def test_a_search_whose_first_trials_all_fail_stops_before_it_burns_the_rest(study: Study, tmp_path: Path) -> None:
     space = toy_space(tmp_path, parameters={"x": list(range(9))})
     with run_of(study, space) as run:

@@ -19,7 +19,12 @@ from tests.factories import ROOT, shipped_space
 from tests.space.conftest import Load
 from tests.space.examples import FULL, HEAD, SAMPLED, VALID
 
-LATER_KEYS = {"checkpoints": {"keep": "best 3"}, "report": {}}  # than version 0.1.0
+
+def with_later_keys(settings: dict[str, Any]) -> dict[str, Any]:
+    """Add the keys that version 0.1.0 did not have."""
+    budget = settings["budget"] | {"patience": None}
+    return settings | {"checkpoints": {"keep": "best 3"}, "report": {}, "budget": budget}
+
 
 # --- the meaning of a file ------------------------------------------------------------------------------------------
 
@@ -311,7 +316,7 @@ def test_settings_from_version_0_1_0_become_a_space_with_the_same_identity(name:
     space = Space.from_settings(stored["settings"])
     assert space.fingerprint == stored["fingerprint"]
     assert space.config_key({"lr": 0.01, "batch_size": 64, "a": None, "b": True}) == stored["config_key"]
-    assert space.model_dump(mode="json") == stored["settings"] | LATER_KEYS
+    assert space.model_dump(mode="json") == with_later_keys(stored["settings"])
     check_round_trip(space)
 
 

@@ -19,7 +19,7 @@ RULES = {
     ),
     "a search that never ends": (
         "»sampler: tpe\nmax_epochs: 2\nparameters: {lr: 1}\n",
-        ["sampler tpe never ends", "budget.trials or budget.time"],
+        ["sampler tpe never ends", "budget.trials, budget.time or budget.patience"],
     ),
     "a grace period as long as the training": (
         VALID + "scheduler: {name: asha, »grace_period: 2}\n",

@@ -9,12 +9,13 @@ from optuna.trial import TrialState, create_trial
 
 from storage import ranking, tables
 from storage.database import Database
-from storage.ranking import Direction, EndedTrial, superfluous_trials
+from storage.imports import ImportedTrial, Origin, import_trials
+from storage.ranking import Direction, EndedTrial, count_since_best, superfluous_trials
 from storage.records import attempt_of
 from storage.retry import retry_trials
 from storage.studies import Study, deleted_studies, study_names
 from storage.summaries import summarize
-from tests.storage.builders import claim_one, config_key, grid_run, open_s, prune, sampled_run, sql
+from tests.storage.builders import GRID, POINTS, claim_one, config_key, grid_run, open_s, prune, sampled_run, sql
 
 VALUES = [0.2, 0.9, 0.5, 0.9, 0.1]
 
@@ -128,3 +129,20 @@ def test_a_deleted_study_is_recorded_under_the_id_in_its_unique_name(database: D
         connection.execute(tables.deleted_studies.insert(), rows)
     assert len(deleted_studies(database)) == 1, "what no study can have would name files of others"
     assert sql(database, "SELECT count(*) FROM hpo_runs") == [(0,)]
+
+
+@pytest.mark.parametrize("maximize", [True, False])
+def test_trials_since_the_best_value_are_counted(database: Database, study: Study, *, maximize: bool) -> None:
+    sign = 1 if maximize else -1
+    import_trials(study, [ImportedTrial(Origin("o", "i", 0), POINTS[0], GRID, TrialState.COMPLETE, sign * 9.0)])
+    found = [count_since_best(study, maximize=maximize)]
+    with grid_run(study) as run:
+        run.enqueue(POINTS, GRID)
+        for value in (1.0, 2.0, 2.0, None):
+            claim = claim_one(run)
+            if value is None:
+                run.fail(claim, "no")
+            else:
+                run.complete(claim, sign * value)
+            found.append(run.trials_since_best(maximize=maximize))
+    assert found == [0, 0, 0, 1, 1], "the first of equal values is the best; a failure does not count"
