@@ -453,7 +453,8 @@ def _look_up(
             found = find_trials(space, study, database, password)
             for each in found:
                 listener.note(str(each))
-            reused = {trial.key: "COMPLETE" for each in found for trial in each.reused if trial.key is not None}
+            trials = [trial for each in found for trial in each.trials]
+            reused = {trial.key: "COMPLETE" for trial in trials if trial.key is not None}
             if space.is_grid and left is not None:
                 points = {space.config_key(point) for point in space.planned_points()}
                 left -= len(points & (reused.keys() - states.keys()))

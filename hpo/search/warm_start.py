@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -37,39 +39,33 @@ class Found:
     Attributes:
         study: what names the earlier study, see `storage.studies.references`.
         storage: the database that has it, without a password; empty for the search's own.
-        trials: the trials, by number.
+        learned: from how many trials the sampler learns.
+        reused: how many results stand.
         refused: {reason: number of trials} that are not taken over.
+        seen: what it depends on: the state of the earlier study, and the options.
+        trials: the trials, by number; empty if the study has taken over all of them before.
     """
 
     study: str
     storage: str = ""
-    trials: Sequence[ImportedTrial] = ()
+    learned: int = 0
+    reused: int = 0
     refused: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def reused(self) -> list[ImportedTrial]:
-        """The trials whose results stand."""
-        return [trial for trial in self.trials if trial.key is not None]
+    seen: str = ""
+    trials: Sequence[ImportedTrial] = ()
 
     @property
     def attribute(self) -> dict[str, Any]:
-        """What the study stores of it, for reports."""
-        reused = len(self.reused)
-        return {
-            "study": self.study,
-            "storage": self.storage,
-            "learned": len(self.trials) - reused,
-            "reused": reused,
-            "refused": dict(self.refused),
-        }
+        """What the study stores of it."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "trials"}
 
     def __str__(self) -> str:
-        reused, left_out = len(self.reused), sum(self.refused.values())
+        left_out = sum(self.refused.values())
         parts = []
-        if len(self.trials) > reused:
-            parts.append(f"learns from {_count(len(self.trials) - reused, 'trial')}")
-        if reused:
-            parts.append(f"reuses {_count(reused, 'result')}")
+        if self.learned:
+            parts.append(f"learns from {_count(self.learned, 'trial')}")
+        if self.reused:
+            parts.append(f"reuses {_count(self.reused, 'result')}")
         if left_out:
             reasons = [f"{reason} ({count})" for reason, count in Counter(self.refused).most_common()]
             more = len(reasons) - MAX_REASONS
@@ -108,7 +104,11 @@ def find_trials(space: Space, study: Study | None, database: Database, password:
             if study is not None and earlier.identity == study.identity:
                 continue
             taken = _find(space, study, earlier, source, where)
-            if not taken.trials and taken.refused and not (space.parameters.keys() & _names(earlier)):
+            if (
+                not (taken.learned or taken.reused)
+                and taken.refused
+                and not (space.parameters.keys() & _names(earlier))
+            ):
                 raise SettingError(f"warm_start: {source.study} has no parameter in common with this search")
             found.append(taken)
     return found
@@ -162,6 +162,26 @@ def _names(study: Study) -> set[str]:
 
 
 def _find(space: Space, study: Study | None, earlier: Study, source: Source, where: str) -> Found:
+    """Return what is taken over from a study. A large one is read only if something has changed since the last time."""
+    counts = earlier.counts()
+    state = [earlier.identity, counts["COMPLETE"], counts["PRUNED"]]  # trials that have ended do not change
+    options = space.model_dump(mode="json", include={"parameters"}) | source.model_dump()
+    seen = hashlib.sha256(json.dumps([state, options], sort_keys=True).encode()).hexdigest()[:16]
+    for stored in _stored_sources(study):
+        if stored.get("seen") == seen:
+            with suppress(TypeError):  # another program has changed it
+                return Found(**stored)
+    return dataclasses.replace(_read(space, study, earlier, source), storage=where, seen=seen)
+
+
+def _stored_sources(study: Study | None) -> list[dict[str, Any]]:
+    from storage.imports import SOURCES
+
+    stored = [] if study is None else study.attrs.get(SOURCES)
+    return [each for each in stored if isinstance(each, dict)] if isinstance(stored, list) else []
+
+
+def _read(space: Space, study: Study | None, earlier: Study, source: Source) -> Found:
     from storage.imports import Origin
 
     refused: Counter[str] = Counter()
@@ -174,7 +194,7 @@ def _find(space: Space, study: Study | None, earlier: Study, source: Source, whe
     try:
         before = Space.from_settings(earlier.settings)
     except SpaceError:
-        return Found(earlier.reference, where, refused={"another version of hpo wrote its settings": len(trials)})
+        return Found(earlier.reference, refused={"another version of hpo wrote its settings": len(trials)})
     if source.count is not None:
         completed = [trial for trial in trials if trial.state.name == "COMPLETE" and trial.value is not None]
         completed.sort(key=lambda trial: trial.value or 0.0, reverse=before.direction == "maximize")
@@ -186,7 +206,9 @@ def _find(space: Space, study: Study | None, earlier: Study, source: Source, whe
             taken.append(comparison.take_over(trial))
         except (_RefusalError, TranslationError) as error:
             refused[str(error)] += 1
-    return Found(earlier.reference, where, comparison.complete(taken), refused)
+    reused = sum(trial.key is not None for trial in taken)
+    found = comparison.complete(taken)
+    return Found(earlier.reference, learned=len(taken) - reused, reused=reused, refused=refused, trials=found)
 
 
 class _Comparison:
@@ -224,7 +246,8 @@ class _Comparison:
 
         self._check("data", self._space.data == self._before.data, "it had other data")
         self._check("trainable", self._is_same_code, "it ran other code")
-        params = {**trial.params, **trial.user_attrs.get("derived", {})}
+        derived = trial.user_attrs.get("derived")
+        params = trial.params | (derived if isinstance(derived, dict) else {})
         translation = translate(self._space, params, defaults=self._defaults)
         state, values, is_exact = self._cut(trial, params)
         if not values:
@@ -323,9 +346,9 @@ class _Comparison:
         """Whether a longer training is not the continuation of a shorter one; True if this is not known."""
         if not self._trainings:
             return True
-        from hpo.train.params import TrainParams
+        from hpo.train.params import HORIZON_SCHEDULES, TrainParams
 
-        return TrainParams(schedule=str(params.get("schedule", TrainParams.schedule))).depends_on_horizon
+        return params.get("schedule", TrainParams.schedule) in HORIZON_SCHEDULES
 
     def _is_trained_the_same_way(self, translation: Translation) -> bool:
         return (

@@ -16,9 +16,10 @@ from hpo.search.warm_start import Found, find_trials, take_over_trials
 from hpo.space.model import Space
 from storage.database import Database, open_database
 from storage.optuna_tables import write_attrs, write_values
+from storage.protocol import ClaimedTrial
 from storage.run import Run
 from storage.studies import Study, open_study
-from tests.factories import run_of, toy_space
+from tests.factories import finish_study, run_of, toy_space
 from tests.report.studies import epoch_metrics, finish_grid, grid_space, optuna_study
 
 RANGE = {"type": "int", "low": 16, "high": 1024, "log": True}
@@ -34,6 +35,10 @@ LARGER: dict[str, Any] = {
 def larger(**changes: Any) -> Space:
     """A search over a range of batch sizes that learns from the grid."""
     return grid_space(**(LARGER | changes))
+
+
+def epochs_of(claim: ClaimedTrial) -> list[dict[str, float]]:
+    return [epoch_metrics(claim.params, epoch) for epoch in range(1, 5)]
 
 
 def take_over(space: Space, study: Study) -> list[Found]:
@@ -78,7 +83,8 @@ def test_results_of_the_same_training_stand(database: Database) -> None:
     assert (first.datetime_start, first.datetime_complete) == (old.datetime_start, old.datetime_complete)
     assert first.user_attrs.keys() == {"test_accuracy", "reused_from"}
     assert first.user_attrs["test_accuracy"] == 0.75
-    assert take_over(space, study) == [found], "again"
+    again = take_over(space, study)
+    assert again == [dataclasses.replace(found, trials=())], "nothing is read that has not changed"
     assert len(study.trials()) == 3
 
 
@@ -105,7 +111,7 @@ def test_parameters_that_the_grid_lacked_have_the_trainings_own_defaults(databas
     parameters = {"batch_size": RANGE, "lr": 0.01, "optimizer": ["sgd", "adam"], "ema": {**_FLOAT}}
     found = found_in(database, larger(parameters=parameters))
     assert found.trials[0].params == {"batch_size": 64, "lr": 0.01, "optimizer": "adam", "ema": 0.0}
-    assert len(found.reused) == 3
+    assert found.reused == 3
 
 
 _FLOAT = {"type": "float", "low": 0.0, "high": 0.99}
@@ -178,7 +184,7 @@ def test_values_that_cannot_be_compared_are_taken_only_if_the_file_says_so(
 def test_another_metric_is_read_from_what_was_reported(database: Database) -> None:
     finish_grid(database)
     found = found_in(database, larger(metric="val_loss", direction="minimize"))
-    assert len(found.reused) == 3
+    assert found.reused == 3
     first = found.trials[0]
     assert first.values == {epoch: epoch_metrics(first.params, epoch)["val_loss"] for epoch in range(1, 5)}
     assert first.value == first.values[4]
@@ -190,7 +196,7 @@ def test_a_longer_training_stands_with_its_value_after_the_epochs_of_this_search
     found = found_in(database, space)
     study = open_study(database, **space.study_options)
     take_over(space, study)
-    assert len(found.reused) == 3
+    assert found.reused == 3
     assert [trial.value for trial in study.trials()] == [
         epoch_metrics(trial.params, 2)["val_accuracy"] for trial in study.trials()
     ]
@@ -256,12 +262,31 @@ def test_a_new_revision_takes_over_the_one_before(database: Database) -> None:
             "learned": 0,
             "reused": 2,
             "refused": {"batch_size 256 is not in this search": 1},
+            "seen": found.seen,
         }
     ]
     third, (found,) = revise(database, parameters={"batch_size": [64, 256], "lr": 0.01})
     assert third.name == "grid@3"
     assert params_of(found) == [64], "the second revision never had 256"
     assert third.trials()[0].user_attrs["reused_from"]["study"] == "grid", "who trained it"
+
+
+def test_what_has_changed_in_an_earlier_study_is_taken_over(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier = grid_space()
+    finish_study(database, earlier, [{"batch_size": 64, "lr": 0.01}], provenance={}, device={}, epochs_of=epochs_of)
+    space = larger()
+    study = open_study(database, **space.study_options)
+    assert params_of(take_over(space, study)[0]) == [64]
+    finish_grid(database)
+    assert params_of(take_over(space, study)[0]) == [64, 256, 512]
+    assert len(study.trials()) == 3
+    monkeypatch.setattr(Study, "trained_trials", lambda _: pytest.fail("the earlier study is read again"))
+    (found,) = take_over(space, study)
+    assert str(found) == "warm start from grid: reuses 3 results"
+    with pytest.raises(pytest.fail.Exception, match="read again"):
+        take_over(larger(**source(trials="best 1")), study)
 
 
 def test_its_options_may_be_in_the_file(database: Database) -> None:
@@ -313,7 +338,7 @@ def test_an_earlier_study_may_be_in_another_database(database: Database, tmp_pat
     before = (tmp_path / "earlier.db").read_bytes()
     space = larger(**source(storage=url))
     found = found_in(database, space)
-    assert (found.study, found.storage, len(found.reused)) == ("grid", url, 3)
+    assert (found.study, found.storage, found.reused) == ("grid", url, 3)
     study = open_study(database, **space.study_options)
     take_over(space, study)
     assert len(study.trials()) == 3
