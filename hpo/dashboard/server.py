@@ -200,6 +200,8 @@ def build_server(app: Starlette, certificate: Certificate | None = None) -> uvic
     # The timeout is short because browsers keep their connections open.
     options: dict[str, Any] = {"ws": "none", "lifespan": "off", "timeout_graceful_shutdown": 1}
     options |= {"http": PatientH11Protocol, "limit_concurrency": MAX_CONNECTIONS}
+    # uvicorn believes what 127.0.0.1 says in X-Forwarded-For and X-Forwarded-Proto, but every user of this machine is there.
+    options |= {"proxy_headers": False}
     if certificate is not None:
         options |= {"ssl_certfile": certificate.certfile, "ssl_keyfile": certificate.keyfile}
     return uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, **options))

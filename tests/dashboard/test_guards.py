@@ -220,6 +220,23 @@ def test_neither_a_reader_nor_links_nor_haste_make_guesses_faster(
         assert (status, headers["Location"]) == (303, "/other.example/")
 
 
+def test_a_client_cannot_say_that_it_is_another_one_or_that_it_came_by_https(
+    app: RecordingApp, token_port: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Otherwise, every user of this machine could guess without delays, and write any address to the log."""
+    monkeypatch.setattr(guards, "FIRST_DELAY_SECONDS", 0.1)
+    monkeypatch.setattr(guards, "MAX_DELAY_SECONDS", 0.1)
+    started = time.monotonic()
+    for number in range(3):
+        forged = {"X_Forwarded_For": f"10.0.0.{number}", "Forwarded": f"for=10.0.0.{number}"}
+        assert request(token_port, "GET", "/", Authorization=basic_auth("guess"), **forged)[0] == 401
+    assert time.monotonic() - started >= 0.3
+    assert caplog.text.count("a wrong password or token from 127.0.0.1") == 3
+    assert "10.0.0." not in caplog.text
+    _, headers, _ = request(token_port, "GET", f"/?token={TOKEN}", X_Forwarded_Proto="https")
+    assert "Secure" not in headers["Set-Cookie"], "the browser would not send it back"
+
+
 def test_a_request_that_is_refused_early_ends_its_connection(password_port: int) -> None:
     """Otherwise, whoever knows no password could hold all connections by sending a body slowly."""
     with socket.create_connection(("127.0.0.1", password_port), timeout=30) as connection:
