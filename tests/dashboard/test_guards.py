@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import gzip
 import json
+import re
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -218,6 +221,100 @@ def test_neither_a_reader_nor_links_nor_haste_make_guesses_faster(
         assert time.monotonic() - started >= 0.8, "one after another"
         status, headers, _ = request(port, "GET", f"//other.example/?token={TOKEN}")
         assert (status, headers["Location"]) == (303, "/other.example/")
+
+
+def hold(port: int, head: str, number: int) -> list[socket.socket]:
+    """Send requests, and do not read their answers."""
+    held = [socket.create_connection(("127.0.0.1", port), timeout=30) for _ in range(number)]
+    for connection in held:
+        connection.sendall(f"GET {head}\r\nHost: 127.0.0.1\r\n\r\n".encode())
+    return held
+
+
+def test_attempts_whose_clients_have_gone_do_not_keep_the_owner_out(
+    app: RecordingApp, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """More than the server answers at a time, each of which would wait for seconds."""
+    monkeypatch.setattr(guards, "FIRST_DELAY_SECONDS", 5.0)
+    with serving(protect(app, access=Access(token=TOKEN), allowed_hosts=LOOPBACK_HOSTS)) as port:
+        for _ in range(server.MAX_CONNECTIONS + 20):
+            for connection in hold(port, "/?token=no HTTP/1.1", 1):
+                connection.close()
+        for headers in ({"Authorization": basic_auth(TOKEN)}, {"Cookie": f"hpo-dashboard-{port}={TOKEN}"}):
+            assert [request(port, "GET", "/", **headers)[0] for _ in range(20)] == [200] * 20
+        assert request(port, "GET", f"/?token={TOKEN}")[0] == 303
+        assert request(port, "GET", "/?token=old", **headers)[0] == 200, "an old link is no guess of who has the cookie"
+    assert len(caplog.records) < 20
+    assert re.search(r"refused: \d+ more attempts, the last one from 127\.0\.0\.1", caplog.text)
+
+
+@pytest.mark.parametrize("head", ["/?token=no HTTP/1.1", f"/ HTTP/1.1\r\nAuthorization: {basic_auth('guess')}"])
+def test_few_wrong_attempts_wait_and_what_is_right_is_answered_at_once(
+    app: RecordingApp, monkeypatch: pytest.MonkeyPatch, head: str
+) -> None:
+    monkeypatch.setattr(guards, "FIRST_DELAY_SECONDS", 5.0)
+    access = Access(PASSWORD, token=TOKEN)
+    with serving(protect(app, access=access, allowed_hosts=("*",))) as port, contextlib.ExitStack() as stack:
+        for connection in hold(port, head, guards.MAX_WAITING):
+            stack.enter_context(connection)
+        started = time.monotonic()
+        [refused] = hold(port, head, 1)
+        with refused:
+            answer = b""
+            while part := refused.recv(4096):  # until the server closes the connection
+                answer += part
+        assert answer.startswith(b"HTTP/1.1 429")
+        assert b"retry-after: 5" in answer.lower()
+        for secret in (PASSWORD, TOKEN):
+            assert request(port, "GET", "/", Authorization=basic_auth(secret))[0] == 200
+        assert time.monotonic() - started < 4
+
+
+def test_passwords_are_compared_at_a_bounded_rate_unless_the_browser_has_been_logged_in(
+    app: RecordingApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guess that is refused at once must not have been compared: otherwise it would cost the guesser no time."""
+    monkeypatch.setattr(guards, "MAX_GUESSES", 3)
+    monkeypatch.setattr(guards, "GUESSES_PER_SECOND", 0.0)
+    owner, reader, wrong = ({"Authorization": basic_auth(password)} for password in (PASSWORD, "looks", "guess"))
+    with serving(protect(app, access=Access(PASSWORD, "looks"), allowed_hosts=("*",))) as port:
+        for _ in range(5):
+            status, headers, _ = request(port, "GET", "/", **owner)
+            assert status == 200
+        cookie, *flags = headers["Set-Cookie"].split("; ")
+        assert {"HttpOnly", "SameSite=strict"} <= set(flags)
+        owner_proof, reader_proof = {"Cookie": cookie}, {"Cookie": request(port, "GET", "/", **reader)[1]["Set-Cookie"]}
+        assert request(port, "GET", "/", **owner_proof)[0] == 401, "the cookie is no password"
+        assert [request(port, "GET", "/", **wrong)[0] for _ in range(5)] == [401] * 3 + [429] * 2
+        for guess in (owner, owner | reader_proof, wrong | reader_proof, reader | owner_proof):
+            assert request(port, "GET", "/", **guess)[0] == 429
+        assert "Set-Cookie" not in request(port, "GET", "/", **owner, **owner_proof)[1]
+        assert request(port, "DELETE", "/", **owner, **owner_proof)[0] == 200
+        assert request(port, "GET", "/", **reader, **reader_proof)[0] == 200
+        monkeypatch.setattr(guards, "GUESSES_PER_SECOND", 1000.0)
+        assert request(port, "GET", "/", **owner)[0] == 200, "once nobody guesses, or between two guesses"
+
+
+def test_all_addresses_of_a_machine_are_one_client_and_all_clients_together_keep_few_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(guards, "MAX_WAITING", 2)
+    monkeypatch.setattr(guards, "MAX_WAITING_IN_ALL", 5)
+
+    async def waited(*addresses: str) -> list[bool]:
+        attempts = guards.Attempts()
+        return list(await asyncio.gather(*map(attempts.failed, addresses)))
+
+    for same in (
+        ("127.0.0.1", "127.0.0.2", "::1", "::ffff:127.0.0.3"),
+        ("2001:db8::1", "2001:db8::2", "2001:db8:0:0:ffff::", "2001:db8::3"),
+        ("192.0.2.1", "::ffff:192.0.2.1", "192.0.2.1", "192.0.2.1"),
+    ):
+        assert asyncio.run(waited(*same)) == [True, True, False, False]
+    assert asyncio.run(waited("192.0.2.1", "192.0.2.2", "2001:db8::1", "2001:db8:0:1::1", "unknown", "192.0.2.3")) == [
+        *[True] * 5,
+        False,
+    ]
 
 
 def test_a_client_cannot_say_that_it_is_another_one_or_that_it_came_by_https(
