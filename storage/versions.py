@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,9 +99,9 @@ def schema_lock(engine: sa.Engine, safe_url: str) -> Iterator[None]:
         StorageError: another process has held it for `OPENING_SECONDS`.
     """
     if engine.dialect.name == "sqlite":
-        # Whoever may write to the folder may use the lock: the umask decides, as for the database.
         file = Path(str(engine.url.database)).resolve()  # one lock, even if links lead to the file
-        lock = FileLock(f"{file}.{zlib.crc32(b'schema'):08x}.lock", mode=0o666)
+        lock = FileLock(f"{file}.{zlib.crc32(b'schema'):08x}.lock", mode=0o600)
+        _share_lock(Path(lock.lock_file), file)
         try:
             lock.acquire(timeout=OPENING_SECONDS)
         except Timeout:
@@ -137,6 +138,22 @@ def schema_lock(engine: sa.Engine, safe_url: str) -> Iterator[None]:
                 connection.execute(sa.select(sa.func.pg_advisory_unlock(number)))
             except DBAPIError:  # the server is down, which released the lock
                 connection.invalidate()
+
+
+def _share_lock(lock: Path, database: Path) -> None:
+    """Create a lock, or change its rights: who may write to the database may use it, and nobody else.
+
+    Who may only read the lock could hold it, and so keep everybody from opening the database. A new database is its owner's.
+    """
+    with contextlib.suppress(OSError):  # it is another user's. FileLock says so, if this one may not use it
+        descriptor = os.open(lock, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+        try:
+            rights = database.stat() if database.exists() else os.fstat(descriptor)
+            os.fchown(descriptor, rights.st_uid if os.geteuid() == 0 else -1, rights.st_gid)
+            writers = rights.st_mode & 0o022
+            os.fchmod(descriptor, 0o600 | writers | writers << 1)  # they read it, too
+        finally:
+            os.close(descriptor)
 
 
 def _opened_elsewhere(safe_url: str, remedy: str) -> StorageError:

@@ -509,6 +509,54 @@ def test_tables_are_created_by_one_process_at_a_time(url: str) -> None:
         thread.join()
 
 
+@pytest.mark.parametrize(
+    ("rights", "expected"), [(0o600, 0o600), (0o644, 0o600), (0o660, 0o660), (0o664, 0o660), (0o666, 0o666)]
+)
+def test_only_who_may_write_to_a_database_may_use_its_lock(tmp_path: Path, rights: int, expected: int) -> None:
+    """Any other user who could only read the lock could hold it, and nobody could open the database."""
+    url, file = f"sqlite:///{tmp_path}/hpo.db", tmp_path / "hpo.db"
+    umask = os.umask(0)
+    try:
+        open_database(url).close()
+        [lock] = tmp_path.glob("*.lock")
+        assert lock.stat().st_mode & 0o777 == 0o600, "the database is not shared yet"
+        file.chmod(rights)
+        open_database(url).close()
+        assert lock.stat().st_mode & 0o777 == expected
+        lock.chmod(0o666)  # of an earlier version of hpo
+        open_database(url).close()
+        assert lock.stat().st_mode & 0o777 == expected
+        lock.unlink()
+        open_database(url).close()
+        assert lock.stat().st_mode & 0o777 == expected
+    finally:
+        os.umask(umask)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to others")
+def test_a_lock_belongs_to_the_group_of_the_database_and_roots_to_its_owner(tmp_path: Path) -> None:
+    url, file = f"sqlite:///{tmp_path}/hpo.db", tmp_path / "hpo.db"
+    open_database(url).close()
+    os.chown(file, 1234, 5678)
+    file.chmod(0o660)
+    open_database(url).close()
+    [lock] = tmp_path.glob("*.lock")
+    assert (lock.stat().st_uid, lock.stat().st_gid, lock.stat().st_mode & 0o777) == (1234, 5678, 0o660)
+
+
+def test_a_link_in_the_place_of_a_lock_leads_to_no_other_file(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/hpo.db"
+    open_database(url).close()
+    [lock] = tmp_path.glob("*.lock")
+    lock.unlink()
+    theirs = tmp_path / "theirs"
+    theirs.touch(mode=0o640)
+    lock.symlink_to(theirs)
+    with pytest.raises(StorageError, match=r"cannot write .*lock"):
+        open_database(url)
+    assert theirs.stat().st_mode & 0o777 == 0o640
+
+
 def test_a_transaction_writes_alone_on_sqlite(tmp_path: Path) -> None:
     with open_database(f"sqlite:///{tmp_path}/hpo.db") as opened, opened.transaction():
         other = sqlite3.connect(tmp_path / "hpo.db", timeout=0)
