@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,19 @@ from storage.errors import StorageError
 
 _DRIVERS = ("sqlite", "sqlite+pysqlite", "postgresql", "postgresql+psycopg")
 
-_SECRET_OPTIONS = ("sslpassword",)  # after `?`, in URLs of PostgreSQL; not `password`, see `parse_url`
+# After `?`, in URLs of PostgreSQL: secrets by their name. `password` is one, too, and has another place: see `parse_url`.
+_SECRET_OPTIONS = {"oauth_client_secret", "scram_client_key", "scram_server_key", "sslpassword"}
+
+# Messages show the values of these. Of all others, also of those that a new version of libpq brings, they show the names.
+_SHOWN_OPTIONS = re.compile(
+    "(fallback_)?application_name|channel_binding|client_encoding|connect_timeout|dbname|gssdelegation|gssencmode|gsslib|host|"
+    "hostaddr|keepalives(_count|_idle|_interval)?|krbsrvname|load_balance_hosts|oauth_(client_id|issuer|scope)|passfile|port|"
+    "replication|require_auth|requirepeer|service|ssl(cert|certmode|compression|crl|crldir|key|mode|negotiation|rootcert|sni)|"
+    "(ssl_)?(max|min)_protocol_version|target_session_attrs|tcp_user_timeout"
+)
+
+# What `options` may set without being hidden. It may set anything, such as a key.
+_SEARCH_PATH = re.compile(r"\s*(-c\s*|--)search_path=(\\.|[^\s\\])+\s*")
 
 # What a SQLite URL may say after `?`. Others change what a transaction is, or name something that is no file.
 _SQLITE_OPTIONS = {"check_same_thread", "timeout"}
@@ -47,7 +60,19 @@ def parse_url(url: str, password: str | None) -> tuple[sa.URL, str]:
         parsed = parsed.set(drivername="postgresql+psycopg")
     if parsed.get_backend_name() == "postgresql" and parsed.password is None:
         parsed = parsed.set(password=password)
-    return parsed, parsed.difference_update_query(_SECRET_OPTIONS).render_as_string(hide_password=True)
+    return parsed, _show(parsed)
+
+
+def _show(url: sa.URL) -> str:
+    if url.get_backend_name() == "sqlite":
+        return url.render_as_string()
+    hidden = {
+        name: "***"
+        for name, value in url.query.items()
+        if _SHOWN_OPTIONS.fullmatch(name) is None
+        and not (name == "options" and isinstance(value, str) and _SEARCH_PATH.fullmatch(value))
+    }
+    return url.update_query_dict(hidden).render_as_string().replace("=%2A%2A%2A", "=***")
 
 
 def without_password(url: str) -> str:
@@ -60,7 +85,7 @@ def without_password(url: str) -> str:
 
 
 def contains_password(url: str) -> bool:
-    """Return whether a storage URL contains a password, in any of the places where a driver reads one.
+    """Return whether a storage URL contains a password or another secret, in any of the places where a driver reads one.
 
     Raises:
         StorageError: it is not a URL that hpo can use.

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import psycopg
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.exc import OperationalError
@@ -142,6 +143,7 @@ def test_a_process_that_is_suspended_in_a_transaction_does_not_stop_the_others(
         (f"postgresql://user:{PASSWORD}@127.0.0.1:9/name", "no server answers there"),
         (f"postgresql://user@127.0.0.1:9/name?connect_timeout=5&password={PASSWORD}", "no server answers there"),
         (f"postgresql://user@127.0.0.1:9/name?sslmode=disable&sslpassword={PASSWORD}", "no server answers there"),
+        (f"postgresql://user@127.0.0.1:9/name?options=-c%20my.key%3D{PASSWORD}", "no server answers there"),
         (f"postgresql://user:half@{PASSWORD}@127.0.0.1:9/name", "write an @ in a user name or password as %40"),
     ],
 )
@@ -165,14 +167,42 @@ def test_a_wrong_url_raises_an_error_without_the_password(
         ("postgresql://host/db?user=me&password=s", "postgresql+psycopg://me:***@host/db", True),
         (
             "postgresql://me@host/db?sslpassword=s&sslmode=require",
-            "postgresql+psycopg://me@host/db?sslmode=require",
+            "postgresql+psycopg://me@host/db?sslmode=require&sslpassword=***",
             True,
         ),
+        (
+            "postgresql://me@host/db?oauth_client_secret=s&oauth_client_id=hpo&application_name=a+b",
+            "postgresql+psycopg://me@host/db?application_name=a+b&oauth_client_id=hpo&oauth_client_secret=***",
+            True,
+        ),
+        ("postgresql://me@host/db?scram_client_key=s", "postgresql+psycopg://me@host/db?scram_client_key=***", True),
+        ("postgresql://me@host/db?passfile=/p", "postgresql+psycopg://me@host/db?passfile=%2Fp", False),
+        # An option that hpo does not know may be a secret.
+        ("postgresql://me@host/db?new=a&new=b", "postgresql+psycopg://me@host/db?new=***", False),
+        (
+            "postgresql://me@host/db?options=-c%20search_path%3Dhpo,public",
+            "postgresql+psycopg://me@host/db?options=-c+search_path%3Dhpo%2Cpublic",
+            False,
+        ),
+        (
+            "postgresql://me@host/db?options=-csearch_path%3Dhpo%20-c%20my.key%3Ds",
+            "postgresql+psycopg://me@host/db?options=***",
+            False,
+        ),
+        ("postgresql://host/db?user=s:s", "postgresql+psycopg://s%3As@host/db", False),
     ],
 )
 def test_urls_are_shown_without_their_password(url: str, shown: str, has_password: bool) -> None:
     assert without_password(url) == shown
     assert contains_password(url) is has_password
+
+
+def test_no_option_is_shown_that_libpq_would_hide() -> None:
+    for option in psycopg.pq.Conninfo.get_defaults():
+        name = option.keyword.decode()
+        if option.dispchar == b"*" and name != "password":
+            assert without_password(f"postgresql://host/db?{name}={PASSWORD}").endswith(f"{name}=***")
+            assert contains_password(f"postgresql://host/db?{name}={PASSWORD}")
 
 
 @pytest.mark.postgres
