@@ -174,7 +174,13 @@ FORBIDDEN_TO_ALL = [
     "ALTER ROLE hpo_owner SUPERUSER",
     "CREATE SCHEMA intruder",
     "CREATE TEMP TABLE intruder (x INT)",
+    "SELECT lo_from_bytea(0, 'intruder')",
+    "SELECT lo_create(0)",
+    "SELECT lo_creat(-1)",
+    "SELECT lo_import('/etc/passwd')",
+    "SELECT lo_export(0, '/tmp/intruder')",
 ]
+VERSIONS = ("hpo_schema", "alembic_version", "version_info")
 FORBIDDEN_TO_USERS = [
     "CREATE TABLE intruder (x INT)",
     "ALTER TABLE trials ADD COLUMN intruder INT",
@@ -182,6 +188,13 @@ FORBIDDEN_TO_USERS = [
     "TRUNCATE trials CASCADE",
     "DROP TRIGGER hpo_study_deleted ON studies",
     "CREATE FUNCTION intruder() RETURNS INT LANGUAGE sql AS 'SELECT 1'",
+    *(f"DELETE FROM {table}" for table in VERSIONS),
+    "UPDATE hpo_schema SET version = 99",
+    "INSERT INTO hpo_schema VALUES (99)",
+    "UPDATE alembic_version SET version_num = 'x'",
+    "UPDATE version_info SET library_version = 'x'",
+    "SELECT * FROM hpo_schema FOR UPDATE",
+    "DROP EVENT TRIGGER keep_versions",
 ]
 
 
@@ -199,8 +212,29 @@ def test_each_role_is_refused_what_it_does_not_need(compose: Compose, server: Po
             for statement in statements:
                 with pytest.raises(psycopg.errors.InsufficientPrivilege):
                     connection.execute(statement.encode())
+            if role != "owner":
+                for table in VERSIONS:
+                    connection.execute(f"SELECT * FROM {table}".encode())
         with pytest.raises(psycopg.OperationalError, match="permission denied for database"):
             psycopg.connect(url_of(compose, role, server), dbname="postgres")
+
+
+@pytest.mark.slow
+@pytest.mark.postgres
+def test_roles_write_to_tables_of_later_versions_and_never_to_those_of_the_versions(
+    compose: Compose, server: Postgres
+) -> None:
+    open_database(url_of(compose, "owner", server)).close()
+    with psycopg.connect(url_of(compose, "owner", server)) as owner:
+        owner.execute("CREATE TABLE hpo_later (x INT)")
+        owner.execute("DROP TABLE version_info")
+        owner.execute("CREATE TABLE version_info AS SELECT 1 AS version_info_id")
+        for role in ("hpo_runner", "hpo_dashboard"):
+            for table, allowed in (("hpo_later", True), *((table, False) for table in VERSIONS)):
+                for right in ("INSERT", "UPDATE", "DELETE"):
+                    has_right = owner.execute("SELECT has_table_privilege(%s, %s, %s)", (role, table, right)).fetchone()
+                    assert has_right == (allowed,), (role, table, right)
+        owner.rollback()
 
 
 @pytest.mark.slow
