@@ -29,6 +29,8 @@ from storage.versions import read_versions, schema_lock
 
 _LOOK_SECONDS = 5.0  # how long a look at another database waits for its writer
 
+_UNREADABLE = {"42501", "58P01", "58030"}  # insufficient_privilege, undefined_file, io_error
+
 T = TypeVar("T")
 logger = logging.getLogger("hpo.storage")
 
@@ -180,7 +182,7 @@ def identify(database: Database) -> str:
     """Return what tells a database from every other one, whatever its URL is.
 
     It is the path of a SQLite file. Of a PostgreSQL database, it is a URL: of the server's number, the database's, and the
-    schema; or the database's own URL, without the password, if the role may not read these.
+    schema; or the database's own URL, without the password, if the role or the server may not read these.
 
     Raises:
         StorageError: the database cannot be used.
@@ -190,12 +192,17 @@ def identify(database: Database) -> str:
         with database.engine.connect() as connection:
             if not connection.scalar(sa.text("SELECT has_function_privilege('pg_control_system()', 'EXECUTE')")):
                 return database.url
-            row = connection.execute(
-                sa.text(
-                    "SELECT system_identifier, oid, current_schema() FROM pg_control_system(), pg_database "
-                    "WHERE datname = current_database()"
-                )
-            ).one()
+            query = sa.text(
+                "SELECT system_identifier, oid, current_schema() FROM pg_control_system(), pg_database "
+                "WHERE datname = current_database()"
+            )
+            try:
+                row = connection.execute(query).one()
+            except DBAPIError as error:
+                # The server reads a file by its path, which its user may not be able to enter.
+                if getattr(error.orig, "sqlstate", None) not in _UNREADABLE:
+                    raise
+                return database.url
             return "postgresql://server-{}/database-{}/{}".format(*row)
 
     return retry_while_down(database, read) if database.file is None else str(database.file)
