@@ -313,7 +313,7 @@ def serve_dashboard(
             the certificate cannot be used.
         StorageError: the database cannot be used.
     """
-    from hpo.dashboard.guards import Access
+    from hpo.dashboard.access import Access
     from hpo.dashboard.server import Certificate, serve
     from storage.database import open_database
 

@@ -20,7 +20,8 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from hpo.dashboard.guards import LOOPBACK_HOSTS, OPEN, Access, is_loopback, protect
+from hpo.dashboard.access import OPEN, Access, is_loopback
+from hpo.dashboard.guards import LOOPBACK_HOSTS, protect
 from hpo.dashboard.publishing import publish
 from hpo.errors import SettingError, printable
 from hpo.paths import RunsDir

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 
-from hpo.dashboard import guards, server
-from hpo.dashboard.guards import LOOPBACK_HOSTS, Access, is_loopback, protect
+from hpo.dashboard import access, guards, server
+from hpo.dashboard.access import Access, is_loopback
+from hpo.dashboard.guards import LOOPBACK_HOSTS, protect
 from tests.dashboard.builders import PASSWORD, basic_auth, request, serving
 
 TOKEN = "a-token-of-the-link"
@@ -48,7 +49,7 @@ class RecordingApp:
 
 @pytest.fixture(autouse=True)
 def no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guards, "FIRST_DELAY_SECONDS", 0.0)
+    monkeypatch.setattr(access, "FIRST_DELAY_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -185,8 +186,8 @@ def test_a_reader_changes_nothing(
 def test_failed_attempts_are_logged_and_slow_the_next_ones_down(
     app: RecordingApp, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(guards, "FIRST_DELAY_SECONDS", 0.02)
-    monkeypatch.setattr(guards, "MAX_DELAY_SECONDS", 0.3)
+    monkeypatch.setattr(access, "FIRST_DELAY_SECONDS", 0.02)
+    monkeypatch.setattr(access, "MAX_DELAY_SECONDS", 0.3)
     with serving(protect(app, access=Access(PASSWORD), allowed_hosts=("*",))) as port:
         seconds = []
         for _ in range(6):
@@ -204,11 +205,11 @@ def test_failed_attempts_are_logged_and_slow_the_next_ones_down(
 def test_neither_a_reader_nor_links_nor_haste_make_guesses_faster(
     app: RecordingApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guards, "FIRST_DELAY_SECONDS", 0.1)
-    monkeypatch.setattr(guards, "MAX_DELAY_SECONDS", 0.1)
+    monkeypatch.setattr(access, "FIRST_DELAY_SECONDS", 0.1)
+    monkeypatch.setattr(access, "MAX_DELAY_SECONDS", 0.1)
     reader = {"Authorization": basic_auth("looks")}
-    access = Access(reader_password="looks", token=TOKEN)
-    with serving(protect(app, access=access, allowed_hosts=LOOPBACK_HOSTS)) as port:
+    readers = Access(reader_password="looks", token=TOKEN)
+    with serving(protect(app, access=readers, allowed_hosts=LOOPBACK_HOSTS)) as port:
         started = time.monotonic()
         for _ in range(3):
             assert request(port, "GET", "/", **reader)[0] == 200
@@ -235,7 +236,7 @@ def test_attempts_whose_clients_have_gone_do_not_keep_the_owner_out(
     app: RecordingApp, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """More than the server answers at a time, each of which would wait for seconds."""
-    monkeypatch.setattr(guards, "FIRST_DELAY_SECONDS", 5.0)
+    monkeypatch.setattr(access, "FIRST_DELAY_SECONDS", 5.0)
     with serving(protect(app, access=Access(token=TOKEN), allowed_hosts=LOOPBACK_HOSTS)) as port:
         for _ in range(server.MAX_CONNECTIONS + 20):
             for connection in hold(port, "/?token=no HTTP/1.1", 1):
@@ -252,10 +253,10 @@ def test_attempts_whose_clients_have_gone_do_not_keep_the_owner_out(
 def test_few_wrong_attempts_wait_and_what_is_right_is_answered_at_once(
     app: RecordingApp, monkeypatch: pytest.MonkeyPatch, head: str
 ) -> None:
-    monkeypatch.setattr(guards, "FIRST_DELAY_SECONDS", 5.0)
-    access = Access(PASSWORD, token=TOKEN)
-    with serving(protect(app, access=access, allowed_hosts=("*",))) as port, contextlib.ExitStack() as stack:
-        for connection in hold(port, head, guards.MAX_WAITING):
+    monkeypatch.setattr(access, "FIRST_DELAY_SECONDS", 5.0)
+    both = Access(PASSWORD, token=TOKEN)
+    with serving(protect(app, access=both, allowed_hosts=("*",))) as port, contextlib.ExitStack() as stack:
+        for connection in hold(port, head, access.MAX_WAITING):
             stack.enter_context(connection)
         started = time.monotonic()
         [refused] = hold(port, head, 1)
@@ -274,8 +275,8 @@ def test_passwords_are_compared_at_a_bounded_rate_unless_the_browser_has_been_lo
     app: RecordingApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A guess that is refused at once must not have been compared: otherwise it would cost the guesser no time."""
-    monkeypatch.setattr(guards, "MAX_GUESSES", 3)
-    monkeypatch.setattr(guards, "GUESSES_PER_SECOND", 0.0)
+    monkeypatch.setattr(access, "MAX_GUESSES", 3)
+    monkeypatch.setattr(access, "GUESSES_PER_SECOND", 0.0)
     owner, reader, wrong = ({"Authorization": basic_auth(password)} for password in (PASSWORD, "looks", "guess"))
     with serving(protect(app, access=Access(PASSWORD, "looks"), allowed_hosts=("*",))) as port:
         for _ in range(5):
@@ -291,18 +292,18 @@ def test_passwords_are_compared_at_a_bounded_rate_unless_the_browser_has_been_lo
         assert "Set-Cookie" not in request(port, "GET", "/", **owner, **owner_proof)[1]
         assert request(port, "DELETE", "/", **owner, **owner_proof)[0] == 200
         assert request(port, "GET", "/", **reader, **reader_proof)[0] == 200
-        monkeypatch.setattr(guards, "GUESSES_PER_SECOND", 1000.0)
+        monkeypatch.setattr(access, "GUESSES_PER_SECOND", 1000.0)
         assert request(port, "GET", "/", **owner)[0] == 200, "once nobody guesses, or between two guesses"
 
 
 def test_all_addresses_of_a_machine_are_one_client_and_all_clients_together_keep_few_waiting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(guards, "MAX_WAITING", 2)
-    monkeypatch.setattr(guards, "MAX_WAITING_IN_ALL", 5)
+    monkeypatch.setattr(access, "MAX_WAITING", 2)
+    monkeypatch.setattr(access, "MAX_WAITING_IN_ALL", 5)
 
     async def waited(*addresses: str) -> list[bool]:
-        attempts = guards.Attempts()
+        attempts = access.Attempts()
         return list(await asyncio.gather(*map(attempts.failed, addresses)))
 
     for same in (
@@ -321,8 +322,8 @@ def test_a_client_cannot_say_that_it_is_another_one_or_that_it_came_by_https(
     app: RecordingApp, token_port: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Otherwise, every user of this machine could guess without delays, and write any address to the log."""
-    monkeypatch.setattr(guards, "FIRST_DELAY_SECONDS", 0.1)
-    monkeypatch.setattr(guards, "MAX_DELAY_SECONDS", 0.1)
+    monkeypatch.setattr(access, "FIRST_DELAY_SECONDS", 0.1)
+    monkeypatch.setattr(access, "MAX_DELAY_SECONDS", 0.1)
     started = time.monotonic()
     for number in range(3):
         forged = {"X_Forwarded_For": f"10.0.0.{number}", "Forwarded": f"for=10.0.0.{number}"}

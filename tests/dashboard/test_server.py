@@ -17,7 +17,7 @@ import pytest
 
 from hpo import run as command_line
 from hpo.dashboard import server
-from hpo.dashboard.guards import Access
+from hpo.dashboard.access import Access
 from hpo.dashboard.publishing import PUBLISHED, publish
 from hpo.dashboard.server import Certificate, build_app, build_server, listen, publish_repeatedly, serve
 from hpo.errors import SettingError
