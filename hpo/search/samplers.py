@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import pickle
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +11,6 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
-    from optuna.trial import FrozenTrial
 
     from storage.pruners import Pruner
     from storage.studies import Study
@@ -46,7 +43,9 @@ def build_sampler(space: Space, run_id: int) -> BaseSampler:
             case "gp":
                 return samplers.GPSampler(seed=seed, warn_independent_sampling=False, **options)
             case "cmaes":
-                return _build_cmaes(seed=seed, warn_independent_sampling=False, **options)
+                from hpo.search.cmaes_sampler import StoredCmaEsSampler
+
+                return StoredCmaEsSampler(seed=seed, warn_independent_sampling=False, **options)
             case "nsga2":
                 return samplers.NSGAIISampler(seed=seed, **options)
             case "grid" | "random":
@@ -63,63 +62,6 @@ def history_limit(space: Space) -> int | None:
     if space.sampler.name != "tpe":
         return None
     return max(TPE_HISTORY, space.sampler.n_startup_trials)
-
-
-def _build_cmaes(**options: Any) -> BaseSampler:
-    """Return a sampler that runs nothing of what the database holds: Optuna stores the optimizer in trials, as a pickle."""
-    from optuna.samplers import CmaEsSampler
-
-    class CheckedCmaEsSampler(CmaEsSampler):
-        def _restore_optimizer(self, completed_trials: list[FrozenTrial]) -> Any:
-            for trial in reversed(completed_trials):
-                parts = {
-                    key: value for key, value in trial.system_attrs.items() if key.startswith(self._attr_key_optimizer)
-                }
-                if parts:
-                    return _load_optimizer(self._concat_optimizer_attrs(parts), trial.number)
-            return None
-
-    return CheckedCmaEsSampler(**options)
-
-
-# {module: names} of what a pickled optimizer of the package cmaes consists of.
-_OF_OPTIMIZERS = {
-    "cmaes._cma": {"CMA"},
-    "cmaes._sepcma": {"SepCMA"},
-    "cmaes._cmawm": {"CMAwM"},
-    "numpy": {"dtype", "ndarray"},
-    "numpy._core.multiarray": {"_reconstruct", "scalar"},
-    "numpy.core.multiarray": {"_reconstruct", "scalar"},
-}
-
-
-class _OptimizerUnpickler(pickle.Unpickler):
-    """Builds the optimizers of the package cmaes, and nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in _OF_OPTIMIZERS.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name} is no part of it")
-        return super().find_class(module, name)
-
-
-def _load_optimizer(stored: str, number: int) -> Any:
-    """Return the optimizer that a trial holds, as hexadecimal digits.
-
-    Raises:
-        StorageError: it is not as cmaes has written it.
-    """
-    from storage.errors import StorageError
-
-    try:
-        optimizer = _OptimizerUnpickler(io.BytesIO(bytes.fromhex(stored))).load()
-        if not type(optimizer).__module__.startswith("cmaes."):
-            raise pickle.UnpicklingError(f"it is {optimizer!r:.60}")
-        return optimizer
-    except Exception as error:  # noqa: BLE001 # a damaged pickle may raise anything
-        raise StorageError(
-            f"the state of the sampler cmaes in trial {number} cannot be read: {error}. If nobody has changed the database, "
-            "another version of the package cmaes wrote it; `sampler: tpe` goes on without it"
-        ) from None
 
 
 def _build_qmc(space: Space, **options: Any) -> BaseSampler:

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import sqlite3
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import sqlalchemy as sa
+from optuna._transform import _SearchSpaceTransform
 from optuna.distributions import CategoricalDistribution
-from optuna.exceptions import StorageInternalError
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.pruners import HyperbandPruner
+from optuna.samplers import BaseSampler, CmaEsSampler
+from optuna.study import StudyDirection
 from sqlalchemy.exc import OperationalError
 
 from benchmarks.toy import expected_value
 from hpo.report.results import read_results
 from hpo.report.tables import failures
+from hpo.search.cmaes_sampler import StoredCmaEsSampler
 from hpo.search.samplers import TPE_HISTORY, build_optuna_pruner, build_pruner, build_sampler, history_limit
+from hpo.space.model import Space
 from storage import optuna_tables
 from storage.database import Database, open_database
-from storage.errors import StorageError
 from storage.history import MIN_LIMIT
 from storage.optuna_internals import trial_id
 from storage.pruners import Median, SuccessiveHalving
@@ -56,6 +63,69 @@ def test_runs_draw_different_points_and_a_run_is_reproducible(study: Study, tmp_
         assert draw(1) == first
 
 
+CMAES_OPTIONS = [{}, {"with_margin": True}]
+
+
+def _cmaes_space(folder: Path, options: dict[str, Any]) -> Space:
+    return toy_space(
+        folder,
+        sampler={"name": "cmaes", "popsize": 5, **options},
+        budget={"trials": 40},
+        parameters={"x": {"type": "float", "low": 0.0, "high": 1.0}, "n": {"type": "int", "low": 1, "high": 9}},
+    )
+
+
+def _draw(study: Study, space: Space, count: int, sampler: BaseSampler | None = None) -> list[dict[str, Any]]:
+    """Return the params of new trials, as a resumed search draws them, in a process that has read nothing yet."""
+    drawn = []
+    with open_database(study.database.engine.url.render_as_string(hide_password=False)) as database:
+        resumed = find_study(database, study.name)
+        assert resumed is not None
+        resumed.optuna_study.sampler = sampler or build_sampler(space, 1)
+        for _ in range(count):
+            trial = resumed.optuna_study.ask()
+            space.draw(trial)
+            resumed.optuna_study.tell(trial, trial.params["x"] + trial.params["n"])
+            drawn.append(trial.params)
+    return drawn
+
+
+def _newest_state(study: Study) -> tuple[int, dict[str, str]]:
+    """Return the id of the last trial that holds a state of cmaes, and the attributes that hold it."""
+    held = {
+        trial_id(trial): {key: value for key, value in trial.system_attrs.items() if ":state" in key}
+        for trial in study.trials()
+    }
+    return [(holder, parts) for holder, parts in held.items() if parts][-1]
+
+
+def _replace_attributes(study: Study, holder: int, old: Iterable[str], new: dict[str, Any]) -> None:
+    values = optuna_tables.trial_system_attributes
+    rows = [{"trial_id": holder, "key": key, "value_json": json.dumps(value)} for key, value in new.items()]
+    with study.database.engine.begin() as connection:
+        connection.execute(values.delete().where(values.c.trial_id == holder, values.c.key.in_(list(old))))
+        connection.execute(values.insert(), rows)
+
+
+@pytest.mark.parametrize("options", CMAES_OPTIONS)
+def test_cmaes_draws_what_optunas_sampler_draws_also_after_a_resume(tmp_path: Path, options: dict[str, Any]) -> None:
+    space = _cmaes_space(tmp_path, options)
+    seed = (space.seed * 1_000_003 + 1) % 2**32
+
+    def draw(name: str, counts: list[int], sampler: Callable[[], BaseSampler] | None) -> list[dict[str, Any]]:
+        with open_database(f"sqlite:///{tmp_path}/{name}.db") as database:
+            study = open_study(database, "toy", direction="minimize", fingerprint="f", settings={"metric": "value"})
+            return [each for n in counts for each in _draw(study, space, n, None if sampler is None else sampler())]
+
+    def of_optuna() -> BaseSampler:
+        return CmaEsSampler(seed=seed, warn_independent_sampling=False, popsize=5, **options)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        assert draw("ours", [14], None) == draw("optuna", [14], of_optuna)
+        assert draw("ours-resumed", [7, 7], None) == draw("optuna-resumed", [7, 7], of_optuna)
+
+
 class _Attack:
     """A pickle of it runs a command when it is loaded."""
 
@@ -66,42 +136,78 @@ class _Attack:
         return (os.system, (f"touch {self.path}",))
 
 
-@pytest.mark.parametrize("options", [{}, {"with_margin": True}])
-def test_cmaes_runs_nothing_of_what_the_database_holds(study: Study, tmp_path: Path, options: dict[str, Any]) -> None:
-    space = toy_space(
-        tmp_path,
-        sampler={"name": "cmaes", "popsize": 5, **options},
-        budget={"trials": 20},
-        parameters={name: {"type": "float", "low": 0.0, "high": 1.0} for name in ("x", "y")},
-    )
-
-    def draw(count: int) -> None:
-        """As a resumed search does, in a process that has read nothing yet."""
-        with open_database(study.database.engine.url.render_as_string(hide_password=False)) as database:
-            resumed = find_study(database, study.name)
-            assert resumed is not None
-            resumed.optuna_study.sampler = build_sampler(space, 1)
-            for _ in range(count):
-                trial = resumed.optuna_study.ask()
-                space.draw(trial)
-                resumed.optuna_study.tell(trial, trial.params["x"])
-
-    draw(8)
-    draw(8)
-    holders = [trial for trial in study.trials() if any("optimizer" in key for key in trial.system_attrs)]
-    assert holders, "it goes on from the state that an earlier trial holds"
-    number, holder = holders[-1].number, trial_id(holders[-1])
-    attack = json.dumps(pickle.dumps(_Attack(tmp_path / "ran")).hex())
-    with study.database.engine.begin() as connection:
-        values = optuna_tables.trial_system_attributes
-        of_holder = sa.and_(values.c.trial_id == holder, values.c.key.contains("optimizer"))
-        connection.execute(values.delete().where(of_holder, ~values.c.key.endswith(":0")))
-        connection.execute(values.update().where(of_holder).values(value_json=attack))
-    with pytest.raises(
-        StorageError, match=rf"the sampler cmaes in trial {number} cannot be read: posix.system is no part"
-    ):
-        draw(1)
+@pytest.mark.parametrize("options", CMAES_OPTIONS)
+def test_cmaes_loads_no_pickle_of_the_database_and_goes_on_without_it(
+    study: Study, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    """Neither one in place of its state, nor the one that an earlier version has stored."""
+    space = _cmaes_space(tmp_path, options)
+    _draw(study, space, 12)
+    holder, parts = _newest_state(study)
+    assert json.loads("".join(parts.values()))["generation"] > 1, "the state is JSON"
+    pickled = pickle.dumps(_Attack(tmp_path / "ran")).hex()
+    prefix = next(iter(parts)).partition(":")[0]
+    _replace_attributes(study, holder, parts, {f"{prefix}:state:0": pickled, f"{prefix}:optimizer:0": pickled})
+    _draw(study, space, 8)
     assert not (tmp_path / "ran").exists()
+    newest, parts = _newest_state(study)
+    assert newest != holder
+    assert json.loads("".join(parts.values()))["generation"] > 1, "it has learned from the stored results"
+
+
+STRANGE_STATES: dict[str, Any] = {
+    "generation": [0, -1, 2**31, 10**400, 1.5, True, "1", None],
+    "sigma": [0.0, -1.0, 1e-300, 1e300, [1.0], "1", None, math.inf],
+    "mean": [[0.5], [0.5, 0.5, 0.5], [[0.5, 0.5]], [0.5, math.nan], [0.5, 1e300], [0.5, 10**400], "xy", {}, [0.5, "x"]],
+    "p_sigma": [[0.5], [0.5, math.inf]],
+    "pc": [None, [0.5, [0.5]]],
+    "C": [[0.0, 0.0, 0.0], [1.0, 2.0, 1.0], [1.0, 0.0], [1e300, 0.0, 1e300], [[1.0, 0.0], [0.0, 1.0]]],
+    "A": [[0.0, 1.0], [1.0], [-1.0, 1.0]],
+}
+
+
+def test_cmaes_starts_anew_where_its_stored_state_cannot_be_one(study: Study, tmp_path: Path) -> None:
+    space = _cmaes_space(tmp_path, {"with_margin": True})
+    _draw(study, space, 8)
+    holder, parts = _newest_state(study)
+    good = json.loads("".join(parts.values()))
+    sampler = build_sampler(space, 1)
+    assert isinstance(sampler, StoredCmaEsSampler)
+    search_space = sampler.infer_relative_search_space(study.optuna_study, study.trials()[0])
+    transform = _SearchSpaceTransform(search_space, transform_step=False, transform_0_1=True)
+
+    def restore(text: str) -> Any:
+        _replace_attributes(study, holder, parts, {"cmawm:state:0": text})
+        sampler._restore_optimizer(study.trials())
+        return sampler._init_optimizer(transform, StudyDirection.MINIMIZE)
+
+    assert restore(json.dumps(good)).generation == good["generation"]
+    strange = [json.dumps(good | {name: value}) for name, values in STRANGE_STATES.items() for value in values]
+    for text in [*strange, "", "[]", "null", "[" * 100_000, "1" * 10_000, json.dumps({"generation": 1})]:
+        assert restore(text).generation == 0, text[:200]
+    extreme = {
+        "sigma": 1e31,
+        "mean": [1e31, -1e31],
+        "C": [1e-31, 0.0, 1e31],
+        "A": [1e-31, 1e31],
+        "generation": 2**31 - 1,
+    }
+    for name, value in extreme.items():
+        optimizer = restore(json.dumps(good | {name: value}))
+        assert optimizer.generation == (value if name == "generation" else good["generation"]), "it can be a state"
+        with np.errstate(all="ignore"):
+            optimizer.tell([(np.array([0.1 * i, 0.2 * i]), float(i)) for i in range(5)])
+            assert np.all(np.isfinite(optimizer.ask())), f"{name}: it draws points"
+
+
+def test_cmaes_learns_nothing_from_a_point_that_is_none(study: Study, tmp_path: Path) -> None:
+    space = _cmaes_space(tmp_path, {"with_margin": True})
+    _draw(study, space, 6)
+    strange = [[0.5], "xy", None, [0.5, math.nan], [[0.5, 0.5]]]
+    holders = [trial_id(trial) for trial in study.trials() if "x_for_tell" in trial.system_attrs]
+    for holder, value in zip(holders, strange, strict=True):
+        _replace_attributes(study, holder, ["x_for_tell"], {"x_for_tell": value})
+    assert len(_draw(study, space, 2)) == 2
 
 
 @pytest.mark.parametrize(
