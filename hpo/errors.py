@@ -16,8 +16,9 @@ import difflib
 import re
 from collections.abc import Iterable
 
-# All but tab and line feed, which only move on. C1 holds another escape; the rest reverses the order of what follows.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+# All but tab and line feed, which only move on. C1 holds another escape; the rest is not visible, ends a line, or reverses
+# the order of what follows.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff]")
 
 
 class HpoError(Exception):
@@ -48,5 +49,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text without control characters: a terminal would obey them, and names in a database may contain any."""
+    """Return a text without control characters and invisible ones.
+
+    A terminal would obey them, a name with them would look like another one, and names in a database may contain any.
+    """
     return _CONTROL.sub("", text)

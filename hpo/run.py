@@ -8,13 +8,15 @@ A search whose time or patience is spent is finished. One that stopped because n
 from __future__ import annotations
 
 import gc
+import io
 import json
 import os
 import shlex
 import stat
 import sys
+import traceback
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -44,6 +46,11 @@ def main(prefix: Sequence[str] = ()) -> NoReturn:
         prefix: inserted before the arguments: `python -m hpo.run SPACE` is `hpo run SPACE`.
     """
     working_folder.leave()  # for what is imported later; `hpo/__init__.py` has done it where `python -m` put it there
+    with redirect_stderr(_Stderr(sys.stderr)):
+        _run(prefix)
+
+
+def _run(prefix: Sequence[str]) -> NoReturn:
     words = [*prefix, *sys.argv[1:]]
     _keep_files_private()
     try:
@@ -60,11 +67,36 @@ def main(prefix: Sequence[str] = ()) -> NoReturn:
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 # printed here, while control characters are left out
         if isinstance(error, HpoError) or _is_storage_error(error):
             _say(f"hpo: {error}", to=sys.stderr)
             sys.exit(2)
-        raise
+        traceback.print_exc()
+        sys.exit(1)
+
+
+class _Stderr(io.TextIOBase):
+    """stderr without control characters: tracebacks, and warnings of libraries, may quote what a database holds.
+
+    It is no terminal, so that nobody colors what is written.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def write(self, text: str) -> int:
+        self._stream.write(printable(text))
+        return len(text)
 
 
 def _is_storage_error(error: Exception) -> bool:

@@ -126,6 +126,26 @@ def test_an_error_that_the_user_can_change_is_one_line(
     assert hpo_here(tmp_path, "list") == Finished(2, "", f"hpo: {error}\n")
 
 
+def test_what_is_written_to_stderr_has_no_control_characters(
+    tmp_path: Path, hpo_here: HpoHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a traceback, nor what libraries write: both may quote a database."""
+    strange = "a\x1b]0;b\x07c\u202ed\u061ce\u2028f\u200bg\ufeffh\x9bi"
+
+    def fail(**_: object) -> None:
+        sys.stderr.write(f"warning: {strange}\n")
+        raise LookupError(strange)
+
+    monkeypatch.setattr(api, "list_studies", fail)
+    finished = hpo_here(tmp_path, "list")
+    assert finished.returncode == 1
+    lines = finished.stderr.splitlines()
+    assert lines[0] == "warning: a]0;bcdefghi"
+    assert lines[-1] == "LookupError: a]0;bcdefghi"
+    assert "Traceback (most recent call last):" in lines
+    assert not re.search(r"[^ -~\n]", finished.stderr)
+
+
 def test_ctrl_c_outside_of_a_search_is_exit_code_130(
     tmp_path: Path, hpo_here: HpoHere, monkeypatch: pytest.MonkeyPatch
 ) -> None:
