@@ -25,7 +25,7 @@ from storage.engines import configure, engine_options, limit_idle_transactions, 
 from storage.errors import READ_ONLY, StorageError, driver_error, retry_while_down, translate_errors
 from storage.tables import metadata, schema
 from storage.urls import parse_url
-from storage.versions import read_versions, schema_lock
+from storage.versions import read_versions, refuse_views, schema_lock
 
 _LOOK_SECONDS = 5.0  # how long a look at another database waits for its writer
 
@@ -212,11 +212,12 @@ def hpo_ids(path: Path) -> set[str]:
     """Return the `hpo:id` of each study in a SQLite file, which may be of any program. The file is only read.
 
     Raises:
-        StorageError: the file cannot be read.
+        StorageError: the file cannot be read, or a view has the name of a table.
     """
 
     def read() -> set[str]:
         with sqlite_file.engine(path, _LOOK_SECONDS) as engine, engine.connect() as connection:
+            refuse_views(connection, str(path))
             if not sa.inspect(connection).has_table(optuna_tables.study_user_attributes.name):
                 return set()
             return {

@@ -97,6 +97,7 @@ def _configure_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     if connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
         connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=NORMAL")
+    connection.execute(sqlite_file.DISTRUST)
 
 
 def _replace_if_outdated(connection: sqlite3.Connection, _record: object, _proxy: object) -> None:

@@ -23,6 +23,7 @@ from sqlalchemy.pool import NullPool
 
 from storage import wal
 
+DISTRUST = "PRAGMA trusted_schema=OFF"  # what somebody wrote into the schema calls no function with side effects
 BUSY_SECONDS = 60.0  # how long a writer waits for another writer
 _TICK_SECONDS = 0.02  # two changes of a file within this time may leave it with the same time of its last change
 _WAL_MODE = 2  # bytes 18 and 19 of the header
@@ -129,6 +130,7 @@ def connect(path: Path, timeout_seconds: float, *, immutable: bool = False) -> s
                 opened = _identity(path)
             connection.watch(path, opened)
         try:
+            connection.execute(DISTRUST)
             connection.execute("SELECT 1 FROM sqlite_master")  # only now, SQLite opens the files
         except sqlite3.OperationalError as error:
             connection.close()

@@ -50,6 +50,8 @@ def read_versions(engine: sa.Engine, safe_url: str) -> Versions:
     names = {*inspector.get_table_names(), *inspector.get_view_names()}
     if not names:
         return Versions(None, None)
+    with engine.connect() as connection:
+        refuse_views(connection, safe_url)
 
     def columns(table: str) -> set[str]:
         return {column["name"] for column in inspector.get_columns(table)} if table in names else set()
@@ -89,6 +91,34 @@ def read_versions(engine: sa.Engine, safe_url: str) -> Versions:
         f"{safe_url} belongs to another program (it has the tables {', '.join(sorted(strange or names)[:3])}, ...); "
         "name an empty database or one of Optuna's"
     )
+
+
+def refuse_views(connection: sa.Connection, safe_url: str) -> None:
+    """Refuse a database in which one of our names, or Optuna's, is not that of an ordinary table.
+
+    hpo and Optuna create tables only. A view gives another answer each time, or none for ever.
+
+    Raises:
+        StorageError: one of them is a view, a virtual table or a foreign table.
+    """
+    if connection.dialect.name == "sqlite":
+        query = "SELECT name FROM sqlite_master WHERE type = 'view' OR type = 'table' AND rootpage = 0"  # 0: virtual
+        found = set(connection.exec_driver_sql(query).scalars())
+        # What SQLite takes it for, whatever type the file gives. Before version 3.37, SQLite returns nothing.
+        found |= {row.name for row in connection.exec_driver_sql("PRAGMA table_list") if row.type != "table"}
+        found = {name.lower() for name in found}
+    else:
+        query = (
+            "SELECT relname FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace "
+            "WHERE nspname = current_schema() AND relkind NOT IN ('r', 'p')"
+        )
+        found = set(connection.exec_driver_sql(query).scalars())
+    strange = found & {*_COLUMNS, "alembic_version"}
+    if strange:
+        raise StorageError(
+            f"{safe_url} belongs to another program, or somebody has changed it: {min(strange)} is not an ordinary table "
+            "(but a view, for example); restore a copy, or name another database"
+        )
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from sqlalchemy.exc import OperationalError
 
 from benchmarks.postgres import Postgres
 from storage import engines, migrations, optuna_tables, sqlite_file, versions, wal
-from storage.database import Database, open_database, open_existing
+from storage.database import Database, hpo_ids, open_database, open_existing, open_for_reading
 from storage.errors import StorageError, retry_while_down, translate_errors
 from storage.studies import all_studies, find_study, open_study
 from storage.tables import metadata
@@ -59,6 +59,7 @@ def test_sqlite_is_opened_with_wal_and_synchronous_normal(tmp_path: Path) -> Non
             with engine.connect() as connection:
                 assert connection.scalar(sa.text("PRAGMA journal_mode")) == "wal"
                 assert connection.scalar(sa.text("PRAGMA synchronous")) == 1
+                assert connection.scalar(sa.text("PRAGMA trusted_schema")) == 0
                 assert connection.scalar(sa.text("PRAGMA busy_timeout")) == 60_000
 
 
@@ -316,6 +317,47 @@ def test_a_table_of_another_program_with_a_name_of_ours_is_refused(url: str) -> 
         open_database(url)
     assert sa.inspect(engine).get_table_names() == tables
     engine.dispose()
+
+
+REPLACED_TABLES = {
+    "a view": ["ALTER TABLE {table} RENAME TO other", "CREATE VIEW {table} AS SELECT * FROM other"],
+    "a view in upper case": ["ALTER TABLE {table} RENAME TO other", "CREATE VIEW {TABLE} AS SELECT * FROM other"],
+    "a virtual table": ["DROP TABLE {table}", "CREATE VIRTUAL TABLE {table} USING fts5({columns})"],
+}
+
+
+@pytest.mark.parametrize("table", ["studies", "trial_params", "hpo_runs", "hpo_schema", "alembic_version"])
+@pytest.mark.parametrize("replacement", REPLACED_TABLES)
+def test_a_file_in_which_a_view_has_the_name_of_a_table_is_refused(
+    empty_database: Path, tmp_path: Path, table: str, replacement: str
+) -> None:
+    """It would give another answer each time, or none for ever."""
+    file = Path(shutil.copy(empty_database, tmp_path))
+    with closing(sqlite3.connect(file)) as connection:
+        columns = ", ".join(name for _, name, *_ in connection.execute(f"PRAGMA table_info({table})"))
+        for (trigger,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'trigger'").fetchall():
+            connection.execute(f"DROP TRIGGER {trigger}")
+        for statement in REPLACED_TABLES[replacement]:
+            connection.execute(statement.format(table=table, TABLE=table.upper(), columns=columns))
+        connection.commit()
+    for opens in (open_database, open_existing, open_for_reading):
+        with pytest.raises(StorageError, match=f"{table} is not an ordinary table"):
+            opens(f"sqlite:///{file}")
+    if table == "studies":
+        with pytest.raises(StorageError, match=f"{table} is not an ordinary table"):
+            hpo_ids(file)
+
+
+@pytest.mark.postgres
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["VIEW", "MATERIALIZED VIEW"])
+def test_a_server_on_which_a_view_has_the_name_of_a_table_is_refused(postgres: Postgres, kind: str) -> None:
+    url = postgres.create_database(f"view_{kind[:3].lower()}")
+    with open_database(url) as opened, opened.engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE hpo_runs RENAME TO other")
+        connection.exec_driver_sql(f"CREATE {kind} hpo_runs AS SELECT * FROM other")
+    with pytest.raises(StorageError, match="hpo_runs is not an ordinary table"):
+        open_database(url)
 
 
 @pytest.mark.parametrize("created", range(0, 20, 3))
