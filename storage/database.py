@@ -22,7 +22,14 @@ from sqlalchemy.exc import DBAPIError
 
 from storage import migrations, optuna_tables, sqlite_file
 from storage.engines import configure, engine_options, limit_idle_transactions, transaction
-from storage.errors import READ_ONLY, StorageError, driver_error, retry_while_down, translate_errors
+from storage.errors import (
+    READ_ONLY,
+    StorageError,
+    driver_error,
+    name_strange_content,
+    retry_while_down,
+    translate_errors,
+)
 from storage.tables import metadata, schema
 from storage.urls import parse_url
 from storage.versions import read_versions, refuse_views, schema_lock
@@ -224,7 +231,7 @@ def hpo_ids(path: Path) -> set[str]:
                 value for value in optuna_tables.read_study_attr(connection, "hpo:id").values() if value is not None
             }
 
-    with translate_errors(str(path)):
+    with translate_errors(str(path)), name_strange_content(str(path)):
         _check_wal(path, str(path))
         return _read_again(read)
 

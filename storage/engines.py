@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import sqlalchemy as sa
@@ -36,6 +36,36 @@ _SESSION = {
 }
 
 
+def _only(*kinds: type) -> Callable[[object], object]:
+    """Return a function that returns a value of one of these types, or None, and raises ValueError for any other."""
+
+    def check(value: object) -> object:
+        if value is None or type(value) in kinds:
+            return value
+        raise ValueError(f"{value!r:.60} in a column of {kinds[0].__name__}")
+
+    return check
+
+
+# SQLite stores anything in a column of any type, such as a text among numbers. Reading it is a ValueError.
+class _Integer(sa.Integer):
+    def result_processor(self, _dialect: sa.Dialect, _coltype: object) -> Any:
+        return _only(int)
+
+
+class _Float(sa.Float[Any]):
+    def result_processor(self, _dialect: sa.Dialect, _coltype: object) -> Any:
+        return _only(float, int)
+
+
+class _String(sa.String):
+    def result_processor(self, _dialect: sa.Dialect, _coltype: object) -> Any:
+        return _only(str)
+
+
+_STRICT = {sa.Integer: _Integer, sa.Float: _Float, sa.String: _String, sa.Enum: sa.Enum}  # an Enum checks its values
+
+
 def engine_options(url: sa.URL) -> dict[str, Any]:
     """Return the arguments of `sa.create_engine` for a URL."""
     if url.get_backend_name() == "sqlite":
@@ -59,6 +89,8 @@ def configure(engine: sa.Engine, *, is_written: bool = True) -> None:
         engine: the engine.
         is_written: whether they may write. A SQLite file that is only read is opened so, see `sqlite_file.connect`.
     """
+    if engine.dialect.name == "sqlite":
+        engine.dialect.colspecs = {**engine.dialect.colspecs, **_STRICT}
     if engine.dialect.name == "postgresql":
         sa.event.listen(engine, "connect", _configure_postgresql)
         if not is_written:

@@ -14,6 +14,7 @@ from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 from storage import sqlite_file
+from storage.optuna_internals import says_missing
 
 RETRY_SECONDS = 600.0  # how long an operation is retried while the database is down
 
@@ -23,6 +24,9 @@ _DAMAGED = (
 )
 
 READ_ONLY = "the file is read-only: make it and its folder writable"
+
+# What libraries and hpo raise about a value that they cannot read.
+_OF_CONTENT = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, RecursionError)
 
 T = TypeVar("T")
 logger = logging.getLogger("hpo.storage")
@@ -54,12 +58,31 @@ def translate_errors(safe_url: str) -> Iterator[None]:
         raise StorageError(f"{safe_url}: {_remedy(driver_error(error))}") from None
 
 
+@contextlib.contextmanager
+def name_strange_content(safe_url: str) -> Iterator[None]:
+    """Turn the error of a value that cannot be read, because hpo does not write such values, into a StorageError.
+
+    Other code than what reads must not run in it: its errors would be taken for those of the database. That a study or trial
+    is missing is no such error.
+    """
+    try:
+        yield
+    except _OF_CONTENT as error:
+        if says_missing(error):
+            raise
+        raise StorageError(
+            f"{safe_url}: the database holds what hpo does not write ({type(error).__name__}: {_first_line(error):.200}); "
+            "restore a copy, or delete the study"
+        ) from error
+
+
 def retry_while_down(
     database: Named,
     operation: Callable[[], T],
     timeout_seconds: float = RETRY_SECONDS,
     *,
     stopped: Event | None = None,
+    runs_other_code: bool = False,
 ) -> T:
     """Run an operation and return its result. Retry it while the database is down.
 
@@ -70,16 +93,21 @@ def retry_while_down(
         operation: what to run.
         timeout_seconds: how long to retry. A single attempt may take longer.
         stopped: once it is set, the operation is not retried any more.
+        runs_other_code: whether it does more than read and write rows, so that not every error is of what they hold, see
+            `name_strange_content`.
 
     Raises:
         UnavailableError: the database was down for longer than the timeout, or until `stopped` was set.
-        StorageError: the error is not transient (disk full, missing rights, damaged file).
+        StorageError: the error is not transient (disk full, missing rights, damaged file), or rows hold what hpo does not
+            write.
     """
+    naming = contextlib.nullcontext if runs_other_code else name_strange_content
     deadline = time.monotonic() + timeout_seconds
     pause_seconds = 0.1
     while True:
         try:
-            return operation()
+            with naming(database.url):
+                return operation()
         except (DBAPIError, StorageInternalError) as error:
             _raise_interrupt(error)
             cause = driver_error(error)

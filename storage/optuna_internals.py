@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Container, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import optuna
@@ -16,6 +17,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers._tpe.sampler import _RELATIVE_PARAMS_KEY, default_gamma
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages._cached_storage import _CachedStorage
+from optuna.storages._rdb.models import NOT_FOUND_MSG
 from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
@@ -46,6 +48,14 @@ def study_id(study: optuna.Study | FrozenStudy) -> int:
     return study._study_id
 
 
+def says_missing(error: BaseException) -> bool:
+    """Return whether an error of Optuna says that there is no such study or trial, or none that completed."""
+    text = str(error.args[0]) if error.args else ""
+    return isinstance(error, KeyError | ValueError) and (
+        text in {NOT_FOUND_MSG, "No trials are completed yet."} or text.startswith("No trial with ")
+    )
+
+
 class DraftStorage(_CachedStorage):
     """Optuna's storage, and one trial in memory that a sampler draws before it is stored.
 
@@ -55,10 +65,12 @@ class DraftStorage(_CachedStorage):
 
     Args:
         backend: the database. Finished trials are kept in memory.
+        reading: a context in which trials are read: it translates errors.
     """
 
-    def __init__(self, backend: RDBStorage) -> None:
+    def __init__(self, backend: RDBStorage, reading: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
         super().__init__(backend)
+        self._reading = reading
         self._draft: FrozenTrial | None = None
 
     def start_draft(self, draft: FrozenTrial) -> None:
@@ -77,6 +89,13 @@ class DraftStorage(_CachedStorage):
         if trial_id == DRAFT_ID and self._draft is not None:
             return self._draft
         return super().get_trial(trial_id)
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        """Return the trials of a study, without the draft."""
+        with self._reading():
+            return super().get_all_trials(study_id, deepcopy, states)
 
     def set_trial_param(
         self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution

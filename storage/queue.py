@@ -12,7 +12,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 
 from storage import optuna_internals, optuna_tables, protocol, records
-from storage.errors import RETRY_SECONDS, retry_while_down
+from storage.errors import RETRY_SECONDS, name_strange_content, retry_while_down
 from storage.history import History
 from storage.lease import RENEWAL_SHARE, Lease, is_run_dead
 from storage.protocol import ClaimedTrial, Configuration, Refusal
@@ -180,7 +180,7 @@ class TrialQueue:
             if self._draw is None:
                 broken, draft = "", optuna_internals.as_point(partial, self._distributions)
             else:
-                broken, draft = self._read(lambda: self._draw_once(partial.number, partial))
+                broken, draft = self._read(lambda: self._draw_once(partial.number, partial), runs_other_code=True)
         except (ValueError, TypeError, OverflowError) as error:  # OverflowError: an infinite value of an int
             broken, draft = f"not in the search space: {error}", partial
         if broken:
@@ -235,7 +235,10 @@ class TrialQueue:
             if duplicates + rejected == RANDOM_AFTER_DRAWS:
                 # A sampler does not learn from trials that never ran: it may draw the same point forever.
                 self._study.optuna_study.sampler = optuna.samplers.RandomSampler(seed=number)
-            constraint, draft = self._read(lambda number=number: self._draw_once(number))  # type: ignore[misc]
+            constraint, draft = self._read(
+                lambda number=number: self._draw_once(number),  # type: ignore[misc]
+                runs_other_code=True,
+            )
             if constraint:
                 rejected += 1
                 continue
@@ -264,7 +267,8 @@ class TrialQueue:
         """Draw a configuration in memory; return the constraint that it breaks, and a trial with its params."""
         assert self._draw is not None
         if self._history is not None:
-            self._history.refresh()
+            with name_strange_content(self._database.url):
+                self._history.refresh()
         trial, draft = optuna_internals.draft_trial(self._study.optuna_study, number, partial)
         broken = self._draw(trial)
         if partial is not None:
@@ -280,9 +284,9 @@ class TrialQueue:
     def _retry(self, operation: Callable[[], T]) -> T:
         return retry_while_down(self._database, operation)
 
-    def _read(self, operation: Callable[[], T]) -> T:
+    def _read(self, operation: Callable[[], T], *, runs_other_code: bool = False) -> T:
         """Run an operation that reads through Optuna, which raises KeyError for a study that was deleted."""
         try:
-            return self._retry(operation)
+            return retry_while_down(self._database, operation, runs_other_code=runs_other_code)
         except KeyError:
             raise protocol.study_deleted(self._database, self._run.study.name) from None

@@ -18,7 +18,7 @@ from sqlalchemy.exc import IntegrityError
 
 from storage import optuna_tables, records, tables
 from storage.database import Database
-from storage.errors import StorageError, retry_while_down
+from storage.errors import StorageError, name_strange_content, retry_while_down
 from storage.optuna_internals import DraftStorage, study_id, trial_id
 from storage.optuna_tables import StudyKey
 from storage.protocol import StudyDeletedError, lock_study, study_deleted
@@ -407,9 +407,16 @@ def _check_direction(study: Study, direction: str) -> None:
 
 def _load(database: Database, name: str) -> Study | None:
     """Return a study; None if it was deleted meanwhile."""
-    storage = DraftStorage(database.optuna_storage)
+    storage = DraftStorage(database.optuna_storage, lambda: name_strange_content(database.url))
+
+    def load() -> optuna.Study:
+        study = optuna.load_study(study_name=name, storage=storage)
+        if not study.directions:
+            raise ValueError(f"the study {name!r} has no direction")
+        return study
+
     try:
-        study = retry_while_down(database, lambda: optuna.load_study(study_name=name, storage=storage))
+        study = retry_while_down(database, load)
         # If another study has its id now, this is the other one's, which has another name.
         identity = identity_of(retry_while_down(database, lambda: study.user_attrs))
     except KeyError:

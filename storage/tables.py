@@ -13,12 +13,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import sqlalchemy as sa
 
 # What a trial is that was taken over from an earlier study, values of `hpo_imports.role`:
 LEARNED = "learned"  # the sampler learns from it; it is no result of the study
 REUSED = "reused"  # a result, of a configuration that would be trained in the same way; the budget does not count it
 POINT = "point"  # the same, of a point of the study's grid, which the budget counts
+
+
+class JsonObject(sa.TypeDecorator[dict[str, Any]]):
+    """JSON that is an object. Reading anything else is a ValueError."""
+
+    impl = sa.JSON
+    cache_ok = True
+
+    def process_result_value(self, value: Any, _dialect: sa.Dialect) -> dict[str, Any] | None:
+        """Return a value that was read."""
+        if value is not None and not isinstance(value, dict):
+            raise ValueError(f"{value!r:.60} in a column of JSON objects")
+        return value
+
 
 metadata = sa.MetaData()
 
@@ -38,7 +54,7 @@ runs = sa.Table(
     # The run owns its trials until then. It renews the lease while its driver is alive.
     sa.Column("lease_until", sa.Float, nullable=False),
     sa.Column("ended", sa.Float),
-    sa.Column("provenance", sa.JSON, nullable=False),
+    sa.Column("provenance", JsonObject, nullable=False),
     # After an outage all leases have expired. Until then, the run leaves the others time to renew theirs.
     sa.Column("takeover_after", sa.Float, nullable=False, server_default="0"),
     # A run may outlive its row, if its study is deleted: no other run may get its key.
@@ -55,7 +71,7 @@ trials = sa.Table(
     sa.Column("run", sa.Integer, index=True),
     sa.Column("crashes", sa.Integer, nullable=False, server_default="0"),
     # What a replay needs in addition to the study's settings: device, threads, data hash.
-    sa.Column("provenance", sa.JSON),
+    sa.Column("provenance", JsonObject),
     # Random, new with each claim: a write must name it. NULL while no run works on the trial.
     sa.Column("token", sa.BigInteger),
     # The last epoch in storage when the trial was claimed.

@@ -124,7 +124,13 @@ class Writer:
         try:
             if updates:
                 database = self._study.database
-                retry_while_down(database, lambda: self._write_once(updates), timeout_seconds, stopped=stopped)
+                retry_while_down(
+                    database,
+                    lambda: self._write_once(updates),
+                    timeout_seconds,
+                    stopped=stopped,
+                    runs_other_code=True,  # what a trainable reported may be the cause, see `_name_trial`
+                )
         except UnavailableError as error:
             return updates, error
         except Exception as error:  # noqa: BLE001 # raised again by `flush`

@@ -6,6 +6,8 @@ import inspect
 import json
 import re
 import shutil
+import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,73 @@ def test_each_function_documents_its_arguments(name: str) -> None:
     documented = re.findall(r"^    (\w+): ", re.split(r"\n(?=\w)", arguments)[0], re.MULTILINE)
     assert documented == list(inspect.signature(function).parameters)
     assert inspect.signature(function).return_annotation is not inspect.Signature.empty
+
+
+# --- what hpo does not write ------------------------------------------------------------------------------------------
+
+ESCAPE = "char(27) || ']0;title' || char(7)"
+STRANGE_CONTENT = {
+    "a text in place of a value": f"UPDATE trial_values SET value = {ESCAPE}",
+    "an unknown type of value": f"UPDATE trial_values SET value_type = {ESCAPE}",
+    "a text in place of a metric": f"UPDATE hpo_metrics SET value = {ESCAPE}",
+    "a text in place of an epoch": f"UPDATE hpo_metrics SET epoch = {ESCAPE} WHERE epoch = 1",
+    "a fraction in place of an epoch": "UPDATE hpo_metrics SET epoch = 1.5 WHERE epoch = 1",
+    "bytes in place of a metric's name": "UPDATE hpo_metrics SET name = x'00ff' WHERE rowid = 1",
+    "a text in place of a trial's number": f"UPDATE trials SET number = {ESCAPE} WHERE number = 1",
+    "an unknown state": f"UPDATE trials SET state = {ESCAPE}",
+    "a time that is none": f"UPDATE trials SET datetime_start = {ESCAPE}",
+    "a distribution that is no JSON": f"UPDATE trial_params SET distribution_json = {ESCAPE}",
+    "a distribution that is a list": "UPDATE trial_params SET distribution_json = '[]'",
+    "a distribution without a name": "UPDATE trial_params SET distribution_json = '{}'",
+    "an unknown distribution": """UPDATE trial_params SET distribution_json = '{"name": "x", "attributes": {}}'""",
+    "the provenance of a run that is a list": "UPDATE hpo_runs SET provenance = '[1]'",
+    "the provenance of a trial that is a list": "UPDATE hpo_trials SET provenance = '[1]'",
+    "a provenance that is no JSON": "UPDATE hpo_trials SET provenance = '{'",
+    "the time of a run that is a text": "UPDATE hpo_runs SET started = 'x', last_heard = 'x', lease_until = 'x'",
+    "settings that are no JSON": "UPDATE study_user_attributes SET value_json = '{' WHERE key = 'hpo:settings'",
+    "settings without an end": "UPDATE study_user_attributes SET value_json = replace(hex(zeroblob(50000)), '00', '[')",
+    "a number with too many digits": "UPDATE study_user_attributes SET value_json = hex(zeroblob(5000)) || 1",
+    "an unknown direction": "UPDATE study_directions SET direction = 'x'",
+    "no direction": "DELETE FROM study_directions",
+}
+
+
+@pytest.mark.parametrize("what", STRANGE_CONTENT)
+def test_what_hpo_does_not_write_is_one_message(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    storage = f"sqlite:///{shutil.copy(finished / 'hpo.db', tmp_path)}"
+    with sqlite3.connect(tmp_path / "hpo.db") as connection:
+        connection.execute(STRANGE_CONTENT[what])
+    connection.close()
+    monkeypatch.setattr("hpo.search.replay.run_trial", lambda _: iter(()))
+    verbs: dict[str, Callable[[], object]] = {
+        "list": lambda: api.list_studies(storage=storage),
+        "report": lambda: api.write_report(api.read_results("toy", storage=storage), runs_dir=tmp_path),
+        "clean": lambda: api.clean_runs(storage=storage, runs_dir=tmp_path),
+        "retry": lambda: api.retry_trials("toy", storage=storage),
+        "replay": lambda: api.replay_trial("toy", 0, storage=storage, run_stored_code=True),
+    }
+    errors: dict[str, StorageError] = {}
+    for verb, call in verbs.items():
+        try:
+            call()
+        except StorageError as error:
+            errors[verb] = error
+    assert "report" in errors
+    for each in errors.values():
+        assert re.search(r"holds what hpo does not write \(\w+: .+\); restore a copy, or delete the study", str(each))
+        assert each.__cause__ is not None
+
+
+def test_attributes_of_another_shape_do_not_stop_a_report(finished: Path, tmp_path: Path) -> None:
+    storage = f"sqlite:///{shutil.copy(finished / 'hpo.db', tmp_path)}"
+    with sqlite3.connect(tmp_path / "hpo.db") as connection:
+        connection.execute("UPDATE hpo_runs SET provenance = '{\"packages\": [1]}'")
+        connection.execute("UPDATE hpo_metrics SET value = 9e999")
+        connection.execute("UPDATE study_user_attributes SET value_json = 'null'")
+    connection.close()
+    assert api.write_report(api.read_results("toy", storage=storage), runs_dir=tmp_path).exists()
 
 
 # --- a search ---------------------------------------------------------------------------------------------------------

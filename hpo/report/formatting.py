@@ -13,6 +13,8 @@ def format_seconds(seconds: float | None) -> str:
     """Return a duration such as 42s, 7m05s or 3h20m; empty for None."""
     if seconds is None:
         return ""
+    if not math.isfinite(seconds):  # a trainable may report anything
+        return f"{seconds}s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

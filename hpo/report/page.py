@@ -19,6 +19,7 @@ from hpo.report.formatting import format_number, format_params, format_seconds
 from hpo.report.published import Published, describe_images, match_published
 from hpo.report.results import Results
 from hpo.report.tables import trial_columns
+from storage.studies import settings_of
 
 if TYPE_CHECKING:
     import jinja2
@@ -146,7 +147,7 @@ def _content(results: Results) -> dict[str, Any]:
         "more_failed": max(0, len(failed) - MAX_FAILURES),
         "cost": _cost(results),
         "reproduce": _reproduce(results),
-        "settings": _format_settings(results.attrs.get("hpo:settings", {})),
+        "settings": _format_settings(settings_of(results.attrs)),
     }
 
 
@@ -298,18 +299,22 @@ def _reproduce(results: Results) -> list[tuple[str, str]]:
     provenances: Sequence[Mapping[str, Any]] = [run.provenance for run in results.runs]
     last = provenances[-1] if provenances else {}
     commands = list(dict.fromkeys(str(each["command"]) for each in provenances if "command" in each))
-    packages = last.get("packages") or {}
+    packages = last.get("packages")
     other_versions = len({(each.get("code"), str(each.get("packages"))) for each in provenances}) - 1
     pairs = [
         *(("command", command) for command in commands[-5:]),
         ("one trial", f"hpo replay {shlex.quote(results.name)} NUMBER" if provenances else None),
         *((name, last.get(name)) for name in ("code", "python", "platform", "data_sha256")),
-        ("packages", ", ".join(f"{name} {version}" for name, version in packages.items())),
+        ("packages", _join(packages) if isinstance(packages, dict) else packages),
         ("seed", str(results.space.seed) if results.space else None),
         ("note", f"earlier runs used {other_versions} other versions" if other_versions > 0 else None),
         ("storage", results.study.database.url),
     ]
     return [(name, str(text)) for name, text in pairs if text]
+
+
+def _join(versions: Mapping[str, object]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def _format_settings(settings: Mapping[str, Any]) -> str:

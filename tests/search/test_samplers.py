@@ -30,6 +30,7 @@ from hpo.search.samplers import TPE_HISTORY, build_optuna_pruner, build_pruner, 
 from hpo.space.model import Space
 from storage import optuna_tables
 from storage.database import Database, open_database
+from storage.errors import StorageError
 from storage.history import MIN_LIMIT
 from storage.optuna_internals import trial_id
 from storage.pruners import Median, SuccessiveHalving
@@ -303,6 +304,22 @@ def test_every_sampler_draws_only_what_the_space_allows(
         assert failures(read_results(study)) == []
     captured = capfd.readouterr()
     assert captured.out + captured.err == "", "Optuna prints no warning"
+
+
+@pytest.mark.parametrize("name", ["tpe", "cmaes", "nsga2"])
+def test_a_sampler_that_cannot_read_a_trial_says_so(tmp_path: Path, name: str) -> None:
+    parameters = {"x": {"type": "float", "low": 0.0, "high": 1.0}}
+    space = toy_space(tmp_path, sampler=name, budget={"trials": 3}, parameters=parameters)
+    with open_database(f"sqlite:///{tmp_path}/hpo.db") as database:
+        search_without_ray(space, database, tmp_path)
+        with database.engine.begin() as connection:
+            connection.execute(optuna_tables.trial_params.update().values(distribution_json="[]"))
+        space = toy_space(tmp_path, sampler=name, budget={"trials": 4}, parameters=parameters)
+        study = open_study(database, **space.study_options)
+        with run_of(study, space) as run:
+            study.optuna_study.sampler = build_sampler(space, run.run_id)
+            with pytest.raises(StorageError, match=r"holds what hpo does not write \(TypeError: list"):
+                run.claim()
 
 
 @pytest.mark.parametrize("name", ["asha", "hyperband", "median"])
