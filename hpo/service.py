@@ -142,10 +142,13 @@ def run_search(
         from hpo.search.retention import Retention
         from hpo.search.warm_start import find_trials
         from storage.database import open_database
+        from storage.imports import SOURCES, set_points
         from storage.studies import find_revision, open_study
 
         database = opened.enter_context(open_database(storage, password))
         study = find_revision(database, space.name, space.fingerprint)
+        if study is not None and SOURCES in study.attrs:
+            set_points(study, _points_of(space))
         left = space.total_trials if study is None else _trials_left(space, study)
         _note_changes(space, study, listener)
         if study is not None and left == 0:
@@ -154,6 +157,7 @@ def run_search(
             Retention(space, study, runs).run_ended()
             stopped = None
         else:
+            listener.preparing("reading earlier studies")
             found = find_trials(space, study, database, password)  # a wrong name must not leave an empty study
             cluster.start()
             provenance = {"command": command} | describe_environment()
@@ -213,8 +217,7 @@ def _search(
     if found:
         take_over_trials(space, study, found)
         left = _trials_left(space, study)
-        for each in found:
-            listener.note(str(each))
+        _note_sources(found, listener)
     listener.study_opened(space, study.name, database.url, study.counts())
     if left == 0:  # earlier studies had all results
         return study, None
@@ -236,6 +239,18 @@ def _search(
     finally:
         gc.unfreeze()  # the caller's garbage must not live forever
     return study, stopped
+
+
+def _note_sources(found: Sequence[Found], listener: ProgressListener) -> None:
+    """Say what is taken over from earlier studies. Of several revisions, some may have nothing that others do not have."""
+    for number, each in enumerate(found):
+        if number == 0 or each.has_trials:
+            listener.note(str(each))
+
+
+def _points_of(space: Space) -> set[str]:
+    """Return the keys of the points of a grid; none for another search."""
+    return {space.config_key(point) for point in space.planned_points()} if space.is_grid else set()
 
 
 def _note_failure(mps: Mps, listener: ProgressListener) -> None:
@@ -436,28 +451,27 @@ def _look_up(
     space: Space, storage: str, password: str | None, listener: ProgressListener
 ) -> tuple[dict[str, str], int | None]:
     """Return the stored states of a search, and how many trials have not ended; see `PlannedSearch`."""
-    if is_new_database(storage):
+    if is_new_database(storage) and not space.warm_start:
         return {}, space.total_trials
     from hpo.search.warm_start import find_trials
     from storage.database import open_for_reading
     from storage.studies import find_revision
 
-    with open_for_reading(storage, password) or nullcontext() as database:
+    opened = None if is_new_database(storage) else open_for_reading(storage, password)
+    with opened or nullcontext() as database:
         study = None if database is None else find_revision(database, space.name, space.fingerprint)
         states: dict[str, str] = {}
         left = space.total_trials
         if study is not None:
             states = {space.config_key(trial.params): trial.state.name for trial in study.trained_trials()}
             left = _trials_left(space, study)
-        if database is not None and left != 0:
+        if left != 0:
             found = find_trials(space, study, database, password)
-            for each in found:
-                listener.note(str(each))
+            _note_sources(found, listener)
             trials = [trial for each in found for trial in each.trials]
             reused = {trial.key: "COMPLETE" for trial in trials if trial.key is not None}
             if space.is_grid and left is not None:
-                points = {space.config_key(point) for point in space.planned_points()}
-                left -= len(points & (reused.keys() - states.keys()))
+                left -= len(_points_of(space) & (reused.keys() - states.keys()))
             states = reused | states
         return states, left
 

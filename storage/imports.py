@@ -95,7 +95,7 @@ def import_trials(
     Args:
         study: the study.
         imported: the trials, in this order.
-        points: keys of the points of the study's grid; None if the study is no grid.
+        points: keys of the points of the study's grid; None if the study is no grid, whose budget counts none of them.
         sources: stored as the study's attribute `hpo:sources`, for reports.
 
     Returns:
@@ -109,13 +109,34 @@ def import_trials(
         with study.database.transaction() as connection:
             lock_study(connection, study.database, study.key)
             added = _insert(connection, study.study_id, imported)
-            if points is not None:
-                _set_roles(connection, study.study_id, points)
+            _set_roles(connection, study.study_id, points or ())
             if sources:
                 optuna_tables.write_study_attrs(connection, study.study_id, {SOURCES: list(map(dict, sources))})
             return added
 
     return retry_while_down(study.database, write)
+
+
+def set_points(study: Study, points: Collection[str]) -> None:
+    """Let the budget count the results of earlier studies that are points of the study's grid: the grid may have changed.
+
+    Args:
+        study: the study.
+        points: keys of the points; none for a study that is no grid.
+
+    Raises:
+        StorageError: the study was deleted, or the database cannot be used (after retries).
+    """
+
+    def write() -> None:
+        with study.database.engine.connect() as connection:
+            if not _find_changed_roles(connection, study.study_id, points):
+                return
+        with study.database.transaction() as connection:
+            lock_study(connection, study.database, study.key)
+            _set_roles(connection, study.study_id, points)
+
+    retry_while_down(study.database, write)
 
 
 def _insert(connection: sa.Connection, study_id: int, imported: Sequence[ImportedTrial]) -> dict[str, int]:
@@ -171,12 +192,18 @@ def _insert(connection: sa.Connection, study_id: int, imported: Sequence[Importe
 
 
 def _set_roles(connection: sa.Connection, study_id: int, points: Collection[str]) -> None:
-    """The budget of a grid counts the reused trials that are points of it now: `budget.trials` may have changed."""
+    for trial_id, role in _find_changed_roles(connection, study_id, points).items():
+        update = tables.imports.update().where(tables.imports.c.trial == trial_id)
+        connection.execute(update.values(role=role))
+
+
+def _find_changed_roles(connection: sa.Connection, study_id: int, points: Collection[str]) -> dict[int, str]:
+    """Return {trial_id: role} of the reused trials whose role is another one now."""
     table, ours = tables.imports, tables.trials
-    query = sa.select(ours.c.trial, ours.c.key).join(table, table.c.trial == ours.c.trial)
-    for trial_id, key in connection.execute(query.where(table.c.study == study_id)).all():
-        role = POINT if key in points else REUSED
-        connection.execute(table.update().where(table.c.trial == trial_id).values(role=role))
+    query = sa.select(ours.c.trial, ours.c.key, table.c.role).join(table, table.c.trial == ours.c.trial)
+    rows = connection.execute(query.where(table.c.study == study_id)).all()
+    roles = {row.trial: (POINT if row.key in points else REUSED, row.role) for row in rows}
+    return {trial_id: role for trial_id, (role, before) in roles.items() if role != before}
 
 
 def _role(trial: ImportedTrial) -> str:

@@ -93,8 +93,11 @@ class TrialQueue:
         self._distributions = distributions
         self._known_keys = self._retry(lambda: records.read_keys(self._database, self._run.study_id))
 
-    def claim(self) -> ClaimedTrial | None:
+    def claim(self, *, new: bool = True) -> ClaimedTrial | None:
         """Claim a trial; return None if there is none now.
+
+        Args:
+            new: whether a trial may be created. Otherwise only those that wait are claimed.
 
         Raises:
             StorageError: the study was deleted, or the database cannot be used (after retries).
@@ -102,10 +105,10 @@ class TrialQueue:
         token = protocol.new_token()
         self._tokens = {each for each in self._tokens if not self._is_settled(each)}
         claim = None
-        if time.monotonic() >= self._next_scan:
+        if time.monotonic() >= self._next_scan or not new:
             claim = self._claim_existing(token)
-        claim = claim or self._claim_new(token)
-        while claim is None:
+        claim = claim or (self._claim_new(token) if new else None)
+        while claim is None and new:
             # Last, so that `finished` is true: another run may have claimed the last trial meanwhile.
             claim = self._claim_existing(token)
             if claim is not None or self._draw is not None or self._keys == self._compared_keys:

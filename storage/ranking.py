@@ -23,7 +23,7 @@ Direction = Literal["maximize", "minimize"]
 def count_since_best(study: Study, *, maximize: bool) -> int:
     """Return how many trials have ended after the one with the best value, of equal ones the first; 0 if none completed.
 
-    Failed trials do not count, nor those of earlier studies from which only the sampler learns.
+    Failed trials do not count, nor those that were taken over from earlier studies; the result of one may be the best.
 
     Args:
         study: the study.
@@ -48,7 +48,8 @@ def count_since_best(study: Study, *, maximize: bool) -> int:
             when = connection.scalar(best)
             if when is None:
                 return 0
-            later = sa.select(sa.func.count()).where(own, has_ended, trial.c.datetime_complete > when)
+            is_trained = ~sa.exists().where(tables.imports.c.trial == trial.c.trial_id)
+            later = sa.select(sa.func.count()).where(own, has_ended, is_trained, trial.c.datetime_complete > when)
             return int(connection.scalar(later) or 0)
 
     return retry_while_down(study.database, read)

@@ -191,15 +191,18 @@ class Run:
         """
         self._queue.enqueue(points, distributions)
 
-    def claim(self) -> ClaimedTrial | None:
+    def claim(self, *, new: bool = True) -> ClaimedTrial | None:
         """Return a trial to work on: an interrupted one, an enqueued one or a new one; None if there is none now.
 
         After None, `finished` says whether there will ever be one.
+
+        Args:
+            new: whether a trial may be created. Otherwise only those that wait are claimed, and `finished` stays as it is.
         """
         if self._learns:
             self._writer.flush()
         with self._writer.paused(), without_garbage_collection():
-            claim = self._queue.claim()
+            claim = self._queue.claim(new=new)
         if claim is None and not self._learns:
             self._writer.flush()
         return claim

@@ -287,18 +287,16 @@ def find_revision(database: Database, name: str, fingerprint: str) -> Study | No
     return None
 
 
-def earlier_revision(database: Database, name: str, study: Study | None) -> Study | None:
-    """Return the revision before a study, or None.
+def other_revisions(database: Database, name: str, study: Study | None) -> list[Study]:
+    """Return the other revisions of a study that hpo created, newest first.
 
     Args:
         database: the database.
         name: the study's name, without a revision.
-        study: the study; None for one that does not exist yet, after all revisions.
+        study: the study; None for one that does not exist yet.
     """
-    known = _revisions(database, name)
-    if study is not None:
-        known = [each for each in known if _revision(each) < _revision(study.name)]
-    return _load(database, known[-1]) if known else None
+    known = [each for each in reversed(_revisions(database, name)) if study is None or each != study.name]
+    return [found for each in known if (found := _load(database, each)) is not None and found.is_ours]
 
 
 def open_study(

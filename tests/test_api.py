@@ -266,6 +266,16 @@ def test_a_plan_counts_what_storage_holds(finished: Path, storage: str) -> None:
     assert sorted(same.states.values()) == ["COMPLETE", "COMPLETE"]
 
 
+def test_a_plan_in_a_new_database_knows_earlier_studies_elsewhere(finished: Path, storage: str) -> None:
+    source = {"warm_start": [{"study": "toy", "storage": storage}]}
+    space = toy_space(finished, "later", parameters={"x": [1, 2, 3]}, **source)
+    planned = api.plan_search(space, storage=f"sqlite:///{finished}/new.db")
+    assert planned.trials_left == 1
+    assert not (finished / "new.db").exists()
+    with pytest.raises(SettingError, match="there is no study 'nope': the database does not exist yet"):
+        api.plan_search(toy_space(finished, "other", warm_start=["nope"]), storage=f"sqlite:///{finished}/new.db")
+
+
 def test_trials_of_another_program_do_not_use_up_a_search(tmp_path: Path) -> None:
     url, space = f"sqlite:///{tmp_path}/hpo.db", toy_space(tmp_path)
     with open_database(url) as database:

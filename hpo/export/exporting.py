@@ -174,12 +174,22 @@ def _space_of(study: Study, runs_dir: RunsDir, trial: FrozenTrial) -> Space:
     if not study.settings:
         raise SettingError(f"study {study.name} was not created by hpo, so its networks are unknown")
     space = Space.from_settings(study.settings)
+    _refuse_reused(trial)
     if not space.is_default_trainable:
         raise SettingError(
             f"study {study.name} was trained by {space.command or space.trainable}: only the network of "
             f"{DEFAULT_TRAINABLE} can be exported. What it saved is in {runs_dir.trial(study.unique_name, trial.number)}"
         )
     return space
+
+
+def _refuse_reused(trial: FrozenTrial) -> None:
+    origin = Origin.of(trial.user_attrs)
+    if origin is not None:
+        raise SettingError(
+            f"trial {trial.number} was trained as trial {origin.number} of study {origin.study}, which has its checkpoint: "
+            f"export it there, with `hpo export {shlex.quote(origin.study)} --trial {origin.number}`"
+        )
 
 
 def _load_checkpoint(
@@ -200,12 +210,6 @@ def _load_checkpoint(
             f"trial {trial.number} has no checkpoint any more: this search keeps those of {kept.description} "
             f"(checkpoints.keep is {kept.keep}). With `checkpoints: {{keep: all}}` in the search space, trials keep theirs "
             f"from then on. Trials with a checkpoint: {left}"
-        )
-    origin = Origin.of(trial.user_attrs)
-    if checkpoint is None and origin is not None:
-        raise SettingError(
-            f"trial {trial.number} was trained as trial {origin.number} of study {origin.study}, which has its checkpoint: "
-            f"export it there, with `hpo export {shlex.quote(origin.study)} --trial {origin.number}`"
         )
     if checkpoint is None:
         raise SettingError(

@@ -99,17 +99,16 @@ class TrialCoordinator:
         if self._is_over() or time.monotonic() < self._next_attempt or len(self._claims) >= self._at_a_time:
             return None
         with self._storage_errors_kept():
-            if self._is_patience_spent():
-                self._next_attempt = (
-                    time.monotonic() + POLL_SECONDS
-                )  # a trial that still runs may end with a better value
-                return None
-            claim = self._claim()
+            is_spent = self._is_patience_spent()
+            claim = self._claim(new=not is_spent)
             if self._run.exhausted and not self._is_exhaustion_noted:
                 self._is_exhaustion_noted = True
                 self._listener.note(f"no new trials: {self._run.exhausted}")
             if claim is None:
                 self._next_attempt = time.monotonic() + POLL_SECONDS
+                if is_spent and not self._claims:  # a trial that still runs may end with a better value
+                    patience = self._space.budget.patience
+                    self.stop(StopCause.NO_IMPROVEMENT, f"{patience} trials in a row have not found a better value")
                 return None
             self._claims[tune_id] = claim
             self._epochs[tune_id] = claim.epoch
@@ -138,13 +137,13 @@ class TrialCoordinator:
             )
         return None
 
-    def _claim(self) -> ClaimedTrial | None:
-        """Claim a trial whose configuration the search has.
+    def _claim(self, *, new: bool) -> ClaimedTrial | None:
+        """Claim a trial whose configuration the search has; one that waits, unless a new one is allowed.
 
         A program may have changed a trial that waits, or added one. What the database says must not reach a script or a
         trainable unless the search space allows it.
         """
-        while (claim := self._run.claim()) is not None:
+        while (claim := self._run.claim(new=new)) is not None:
             misfit = self._space.find_misfit(claim.params)
             if not misfit:
                 break
@@ -345,13 +344,9 @@ class TrialCoordinator:
         return self.stopped is not None
 
     def _is_patience_spent(self) -> bool:
-        """Whether too many trials in a row ended without a better value. If this run has no trial any more, stop it."""
-        patience = self._space.budget.patience
-        if patience is None or self._run.trials_since_best(maximize=self._space.direction == "maximize") < patience:
-            return False
-        if not self._claims:
-            self.stop(StopCause.NO_IMPROVEMENT, f"{patience} trials in a row have not found a better value")
-        return True
+        """Whether too many trials in a row ended without a better value. Those that wait are still run."""
+        patience, is_maximized = self._space.budget.patience, self._space.direction == "maximize"
+        return patience is not None and self._run.trials_since_best(maximize=is_maximized) >= patience
 
     def _crash_reason(self, claim: ClaimedTrial, details: str) -> tuple[str, str]:
         hang = self._folder(claim) / HANG_FILE

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from storage.imports import ImportedTrial, Origin
     from storage.studies import Study
 
+# Optuna's other samplers that learn read only trials that they have drawn themselves.
+LEARN_FROM_OTHERS = {"tpe", "gp"}
 MAX_REASONS = 3  # in a note; the report has all
 
 
@@ -55,6 +57,11 @@ class Found:
     trials: Sequence[ImportedTrial] = ()
 
     @property
+    def has_trials(self) -> bool:
+        """Whether anything of it is taken over."""
+        return bool(self.learned or self.reused)
+
+    @property
     def attribute(self) -> dict[str, Any]:
         """What the study stores of it."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "trials"}
@@ -78,40 +85,42 @@ def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
-def find_trials(space: Space, study: Study | None, database: Database, password: str | None = None) -> list[Found]:
-    """Return what a search takes over from the earlier revision of its study, and from those of `warm_start`.
+def find_trials(
+    space: Space, study: Study | None, database: Database | None, password: str | None = None
+) -> list[Found]:
+    """Return what a search takes over from the other revisions of its study, and from those of `warm_start`.
 
     Args:
         space: the search.
         study: its study; None if it does not exist yet.
-        database: of the study.
+        database: of the study; None if it does not exist yet.
         password: the PostgreSQL password of other databases.
 
     Raises:
         SettingError: an earlier study does not exist, hpo did not create it, or nothing of it fits.
         StorageError: a database cannot be used.
     """
-    from storage.studies import earlier_revision
+    from storage.studies import other_revisions
 
     found: list[Found] = []
+    identities = {None if study is None else study.identity}
     sources = {(source.study, source.storage): source for source in space.warm_start}
-    own = sources.pop((space.name, None), None)
-    before = earlier_revision(database, space.name, study)
-    if before is not None and before.is_ours:
-        found.append(_find(space, study, before, own or Source(study=space.name, despite=[]), ""))
+    own = sources.pop((space.name, None), None) or Source(study=space.name, despite=[])
     for source in sources.values():
+        stored = _stored_source(study, source)
         with space.locating_errors("warm_start"), _open(source, database, password) as (where, earlier):
-            if study is not None and earlier.identity == study.identity:
-                continue
-            taken = _find(space, study, earlier, source, where)
-            if (
-                not (taken.learned or taken.reused)
-                and taken.refused
-                and not (space.parameters.keys() & _names(earlier))
-            ):
-                raise SettingError(f"warm_start: {source.study} has no parameter in common with this search")
-            found.append(taken)
-    return found
+            if earlier is None and stored is not None:  # it was deleted; its trials stay
+                found.append(stored)
+            elif earlier is None:
+                raise _unknown(source, database)
+            elif earlier.identity not in identities:
+                identities.add(earlier.identity)
+                taken = _find(space, study, earlier, source, where)
+                if taken.refused and not taken.has_trials and not (space.parameters.keys() & _names(earlier)):
+                    raise SettingError(f"warm_start: {source.study} has no parameter in common with this search")
+                found.append(taken)
+    revisions = [] if database is None else other_revisions(database, space.name, study)
+    return found + [_find(space, study, each, own, "") for each in revisions if each.identity not in identities]
 
 
 def take_over_trials(space: Space, study: Study, found: Sequence[Found]) -> None:
@@ -134,26 +143,37 @@ def take_over_trials(space: Space, study: Study, found: Sequence[Found]) -> None
 
 
 @contextmanager
-def _open(source: Source, database: Database, password: str | None) -> Iterator[tuple[str, Study]]:
+def _open(source: Source, database: Database | None, password: str | None) -> Iterator[tuple[str, Study | None]]:
+    """Open the database of an earlier study; yield its URL, empty for the search's own, and the study, None without one."""
     from storage.database import open_existing
-    from storage.studies import find_study, study_names
+    from storage.studies import find_study
     from storage.urls import contains_password
 
     if source.storage is not None and contains_password(source.storage):
         raise SettingError("warm_start: leave the password out of the file, and put it in PGPASSWORD or ~/.pgpass")
     opened = database if source.storage is None else open_existing(source.storage, password)
     try:
-        study = find_study(opened, source.study)
-        if study is None:
-            known = study_names(opened)
-            hint = nearest(source.study, known) if known else "it has none"
-            raise SettingError(f"warm_start: there is no study {source.study!r} in {opened.url}: {hint}")
-        if not study.is_ours:
-            raise SettingError(f"warm_start: another program created the study {source.study!r} in {opened.url}")
-        yield ("" if source.storage is None else opened.url), study
+        study = None if opened is None else find_study(opened, source.study)
+        if study is not None and not study.is_ours:
+            raise SettingError(
+                f"warm_start: another program created the study {source.study!r} in {study.database.url}"
+            )
+        yield ("" if source.storage is None or opened is None else opened.url), study
     finally:
-        if source.storage is not None:
+        if source.storage is not None and opened is not None:
             opened.close()
+
+
+def _unknown(source: Source, database: Database | None) -> SettingError:
+    if source.storage is not None:
+        return SettingError(f"warm_start: there is no study {source.study!r} in its storage")
+    if database is None:
+        return SettingError(f"warm_start: there is no study {source.study!r}: the database does not exist yet")
+    from storage.studies import study_names
+
+    known = study_names(database)
+    hint = nearest(source.study, known) if known else "it has none"
+    return SettingError(f"warm_start: there is no study {source.study!r} in {database.url}: {hint}")
 
 
 def _names(study: Study) -> set[str]:
@@ -165,7 +185,7 @@ def _find(space: Space, study: Study | None, earlier: Study, source: Source, whe
     """Return what is taken over from a study. A large one is read only if something has changed since the last time."""
     counts = earlier.counts()
     state = [earlier.identity, counts["COMPLETE"], counts["PRUNED"]]  # trials that have ended do not change
-    options = space.model_dump(mode="json", include={"parameters"}) | source.model_dump()
+    options = space.model_dump(mode="json", include={"parameters", "sampler"}) | source.model_dump()
     seen = hashlib.sha256(json.dumps([state, options], sort_keys=True).encode()).hexdigest()[:16]
     for stored in _stored_sources(study):
         if stored.get("seen") == seen:
@@ -179,6 +199,15 @@ def _stored_sources(study: Study | None) -> list[dict[str, Any]]:
 
     stored = [] if study is None else study.attrs.get(SOURCES)
     return [each for each in stored if isinstance(each, dict)] if isinstance(stored, list) else []
+
+
+def _stored_source(study: Study | None, source: Source) -> Found | None:
+    """Return what a study has taken over from a source before; None if it has not."""
+    for stored in _stored_sources(study):
+        if str(stored.get("study")).partition("@")[0] == source.study.partition("@")[0]:
+            with suppress(TypeError):  # another program has changed it
+                return Found(**stored)
+    return None
 
 
 def _read(space: Space, study: Study | None, earlier: Study, source: Source) -> Found:
@@ -250,11 +279,12 @@ class _Comparison:
         params = trial.params | (derived if isinstance(derived, dict) else {})
         translation = translate(self._space, params, defaults=self._defaults)
         state, values, is_exact = self._cut(trial, params)
-        if not values:
-            raise _RefusalError("it has no finite value")
         own = self._earlier.identity or ""
         origin = Origin.of(trial.user_attrs) or Origin(self._earlier.name, own, trial.number)
         is_reused = is_exact and state == "COMPLETE" and self._is_trained_the_same_way(translation)
+        sampler = self._space.sampler.name
+        if not is_reused and sampler not in LEARN_FROM_OTHERS:
+            raise _RefusalError(f"sampler {sampler} uses only results that stand")
         self._trials[origin] = trial
         key = self._space.config_key(translation.params) if is_reused else None
         last = max(values)
@@ -299,7 +329,11 @@ class _Comparison:
             Its state, {epoch: finite objective}, and whether these are what the search would measure.
         """
         (values, is_metric), state = self._values(trial), trial.state.name
+        if not values:
+            raise _RefusalError("it has no finite value")
         epochs, wanted = self._before.max_epochs, self._space.max_epochs
+        if state == "COMPLETE" and epochs == wanted and wanted not in values:
+            raise _RefusalError(f"it has no value after epoch {wanted}")
         if epochs == wanted:
             return state, values, is_metric
         if epochs > wanted and not self._depends_on_horizon(params):

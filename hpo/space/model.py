@@ -128,6 +128,8 @@ class Space(StrictModel):
             SpaceError: this version of hpo cannot read the settings.
         """
         parameters = settings.get("parameters", {})
+        if not isinstance(parameters, Mapping):
+            raise SpaceError("this version of hpo cannot read the settings of the study: parameters is no mapping")
         data = {**settings, "parameters": {name: _undump_parameter(dump) for name, dump in parameters.items()}}
         try:
             return cls.model_validate(data)

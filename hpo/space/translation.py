@@ -6,7 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hpo.space.model import Space
-from hpo.space.parameters import Choices, Fixed, IntRange, Parameter, Params, Scalar, is_active, is_same, sampling_order
+from hpo.space.parameters import (
+    Choices,
+    Fixed,
+    FloatRange,
+    IntRange,
+    Parameter,
+    Params,
+    Scalar,
+    is_active,
+    is_same,
+    sampling_order,
+)
 
 
 class TranslationError(Exception):
@@ -30,7 +41,8 @@ def translate(space: Space, params: Mapping[str, Scalar], *, defaults: Mapping[s
     """Return a configuration of an earlier search as one of this search.
 
     - Choices are matched by value, and values must be in the ranges of this search.
-    - A parameter that the earlier search did not have gets its `default`, or the trainable's.
+    - A parameter that the earlier search did not have gets the trainable's default, where that is known and a value of this
+      search, else its own `default`.
     - A derived value must be the one that the trial was trained with.
     - A parameter that this search does not have must have had the trainable's default, so that it changes nothing.
     - A parameter that is not active here (`when`) is left out.
@@ -48,7 +60,8 @@ def translate(space: Space, params: Mapping[str, Scalar], *, defaults: Mapping[s
     for name in sampling_order(space.parameters):
         parameter = space.parameters[name]
         if is_active(parameter, translated):
-            translated[name] = _value_of(name, parameter, params, defaults)
+            translated[name], is_known = _value_of(name, parameter, params, defaults)
+            is_exact = is_exact and is_known
         elif name in params and not _is_default(name, params[name], defaults):
             is_exact = False
     if broken := space.broken_constraint(translated):
@@ -65,25 +78,32 @@ def translate(space: Space, params: Mapping[str, Scalar], *, defaults: Mapping[s
     return Translation(translated, is_exact)
 
 
-def _value_of(name: str, parameter: Parameter, params: Mapping[str, Scalar], defaults: Mapping[str, Scalar]) -> Scalar:
+def _value_of(
+    name: str, parameter: Parameter, params: Mapping[str, Scalar], defaults: Mapping[str, Scalar]
+) -> tuple[Scalar, bool]:
+    """Return the value of a parameter, and whether the earlier trial was trained with it."""
+    is_declared = not isinstance(parameter, Fixed) and "default" in parameter.model_fields_set
     if name in params:
         value = params[name]
-    elif not isinstance(parameter, Fixed) and "default" in parameter.model_fields_set:
-        value = parameter.default
-    elif name in defaults:
+    elif name in defaults and (parameter.contains(defaults[name]) or not is_declared):
         value = defaults[name]
+    elif not isinstance(parameter, Fixed) and is_declared:
+        value = parameter.default
     else:
         raise TranslationError(f"{name} is new here, and has no default")
+    is_known = name in params or name not in defaults or is_same(value, defaults[name])
     if isinstance(parameter, Fixed | Choices):
         same = [known for known in parameter.grid_values() if is_same(known, value)]
         if not same:
             raise TranslationError(f"{name} {value!r} is not in this search")
-        return same[0]
+        return same[0], is_known
     if not parameter.contains(value):
         step = "" if parameter.step in {None, 1} else f" in steps of {parameter.step}"
         raise TranslationError(f"{name} was not from {parameter.low} to {parameter.high}{step}")
     assert isinstance(value, int | float)
-    return int(value) if isinstance(parameter, IntRange) else float(value)
+    if isinstance(parameter, FloatRange) and parameter.step is not None:  # the range's own digits, as in a grid
+        value = min(parameter.high, parameter.low + round((value - parameter.low) / parameter.step) * parameter.step)
+    return (int(value) if isinstance(parameter, IntRange) else float(value)), is_known
 
 
 def _is_default(name: str, value: Scalar, defaults: Mapping[str, Scalar]) -> bool:

@@ -170,6 +170,28 @@ def test_a_search_without_a_better_value_ends_when_its_last_trial_has_ended(stud
     assert str(coordinator.stopped) == "budget.patience is spent: 2 trials in a row have not found a better value"
 
 
+def test_after_the_patience_is_spent_trials_that_wait_are_still_run(study: Study, tmp_path: Path) -> None:
+    space = toy_space(tmp_path, parameters={"x": [1, 2, 3, 4]}, budget={"patience": 1}, max_epochs=1)
+    listener = RecordingListener()
+    with run_of(study, space) as run:
+        run.enqueue(space.grid_points(), space.distributions())
+        claims = [run.claim() for _ in range(3)]
+        for claim, value in zip(claims, (0.5, 0.25), strict=False):
+            assert claim is not None
+            run.complete(claim, value)
+        assert claims[2] is not None
+        run.release(claims[2])
+        coordinator = coordinator_of(space, run, tmp_path, listener)
+        spec = coordinator.next_trial("a")
+        assert spec is not None
+        assert spec.params == {"x": 3}, "it was interrupted"
+        run.fail(coordinator._claims["a"], "no")
+        coordinator._end("a", "FAIL", "")
+        assert coordinator.next_trial("b") is None
+        assert coordinator.is_done
+    assert trial_states(study) == ["COMPLETE", "COMPLETE", "FAIL"], "the fourth is never created"
+
+
 def test_a_search_whose_first_trials_all_fail_stops_before_it_burns_the_rest(study: Study, tmp_path: Path) -> None:
     space = toy_space(tmp_path, parameters={"x": list(range(9))})
     with run_of(study, space) as run:

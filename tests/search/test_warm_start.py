@@ -88,22 +88,24 @@ def test_results_of_the_same_training_stand(database: Database) -> None:
     assert len(study.trials()) == 3
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"seed": 1},
-        {"parameters": {"batch_size": RANGE, "lr": 0.01, "flip": {"choices": [True, False], "default": True}}},
-    ],
-    ids=["seed", "default"],
-)
-def test_the_sampler_learns_from_a_training_that_would_differ(database: Database, changes: dict[str, Any]) -> None:
+def test_the_sampler_learns_from_a_training_that_would_differ(database: Database) -> None:
     finish_grid(database)
-    found = found_in(database, larger(**changes))
-    if "seed" in changes:
-        assert str(found) == "warm start from grid: learns from 3 trials"
-        assert [trial.values for trial in found.trials] == [{}, {}, {}]
-    else:  # the file says that the grid implicitly used it
-        assert [trial.params["flip"] for trial in found.trials] == [True, True, True]
+    found = found_in(database, larger(seed=1))
+    assert str(found) == "warm start from grid: learns from 3 trials"
+    assert [trial.values for trial in found.trials] == [{}, {}, {}]
+    for sampler in ("random", "cmaes", "nsga2"):
+        other = larger(seed=1, sampler={"name": sampler})
+        assert found_in(database, other).refused == {f"sampler {sampler} uses only results that stand": 3}
+
+
+def test_the_trainings_own_default_counts_whatever_the_file_says(database: Database) -> None:
+    finish_grid(database)
+    flip = {"choices": [True, False], "default": True}
+    found = found_in(database, larger(parameters={"batch_size": RANGE, "lr": 0.01, "flip": flip}))
+    assert [(trial.params["flip"], trial.key is None) for trial in found.trials] == [(False, False)] * 3
+    flip["choices"] = [True]  # the grid's value is no value of this search: the declared one is the nearest
+    found = found_in(database, larger(parameters={"batch_size": RANGE, "lr": 0.01, "flip": flip}))
+    assert [(trial.params["flip"], trial.key is None) for trial in found.trials] == [(True, True)] * 3
 
 
 def test_parameters_that_the_grid_lacked_have_the_trainings_own_defaults(database: Database) -> None:
@@ -211,6 +213,15 @@ def test_a_longer_training_whose_schedule_depends_on_its_length_does_not(databas
     assert list(found.refused) == ["it was trained for 4 epochs, not 2 (despite: [max_epochs] takes it)"]
 
 
+def test_a_trial_whose_last_epoch_lacks_the_metric_is_no_result(database: Database) -> None:
+    finish_grid(database)
+    with database.transaction() as connection:
+        connection.exec_driver_sql("DELETE FROM hpo_metrics WHERE trial = 1 AND epoch = 4 AND name = 'val_loss'")
+    found = found_in(database, larger(metric="val_loss", direction="minimize"))
+    assert params_of(found) == [256, 512]
+    assert found.refused == {"it has no value after epoch 4": 1}
+
+
 def test_a_trial_without_a_finite_value_is_left_out(database: Database) -> None:
     finish_grid(database)
     with database.transaction() as connection:
@@ -228,7 +239,7 @@ def test_a_pruned_trial_keeps_its_last_value(database: Database, tmp_path: Path)
         while claim := run.claim():
             run.report(claim, 1, {"value": 0.25}, 0.25)
             run._writer.put(dataclasses.replace(run._update(claim, 2, {"value": 0.5}, 0.5), final_state=_PRUNED))
-    after = toy_space(tmp_path, name="later", warm_start=["toy"])
+    after = toy_space(tmp_path, name="later", warm_start=["toy"], sampler="tpe", budget={"trials": 5})
     found = found_in(database, after)
     assert [(trial.state.name, trial.value, trial.values, trial.key) for trial in found.trials] == [
         ("PRUNED", 0.5, {2: 0.5}, None)
@@ -265,10 +276,14 @@ def test_a_new_revision_takes_over_the_one_before(database: Database) -> None:
             "seen": found.seen,
         }
     ]
-    third, (found,) = revise(database, parameters={"batch_size": [64, 256], "lr": 0.01})
+    third, found_again = revise(database, parameters={"batch_size": [64, 256], "lr": 0.01})
     assert third.name == "grid@3"
-    assert params_of(found) == [64], "the second revision never had 256"
+    assert [each.study for each in found_again] == ["grid@2", "grid@1"]
+    assert [trial.params["batch_size"] for trial in third.trials()] == [64, 256], "the second revision never had 256"
     assert third.trials()[0].user_attrs["reused_from"]["study"] == "grid", "who trained it"
+    first, _ = revise(database)
+    assert first.name == "grid"
+    assert len(first.trials()) == 3, "what others took from it is not taken back"
 
 
 def test_what_has_changed_in_an_earlier_study_is_taken_over(
@@ -290,14 +305,31 @@ def test_what_has_changed_in_an_earlier_study_is_taken_over(
 
 
 def test_its_options_may_be_in_the_file(database: Database) -> None:
+    tpe: dict[str, Any] = {"sampler": {"name": "tpe"}, "budget": {"trials": 9}}
     finish_grid(database)
-    _, (found,) = revise(database, max_epochs=9)
+    _, (found,) = revise(database, max_epochs=9, **tpe)
     assert not found.trials
-    _, (found,) = revise(database, max_epochs=8, **source(despite=["max_epochs"]))
-    assert not found.trials, "the revision before, which is not the one that was trained"
-    study, (_, first) = revise(database, max_epochs=7, warm_start=[{"study": "grid@1", "despite": ["max_epochs"]}])
-    assert len(first.trials) == 3
-    assert take_over(grid_space(max_epochs=7, warm_start=["grid@4"]), study)[1:] == [], "itself"
+    study, _ = revise(database, max_epochs=8, **source(despite=["max_epochs"]), **tpe)
+    assert len(study.trials()) == 3
+    named = {"warm_start": [{"study": "grid@1", "despite": ["max_epochs"]}]}
+    study, found_twice = revise(database, max_epochs=7, **named, **tpe)
+    assert [each.study for each in found_twice] == ["grid@1", "grid@3", "grid@2"], "each once"
+    assert len(study.trials()) == 3
+    itself = {"warm_start": [study.name]}
+    assert study.name not in [each.study for each in take_over(grid_space(max_epochs=7, **itself, **tpe), study)]
+
+
+def test_a_source_that_was_deleted_does_not_stop_a_search(database: Database) -> None:
+    earlier = finish_grid(database)
+    space = larger()
+    study = open_study(database, **space.study_options)
+    take_over(space, study)
+    database.optuna_storage.delete_study(earlier.study_id)
+    (found,) = take_over(space, study)
+    assert str(found) == "warm start from grid: reuses 3 results"
+    assert len(study.trials()) == 3
+    with pytest.raises(SettingError, match="no study 'other'"):
+        take_over(larger(warm_start=["other"]), study)
 
 
 def test_a_study_without_earlier_ones_takes_over_nothing(database: Database) -> None:
@@ -363,9 +395,10 @@ def test_wrong_sources_are_refused_in_one_message(database: Database) -> None:
 
 def test_settings_of_another_version_are_left_out(database: Database) -> None:
     study = finish_grid(database)
-    study.optuna_study.set_user_attr("hpo:settings", {"parameters": {"batch_size": {"type": "quantum"}}})
-    found = found_in(database, larger())
-    assert found.refused == {"another version of hpo wrote its settings": 3}
+    for settings in ({"parameters": {"batch_size": {"type": "quantum"}}}, {"parameters": ["batch_size"]}):
+        study.optuna_study.set_user_attr("hpo:settings", settings)
+        (found,) = find_trials(grid_space(seed=1), None, database)  # another revision of it
+        assert found.refused == {"another version of hpo wrote its settings": 3}
 
 
 # --- what a search makes of it ------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from hpo.space.patterns import OutputReader, PatternError, compile_pattern
+from hpo.space.patterns import MAX_LINE, OutputReader, PatternError, compile_pattern
 
 MNIST = {"epoch": r"Train Epoch: (\d+)", "accuracy": r"Accuracy: (\d+/\d+)", "loss": "Average loss: ([0-9.]+)"}
 
@@ -37,6 +37,24 @@ def test_metrics_may_be_on_several_lines_and_the_last_number_counts() -> None:
         {"a": 0.5, "l": 0.001},
         {"a": float("-inf"), "l": 2.0},
     ]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["acc 0.1", "Epoch 1 acc 0.5", "acc 0.6", "Epoch 2", "acc 0.7", "best acc 0.99"],
+        ["Epoch 1", "Epoch 1", "acc 0.5", "Epoch 1", "acc 0.6", "Epoch 2 acc 0.7", "Epoch 2 acc 0.8"],
+    ],
+)
+def test_with_the_number_of_the_epoch_what_belongs_to_none_is_no_epoch(lines: list[str]) -> None:
+    patterns = {"epoch": r"Epoch (\d+)", "acc": r"acc ([\d.]+)"}
+    assert read(patterns, *lines) == [{"epoch": 1, "acc": 0.5}, {"epoch": 2, "acc": 0.7}]
+
+
+def test_a_number_at_the_end_of_what_is_searched_may_go_on() -> None:
+    line = "x" * (MAX_LINE - 6) + "0.98765"
+    assert read({"a": r"([\d.]+)"}, line) == []
+    assert read({"a": r"([\d.]+)"}, "x" + line[2:]) == [{"a": 0.98765}]
 
 
 @pytest.mark.parametrize("text", ["Accuracy: (%)", "Accuracy: (9846/0)", "Accuracy: (1/2/3)"])
@@ -71,6 +89,7 @@ def test_a_line_without_an_end_is_searched_in_part() -> None:
         ("(", "is not a regular expression: missing )"),
         (r"Accuracy: \d+", "must have one group, parentheses around the number, and has 0"),
         (r"(\d+)/(\d+)", "and has 2; (?:...) is no group"),
+        ("(?:(?:x{60}){60}){1,60}(y)", "repeats too often: its counts in braces multiply to more than 10,000"),
         ("(x)" + "x" * 500, "a pattern has at most 500 characters, this one has 503"),
     ],
 )

@@ -45,10 +45,23 @@ def test_what_this_search_does_not_have_is_refused(
 
 def test_a_new_parameter_gets_its_default_or_the_trainables(make: Load) -> None:
     space = make({"lr": LR, "optimizer": {**CATEGORICAL, "default": "sgd"}, "ema": [0.0, 0.5], "stem": "cifar"})
-    found = translate(space, {"lr": 0.01}, defaults={"optimizer": "adam", "ema": 0.0, "stem": "cifar"})
+    found = translate(space, {"lr": 0.01}, defaults={"ema": 0.0, "stem": "cifar"})
     assert found.params == {"lr": 0.01, "optimizer": "sgd", "ema": 0.0, "stem": "cifar"}
+    assert found.is_same
+    known = translate(space, {"lr": 0.01}, defaults={"optimizer": "adam", "ema": 0.0, "stem": "cifar"})
+    assert (known.params["optimizer"], known.is_same) == ("adam", True), (
+        "what the trainable did, not what the file says"
+    )
+    strange = translate(space, {"lr": 0.01}, defaults={"optimizer": "lion", "ema": 0.0, "stem": "cifar"})
+    assert (strange.params["optimizer"], strange.is_same) == ("sgd", False), "the nearest that this search has"
     with pytest.raises(TranslationError, match=r"ema 0\.25 is not in this search"):
         translate(space, {"lr": 0.01, "stem": "cifar"}, defaults={"ema": 0.25})
+
+
+def test_a_value_of_a_range_with_steps_has_the_digits_of_the_range(make: Load) -> None:
+    space = make({"x": {"type": "float", "low": 0.0, "high": 0.9, "step": 0.1}}, sampler="grid")
+    known = {point["x"] for point in space.grid_points()}
+    assert {translate(space, {"x": value}, defaults={}).params["x"] for value in (0.3, 0.6, 0.7, 0.9)} <= known
 
 
 def test_a_parameter_that_is_gone_must_have_had_the_trainables_default(make: Load) -> None:

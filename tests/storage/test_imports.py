@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 from storage import imports, optuna_tables, records
 from storage.database import Database, open_database, open_for_reading
 from storage.history import MIN_LIMIT, History
-from storage.imports import ImportedTrial, Origin, import_trials
+from storage.imports import ImportedTrial, Origin, import_trials, set_points
 from storage.pruners import Median, SuccessiveHalving
 from storage.ranking import superfluous_trials
 from storage.studies import Study, find_study
@@ -124,6 +124,15 @@ def test_the_budget_counts_reused_points_of_the_grid_alone(study: Study, databas
     import_trials(study, [], points={config_key(point) for point in POINTS[:2]})
     assert roles(database) == [POINT, POINT], "budget.trials was raised"
     assert study.count_ended_keys() == 2
+
+
+def test_a_grid_whose_file_has_changed_counts_its_points(study: Study, database: Database) -> None:
+    import_trials(study, [reused(0), reused(1)], points=())
+    assert study.count_ended_keys() == 0
+    set_points(study, {config_key(point) for point in POINTS[:1]})
+    assert roles(database) == [POINT, REUSED]
+    set_points(study, ())
+    assert roles(database) == [REUSED, REUSED], "the search is no grid any more"
 
 
 def test_a_drawn_configuration_whose_result_stands_is_a_duplicate(sampled: Study) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from datetime import UTC, datetime
 
 import pytest
 from optuna.trial import TrialState, create_trial
@@ -131,10 +132,18 @@ def test_a_deleted_study_is_recorded_under_the_id_in_its_unique_name(database: D
     assert sql(database, "SELECT count(*) FROM hpo_runs") == [(0,)]
 
 
+NOW = datetime.now(UTC).replace(tzinfo=None)
+
+
 @pytest.mark.parametrize("maximize", [True, False])
 def test_trials_since_the_best_value_are_counted(database: Database, study: Study, *, maximize: bool) -> None:
     sign = 1 if maximize else -1
-    import_trials(study, [ImportedTrial(Origin("o", "i", 0), POINTS[0], GRID, TrialState.COMPLETE, sign * 9.0)])
+    learned = [ImportedTrial(Origin("o", "i", 0), POINTS[0], GRID, TrialState.COMPLETE, sign * 9.0)]
+    reused = [
+        ImportedTrial(Origin("o", "i", n), POINTS[0], GRID, TrialState.COMPLETE, sign * value, f"k{n}", completed=NOW)
+        for n, value in ((1, 0.75), (2, 0.5), (3, 0.25))
+    ]
+    import_trials(study, learned + reused)
     found = [count_since_best(study, maximize=maximize)]
     with grid_run(study) as run:
         run.enqueue(POINTS, GRID)
@@ -145,4 +154,4 @@ def test_trials_since_the_best_value_are_counted(database: Database, study: Stud
             else:
                 run.complete(claim, sign * value)
             found.append(run.trials_since_best(maximize=maximize))
-    assert found == [0, 0, 0, 1, 1], "the first of equal values is the best; a failure does not count"
+    assert found == [0, 0, 0, 1, 1], "the first of equal values is the best; failures and earlier studies do not count"
