@@ -46,6 +46,8 @@ def main(prefix: Sequence[str] = ()) -> NoReturn:
         prefix: inserted before the arguments: `python -m hpo.run SPACE` is `hpo run SPACE`.
     """
     working_folder.leave()  # for what is imported later; `hpo/__init__.py` has done it where `python -m` put it there
+    if sys.stderr is None:  # it is closed
+        _run(prefix)
     with redirect_stderr(_Stderr(sys.stderr)):
         _run(prefix)
 
@@ -494,7 +496,7 @@ def _console() -> Terminal:
     from hpo.report.terminal import Terminal
 
     # A log file has no width: the default of 80 columns would fold the table.
-    return Terminal(width=None if sys.stdout.isatty() else 140)
+    return Terminal(width=None if sys.stdout is not None and sys.stdout.isatty() else 140)
 
 
 def _print_results(console: Console, results: Results) -> None:

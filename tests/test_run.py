@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from storage.optuna_internals import trial_id
 from storage.studies import open_study
 from tests.end_to_end.processes import python
 from tests.factories import Finished, HpoHere, toy_space
+from tests.report.studies import finish_grid
 
 INTERRUPTED = Stop(StopCause.INTERRUPTED)
 OUT_OF_TIME = Stop(StopCause.TIME_SPENT)
@@ -330,6 +332,23 @@ def test_a_file_in_the_working_folder_replaces_no_package(tmp_path: Path, start:
     finished = python(tmp_path, *start, *verb)
     assert finished.returncode == 2, finished.stderr
     assert finished.stderr.startswith(("hpo: there is no database", "hpo: cannot read the search space"))
+
+
+@pytest.mark.slow
+def test_a_style_in_the_working_folder_is_not_that_of_the_report(tmp_path: Path) -> None:
+    with open_database(f"sqlite:///{tmp_path}/hpo.db") as database:
+        finish_grid(database)
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\ntext.latex.preamble: \\input{/etc/passwd}\n")
+    finished = python(tmp_path, "-m", "hpo", "report", "grid", "--storage", "sqlite:///hpo.db")
+    assert finished.returncode == 0, finished.stderr
+    assert list((tmp_path / "runs/reports/grid").glob("*.png"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", ["2>&-", ">&-"])
+def test_a_closed_output_is_no_error(tmp_path: Path, closed: str) -> None:
+    command = shlex.join([sys.executable, "-m", "hpo", "report", "nope", "--storage", "sqlite:///none.db"])
+    assert subprocess.run(["sh", "-c", f"{command} {closed}"], cwd=tmp_path, check=False, timeout=120).returncode == 2
 
 
 def test_new_files_are_private_unless_others_may_enter_the_folder(

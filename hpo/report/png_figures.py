@@ -24,10 +24,15 @@ logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 def draw_curves(figures: Sequence[CurveFigure]) -> Figure:
     """Return one matplotlib figure with the figures one below the other."""
+    from matplotlib import style
     from matplotlib.figure import Figure
 
+    with style.context("default"):  # not that of a file matplotlibrc in the working folder
+        return _draw_curves(Figure(figsize=(7.2, 4.4 * len(figures)), dpi=DPI), figures)
+
+
+def _draw_curves(drawn: Figure, figures: Sequence[CurveFigure]) -> Figure:
     is_outside = any(_count_labels(figure) > MAX_INNER_LABELS for figure in figures)
-    drawn = Figure(figsize=(7.2, 4.4 * len(figures)), dpi=DPI)
     drawn.subplots_adjust(hspace=0.35)
     for i, figure in enumerate(figures, start=1):
         axes = drawn.add_subplot(len(figures), 1, i, xlabel="epoch")
@@ -49,8 +54,11 @@ def to_png(figure: Figure) -> bytes:
 
 def _save(figure: Figure) -> bytes:
     # Cropping takes one pass; a layout engine would draw everything twice more.
+    from matplotlib import style
+
     file = io.BytesIO()
-    figure.savefig(file, format="png", bbox_inches="tight", pil_kwargs={"compress_level": 3})
+    with style.context("default"):
+        figure.savefig(file, format="png", bbox_inches="tight", pil_kwargs={"compress_level": 3})
     return file.getvalue()
 
 

@@ -149,6 +149,7 @@ class TrialCoordinator:
                 break
             reason = f"not in the search space: {misfit}"
             self._run.fail(claim, reason)
+            self._listener.trial_started(claim.number, claim.params, claim.epoch, self._space.max_epochs)
             self._listener.trial_ended(claim.number, "FAIL", reason)
         return claim
 

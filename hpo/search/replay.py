@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from storage.studies import Study
 
 
+MAX_THREADS = 1024  # of a machine; torch would start any number
+
+
 @dataclass(frozen=True)
 class RecordedTrial:
     """A trial as the database has it, read once: what is checked is what runs.
@@ -53,8 +56,14 @@ def read_trial(study: Study, number: int) -> RecordedTrial:
     if not stored:
         with_epochs = ", ".join(str(each) for each, epochs in metrics.items() if epochs) or "none"
         raise SettingError(f"study {study.name} has no trial {number} with epochs; trials with epochs: {with_epochs}")
-    space = Space.from_settings(study.settings)
-    return RecordedTrial(study.name, number, space, dict(trials[number].params), stored, study.provenance(number))
+    space, provenance = Space.from_settings(study.settings), study.provenance(number)
+    device, threads = provenance.get("device", "cpu"), provenance.get("threads", 1)
+    if device not in ("cpu", "cuda") or type(threads) is not int or not 1 <= threads <= MAX_THREADS:
+        raise SettingError(
+            f"study {study.name} says that trial {number} ran on device {device!r:.40} with {threads!r:.40} threads, "
+            "which hpo does not write: it cannot be replayed"
+        )
+    return RecordedTrial(study.name, number, space, dict(trials[number].params), stored, provenance)
 
 
 def check_stored_code(trial: RecordedTrial) -> None:

@@ -8,7 +8,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,16 @@ class Found:
     refused: Mapping[str, int] = field(default_factory=dict)
     seen: str = ""
     trials: Sequence[ImportedTrial] = ()
+
+    @classmethod
+    def read(cls, stored: Mapping[str, Any]) -> Found | None:
+        """Return what a study stores of it; None if another program has changed that."""
+        kinds = {"study": str, "storage": str, "learned": int, "reused": int, "refused": dict, "seen": str}
+        if stored.keys() != kinds.keys() or any(type(stored[name]) is not kind for name, kind in kinds.items()):
+            return None
+        if any(type(count) is not int for count in stored["refused"].values()):
+            return None
+        return cls(**stored)
 
     @property
     def has_trials(self) -> bool:
@@ -188,9 +198,8 @@ def _find(space: Space, study: Study | None, earlier: Study, source: Source, whe
     options = space.model_dump(mode="json", include={"parameters", "sampler"}) | source.model_dump()
     seen = hashlib.sha256(json.dumps([state, options], sort_keys=True).encode()).hexdigest()[:16]
     for stored in _stored_sources(study):
-        if stored.get("seen") == seen:
-            with suppress(TypeError):  # another program has changed it
-                return Found(**stored)
+        if stored.get("seen") == seen and (found := Found.read(stored)) is not None:
+            return found
     return dataclasses.replace(_read(space, study, earlier, source), storage=where, seen=seen)
 
 
@@ -205,8 +214,7 @@ def _stored_source(study: Study | None, source: Source) -> Found | None:
     """Return what a study has taken over from a source before; None if it has not."""
     for stored in _stored_sources(study):
         if str(stored.get("study")).partition("@")[0] == source.study.partition("@")[0]:
-            with suppress(TypeError):  # another program has changed it
-                return Found(**stored)
+            return Found.read(stored)
     return None
 
 

@@ -537,9 +537,11 @@ def test_what_a_program_wrote_into_a_trial_that_waits_is_not_run(
             connection.execute(sa.text("DELETE FROM trial_params WHERE param_name = :name"), {"name": name})
             columns = "(trial_id, param_name, param_value, distribution_json)"
             connection.execute(sa.text(f"INSERT INTO trial_params {columns} VALUES (1, :name, 0, :text)"), row)
-    search_without_ray(space, database, tmp_path)
+    _, listener = search_without_ray(space, database, tmp_path)
     trials = study.trials()
     failed = [trial for trial in trials if trial.state.name == "FAIL"]
     assert [trial.user_attrs["fail_reason"] for trial in failed] == [f"not in the search space: {reason}"]
     assert all(trial.params in ({"x": 1}, {"x": 2}) for trial in trials if trial not in failed)
     assert study.metrics()[failed[0].number] == {}
+    events = [event[0] for event in listener.events if event[1] == failed[0].number]
+    assert events == ["started", "FAIL"], "what prints the progress knows those that have started"

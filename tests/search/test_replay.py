@@ -62,6 +62,25 @@ def record_device(study: Study, monkeypatch: pytest.MonkeyPatch, **device: Any) 
     monkeypatch.setattr("hpo.search.worker._describe_device", lambda _: {"device_name": "GPU 2"})
 
 
+@pytest.mark.parametrize(
+    "recorded",
+    [
+        {"device": "../evil.py"},
+        {"device": ["cpu"]},
+        {"threads": 10**7},
+        {"threads": 0},
+        {"threads": True},
+        {"threads": "2"},
+    ],
+)
+def test_a_device_that_hpo_does_not_write_reaches_no_script(
+    searched: Study, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, recorded: dict[str, Any]
+) -> None:
+    record_device(searched, monkeypatch, **recorded)
+    with pytest.raises(SettingError, match="which hpo does not write: it cannot be replayed"):
+        replayed(searched, 0, tmp_path)
+
+
 def change_value(study: Study, factor: float) -> None:
     with study.database.engine.begin() as connection:
         change = "UPDATE hpo_metrics SET value = value * :factor WHERE trial = 1 AND epoch = 2 AND name = 'value'"

@@ -319,6 +319,20 @@ def test_its_options_may_be_in_the_file(database: Database) -> None:
     assert study.name not in [each.study for each in take_over(grid_space(max_epochs=7, **itself, **tpe), study)]
 
 
+@pytest.mark.parametrize(
+    "change", [{"refused": 5}, {"refused": {"x": "y"}}, {"trials": [1]}, {"study": 7}, {"learned": True}]
+)
+def test_what_another_program_made_of_the_stored_sources_is_read_again(
+    database: Database, change: dict[str, Any]
+) -> None:
+    finish_grid(database)
+    space = larger()
+    study = open_study(database, **space.study_options)
+    (found,) = take_over(space, study)
+    study.optuna_study.set_user_attr("hpo:sources", [found.attribute | change])
+    assert take_over(space, study) == [found]
+
+
 def test_a_source_that_was_deleted_does_not_stop_a_search(database: Database) -> None:
     earlier = finish_grid(database)
     space = larger()
