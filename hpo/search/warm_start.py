@@ -130,7 +130,12 @@ def find_trials(
                     raise SettingError(f"warm_start: {source.study} has no parameter in common with this search")
                 found.append(taken)
     revisions = [] if database is None else other_revisions(database, space.name, study)
-    return found + [_find(space, study, each, own, "") for each in revisions if each.identity not in identities]
+    for revision in revisions:
+        if revision.identity not in identities:
+            # The first one has this name as soon as there is a second one.
+            name = revision.name if "@" in revision.name else f"{revision.name}@1"
+            found.append(dataclasses.replace(_find(space, study, revision, own, ""), study=name))
+    return found
 
 
 def take_over_trials(space: Space, study: Study, found: Sequence[Found]) -> None:

@@ -228,7 +228,7 @@ def keys_are_not_compared(patch: pytest.MonkeyPatch) -> None:
         (rungs_of_abandoned_epochs_stay, ("kill",), 100),
         (bugs_end_the_writer, ("bug",), 0),
         (decisions_are_stored_alone, ("kill",), 0),
-        (crashes_are_added, ("lost answer",), 120),
+        (crashes_are_added, ("lost answer",), 190),
         (keys_are_not_compared, ("kill",), 0),
     ],
     ids=lambda value: getattr(value, "__name__", "+".join(value) if isinstance(value, tuple) else ""),
