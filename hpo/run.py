@@ -96,6 +96,10 @@ class _Stderr(io.TextIOBase):
     def flush(self) -> None:
         self._stream.flush()
 
+    def close(self) -> None:
+        # Called when this object is deleted, too. The stream belongs to the process, and may be closed by then.
+        pass
+
     def write(self, text: str) -> int:
         self._stream.write(printable(text))
         return len(text)
