@@ -16,7 +16,7 @@ import stat
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import redirect_stderr, suppress
+from contextlib import nullcontext, redirect_stderr, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -46,9 +46,7 @@ def main(prefix: Sequence[str] = ()) -> NoReturn:
         prefix: inserted before the arguments: `python -m hpo.run SPACE` is `hpo run SPACE`.
     """
     working_folder.leave()  # for what is imported later; `hpo/__init__.py` has done it where `python -m` put it there
-    if sys.stderr is None:  # it is closed
-        _run(prefix)
-    with redirect_stderr(_Stderr(sys.stderr)):
+    with nullcontext() if sys.stderr is None else redirect_stderr(_Stderr(sys.stderr)):  # None: it is closed
         _run(prefix)
 
 

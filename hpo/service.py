@@ -148,7 +148,7 @@ def run_search(
         database = opened.enter_context(open_database(storage, password))
         study = find_revision(database, space.name, space.fingerprint)
         if study is not None and SOURCES in study.attrs:
-            set_points(study, _points_of(space))
+            set_points(study, space.point_keys())
         left = space.total_trials if study is None else _trials_left(space, study)
         _note_changes(space, study, listener)
         if study is not None and left == 0:
@@ -246,11 +246,6 @@ def _note_sources(found: Sequence[Found], listener: ProgressListener) -> None:
     for number, each in enumerate(found):
         if number == 0 or each.has_trials:
             listener.note(str(each))
-
-
-def _points_of(space: Space) -> set[str]:
-    """Return the keys of the points of a grid; none for another search."""
-    return {space.config_key(point) for point in space.planned_points()} if space.is_grid else set()
 
 
 def _note_failure(mps: Mps, listener: ProgressListener) -> None:
@@ -471,7 +466,7 @@ def _look_up(
             trials = [trial for each in found for trial in each.trials]
             reused = {trial.key: "COMPLETE" for trial in trials if trial.key is not None}
             if space.is_grid and left is not None:
-                left -= len(_points_of(space) & (reused.keys() - states.keys()))
+                left -= len(space.point_keys() & (reused.keys() - states.keys()))
             states = reused | states
         return states, left
 
@@ -486,6 +481,5 @@ def _trials_left(space: Space, study: Study) -> int | None:
         return None
     ended, retried = study.count_ended_keys(), study.count_retried()
     if space.is_grid and ended >= total:  # trials that were enqueued by hand may be no points of the grid
-        keys = study.ended_keys()
-        return max(retried, sum(space.config_key(point) not in keys for point in space.planned_points()))
+        return max(retried, len(space.point_keys() - study.ended_keys()))
     return max(retried, total - ended)

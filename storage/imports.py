@@ -7,9 +7,9 @@ from. It never changes: the study that trained it can be changed or deleted.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import datetime
-from typing import Any
+from typing import Any, Self
 
 import sqlalchemy as sa
 from optuna.distributions import BaseDistribution
@@ -50,6 +50,53 @@ class Origin:
 
 
 @dataclass(frozen=True)
+class TakenOver:
+    """What a study has taken over from an earlier one.
+
+    Attributes:
+        study: what names the earlier study, see `studies.references`.
+        storage: the database that has it, without a password; empty for the study's own.
+        learned: from how many trials the sampler learns.
+        reused: how many results stand: their configurations were not trained again.
+        refused: {reason: number of trials} that were not taken over.
+        seen: what it depends on: the state of the earlier study, and the options.
+    """
+
+    study: str
+    storage: str = ""
+    learned: int = 0
+    reused: int = 0
+    refused: Mapping[str, int] = field(default_factory=dict)
+    seen: str = ""
+
+    @classmethod
+    def read(cls, stored: Mapping[str, Any]) -> Self:
+        """Return what is stored, of which any program may have changed a part: that is left out."""
+        numbers = [value if type(value := stored.get(name)) is int else 0 for name in ("learned", "reused")]
+        refused = stored.get("refused")
+        counts = refused.items() if isinstance(refused, Mapping) else ()
+        return cls(
+            str(stored.get("study", "")),
+            str(stored.get("storage", "")),
+            numbers[0],
+            numbers[1],
+            {str(reason): count for reason, count in counts if type(count) is int},
+            str(stored.get("seen", "")),
+        )
+
+    @property
+    def attribute(self) -> dict[str, Any]:
+        """What the study stores of it."""
+        return {each.name: getattr(self, each.name) for each in fields(TakenOver)}
+
+
+def read_sources(attrs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what the user attributes of a study say of earlier studies, see `TakenOver.read`."""
+    stored = attrs.get(SOURCES)
+    return [each for each in stored if isinstance(each, dict)] if isinstance(stored, list) else []
+
+
+@dataclass(frozen=True)
 class ImportedTrial:
     """A trial to take over.
 
@@ -87,15 +134,15 @@ def import_trials(
     study: Study,
     imported: Sequence[ImportedTrial],
     *,
-    points: Collection[str] | None = None,
-    sources: Sequence[Mapping[str, Any]] = (),
+    points: Collection[str] = (),
+    sources: Sequence[TakenOver] = (),
 ) -> dict[str, int]:
     """Add trials of earlier studies to a study: all of them, or none. Idempotent: those that the study has are left out.
 
     Args:
         study: the study.
         imported: the trials, in this order.
-        points: keys of the points of the study's grid; None if the study is no grid, whose budget counts none of them.
+        points: see `set_points`.
         sources: stored as the study's attribute `hpo:sources`, for reports.
 
     Returns:
@@ -109,9 +156,11 @@ def import_trials(
         with study.database.transaction() as connection:
             lock_study(connection, study.database, study.key)
             added = _insert(connection, study.study_id, imported)
-            _set_roles(connection, study.study_id, points or ())
+            _set_roles(connection, study.study_id, points)
             if sources:
-                optuna_tables.write_study_attrs(connection, study.study_id, {SOURCES: list(map(dict, sources))})
+                optuna_tables.write_study_attrs(
+                    connection, study.study_id, {SOURCES: [source.attribute for source in sources]}
+                )
             return added
 
     return retry_while_down(study.database, write)

@@ -13,7 +13,7 @@ from hpo.errors import SpaceError
 from hpo.report.formatting import format_value
 from hpo.space.model import Space
 from hpo.trainable import is_timing
-from storage.imports import SOURCES, Origin
+from storage.imports import Origin, TakenOver, read_sources
 from storage.optuna_internals import trial_id
 from storage.records import RETRIED
 from storage.studies import without_garbage_collection
@@ -116,38 +116,6 @@ class TrialResult:
 
 
 @dataclass(frozen=True)
-class SourceResult:
-    """An earlier study from which trials were taken over.
-
-    Attributes:
-        study: its name.
-        storage: its database, without a password; empty for that of the study.
-        learned: from how many trials the sampler learns.
-        reused: how many results stand: their configurations were not trained again.
-        refused: {reason: number of trials} that were not taken over.
-    """
-
-    study: str
-    storage: str
-    learned: int
-    reused: int
-    refused: dict[str, int]
-
-    @classmethod
-    def read(cls, stored: Mapping[str, Any]) -> SourceResult:
-        """Return what is stored, of which any program may have changed a part."""
-        learned, reused, refused = (stored.get(name) for name in ("learned", "reused", "refused"))
-        counts = refused.items() if isinstance(refused, Mapping) else ()
-        return cls(
-            str(stored.get("study", "")),
-            str(stored.get("storage", "")),
-            learned if isinstance(learned, int) else 0,
-            reused if isinstance(reused, int) else 0,
-            {str(reason): count for reason, count in counts if isinstance(count, int)},
-        )
-
-
-@dataclass(frozen=True)
 class Results:
     """The results of a study at the moment it was read.
 
@@ -195,12 +163,9 @@ class Results:
         return [trial for trial in self.trials if not trial.reused_from]
 
     @property
-    def sources(self) -> list[SourceResult]:
+    def sources(self) -> list[TakenOver]:
         """The earlier studies from which trials were taken over, or could not be."""
-        found = self.attrs.get(SOURCES)
-        return (
-            [SourceResult.read(each) for each in found if isinstance(each, Mapping)] if isinstance(found, list) else []
-        )
+        return [TakenOver.read(each) for each in read_sources(self.attrs)]
 
     @cached_property
     def param_names(self) -> list[str]:

@@ -136,14 +136,9 @@ class RayCluster:
             try:
                 options: dict[str, Any] = {"address": self._address, "job_config": _without_driver_paths()}
                 if self._address is None:
-                    options |= {
-                        "address": "local",
-                        "object_store_memory": OBJECT_STORE_BYTES,
-                        "include_dashboard": False,
-                    }
-                    options["_temp_dir"] = (
-                        f"{scratch}/r"  # Ray opens its folder to all users; nobody else may enter ours
-                    )
+                    # Ray opens its folder to all users; nobody else may enter ours.
+                    options |= {"address": "local", "include_dashboard": False, "_temp_dir": f"{scratch}/r"}
+                    options["object_store_memory"] = OBJECT_STORE_BYTES
                 _check_answers(self._address)
                 ray.init(logging_level=logging.CRITICAL, log_to_driver=False, **options)
                 if self._address is None:

@@ -179,6 +179,10 @@ class Space(StrictModel):
         """Yield the configurations of a grid, up to the budget."""
         return itertools.islice(self.grid_points(), self.budget.trials)
 
+    def point_keys(self) -> set[str]:
+        """Return the keys of the configurations of a grid, up to the budget; none for another search."""
+        return {self.config_key(point) for point in self.planned_points()} if self.is_grid else set()
+
     def trainable_data(self, data_dir: Path) -> dict[str, Any]:
         """Return the `data` argument of the trainable."""
         return {**self.data.model_dump(), "data_dir": str(data_dir)}

@@ -29,7 +29,7 @@ from storage.tables import metadata
 from storage.urls import contains_password, without_password
 from storage.versions import schema_lock
 from tests.factories import wait_until
-from tests.storage.builders import open_in_process, open_s, sql
+from tests.storage.builders import open_in_process, open_s, script_of, sql
 
 PASSWORD = "do-not-show-me"
 
@@ -401,7 +401,7 @@ def test_a_lock_that_cannot_be_written_is_named_with_the_remedy(tmp_path: Path) 
 def test_an_existing_database_is_only_read_unless_its_tables_are_older(tmp_path: Path, version: int) -> None:
     file = tmp_path / "hpo.db"
     with closing(sqlite3.connect(file)) as connection:
-        connection.executescript((Path(__file__).parent / f"data/version_{version}.sql").read_text())
+        connection.executescript(script_of(version))
     with open_existing(f"sqlite:///{file}") as opened:
         assert sql(opened, "SELECT version FROM hpo_schema") == [(migrations.VERSION,)]
     for path in set(tmp_path.iterdir()) - {file}:

@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 from storage import imports, optuna_tables, records
 from storage.database import Database, open_database, open_for_reading
 from storage.history import MIN_LIMIT, History
-from storage.imports import ImportedTrial, Origin, import_trials, set_points
+from storage.imports import ImportedTrial, Origin, TakenOver, import_trials, set_points
 from storage.pruners import Median, SuccessiveHalving
 from storage.ranking import superfluous_trials
 from storage.studies import Study, find_study
@@ -184,9 +184,9 @@ def test_all_are_taken_over_or_none(study: Study, database: Database, monkeypatc
             import_trials(study, [learned(0), reused(1)], points=())
     assert [sql(database, f"SELECT count(*) FROM {table}") for table in tables] == [[(0,)]] * len(tables)
     assert study.attrs.get("hpo:sources") is None
-    import_trials(study, [learned(0), reused(1)], points=(), sources=[{"study": "old"}])
+    import_trials(study, [learned(0), reused(1)], points=(), sources=[TakenOver("old")])
     assert len(study.trials()) == 2
-    assert study.attrs["hpo:sources"] == [{"study": "old"}]
+    assert study.attrs["hpo:sources"] == [TakenOver("old").attribute]
 
 
 @pytest.mark.slow

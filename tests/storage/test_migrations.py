@@ -25,9 +25,8 @@ from storage.protocol import LostTrialError
 from storage.studies import find_study
 from storage.summaries import summarize
 from storage.tables import metadata
-from tests.storage.builders import allow_takeovers, claim_one, claim_point, grid_run, open_s, sql
+from tests.storage.builders import allow_takeovers, claim_one, claim_point, grid_run, open_s, script_of, sql
 
-# data/version_N.sql was written by the code of that version: a grid of six points, five of them claimed.
 VERSIONS = tuple(range(1, migrations.VERSION))
 OUR_TABLES = ["hpo_metrics", "hpo_runs", "hpo_trials"]
 POINTS = [{"x": x} for x in range(1, 7)]
@@ -37,7 +36,7 @@ GRID = {"x": optuna.distributions.CategoricalDistribution([1, 2, 3, 4, 5, 6])}
 def write_old(path: Path, version: int = 1) -> None:
     """Create the SQLite database of an older version."""
     with closing(sqlite3.connect(path)) as connection:
-        connection.executescript((Path(__file__).parent / f"data/version_{version}.sql").read_text())
+        connection.executescript(script_of(version))
 
 
 @pytest.fixture(params=VERSIONS, ids=[f"version {version}" for version in VERSIONS])
