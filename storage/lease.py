@@ -18,7 +18,7 @@ from storage import tables
 from storage.database import Database
 from storage.errors import RETRY_SECONDS, retry_while_down
 from storage.optuna_tables import StudyKey
-from storage.protocol import RunKey, lock_study, renew_lease
+from storage.protocol import RunKey, is_row_of, lock_study, renew_lease
 
 LEASE_SECONDS = 60.0
 MAX_FAILURES = 2
@@ -49,7 +49,7 @@ class Lease:
         lease_seconds: float = LEASE_SECONDS,
         max_failures: int = MAX_FAILURES,
     ) -> None:
-        self.key = RunKey(study, -1, lease_seconds, max_failures)  # `start` sets the run_id
+        self.key = RunKey(study, -1, 0.0, lease_seconds, max_failures)  # `start` sets run_id and started
         self._database = database
         self._provenance = dict(provenance)
         self._entry = (-1, 0.0)  # in `live_runs`
@@ -85,7 +85,7 @@ class Lease:
             return inserted.run, inserted.started
 
         self._entry = retry_while_down(self._database, insert)
-        self.key = replace(self.key, run_id=self._entry[0])
+        self.key = replace(self.key, run_id=self._entry[0], started=self._entry[1])
         live_runs.add(self._entry)
         self._thread = threading.Thread(target=self._keep_renewing, name="hpo-lease", daemon=True)
         self._thread.start()
@@ -100,7 +100,7 @@ class Lease:
 
         def write() -> None:
             now = self._database.now_seconds()
-            update = tables.runs.update().where(tables.runs.c.run == self.key.run_id)
+            update = tables.runs.update().where(is_row_of(self.key))
             with self._database.transaction() as connection:
                 connection.execute(update.values(ended=now, last_heard=now, lease_until=now))
 

@@ -41,12 +41,14 @@ class RunKey:
     Attributes:
         study: its study.
         run_id: its key in hpo_runs.
+        started: when it started, by the database's clock: it tells the run from another one that got its key.
         lease_seconds: how long the run counts as alive after its last renewal.
         max_failures: how often a trial is resumed after its driver died without finishing an epoch of it.
     """
 
     study: StudyKey
     run_id: int
+    started: float
     lease_seconds: float
     max_failures: int
 
@@ -185,10 +187,11 @@ def claim_existing(
             if started >= max_trials:
                 retried = records.read_retried(connection, run.study_id)
                 resumable = [row for row in resumable if row.trial_id in retried]
-        if not resumable:
-            return Scan(None, partial_ids, bool(others), failed, records.count_keys(connection, run.study_id))
-        _own(connection, run, resumable[0].trial_id, token)
-        return Scan(_claimed_with(connection, token), partial_ids, bool(others), failed)
+        for row in resumable:
+            if row.trial_id in freed or _still_waits(connection, row):
+                _own(connection, run, row.trial_id, token)
+                return Scan(_claimed_with(connection, token), partial_ids, bool(others), failed)
+        return Scan(None, partial_ids, bool(others), failed, records.count_keys(connection, run.study_id))
 
 
 def _enter(connection: sa.Connection, database: Database, run: RunKey) -> Any:
@@ -196,7 +199,10 @@ def _enter(connection: sa.Connection, database: Database, run: RunKey) -> Any:
     lock_study(connection, database, run.study)
     clock = renew_lease(connection, database, run)
     if clock is None:
-        raise study_deleted(database, run.study.name)
+        raise StorageError(
+            f"{database.url}: the database does not know this run of {run.study.name!r} any more: it was restored from an "
+            "older copy. The same command goes on from there"
+        )
     return clock
 
 
@@ -217,6 +223,15 @@ def study_deleted(database: Database, name: str) -> StudyDeletedError:
     )
 
 
+def is_row_of(run: RunKey) -> sa.ColumnElement[bool]:
+    """Return the condition for a run's row in hpo_runs.
+
+    A database that was restored from a copy gives a run's id out again: another run has the row then.
+    """
+    table = tables.runs
+    return sa.and_(table.c.run == run.run_id, table.c.started == run.started, table.c.study == run.study_id)
+
+
 def renew_lease(connection: sa.Connection, database: Database, run: RunKey) -> Any:
     """Extend a run's lease; return a row with `now` and `takeover_after`; None if the run is not in the database.
 
@@ -229,9 +244,7 @@ def renew_lease(connection: sa.Connection, database: Database, run: RunKey) -> A
     was_away = sa.or_(table.c.lease_until < now, table.c.lease_until > later)
     takeover_after = sa.case((was_away, later), else_=table.c.takeover_after)
     update = (
-        table.update()
-        .where(table.c.run == run.run_id, table.c.study == run.study_id)
-        .values(last_heard=now, lease_until=later, takeover_after=takeover_after)
+        table.update().where(is_row_of(run)).values(last_heard=now, lease_until=later, takeover_after=takeover_after)
     )
     return connection.execute(update.returning(table.c.takeover_after, now.label("now"))).one_or_none()
 
@@ -329,6 +342,12 @@ def _take_over(
         owner = {"token": new_token()} if row.number in failed else {"token": None, "run": None}
         connection.execute(tables.trials.update().where(is_trial).values(crashes=crashes, **owner))
     return freed, failed
+
+
+def _still_waits(connection: sa.Connection, row: Any) -> bool:
+    """Return whether a trial waits as it did when the scan read it: Optuna's users may end it. It is locked from now on."""
+    now = _owners(connection, [row.trial_id]).get(row.trial_id)
+    return now is not None and now.state == TrialState.WAITING and now.token == row.token
 
 
 def _own(connection: sa.Connection, run: RunKey, trial_id: int, token: int) -> None:

@@ -101,16 +101,20 @@ class SuccessiveHalving:
         for rung in self._rungs(bracket, epoch):
             if rung in done:
                 continue
-            row = {"trial": trial_id, "epoch": rung, "pool": pool, "study": study_id, "value": value}
+            # An earlier epoch was stored without a decision, such as by a run without this pruner.
+            at_rung = value if rung == epoch else _value_at(connection, trial_id, rung)
+            if at_rung is None:
+                continue
+            row = {"trial": trial_id, "epoch": rung, "pool": pool, "study": study_id, "value": at_rung}
             connection.execute(rungs.insert(), row)
-            at_rung = sa.and_(rungs.c.study == study_id, rungs.c.pool == pool, rungs.c.epoch == rung)
-            count = connection.scalar(sa.select(sa.func.count()).where(at_rung)) or 0
+            of_rung = sa.and_(rungs.c.study == study_id, rungs.c.pool == pool, rungs.c.epoch == rung)
+            count = connection.scalar(sa.select(sa.func.count()).where(of_rung)) or 0
             best_first = rungs.c.value.desc() if self.maximize else rungs.c.value
             # The worst value that stays. Skipping rows is faster than counting those with better values.
             staying = max(1, count // self.reduction_factor)
-            query = sa.select(rungs.c.value).where(at_rung).order_by(best_first).offset(staying - 1).limit(1)
+            query = sa.select(rungs.c.value).where(of_rung).order_by(best_first).offset(staying - 1).limit(1)
             cutoff = connection.execute(query).scalar_one()
-            if cutoff > value if self.maximize else cutoff < value:
+            if cutoff > at_rung if self.maximize else cutoff < at_rung:
                 return True
         return False
 
@@ -231,6 +235,14 @@ class Median:
         )
         columns = ["trial", "epoch", "pool", "study", "value"]
         connection.execute(_insert_new(connection).from_select(columns, query))
+
+
+def _value_at(connection: sa.Connection, trial_id: int, epoch: int) -> float | None:
+    """Return the objective of a stored epoch; None if it is not stored, or not finite."""
+    values = optuna_tables.intermediate_values
+    query = sa.select(values.c.intermediate_value).where(values.c.trial_id == trial_id, values.c.step == epoch)
+    found: float | None = connection.scalar(query)
+    return found
 
 
 def _insert_new(connection: sa.Connection) -> Any:

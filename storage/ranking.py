@@ -20,10 +20,24 @@ MAX_NUMBERS = 1000  # in one query; with more, the caller gets all trials and pi
 Direction = Literal["maximize", "minimize"]
 
 
-def count_since_best(study: Study, *, maximize: bool) -> int:
-    """Return how many trials have ended after the one with the best value, of equal ones the first; 0 if none completed.
+@dataclass(frozen=True)
+class SinceBest:
+    """How long ago a study found its best value.
 
-    Failed trials do not count, nor those that were taken over from earlier studies; the result of one may be the best.
+    Attributes:
+        best: number of the trial with the best value, of equal ones the first; None if none completed.
+        ended: how many trials with a higher number have ended; 0 if none completed.
+    """
+
+    best: int | None
+    ended: int
+
+
+def count_since_best(study: Study, *, maximize: bool) -> SinceBest:
+    """Count the trials that have ended and were created after the one with the best value.
+
+    Numbers give the order, not times: drivers store the times, and their clocks may differ. Failed trials do not count, nor
+    those that were taken over from earlier studies; the result of one may be the best.
 
     Args:
         study: the study.
@@ -35,22 +49,22 @@ def count_since_best(study: Study, *, maximize: bool) -> int:
     trial, value = optuna_tables.trials, optuna_tables.trial_values
     own = sa.and_(trial.c.study_id == study.study_id, ~tables.is_imported(trial, tables.LEARNED))
     best = (
-        sa.select(trial.c.datetime_complete)
+        sa.select(trial.c.number)
         .join(value, sa.and_(value.c.trial_id == trial.c.trial_id, value.c.objective == 0))
         .where(own, trial.c.state == TrialState.COMPLETE, value.c.value.is_not(None))
-        .order_by(value.c.value.desc() if maximize else value.c.value, trial.c.datetime_complete)
+        .order_by(value.c.value.desc() if maximize else value.c.value, trial.c.number)
         .limit(1)
     )
     has_ended = trial.c.state.in_((TrialState.COMPLETE, TrialState.PRUNED))
 
-    def read() -> int:
+    def read() -> SinceBest:
         with study.database.engine.connect() as connection:
-            when = connection.scalar(best)
-            if when is None:
-                return 0
+            number = connection.scalar(best)
+            if number is None:
+                return SinceBest(None, 0)
             is_trained = ~sa.exists().where(tables.imports.c.trial == trial.c.trial_id)
-            later = sa.select(sa.func.count()).where(own, has_ended, is_trained, trial.c.datetime_complete > when)
-            return int(connection.scalar(later) or 0)
+            later = sa.select(sa.func.count()).where(own, has_ended, is_trained, trial.c.number > number)
+            return SinceBest(number, int(connection.scalar(later) or 0))
 
     return retry_while_down(study.database, read)
 

@@ -73,6 +73,7 @@ class Run:
         self._history_limit = history_limit
         self._pruner = pruner
         self._crashes: dict[int, int] = {}  # {token: crashes}
+        self._best_number: int | None = None  # of the best trial when it was looked for last
         self._leaves_at: float | None = None  # by the monotonic clock
         self._lease = Lease(
             study.database,
@@ -286,10 +287,21 @@ class Run:
         self.flush()
         self._before_leaving(lambda seconds: self._queue.release(claim, seconds))
 
-    def trials_since_best(self, *, maximize: bool) -> int:
-        """Return how many trials have ended after the best one, see `ranking.count_since_best`."""
+    def is_patience_spent(self, patience: int, *, maximize: bool) -> bool:
+        """Return whether so many trials have ended without a better value, see `ranking.count_since_best`."""
         self.flush()
-        return count_since_best(self.study, maximize=maximize)
+        if self._best_number is not None:
+            # Counting takes tens of milliseconds in a large study. There is no need before enough trials exist.
+            created = retry_while_down(self.database, self._last_number) - self._best_number
+            if created < patience:
+                return False
+        found = count_since_best(self.study, maximize=maximize)
+        self._best_number = found.best
+        return found.ended >= patience
+
+    def _last_number(self) -> int:
+        with self.database.engine.connect() as connection:
+            return optuna_tables.next_number(connection, self.study.study_id) - 1
 
     def elapsed_seconds(self) -> float:
         """Return for how long any run has worked on the study. Simultaneous runs count once."""

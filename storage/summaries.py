@@ -17,6 +17,8 @@ from storage.optuna_internals import study_id
 from storage.records import NEVER_RUN
 from storage.studies import identity_of, references, settings_of
 
+CLOCK_SECONDS = 1.0  # by which a lease may have been renewed after the database's time was read
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -108,7 +110,7 @@ def state_of(
     """
     if not isinstance(attrs.get("hpo:settings"), dict):
         return ""
-    if any(run.ended is None and run.lease_until >= run.now and not is_run_dead(run) for run in runs):
+    if any(run.ended is None and _holds(run) and not is_run_dead(run) for run in runs):
         return "running"
     if "hpo:total" in attrs:
         wanted = attrs["hpo:total"]
@@ -121,6 +123,14 @@ def state_of(
         return "finished" if ended >= wanted and not retried else "resumable"
     left = counts.get("WAITING", 0) + counts.get("RUNNING", 0)
     return "finished" if ended and not left else "resumable"
+
+
+def _holds(run: Any) -> bool:
+    """Return whether the lease of a run holds.
+
+    If the database's clock was set back, leases end too late. A living run corrects its own with the next renewal.
+    """
+    return run.lease_until >= run.now and run.last_heard <= run.now + CLOCK_SECONDS
 
 
 def elapsed_seconds(runs: Iterable[Any]) -> float:

@@ -45,6 +45,7 @@ _LOCAL_VARIABLES = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "
 _TOKEN, _TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
 CONNECT_SECONDS = 10.0  # how long a cluster may take to answer
+LEAVE_SECONDS = 60.0  # how long leaving waits for Ray to start and shut down
 INTERRUPT_SECONDS = 0.1  # until a signal that arrived in an import is sent again
 OBJECT_STORE_BYTES = 100 * 2**20  # reports are small; the workers read data sets from disk
 
@@ -76,10 +77,13 @@ class RayCluster:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        for number in self._handlers_before:
+            # Ray's C++ code would end the process, with another exit code, if a second Ctrl-C left while Ray starts.
+            signal.signal(number, _ignore)
         self.stop()
         # A cluster that does not answer may keep `ray.init` waiting for many minutes; there is nothing to stop then.
         if self._thread.is_alive() and (self._address is None or self._start_ended.is_set()):
-            self._thread.join()
+            self._thread.join(LEAVE_SECONDS)
         for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
 
@@ -150,6 +154,10 @@ class RayCluster:
             self._start_ended.set()
             self._must_stop.wait()
             ray.shutdown()
+
+
+def _ignore(_number: int, _frame: FrameType | None) -> None:
+    """Do nothing. Processes that are started inherit SIG_IGN, but not this handler."""
 
 
 @contextmanager

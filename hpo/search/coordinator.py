@@ -156,9 +156,9 @@ class TrialCoordinator:
     @property
     def is_done(self) -> bool:
         """Whether this run will claim no more trials."""
-        # A running trial may find no room next to others, and is then claimed again.
-        may_return = self._slots.trials_share_gpu and any(self._together[each] > 1 for each in self._claims)
-        return self._is_over() or (self._run.finished and not may_return)
+        # A trial that still runs may be released, and `hpo retry` may let one run again meanwhile. Tune does not ask again
+        # after it was told that the search is done.
+        return self._is_over() or (self._run.finished and not self._claims)
 
     def retries_left(self, tune_id: str) -> int:
         """Return how many more workers may die while they run a trial."""
@@ -347,7 +347,7 @@ class TrialCoordinator:
     def _is_patience_spent(self) -> bool:
         """Whether too many trials in a row ended without a better value. Those that wait are still run."""
         patience, is_maximized = self._space.budget.patience, self._space.direction == "maximize"
-        return patience is not None and self._run.trials_since_best(maximize=is_maximized) >= patience
+        return patience is not None and self._run.is_patience_spent(patience, maximize=is_maximized)
 
     def _crash_reason(self, claim: ClaimedTrial, details: str) -> tuple[str, str]:
         hang = self._folder(claim) / HANG_FILE
@@ -382,6 +382,7 @@ class TrialCoordinator:
                 self._claims.pop(tune_id, None)
                 self._together.pop(tune_id, None)
                 self._new_epochs.discard(tune_id)
+                self._next_attempt = 0.0
             self._listener.note(str(error))
         except StorageError as error:
             self.error = self.error or error

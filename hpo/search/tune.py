@@ -31,7 +31,7 @@ from ray.tune.search import Searcher
 from hpo.paths import LOST_FILE, RunsDir
 from hpo.search.coordinator import TrialCoordinator
 from hpo.search.listener import ProgressListener
-from hpo.search.samplers import build_optuna_pruner, build_pruner, build_sampler, history_limit
+from hpo.search.runs import open_run
 from hpo.search.slots import Slots
 from hpo.search.stop import Stop, StopCause
 from hpo.search.worker import Ending, TrialReport, TrialSpec, end_trial, run_trial, watchdog
@@ -227,25 +227,7 @@ def run_trials(
         StorageError: the database cannot be used (after retries); the trials in flight are resumable.
         KeyboardInterrupt: Ctrl-C or SIGTERM stopped the search, and the database cannot be used.
     """
-    from storage.run import Run
-
-    study.optuna_study.pruner = build_optuna_pruner(space, study)
-    run = Run(
-        study,
-        config_key=space.config_key,
-        provenance=provenance,
-        draw=None if space.is_grid else space.draw,
-        max_trials=space.budget.trials,
-        learns=space.learns_from_results,
-        history_limit=history_limit(space),
-        pruner=build_pruner(space, study.name),
-        max_failures=space.max_failures,
-    )
-    with run:
-        if space.is_grid:
-            run.enqueue(space.planned_points(), space.distributions())
-        else:
-            study.optuna_study.sampler = build_sampler(space, run.run_id)
+    with open_run(space, study, provenance) as run:
         coordinator = TrialCoordinator(space, run, slots, data=data, runs_dir=runs_dir, listener=listener)
         if space.budget.time is not None:
             coordinator.set_deadline(time.monotonic() + space.budget.time - run.elapsed_seconds())

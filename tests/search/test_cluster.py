@@ -177,6 +177,30 @@ def test_an_interrupt_does_not_wait_for_a_cluster_that_does_not_answer(
     wait_until(lambda: ("shutdown", None) in fake_ray.calls)
 
 
+def test_a_second_interrupt_does_not_leave_while_ray_starts(fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    starts, started = threading.Event(), threading.Event()
+
+    def start(**_: object) -> None:
+        starts.set()
+        time.sleep(0.4)
+        started.set()
+
+    monkeypatch.setattr(fake_ray, "init", start)
+    again = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+
+    def search() -> None:
+        with RayCluster(None) as cluster:
+            cluster.start()
+            starts.wait()
+            again.start()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search()
+    assert started.is_set()
+    assert ("shutdown", None) in fake_ray.calls
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_an_interrupt_until_the_cluster_is_left(fake_ray: FakeRay, number: signal.Signals) -> None:
     before = signal.getsignal(number)

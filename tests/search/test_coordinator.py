@@ -29,6 +29,7 @@ from hpo.space.model import Space
 from storage import run as run_module
 from storage.database import Database
 from storage.errors import StorageError
+from storage.retry import retry_trials
 from storage.run import Run
 from storage.studies import Study, open_study
 from tests.factories import (
@@ -95,6 +96,25 @@ def test_a_search_says_which_epochs_are_trained_again(
             coordinator.release(tune_id)
     notes = [event[1] for event in listener.events if event[0] == "note"]
     assert notes == ([] if text is None else [f"trial 0: {text}"])
+
+
+def test_what_may_run_again_is_awaited_while_a_trial_runs(study: Study, tmp_path: Path) -> None:
+    """Tune does not ask again once it was told that the search is done."""
+    space, listener = toy_space(tmp_path, parameters={"x": [1, 2]}), RecordingListener()
+    with run_of(study, space) as run:
+        coordinator = coordinator_of(space, run, tmp_path, listener)
+        spec = coordinator.next_trial("a")
+        assert spec is not None
+        assert coordinator.next_trial("b") is not None
+        coordinator.on_report("b", TrialReport(failure="a bug"))
+        assert coordinator.next_trial("c") is None
+        assert not coordinator.is_done
+        run.flush()
+        retry_trials(study, [1])
+        for report in take_reports(spec, space.max_epochs):
+            coordinator.on_report("a", report)
+        run._queue._next_scan = 0.0
+        assert coordinator.next_trial("d") is not None, "the trial that `hpo retry` let run again"
 
 
 def test_stop_releases_the_trial_after_its_epoch_and_claims_no_more(study: Study, tmp_path: Path) -> None:

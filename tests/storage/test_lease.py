@@ -13,8 +13,9 @@ from typing import Any, NoReturn
 
 import psutil
 import pytest
+import sqlalchemy as sa
 
-from storage import lease, protocol
+from storage import lease, protocol, tables
 from storage.database import Database, open_database
 from storage.errors import StorageError
 from storage.lease import Lease, host_id, is_run_dead, started_after_boot
@@ -151,6 +152,30 @@ def test_runs_with_the_same_key_in_two_databases_are_told_apart(study: Study, tm
         assert claim_by(study, own).claim is not None
         for each in (living, own):
             stop(each)
+
+
+_FORGET_KEYS = {
+    "sqlite": "DELETE FROM sqlite_sequence WHERE name = 'hpo_runs'",
+    "postgresql": "SELECT setval('hpo_runs_run_seq', 1, false)",
+}
+
+
+def test_a_run_whose_key_a_restored_copy_gave_to_another_one_touches_nothing_of_it(
+    study: Study, database: Database
+) -> None:
+    first = start_lease(study)
+    with database.engine.begin() as connection:  # a copy from before it started has no row, and gives the key out again
+        connection.execute(tables.runs.delete())
+        connection.execute(sa.text(_FORGET_KEYS[connection.dialect.name]))
+    second = start_lease(study)
+    assert first.key.run_id == second.key.run_id
+    before = row_of(study, second)[:-1]  # without the time of reading
+    with pytest.raises(StorageError, match="restored from an older copy"):
+        claim_by(study, first)
+    first.renew()
+    first.end()
+    assert row_of(study, second)[:-1] == before
+    stop(second)
 
 
 @pytest.mark.slow

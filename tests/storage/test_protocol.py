@@ -519,6 +519,30 @@ def test_what_a_run_writes_while_it_is_taken_over_stands(
         assert trial_states(study) == ["COMPLETE" if ending == "complete" else "WAITING"]
 
 
+def test_a_trial_that_another_program_ends_while_it_is_claimed_stays_ended(
+    study: Study, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On SQLite no program can write then. On PostgreSQL optuna-dashboard can, between the scan and the claim."""
+    if database.engine.dialect.name == "sqlite":
+        pytest.skip("SQLite has one writer at a time")
+    run = start_run(study)
+    first, second = create(study, run, 0), create(study, run, 1)
+    for claim in (first, second):
+        write(study, epoch_of(claim, 1, 0.5))
+        protocol.release(database, claim)
+    unfinished = protocol._unfinished
+
+    def ended_meanwhile(*args: Any) -> list[Any]:
+        rows = unfinished(*args)
+        database.optuna_storage.set_trial_state_values(first.trial_id, TrialState.COMPLETE, [5.0])
+        return rows
+
+    monkeypatch.setattr(protocol, "_unfinished", ended_meanwhile)
+    assert resume(study, run).trial_id == second.trial_id
+    assert trial_states(study) == ["COMPLETE", "RUNNING"]
+    assert [trial.value for trial in study.trials()] == [5.0, None]
+
+
 def test_after_it_has_waited_for_a_trial_a_transaction_sees_what_was_stored_meanwhile(
     study: Study, database: Database
 ) -> None:
@@ -598,6 +622,24 @@ def test_the_last_epoch_competes_with_the_value_of_its_new_attempt(study: Study,
         run.release(third)
     assert sorted(curves(database)[2]) == [(1, 1 / 8), (1, 4 / 8), (1, 6 / 8)]
     assert sql(database, "SELECT count(*) FROM hpo_metrics WHERE name = 'extra'") == [(0,)]
+
+
+def test_an_epoch_that_another_run_stored_without_a_pruner_is_judged_by_its_own_value(
+    study: Study, database: Database
+) -> None:
+    with grid_run(study, pruner=ASHA) as run, grid_run(study) as other:
+        run.enqueue(POINTS, GRID)
+        other.enqueue(POINTS, GRID)
+        assert not run.decide(claim_one(run), 1, {"m": 0.5}, 0.5)
+        claim = claim_one(other)
+        for epoch, value in ((1, 0.25), (2, 0.75)):
+            other.report(claim, epoch, {"m": value}, value)
+        other.release(claim)
+        run._queue._next_scan = 0.0
+        claim = claim_one(run)
+        assert claim.epoch == 2
+        assert run.decide(claim, 3, {"m": 0.875}, 0.875), "it was worse at epoch 1"
+    assert curves(database)[2] == [(1, 0.5), (1, 0.25)]
 
 
 def test_epochs_with_the_same_values_are_kept(study: Study, database: Database) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from optuna.trial import TrialState, create_trial
 
-from storage import ranking, tables
+from storage import optuna_tables, ranking, tables
 from storage.database import Database
 from storage.imports import ImportedTrial, Origin, import_trials
 from storage.ranking import Direction, EndedTrial, count_since_best, superfluous_trials
@@ -144,7 +144,7 @@ def test_trials_since_the_best_value_are_counted(database: Database, study: Stud
         for n, value in ((1, 0.75), (2, 0.5), (3, 0.25))
     ]
     import_trials(study, learned + reused)
-    found = [count_since_best(study, maximize=maximize)]
+    found = [count_since_best(study, maximize=maximize).ended]
     with grid_run(study) as run:
         run.enqueue(POINTS, GRID)
         for value in (1.0, 2.0, 2.0, None):
@@ -153,5 +153,25 @@ def test_trials_since_the_best_value_are_counted(database: Database, study: Stud
                 run.fail(claim, "no")
             else:
                 run.complete(claim, sign * value)
-            found.append(run.trials_since_best(maximize=maximize))
+            run.flush()
+            found.append(count_since_best(study, maximize=maximize).ended)
+        assert run.is_patience_spent(1, maximize=maximize)
+        assert not run.is_patience_spent(2, maximize=maximize)
     assert found == [0, 0, 0, 1, 1], "the first of equal values is the best; failures and earlier studies do not count"
+
+
+def test_patience_does_not_believe_the_clocks_of_drivers(database: Database, study: Study) -> None:
+    """The best trial is from a machine whose clock is an hour ahead."""
+    with grid_run(study) as run:
+        run.enqueue(POINTS, GRID)
+        run.complete(claim_one(run), 0.9)
+        run.flush()
+        ahead = {"datetime_complete": datetime.now() + timedelta(hours=1)}
+        with database.engine.begin() as connection:
+            connection.execute(optuna_tables.trials.update().values(ahead))
+        for value in (0.5, 0.6):
+            run.complete(claim_one(run), value)
+        assert run.is_patience_spent(2, maximize=True)
+        assert not run.is_patience_spent(3, maximize=True)
+        run.complete(claim_one(run), 1.0)
+        assert not run.is_patience_spent(2, maximize=True), "a better value"

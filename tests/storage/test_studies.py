@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -218,6 +219,14 @@ def test_the_state_of_a_study_that_version_1_opened_last_is_read(database: Datab
     for attrs in ({"hpo:points": 2}, {"hpo:points": 1}, {"hpo:settings": {"budget": {"trials": 2}}}):
         states.append(state_of({"hpo:settings": {}} | attrs, {"COMPLETE": 1}, [], ended=1, retried=0))
     assert states == ["resumable", "finished", "resumable"]
+
+
+@pytest.mark.parametrize(("heard", "state"), [(99.0, "running"), (100.5, "running"), (3700.0, "resumable")])
+def test_a_lease_that_ends_too_late_does_not_hold(heard: float, state: str) -> None:
+    """The database's clock was set back by an hour after a driver on another machine had died."""
+    row = {"run": 1, "host": "another machine", "pid": 1, "process_started": 0.0, "started": heard - 50.0}
+    run = SimpleNamespace(**row, last_heard=heard, lease_until=heard + 60.0, ended=None, now=100.0)
+    assert state_of({"hpo:settings": {}, "hpo:total": 2}, {"RUNNING": 1}, [run], ended=0, retried=0) == state
 
 
 def test_a_duplicate_is_not_counted_as_a_failure(study: Study, database: Database) -> None:

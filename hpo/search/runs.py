@@ -1,0 +1,48 @@
+"""A driver's run on a study, set up as the search space says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from hpo.search.samplers import build_optuna_pruner, build_pruner, build_sampler, history_limit
+from hpo.space.model import Space
+
+if TYPE_CHECKING:
+    from storage.run import Run
+    from storage.studies import Study
+
+
+@contextmanager
+def open_run(space: Space, study: Study, provenance: Mapping[str, Any]) -> Iterator[Run]:
+    """Start a run that claims trials by the space's sampler and ends them by its scheduler.
+
+    Args:
+        space: the search.
+        study: its study.
+        provenance: versions and command of the run, for the record.
+
+    Raises:
+        StorageError: the database cannot be used (after retries).
+    """
+    from storage.run import Run
+
+    study.optuna_study.pruner = build_optuna_pruner(space, study)
+    run = Run(
+        study,
+        config_key=space.config_key,
+        provenance=provenance,
+        draw=None if space.is_grid else space.draw,
+        max_trials=space.budget.trials,
+        learns=space.learns_from_results,
+        history_limit=history_limit(space),
+        pruner=build_pruner(space, study.name),
+        max_failures=space.max_failures,
+    )
+    with run:
+        if space.is_grid:
+            run.enqueue(space.planned_points(), space.distributions())
+        else:
+            study.optuna_study.sampler = build_sampler(space, run.run_id)
+        yield run
