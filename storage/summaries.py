@@ -130,7 +130,7 @@ def _holds(run: Any) -> bool:
 
     If the database's clock was set back, leases end too late. A living run corrects its own with the next renewal.
     """
-    return run.lease_until >= run.now and run.last_heard <= run.now + CLOCK_SECONDS
+    return bool(run.lease_until >= run.now and run.last_heard <= run.now + CLOCK_SECONDS)
 
 
 def elapsed_seconds(runs: Iterable[Any]) -> float:
