@@ -14,7 +14,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from hpo.errors import SpaceError
+from hpo.errors import SettingError, SpaceError
 from hpo.paths import DATABASES_FILE, RunsDir, study_id_of
 from hpo.search.probes import SCRATCH_PREFIX
 from hpo.search.retention import checkpoint_files, is_of, superfluous_trials, trials_with_checkpoints
@@ -67,7 +67,7 @@ class Cleaning:
         shared: {folder: the other database} of studies that were deleted from the database, but not from another. They are
             kept.
         running: names of the studies that are running. Their files are kept.
-        problems: what could not be deleted, and why.
+        problems: what could not be read or deleted, and why. What cannot be read is kept.
     """
 
     garbage: list[Garbage]
@@ -90,14 +90,16 @@ def find_garbage(database: Database, runs_dir: RunsDir) -> Cleaning:
         runs_dir: the folder to clean.
 
     Raises:
+        SettingError: a folder that may have copies of the database cannot be read.
         StorageError: the database cannot be used.
     """
     from storage.studies import all_studies, deleted_studies
     from storage.summaries import summarize
 
+    problems: list[str] = []
     # First the folders, then the studies: a study that is created meanwhile has no folder here.
-    folders = [path for path in _entries(runs_dir.root / "checkpoints") if path.is_dir() and not path.is_symlink()]
-    artifacts = _entries(runs_dir.artifacts)
+    folders = _entries(runs_dir.root / "checkpoints", problems)
+    artifacts = _entries(runs_dir.artifacts, problems)
     studies = {study.unique_name: study for study in all_studies(database) if study.is_ours}
     deleted = deleted_studies(database) - {study_id_of(name) for name in studies}
     running = {summary.unique_name: summary.name for summary in summarize(database) if summary.state == "running"}
@@ -108,35 +110,47 @@ def find_garbage(database: Database, runs_dir: RunsDir) -> Cleaning:
     unknown: dict[Path, int] = {}
     shared: dict[Path, str] = {}
     for folder in folders:
-        other, identity = others.find(folder), study_id_of(folder.name)
-        if folder.name in studies:
-            garbage += [] if folder.name in running else _of_study(studies[folder.name], folder, is_shared=bool(other))
-        elif identity in deleted and other:
-            shared[folder] = other
-            deleted.discard(identity)
-        elif identity in deleted:
-            garbage.append(Garbage("of a deleted study", folder, (folder,)))
-        else:
-            unknown[folder] = count_bytes(folder)
+        with _errors_noted(folder, problems):
+            if folder.name in running or folder.is_symlink():
+                continue
+            identity = study_id_of(folder.name)
+            is_deleted = identity in deleted
+            deleted.discard(identity)  # its artifacts stay, unless nobody else needs the folder
+            if not folder.is_dir():
+                continue
+            other = others.find(folder)
+            if folder.name in studies:
+                garbage += _of_study(studies[folder.name], folder, problems, is_shared=bool(other))
+            elif is_deleted and other:
+                shared[folder] = other
+            elif is_deleted:
+                garbage.append(Garbage("of a deleted study", folder, (folder,)))
+                deleted.add(identity)
+            else:
+                unknown[folder] = count_bytes(folder)
     published = [
         path for path in artifacts if (name := path.name.partition("-")[0]) in deleted and not others.has(name)
     ]
     garbage += [
         Garbage("artifacts of deleted studies", runs_dir.artifacts, tuple(published)),
-        Garbage("left by searches that were killed", runs_dir.root, tuple(_leftovers(runs_dir.root))),
+        Garbage(
+            "left by searches that were killed", runs_dir.root, tuple(_leftovers(_entries(runs_dir.root, problems)))
+        ),
+        Garbage("unfinished files", runs_dir.artifacts, tuple(_drafts(artifacts, _is_old))),
     ]
-    for folder in [runs_dir.artifacts, *_entries(runs_dir.reports)]:
-        garbage.append(Garbage("unfinished files", folder, tuple(_drafts(folder, _is_old))))
-    return Cleaning(_measured([each for each in garbage if each.paths]), unknown, shared, sorted(running.values()), [])
+    for folder in _entries(runs_dir.reports, problems):
+        garbage.append(Garbage("unfinished files", folder, tuple(_drafts(_entries(folder, problems), _is_old))))
+    found = _measured([each for each in garbage if each.paths])
+    return Cleaning(found, unknown, shared, sorted(running.values()), problems)
 
 
 def delete_garbage(found: Cleaning) -> Cleaning:
     """Delete garbage.
 
     Returns:
-        The same, with `problems`. The bytes of what could not be deleted are 0.
+        The same, with further `problems`. The bytes of what could not be deleted are 0.
     """
-    done, problems = [], []
+    done, problems = [], list(found.problems)
     for each in found.garbage:
         errors = [problem for path in each.paths if (problem := _delete(path))]
         problems += errors
@@ -160,6 +174,9 @@ class _OtherDatabases:
     Args:
         database: this one.
         root: the folder to clean.
+
+    Raises:
+        SettingError: a folder cannot be read.
     """
 
     def __init__(self, database: Database, root: Path) -> None:
@@ -167,7 +184,12 @@ class _OtherDatabases:
         self._names = _names_of(database)
         self._ids: dict[Path, set[str] | None] = {}  # None: the file cannot be read
         folders = {root.resolve(), *([] if database.file is None else [database.file.parent])}
-        entries = [path for folder in sorted(folders) for path in _entries(folder)]
+        problems: list[str] = []
+        entries = [path for folder in sorted(folders) for path in _entries(folder, problems)]
+        if problems:  # a copy that is not found would lose its files
+            raise SettingError(
+                f"{problems[0]}: copies of the database may be there, which need the files of deleted studies"
+            )
         # Without the database itself, under any name: to open and close its file here would end SQLite's locks on it.
         self._files = [path for path in entries if not self._is_own(path) and _is_sqlite(path)]
 
@@ -212,15 +234,18 @@ def note_database(folder: Path, database: Database) -> None:
 
     with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-        name = identify(database)
-        if name not in _noted_databases(folder):
+        name, noted = identify(database), list[str]()
+        with suppress(OSError):
+            noted = _noted_databases(folder)
+        if name not in noted:
             # A path may contain bytes that are no characters.
             with (folder / DATABASES_FILE).open("a", encoding="utf-8", errors="surrogateescape") as file:
                 file.write(f"{name}\n")
 
 
 def _noted_databases(folder: Path) -> list[str]:
-    with suppress(OSError):
+    """Return the databases that need the files of a study's folder. OSError if this cannot be read: any may need them."""
+    with suppress(FileNotFoundError, NotADirectoryError):
         return (folder / DATABASES_FILE).read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     return []
 
@@ -251,12 +276,13 @@ def _is_sqlite(path: Path) -> bool:
     return False
 
 
-def _of_study(study: Study, folder: Path, *, is_shared: bool) -> Iterator[Garbage]:
+def _of_study(study: Study, folder: Path, problems: list[str], *, is_shared: bool) -> Iterator[Garbage]:
     """Yield what a study that is not running does not need of its folder.
 
     Args:
         study: the study.
         folder: of its checkpoints.
+        problems: what cannot be read is added to it.
         is_shared: whether another database may have it, too. What was set aside may be of trials of that one.
     """
     with suppress(SpaceError):  # settings of another version
@@ -264,12 +290,13 @@ def _of_study(study: Study, folder: Path, *, is_shared: bool) -> Iterator[Garbag
         files: list[Path] = []
         for trial in superfluous_trials(space, study, trials_with_checkpoints(folder), timeout_seconds=0.0):
             trial_folder = folder / str(trial.number)
-            files += checkpoint_files(trial_folder) if is_of(trial_folder, trial) else []
+            with _errors_noted(trial_folder, problems):
+                files += checkpoint_files(trial_folder) if is_of(trial_folder, trial) else []
         kept = space.checkpoints
         what = f"checkpoints of ended trials; checkpoints.keep is {kept.keep}: those of {kept.description}"
         yield Garbage(what, folder, tuple(files))
-    trials = _entries(folder)
-    inside = [path for trial in trials if trial.name.isdecimal() for path in _entries(trial)]
+    trials = _entries(folder, problems)
+    inside = [path for trial in trials if trial.name.isdecimal() for path in _entries(trial, problems)]
     aside = [path for path in trials if _SET_ASIDE.fullmatch(path.name)]
     aside += [path for path in inside if path.name.endswith(".other")]  # see `hpo.search.checkpoints.load_checkpoint`
     yield Garbage(
@@ -278,19 +305,18 @@ def _of_study(study: Study, folder: Path, *, is_shared: bool) -> Iterator[Garbag
         () if is_shared else tuple(aside),
     )
     yield Garbage("damaged checkpoints", folder, tuple(path for path in inside if path.name.endswith(".damaged")))
-    drafts = [path for trial in trials if trial.name.isdecimal() for path in _drafts(trial, _is_abandoned)]
-    yield Garbage("unfinished files", folder, tuple(drafts))
+    yield Garbage("unfinished files", folder, tuple(_drafts(inside, _is_abandoned)))
 
 
-def _leftovers(root: Path) -> Iterator[Path]:
-    for path in _entries(root):
+def _leftovers(paths: Sequence[Path]) -> Iterator[Path]:
+    for path in paths:
         if path.name.startswith((SCRATCH_PREFIX, ".writable-")) and _is_old(path):
             yield path
-    yield from _drafts(root, _is_old)
+    yield from _drafts(paths, _is_old)
 
 
-def _drafts(folder: Path, is_leftover: Callable[[Path], bool]) -> list[Path]:
-    return [path for path in _entries(folder) if _DRAFT.fullmatch(path.name) and is_leftover(path)]
+def _drafts(paths: Sequence[Path], is_leftover: Callable[[Path], bool]) -> list[Path]:
+    return [path for path in paths if _DRAFT.fullmatch(path.name) and is_leftover(path)]
 
 
 def _is_old(path: Path) -> bool:
@@ -309,11 +335,20 @@ def _is_abandoned(path: Path) -> bool:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def _entries(folder: Path) -> list[Path]:
-    """Return what is in a folder, by name; nothing if it is missing or not a folder."""
-    with suppress(FileNotFoundError, NotADirectoryError):
+def _entries(folder: Path, problems: list[str]) -> list[Path]:
+    """Return what is in a folder, by name; nothing if it is missing, not a folder, or not readable, which is a problem."""
+    with _errors_noted(folder, problems), suppress(FileNotFoundError, NotADirectoryError):
         return sorted(folder.iterdir())
     return []
+
+
+@contextmanager
+def _errors_noted(path: Path, problems: list[str]) -> Iterator[None]:
+    """Make an error of reading a problem: what else there is can be cleaned."""
+    try:
+        yield
+    except OSError as error:
+        problems.append(f"cannot read {error.filename or path}: {error.strerror or error}")
 
 
 def _files(path: Path | str) -> Iterator[os.stat_result]:

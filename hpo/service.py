@@ -164,11 +164,11 @@ def run_search(
             study, stopped = _search(
                 space,
                 database,
-                left,
                 found,
                 cluster,
                 probes,
                 mps,
+                password=password,
                 provenance=provenance,
                 data=data,
                 runs_dir=runs,
@@ -189,12 +189,12 @@ def run_search(
 def _search(
     space: Space,
     database: Database,
-    left: int | None,
     found: Sequence[Found],
     cluster: RayCluster,
     probes: Probes | None,
     mps: Mps,
     *,
+    password: str | None,
     provenance: dict[str, Any],
     data: Mapping[str, Any],
     runs_dir: RunsDir,
@@ -214,10 +214,8 @@ def _search(
     # Only now, so that a missing data set does not leave an empty study.
     study = open_study(database, **space.study_options)
     note_database(runs_dir.checkpoints(study.unique_name), database)
-    if found:
-        take_over_trials(space, study, found)
-        left = _trials_left(space, study)
-        _note_sources(found, listener)
+    _note_sources(take_over_trials(space, study, found, password), listener)
+    left = _trials_left(space, study)  # now: another study may have been deleted meanwhile, and this one is new
     listener.study_opened(space, study.name, database.url, study.counts())
     if left == 0:  # earlier studies had all results
         return study, None
@@ -244,7 +242,7 @@ def _search(
 def _note_sources(found: Sequence[Found], listener: ProgressListener) -> None:
     """Say what is taken over from earlier studies. Of several revisions, some may have nothing that others do not have."""
     for number, each in enumerate(found):
-        if number == 0 or each.has_trials:
+        if number == 0 or each.is_worth_a_note:
             listener.note(str(each))
 
 

@@ -130,6 +130,57 @@ class ImportedTrial:
     completed: datetime | None = None
 
 
+class Known:
+    """What a study has already, and what is added to it meanwhile: it is not taken over.
+
+    The number of a trial is not enough to know it again: an earlier study whose database was restored from a copy gives
+    numbers out again. Then the time at which the trial ended is another one. Trials that are passed on keep theirs.
+
+    Args:
+        ended: {(hpo:id of an earlier study, number there): when these trials ended} of trials that were taken over.
+        keys: of the study's configurations.
+    """
+
+    def __init__(self, ended: Mapping[tuple[str, int], set[datetime]], keys: set[str]) -> None:
+        self._ended: dict[tuple[str, int], set[datetime | None]] = {origin: {*times} for origin, times in ended.items()}
+        self._keys = keys
+
+    def has(self, trial: ImportedTrial) -> bool:
+        """Return whether this very trial was taken over."""
+        times = self._ended.get(_numbered(trial), set())
+        return trial.completed in times or (trial.completed is None and bool(times))
+
+    def has_configuration(self, trial: ImportedTrial) -> bool:
+        """Return whether the study has the configuration of a trial whose result would stand."""
+        return trial.key in self._keys
+
+    def add(self, trial: ImportedTrial) -> str:
+        """Add a trial; return its `hpo_imports.source`."""
+        times = self._ended.setdefault(_numbered(trial), set())
+        # (study, source, number) is unique.
+        source = f"{trial.origin.identity} {trial.completed}" if times else trial.origin.identity
+        times.add(trial.completed)
+        if trial.key is not None:
+            self._keys.add(trial.key)
+        return source
+
+
+def read_known(study: Study | None) -> Known:
+    """Return what a study has already; nothing for one that does not exist yet.
+
+    Raises:
+        StorageError: the database cannot be used (after retries).
+    """
+    if study is None:
+        return Known({}, set())
+
+    def read() -> Known:
+        with study.database.engine.connect() as connection:
+            return _read_known(connection, study.study_id, study.database.missing_tables)
+
+    return retry_while_down(study.database, read)
+
+
 def import_trials(
     study: Study,
     imported: Sequence[ImportedTrial],
@@ -189,20 +240,14 @@ def set_points(study: Study, points: Collection[str]) -> None:
 
 
 def _insert(connection: sa.Connection, study_id: int, imported: Sequence[ImportedTrial]) -> dict[str, int]:
-    table = tables.imports
-    known = {
-        (row.source, row.number)
-        for row in connection.execute(sa.select(table.c.source, table.c.number).where(table.c.study == study_id))
-    }
+    known = _read_known(connection, study_id)
     number = optuna_tables.next_number(connection, study_id)
-    keys = set(connection.scalars(sa.select(tables.trials.c.key).where(tables.trials.c.study == study_id)))
     added: list[tuple[int, ImportedTrial]] = []
+    sources: list[str] = []
     for trial in imported:
-        origin = trial.origin.identity, trial.origin.number
-        if origin in known or trial.key in keys:
+        if known.has(trial) or known.has_configuration(trial):
             continue
-        known.add(origin)
-        keys |= {trial.key} if trial.key is not None else set()
+        sources.append(known.add(trial))
         trial_id = optuna_tables.insert_trial(connection, study_id, number + len(added), TrialState.WAITING)
         optuna_tables.write_params(connection, trial_id, trial.params, trial.distributions)
         optuna_tables.end(connection, trial_id, trial.state, trial.value)
@@ -230,14 +275,32 @@ def _insert(connection: sa.Connection, study_id: int, imported: Sequence[Importe
             {
                 "trial": trial_id,
                 "study": study_id,
-                "source": trial.origin.identity,
+                "source": source,
                 "number": trial.origin.number,
                 "role": _role(trial),
             }
-            for trial_id, trial in added
+            for (trial_id, trial), source in zip(added, sources, strict=True)
         ]
-        connection.execute(table.insert(), rows)
+        connection.execute(tables.imports.insert(), rows)
     return {role: sum(_role(trial) == role for _, trial in added) for role in (LEARNED, REUSED)}
+
+
+def _read_known(connection: sa.Connection, study_id: int, missing_tables: Collection[str] = ()) -> Known:
+    table, ours, trial = tables.imports, tables.trials, optuna_tables.trials
+    keys: set[str] = set()
+    if ours.name not in missing_tables:
+        keys.update(connection.scalars(sa.select(ours.c.key).where(ours.c.study == study_id)))
+    ended: dict[tuple[str, int], set[datetime]] = {}
+    if table.name not in missing_tables:
+        query = sa.select(table.c.source, table.c.number, trial.c.datetime_complete)
+        query = query.join(trial, trial.c.trial_id == table.c.trial).where(table.c.study == study_id)
+        for row in connection.execute(query):
+            ended.setdefault((row.source.partition(" ")[0], row.number), set()).add(row.datetime_complete)
+    return Known(ended, keys)
+
+
+def _numbered(trial: ImportedTrial) -> tuple[str, int]:
+    return trial.origin.identity, trial.origin.number
 
 
 def _set_roles(connection: sa.Connection, study_id: int, points: Collection[str]) -> None:

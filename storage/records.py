@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping
+from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
@@ -195,6 +196,17 @@ def read_provenance(database: Database, trial_id: int) -> dict[str, Any]:
     return {**(row[1] or {}), **(row[0] or {})} if row else {}
 
 
+def read_whole_provenances(database: Database, study_id: int) -> dict[int, dict[str, Any]]:
+    """Return {trial_id: what is needed to run it again} of a study's trials, as `read_provenance` does for one."""
+    query = (
+        sa.select(trials.c.trial, trials.c.provenance, runs.c.provenance)
+        .join(runs, runs.c.run == trials.c.run, isouter=True)
+        .where(trials.c.study == study_id)
+    )
+    with database.engine.connect() as connection:
+        return {trial_id: {**(of_run or {}), **(own or {})} for trial_id, own, of_run in connection.execute(query)}
+
+
 def read_provenances(database: Database, study_id: int) -> dict[int, dict[str, Any]]:
     """Return {trial_id: provenance} of a study's trials, without the provenance of their runs."""
     query = sa.select(trials.c.trial, trials.c.provenance).where(trials.c.study == study_id)
@@ -231,6 +243,23 @@ def count_trials(database: Database, *, without: Collection[str], study_id: int 
         query = query.where(trial.c.study_id == study_id)
     with database.engine.connect() as connection:
         return list(connection.execute(query.group_by(trial.c.study_id, trial.c.state)))
+
+
+def read_endings(database: Database, study_id: int) -> list[tuple[int, str, datetime]]:
+    """Return (number, state, when it ended) of each trial that completed or was pruned, by number.
+
+    A trial that has ended does not change. Only a database that was restored from a copy gives its number out again: then
+    the time is another one. Trials of earlier studies from which only the sampler learns are left out.
+    """
+    trial = optuna_tables.trials
+    query = sa.select(trial.c.number, trial.c.state, trial.c.datetime_complete).where(
+        trial.c.study_id == study_id, trial.c.state.in_((TrialState.COMPLETE, TrialState.PRUNED))
+    )
+    if imports.name not in database.missing_tables:
+        query = query.where(~is_imported(trial, LEARNED))
+    with database.engine.connect() as connection:
+        rows = connection.execute(query.order_by(trial.c.number))
+        return [(row.number, row.state.name, row.datetime_complete) for row in rows]
 
 
 def read_retried(connection: sa.Connection, study_id: int) -> set[int]:

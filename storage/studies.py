@@ -9,6 +9,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any, Literal, TypeVar
 
 import optuna
@@ -27,6 +28,7 @@ from storage.records import NEVER_RUN
 T = TypeVar("T")
 _FIRST = "@1"  # a name that ends so means the first revision, whose own name has no such ending
 _REVISION = re.compile(r"[2-9]|[1-9][0-9]+")
+_MAX_IDS = 1000  # in one query: databases bound the number
 _IDENTITY = re.compile(r"[0-9a-f]{12}")  # `hpo:id`; file names contain it
 
 
@@ -127,6 +129,14 @@ class Study:
         by_trial = retry_while_down(self.database, lambda: records.read_provenances(self.database, self.study_id))
         return {trial.number: by_trial.get(trial_id(trial), {}) for trial in trials}
 
+    def whole_provenances(self) -> dict[int, dict[str, Any]]:
+        """Return {trial_id: what is needed to run it again} of all trials, see `provenance`."""
+        return retry_while_down(self.database, lambda: records.read_whole_provenances(self.database, self.study_id))
+
+    def endings(self) -> list[tuple[int, str, datetime]]:
+        """Return (number, state, when it ended) of each trial that completed or was pruned, see `records.read_endings`."""
+        return retry_while_down(self.database, lambda: records.read_endings(self.database, self.study_id))
+
     def runs(self) -> list[Any]:
         """Return the rows of hpo_runs for this study, oldest first, each with `now`, the database's time."""
         return retry_while_down(self.database, lambda: records.read_runs(self.database, self.study_id))
@@ -154,8 +164,16 @@ class Study:
 
     def metrics_of(self, trial_ids: Collection[int]) -> dict[int, records.Metrics]:
         """Return {trial_id: {epoch: {name: value}}} of these trials. The metrics of others are not read."""
-        found = retry_while_down(self.database, lambda: records.read_metrics(self.database, self.study_id, trial_ids))
-        return {trial_id: found.get(trial_id, {}) for trial_id in trial_ids}
+        ids = list(trial_ids)
+
+        def read() -> dict[int, records.Metrics]:
+            found: dict[int, records.Metrics] = {}
+            for start in range(0, len(ids), _MAX_IDS):
+                found |= records.read_metrics(self.database, self.study_id, ids[start : start + _MAX_IDS])
+            return found
+
+        metrics = retry_while_down(self.database, read)
+        return {trial_id: metrics.get(trial_id, {}) for trial_id in ids}
 
     def system_attrs(self) -> dict[str, Any]:
         """Return the system attributes, which Optuna and optuna-dashboard store with the study."""

@@ -48,6 +48,8 @@ def read_versions(engine: sa.Engine, safe_url: str) -> Versions:
     """
     inspector = sa.inspect(engine)
     names = {*inspector.get_table_names(), *inspector.get_view_names()}
+    if engine.dialect.name == "sqlite":  # HPO_Runs and hpo_runs are the same table there
+        names = {name.lower() for name in names}
     if not names:
         return Versions(None, None)
     with engine.connect() as connection:

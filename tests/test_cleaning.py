@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from hpo.api import clean_runs, list_studies, read_results
 from hpo.cleaning import Garbage, count_bytes, delete_garbage, find_garbage, note_database
 from hpo.dashboard import publishing
 from hpo.dashboard.publishing import publish
+from hpo.errors import SettingError
 from hpo.paths import CONFIGURATION_FILE, DATABASES_FILE, RunsDir
 from hpo.search.checkpoints import list_checkpoints
 from hpo.search.retention import trials_with_checkpoints
@@ -356,7 +359,7 @@ def test_a_draft_that_an_interrupted_save_left_matches(tmp_path: Path, monkeypat
 
     with atomic_file(tmp_path / "epoch-000001.pt"):
         (draft,) = tmp_path.iterdir()
-        assert cleaning._drafts(tmp_path, lambda _: True) == [draft]
+        assert cleaning._drafts([draft, tmp_path], lambda _: True) == [draft]
         assert not cleaning._is_abandoned(draft)
         monkeypatch.setattr(psutil, "pid_exists", lambda pid: pid != os.getpid())
         assert cleaning._is_abandoned(draft)
@@ -426,6 +429,54 @@ def test_what_cannot_be_deleted_is_a_problem_and_the_rest_is_deleted(
     assert cleaned.problems == [f"cannot delete {stuck}: Permission denied"]
     assert cleaned.disk_bytes == 4
     assert (stuck.exists(), easy.exists()) == (True, False)
+
+
+def test_what_cannot_be_read_is_a_problem_and_the_rest_is_cleaned(
+    database: Database, runs: RunsDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "two"):
+        open_study(database, **toy_space(tmp_path, checkpoints={"keep": "none"}).study_options | {"name": name})
+    one, two = (folder_of(runs, study_of(database, name)) for name in ("one", "two"))
+    (two / "1/a.damaged").touch()
+    listed, unreadable = [two / "0", runs.reports], one / "0" / CONFIGURATION_FILE
+    unreadable.unlink()
+    unreadable.mkdir()  # reading it is an error of the disk
+    iterdir = Path.iterdir
+
+    def fail(path: Path) -> Iterator[Path]:
+        if path in listed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", fail)
+    found = find_garbage(database, runs)
+    problems = [f"cannot read {unreadable}: Is a directory"]
+    problems += [f"cannot read {path}: Permission denied" for path in listed]
+    assert found.problems == problems
+    assert {path.parent for each in found.garbage for path in each.paths} == {one / "1", two / "0", two / "1"}
+    assert delete_garbage(found).problems == problems
+    assert trials_with_checkpoints(one) == [0]
+    assert trials_with_checkpoints(two) == []
+
+
+def test_files_that_another_database_may_need_are_kept_while_this_cannot_be_read(
+    database: Database, runs: RunsDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_of(database, "one")
+    one = folder_of(runs, study)
+    runs.artifacts.mkdir()
+    (runs.artifacts / f"{study.identity}-9f0e2d7c-6a35-4c1b-8f1d-0d6c8a9b7e55").touch()
+    optuna.delete_study(study_name="one", storage=database.optuna_storage)
+    (one / DATABASES_FILE).mkdir()
+    found = find_garbage(database, runs)
+    assert (found.garbage, found.problems) == ([], [f"cannot read {one / DATABASES_FILE}: Is a directory"])
+
+    def fail(path: Path) -> Iterator[Path]:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", fail)
+    with pytest.raises(SettingError, match=r"cannot read .*: Permission denied: copies of the database may be there"):
+        find_garbage(database, runs)
 
 
 def test_two_cleanings_at_a_time_are_no_problem(database: Database, runs: RunsDir) -> None:

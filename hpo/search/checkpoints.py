@@ -194,14 +194,17 @@ def _may_pass(error: Exception) -> bool:
 def trim_checkpoints(folder: Path, token: int, keep: int = 1) -> None:
     """Delete all but the newest checkpoints, unless another worker has claimed the folder. An ended trial needs no fallback.
 
+    Best effort: a file that stays takes room on the disk, but an error here would end the search.
+
     Args:
         folder: the trial's folder.
         token: of the claim of the trial.
         keep: how many stay.
     """
-    if _owner(folder)[1] == token:
-        for old in list_checkpoints(folder)[keep:]:
-            old.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        if _owner(folder)[1] == token:
+            for old in list_checkpoints(folder)[keep:]:
+                old.unlink(missing_ok=True)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

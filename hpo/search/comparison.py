@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hpo.space.model import Space
@@ -44,7 +44,6 @@ class Comparison:
         self._trainings = space.is_default_trainable and before.is_default_trainable
         self._defaults = _default_params() if self._trainings else {}
         self._epochs: dict[int, dict[int, dict[str, float]]] | None = None
-        self._trials: dict[Origin, FrozenTrial] = {}
         self._distributions = space.distributions()
 
     def take_over(self, trial: FrozenTrial) -> ImportedTrial:
@@ -68,7 +67,6 @@ class Comparison:
         sampler = self._space.sampler.name
         if not is_reused and sampler not in LEARN_FROM_OTHERS:
             raise RefusalError(f"sampler {sampler} uses only results that stand")
-        self._trials[origin] = trial
         key = self._space.config_key(translation.params) if is_reused else None
         last = max(values)
         return ImportedTrial(
@@ -84,22 +82,25 @@ class Comparison:
             completed=trial.datetime_complete,
         )
 
-    def complete(self, taken: Sequence[ImportedTrial]) -> list[ImportedTrial]:
-        """Return the same trials; those whose results stand with all of their metrics, and what is needed to replay them."""
-        from storage.optuna_internals import trial_id
+    def complete(self, taken: Mapping[int, ImportedTrial]) -> list[ImportedTrial]:
+        """Return the same trials; those whose results stand with all of their metrics, and what is needed to replay them.
 
-        ids = {trial.origin: trial_id(self._trials[trial.origin]) for trial in taken if trial.key is not None}
-        metrics = self._earlier.metrics_of(list(ids.values())) if ids else {}
+        Args:
+            taken: {trial_id in the earlier study: as `take_over` returned it}.
+        """
+        stands = [trial_id for trial_id, trial in taken.items() if trial.key is not None]
+        metrics = self._earlier.metrics_of(stands)
+        provenances = self._earlier.whole_provenances() if stands else {}
 
-        def with_metrics(trial: ImportedTrial) -> ImportedTrial:
-            epochs = metrics[ids[trial.origin]]
+        def with_metrics(trial_id: int, trial: ImportedTrial) -> ImportedTrial:
+            epochs = metrics[trial_id]
             return dataclasses.replace(
                 trial,
                 metrics={epoch: found for epoch, found in epochs.items() if epoch <= self._space.max_epochs},
-                provenance=self._earlier.provenance(self._trials[trial.origin].number),
+                provenance=provenances.get(trial_id, {}),
             )
 
-        return [with_metrics(trial) if trial.origin in ids else trial for trial in taken]
+        return [with_metrics(each, trial) if each in metrics else trial for each, trial in taken.items()]
 
     def _check(self, what: str, is_same: bool, reason: str) -> None:
         if not is_same and what not in self._despite:

@@ -57,20 +57,23 @@ class Retention:
 
     def run_ended(self) -> None:
         """Delete what is superfluous of any driver, such as one that was killed."""
-        self._delete(trials_with_checkpoints(self._folder))
+        with suppress(OSError):
+            self._delete(trials_with_checkpoints(self._folder))
 
     def _delete(self, numbers: Collection[int]) -> set[int]:
+        """Delete what is superfluous of these trials; return those that need not be looked at again."""
         from storage.errors import StorageError
 
-        deleted = set()
+        done = set()
         with suppress(StorageError):
             for trial in superfluous_trials(self._space, self._study, numbers, timeout_seconds=0.0):
-                deleted.add(trial.number)
                 folder = self._folder / str(trial.number)
-                # A folder of an older version does not say whose it is: `hpo clean` asks before it deletes there.
-                if (folder / CONFIGURATION_FILE).is_file() and is_of(folder, trial):
-                    delete_files(checkpoint_files(folder))
-        return deleted
+                with suppress(OSError):  # one of reading may pass: then the next end of a trial finds the files
+                    # A folder of an older version does not say whose it is: `hpo clean` asks before it deletes there.
+                    if (folder / CONFIGURATION_FILE).is_file() and is_of(folder, trial):
+                        delete_files(checkpoint_files(folder))
+                    done.add(trial.number)
+        return done
 
 
 def superfluous_trials(
@@ -111,12 +114,12 @@ def trials_with_checkpoints(folder: Path) -> list[int]:
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """Return the checkpoints of a trial: files, and the folder that its script saves to."""
-    names = set()
+    """Return the checkpoints of a trial: files, and the folder that its script saves to; none if it cannot be read."""
     with suppress(OSError):  # missing, or deleted meanwhile
         names = set(os.listdir(folder))  # noqa: PTH208 # a study has many folders, most of them without checkpoints
-    found = list_checkpoints(folder) if any(name.endswith(".pt") for name in names) else []
-    return [*found, folder / SCRIPT_DIR] if SCRIPT_DIR in names else found
+        found = list_checkpoints(folder) if any(name.endswith(".pt") for name in names) else []
+        return [*found, folder / SCRIPT_DIR] if SCRIPT_DIR in names else found
+    return []
 
 
 def is_deleted(folder: Path) -> bool:

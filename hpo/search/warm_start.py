@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hpo.errors import SettingError, SpaceError, nearest
@@ -16,7 +16,8 @@ from hpo.search.comparison import Comparison, RefusalError
 from hpo.space.model import Space
 from hpo.space.sections import Source
 from hpo.space.translation import TranslationError
-from storage.imports import ImportedTrial, Origin, TakenOver, import_trials, read_sources
+from storage.errors import StorageError
+from storage.imports import ImportedTrial, Origin, TakenOver, import_trials, read_known, read_sources
 
 if TYPE_CHECKING:
     from storage.database import Database
@@ -31,14 +32,18 @@ class Found(TakenOver):
 
     Attributes:
         trials: the trials, by number; empty if the study has taken over all of them before.
+        problem: why the earlier study was not read; empty if it was. Then this is what was taken over before.
+        known_to: `hpo:id` of the study that has what `trials` leaves out; None if it did not exist.
     """
 
     trials: Sequence[ImportedTrial] = ()
+    problem: str = ""
+    known_to: str | None = field(default=None, compare=False)
 
     @property
-    def has_trials(self) -> bool:
-        """Whether anything of it is taken over."""
-        return bool(self.learned or self.reused)
+    def is_worth_a_note(self) -> bool:
+        """Whether anything of it is taken over, or it could not be read."""
+        return bool(self.learned or self.reused or self.problem)
 
     def __str__(self) -> str:
         left_out = sum(self.refused.values())
@@ -52,7 +57,8 @@ class Found(TakenOver):
             more = len(reasons) - MAX_REASONS
             listed = "; ".join(reasons[:MAX_REASONS] + ([f"and {_count(more, 'other reason')}"] if more > 0 else []))
             parts.append(f"leaves out {_count(left_out, 'trial')}: {listed}")
-        return f"warm start from {self.study}: {', '.join(parts) or 'it has no results yet'}"
+        text = f"warm start from {self.study}: {', '.join(parts) or 'it has no results yet'}"
+        return f"{text}. Nothing new is taken over, because it cannot be read: {self.problem}" if self.problem else text
 
 
 def _count(number: int, what: str) -> str:
@@ -64,6 +70,8 @@ def find_trials(
 ) -> list[Found]:
     """Return what a search takes over from the other revisions of its study, and from those of `warm_start`.
 
+    Databases are only read: tables of an older version are not migrated.
+
     Args:
         space: the search.
         study: its study; None if it does not exist yet.
@@ -72,69 +80,171 @@ def find_trials(
 
     Raises:
         SettingError: an earlier study does not exist, hpo did not create it, or nothing of it fits.
-        StorageError: a database cannot be used.
+        StorageError: a database cannot be used. Where the study has taken over trials from it before, `Found.problem` says
+            so instead.
     """
-    from storage.studies import other_revisions
-
-    found: list[Found] = []
-    identities = {None if study is None else study.identity}
-    sources = {(source.study, source.storage): source for source in space.warm_start}
-    own = sources.pop((space.name, None), None) or Source(study=space.name, despite=[])
-    for source in sources.values():
-        known = _known_source(study, source)
-        with space.locating_errors("warm_start"), _open(source, database, password) as (where, earlier):
-            if earlier is None and known is not None:  # it was deleted; its trials stay
-                found.append(known)
-            elif earlier is None:
-                raise _unknown(source, database)
-            elif earlier.identity not in identities:
-                identities.add(earlier.identity)
-                taken = _find(space, study, earlier, source, where)
-                if taken.refused and not taken.has_trials and not (space.parameters.keys() & _names(earlier)):
-                    raise SettingError(f"warm_start: {source.study} has no parameter in common with this search")
-                found.append(taken)
-    revisions = [] if database is None else other_revisions(database, space.name, study)
-    for revision in revisions:
-        if revision.identity not in identities:
-            # The first one has this name as soon as there is a second one.
-            name = revision.name if "@" in revision.name else f"{revision.name}@1"
-            found.append(dataclasses.replace(_find(space, study, revision, own, ""), study=name))
-    return found
+    return _Finder(space, study, database, password).find()
 
 
-def take_over_trials(space: Space, study: Study, found: Sequence[Found]) -> None:
+def take_over_trials(
+    space: Space, study: Study, found: Sequence[Found], password: str | None = None
+) -> Sequence[Found]:
     """Add the trials of earlier studies to a study: all that it does not have yet, or none. Idempotent.
 
     Args:
         space: the search.
         study: its study.
         found: see `find_trials`.
+        password: see `find_trials`.
+
+    Returns:
+        What was found; anew if it was found for another study, which was deleted meanwhile.
 
     Raises:
-        StorageError: the study was deleted, or the database cannot be used.
+        SettingError: see `find_trials`.
+        StorageError: the study was deleted, or a database cannot be used.
     """
+    if any(each.known_to not in {None, study.identity} for each in found):
+        found = find_trials(space, study, study.database, password)
     if found:
         trials = [trial for each in found for trial in each.trials]
         import_trials(study, trials, points=space.point_keys(), sources=found)
+    return found
+
+
+class _Finder:
+    """Finds what a search takes over; see `find_trials`."""
+
+    def __init__(self, space: Space, study: Study | None, database: Database | None, password: str | None) -> None:
+        self._space = space
+        self._study = study
+        self._database = database
+        self._password = password
+        self._before = _known_sources(study)
+        self._known = read_known(study)
+        self._identities = {None if study is None else study.identity}  # of studies that are not read any more
+
+    def find(self) -> list[Found]:
+        from storage.studies import other_revisions
+
+        sources = {(source.study, source.storage): source for source in self._space.warm_start}
+        name = self._space.name
+        own = sources.pop((name, None), None) or Source(study=name, despite=[])
+        found: list[Found] = []
+        for source in sources.values():
+            with self._space.locating_errors("warm_start"):
+                found += self._from_source(source)
+        for revision in [] if self._database is None else other_revisions(self._database, name, self._study):
+            if revision.identity not in self._identities:
+                # The first one has this name as soon as there is a second one.
+                reference = revision.name if "@" in revision.name else f"{revision.name}@1"
+                found.append(dataclasses.replace(self._from_study(revision, own, ""), study=reference))
+        identity = None if self._study is None else self._study.identity
+        return [dataclasses.replace(each, known_to=identity) for each in found]
+
+    def _from_source(self, source: Source) -> list[Found]:
+        """Return what is taken over from a source; nothing if another one has named the same study."""
+        where = _where(source)
+        known = _known_source(self._before, source, where)
+        try:
+            with _open(source, self._database, self._password) as earlier:
+                if earlier is None and known is not None:  # it was deleted; its trials stay
+                    return [known]
+                if earlier is None:
+                    raise _unknown(source, self._database)
+                if earlier.identity in self._identities:
+                    return []
+                self._identities.add(earlier.identity)
+                found = self._from_study(earlier, source, where)
+                if found.refused and not (found.learned or found.reused):
+                    self._check_names(earlier, source)
+                return [found]
+        except StorageError as error:
+            if source.storage is None or known is None:
+                raise
+            return [dataclasses.replace(known, problem=str(error))]
+
+    def _check_names(self, earlier: Study, source: Source) -> None:
+        parameters = earlier.settings.get("parameters")
+        if not isinstance(parameters, Mapping) or not (self._space.parameters.keys() & set(parameters)):
+            raise SettingError(f"warm_start: {source.study} has no parameter in common with this search")
+
+    def _from_study(self, earlier: Study, source: Source, where: str) -> Found:
+        """Return what is taken over from a study. A large one is read only if something has changed since the last time."""
+        options = self._space.model_dump(mode="json", include={"parameters", "sampler"}) | source.model_dump()
+        state = [earlier.identity, earlier.endings(), options]
+        seen = hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        before = next((found for found in self._before if found.seen == seen), None)
+        return before or dataclasses.replace(self._read(earlier, source), storage=where, seen=seen)
+
+    def _read(self, earlier: Study, source: Source) -> Found:
+        from storage.optuna_internals import trial_id
+
+        refused: Counter[str] = Counter()
+        own = None if self._study is None else self._study.identity
+        trials = [
+            trial
+            for trial in earlier.trained_trials()
+            if trial.state.name in {"COMPLETE", "PRUNED"}
+            and (own is None or (origin := Origin.of(trial.user_attrs)) is None or origin.identity != own)
+        ]
+        try:
+            before = Space.from_settings(earlier.settings)
+        except SpaceError:
+            return Found(earlier.reference, refused={"another version of hpo wrote its settings": len(trials)})
+        if source.count is not None:
+            completed = [trial for trial in trials if trial.state.name == "COMPLETE" and trial.value is not None]
+            completed.sort(key=lambda trial: trial.value or 0.0, reverse=before.direction == "maximize")
+            trials = sorted(completed[: source.count], key=lambda trial: trial.number)
+        comparison = Comparison(self._space, before, earlier, frozenset(source.despite))
+        taken: dict[int, ImportedTrial] = {}
+        for trial in trials:
+            try:
+                taken[trial_id(trial)] = self._unless_superfluous(comparison.take_over(trial))
+            except (RefusalError, TranslationError) as error:
+                refused[str(error)] += 1
+        reused = sum(trial.key is not None for trial in taken.values())
+        found = comparison.complete(taken)
+        return Found(earlier.reference, learned=len(taken) - reused, reused=reused, refused=refused, trials=found)
+
+    def _unless_superfluous(self, trial: ImportedTrial) -> ImportedTrial:
+        """Return the trial.
+
+        Raises:
+            RefusalError: the study has the result of another training of the same configuration, or will have it.
+        """
+        if not self._known.has(trial):
+            if self._known.has_configuration(trial):
+                raise RefusalError("this search has the configuration already")
+            self._known.add(trial)
+        return trial
+
+
+def _where(source: Source) -> str:
+    """Return the URL of a source's database, without a password; empty for the search's own."""
+    from storage.urls import contains_password, without_password
+
+    if source.storage is None:
+        return ""
+    if contains_password(source.storage):
+        raise SettingError("warm_start: leave the password out of the file, and put it in PGPASSWORD or ~/.pgpass")
+    return without_password(source.storage)
 
 
 @contextmanager
-def _open(source: Source, database: Database | None, password: str | None) -> Iterator[tuple[str, Study | None]]:
-    """Open the database of an earlier study; yield its URL, empty for the search's own, and the study, None without one."""
-    from storage.database import open_existing
+def _open(source: Source, database: Database | None, password: str | None) -> Iterator[Study | None]:
+    """Open the database of an earlier study; yield the study, None without one."""
+    from storage.database import open_for_reading
     from storage.studies import find_study
-    from storage.urls import contains_password
 
-    if source.storage is not None and contains_password(source.storage):
-        raise SettingError("warm_start: leave the password out of the file, and put it in PGPASSWORD or ~/.pgpass")
-    opened = database if source.storage is None else open_existing(source.storage, password)
+    opened = database if source.storage is None else open_for_reading(source.storage, password)
     try:
         study = None if opened is None else find_study(opened, source.study)
         if study is not None and not study.is_ours:
             raise SettingError(
                 f"warm_start: another program created the study {source.study!r} in {study.database.url}"
             )
-        yield ("" if source.storage is None or opened is None else opened.url), study
+        yield study
     finally:
         if source.storage is not None and opened is not None:
             opened.close()
@@ -152,58 +262,30 @@ def _unknown(source: Source, database: Database | None) -> SettingError:
     return SettingError(f"warm_start: there is no study {source.study!r} in {database.url}: {hint}")
 
 
-def _names(study: Study) -> set[str]:
-    parameters = study.settings.get("parameters")
-    return set(parameters) if isinstance(parameters, Mapping) else set()
-
-
-def _find(space: Space, study: Study | None, earlier: Study, source: Source, where: str) -> Found:
-    """Return what is taken over from a study. A large one is read only if something has changed since the last time."""
-    counts = earlier.counts()
-    state = [earlier.identity, counts["COMPLETE"], counts["PRUNED"]]  # trials that have ended do not change
-    options = space.model_dump(mode="json", include={"parameters", "sampler"}) | source.model_dump()
-    seen = hashlib.sha256(json.dumps([state, options], sort_keys=True).encode()).hexdigest()[:16]
-    for found in _known_sources(study):
-        if found.seen == seen:
-            return found
-    return dataclasses.replace(_read(space, study, earlier, source), storage=where, seen=seen)
-
-
 def _known_sources(study: Study | None) -> list[Found]:
     """Return what a study has taken over before. What another program has changed is left out."""
     stored = [] if study is None else read_sources(study.attrs)
     return [found for each in stored if (found := Found.read(each)).attribute == each]
 
 
-def _known_source(study: Study | None, source: Source) -> Found | None:
-    """Return what a study has taken over from a source before; None if it has not."""
-    base = source.study.partition("@")[0]
-    return next((each for each in _known_sources(study) if each.study.partition("@")[0] == base), None)
+def _known_source(before: Sequence[Found], source: Source, where: str) -> Found | None:
+    """Return what a study has taken over from a source before; None if it has not.
+
+    Args:
+        before: see `_known_sources`.
+        source: the source. A name without a revision means the latest one, whichever that was.
+        where: its database.
+    """
+    base, at, revision = source.study.partition("@")
+    here = [found for found in before if found.storage == where]
+    same = [found for found in here if found.study == source.study]
+    if not same and not at:
+        same = [found for found in here if found.study.partition("@")[0] == base]
+    if not same and revision == "1":  # before there was a second one
+        same = [found for found in here if found.study == base]
+    return max(same, key=lambda found: _revision(found.study), default=None)
 
 
-def _read(space: Space, study: Study | None, earlier: Study, source: Source) -> Found:
-    refused: Counter[str] = Counter()
-    trials = [
-        trial
-        for trial in earlier.trained_trials()
-        if trial.state.name in {"COMPLETE", "PRUNED"}
-        and (study is None or (origin := Origin.of(trial.user_attrs)) is None or origin.identity != study.identity)
-    ]
-    try:
-        before = Space.from_settings(earlier.settings)
-    except SpaceError:
-        return Found(earlier.reference, refused={"another version of hpo wrote its settings": len(trials)})
-    if source.count is not None:
-        completed = [trial for trial in trials if trial.state.name == "COMPLETE" and trial.value is not None]
-        completed.sort(key=lambda trial: trial.value or 0.0, reverse=before.direction == "maximize")
-        trials = sorted(completed[: source.count], key=lambda trial: trial.number)
-    comparison = Comparison(space, before, earlier, frozenset(source.despite))
-    taken: list[ImportedTrial] = []
-    for trial in trials:
-        try:
-            taken.append(comparison.take_over(trial))
-        except (RefusalError, TranslationError) as error:
-            refused[str(error)] += 1
-    reused = sum(trial.key is not None for trial in taken)
-    found = comparison.complete(taken)
-    return Found(earlier.reference, learned=len(taken) - reused, reused=reused, refused=refused, trials=found)
+def _revision(name: str) -> int:
+    revision = name.partition("@")[2]
+    return int(revision) if revision.isdecimal() else 1

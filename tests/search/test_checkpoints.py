@@ -103,6 +103,19 @@ def test_a_finished_trial_keeps_its_newest(folder: Path) -> None:
     assert epoch_in(folder) == 2
 
 
+def test_what_cannot_be_deleted_or_read_stays_without_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim_folder(folder, "k", 5)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    for name in ("unlink", "read_bytes"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, name, fail)
+            trim_checkpoints(folder, 5)
+        assert len(list(folder.glob("*.pt"))) == 2
+
+
 @pytest.mark.parametrize("part", [0.0, 0.001, 0.5, 0.999], ids=lambda part: f"{part:.1%} of it")
 def test_a_truncated_file_is_set_aside_and_the_one_before_is_taken(folder: Path, part: float) -> None:
     newest = max(folder.glob("*.pt"))

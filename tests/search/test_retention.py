@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -240,6 +241,30 @@ def test_a_database_that_is_away_delays_nothing_and_fails_no_search(
         assert held(study, tmp_path) == [0]
         coordinator.release_all()
     assert held(study, tmp_path) == []
+
+
+@pytest.mark.parametrize("function", ["is_of", "list_checkpoints", "trials_with_checkpoints"])
+def test_a_passing_error_of_reading_ends_no_search_and_its_files_go_later(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    space = seven_trials(tmp_path, "none")
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with run_of(study, space) as run:
+        coordinator = coordinator_of(space, run, tmp_path)
+        train(coordinator, run)
+        with monkeypatch.context() as patch:
+            patch.setattr(f"hpo.search.retention.{function}", fail)
+            coordinator._retention._next_time = 0.0
+            train(coordinator, run)
+            coordinator.release_all()
+        assert coordinator.error is None
+        assert trial_states(study) == ["COMPLETE"] * 2
+        assert 1 in held(study, tmp_path)
+        coordinator.release_all()
+        assert held(study, tmp_path) == []
 
 
 def test_a_study_that_was_deleted_meanwhile_is_no_error(database: Database, tmp_path: Path) -> None:

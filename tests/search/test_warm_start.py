@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from hpo.search.samplers import build_sampler
 from hpo.search.warm_start import Found, find_trials, take_over_trials
 from hpo.space.model import Space
 from storage.database import Database, open_database
+from storage.errors import StorageError
 from storage.optuna_tables import write_attrs, write_values
 from storage.protocol import ClaimedTrial
 from storage.run import Run
@@ -63,12 +67,14 @@ def params_of(found: Found) -> list[Any]:
 # --- what is taken over -----------------------------------------------------------------------------------------------
 
 
-def test_results_of_the_same_training_stand(database: Database) -> None:
+def test_results_of_the_same_training_stand(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     earlier = finish_grid(database)
     with database.transaction() as connection:
         write_attrs(connection, [(1, {"test_accuracy": 0.75, "other": 1})])
     space = larger()
-    found = found_in(database, space)
+    with monkeypatch.context() as patch:
+        patch.setattr(Study, "provenance", lambda *_: pytest.fail("one query for each trial"))
+        found = found_in(database, space)
     assert str(found) == "warm start from grid: reuses 3 results"
     assert params_of(found) == [64, 256, 512]
     assert [trial.key for trial in found.trials] == [space.config_key(trial.params) for trial in found.trials]
@@ -346,6 +352,71 @@ def test_a_source_that_was_deleted_does_not_stop_a_search(database: Database) ->
         take_over(larger(warm_start=["other"]), study)
 
 
+def test_a_study_that_is_deleted_while_the_search_starts_takes_everything_over_again(database: Database) -> None:
+    finish_grid(database)
+    space = larger()
+    study = open_study(database, **space.study_options)
+    take_over(space, study)
+    found = find_trials(space, study, database)
+    optuna.delete_study(study_name="larger", storage=database.optuna_storage)
+    new = open_study(database, **space.study_options)
+    (anew,) = take_over_trials(space, new, found)
+    assert params_of(anew) == [64, 256, 512]
+    assert len(new.trials()) == 3
+    assert len(take_over(space, new)[0].trials) == 0, "now it has them"
+
+
+def test_a_study_that_was_restored_from_a_copy_is_read_again(database: Database, tmp_path: Path) -> None:
+    """It reaches the same counts again, and gives the numbers of its trials to other configurations."""
+    url, lr = f"sqlite:///{tmp_path}/earlier.db", {"type": "float", "low": 0.0, "high": 1.0}
+    earlier = grid_space(parameters={"lr": lr}, sampler="random", budget={"trials": 3})
+    space = larger(parameters={"lr": lr}, budget={"trials": 9}, **source(storage=url))
+    study = open_study(database, **space.study_options)
+    with open_database(url) as other:
+        open_study(other, **earlier.study_options)
+        copy = tmp_path / "copy.db"
+        with closing(sqlite3.connect(tmp_path / "earlier.db")) as now, closing(sqlite3.connect(copy)) as target:
+            now.backup(target)
+
+    def search(lrs: list[float]) -> list[float]:
+        points = [{"lr": value} for value in lrs]
+        with open_database(url) as other:
+            finish_study(other, earlier, points, provenance={"run": str(lrs)}, device={}, epochs_of=lr_epochs)
+        (found,) = take_over(space, study)
+        assert found.reused + sum(found.refused.values()) == len(lrs)
+        return [trial.params["lr"] for trial in study.trials()]
+
+    def lr_epochs(claim: ClaimedTrial) -> list[dict[str, float]]:
+        return [{"val_accuracy": claim.params["lr"] * epoch} for epoch in range(1, 5)]
+
+    assert search([0.1, 0.2, 0.3]) == [0.1, 0.2, 0.3]
+    shutil.copy(copy, tmp_path / "earlier.db")
+    assert search([0.1, 0.5, 0.6]) == [0.1, 0.2, 0.3, 0.5, 0.6], "the study has the result of 0.1"
+
+    # Two of its trials have the same origin now. Those who take them over do not mix them up.
+    last = larger(name="last", parameters={"lr": lr}, warm_start=["larger"])
+    passed_on = open_study(database, **last.study_options)
+    take_over(last, passed_on)
+    assert [trial.params for trial in passed_on.trials()] == [trial.params for trial in study.trials()]
+    assert passed_on.metrics() == study.metrics()
+    assert passed_on.provenance(1)["run"] == "[0.1, 0.2, 0.3]"
+    assert passed_on.provenance(3)["run"] == "[0.1, 0.5, 0.6]"
+
+
+def test_results_that_a_search_has_already_are_not_counted_as_reused(database: Database) -> None:
+    finish_grid(database)
+    finish_grid(database, name="same")
+    space = larger(warm_start=["grid", "same"])
+    trained = [{"batch_size": 64, "lr": 0.01}]
+    study = finish_study(database, space, trained, provenance={}, device={}, epochs_of=epochs_of)
+    found = take_over(space, study)
+    assert [(each.reused, sum(each.refused.values())) for each in found] == [(2, 1), (0, 3)]
+    assert str(found[1]) == "warm start from same: leaves out 3 trials: this search has the configuration already (3)"
+    assert [trial.params["batch_size"] for trial in study.trials()] == [64, 256, 512]
+    study.optuna_study.set_user_attr("hpo:sources", [])
+    assert take_over(space, study) == found, "read again, what was reused stays counted"
+
+
 def test_a_study_without_earlier_ones_takes_over_nothing(database: Database) -> None:
     finish_grid(database)
     study, found = revise(database)
@@ -389,6 +460,96 @@ def test_an_earlier_study_may_be_in_another_database(database: Database, tmp_pat
     take_over(space, study)
     assert len(study.trials()) == 3
     assert (tmp_path / "earlier.db").read_bytes() == before
+
+
+@pytest.mark.parametrize("version", [1, 4])
+def test_a_database_of_an_older_version_is_read_as_it_is(database: Database, tmp_path: Path, version: int) -> None:
+    file = tmp_path / "older/earlier.db"
+    with open_database(f"sqlite:///{file}") as other:
+        finish_grid(other)
+        with other.transaction() as connection:
+            triggers = connection.exec_driver_sql("SELECT name FROM sqlite_master WHERE type = 'trigger'").scalars()
+            statements = [f"DROP TRIGGER {name}" for name in triggers.all()] + LATER[4]
+            for statement in statements + (LATER[1] if version == 1 else []):
+                connection.exec_driver_sql(statement)
+            connection.exec_driver_sql(f"UPDATE hpo_schema SET version = {version}")
+    for path in set(file.parent.iterdir()) - {file}:
+        path.unlink()
+    before = file.read_bytes()
+    space = larger(**source(storage=f"sqlite:///{file}"))
+    study = open_study(database, **space.study_options)
+    (found,) = take_over(space, study)
+    assert (found.reused, study.provenance(1)["device_name"]) == (3, "a GPU")
+    assert list(file.parent.iterdir()) == [file]
+    assert file.read_bytes() == before
+
+
+# {version: statements that delete what it did not have}
+LATER = {
+    4: ["DROP TABLE hpo_imports"],
+    1: [
+        "DROP TABLE hpo_rungs",
+        "DROP TABLE hpo_deleted_studies",
+        "DROP INDEX hpo_trials_by_token",
+        "ALTER TABLE hpo_trials DROP COLUMN token",
+        "ALTER TABLE hpo_trials DROP COLUMN claimed_epoch",
+        "ALTER TABLE hpo_runs DROP COLUMN takeover_after",
+    ],
+}
+
+
+def test_a_source_that_cannot_be_read_does_not_stop_a_search_that_has_its_trials(
+    database: Database, tmp_path: Path
+) -> None:
+    file = tmp_path / "earlier.db"
+    with open_database(f"sqlite:///{file}") as other:
+        finish_grid(other)
+    space = larger(**source(storage=f"sqlite:///{file}"))
+    study = open_study(database, **space.study_options)
+    (found,) = take_over(space, study)
+    file.rename(tmp_path / "elsewhere.db")
+    (without,) = take_over(space, study)
+    assert str(without).startswith(
+        "warm start from grid: reuses 3 results. Nothing new is taken over, because it cannot be read: there is no "
+        f"database sqlite:///{file} yet"
+    )
+    assert without.attribute == found.attribute == study.attrs["hpo:sources"][0]
+    with pytest.raises(StorageError, match="there is no database"):
+        find_trials(space, None, database)
+    (tmp_path / "elsewhere.db").rename(file)
+    assert take_over(space, study)[0].problem == ""
+
+
+def test_studies_of_the_same_name_in_several_databases_are_not_mixed_up(database: Database, tmp_path: Path) -> None:
+    urls = [f"sqlite:///{tmp_path}/{name}.db" for name in ("one", "two")]
+    for url, sizes in zip(urls, ([64, 256], [512]), strict=True):
+        with open_database(url) as other:
+            finish_grid(other, parameters={"batch_size": sizes, "lr": 0.01})
+    space = larger(warm_start=[{"study": "grid", "storage": url} for url in urls])
+    study = open_study(database, **space.study_options)
+    assert [each.reused for each in take_over(space, study)] == [2, 1]
+    with open_database(urls[1]) as other:
+        optuna.delete_study(study_name="grid", storage=other.optuna_storage)
+    assert [(each.storage, each.reused) for each in take_over(space, study)] == [(urls[0], 2), (urls[1], 1)]
+    with pytest.raises(SettingError, match="there is no study 'grid'"):
+        take_over(larger(), study)  # that of its own database was never taken over
+
+
+@pytest.mark.parametrize(("named", "taken"), [("grid", "grid@2"), ("grid@1", "grid@1"), ("grid@2", "grid@2")])
+def test_a_deleted_source_is_found_among_revisions(database: Database, tmp_path: Path, named: str, taken: str) -> None:
+    url = f"sqlite:///{tmp_path}/earlier.db"
+    space = larger(warm_start=[{"study": name, "storage": url} for name in ("grid@1", "grid@2", "grid")])
+    study = open_study(database, **space.study_options)
+    with open_database(url) as other:
+        finish_grid(other)
+        finish_grid(other, parameters={"batch_size": [64, 128], "lr": 0.01})
+        take_over(space, study)
+        for revision in ("grid", "grid@2"):
+            optuna.delete_study(study_name=revision, storage=other.optuna_storage)
+    (found,) = find_trials(larger(warm_start=[{"study": named, "storage": url}]), study, database)
+    assert found.study == taken
+    with pytest.raises(SettingError, match="there is no study 'grid@3'"):
+        find_trials(larger(warm_start=[{"study": "grid@3", "storage": url}]), study, database)
 
 
 def test_wrong_sources_are_refused_in_one_message(database: Database) -> None:

@@ -277,6 +277,15 @@ def _check_that_it_is_refused_and_not_changed(file: Path, message: str) -> None:
     assert {path: path.read_bytes() for path in file.parent.iterdir()} == before
 
 
+def test_a_table_of_another_program_may_not_differ_from_ours_by_case_only(tmp_path: Path) -> None:
+    """For SQLite, both names are those of the same table."""
+    file = tmp_path / "theirs.db"
+    optuna.storages.RDBStorage(f"sqlite:///{file}").engine.dispose()
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute("CREATE TABLE HPO_Runs (mine TEXT)")
+    _check_that_it_is_refused_and_not_changed(file, "belongs to another program .it has the tables hpo_runs")
+
+
 KILLED_WRITERS = {
     "a wal": "c.execute('PRAGMA journal_mode=wal'); c.execute('CREATE TABLE songs (name TEXT)')",
     "a hot journal": "c.execute('CREATE TABLE songs (name TEXT)'); c.execute('PRAGMA cache_size=1'); "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
+from datetime import datetime
 from typing import Any
 
 import optuna
@@ -161,6 +163,22 @@ def test_trials_are_taken_over_once(study: Study) -> None:
     assert [trial.number for trial in study.trials()] == [0, 1, 2, 3]
     same = ImportedTrial(Origin("other", "def", 9), POINTS[1], GRID, TrialState.COMPLETE, 0.1, config_key(POINTS[1]))
     assert import_trials(study, [same]) == {LEARNED: 0, REUSED: 0}, "another study trained the same configuration"
+
+
+def test_a_number_that_was_given_out_again_is_another_trial(study: Study, database: Database) -> None:
+    """As after restoring the earlier study's database from a copy."""
+    ends = [datetime(2026, 1, 1, 12, 0, 0, microsecond) for microsecond in (1, 2)]
+    first, again = learned(0, completed=ends[0]), dataclasses.replace(learned(1, completed=ends[1]), origin=OLD)
+    assert import_trials(study, [first, first]) == {LEARNED: 1, REUSED: 0}
+    for expected in (1, 0):
+        assert import_trials(study, [first, again, again]) == {LEARNED: expected, REUSED: 0}
+    assert [trial.params["x"] for trial in study.trials()] == [0.0, 0.01]
+    assert [trial.user_attrs["learned_from"]["id"] for trial in study.trials()] == ["abc"] * 2
+    sources = [row[0] for row in sql(database, "SELECT source FROM hpo_imports ORDER BY trial")]
+    assert sources == ["abc", "abc 2026-01-01 12:00:00.000002"]
+
+
+OLD = Origin("old", "abc", 0)
 
 
 def test_a_configuration_that_the_study_has_is_not_taken_over(study: Study) -> None:

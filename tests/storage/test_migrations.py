@@ -157,6 +157,9 @@ def test_an_older_version_is_read_without_a_migration(old_url: str, old_version:
         study = find_study(database, "s")
         assert study is not None
         assert len(study.ended_keys()) == 3
+        assert [ending[:2] for ending in study.endings()] == [(0, "COMPLETE"), (1, "PRUNED")]
+        assert len(study.whole_provenances()) == 5
+        assert study.metrics_of([1])[1]
         with pytest.raises(sa.exc.DBAPIError, match=r"read.?only"), database.engine.begin() as connection:
             connection.execute(sa.text("DELETE FROM hpo_trials"))
         assert sql(database, "SELECT version FROM hpo_schema") == [(old_version,)]

@@ -6,9 +6,11 @@ import math
 
 import pytest
 
-from storage import optuna_tables, records, tables
+from storage import optuna_tables, records, studies, tables
 from storage.database import Database
+from storage.optuna_internals import trial_id
 from storage.studies import Study
+from tests.storage.builders import GRID, POINTS, claim_one, grid_run
 
 
 def add_trials(study: Study, count: int) -> list[int]:
@@ -66,3 +68,27 @@ def test_a_trial_that_never_started_has_no_provenance(study: Study, database: Da
     (trial_id,) = add_trials(study, 1)
     assert records.read_provenance(database, trial_id) == records.read_provenance(database, -1) == {}
     assert study.provenances(study.trials()) == {0: {}}
+
+
+def test_the_provenances_of_all_trials_are_those_of_each(study: Study, database: Database) -> None:
+    with grid_run(study) as run:
+        run.enqueue(POINTS[:3], GRID)
+        for number in range(2):
+            claim = claim_one(run)
+            run.record(claim, {}, {"threads": number})
+            run.complete(claim, 0.5)
+        run.release(claim_one(run))
+    ids = [trial_id(trial) for trial in study.trials()]
+    assert study.whole_provenances() == {each: records.read_provenance(database, each) for each in ids}
+    assert study.whole_provenances()[ids[0]] == {"code": "test", "threads": 0}
+    assert study.whole_provenances()[ids[2]] == {}, "no run has it"
+
+
+def test_metrics_of_more_trials_than_a_query_may_name_are_read(
+    study: Study, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(studies, "_MAX_IDS", 2)
+    ids = add_trials(study, 5)
+    with database.engine.begin() as connection:
+        records.write_metrics(connection, [(each, 1, {"m": float(each)}) for each in ids])
+    assert study.metrics_of([*ids[1:], -1]) == {each: {1: {"m": float(each)}} for each in ids[1:]} | {-1: {}}
