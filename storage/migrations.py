@@ -7,6 +7,7 @@
     4   on PostgreSQL, deleting a study deletes what runs add to it meanwhile, from a session with any search_path. SQLite
         files stay as they are
     5   trials that were taken over from earlier studies are recorded
+    6   device time, for each claim
 
 Optuna's tables have other versions, which Optuna migrates.
 """
@@ -14,6 +15,7 @@ Optuna's tables have other versions, which Optuna migrates.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -24,9 +26,9 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from storage import optuna_tables
-from storage.tables import metadata, metrics, runs, schema, trials
+from storage.tables import imports, metadata, metrics, runs, schema, trials, usage
 
-VERSION = 5
+VERSION = 6
 
 
 def complete(connection: sa.Connection) -> None:
@@ -124,7 +126,33 @@ def _from_4(connection: sa.Connection) -> None:
     _extend_optuna(connection)
 
 
-_STEPS: dict[int, Callable[[sa.Connection], None]] = {1: _from_1, 2: _from_2, 3: _from_3, 4: _from_4}
+def _from_5(connection: sa.Connection) -> None:
+    metadata.create_all(connection)
+    _extend_optuna(connection)
+    # What is known of the device time so far: the epochs that are stored, and the device that the trial was last on.
+    has_trained = sa.and_(metrics.c.trial == trials.c.trial, metrics.c.name == "epoch_seconds")
+    seconds = sa.func.sum(metrics.c.value)
+    query = sa.select(trials.c.trial, trials.c.study, trials.c.run, seconds.label("seconds")).join(metrics, has_trained)
+    query = query.where(~sa.exists().where(imports.c.trial == trials.c.trial)).group_by(trials.c.trial)
+    trained = connection.execute(query.having(seconds > 0)).all()
+    provenances = dict(connection.execute(sa.select(trials.c.trial, trials.c.provenance)).tuples().all())
+    for row in trained:
+        provenance = provenances[row.trial] or {}
+        is_gpu = provenance.get("device") == "cuda"
+        device = {
+            "device": "cuda" if is_gpu else "cpu",
+            "devices": float(provenance.get("gpu", 1.0)) if is_gpu else 1.0,
+        }
+        connection.execute(usage.insert(), {**row._asdict(), "token": secrets.randbits(62), **device})
+
+
+_STEPS: dict[int, Callable[[sa.Connection], None]] = {
+    1: _from_1,
+    2: _from_2,
+    3: _from_3,
+    4: _from_4,
+    5: _from_5,
+}
 
 
 def _rebuild(connection: sa.Connection, table: sa.Table) -> None:
@@ -158,7 +186,8 @@ _TRIGGERS = {
     "hpo_trial_deleted": (
         "trials",
         "DELETE FROM hpo_metrics WHERE trial = OLD.trial_id; DELETE FROM hpo_rungs WHERE trial = OLD.trial_id; "
-        "DELETE FROM hpo_imports WHERE trial = OLD.trial_id; DELETE FROM hpo_trials WHERE trial = OLD.trial_id;",
+        "DELETE FROM hpo_usage WHERE trial = OLD.trial_id; DELETE FROM hpo_imports WHERE trial = OLD.trial_id; "
+        "DELETE FROM hpo_trials WHERE trial = OLD.trial_id;",
     ),
     "hpo_study_deleted": ("studies", "DELETE FROM hpo_runs WHERE study = OLD.study_id;"),
     # Attributes of a study are deleted with it only.

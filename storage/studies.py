@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from optuna.trial import FrozenTrial
 from sqlalchemy.exc import IntegrityError
 
-from storage import optuna_tables, records, tables
+from storage import optuna_tables, records, tables, usage
 from storage.database import Database
 from storage.errors import StorageError, name_strange_content, retry_while_down
 from storage.optuna_internals import DraftStorage, study_id, trial_id
@@ -126,6 +126,15 @@ class Study:
         """Return {trial number: provenance} of these trials: device, threads, data hash."""
         by_trial = retry_while_down(self.database, lambda: records.read_provenances(self.database, self.study_id))
         return {trial.number: by_trial.get(trial_id(trial), {}) for trial in trials}
+
+    def device_seconds(self) -> float:
+        """Return the device-seconds that the study has used, as stored."""
+        found = retry_while_down(self.database, lambda: usage.read_device_seconds(self.database, self.study_id))
+        return found.get(self.study_id, 0.0)
+
+    def device_seconds_by_trial(self) -> dict[int, dict[str, float]]:
+        """Return {trial_id: {`cuda` or `cpu`: device-seconds}}, as stored."""
+        return retry_while_down(self.database, lambda: usage.read_by_trial(self.database, self.study_id))
 
     def runs(self) -> list[Any]:
         """Return the rows of hpo_runs for this study, oldest first, each with `now`, the database's time."""

@@ -189,6 +189,17 @@ class StudyScheduler(FIFOScheduler):
         return super().choose_trial_to_run(tune_controller)
 
 
+class StartListener(tune.Callback):
+    """Tells the coordinator when a worker starts to run a trial: until then, it may wait for the cluster."""
+
+    def __init__(self, coordinator: TrialCoordinator) -> None:
+        self._coordinator = coordinator
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """Pass it on."""
+        self._coordinator.on_started(trial.trial_id)
+
+
 class SilentReporter(TrialProgressCallback):
     """Replaces Tune's own printing, which verbose=0 does not suppress completely."""
 
@@ -228,6 +239,7 @@ def run_trials(
         KeyboardInterrupt: Ctrl-C or SIGTERM stopped the search, and the database cannot be used.
     """
     from storage.run import Run
+    from storage.usage import Device
 
     study.optuna_study.pruner = build_optuna_pruner(space, study)
     run = Run(
@@ -240,6 +252,7 @@ def run_trials(
         history_limit=history_limit(space),
         pruner=build_pruner(space, study.name),
         max_failures=space.max_failures,
+        device=Device(slots.device, slots.devices),
     )
     with run:
         if space.is_grid:
@@ -280,7 +293,7 @@ def _run_tune(coordinator: TrialCoordinator, slots: Slots) -> None:
             resources_per_trial={"cpu": slots.cpu, "gpu": slots.gpu},
             reuse_actors=True,
             raise_on_failed_trial=False,
-            callbacks=[SilentReporter()],
+            callbacks=[SilentReporter(), StartListener(coordinator)],
             verbose=0,
         )
     scheduler.collect_saved(SAVE_SECONDS)

@@ -42,6 +42,7 @@ from storage import protocol as protocol_module
 from storage import queue as queue_module
 from storage import retry as retry_module
 from storage import run as run_module
+from storage import usage as usage_module
 from storage import writer as writer_module
 from storage.database import Database, open_database
 from storage.errors import StorageError
@@ -871,6 +872,7 @@ def simulated(backend: Backend, seed: int, kinds: tuple[str, ...] = FAULTS) -> I
         patch.setattr(run_module, "threading", threads)
         patch.setattr(run_module, "time", clock)
         patch.setattr(queue_module, "time", clock)
+        patch.setattr(usage_module, "time", clock)
         patch.setattr(errors_module, "time", clock)
         patch.setattr(lease_module, "psutil", processes)
         patch.setattr(lease_module, "os", SimpleNamespace(getpid=lambda: here().pid, kill=no_process))
