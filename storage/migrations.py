@@ -14,6 +14,8 @@ Optuna's tables have other versions, which Optuna migrates.
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import secrets
 import shutil
@@ -130,20 +132,26 @@ def _from_5(connection: sa.Connection) -> None:
     metadata.create_all(connection)
     _extend_optuna(connection)
     # What is known of the device time so far: the epochs that are stored, and the device that the trial was last on.
-    has_trained = sa.and_(metrics.c.trial == trials.c.trial, metrics.c.name == "epoch_seconds")
-    seconds = sa.func.sum(metrics.c.value)
-    query = sa.select(trials.c.trial, trials.c.study, trials.c.run, seconds.label("seconds")).join(metrics, has_trained)
-    query = query.where(~sa.exists().where(imports.c.trial == trials.c.trial)).group_by(trials.c.trial)
-    trained = connection.execute(query.having(seconds > 0)).all()
-    provenances = dict(connection.execute(sa.select(trials.c.trial, trials.c.provenance)).tuples().all())
-    for row in trained:
-        provenance = provenances[row.trial] or {}
-        is_gpu = provenance.get("device") == "cuda"
-        device = {
-            "device": "cuda" if is_gpu else "cpu",
-            "devices": float(provenance.get("gpu", 1.0)) if is_gpu else 1.0,
-        }
-        connection.execute(usage.insert(), {**row._asdict(), "token": secrets.randbits(62), **device})
+    is_metric = sa.and_(metrics.c.trial == trials.c.trial, metrics.c.name == "epoch_seconds")
+    seconds = sa.select(sa.func.sum(metrics.c.value)).where(is_metric).scalar_subquery().label("seconds")
+    provenance = sa.cast(trials.c.provenance, sa.Text).label("provenance")
+    query = sa.select(trials.c.trial, trials.c.study, trials.c.run, provenance, seconds)
+    is_imported = sa.exists().where(imports.c.trial == trials.c.trial)  # an earlier study has used its device time
+    for row in connection.execute(query.where(~is_imported)).all():
+        if isinstance(row.seconds, float) and 0 < row.seconds < math.inf:
+            device, devices = _device_of(row.provenance)
+            values = {"trial": row.trial, "study": row.study, "run": row.run, "seconds": row.seconds}
+            account = values | {"token": secrets.randbits(62), "device": device, "devices": devices}
+            connection.execute(usage.insert(), account)
+
+
+def _device_of(provenance: str | None) -> tuple[str, float]:
+    """Return the device of a trial of version 5, and how many it held. Other programs may have changed its provenance."""
+    try:
+        facts = json.loads(provenance or "{}")
+        return ("cuda", float(facts.get("gpu", 1.0))) if facts.get("device") == "cuda" else ("cpu", 1.0)
+    except (ValueError, TypeError, AttributeError):
+        return "cpu", 1.0
 
 
 _STEPS: dict[int, Callable[[sa.Connection], None]] = {
