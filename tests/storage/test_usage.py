@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import pytest
 import sqlalchemy as sa
@@ -17,25 +16,15 @@ from storage.run import Run
 from storage.studies import Study
 from storage.summaries import summarize
 from storage.usage import Device, Meter
-from tests.factories import wait_until
+from tests.factories import Clock, wait_until
 from tests.storage.builders import GRID, POINTS, claim_one, grid_run, kill, open_s, prune, sql
 
 A, B = (1, 10), (2, 20)  # accounts
 
 
-class Clock:
-    """Stands in for the module `time` of a meter."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
+    clock = Clock(1000.0)
     monkeypatch.setattr(usage, "time", clock)
     return clock
 
@@ -282,7 +271,7 @@ def test_a_run_knows_its_own_device_time_and_what_others_have_stored(
 ) -> None:
     first, claim, second, other = two_runs
     now = Clock()
-    monkeypatch.setattr(run_module, "time", SimpleNamespace(monotonic=now.monotonic))
+    monkeypatch.setattr(run_module, "time", now)
     clock.now += 10
     assert first.device_seconds() == 5.0, "the other has stored nothing"
     second.report(other, 1, {"m": 0.5}, 0.5)
