@@ -137,21 +137,26 @@ def _from_5(connection: sa.Connection) -> None:
     provenance = sa.cast(trials.c.provenance, sa.Text).label("provenance")
     query = sa.select(trials.c.trial, trials.c.study, trials.c.run, provenance, seconds)
     is_imported = sa.exists().where(imports.c.trial == trials.c.trial)  # an earlier study has used its device time
-    for row in connection.execute(query.where(~is_imported)).all():
+    accounts = []
+    for row in connection.execute(query.where(~is_imported)):
         if isinstance(row.seconds, float) and 0 < row.seconds < math.inf:
             device, devices = _device_of(row.provenance)
             values = {"trial": row.trial, "study": row.study, "run": row.run, "seconds": row.seconds}
-            account = values | {"token": secrets.randbits(62), "device": device, "devices": devices}
-            connection.execute(usage.insert(), account)
+            accounts.append(values | {"token": secrets.randbits(62), "device": device, "devices": devices})
+    if accounts:
+        connection.execute(usage.insert(), accounts)
 
 
 def _device_of(provenance: str | None) -> tuple[str, float]:
     """Return the device of a trial of version 5, and how many it held. Other programs may have changed its provenance."""
     try:
         facts = json.loads(provenance or "{}")
-        return ("cuda", float(facts.get("gpu", 1.0))) if facts.get("device") == "cuda" else ("cpu", 1.0)
+        if facts.get("device") == "cuda":
+            gpus = float(facts.get("gpu", 1.0))
+            return "cuda", gpus if 0 < gpus < math.inf else 1.0
     except (ValueError, TypeError, AttributeError):
-        return "cpu", 1.0
+        pass
+    return "cpu", 1.0
 
 
 _STEPS: dict[int, Callable[[sa.Connection], None]] = {

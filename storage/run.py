@@ -303,7 +303,7 @@ class Run:
         self._before_leaving(lambda seconds: self._queue.release(claim, seconds))
 
     def hold_device(self, claim: ClaimedTrial) -> None:
-        """Count device time for a trial from now on: a worker runs it. Nothing changes if it counts already."""
+        """Count device time for a trial from now on: a worker runs it. Idempotent."""
         self._meter.start(claim.account)
 
     def free_device(self, claim: ClaimedTrial) -> None:

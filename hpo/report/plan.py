@@ -71,7 +71,7 @@ def describe_budget(space: Space, slots: Slots, estimate: SearchEstimate | None,
     """Return what was used of a budget of device time or money, and how many trials fit into the rest."""
     budget, lines = space.budget, []
     if slots.device == "cpu":
-        lines.append("There is no GPU: budget.gpu_hours and budget.cost count the hours of each trial on the CPU.")
+        lines.append("Trials run on the CPU: for budget.gpu_hours and budget.cost, each of them counts as one GPU.")
     used = f"Used so far: {format_device_time(budget, device_seconds)}"
     if estimate is None:
         return [*lines, f"{used}."]

@@ -94,7 +94,7 @@ def test_a_measured_plan_says_how_long_the_search_takes() -> None:
 
 
 BUDGET = {"gpu_hours": 8, "cost": {"gpu_hour": 2.5, "limit": 30}}
-CPU = "There is no GPU: budget.gpu_hours and budget.cost count the hours of each trial on the CPU."
+CPU = "Trials run on the CPU: for budget.gpu_hours and budget.cost, each of them counts as one GPU."
 
 
 @pytest.mark.parametrize(

@@ -152,22 +152,29 @@ def test_a_search_of_an_older_version_is_resumed(migrated: Database, monkeypatch
 
 
 def test_the_device_time_of_earlier_versions_is_that_of_their_epochs(old_url: str) -> None:
-    """Trials 1 to 4 have trained: on half a GPU, on the CPU, on what another program has written, and for no time."""
+    """They trained on half a GPU, on the CPU, on what another program has written, for no time, and on negative GPUs."""
     engine = sa.create_engine(old_url.replace("postgresql://", "postgresql+psycopg://"))
     provenances = {1: '{"device": "cuda", "gpu": 0.5}', 2: '{"device": "cpu"}', 3: '[{"device": "cuda"}]'}
+    provenances[5] = '{"device": "cuda", "gpu": -1}'
     with engine.begin() as connection:
         for trial, provenance in provenances.items():
             update = sa.text("UPDATE hpo_trials SET provenance = :provenance WHERE trial = :trial")
             connection.execute(update, {"trial": trial, "provenance": provenance})
-            for epoch in (1, 2):
+            for epoch in (1, 2) if trial < 4 else ():
                 insert = sa.text("INSERT INTO hpo_metrics VALUES (:trial, :epoch, 'epoch_seconds', 10.0 * :trial)")
                 connection.execute(insert, {"trial": trial, "epoch": epoch})
         connection.execute(sa.text("INSERT INTO hpo_metrics VALUES (4, 1, 'epoch_seconds', NULL)"))
+        connection.execute(sa.text("INSERT INTO hpo_metrics VALUES (5, 1, 'epoch_seconds', 50.0)"))
     engine.dispose()
     with open_database(old_url) as database:
         rows = sql(database, "SELECT trial, study, device, devices, seconds FROM hpo_usage ORDER BY trial")
-        assert rows == [(1, 1, "cuda", 0.5, 20.0), (2, 1, "cpu", 1.0, 40.0), (3, 1, "cpu", 1.0, 60.0)]
-        assert open_s(database).device_seconds() == 110.0
+        assert rows == [
+            (1, 1, "cuda", 0.5, 20.0),
+            (2, 1, "cpu", 1.0, 40.0),
+            (3, 1, "cpu", 1.0, 60.0),
+            (5, 1, "cuda", 1.0, 50.0),
+        ]
+        assert open_s(database).device_seconds() == 160.0
 
 
 @pytest.mark.parametrize("old_version", [5], indirect=True)
