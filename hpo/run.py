@@ -1,7 +1,7 @@
 """The command line: flags and environment variables in, text and exit codes out.
 
 Exit codes: 0 finished; 1 finished, but no trial completed; 2 the user must change something; 130 stopped, resumable.
-A search whose time or patience is spent is finished. One that stopped because nothing can be trained is not: 2.
+A search whose budget is spent is finished. One that stopped because nothing can be trained is not: 2.
 `hpo.api` does the work. Each verb imports what it needs, so `hpo --help` is fast.
 """
 
@@ -227,7 +227,7 @@ def plan(space: str, overrides: Sequence[str], storage: str, data_dir: Path) -> 
             loaded, storage=storage, password=secret("PGPASSWORD"), data_dir=data_dir, listener=progress
         )
     console.print(configuration_table(loaded, planned.states))
-    for line in plan_lines(loaded, planned.slots, planned.estimate):
+    for line in plan_lines(loaded, planned.slots, planned.estimate, planned.device_seconds):
         console.print(line)
     if planned.estimate is not None:
         console.print(speed_table(planned.estimate, loaded))
@@ -502,9 +502,11 @@ def _console() -> Terminal:
 
 
 def _print_results(console: Console, results: Results) -> None:
-    from hpo.report.tables import failures, trial_table
+    from hpo.report.tables import device_time, failures, trial_table
 
     console.print(trial_table(results, console))
+    for line in device_time(results):
+        console.print(line, soft_wrap=True)
     for line in failures(results):
         console.print(line, style="red", soft_wrap=True)
 
@@ -520,6 +522,8 @@ def _print_ending(console: Console, result: SearchResult, storage: str) -> None:
             StopCause.INTERRUPTED: "The same command resumes it",
             StopCause.TIME_SPENT: "With a larger budget.time, the same command resumes it",
             StopCause.NO_IMPROVEMENT: "With a larger budget.patience, the same command resumes it",
+            StopCause.GPU_HOURS_SPENT: "With a larger budget.gpu_hours, the same command resumes it",
+            StopCause.COST_SPENT: "With a larger budget.cost.limit, the same command resumes it",
         }.get(result.stopped.cause, "Fix the cause, retry the failed trials, and start the same command again")
         console.print(f"Stopped: {result.stopped}. {remedy}.", style="yellow", soft_wrap=True)
     name = result.results.name

@@ -150,12 +150,13 @@ def run_search(
         if study is not None and SOURCES in study.attrs:
             set_points(study, space.point_keys())
         left = space.total_trials if study is None else _trials_left(space, study)
+        stopped = None if study is None or left == 0 else _find_spent(space, study)
+        is_over = left == 0 or stopped is not None
         _note_changes(space, study, listener)
-        if study is not None and left == 0:
+        if study is not None and is_over:
             study = open_study(database, **space.study_options)  # stores a changed budget or `checkpoints.keep`
             listener.study_opened(space, study.name, database.url, study.counts())
             Retention(space, study, runs).run_ended()
-            stopped = None
         else:
             listener.preparing("reading earlier studies")
             found = find_trials(space, study, database, password)  # a wrong name must not leave an empty study
@@ -179,7 +180,7 @@ def run_search(
         if on_results is not None:
             on_results(results)
         report = try_to_report(results, runs, listener)
-        if left != 0:
+        if not is_over:
             from hpo.dashboard.publishing import publish
 
             publish(study, runs, always=True)
@@ -219,6 +220,8 @@ def _search(
     listener.study_opened(space, study.name, database.url, study.counts())
     if left == 0:  # earlier studies had all results
         return study, None
+    if space.budget.shows_device_time:
+        listener.device_time_used(study.device_seconds())
     size = cluster.size()
     slots = plan_slots(space, left, *size)
     if probes is not None:
@@ -237,6 +240,16 @@ def _search(
     finally:
         gc.unfreeze()  # the caller's garbage must not live forever
     return study, stopped
+
+
+def _find_spent(space: Space, study: Study) -> Stop | None:
+    """Return which budget was spent by earlier runs, so that nothing can run; None if some is left."""
+    from hpo.search.stop import Stop, StopCause, find_spent
+    from storage.summaries import elapsed_seconds
+
+    if space.budget.time is not None and elapsed_seconds(study.runs()) >= space.budget.time:
+        return Stop(StopCause.TIME_SPENT)
+    return find_spent(space.budget, study.device_seconds()) if space.budget.limits_device_time else None
 
 
 def _note_sources(found: Sequence[Found], listener: ProgressListener) -> None:
@@ -379,6 +392,7 @@ class PlannedSearch:
         estimate: seconds, GPU-hours and memory, measured; None where nothing could be measured.
         states: {`Space.config_key`: state} of the configurations that storage holds.
         trials_left: how many trials have not ended; None if only time ends the search.
+        device_seconds: what the study has used already.
     """
 
     space: Space
@@ -386,6 +400,7 @@ class PlannedSearch:
     estimate: SearchEstimate | None
     states: Mapping[str, str]
     trials_left: int | None
+    device_seconds: float
 
 
 def plan_search(
@@ -429,7 +444,7 @@ def plan_search(
         listener.note(note)
     with start_mps(is_wanted=may_share_gpu(space)) as mps, _start_probes(space, data, Path(runs_dir)) as probes:
         _note_failure(mps, listener)
-        states, left = _look_up(space, storage, password, listener)
+        states, left, used = _look_up(space, storage, password, listener)
         size, estimate = machine_size(), None
         slots = plan_slots(space, left, *size)
         if probes is not None:
@@ -437,15 +452,15 @@ def plan_search(
             estimate = _measure(space, slots, left, probes, images, size, listener)
         slots = slots if estimate is None else estimate.slots
         _keep_if_shared(mps, slots, listener)
-    return PlannedSearch(space, slots, estimate, states, left)
+    return PlannedSearch(space, slots, estimate, states, left, used)
 
 
 def _look_up(
     space: Space, storage: str, password: str | None, listener: ProgressListener
-) -> tuple[dict[str, str], int | None]:
-    """Return the stored states of a search, and how many trials have not ended; see `PlannedSearch`."""
+) -> tuple[dict[str, str], int | None, float]:
+    """Return the stored states of a search, how many trials have not ended, and its device time; see `PlannedSearch`."""
     if is_new_database(storage) and not space.warm_start:
-        return {}, space.total_trials
+        return {}, space.total_trials, 0.0
     from hpo.search.warm_start import find_trials
     from storage.database import open_for_reading
     from storage.studies import find_revision
@@ -466,7 +481,7 @@ def _look_up(
             if space.is_grid and left is not None:
                 left -= len(space.point_keys() & (reused.keys() - states.keys()))
             states = reused | states
-        return states, left
+        return states, left, 0.0 if study is None else study.device_seconds()
 
 
 def _trials_left(space: Space, study: Study) -> int | None:

@@ -7,13 +7,17 @@
     4   on PostgreSQL, deleting a study deletes what runs add to it meanwhile, from a session with any search_path. SQLite
         files stay as they are
     5   trials that were taken over from earlier studies are recorded
+    6   device time, for each claim; imported trials are counted by an index
 
 Optuna's tables have other versions, which Optuna migrates.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import secrets
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -24,9 +28,9 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from storage import optuna_tables
-from storage.tables import metadata, metrics, runs, schema, trials
+from storage.tables import imports, metadata, metrics, runs, schema, trials, usage
 
-VERSION = 5
+VERSION = 6
 
 
 def complete(connection: sa.Connection) -> None:
@@ -124,7 +128,46 @@ def _from_4(connection: sa.Connection) -> None:
     _extend_optuna(connection)
 
 
-_STEPS: dict[int, Callable[[sa.Connection], None]] = {1: _from_1, 2: _from_2, 3: _from_3, 4: _from_4}
+def _from_5(connection: sa.Connection) -> None:
+    metadata.create_all(connection)
+    for index in imports.indexes:
+        index.create(connection, checkfirst=True)
+    _extend_optuna(connection)
+    # What is known of the device time so far: the epochs that are stored, and the device that the trial was last on.
+    is_metric = sa.and_(metrics.c.trial == trials.c.trial, metrics.c.name == "epoch_seconds")
+    seconds = sa.select(sa.func.sum(metrics.c.value)).where(is_metric).scalar_subquery().label("seconds")
+    provenance = sa.cast(trials.c.provenance, sa.Text).label("provenance")
+    query = sa.select(trials.c.trial, trials.c.study, trials.c.run, provenance, seconds)
+    is_imported = sa.exists().where(imports.c.trial == trials.c.trial)  # an earlier study has used its device time
+    accounts = []
+    for row in connection.execute(query.where(~is_imported)):
+        if isinstance(row.seconds, float) and 0 < row.seconds < math.inf:
+            device, devices = _device_of(row.provenance)
+            values = {"trial": row.trial, "study": row.study, "run": row.run, "seconds": row.seconds}
+            accounts.append(values | {"token": secrets.randbits(62), "device": device, "devices": devices})
+    if accounts:
+        connection.execute(usage.insert(), accounts)
+
+
+def _device_of(provenance: str | None) -> tuple[str, float]:
+    """Return the device of a trial of version 5, and how many it held. Other programs may have changed its provenance."""
+    try:
+        facts = json.loads(provenance or "{}")
+        if facts.get("device") == "cuda":
+            gpus = float(facts.get("gpu", 1.0))
+            return "cuda", gpus if 0 < gpus < math.inf else 1.0
+    except (ValueError, TypeError, AttributeError):
+        pass
+    return "cpu", 1.0
+
+
+_STEPS: dict[int, Callable[[sa.Connection], None]] = {
+    1: _from_1,
+    2: _from_2,
+    3: _from_3,
+    4: _from_4,
+    5: _from_5,
+}
 
 
 def _rebuild(connection: sa.Connection, table: sa.Table) -> None:
@@ -158,7 +201,8 @@ _TRIGGERS = {
     "hpo_trial_deleted": (
         "trials",
         "DELETE FROM hpo_metrics WHERE trial = OLD.trial_id; DELETE FROM hpo_rungs WHERE trial = OLD.trial_id; "
-        "DELETE FROM hpo_imports WHERE trial = OLD.trial_id; DELETE FROM hpo_trials WHERE trial = OLD.trial_id;",
+        "DELETE FROM hpo_usage WHERE trial = OLD.trial_id; DELETE FROM hpo_imports WHERE trial = OLD.trial_id; "
+        "DELETE FROM hpo_trials WHERE trial = OLD.trial_id;",
     ),
     "hpo_study_deleted": ("studies", "DELETE FROM hpo_runs WHERE study = OLD.study_id;"),
     # Attributes of a study are deleted with it only.

@@ -18,12 +18,13 @@ import sqlalchemy as sa
 from optuna.distributions import BaseDistribution
 from optuna.trial import TrialState
 
-from storage import optuna_tables, records, tables
+from storage import optuna_tables, records, tables, usage
 from storage.database import Database
 from storage.errors import StorageError
 from storage.optuna_tables import StudyKey
 from storage.pruners import Pruner
 from storage.records import DUPLICATE, FIRST_ATTEMPT, REJECTED, Params
+from storage.usage import Device
 
 
 class StudyDeletedError(StorageError):
@@ -44,6 +45,7 @@ class RunKey:
         started: when it started, by the database's clock: it tells the run from another one that got its key.
         lease_seconds: how long the run counts as alive after its last renewal.
         max_failures: how often a trial is resumed after its driver died without finishing an epoch of it.
+        device: what each of its trials holds.
     """
 
     study: StudyKey
@@ -51,6 +53,7 @@ class RunKey:
     started: float
     lease_seconds: float
     max_failures: int
+    device: Device
 
     @property
     def study_id(self) -> int:
@@ -84,6 +87,11 @@ class ClaimedTrial:
     def epoch(self) -> int:
         """The last epoch in storage; 0 for a new trial."""
         return max(self.values, default=0)
+
+    @property
+    def account(self) -> usage.Account:
+        """The key of its device time."""
+        return self.trial_id, self.token
 
 
 @dataclass(frozen=True)
@@ -356,6 +364,11 @@ def _own(connection: sa.Connection, run: RunKey, trial_id: int, token: int) -> N
     owner = {"run": run.run_id, "token": token, "claimed_epoch": last.scalar_subquery()}
     connection.execute(tables.trials.update().where(is_trial).values(owner))
     optuna_tables.start(connection, trial_id)
+    _open_account(connection, run, trial_id, token)
+
+
+def _open_account(connection: sa.Connection, run: RunKey, trial_id: int, token: int) -> None:
+    usage.insert(connection, (trial_id, token), study_id=run.study_id, run_id=run.run_id, device=run.device)
 
 
 def _claimed_with(connection: sa.Connection, token: int) -> ClaimedTrial | None:
@@ -447,6 +460,7 @@ def register(
         optuna_tables.write_system_attrs(connection, [(trial_id, configuration.system_attrs)])
         row = {"trial": trial_id, "study": run.study_id, "key": configuration.key, "run": run.run_id, "token": token}
         connection.execute(tables.trials.insert(), row)
+        _open_account(connection, run, trial_id, token)
         return ClaimedTrial(trial_id, number, configuration.params, {}, 0, FIRST_ATTEMPT, token)
 
 
@@ -496,8 +510,9 @@ def write(
     *,
     pruner: Pruner | None,
     ending: Collection[tuple[int, TrialState]],
+    device_seconds: Mapping[usage.Account, float],
 ) -> Written:
-    """Write a batch of updates of trials that one run owns.
+    """Write a batch of updates of trials that one run owns, and its device time.
 
     Args:
         database: the database.
@@ -506,6 +521,8 @@ def write(
         pruner: decides on the updates with `decides`.
         ending: tokens of the claims that this run has tried to end, each with the state. A trial that ended so was ended by
             an earlier attempt, whose answer was lost; one in another state by another program.
+        device_seconds: {account: for how long its claim has held the device}, of any claims of the run. No token fences
+            them: the time was used, even if the trial was lost.
     """
     lost: set[int] = set()
     pruned: set[int] = set()
@@ -551,6 +568,7 @@ def write(
                 optuna_tables.end(connection, claim.trial_id, update.final_state, update.value)
                 if update.final_state == TrialState.COMPLETE and pruner is not None:
                     pruner.complete(connection, study.study_id, claim.trial_id)
+        usage.store(connection, device_seconds)
     return Written(lost, pruned)
 
 

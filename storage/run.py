@@ -6,6 +6,7 @@ storage/README.md describes the states of a trial and the protocol of runs that 
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -27,10 +28,12 @@ from storage.ranking import count_since_best
 from storage.records import Params
 from storage.studies import Study, without_garbage_collection
 from storage.summaries import elapsed_seconds
+from storage.usage import CPU, Device, Meter, read_device_seconds
 from storage.writer import Writer
 
 EXIT_SECONDS = 20.0  # how long leaving a run waits for the database, all operations together
 END_SECONDS = 2.0  # of them, for the end of the lease: what cannot be written must not keep it from being stored
+OTHERS_SECONDS = 1.0  # between two looks at the device time of other runs
 
 
 class Run:
@@ -49,6 +52,7 @@ class Run:
         pruner: ends trials early; None for none.
         max_failures: how often a trial is resumed after its driver died without finishing an epoch of it.
         lease_seconds: how long other machines assume that the run is alive after its last renewal of the lease.
+        device: what each trial holds while a worker runs it.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class Run:
         pruner: Pruner | None = None,
         max_failures: int = MAX_FAILURES,
         lease_seconds: float = LEASE_SECONDS,
+        device: Device = CPU,
     ) -> None:
         self.study = study
         self._config_key = config_key
@@ -81,13 +86,16 @@ class Run:
             provenance=provenance,
             lease_seconds=lease_seconds,
             max_failures=max_failures,
+            device=device,
         )
+        self._meter = Meter()
+        self._others_seconds, self._others_read_at = 0.0, -math.inf  # device-seconds; by the monotonic clock
         self._writer: Writer
         self._queue: TrialQueue
 
     def __enter__(self) -> Run:
         self._lease.start()
-        self._writer = Writer(self.study, self._pruner)
+        self._writer = Writer(self.study, self._pruner, self._meter)
         self._queue = TrialQueue(
             self.study,
             self._lease,
@@ -115,6 +123,7 @@ class Run:
     ) -> None:
         # Best effort: a caller that must know uses `flush`, and the lease expires if the database stays down.
         self.leave()
+        self._meter.stop_all()
         try:
             with contextlib.suppress(StorageError):
                 self.flush()
@@ -209,7 +218,7 @@ class Run:
         return claim
 
     def flush(self) -> None:
-        """Return when all updates so far are in the database."""
+        """Return when all updates so far are in the database, and the device time of trials that hold no device any more."""
         self._before_leaving(self._writer.flush)
 
     def report(self, claim: ClaimedTrial, epoch: int, metrics: Mapping[str, float], value: float) -> None:
@@ -246,7 +255,10 @@ class Run:
             return False
         self._writer.flush()
         self._writer.check(claim)
-        return self._writer.is_pruned(claim)
+        is_pruned = self._writer.is_pruned(claim)
+        if is_pruned:
+            self.free_device(claim)
+        return is_pruned
 
     def _update(self, claim: ClaimedTrial, epoch: int, metrics: Mapping[str, float], value: float) -> TrialUpdate:
         known = claim.values
@@ -267,25 +279,50 @@ class Run:
 
     def record_crash(self, claim: ClaimedTrial) -> int:
         """Count one more worker that died while it trained a trial; return how many did, drivers included."""
+        self.free_device(claim)
         crashes = self._crashes[claim.token] = self._crashes.get(claim.token, claim.crashes) + 1
         retry_while_down(self.database, lambda: protocol.count_crashes(self.database, claim, crashes))
         return crashes
 
     def complete(self, claim: ClaimedTrial, value: float, attrs: Mapping[str, Any] | None = None) -> None:
         """Finish a trial that reached its last epoch."""
+        self.free_device(claim)
         self._writer.put(
             TrialUpdate(claim, value=value, follows=_last(claim), attrs=attrs or {}, final_state=TrialState.COMPLETE)
         )
 
     def fail(self, claim: ClaimedTrial, reason: str, traceback: str = "") -> None:
         """Finish a trial that failed. `reason` is one line."""
+        self.free_device(claim)
         attrs = {"fail_reason": reason} | ({"traceback": traceback[-2000:]} if traceback else {})
         self._writer.put(TrialUpdate(claim, follows=_last(claim), attrs=attrs, final_state=TrialState.FAIL))
 
     def release(self, claim: ClaimedTrial) -> None:
         """Set an unfinished trial to WAITING: any run may resume it. Do nothing if the claim does not hold any more."""
+        self.free_device(claim)
         self.flush()
         self._before_leaving(lambda seconds: self._queue.release(claim, seconds))
+
+    def hold_device(self, claim: ClaimedTrial) -> None:
+        """Count device time for a trial from now on: a worker runs it. Idempotent."""
+        self._meter.start(claim.account)
+
+    def free_device(self, claim: ClaimedTrial) -> None:
+        """Count no device time for a trial from now on: no worker runs it. Ending or releasing a trial does so, too."""
+        self._meter.stop(claim.account)
+
+    def device_seconds(self) -> float:
+        """Return the device-seconds that the study has used: of this run until now, of others as they have stored it.
+
+        Others store theirs with each report, and every `usage.STORE_SECONDS`. It is read every `OTHERS_SECONDS` at most.
+        """
+        study_id, now = self.study.study_id, time.monotonic()
+        if now - self._others_read_at >= OTHERS_SECONDS:
+            found = retry_while_down(
+                self.database, lambda: read_device_seconds(self.database, study_id, without_run=self.run_id)
+            )
+            self._others_seconds, self._others_read_at = found.get(study_id, 0.0), now
+        return self._others_seconds + self._meter.total_seconds * self._lease.key.device.count
 
     def is_patience_spent(self, patience: int, *, maximize: bool) -> bool:
         """Return whether so many trials have ended without a better value, see `ranking.count_since_best`."""

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from optuna.trial import FrozenTrial
 from sqlalchemy.exc import IntegrityError
 
-from storage import optuna_tables, records, tables
+from storage import optuna_tables, records, tables, usage
 from storage.database import Database
 from storage.errors import StorageError, name_strange_content, retry_while_down
 from storage.optuna_internals import DraftStorage, study_id, trial_id
@@ -136,6 +136,15 @@ class Study:
     def endings(self) -> list[tuple[int, str, datetime]]:
         """Return (number, state, when it ended) of each trial that completed or was pruned, see `records.read_endings`."""
         return retry_while_down(self.database, lambda: records.read_endings(self.database, self.study_id))
+
+    def device_seconds(self) -> float:
+        """Return the device-seconds that the study has used, as stored."""
+        found = retry_while_down(self.database, lambda: usage.read_device_seconds(self.database, self.study_id))
+        return found.get(self.study_id, 0.0)
+
+    def device_seconds_by_trial(self) -> dict[int, dict[str, float]]:
+        """Return {trial_id: {`cuda` or `cpu`: device-seconds}}, as stored."""
+        return retry_while_down(self.database, lambda: usage.read_by_trial(self.database, self.study_id))
 
     def runs(self) -> list[Any]:
         """Return the rows of hpo_runs for this study, oldest first, each with `now`, the database's time."""

@@ -16,6 +16,7 @@ from storage.lease import is_run_dead
 from storage.optuna_internals import study_id
 from storage.records import NEVER_RUN
 from storage.studies import identity_of, references, settings_of
+from storage.usage import read_device_seconds
 
 CLOCK_SECONDS = 1.0  # by which a lease may have been renewed after the database's time was read
 
@@ -32,6 +33,8 @@ class Summary:
         best: the best value of a completed trial; None if there is none, if it is infinite, or with several objectives.
         last_activity: when a run or trial was last active, in seconds since 1970; None if there was none.
         unique_name: see `Study.unique_name`; empty for a study of another program.
+        device_seconds: what its trials have used of GPUs, or of the CPU, as stored.
+        cost: the price of that, where the settings name one; None otherwise.
         disk_bytes: the size of its files. Storage does not know them: the caller sets it.
     """
 
@@ -42,6 +45,8 @@ class Summary:
     best: float | None
     last_activity: float | None
     unique_name: str = ""
+    device_seconds: float = 0.0
+    cost: float | None = None
     disk_bytes: int = 0
 
 
@@ -55,6 +60,7 @@ def summarize(database: Database) -> list[Summary]:
             last[row.study] = max(last.get(row.study, 0.0), row.last.replace(tzinfo=UTC).timestamp())
     ended = retry_while_down(database, lambda: records.count_ended_keys(database))
     retried = retry_while_down(database, lambda: records.count_retried(database))
+    used = retry_while_down(database, lambda: read_device_seconds(database))
     studies = retry_while_down(database, lambda: database.optuna_storage.get_all_studies())
     names = references(study.study_name for study in studies)
     summaries = []
@@ -64,7 +70,9 @@ def summarize(database: Database) -> list[Summary]:
             summary = _summary(
                 database, study, counts.get(key, {}), ended.get(key, 0), retried.get(key, 0), last.get(key)
             )
-            summaries.append(replace(summary, name=names[summary.name]))
+            seconds = used.get(key, 0.0)
+            cost = _cost(settings_of(study.user_attrs), seconds)
+            summaries.append(replace(summary, name=names[summary.name], device_seconds=seconds, cost=cost))
     return summaries
 
 
@@ -94,6 +102,14 @@ def _summary(
         max([*heard, *([] if last is None else [last])], default=None),
         f"{study.study_name}-{identity}" if identity else "",
     )
+
+
+def _cost(settings: Mapping[str, Any], device_seconds: float) -> float | None:
+    """Return the price of device time; None if the settings name none, or if another program has changed them."""
+    budget = settings.get("budget")
+    prices = budget.get("cost") if isinstance(budget, dict) else None
+    price = prices.get("gpu_hour") if isinstance(prices, dict) else None
+    return price * device_seconds / 3600 if isinstance(price, int | float) else None
 
 
 def state_of(

@@ -1,10 +1,11 @@
-"""Our tables, next to Optuna's: metrics of every epoch, runs, and the owner and provenance of each trial.
+"""Our tables, next to Optuna's: metrics of every epoch, runs, and the owner, provenance and device time of each trial.
 
     hpo_schema            one row: the version of these tables
     hpo_runs              one row for each run: which process drives it, until when its lease holds, its versions
     hpo_trials            one row for each trial: the key of its configuration, its owner, what a replay needs
     hpo_metrics           one row for each value: trial, epoch, name, value
     hpo_rungs             one row for each value that a pruner compares with others
+    hpo_usage             one row for each claim: for how long it held its device
     hpo_imports           one row for each trial that was taken over from an earlier study
     hpo_deleted_studies   one row for each deleted study, whose files can be deleted, too
 
@@ -104,6 +105,22 @@ rungs = sa.Table(
     sa.Index("hpo_rungs_by_value", "study", "pool", "epoch", "value"),
 )
 
+usage = sa.Table(
+    "hpo_usage",
+    metadata,
+    sa.Column("trial", sa.Integer, primary_key=True, autoincrement=False),
+    # Of the claim. The row is of this claim alone: it stays when another one takes the trial.
+    sa.Column("token", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("study", sa.Integer, nullable=False, index=True),
+    # NULL for a trial that waited when version 5 was migrated.
+    sa.Column("run", sa.Integer),
+    sa.Column("device", sa.String(20), nullable=False),
+    # How many; a fraction is a share of one.
+    sa.Column("devices", sa.Double, nullable=False),
+    # Since the claim, by the monotonic clock of the run. They never fall.
+    sa.Column("seconds", sa.Double, nullable=False),
+)
+
 imports = sa.Table(
     "hpo_imports",
     metadata,
@@ -115,6 +132,7 @@ imports = sa.Table(
     # LEARNED, REUSED or POINT.
     sa.Column("role", sa.String(20), nullable=False),
     sa.UniqueConstraint("study", "source", "number"),
+    sa.Index("hpo_imports_by_role", "study", "role"),  # each claim counts those that the budget leaves out
 )
 
 deleted_studies = sa.Table(

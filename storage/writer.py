@@ -1,4 +1,4 @@
-"""Write-behind buffer: batches trial updates and writes them on a background thread.
+"""Write-behind buffer: batches trial updates and writes them, with the device time, on a background thread.
 
 `put` returns at once. A driver that is killed loses its last updates; the next run reports these epochs again from the
 trial's checkpoint. `flush` returns when every earlier update is in the database.
@@ -13,11 +13,12 @@ from collections.abc import Iterator
 from optuna.trial import TrialState
 from sqlalchemy.exc import DataError, IntegrityError, StatementError
 
-from storage import protocol
+from storage import protocol, usage
 from storage.errors import RETRY_SECONDS, StorageError, UnavailableError, retry_while_down
 from storage.protocol import ClaimedTrial, LostTrialError, TrialUpdate
 from storage.pruners import Pruner
 from storage.studies import Study
+from storage.usage import Meter
 
 BATCH_SECONDS = 0.2  # between two batches: how long an update stays in memory
 
@@ -28,11 +29,13 @@ class Writer:
     Args:
         study: the study of the trials.
         pruner: ends trials early; None for none.
+        meter: of the run. What it reads is written with the updates, or alone where there are none for some time.
     """
 
-    def __init__(self, study: Study, pruner: Pruner | None) -> None:
+    def __init__(self, study: Study, pruner: Pruner | None, meter: Meter) -> None:
         self._study = study
         self._pruner = pruner
+        self._meter = meter
         self._updates: list[TrialUpdate] = []
         self._updates_lock = threading.Lock()  # held for a moment
         # Tokens of claims: those that do not hold any more, those of pruned trials, those of trials that this run has ended,
@@ -70,7 +73,7 @@ class Writer:
         return token in self._lost or token in self._pruned or token in self._ended
 
     def flush(self, timeout_seconds: float = RETRY_SECONDS, *, stopped: threading.Event | None = None) -> None:
-        """Write all updates.
+        """Write all updates, and device time that is due.
 
         Args:
             timeout_seconds: how long to retry while the database is down.
@@ -122,7 +125,7 @@ class Writer:
     ) -> tuple[list[TrialUpdate], StorageError | None]:
         """Write updates; return those that were not written, and the first error."""
         try:
-            if updates:
+            if updates or self._meter.is_due:
                 database = self._study.database
                 retry_while_down(
                     database,
@@ -137,6 +140,8 @@ class Writer:
             batches: dict[int, list[TrialUpdate]] = {}
             for update in updates:
                 batches.setdefault(update.claim.token, []).append(update)
+            if not batches:
+                return [], StorageError(f"{self._study.database.url}: cannot store the device time: {error}")
             if len(batches) == 1:
                 return updates, self._name_trial(updates[0].claim, error)
             # What the database refuses of one trial must not keep the others from being stored.
@@ -170,8 +175,16 @@ class Writer:
     def _write_once(self, updates: list[TrialUpdate]) -> None:
         self._ending |= {(each.claim.token, TrialState.PRUNED) for each in updates if each.decides}
         self._ending |= {(each.claim.token, each.final_state) for each in updates if each.final_state is not None}
-        study = self._study
-        written = protocol.write(study.database, study.key, updates, pruner=self._pruner, ending=self._ending)
+        study, readings = self._study, self._meter.read()
+        if not updates:
+            with study.database.transaction() as connection:
+                usage.store(connection, readings)
+            self._meter.note_stored(readings)
+            return
+        written = protocol.write(
+            study.database, study.key, updates, pruner=self._pruner, ending=self._ending, device_seconds=readings
+        )
+        self._meter.note_stored(readings)
         self._lost |= written.lost
         self._pruned |= written.pruned
         self._ended |= {each.claim.token for each in updates if each.final_state is not None}

@@ -48,6 +48,16 @@ class Finished:
 HpoHere = Callable[..., Finished]  # the fixture `hpo_here`
 
 
+@dataclass
+class Clock:
+    """Stands in for the module `time`: a test sets the seconds."""
+
+    now: float = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
 def wait_until(condition: Callable[[], bool], timeout_seconds: float = 60.0) -> None:
     """Wait for a condition; fail the test if it does not become true in time."""
     deadline = time.monotonic() + timeout_seconds
@@ -124,6 +134,9 @@ class RecordingListener(NullListener):
 
     def trial_ended(self, number: int, state: str, text: str) -> None:
         self.events.append((state, number, text))
+
+    def device_time_used(self, seconds: float) -> None:
+        self.events.append(("used", seconds))
 
     def note(self, text: str) -> None:
         self.events.append(("note", text))
@@ -205,6 +218,7 @@ def search_without_ray(
                 spec = coordinator.next_trial(tune_id)
                 if spec is None:
                     break
+                coordinator.on_started(tune_id)
                 running[tune_id] = run_trial(spec), spec
             for tune_id, (reports, spec) in list(running.items()):
                 ending = coordinator.on_report(tune_id, next(reports))

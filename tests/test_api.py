@@ -15,6 +15,7 @@ import optuna
 import psutil
 import psycopg
 import pytest
+import sqlalchemy as sa
 from optuna.distributions import CategoricalDistribution
 
 import hpo
@@ -171,6 +172,37 @@ def test_a_finished_search_stores_what_has_changed(tmp_path: Path) -> None:
         (study,) = all_studies(database)
         assert study.attrs["hpo:total"] == 2
         assert study.settings["checkpoints"] == {"keep": "best 1"}
+
+
+@pytest.mark.parametrize(
+    ("budget", "reason"),
+    [
+        ({"gpu_hours": 1.5}, "budget.gpu_hours is spent: the trials have used 2 of 1.5 device-hours"),
+        ({"cost": {"gpu_hour": 5, "limit": 10}}, "budget.cost.limit is spent: the trials have cost 10 of 10"),
+        ({"time": 1e-9}, "the time budget is spent"),
+    ],
+)
+def test_a_budget_that_is_spent_already_is_one_message_without_ray(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: dict[str, Any], reason: str
+) -> None:
+    storage, space = f"sqlite:///{tmp_path}/hpo.db", toy_space(tmp_path)
+    with open_database(storage) as database, run_of(open_study(database, **space.study_options), space) as run:
+        run.enqueue(space.grid_points(), space.distributions())
+        claim = run.claim()
+        assert claim is not None
+        run.release(claim)
+        with database.engine.begin() as connection:
+            connection.execute(sa.text("UPDATE hpo_usage SET seconds = 7200.0"))
+    monkeypatch.setattr("hpo.search.cluster.RayCluster.start", lambda _: pytest.fail("Ray was started"))
+    less = toy_space(tmp_path, budget=budget)
+    result = api.run_search(less, storage=storage, runs_dir=tmp_path)
+    assert (result.stop_reason, result.interrupted) == (reason, False)
+    assert [trial.state for trial in result.trials] == ["WAITING"]
+    (summary,) = api.list_studies(storage=storage, runs_dir=tmp_path)
+    assert (summary.state, summary.device_seconds) == ("resumable", 7200.0)
+    assert api.plan_search(less, storage=storage).device_seconds == 7200.0
+    with open_database(storage) as database:
+        assert all_studies(database)[0].settings["budget"] == less.budget.model_dump(), "the new budget is stored"
 
 
 def test_results_become_a_dataframe(storage: str) -> None:

@@ -33,10 +33,14 @@ from tests.report.studies import finish_grid
 
 INTERRUPTED = Stop(StopCause.INTERRUPTED)
 OUT_OF_TIME = Stop(StopCause.TIME_SPENT)
+OUT_OF_GPU_HOURS = Stop(StopCause.GPU_HOURS_SPENT, "the trials have used 8.01 of 8 device-hours")
+OUT_OF_MONEY = Stop(StopCause.COST_SPENT, "the trials have cost 20.1 of 20")
 BROKEN = Stop(StopCause.BROKEN, "the last 4 trials on host failed before they trained an epoch")
 ENDINGS = {
     INTERRUPTED: "Stopped: interrupted. The same command resumes it.",
     OUT_OF_TIME: "Stopped: the time budget is spent. With a larger budget.time, the same command resumes it.",
+    OUT_OF_GPU_HOURS: f"Stopped: {OUT_OF_GPU_HOURS}. With a larger budget.gpu_hours, the same command resumes it.",
+    OUT_OF_MONEY: f"Stopped: {OUT_OF_MONEY}. With a larger budget.cost.limit, the same command resumes it.",
     BROKEN: f"Stopped: {BROKEN}. Fix the cause, retry the failed trials, and start the same command again.",
 }
 
@@ -97,6 +101,8 @@ def fake_search(
         (["COMPLETE", "WAITING"], INTERRUPTED, 130),
         (["COMPLETE", "WAITING"], OUT_OF_TIME, 0),
         (["PRUNED", "WAITING"], OUT_OF_TIME, 1),
+        (["COMPLETE", "WAITING"], OUT_OF_GPU_HOURS, 0),
+        (["WAITING"], OUT_OF_MONEY, 1),
         (["COMPLETE", "FAIL"], BROKEN, 2),
         (["FAIL", "FAIL"], BROKEN, 2),
     ],

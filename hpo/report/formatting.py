@@ -6,7 +6,10 @@ import math
 import os
 import shlex
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hpo.space.sections import Budget
 
 
 def format_seconds(seconds: float | None) -> str:
@@ -27,6 +30,21 @@ def format_bytes(count: float) -> str:
             return f"{count:.1f} {unit}" if count < 9.95 and unit != "B" else f"{count:.0f} {unit}"
         count /= 1000
     return f"{count:,.1f} TB"
+
+
+def format_device_time(budget: Budget, device_seconds: float) -> str:
+    """Return device time with its limit and its price, such as `1.25 of 8 device-hours, cost 3.12 of 20`."""
+    limit = "" if budget.gpu_hours is None else f" of {budget.gpu_hours:g}"
+    text, cost = f"{format_amount(device_seconds / 3600)}{limit} device-hours", budget.cost
+    if cost is not None:
+        limit = "" if cost.limit is None else f" of {cost.limit:g}"
+        text += f", cost {format_amount(cost.of(device_seconds))}{limit}"
+    return text
+
+
+def format_amount(amount: float) -> str:
+    """Return hours or money with two decimals, or with two digits if it is small."""
+    return f"{amount:,.2f}" if amount >= 0.1 else f"{amount:.2g}"
 
 
 def format_number(value: float | None) -> str:

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from hpo.errors import SettingError, printable
 from hpo.paths import RunsDir, write_atomically
 from hpo.report import curves, optuna_plots, plotly_figures, png_figures
-from hpo.report.formatting import format_number, format_params, format_seconds
+from hpo.report.formatting import format_device_time, format_number, format_params, format_seconds
 from hpo.report.published import Published, describe_images, match_published
 from hpo.report.results import Results
 from hpo.report.tables import trial_columns
+from hpo.space.sections import Budget
 from storage.studies import settings_of
 
 if TYPE_CHECKING:
@@ -288,6 +289,10 @@ def _cost(results: Results) -> list[tuple[str, str]]:
             f"{format_seconds(seconds)} ({seconds:,.1f} s)",
         ),
         ("GPU-hours", f"{results.gpu_hours:.2f}"),
+        (
+            "device-hours, of GPUs or of trials on the CPU",
+            format_device_time(results.space.budget if results.space else Budget(), results.device_seconds),
+        ),
         ("training images, counted once per epoch", f"{images:,.0f}" if images else "not reported by the trainable"),
         ("epochs", f"{sum(len(trial.epochs) for trial in results.trained):,}"),
         ("devices", devices or "unknown"),

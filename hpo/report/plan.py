@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from hpo.report.formatting import format_command, format_seconds
+from hpo.report.formatting import format_amount, format_command, format_device_time, format_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,11 +22,20 @@ MAX_ROWS = 50  # of a listed grid
 LONG_SECONDS = 900.0  # a longer search on the CPU gets a hint how to shorten it
 
 
-def plan_lines(space: Space, slots: Slots, estimate: SearchEstimate | None) -> list[str]:
-    """Return how trials share the machine, what they leave on disk and how long they take, one sentence per line."""
+def plan_lines(space: Space, slots: Slots, estimate: SearchEstimate | None, device_seconds: float = 0.0) -> list[str]:
+    """Return how trials share the machine, what they leave on disk and how long they take, one sentence per line.
+
+    Args:
+        space: the search.
+        slots: how many trials run at a time, and on what.
+        estimate: as measured; None where nothing was.
+        device_seconds: what the study has used already.
+    """
     lines = [describe_slots(slots, estimate)]
     if estimate is not None:
         lines.append(describe_time(estimate))
+    if space.budget.shows_device_time:
+        lines += describe_budget(space, slots, estimate, device_seconds)
     if space.saves_checkpoints:
         lines.append(f"Keeps the checkpoints of {space.checkpoints.description}.")
     if estimate is not None and slots.device == "cpu" and estimate.seconds > LONG_SECONDS:
@@ -56,6 +65,32 @@ def describe_time(estimate: SearchEstimate) -> str:
     took = f"{took} and {estimate.gpu_hours:.2f} GPU-hours" if estimate.slots.gpu else f"No GPU: {took} on this CPU"
     measured = ", ".join(f"{speed.images_per_second:,.0f} at {name}" for name, speed in estimate.speeds.items())
     return f"{took[0].upper()}{took[1:]} (measured, images/s of one trial: {measured})."
+
+
+def describe_budget(space: Space, slots: Slots, estimate: SearchEstimate | None, device_seconds: float) -> list[str]:
+    """Return what was used of a budget of device time or money, and how many trials fit into the rest."""
+    budget, lines = space.budget, []
+    if slots.device == "cpu":
+        lines.append("Trials run on the CPU: for budget.gpu_hours and budget.cost, each of them counts as one GPU.")
+    used = f"Used so far: {format_device_time(budget, device_seconds)}"
+    if estimate is None:
+        return [*lines, f"{used}."]
+    if estimate.trials is not None:
+        price = "" if budget.cost is None else f", a cost of {format_amount(budget.cost.of(estimate.device_seconds))}"
+        hours = format_amount(estimate.device_seconds / 3600)
+        lines.append(f"All trials that are left together take about {hours} device-hours{price}.")
+    if not budget.limits_device_time:
+        return [*lines, f"{used}."]
+    # A scheduler that stops trials early makes room for more.
+    share = max(0.0, budget.device_seconds - device_seconds) * (estimate.trials or 1) / estimate.device_seconds
+    least = "at least " if space.stops_trials_early else "about "
+    if estimate.trials is None:
+        fits = f"{least}{int(share):,} trials fit"
+    elif share >= estimate.trials:
+        fits = "all trials that are left fit"
+    else:
+        fits = f"{least}{int(share):,} of the {estimate.trials:,} trials that are left fit"
+    return [*lines, f"{used}; {fits} into the rest."]
 
 
 def speed_table(estimate: SearchEstimate, space: Space) -> Table:

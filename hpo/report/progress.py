@@ -21,13 +21,14 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from hpo.report.formatting import format_params, format_seconds
+from hpo.report.formatting import format_device_time, format_params, format_seconds
 from hpo.report.plan import plan_lines
 
 if TYPE_CHECKING:
     from hpo.search.estimate import SearchEstimate
     from hpo.search.slots import Slots
     from hpo.space.model import Space
+    from hpo.space.sections import Budget
 
 BAR_WIDTH = 12
 MIN_PARAMS_WIDTH = 12
@@ -73,6 +74,8 @@ class TerminalProgress:
         self._metric = ""
         self._better: Callable[[float, float], float] = max
         self._total: int | None = None
+        self._budget: Budget | None = None
+        self._device_seconds = 0.0
         self._slots = 1
         self._counts: Counter[str] = Counter()
         self._running: dict[int, _Row] = {}
@@ -118,6 +121,7 @@ class TerminalProgress:
         self._metric = space.metric
         self._better = max if space.direction == "maximize" else min
         self._total = space.total_trials
+        self._budget = space.budget
         self._counts = Counter(counts)
         self._print(f"Storage: {storage_url}")
         if study_name != space.name:
@@ -132,10 +136,14 @@ class TerminalProgress:
         """Print the plan and start the live table."""
         self._slots = slots.count
         self._end_status()
-        for line in plan_lines(space, slots, estimate):
+        for line in plan_lines(space, slots, estimate, self._device_seconds):
             self._print(line)
         if self._console.is_terminal:
             self._live.start()
+
+    def device_time_used(self, seconds: float) -> None:
+        """Show what the study has used."""
+        self._device_seconds = seconds
 
     def _end_status(self) -> None:
         if self._status is not None:
@@ -257,6 +265,8 @@ class TerminalProgress:
             parts.append(f"{max(0, self._total - ended)} left")
         if self._best is not None:
             parts.append(f"best {self._best[0]:.4f} (trial {self._best[1]})")
+        if self._budget is not None and self._budget.shows_device_time:
+            parts.append(format_device_time(self._budget, self._device_seconds))
         parts.append(f"{format_seconds(time.monotonic() - self._started)} elapsed")
         remaining = self._seconds_left(ended)
         if remaining is not None:

@@ -47,6 +47,8 @@ class TrialResult:
         provenance: the device, its name, and the share of a GPU. Run-wide facts are in `Results.runs`.
         wall_seconds: from start to end as Optuna recorded it; 0.0 if the trial has not ended.
         attrs: Optuna's user attributes of the trial.
+        device_seconds: {`cuda` or `cpu`: for how long it held how many of them}, with epochs that were lost and earlier
+            attempts. On the CPU, a trial holds one.
         trial_id: the key in the database, unique across its studies.
     """
 
@@ -60,6 +62,7 @@ class TrialResult:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     wall_seconds: float = 0.0
     attrs: Mapping[str, Any] = field(default_factory=dict)
+    device_seconds: Mapping[str, float] = field(default_factory=dict)
     trial_id: int = 0
 
     @property
@@ -102,11 +105,6 @@ class TrialResult:
             for values in self.epochs.values()
             if "images_per_second" in values and "train_seconds" in values
         )
-
-    @property
-    def gpus(self) -> float:
-        """The share of a GPU that the trial was given; 0.0 on the CPU."""
-        return float(self.provenance.get("gpu", 1.0)) if self.provenance.get("device") == "cuda" else 0.0
 
     @property
     def images_per_second(self) -> float | None:
@@ -223,8 +221,13 @@ class Results:
 
     @property
     def gpu_hours(self) -> float:
-        """The GPU-hours of all trials; a trial on a quarter of a GPU counts a quarter."""
-        return sum(trial.seconds * trial.gpus for trial in self.trained) / 3600
+        """The GPU-hours that all trials used; a trial on a quarter of a GPU counts a quarter."""
+        return sum(trial.device_seconds.get("cuda", 0.0) for trial in self.trials) / 3600
+
+    @property
+    def device_seconds(self) -> float:
+        """The device-seconds that all trials used, of GPUs and of the CPU. Each trial on the CPU holds one device."""
+        return sum(sum(trial.device_seconds.values()) for trial in self.trials)
 
     @property
     def devices(self) -> Counter[str]:
@@ -330,14 +333,23 @@ def read_results(study: Study, *, epochs: bool = True) -> Results:
         metrics: dict[int, Metrics | None] = dict.fromkeys(trial.number for trial in trials)
         if epochs:
             metrics |= study.metrics(trials)
-        provenances = study.provenances(trials)
+        provenances, used = study.provenances(trials), study.device_seconds_by_trial()
     attrs, runs = study.attrs, study.runs()
     space = _stored_space(attrs)
     objectives = _objectives(study, space)
     return Results(
         study,
         objectives,
-        [_trial_result(trial, metrics[trial.number], provenances[trial.number], objectives[0][0]) for trial in trials],
+        [
+            _trial_result(
+                trial,
+                metrics[trial.number],
+                provenances[trial.number],
+                used.get(trial_id(trial), {}),
+                objectives[0][0],
+            )
+            for trial in trials
+        ],
         attrs,
         runs,
         space,
@@ -381,7 +393,11 @@ def _objectives(study: Study, space: Space | None) -> list[tuple[str, bool]]:
 
 
 def _trial_result(
-    trial: FrozenTrial, epochs: Metrics | None, provenance: Mapping[str, Any], metric: str
+    trial: FrozenTrial,
+    epochs: Metrics | None,
+    provenance: Mapping[str, Any],
+    device_seconds: Mapping[str, float],
+    metric: str,
 ) -> TrialResult:
     if epochs == {}:  # a trial that another program added through Optuna has intermediate values only
         epochs = {step: {metric: value} for step, value in sorted(trial.intermediate_values.items())}
@@ -397,6 +413,7 @@ def _trial_result(
         provenance,
         trial.duration.total_seconds() if trial.duration else 0.0,
         trial.user_attrs,
+        device_seconds,
         trial_id(trial),
     )
 

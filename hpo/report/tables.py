@@ -12,7 +12,14 @@ from rich import box
 from rich.measure import Measurement
 from rich.table import Table
 
-from hpo.report.formatting import format_bytes, format_number, format_seconds, format_value
+from hpo.report.formatting import (
+    format_amount,
+    format_bytes,
+    format_device_time,
+    format_number,
+    format_seconds,
+    format_value,
+)
 from hpo.report.results import STATES, Results, TrialResult
 
 if TYPE_CHECKING:
@@ -125,7 +132,8 @@ def study_table(summaries: Sequence[Summary]) -> Table:
     """Return the studies of a database as a table."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     states = [state for state in STATES if any(state in summary.counts for summary in summaries)]
-    for name in ("study", "state", *states, "best", "metric", "last activity", "on disk"):
+    costs = ["cost"] if any(summary.cost is not None for summary in summaries) else []
+    for name in ("study", "state", *states, "best", "metric", "device-hours", *costs, "last activity", "on disk"):
         left = "left" if name in {"study", "state", "metric", "last activity"} else "right"
         table.add_column(name, justify=left, overflow="fold")  # type: ignore[arg-type]
     for each in summaries:
@@ -135,6 +143,8 @@ def study_table(summaries: Sequence[Summary]) -> Table:
             *(f"{each.counts.get(state, 0):,}" for state in states),
             format_number(each.best),
             each.metric,
+            format_amount(each.device_seconds / 3600) if each.unique_name else "",
+            *("" if each.cost is None else format_amount(each.cost) for _ in costs),
             _ago(each.last_activity),
             format_bytes(each.disk_bytes) if each.unique_name else "",
         )
@@ -146,6 +156,13 @@ def _ago(then: float | None) -> str:
         return "never"
     seconds = max(0.0, time.time() - then)
     return f"{format_seconds(seconds)} ago" if seconds < 2 * 86400 else f"{datetime.date.fromtimestamp(then)}"
+
+
+def device_time(results: Results) -> list[str]:
+    """Return a line with the device time of a study and its cost, if its budget limits or prices it."""
+    if results.space is None or not results.space.budget.shows_device_time:
+        return []
+    return [f"Used so far: {format_device_time(results.space.budget, results.device_seconds)}."]
 
 
 def failures(results: Results) -> list[str]:

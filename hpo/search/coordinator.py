@@ -16,7 +16,7 @@ from hpo.search.checkpoints import owner_key, trim_checkpoints
 from hpo.search.listener import ProgressListener
 from hpo.search.retention import Retention
 from hpo.search.slots import Slots
-from hpo.search.stop import Stop, StopCause
+from hpo.search.stop import Stop, StopCause, find_spent
 from hpo.search.worker import Ending, TrialReport, TrialSpec
 from hpo.space.model import Space
 
@@ -159,6 +159,12 @@ class TrialCoordinator:
         # A trial that still runs may be released, and `hpo retry` may let one run again meanwhile. Tune does not ask again
         # after it was told that the search is done.
         return self._is_over() or (self._run.finished and not self._claims)
+
+    def on_started(self, tune_id: str) -> None:
+        """A worker runs the trial: its device time counts until the trial ends, or the worker dies."""
+        claim = self._claims.get(tune_id)
+        if claim is not None:
+            self._run.hold_device(claim)
 
     def retries_left(self, tune_id: str) -> int:
         """Return how many more workers may die while they run a trial."""
@@ -342,6 +348,11 @@ class TrialCoordinator:
     def _is_over(self) -> bool:
         if time.monotonic() >= self._deadline:
             self.stop(StopCause.TIME_SPENT)
+        if self.stopped is None and self._space.budget.shows_device_time:
+            with self._storage_errors_kept():
+                used = self._run.device_seconds()
+                self._listener.device_time_used(used)
+                self.stopped = find_spent(self._space.budget, used)
         return self.stopped is not None
 
     def _is_patience_spent(self) -> bool:
@@ -379,7 +390,8 @@ class TrialCoordinator:
             yield
         except LostTrialError as error:
             if tune_id is not None:
-                self._claims.pop(tune_id, None)
+                if (claim := self._claims.pop(tune_id, None)) is not None:
+                    self._run.free_device(claim)
                 self._together.pop(tune_id, None)
                 self._new_epochs.discard(tune_id)
                 self._next_attempt = 0.0

@@ -57,6 +57,11 @@ class SearchEstimate:
         """GPU-hours of all trials."""
         return self.trial_seconds * self.slots.gpu / 3600
 
+    @property
+    def device_seconds(self) -> float:
+        """Device-seconds of all trials, of GPUs or of trials on the CPU."""
+        return self.trial_seconds * self.slots.devices
+
 
 def is_worth_measuring(space: Space, trials: int | None, images: ImageCounts) -> bool:
     """Return whether measuring is likely to save more time than it takes.

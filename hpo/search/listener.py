@@ -33,6 +33,9 @@ class ProgressListener(Protocol):
     def search_planned(self, space: Space, slots: Slots, estimate: SearchEstimate | None) -> None:
         """The number of trials at a time is decided; `estimate` is None where nothing was measured."""
 
+    def device_time_used(self, seconds: float) -> None:
+        """The study has used so many device-seconds, over all of its runs. Only where the budget limits or prices them."""
+
     def trial_started(self, number: int, params: Mapping[str, Any], epoch: int, max_epochs: int) -> None:
         """A trial starts, or is resumed after `epoch`."""
 
@@ -59,6 +62,9 @@ class NullListener:
         """Ignore it."""
 
     def search_planned(self, space: Space, slots: Slots, estimate: SearchEstimate | None) -> None:
+        """Ignore it."""
+
+    def device_time_used(self, seconds: float) -> None:
         """Ignore it."""
 
     def trial_started(self, number: int, params: Mapping[str, Any], epoch: int, max_epochs: int) -> None:
@@ -99,6 +105,11 @@ class CombinedListener:
         """Pass it on."""
         for listener in self._listeners:
             listener.search_planned(space, slots, estimate)
+
+    def device_time_used(self, seconds: float) -> None:
+        """Pass it on."""
+        for listener in self._listeners:
+            listener.device_time_used(seconds)
 
     def trial_started(self, number: int, params: Mapping[str, Any], epoch: int, max_epochs: int) -> None:
         """Pass it on."""

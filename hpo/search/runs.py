@@ -12,16 +12,18 @@ from hpo.space.model import Space
 if TYPE_CHECKING:
     from storage.run import Run
     from storage.studies import Study
+    from storage.usage import Device
 
 
 @contextmanager
-def open_run(space: Space, study: Study, provenance: Mapping[str, Any]) -> Iterator[Run]:
+def open_run(space: Space, study: Study, provenance: Mapping[str, Any], device: Device) -> Iterator[Run]:
     """Start a run that claims trials by the space's sampler and ends them by its scheduler.
 
     Args:
         space: the search.
         study: its study.
         provenance: versions and command of the run, for the record.
+        device: what each trial holds while a worker runs it.
 
     Raises:
         StorageError: the database cannot be used (after retries).
@@ -39,6 +41,7 @@ def open_run(space: Space, study: Study, provenance: Mapping[str, Any]) -> Itera
         history_limit=history_limit(space),
         pruner=build_pruner(space, study.name),
         max_failures=space.max_failures,
+        device=device,
     )
     with run:
         if space.is_grid:

@@ -34,6 +34,11 @@ class Slots:
         return "cuda" if self.gpu > 0 else "cpu"
 
     @property
+    def devices(self) -> float:
+        """How many devices a trial holds, for its device time: its GPUs, or on the CPU one, its slot."""
+        return self.gpu or 1.0
+
+    @property
     def trials_per_device(self) -> int:
         """How many trials share one GPU, or the CPU."""
         return self.count if self.gpu == 0 else max(1, int(1 / self.gpu))

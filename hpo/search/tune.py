@@ -189,6 +189,17 @@ class StudyScheduler(FIFOScheduler):
         return super().choose_trial_to_run(tune_controller)
 
 
+class StartListener(tune.Callback):
+    """Tells the coordinator when a worker starts to run a trial: until then, it may wait for the cluster."""
+
+    def __init__(self, coordinator: TrialCoordinator) -> None:
+        self._coordinator = coordinator
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
+        """Pass it on."""
+        self._coordinator.on_started(trial.trial_id)
+
+
 class SilentReporter(TrialProgressCallback):
     """Replaces Tune's own printing, which verbose=0 does not suppress completely."""
 
@@ -227,7 +238,9 @@ def run_trials(
         StorageError: the database cannot be used (after retries); the trials in flight are resumable.
         KeyboardInterrupt: Ctrl-C or SIGTERM stopped the search, and the database cannot be used.
     """
-    with open_run(space, study, provenance) as run:
+    from storage.usage import Device
+
+    with open_run(space, study, provenance, Device(slots.device, slots.devices)) as run:
         coordinator = TrialCoordinator(space, run, slots, data=data, runs_dir=runs_dir, listener=listener)
         if space.budget.time is not None:
             coordinator.set_deadline(time.monotonic() + space.budget.time - run.elapsed_seconds())
@@ -262,7 +275,7 @@ def _run_tune(coordinator: TrialCoordinator, slots: Slots) -> None:
             resources_per_trial={"cpu": slots.cpu, "gpu": slots.gpu},
             reuse_actors=True,
             raise_on_failed_trial=False,
-            callbacks=[SilentReporter()],
+            callbacks=[SilentReporter(), StartListener(coordinator)],
             verbose=0,
         )
     scheduler.collect_saved(SAVE_SECONDS)

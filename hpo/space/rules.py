@@ -44,7 +44,6 @@ MAX_WORK = 2_000_000  # operations of constraints and derived values for all poi
 RANDOM_POINTS = 1000  # tried against constraints and derived values
 NOT_BUILT = {
     ("objectives",): "several objectives are not built yet: give one `metric` and `direction`",
-    ("budget", "gpu_hours"): "a budget of GPU-hours is not built yet: give budget.trials or budget.time",
 }
 
 
@@ -122,8 +121,9 @@ def _grid_is_finite(sections: ValidSections) -> Iterator[Problem]:
 
 def _search_ends(sections: ValidSections) -> Iterator[Problem]:
     sampler, budget = sections["sampler"], sections["budget"]
-    if not sampler.is_grid and not budget.model_dump(exclude_none=True):
-        yield ("sampler",), f"sampler {sampler.name} never ends: give budget.trials, budget.time or budget.patience"
+    if not sampler.is_grid and not budget.ends_search:
+        limits = "budget.trials, budget.time, budget.patience, budget.gpu_hours or budget.cost.limit"
+        yield ("sampler",), f"sampler {sampler.name} never ends: give {limits}"
 
 
 def _sampler_fits_parameters(sections: ValidSections) -> Iterator[Problem]:

@@ -7,6 +7,7 @@ no other module compares names.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -229,6 +230,22 @@ Seconds = Annotated[
 ]
 
 
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Cost(StrictModel):
+    """What device time costs, in any currency."""
+
+    gpu_hour: Positive
+    """The price of a device-hour: one GPU for an hour, or one trial on the CPU."""
+    limit: Positive | None = None
+    """What the study may cost, summed over its runs; null only shows the cost."""
+
+    def of(self, device_seconds: float) -> float:
+        """Return the price of device time."""
+        return self.gpu_hour * device_seconds / 3600
+
+
 class Budget(StrictModel):
     """The limits at which the search ends."""
 
@@ -238,14 +255,37 @@ class Budget(StrictModel):
     """Wall-clock time of the study, summed over its runs: 90s, 30m, 4h, 1d12h, or seconds."""
     patience: PositiveInt | None = None
     """Number of trials that end one after another without a better value."""
-    gpu_hours: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """GPU-hours; not built yet."""
+    gpu_hours: Positive | None = None
+    """Device-hours that the trials of the study use, summed over its runs: of GPUs, or of trials on the CPU."""
+    cost: Cost | None = None
+    """What device time costs, and what the study may cost."""
+
+    @property
+    def ends_search(self) -> bool:
+        """Whether there is any limit."""
+        return self.limits_device_time or any(each is not None for each in (self.trials, self.time, self.patience))
+
+    @property
+    def limits_device_time(self) -> bool:
+        """Whether device time ends the search."""
+        return self.device_seconds < math.inf
+
+    @property
+    def shows_device_time(self) -> bool:
+        """Whether the user wants to know what was used: there is a limit, or a price."""
+        return self.limits_device_time or self.cost is not None
+
+    @property
+    def device_seconds(self) -> float:
+        """The device-seconds after which the search ends, at the first of its limits; infinite without one."""
+        by_cost = math.inf if self.cost is None or self.cost.limit is None else self.cost.limit / self.cost.gpu_hour
+        return 3600 * min(math.inf if self.gpu_hours is None else self.gpu_hours, by_cost)
 
 
 class Resources(StrictModel):
     """The resources of one trial. auto means one GPU where there are GPUs, otherwise an equal share of the cores."""
 
-    cpu: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] = "auto"
+    cpu: Positive | Literal["auto"] = "auto"
     """CPU cores for each trial."""
     gpu: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["auto"] = "auto"
     """GPUs for each trial; with 0.5, two trials share a GPU. auto measures how many trials can share one."""

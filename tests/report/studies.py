@@ -12,6 +12,7 @@ from optuna.trial import TrialState, create_trial
 
 from hpo.report.results import Results, read_results
 from hpo.space.model import Space
+from storage import tables
 from storage.database import Database, open_database
 from storage.protocol import ClaimedTrial
 from storage.studies import Study, find_study
@@ -55,7 +56,7 @@ def finish_grid(database: Database, *, gpu: float = 1.0, **changes: Any) -> Stud
         epochs[-1] |= {"test_accuracy": epochs[-1]["val_accuracy"] - 0.01, "test_loss": 1.0}
         return epochs
 
-    return finish_study(
+    study = finish_study(
         database,
         space,
         space.grid_points(),
@@ -63,6 +64,9 @@ def finish_grid(database: Database, *, gpu: float = 1.0, **changes: Any) -> Stud
         device={"device": "cuda", "device_name": "a GPU", "gpu": gpu},
         epochs_of=epochs_of,
     )
+    with database.engine.begin() as connection:  # each epoch, and 2 s around them
+        connection.execute(tables.usage.update().values(device="cuda", devices=gpu, seconds=2.5 * space.max_epochs + 2))
+    return study
 
 
 def finish_grid_in(folder: Path, **changes: Any) -> Results:

@@ -277,6 +277,13 @@ def test_results_of_earlier_studies_are_marked_and_cost_nothing(database: Databa
         assert "grid #1" in text.replace("\\", "")
 
 
+def test_the_report_says_what_was_spent(database: Database, tmp_path: Path) -> None:
+    budget = {"gpu_hours": 0.25, "cost": {"gpu_hour": 100, "limit": 40}}
+    for text in written(read_results(finish_grid(database, budget=budget)), tmp_path):
+        assert "GPU-hours" in text
+        assert "0.01 of 0.25 device-hours, cost 1.00 of 40" in text.replace("\\", "")
+
+
 def test_whatever_the_database_says_of_earlier_studies_is_text(database: Database, tmp_path: Path) -> None:
     study = finish_grid(database)
     stored = [{"study": HOSTILE, "storage": HOSTILE, "refused": {HOSTILE: 3}}, {"refused": HOSTILE, "reused": "x"}, 7]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 
 import pytest
 from rich.console import RenderableType
@@ -90,6 +91,67 @@ def test_a_measured_plan_says_how_long_the_search_takes() -> None:
     gpu = Slots(2, 1.0, 0.5)
     _, line, _ = plan_lines(grid_space(), gpu, made_plan(gpu, trials=None, seconds=7200.0))
     assert line.startswith("A trial takes about 3h00m and 1.50 GPU-hours (measured")
+
+
+BUDGET = {"gpu_hours": 8, "cost": {"gpu_hour": 2.5, "limit": 30}}
+CPU = "Trials run on the CPU: for budget.gpu_hours and budget.cost, each of them counts as one GPU."
+
+
+@pytest.mark.parametrize(
+    ("budget", "trials", "used_hours", "expected"),
+    [  # a trial takes 2 hours of half a GPU
+        (
+            BUDGET,
+            12,
+            1.5,
+            [
+                "All trials that are left together take about 12.00 device-hours, a cost of 30.00.",
+                "Used so far: 1.50 of 8 device-hours, cost 3.75 of 30; about 6 of the 12 trials that are left fit into the "
+                "rest.",
+            ],
+        ),
+        (
+            {"gpu_hours": 12},
+            12,
+            0.0,
+            [
+                "All trials that are left together take about 12.00 device-hours.",
+                "Used so far: 0 of 12 device-hours; all trials that are left fit into the rest.",
+            ],
+        ),
+        ({"gpu_hours": 8}, None, 9.0, ["Used so far: 9.00 of 8 device-hours; about 0 trials fit into the rest."]),
+        (
+            {"cost": {"gpu_hour": 2, "limit": 6}},
+            None,
+            0.5,
+            ["Used so far: 0.50 device-hours, cost 1.00 of 6; about 2 trials fit into the rest."],
+        ),
+        (
+            {"cost": {"gpu_hour": 2}},
+            3,
+            0.5,
+            [
+                "All trials that are left together take about 3.00 device-hours, a cost of 6.00.",
+                "Used so far: 0.50 device-hours, cost 1.00.",
+            ],
+        ),
+    ],
+)
+def test_a_plan_says_what_fits_into_a_budget_of_device_time(
+    budget: dict[str, object], trials: int | None, used_hours: float, expected: list[str]
+) -> None:
+    slots = Slots(2, 1.0, 0.5)
+    estimate = replace(made_plan(slots, trials=trials), trial_seconds=7200.0 * (trials or 1))
+    lines = plan_lines(grid_space(budget=budget), slots, estimate, 3600 * used_hours)
+    assert lines[2:-1] == expected
+
+
+def test_a_plan_says_that_trials_on_the_cpu_count_and_that_a_scheduler_makes_room() -> None:
+    space, slots = grid_space(budget={"gpu_hours": 8}, scheduler={"name": "asha"}), Slots(2, 1.0, 0.0)
+    estimate = replace(made_plan(slots, trials=9), trial_seconds=9 * 3600.0)
+    assert CPU in plan_lines(space, slots, estimate)
+    assert any("at least 8 of the 9 trials" in line for line in plan_lines(space, slots, estimate))
+    assert plan_lines(space, slots, None)[1:-1] == [CPU, "Used so far: 0 of 8 device-hours."]
 
 
 @pytest.mark.parametrize("uv", ["", "uv run "])

@@ -17,6 +17,7 @@ from hpo.report.progress import TerminalProgress
 from hpo.report.terminal import Terminal
 from hpo.search.slots import Slots
 from hpo.space.model import Space
+from hpo.space.sections import Budget, Cost
 
 PARAMS = {"batch_size": 64, "lr": 0.01}
 EPOCH_SECONDS = 30.0
@@ -334,6 +335,21 @@ def test_ended_trials_leave_the_table_and_are_counted_with_earlier_ones() -> Non
     assert "3 left" in screen.last_frame[-1]
     assert "best 0.3000 (trial 3)" in screen.last_frame[-1]
     assert any("trial 2 FAIL: out of memory" in line for line in screen.lines)
+
+
+def test_the_device_time_that_the_study_has_used_is_shown_if_the_budget_limits_or_prices_it() -> None:
+    screen = Screen(terminal=True)
+    with screen.searching() as progress:
+        progress.device_time_used(5400.0)
+    assert "device-hours" not in " ".join(screen.last_frame)
+    screen.space = screen.space.model_copy(update={"budget": Budget(gpu_hours=8, cost=Cost(gpu_hour=2.5))})
+    with screen.progress as progress:
+        progress.device_time_used(1800.0)
+        progress.study_opened(screen.space, "toy", "sqlite:///hpo.db", {})
+        progress.search_planned(screen.space, screen.slots, None)
+        progress.device_time_used(5400.0)
+    assert "Used so far: 0.50 of 8 device-hours, cost 1.25." in screen.lines
+    assert ", 1.50 of 8 device-hours, cost 3.75, " in screen.last_frame[-1]
 
 
 def test_the_time_remaining_includes_the_trials_that_wait_for_a_slot() -> None:

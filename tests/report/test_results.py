@@ -16,7 +16,7 @@ from hpo.report.page import write_report
 from hpo.report.results import Results, read_epochs, read_results
 from hpo.report.tables import trial_table
 from hpo.report.terminal import Terminal
-from storage import records
+from storage import records, tables
 from storage.database import Database
 from storage.records import DUPLICATE
 from storage.studies import Study, open_study
@@ -40,7 +40,7 @@ def test_the_results_of_a_grid(grid_results: Results) -> None:
     assert first.last["test_accuracy"] == first.last["val_accuracy"] - 0.01
     assert first.seconds == 4 * 2.5
     assert first.images == 4 * 2.0 * 1000
-    assert results.gpu_hours == pytest.approx(3 * 10 / 3600)
+    assert results.gpu_hours == pytest.approx(3 * 12 / 3600)
     assert results.devices == {"a GPU": 3}
 
 
@@ -65,7 +65,17 @@ def test_a_study_of_another_program_has_no_space(database: Database) -> None:
 
 def test_a_quarter_of_a_gpu_costs_a_quarter(database: Database) -> None:
     results = read_results(finish_grid(database, gpu=0.25))
-    assert results.gpu_hours == pytest.approx(3 * 10 / 3600 / 4)
+    assert results.gpu_hours == pytest.approx(3 * 12 / 3600 / 4)
+    assert results.device_seconds == pytest.approx(3 * 12 / 4)
+
+
+def test_hours_on_the_cpu_are_device_hours_and_no_gpu_hours(database: Database) -> None:
+    study = finish_grid(database)
+    with database.engine.begin() as connection:
+        connection.execute(tables.usage.update().where(tables.usage.c.trial == 1).values(device="cpu", devices=1.0))
+    results = read_results(study)
+    assert results.gpu_hours == pytest.approx(2 * 12 / 3600)
+    assert results.device_seconds == pytest.approx(3 * 12)
 
 
 def test_completed_trials_rank_before_pruned_ones_and_failed_ones_last(database: Database) -> None:

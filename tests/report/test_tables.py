@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from hpo.report.results import Results
-from hpo.report.tables import failures, trial_table
+from hpo.report.results import Results, read_results
+from hpo.report.tables import device_time, failures, trial_table
 from hpo.report.terminal import Terminal
 from hpo.run import cli
 from storage.database import Database
@@ -75,10 +75,24 @@ def test_list_shows_each_study_in_a_line_and_as_json(database: Database, tmp_pat
     finish_grid(database)
     add_trial(optuna_study(database, "theirs [/bold]"), "COMPLETE", [0.25])
     text = listed(tmp_path)
-    assert re.search(r"grid +finished +3 .* val_accuracy +\d+s ago +0 B", text)
+    assert re.search(r"grid +finished +3 .* val_accuracy +0\.01 +\d+s ago +0 B", text)
+    assert "cost" not in text
     assert re.search(r"theirs \[/bold\] +another program's +1 +0\.2500 +value +\d+s ago *$", text, re.M)
     first, second = json.loads(listed(tmp_path, "--json"))
     assert (first["name"], first["state"], first["counts"]) == ("grid", "finished", {"COMPLETE": 3})
     assert first["best"] == pytest.approx(0.4 + (1 / 64 + 0.4) / 4)
     assert abs(first["last_activity"] - time.time()) < 60
     assert abs(second["last_activity"] - time.time()) < 60
+    assert (first["device_seconds"], first["cost"]) == (36.0, None)
+    assert (second["device_seconds"], second["cost"]) == (0.0, None)
+
+
+def test_list_shows_what_a_study_has_cost_if_it_has_a_price(database: Database, tmp_path: Path) -> None:
+    study = finish_grid(database, budget={"cost": {"gpu_hour": 250}})
+    add_trial(optuna_study(database, "theirs"), "COMPLETE", [0.25])
+    text = listed(tmp_path)
+    assert re.search(r"device-hours +cost +last activity", text)
+    assert re.search(r"grid +finished .* val_accuracy +0\.01 +2\.50 +\d+s ago", text)
+    assert json.loads(listed(tmp_path, "--json"))[0]["cost"] == pytest.approx(2.5)
+    assert device_time(read_results(study)) == ["Used so far: 0.01 device-hours, cost 2.50."]
+    assert device_time(read(database, "theirs")) == []

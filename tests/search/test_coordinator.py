@@ -27,12 +27,14 @@ from hpo.search.stop import StopCause
 from hpo.search.worker import Ending, TrialReport, TrialSpec, end_trial, run_trial
 from hpo.space.model import Space
 from storage import run as run_module
+from storage import usage
 from storage.database import Database
 from storage.errors import StorageError
 from storage.retry import retry_trials
 from storage.run import Run
 from storage.studies import Study, open_study
 from tests.factories import (
+    Clock,
     RecordingListener,
     run_of,
     search_without_ray,
@@ -149,6 +151,89 @@ def test_end_of_the_time_budget_releases_trials(study: Study, tmp_path: Path) ->
         assert trial_states(study) == ["WAITING"]
     assert str(coordinator.stopped) == "the time budget is spent"
     assert trial_states(study) == ["WAITING"]
+
+
+@pytest.mark.parametrize(
+    ("budget", "reason"),
+    [
+        ({"gpu_hours": 1.5}, "budget.gpu_hours is spent: the trials have used 1.5 of 1.5 device-hours"),
+        ({"cost": {"gpu_hour": 2, "limit": 3}}, "budget.cost.limit is spent: the trials have cost 3 of 3"),
+        (
+            {"gpu_hours": 1.5, "cost": {"gpu_hour": 2, "limit": 4}},
+            "budget.gpu_hours is spent: the trials have used 1.5 of 1.5 device-hours",
+        ),
+    ],
+)
+def test_the_end_of_a_budget_of_device_time_releases_trials(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: dict[str, Any], reason: str
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(usage, "time", clock)
+    space, listener = toy_space(tmp_path, budget=budget), RecordingListener()
+    with run_of(study, space) as run:
+        coordinator = coordinator_of(space, run, tmp_path, listener)
+        spec = coordinator.next_trial("a")
+        assert spec is not None
+        first, second = take_reports(spec, 2)
+        clock.now += 3600.0  # the trial waits for a worker
+        coordinator.on_started("a")
+        clock.now += 3600.0
+        assert coordinator.on_report("a", first) is None
+        clock.now += 1800.0
+        assert coordinator.on_report("a", second) is Ending.SAVE, "the epoch is stored"
+        assert coordinator.next_trial("b") is None
+        assert coordinator.is_done
+        coordinator.on_saved("a", "")
+    assert str(coordinator.stopped) == reason
+    assert trial_states(study) == ["WAITING"]
+    assert study.device_seconds() == 5400.0
+    assert listener.events[-1] == ("WAITING", 0, "interrupted after epoch 2, resumable")
+    assert 3600.0 in [event[1] for event in listener.events if event[0] == "used"]
+    more = toy_space(tmp_path, budget={"gpu_hours": 2})
+    with run_of(study, more) as run:
+        coordinator = coordinator_of(more, run, tmp_path, listener)
+        assert coordinator.next_trial("c") is not None, "a larger budget goes on"
+        coordinator.release_all()
+
+
+def test_the_device_time_of_other_drivers_counts(study: Study, tmp_path: Path) -> None:
+    space = toy_space(tmp_path, budget={"gpu_hours": 1})
+    with run_of(study, space) as other, run_of(study, space) as run:
+        other.enqueue(space.grid_points(), space.distributions())
+        assert other.claim() is not None
+        with study.database.engine.begin() as connection:
+            connection.execute(sa.text("UPDATE hpo_usage SET seconds = 3600.0"))
+        coordinator = coordinator_of(space, run, tmp_path, RecordingListener())
+        assert coordinator.next_trial("a") is None
+        assert coordinator.is_done
+    assert coordinator.stopped is not None
+    assert coordinator.stopped.cause is StopCause.GPU_HOURS_SPENT
+
+
+@pytest.mark.parametrize("ending", ["complete", "crash", "lost"])
+def test_a_trial_that_no_worker_runs_uses_no_device(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(usage, "time", clock)
+    space = toy_space(tmp_path, max_epochs=1)
+    with run_of(study, space) as run:
+        coordinator = coordinator_of(space, run, tmp_path, RecordingListener())
+        spec = coordinator.next_trial("a")
+        assert spec is not None
+        coordinator.on_started("a")
+        clock.now += 60.0
+        report = take_reports(spec, 1)[0]
+        match ending:
+            case "complete":
+                assert coordinator.on_report("a", report)
+            case "crash":
+                coordinator.on_crash("a", "", is_retried=True)
+            case "lost":
+                assert coordinator.on_report("a", replace(report, is_taken_over=True))
+        clock.now += 60.0
+        assert run.device_seconds() == 60.0
+    assert study.device_seconds() == 60.0
 
 
 BROKEN = TrialReport(failure="ModuleNotFoundError: No module named 'helpers'")

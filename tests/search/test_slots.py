@@ -35,3 +35,10 @@ def test_machine_is_divided_among_trials(
 def test_asking_for_more_than_the_machine_has_is_refused(resources: str, said: str) -> None:
     with pytest.raises(SettingError, match=said):
         plan_slots(shipped_space("quick", f"resources={resources}"), None, 2.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("slots", "devices"), [(Slots(2, 4.0, 0.0), 1.0), (Slots(4, 1.0, 0.25), 0.25), (Slots(1, 4.0, 2.0), 2.0)]
+)
+def test_a_trial_holds_its_gpus_or_on_the_cpu_one_device(slots: Slots, devices: float) -> None:
+    assert slots.devices == devices

@@ -196,6 +196,12 @@ def test_a_trial_whose_worker_died_before_it_started_is_released(tune: ModuleTyp
 
 
 @pytest.mark.slow
+def test_a_trial_holds_its_device_from_when_its_worker_has_started(tune: ModuleType, coordinator: Mock) -> None:
+    tune.StartListener(coordinator).on_trial_start(iteration=1, trials=[], trial=FakeTrial(trial_id="a"))
+    coordinator.on_started.assert_called_once_with("a")
+
+
+@pytest.mark.slow
 def test_a_search_that_stops_releases_the_trials_that_have_not_started(tune: ModuleType, coordinator: Mock) -> None:
     running, waiting = FakeTrial(trial_id="a"), FakeTrial(trial_id="b", status="PENDING")
     controller, scheduler = FakeController(running, waiting), tune.StudyScheduler(coordinator)

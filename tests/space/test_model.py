@@ -22,7 +22,7 @@ from tests.space.examples import FULL, HEAD, SAMPLED, VALID
 
 def with_later_keys(settings: dict[str, Any]) -> dict[str, Any]:
     """Add the keys that version 0.1.0 did not have."""
-    budget = settings["budget"] | {"patience": None}
+    budget = settings["budget"] | {"patience": None, "cost": None}
     return settings | {"checkpoints": {"keep": "best 3"}, "report": {}, "budget": budget}
 
 
@@ -349,7 +349,7 @@ def test_a_key_that_the_settings_lack_has_its_default(load: Load, key: str) -> N
     [
         ("sampler", ["seed", "group", "constant_liar"]),
         ("scheduler", ["reduction_factor"]),
-        ("budget", ["gpu_hours", "time"]),
+        ("budget", ["gpu_hours", "time", "cost"]),
         ("resources", ["gpu"]),
         ("data", ["train_samples"]),
     ],

@@ -19,7 +19,14 @@ RULES = {
     ),
     "a search that never ends": (
         "»sampler: tpe\nmax_epochs: 2\nparameters: {lr: 1}\n",
-        ["sampler tpe never ends", "budget.trials, budget.time or budget.patience"],
+        [
+            "sampler tpe never ends",
+            "budget.trials, budget.time, budget.patience, budget.gpu_hours or budget.cost.limit",
+        ],
+    ),
+    "a price does not end a search": (
+        "»sampler: tpe\nmax_epochs: 2\nparameters: {lr: 1}\nbudget: {cost: {gpu_hour: 2.5}}\n",
+        ["sampler tpe never ends"],
     ),
     "a grace period as long as the training": (
         VALID + "scheduler: {name: asha, »grace_period: 2}\n",
@@ -220,7 +227,6 @@ RULES = {
         ["warm_start.2: ", "grid is named twice"],
     ),
     "replicates": (VALID + "»replicates: 3\n", ["replicates: ", "not built yet"]),
-    "a budget of GPU-hours": (VALID + "budget: {»gpu_hours: 8}\n", ["budget.gpu_hours: ", "not built yet"]),
     "population-based training": (VALID + "»scheduler: pbt\n", ["scheduler: pbt is not built yet"]),
 }
 

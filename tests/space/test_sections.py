@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import get_args
 
 import pytest
@@ -70,6 +71,61 @@ def test_the_options_of_a_sampler_have_optunas_defaults_except_for_scramble() ->
             if key not in {"name", "seed"} and field.default is not None and field.default != arguments[key].default:
                 different.add(f"{name}.{key}")
     assert different == {"qmc.scramble"}
+
+
+# --- budgets ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("budget", "hours"),
+    [
+        ("{gpu_hours: 8}", 8.0),
+        ("{gpu_hours: 8, cost: {gpu_hour: 2.5, limit: 20}}", 8.0),
+        ("{gpu_hours: 9, cost: {gpu_hour: 2.5, limit: 20}}", 8.0),
+        ("{gpu_hours: 7, cost: {gpu_hour: 2.5, limit: 20}}", 7.0),
+        ("{cost: {gpu_hour: 2.5, limit: 20}}", 8.0),
+        ("{cost: {gpu_hour: 2.5}}", math.inf),
+        ("{trials: 3}", math.inf),
+    ],
+)
+def test_the_smaller_limit_of_device_time_counts(load: Load, budget: str, hours: float) -> None:
+    found = load(VALID, f"budget={budget}").budget
+    assert found.device_seconds == 3600 * hours
+    assert found.limits_device_time == (hours < math.inf)
+    assert found.shows_device_time == ("trials" not in budget)
+
+
+def test_device_time_has_a_price(load: Load) -> None:
+    cost = load(VALID, "budget.cost={gpu_hour: 2.5}").budget.cost
+    assert cost is not None
+    assert cost.of(7200.0) == 5.0
+
+
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        ("gpu_hours: 0", ":6:10: budget.gpu_hours: "),
+        ("gpu_hours: -1", ":6:10: budget.gpu_hours: "),
+        ("gpu_hours: 8h", ":6:10: budget.gpu_hours: "),
+        ("gpu_hours: .inf", ":6:10: budget.gpu_hours: "),
+        ("gpuhours: 8", ":6:10: budget.gpuhours: unknown key"),
+        ("cost: 20", ":6:10: budget.cost: "),
+        ("cost: {limit: 20}", ":6:10: budget.cost"),
+        ("cost: {gpu_hour: 2.5, limit: 0}", "budget.cost.limit: "),
+        ("cost: {gpu_hour: 0, limit: 1}", "budget.cost.gpu_hour: "),
+        ("cost: {gpu_hours: 2.5}", "did you mean gpu_hour?"),
+    ],
+)
+def test_a_wrong_budget_is_answered_with_its_position(load: Load, written: str, text: str) -> None:
+    with pytest.raises(SpaceError) as error:
+        load(VALID + f"budget: {{{written}}}\n")
+    assert text in str(error.value)
+
+
+def test_a_budget_changes_no_identity(load: Load) -> None:
+    one, other = load(VALID), load(VALID, "budget={gpu_hours: 8, cost: {gpu_hour: 2.5, limit: 20}}")
+    assert one.fingerprint == other.fingerprint
+    assert one.config_key({"lr": 0.01}) == other.config_key({"lr": 0.01})
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------------

@@ -121,7 +121,8 @@ def sql(database: Database, query: str) -> list[tuple[Any, ...]]:
 def script_of(version: int) -> str:
     """Return the SQL that creates a SQLite database of an older version: a grid of six points, five of them claimed.
 
-    data/version_N.sql was written by the code of that version. Version 4 changed PostgreSQL only.
+    data/version_N.sql was written by the code of that version; that of version 5 migrated the one before. Version 4 changed
+    PostgreSQL only.
     """
-    script = (Path(__file__).parent / f"data/version_{min(version, 3)}.sql").read_text()
+    script = (Path(__file__).parent / f"data/version_{3 if version == 4 else version}.sql").read_text()
     return script.replace('INSERT INTO "hpo_schema" VALUES(3);', f'INSERT INTO "hpo_schema" VALUES({version});')

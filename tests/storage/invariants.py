@@ -17,6 +17,7 @@ LEASE_SECONDS = 6.0
 OTHER_SETTINGS = {"metric": "other"}  # of a study that takes the id of a deleted one
 # The ids of the study that the drivers search: its name may be `s` or `s@2`.
 OURS = "SELECT study_id FROM study_user_attributes WHERE key = 'hpo:fingerprint' AND value_json = '\"f\"'"
+ROUNDING = 1e-6  # of sums of virtual seconds
 MAX_POLLS = 40  # of a second each: longer than any lease, one after another
 
 
@@ -32,6 +33,8 @@ class Invariants:
         crashes: {trial_id: how many workers and drivers died while they trained it}.
         retried: (trial_id, token) of the failures that an `hpo retry` has read.
         replacements: how often the database was replaced.
+        held: {token: for how long its claim has held a device, periods that have ended}.
+        held_since: {token: when the present period began}, in virtual seconds.
     """
 
     def __init__(self, simulation: Simulation, sql: Callable[[str], list[tuple[Any, ...]]]) -> None:
@@ -41,6 +44,9 @@ class Invariants:
         self.crashes: Counter[int] = Counter()
         self.retried: set[tuple[int, int | None]] = set()
         self.replacements = 0
+        self.held: Counter[int] = Counter()
+        self.held_since: dict[int, float] = {}
+        self._device_seconds: dict[int, float] = {}  # {token: what was stored at the last look}
         self._endings: dict[int, tuple[str, float | None]] = {}
         self._failures: dict[int, int | None] = {}  # {trial_id: token} of those in `_endings` that failed
         self._owners: dict[int, int | None] = {}
@@ -57,6 +63,7 @@ class Invariants:
         self._unaware_since.clear()
         self._orphaned.clear()
         self._rungs.clear()
+        self._device_seconds.clear()
         self._knows_crashes = False
         for driver in self._simulation.drivers:
             driver.excused_until = float("inf")
@@ -65,6 +72,19 @@ class Invariants:
         """A driver was killed."""
         for (trial_id,) in self._sql(f"SELECT trial FROM hpo_trials WHERE run = {driver.run_id}"):
             self.crashes[trial_id] += 1
+
+    def note_held(self, claim: Any) -> None:
+        """A worker runs the trial of a claim from now on."""
+        self.held_since.setdefault(claim.token, self._simulation.scheduler.now)
+
+    def note_freed(self, claim: Any) -> None:
+        """No worker runs it from now on."""
+        self.held[claim.token] = self._held_seconds(claim.token)  # type: ignore[assignment]
+        self.held_since.pop(claim.token, None)
+
+    def _held_seconds(self, token: int) -> float:
+        now = self._simulation.scheduler.now
+        return self.held[token] + now - self.held_since.get(token, now)
 
     def owner_of(self, claim: Any) -> int | None:
         """Return the token that owns a trial."""
@@ -95,6 +115,7 @@ class Invariants:
         self._check_owners(trials)
         self._check_endings(trials, reasons)
         self._check_rungs(trials)
+        self._check_device_time(trials)
         self._check_other_studies()
 
     def _check_other_studies(self) -> None:
@@ -191,6 +212,18 @@ class Invariants:
                     "not work on it"
                 )
 
+    def _check_device_time(self, trials: dict[int, tuple[Any, ...]]) -> None:
+        """Each claim has its row. What is stored was used, and never falls."""
+        stored = {token: seconds for token, seconds in self._sql("SELECT token, seconds FROM hpo_usage")}  # noqa: C416
+        for row in trials.values():
+            assert row[2] != "RUNNING" or row[4] in stored, f"the claim of trial {row[0]} has no row in hpo_usage"
+        for token, seconds in stored.items():
+            before, used = self._device_seconds.get(token, 0.0), self._held_seconds(token)
+            assert before <= seconds <= used + ROUNDING, f"claim {token}: stored {before}, now {seconds}; used {used}"
+        gone = self._device_seconds.keys() - stored.keys()
+        assert not gone, f"the device time of the claims {gone} has disappeared"
+        self._device_seconds = stored
+
     def _check_rungs(self, trials: dict[int, tuple[Any, ...]]) -> None:
         """Decisions compare values that are stored, and a decision to prune is stored together with the state PRUNED."""
         differing = self._sql(
@@ -217,6 +250,13 @@ class Invariants:
             )
 
     # --- at certain moments
+
+    def check_stored_device_time(self, driver: Driver, missing_seconds: float) -> None:
+        """At most so much of the device time of each claim of a driver's run is not stored."""
+        for token in driver.tokens:
+            (row,) = self._sql(f"SELECT seconds FROM hpo_usage WHERE token = {token}")
+            missing = self._held_seconds(token) - row[0]
+            assert missing <= missing_seconds + ROUNDING, f"{missing:.3f} s of claim {token} are not stored"
 
     def check_finished(self, driver: Driver) -> None:
         """A driver says that no run has or will get another trial."""

@@ -42,6 +42,7 @@ from storage import protocol as protocol_module
 from storage import queue as queue_module
 from storage import retry as retry_module
 from storage import run as run_module
+from storage import usage as usage_module
 from storage import writer as writer_module
 from storage.database import Database, open_database
 from storage.errors import StorageError
@@ -50,11 +51,13 @@ from storage.pruners import Median, Pruner, SuccessiveHalving
 from storage.retry import failed_trials, retry_trials
 from storage.run import Run
 from storage.studies import find_study, open_study
+from storage.writer import BATCH_SECONDS
 from tests.storage.invariants import OTHER_SETTINGS, Invariants
 from tests.storage.scheduler import Scheduler, SimulatedThreading, SimulatedTime, Task
 
 LEASE_SECONDS = 6.0
 MAX_FAILURES = 3
+STORE_SECONDS = 1.0  # less than an epoch may take
 MAX_STEPS = 20_000
 EPOCHS = 3
 FAULTS = (
@@ -166,6 +169,7 @@ class Driver:
     run_id: int = -1
     trainings: list[Training] = field(default_factory=list)
     known: set[int] = field(default_factory=set)  # ids of the trials that it claimed and has not given back
+    tokens: set[int] = field(default_factory=set)  # of the claims of its run
     study: Any = None
     unique_name: str = ""
     is_closing: bool = False
@@ -189,6 +193,7 @@ class Driver:
             self.polls.clear()
             self.trainings.clear()
             self.known.clear()
+            self.tokens.clear()
             if not starts_again:
                 break
             self.simulation.scheduler.hand_over("between two runs", seconds=draw.choice([0.0, 1.0, 10.0]))
@@ -251,9 +256,13 @@ class Driver:
                 self.is_closing = True
                 if actions <= leaves:
                     run.flush()
+                    if not sim.invariants.replacements:
+                        sim.invariants.check_stored_device_time(self, missing_seconds=0.0)
             finally:
                 # Its end may not be stored. Then it looks like a run that died.
                 self.is_closing = True
+                for training in self.trainings:
+                    sim.invariants.note_freed(training.claim)
                 sim.invariants.note_death(self)
         return bool(actions > leaves)
 
@@ -281,6 +290,7 @@ class Driver:
                 self._train(run, training)
             except LostTrialError:
                 self._forget(training)
+                self._free(run, training)
             return True
         return not run.finished
 
@@ -292,18 +302,24 @@ class Driver:
             f"{self.name} claimed trial {claim.number}, which it is working on"
         )
         self.known.add(claim.trial_id)
+        self.tokens.add(claim.token)
+        for each in self.trainings:
+            if each.claim.trial_id == claim.trial_id:
+                self._free(run, each)
         self.trainings = [each for each in self.trainings if each.claim.trial_id != claim.trial_id]
         training = Training(claim, self, {}, [])
         self.trainings.append(training)
-        self._start_worker(training)
+        self._start_worker(run, training)
         return True
 
     def _has_lost(self, training: Training) -> bool:
         return self.simulation.invariants.owner_of(training.claim) is not training.claim.token
 
-    def _start_worker(self, training: Training) -> None:
+    def _start_worker(self, run: Run, training: Training) -> None:
         """As `hpo.search.worker.run_trial` does: from the newest checkpoint, epochs that storage lacks first."""
         sim, claim = self.simulation, training.claim
+        run.hold_device(claim)
+        sim.invariants.note_held(claim)
         _, attempt, history = sim.checkpoints.get(training.folder, (0, "", {}))
         training.history = dict(history) if attempt == claim.attempt and sim.plan.keeps_checkpoints else {}
         sim.checkpoints[training.folder] = (claim.token, claim.attempt, dict(training.history))
@@ -316,14 +332,16 @@ class Driver:
         chance = draw.random()
         if chance < sim.plan.failure_chance:
             sim.invariants.crashes[claim.trial_id] += 1
+            sim.invariants.note_freed(claim)
             crashes = run.record_crash(claim)
             if crashes > MAX_FAILURES:
                 self._fail(run, training, "the worker died")
             else:
-                self._start_worker(training)
+                self._start_worker(run, training)
             return
         if chance < sim.plan.failure_chance + 0.02:
             self._forget(training)
+            sim.invariants.note_freed(claim)
             run.release(claim)
             return
         if chance < 2 * sim.plan.failure_chance + 0.02:
@@ -340,6 +358,7 @@ class Driver:
             token, attempt, _ = sim.checkpoints[training.folder]
             if token != claim.token:  # another worker has taken the folder over
                 self._forget(training)
+                self._free(run, training)
                 return
             sim.checkpoints[training.folder] = (token, attempt, dict(training.history))
         value = training.history[epoch]
@@ -347,13 +366,16 @@ class Driver:
         if sim.plan.pruner != "none" and epoch < EPOCHS:
             if run.decide(claim, epoch, {"m": value}, value):
                 self._forget(training)
+                sim.invariants.note_freed(claim)
             return
         run.report(claim, epoch, {"m": value}, value)
         if epoch == EPOCHS:
+            sim.invariants.note_freed(claim)
             run.complete(claim, value)
             self.trainings.remove(training)
 
     def _fail(self, run: Run, training: Training, reason: str) -> None:
+        self.simulation.invariants.note_freed(training.claim)
         run.fail(training.claim, f"{reason} [{training.claim.token}]")
         self.trainings.remove(training)
 
@@ -365,7 +387,12 @@ class Driver:
             run.flush()
             for training in list(self.trainings):
                 self._forget(training)
+                self.simulation.invariants.note_freed(training.claim)
                 run.release(training.claim)
+
+    def _free(self, run: Run, training: Training) -> None:
+        self.simulation.invariants.note_freed(training.claim)
+        run.free_device(training.claim)
 
     def _forget(self, training: Training) -> None:
         if training in self.trainings:
@@ -508,6 +535,10 @@ class Simulation:
                 self.scheduler.log.append(f"          of {driver.name}")
                 driver.is_killed = True
                 self.invariants.note_death(driver)
+                for training in driver.trainings:
+                    self.invariants.note_freed(training.claim)
+                if all(each == "kill" for _, each in self.plan.faults):
+                    self.invariants.check_stored_device_time(driver, STORE_SECONDS + BATCH_SECONDS)
                 self.scheduler.drain()
                 self.backend.break_connections(driver.slot, self)
                 self._start(draw.randrange(4))
@@ -871,6 +902,8 @@ def simulated(backend: Backend, seed: int, kinds: tuple[str, ...] = FAULTS) -> I
         patch.setattr(run_module, "threading", threads)
         patch.setattr(run_module, "time", clock)
         patch.setattr(queue_module, "time", clock)
+        patch.setattr(usage_module, "time", clock)
+        patch.setattr(usage_module, "STORE_SECONDS", STORE_SECONDS)
         patch.setattr(errors_module, "time", clock)
         patch.setattr(lease_module, "psutil", processes)
         patch.setattr(lease_module, "os", SimpleNamespace(getpid=lambda: here().pid, kill=no_process))

@@ -28,7 +28,8 @@ from storage.tables import metadata
 from tests.storage.builders import allow_takeovers, claim_one, claim_point, grid_run, open_s, script_of, sql
 
 VERSIONS = tuple(range(1, migrations.VERSION))
-OUR_TABLES = ["hpo_metrics", "hpo_runs", "hpo_trials"]
+TABLES_OF_VERSION_1 = ["hpo_metrics", "hpo_runs", "hpo_trials"]
+OUR_TABLES = [*TABLES_OF_VERSION_1, "hpo_usage"]
 POINTS = [{"x": x} for x in range(1, 7)]
 GRID = {"x": optuna.distributions.CategoricalDistribution([1, 2, 3, 4, 5, 6])}
 
@@ -72,13 +73,16 @@ def _make_old(target: Database, source: Path, version: int) -> None:
                 connection.execute(sa.text(f"DROP TRIGGER {name} ON {on}"))
                 connection.execute(sa.text(f"DROP FUNCTION {name}"))
         if version > 1:  # the function of its trigger knows no later table
-            of_rungs = "DELETE FROM hpo_rungs WHERE trial = OLD.trial_id; " if version > 2 else ""
+            of_later_tables = "DELETE FROM hpo_rungs WHERE trial = OLD.trial_id; " if version > 2 else ""
+            of_later_tables += "DELETE FROM hpo_imports WHERE trial = OLD.trial_id; " if version > 4 else ""
             connection.exec_driver_sql(
                 "CREATE OR REPLACE FUNCTION hpo_trial_deleted() RETURNS trigger LANGUAGE plpgsql AS "
-                f"$$ BEGIN DELETE FROM hpo_metrics WHERE trial = OLD.trial_id; {of_rungs}"
+                f"$$ BEGIN DELETE FROM hpo_metrics WHERE trial = OLD.trial_id; {of_later_tables}"
                 "DELETE FROM hpo_trials WHERE trial = OLD.trial_id; RETURN NULL; END $$"
             )
-        connection.execute(sa.text("DROP TABLE hpo_imports"))
+        connection.execute(sa.text("DROP TABLE hpo_usage"))
+        if version < 5:
+            connection.execute(sa.text("DROP TABLE hpo_imports"))
         for statement in (
             (
                 "DROP INDEX hpo_trials_by_state",
@@ -145,6 +149,43 @@ def test_a_search_of_an_older_version_is_resumed(migrated: Database, monkeypatch
         claims = [claim_one(run) for _ in range(3)]
         assert [(claim.number, claim.epoch) for claim in claims] == [(3, 1), (4, 1), (5, 0)]
         assert run.claim() is None
+
+
+def test_the_device_time_of_earlier_versions_is_that_of_their_epochs(old_url: str) -> None:
+    """They trained on half a GPU, on the CPU, on what another program has written, for no time, and on negative GPUs."""
+    engine = sa.create_engine(old_url.replace("postgresql://", "postgresql+psycopg://"))
+    provenances = {1: '{"device": "cuda", "gpu": 0.5}', 2: '{"device": "cpu"}', 3: '[{"device": "cuda"}]'}
+    provenances[5] = '{"device": "cuda", "gpu": -1}'
+    with engine.begin() as connection:
+        for trial, provenance in provenances.items():
+            update = sa.text("UPDATE hpo_trials SET provenance = :provenance WHERE trial = :trial")
+            connection.execute(update, {"trial": trial, "provenance": provenance})
+            for epoch in (1, 2) if trial < 4 else ():
+                insert = sa.text("INSERT INTO hpo_metrics VALUES (:trial, :epoch, 'epoch_seconds', 10.0 * :trial)")
+                connection.execute(insert, {"trial": trial, "epoch": epoch})
+        connection.execute(sa.text("INSERT INTO hpo_metrics VALUES (4, 1, 'epoch_seconds', NULL)"))
+        connection.execute(sa.text("INSERT INTO hpo_metrics VALUES (5, 1, 'epoch_seconds', 50.0)"))
+    engine.dispose()
+    with open_database(old_url) as database:
+        rows = sql(database, "SELECT trial, study, device, devices, seconds FROM hpo_usage ORDER BY trial")
+        assert rows == [
+            (1, 1, "cuda", 0.5, 20.0),
+            (2, 1, "cpu", 1.0, 40.0),
+            (3, 1, "cpu", 1.0, 60.0),
+            (5, 1, "cuda", 1.0, 50.0),
+        ]
+        assert open_s(database).device_seconds() == 160.0
+
+
+@pytest.mark.parametrize("old_version", [5], indirect=True)
+def test_the_device_time_of_a_trial_from_an_earlier_study_is_not_counted_twice(old_url: str) -> None:
+    engine = sa.create_engine(old_url.replace("postgresql://", "postgresql+psycopg://"))
+    with engine.begin() as connection:
+        connection.execute(sa.text("INSERT INTO hpo_metrics VALUES (1, 1, 'epoch_seconds', 10.0)"))
+        connection.execute(sa.text("INSERT INTO hpo_imports VALUES (1, 1, 'earlier', 0, 'reused')"))
+    engine.dispose()
+    with open_database(old_url) as database:
+        assert sql(database, "SELECT * FROM hpo_usage") == []
 
 
 def test_an_older_version_is_read_without_a_migration(old_url: str, old_version: int) -> None:
@@ -309,7 +350,7 @@ def test_tables_that_the_dashboard_did_not_create_are_created(old_url: str) -> N
     """`hpo dashboard` of version 1 left a new database without hpo_runs, hpo_trials and hpo_metrics."""
     engine = sa.create_engine(old_url.replace("postgresql://", "postgresql+psycopg://"))
     with engine.begin() as connection:
-        for table in OUR_TABLES:
+        for table in TABLES_OF_VERSION_1:
             connection.execute(sa.text(f"DROP TABLE {table}"))
     engine.dispose()
     with open_database(old_url) as database:

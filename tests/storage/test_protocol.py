@@ -88,7 +88,7 @@ def write(
     study: Study, *updates: TrialUpdate, pruner: SuccessiveHalving | None = None, is_ending: bool = False
 ) -> Written:
     ending = {(update.claim.token, state) for update in updates for state in ENDED} if is_ending else set()
-    return protocol.write(study.database, study.key, updates, pruner=pruner, ending=ending)
+    return protocol.write(study.database, study.key, updates, pruner=pruner, ending=ending, device_seconds={})
 
 
 def epoch_of(claim: ClaimedTrial, epoch: int, value: float, **options: Any) -> TrialUpdate:
@@ -505,7 +505,7 @@ def test_what_a_run_writes_while_it_is_taken_over_stands(
         else:
             state = TrialState.COMPLETE if ending == "complete" else None
             update = TrialUpdate(claim, 1, {"m": 0.5}, 0.5, final_state=state)
-            protocol.write(database, study.key, [update], pruner=None, ending=())
+            protocol.write(database, study.key, [update], pruner=None, ending=(), device_seconds={})
         return rows
 
     monkeypatch.setattr(protocol, "_unfinished", written_meanwhile)

@@ -125,7 +125,7 @@ class Both:
         self.optuna_study.tell(theirs, last)
 
     def _write(self, pruner: Pruner | None, update: TrialUpdate) -> protocol.Written:
-        return protocol.write(self.database, self.study.key, [update], pruner=pruner, ending=())
+        return protocol.write(self.database, self.study.key, [update], pruner=pruner, ending=(), device_seconds={})
 
     def compare(self) -> None:
         """Assert that all decisions are equal, and that there are some of each kind."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,8 +10,9 @@ from typing import Any
 
 import psutil
 import pytest
+import sqlalchemy as sa
 
-from storage import lease, optuna_tables, protocol, queue, records, retry, tables
+from storage import lease, optuna_tables, protocol, queue, records, retry, tables, usage
 from storage.writer import Writer
 from tests.storage.simulator import Backend, open_backend, run_seed
 
@@ -212,6 +214,40 @@ def keys_are_not_compared(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(records, "has_key", lambda *_: False)
 
 
+def device_time_is_added(patch: pytest.MonkeyPatch) -> None:
+    """Device time whose answer was lost is counted twice."""
+    stored, note_stored = Counter[usage.Account](), usage.Meter.note_stored
+
+    def add(connection: Any, readings: Any) -> None:
+        for (trial, token), seconds in readings.items():
+            new = seconds - stored[trial, token]
+            is_it = sa.and_(tables.usage.c.trial == trial, tables.usage.c.token == token)
+            connection.execute(tables.usage.update().where(is_it).values(seconds=tables.usage.c.seconds + new))
+
+    def note(self: Any, readings: Any) -> None:
+        stored.update({account: seconds - stored[account] for account, seconds in readings.items()})
+        note_stored(self, readings)
+
+    patch.setattr(usage, "store", add)
+    patch.setattr(usage.Meter, "note_stored", note)
+
+
+def the_last_reading_is_lost(patch: pytest.MonkeyPatch) -> None:
+    """A claim that stops while an earlier reading is being stored counts as stored."""
+    note_stored = usage.Meter.note_stored
+
+    def forget(self: Any, readings: Any) -> None:
+        note_stored(self, readings)
+        self._unstored -= readings.keys()
+
+    patch.setattr(usage.Meter, "note_stored", forget)
+
+
+def device_time_is_stored_with_reports_only(patch: pytest.MonkeyPatch) -> None:
+    """A driver that is killed in a long epoch loses its device time."""
+    patch.setattr(usage.Meter, "is_due", property(lambda self: bool(self._unstored)))
+
+
 @pytest.mark.parametrize(
     ("mutant", "faults", "first"),
     [
@@ -219,17 +255,20 @@ def keys_are_not_compared(patch: pytest.MonkeyPatch) -> None:
         (living_runs_are_dead, ("suspend",), 0),
         (processes_keep_their_trials, ("exit",), 50),
         (studies_are_known_by_their_ids, ("delete",), 0),
-        (every_failure_is_retried, ("retry", "lost answer"), 0),
+        (every_failure_is_retried, ("retry", "lost answer"), 350),
         (points_are_not_compared, ("restore",), 0),
-        (outages_are_not_noticed, ("outage",), 420),
+        (outages_are_not_noticed, ("outage",), 0),
         (budget_is_checked_before_the_draw_only, ("error",), 0),
         (repeated_claims_are_new, ("lost answer",), 0),
         (abandoned_epochs_stay, ("kill",), 100),
         (rungs_of_abandoned_epochs_stay, ("kill",), 100),
         (bugs_end_the_writer, ("bug",), 0),
         (decisions_are_stored_alone, ("kill",), 0),
-        (crashes_are_added, ("lost answer",), 190),
+        (crashes_are_added, ("lost answer",), 0),
         (keys_are_not_compared, ("kill",), 0),
+        (device_time_is_added, ("lost answer",), 0),
+        (the_last_reading_is_lost, ("suspend",), 0),
+        (device_time_is_stored_with_reports_only, ("kill",), 0),
     ],
     ids=lambda value: getattr(value, "__name__", "+".join(value) if isinstance(value, tuple) else ""),
 )
