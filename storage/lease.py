@@ -162,6 +162,15 @@ def is_run_dead(run: Any) -> bool | None:
     return None
 
 
+def is_run_alive(run: Any) -> bool:
+    """Return whether a run works on its study, as far as the database and this machine know.
+
+    Args:
+        run: a row of `records.read_runs`.
+    """
+    return run.ended is None and run.lease_until >= run.now and not is_run_dead(run)
+
+
 def _is_hidden(pid: int) -> bool:
     """Return whether a process exists that /proc does not show: with `hidepid=2`, it hides those of other users."""
     try:

@@ -12,10 +12,10 @@ from typing import Any
 from storage import records
 from storage.database import Database
 from storage.errors import retry_while_down
-from storage.lease import is_run_dead
+from storage.lease import is_run_alive
 from storage.optuna_internals import study_id
 from storage.records import NEVER_RUN
-from storage.studies import identity_of, references, settings_of
+from storage.studies import references, settings_of, unique_name_of
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,6 @@ def _summary(
     runs = retry_while_down(database, lambda: records.read_runs(database, study_id(study)))
     settings = settings_of(study.user_attrs)
     heard = [run.last_heard for run in runs]
-    identity = identity_of(study.user_attrs)
     return Summary(
         study.study_name,
         state_of(study.user_attrs, counts, runs, ended=ended, retried=retried),
@@ -90,7 +89,7 @@ def _summary(
         str(settings.get("metric", "value")),
         best,
         max([*heard, *([] if last is None else [last])], default=None),
-        f"{study.study_name}-{identity}" if identity else "",
+        unique_name_of(study.study_name, study.user_attrs),
     )
 
 
@@ -108,7 +107,7 @@ def state_of(
     """
     if not isinstance(attrs.get("hpo:settings"), dict):
         return ""
-    if any(run.ended is None and run.lease_until >= run.now and not is_run_dead(run) for run in runs):
+    if any(map(is_run_alive, runs)):
         return "running"
     if "hpo:total" in attrs:
         wanted = attrs["hpo:total"]
