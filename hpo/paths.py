@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ LOG_FILE = "log.txt"  # in a trial's folder: the output of its script
 HANG_FILE = "hang.txt"  # in a trial's folder: the stack of every thread of a worker that hung
 LOST_FILE = "device_lost.txt"  # in a trial's folder: the error after which its worker's process could not use the GPU
 CONFIGURATION_FILE = "configuration.json"  # in a trial's folder: whose files these are
+COPYING_FILE = "copying.json"  # in the folder of a study that is being copied: which study, to which database
 DATABASES_FILE = "databases.txt"  # in a study's folder: which databases have trained its trials, one a line
 SCRIPT_DIR = "script"  # in a trial's folder: {checkpoint_dir} of its script
 
@@ -135,12 +137,12 @@ def atomic_file(path: Path, *, sync: bool = False) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
         draft.replace(path)
         if sync:
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
     finally:
         draft.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Flush the names in a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -154,3 +156,23 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a file with `atomic_file`."""
     with atomic_file(path) as file:
         file.write(content)
+
+
+def link_or_copy(source: Path, path: Path) -> None:
+    """Add a hard link to a file that never changes, such as a checkpoint: it needs no space. Else copy the file.
+
+    Args:
+        source: the file.
+        path: its new name. A file that has it, such as one of an attempt that failed, is replaced.
+
+    Raises:
+        OSError: the file cannot be read, or the other one not be written.
+    """
+    path.unlink(missing_ok=True)
+    try:
+        path.hardlink_to(source)
+    except FileExistsError:  # another process did the same just now
+        pass
+    except OSError:  # another file system, or one without hard links
+        with source.open("rb") as original, atomic_file(path, sync=True) as file:
+            shutil.copyfileobj(original, file)

@@ -21,7 +21,7 @@ from storage.database import Database
 from storage.errors import StorageError, name_strange_content, retry_while_down
 from storage.optuna_internals import renumber_parents
 from storage.protocol import new_token
-from storage.studies import FILES, Study, revisions_of, settings_of
+from storage.studies import FILES, Study, deleted_studies, revisions_of, settings_of
 
 TRIALS_AT_ONCE = 200  # bounds the rows in memory: a trial may have hundreds of epochs and metrics
 
@@ -63,8 +63,8 @@ class SystemAttr(NamedTuple):
     value: str
 
 
-# Returns the system attribute of a copy, given that of the study, and {trial_id: trial_id in the copy}.
-Translate = Callable[[SystemAttr, Mapping[int, int]], SystemAttr]
+# Returns the system attribute of a copy, given that of the study, and {trial_id: trial_id in the copy}; None for none.
+Translate = Callable[[SystemAttr, Mapping[int, int]], SystemAttr | None]
 
 
 def copy_study(
@@ -118,6 +118,21 @@ def has_study(connection: sa.Connection, target: Database, name: str, identity: 
     if revisions_of(known, name):
         raise name_taken(target.url, name)
     return False
+
+
+def may_have(database: Database, name: str, identity: str) -> bool:
+    """Return whether the study with this `hpo:id` has this name, or there is none and never was.
+
+    Raises:
+        StorageError: the database cannot be used (after retries).
+    """
+
+    def read() -> dict[str, Any]:
+        with database.engine.connect() as connection:
+            return optuna_tables.read_study_attr(connection, "hpo:id")
+
+    known = retry_while_down(database, read)
+    return known.get(name) == identity or identity not in {*known.values(), *deleted_studies(database)}
 
 
 def name_taken(url: str, name: str) -> NameTakenError:
@@ -256,8 +271,8 @@ def renamed(attrs: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _translated(rows: Rows, translate: Translate, trial_ids: Mapping[int, int]) -> Rows:
-    new = [translate(SystemAttr(row["key"], row["value_json"]), trial_ids) for row in rows]
-    return [{**row, "key": attr.key, "value_json": attr.value} for row, attr in zip(rows, new, strict=True)]
+    new = [(row, translate(SystemAttr(row["key"], row["value_json"]), trial_ids)) for row in rows]
+    return [{**row, "key": attr.key, "value_json": attr.value} for row, attr in new if attr is not None]
 
 
 def _without_owner(row: dict[str, Any], runs: Mapping[int, int], *, is_unfinished: bool) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import sqlalchemy as sa
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import TrialState
 
 from storage import optuna_tables, tables
@@ -45,7 +45,7 @@ def full_study(database: Database, name: str = "s") -> Study:
     run.__enter__()
     finish_some(run)
     kill(run)
-    waiting = {"c": CategoricalDistribution([None, 1])}
+    waiting: dict[str, BaseDistribution] = {"c": CategoricalDistribution([None, 1])}
     study.optuna_study.enqueue_trial({"c": None})
     study.optuna_study.ask(waiting)  # takes the enqueued one: a RUNNING trial of another program
     trial = study.trials()[1]

@@ -1,0 +1,110 @@
+"""The verbs for whole studies: compare, copy, rename, delete. `hpo.run` adds them to the command line."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from hpo.errors import SettingError
+from hpo.options import secret, storage_option
+from hpo.printing import hint, say
+
+if TYPE_CHECKING:
+    from hpo.api import DeletedStudy
+
+
+@click.command()
+@click.argument("study")
+@click.argument("new_name", metavar="NEW")
+@click.option("--to", metavar="URL", help="The database of the copy; by default, that of the study.")
+@storage_option
+def copy(study: str, new_name: str, to: str | None, storage: str) -> int:
+    """Copy a study, in its database or to another one.
+
+    The copy has all of it: metrics, provenance, checkpoints, logs, artifacts. It is complete or does not exist: a command
+    that was killed goes on when it is started again. To continue the copy, copy the file of the search space, too: a study
+    has the name of its file. If you change that file, the search is a revision of the copy.
+
+    A search may run meanwhile: trials that it trains wait in the copy, to be resumed from their checkpoints.
+
+    \b
+    Example:  hpo copy grid wider
+              hpo copy grid grid --to postgresql://hpo@database/hpo
+    """
+    from hpo.api import copy_study
+    from hpo.report.formatting import format_bytes
+
+    copied = copy_study(study, new_name, to=to, storage=storage, password=secret("PGPASSWORD"))
+    for remark in copied.remarks:
+        say(f"note: {remark}")
+    content = f"{_describe(copied.counts)}, {format_bytes(copied.disk_bytes)} of checkpoints and logs"
+    say(f"{copied.source} is copied to {copied.name} in {copied.storage}: {content}")
+    if waiting := copied.counts.get("WAITING"):
+        say(f"{waiting} of them wait: `hpo run` resumes them")
+    say(f"To continue it, give a search space this name: search_spaces/{copied.name}.yaml")
+    return 0
+
+
+@click.command()
+@click.argument("study")
+@click.argument("new_name", metavar="NEW")
+@storage_option
+def rename(study: str, new_name: str, storage: str) -> int:
+    """Give a study another name.
+
+    Rename the file of its search space, too: a study has the name of its file. Checkpoints stay in the folder with the
+    former name. A study that is running is refused.
+
+    \b
+    Example:  hpo rename grid first
+    """
+    from hpo.api import rename_study
+
+    former = rename_study(study, new_name, storage=storage, password=secret("PGPASSWORD"))
+    say(f"{former} is {new_name} now. To continue it, give a search space this name: search_spaces/{new_name}.yaml")
+    return 0
+
+
+@click.command()
+@click.argument("study")
+@click.option("--yes", is_flag=True, help="Delete it without asking.")
+@storage_option
+def delete(study: str, yes: bool, storage: str) -> int:
+    """Delete a study with its checkpoints, logs and artifacts, after a question.
+
+    Its reports and exports stay, and so do the trials that other studies have taken over. A study that is running is
+    refused. A name without a revision means the latest one; the others stay.
+
+    \b
+    Example:  hpo delete grid@2
+    """
+    from hpo.api import delete_study
+    from hpo.report.formatting import format_bytes
+
+    def confirm(found: DeletedStudy) -> bool:
+        files = f"{format_bytes(found.disk_bytes)} of checkpoints and logs"
+        content = f"{_describe(found.counts)}, {files}" if found.counts else files
+        say(f"{found.name} in {found.storage}: {content}")
+        if yes:
+            return True
+        if sys.stdin is None or not sys.stdin.isatty():
+            command = hint("delete", study, "--yes", storage=storage)
+            raise SettingError(f"nothing is deleted: nobody can answer here. This deletes it: {command}")
+        return click.confirm("Delete it? It cannot be undone", default=False)
+
+    deleted = delete_study(study, confirm=confirm, storage=storage, password=secret("PGPASSWORD"))
+    if deleted is None:
+        say("Nothing is deleted.")
+        return 0
+    for problem in deleted.problems:
+        say(f"hpo: {problem}", to=sys.stderr)
+    say(f"{deleted.name} is deleted.")
+    return 2 if deleted.problems else 0
+
+
+def _describe(counts: dict[str, int]) -> str:
+    total = sum(counts.values())
+    states = ", ".join(f"{count:,} {state}" for state, count in sorted(counts.items()))
+    return f"{total:,} trials ({states})" if states else "no trials"
