@@ -27,7 +27,7 @@ from hpo.paths import DATABASES_FILE, RunsDir, study_id_of
 from hpo.search.probes import SCRATCH_PREFIX
 from hpo.search.retention import checkpoint_files, is_of, superfluous_trials, trials_with_checkpoints
 from hpo.space.model import Space
-from hpo.staging import is_abandoned, staging_files
+from hpo.staging import is_abandoned, leftovers
 
 if TYPE_CHECKING:
     from storage.database import Database
@@ -115,8 +115,7 @@ def find_garbage(database: Database, runs_dir: RunsDir) -> Cleaning:
     for folder in folders:
         other, identity = others.find(folder), study_id_of(folder.name)
         if folder.name in studies:
-            if folder in abandoned:
-                garbage.append(Garbage(KILLED_COPY, folder, tuple(staging_files(folder))))
+            garbage.append(Garbage(KILLED_COPY, folder, tuple(leftovers(folder))))
             garbage += [] if folder.name in running else _of_study(studies[folder.name], folder, is_shared=bool(other))
         elif identity in deleted and other:
             shared[folder] = other

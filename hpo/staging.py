@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -73,22 +73,20 @@ def is_abandoned(folder: Path, database: str) -> bool:
         folder: of a study, or of a copy.
         database: see `CopyOrder`. Whether a copy to another database is complete is not known here.
     """
-    order = _read(folder)
-    if order is None or order.database != database:
-        return False
+    order, left = _read(folder), leftovers(folder)
+    if order is None:  # killed before it had copied anything
+        return bool(left) and set(folder.iterdir()) <= set(left)
+    return bool(left) and order.database == database
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Return the files that a copy leaves in its folder if it is killed; none while a process makes it."""
     lock = _lock_of(folder)
-    if not Path(lock.lock_file).exists():
-        return True
-    try:
-        with lock:
-            return True
-    except (Timeout, OSError):
-        return False
-
-
-def staging_files(folder: Path) -> list[Path]:
-    """Return the files of a folder that are not part of a copy which is complete."""
-    return [path for path in (folder / COPYING_FILE, Path(_lock_of(folder).lock_file)) if path.exists()]
+    path = Path(lock.lock_file)
+    found = [*folder.glob(f".{COPYING_FILE}.*.tmp"), *(each for each in (folder / COPYING_FILE, path) if each.exists())]
+    with suppress(Timeout, OSError), lock if path.exists() else nullcontext():
+        return found
+    return []
 
 
 def _find(order: CopyOrder, runs_dir: RunsDir) -> Iterator[str]:

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -15,7 +15,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import TrialState
 
 from storage import optuna_tables, tables
-from storage.database import Database
+from storage.database import Database, open_database
 from storage.imports import ImportedTrial, Origin, TakenOver, import_trials
 from storage.pruners import SuccessiveHalving
 from storage.run import Run
@@ -107,8 +107,13 @@ def _plain(
     return plain
 
 
-def kill_at(step: int, operation: Callable[[], object]) -> bool:
-    """Run an operation in a process of its own, and kill it before its nth statement, commit, or change of a file.
+def kill_at(step: int, urls: Sequence[str], operation: Callable[..., object]) -> bool:
+    """Run an operation in a process of its own, and kill it before it changes something for the nth time.
+
+    Args:
+        step: counts statements that write, commits, and changes of files.
+        urls: the databases that the operation gets, open.
+        operation: what to run.
 
     Returns:
         Whether it was killed. Otherwise it has ended before, and counts as tested.
@@ -120,8 +125,9 @@ def kill_at(step: int, operation: Callable[[], object]) -> bool:
         pid = os.fork()
     if not pid:
         try:
+            databases = [open_database(url) for url in urls]
             _die_at(step)
-            operation()
+            operation(*databases)
         except BaseException:  # noqa: BLE001
             import traceback
 
@@ -141,10 +147,14 @@ def _die_at(step: int) -> None:
         if left[0] == 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def audit(event: str, _: Any) -> None:
+    def count_statement(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if statement.startswith(("INSERT", "UPDATE", "DELETE")):
+            count()
+
+    def count_file(event: str, _: Any) -> None:
         if event in FILE_EVENTS:
             count()
 
-    sa.event.listen(sa.Engine, "before_cursor_execute", count)
+    sa.event.listen(sa.Engine, "before_cursor_execute", count_statement)
     sa.event.listen(sa.Engine, "commit", count)
-    sys.addaudithook(audit)
+    sys.addaudithook(count_file)

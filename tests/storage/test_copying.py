@@ -235,20 +235,19 @@ def test_a_kill_at_any_statement_leaves_none_or_all(database: Database, target: 
     full_study(database)
     urls = [each.engine.url.render_as_string(hide_password=False) for each in (database, target)]
 
-    def copy() -> None:
-        with open_database(urls[0]) as source, open_database(urls[1]) as other:
-            copy_study(found(source, "s"), other, "c", IDENTITY)
+    def copy(source: Database, other: Database) -> None:
+        copy_study(found(source, "s"), other, "c", IDENTITY)
 
     outcomes = []
     for step in itertools.count(1):
-        was_killed = kill_at(step, copy)
+        was_killed = kill_at(step, urls, copy)
         outcomes.append(study_names(target))
         if outcomes[-1]:
             check_copied(database, target, "c")
         if not was_killed:
             break
     assert outcomes[-1] == ["c"]
-    assert outcomes.count([]) > 20, "it was killed at each statement"
+    assert outcomes.count([]) >= 16, "it was killed before each statement that writes, and before the commit"
 
 
 @pytest.mark.slow
