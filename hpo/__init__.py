@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         PlannedSearch,
         SearchResult,
         clean_runs,
+        compare_studies,
         copy_study,
         delete_study,
         export_model,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
         retry_trials,
         run_search,
         serve_dashboard,
+        write_comparison,
         write_report,
     )
     from hpo.space.model import Space, load_space, space_schema
@@ -34,6 +36,7 @@ __all__ = [
     "SearchResult",
     "Space",
     "clean_runs",
+    "compare_studies",
     "copy_study",
     "delete_study",
     "export_model",
@@ -48,6 +51,7 @@ __all__ = [
     "run_search",
     "serve_dashboard",
     "space_schema",
+    "write_comparison",
     "write_report",
 ]
 

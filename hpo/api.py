@@ -24,11 +24,13 @@ from hpo.service import PlannedSearch, SearchResult, plan_search, run_search
 from hpo.studies import (
     CopiedStudy,
     DeletedStudy,
+    compare_studies,
     copy_study,
     delete_study,
     opened_study,
     rename_study,
     require_ours,
+    write_comparison,
 )
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ __all__ = [
     "PlannedSearch",
     "SearchResult",
     "clean_runs",
+    "compare_studies",
     "copy_study",
     "delete_study",
     "export_model",
@@ -55,6 +58,7 @@ __all__ = [
     "retry_trials",
     "run_search",
     "serve_dashboard",
+    "write_comparison",
     "write_report",
 ]
 

@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,10 +68,11 @@ class RunsDir:
 
     def report(self, study_name: str) -> Path:
         """Return the folder of a study's report. A study of another program may have any name, even one with slashes."""
-        name = _UNSAFE.sub("_", study_name).lstrip(".")[:100].encode()[:MAX_FOLDER_BYTES].decode(errors="ignore") or "_"
-        if name != study_name:  # the hash tells it from others that would have the same folder; no name contains a ~
-            name += "~" + hashlib.sha256(study_name.encode(errors="surrogatepass")).hexdigest()[:8]
-        return self.reports / name
+        return self.reports / _page_folder(study_name)
+
+    def comparison(self, study_names: Sequence[str]) -> Path:
+        """Return the folder of a page that compares studies."""
+        return self.root / "comparisons" / _page_folder("+".join(study_names))
 
     def export(self, study_name: str, number: int) -> Path:
         """Return the folder of an exported trial."""
@@ -94,6 +95,14 @@ class RunsDir:
                 "make the folder writable, or start from another folder"
             ) from None
         return RunsDir(self.root.resolve())
+
+
+def _page_folder(name: str) -> str:
+    """Return the name of the folder of a page, whatever the names of studies are."""
+    safe = _UNSAFE.sub("_", name).lstrip(".")[:100].encode()[:MAX_FOLDER_BYTES].decode(errors="ignore") or "_"
+    if safe != name:  # the hash tells it from others that would have the same folder; no name contains a ~
+        safe += "~" + hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
+    return safe
 
 
 def _folder_name(name: str) -> str:

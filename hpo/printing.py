@@ -40,10 +40,14 @@ def print_results(console: Console, results: Results) -> None:
         console.print(line, style="red", soft_wrap=True)
 
 
+def relative(path: Path) -> Path:
+    """Return a path as short as it can be, from this folder."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 def print_report(console: Console, page: Path) -> None:
     """Print where a report is."""
-    page = page.relative_to(Path.cwd()) if page.is_relative_to(Path.cwd()) else page
-    console.print(f"Report: {page}  (report.md has the same figures as PNG)", soft_wrap=True)
+    console.print(f"Report: {relative(page)}  (report.md has the same figures as PNG)", soft_wrap=True)
 
 
 def print_ending(console: Console, result: SearchResult, storage: str) -> None:

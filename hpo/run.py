@@ -452,7 +452,7 @@ def dashboard(storage: str, host: str, port: int, read_only: bool, certfile: Pat
     return 0
 
 
-for verb in (study_verbs.copy, study_verbs.rename, study_verbs.delete):
+for verb in (study_verbs.compare, study_verbs.copy, study_verbs.rename, study_verbs.delete):
     cli.add_command(verb)
 
 

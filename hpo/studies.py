@@ -1,9 +1,9 @@
-"""The Python API for whole studies: find one, copy it, rename it, delete it. `hpo.api` has the other functions."""
+"""The Python API for whole studies: compare, copy, rename, delete. `hpo.api` has the other functions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ from hpo.errors import SettingError, nearest
 from hpo.paths import DEFAULT_STORAGE, RunsDir
 
 if TYPE_CHECKING:
+    from hpo.report.comparison import Comparison
     from storage.database import Database
     from storage.studies import Study
 
@@ -58,6 +59,55 @@ def require_ours(study: Study, what: str = "hpo cannot run its trials") -> None:
     """Raise SettingError for a study of another program: nothing says how its trials are run, or what its files are."""
     if not study.is_ours:
         raise SettingError(f"study {study.name} was not created by hpo, so {what}")
+
+
+def compare_studies(
+    studies: Sequence[str],
+    *,
+    others: Sequence[tuple[str, str]] = (),
+    storage: str = DEFAULT_STORAGE,
+    password: str | None = None,
+) -> Comparison:
+    """Compare studies: best values, and how soon each was found, over trials and over device time.
+
+    Args:
+        studies: their names; without a revision, the latest one.
+        others: (name, storage) of studies in other databases.
+        storage: the database of `studies`. All databases are only read.
+        password: the PostgreSQL password, used for URLs without one.
+
+    Returns:
+        The studies, `studies` first, and what differs between them.
+
+    Raises:
+        SettingError: there is no such study, or only one is named.
+        StorageError: a database cannot be used.
+    """
+    from hpo.report.comparison import compare
+
+    named = [*((name, storage) for name in studies), *others]
+    if len(named) < 2:
+        raise SettingError("name at least two studies, of this database or, with --other, of another one")
+    with ExitStack() as opened:
+        return compare([opened.enter_context(opened_study(name, url, password)) for name, url in named])
+
+
+def write_comparison(comparison: Comparison, *, runs_dir: Path | str = "runs") -> Path:
+    """Write a page with studies side by side: one HTML file that needs no network. An earlier one is replaced.
+
+    Args:
+        comparison: see `compare_studies`.
+        runs_dir: the page is written to a folder below it.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        SettingError: the folder cannot be written.
+    """
+    from hpo.report.comparison_page import write_comparison
+
+    return write_comparison(comparison, RunsDir(Path(runs_dir)))
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,59 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
 
 from hpo.errors import SettingError
 from hpo.options import secret, storage_option
-from hpo.printing import hint, say
+from hpo.printing import hint, new_console, relative, say
 
 if TYPE_CHECKING:
     from hpo.api import DeletedStudy
+
+
+@click.command()
+@click.argument("studies", nargs=-1, metavar="STUDY...")
+@click.option(
+    "--other",
+    "others",
+    type=(str, str),
+    multiple=True,
+    metavar="STUDY URL",
+    help="A study of another database. Repeatable.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, and write no page.")
+@storage_option
+def compare(studies: Sequence[str], others: Sequence[tuple[str, str]], as_json: bool, storage: str) -> int:
+    """Show studies side by side, and write a page with their curves.
+
+    For each study: the best value, after how many trials and how much device time it was found, and what all trials took.
+    The page, in runs/comparisons/, shows the best value so far over trials and over device time. What differs between the
+    studies, such as the metric, the data or the number of epochs, is said.
+
+    
+    Example:  hpo compare grid extended
+              hpo compare grid --other grid sqlite:///old/hpo.db
+    """
+    from hpo.api import compare_studies, write_comparison
+
+    comparison = compare_studies(studies, others=others, storage=storage, password=secret("PGPASSWORD"))
+    if as_json:
+        print(json.dumps(comparison.to_json(), indent=2))
+        return 0
+    from hpo.report.comparison import comparison_remarks
+    from hpo.report.tables import comparison_table
+
+    console = new_console()
+    console.print(comparison_table(comparison))
+    for remark in comparison_remarks(comparison):
+        console.print(remark, soft_wrap=True)
+    console.print(f"Page: {relative(write_comparison(comparison))}", soft_wrap=True)
+    return 0
 
 
 @click.command()

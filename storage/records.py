@@ -80,6 +80,21 @@ def read_metrics(database: Database, study_id: int, trial_ids: Collection[int] |
     return found
 
 
+def read_training(database: Database, study_id: int) -> dict[int, tuple[int, float]]:
+    """Return {trial_id: (number of epochs, sum of their `epoch_seconds`)} of a study, without reading its epochs."""
+    seconds = sa.case((metrics.c.name == "epoch_seconds", metrics.c.value), else_=0.0)
+    query = (
+        sa.select(
+            metrics.c.trial, sa.func.count(metrics.c.epoch.distinct()), sa.func.coalesce(sa.func.sum(seconds), 0.0)
+        )
+        .join(trials, trials.c.trial == metrics.c.trial)
+        .where(trials.c.study == study_id)
+        .group_by(metrics.c.trial)
+    )
+    with database.engine.connect() as connection:
+        return {trial_id: (epochs, float(seconds)) for trial_id, epochs, seconds in connection.execute(query)}
+
+
 # --- studies and trials -----------------------------------------------------------------------------------------------
 
 

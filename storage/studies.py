@@ -160,6 +160,10 @@ class Study:
         found = retry_while_down(self.database, lambda: records.read_metrics(self.database, self.study_id, trial_ids))
         return {trial_id: found.get(trial_id, {}) for trial_id in trial_ids}
 
+    def training(self) -> dict[int, tuple[int, float]]:
+        """Return {trial_id: (epochs, seconds)} of what was trained, see `records.read_training`."""
+        return retry_while_down(self.database, lambda: records.read_training(self.database, self.study_id))
+
     def system_attrs(self) -> dict[str, Any]:
         """Return the system attributes, which Optuna and optuna-dashboard store with the study."""
         return self._read(lambda: self.database.optuna_storage.get_study_system_attrs(self.study_id))

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,7 @@ class TrialResult:
         wall_seconds: from start to end as Optuna recorded it; 0.0 if the trial has not ended.
         attrs: Optuna's user attributes of the trial.
         trial_id: the key in the database, unique across its studies.
+        completed: when it ended, in UTC without a time zone; None if it has not.
     """
 
     number: int
@@ -61,6 +63,7 @@ class TrialResult:
     wall_seconds: float = 0.0
     attrs: Mapping[str, Any] = field(default_factory=dict)
     trial_id: int = 0
+    completed: datetime | None = None
 
     @property
     def has_ended(self) -> bool:
@@ -398,6 +401,7 @@ def _trial_result(
         trial.duration.total_seconds() if trial.duration else 0.0,
         trial.user_attrs,
         trial_id(trial),
+        trial.datetime_complete,
     )
 
 
