@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from storage.studies import Study
 
 MAX_LINES = len(COLOURS)  # more colours cannot be distinguished
-HOUR_SECONDS = 3600.0
+UNITS = {"hours": 3600.0, "minutes": 60.0, "seconds": 1.0}  # of device time, in seconds
 
 
 @dataclass(frozen=True)
@@ -136,19 +136,31 @@ def _cost(trial: TrialResult, epochs: int, seconds: float) -> tuple[int, float]:
 
 
 def _steps(results: Results, seconds: dict[int, float]) -> Iterator[Step]:
-    best, trials, spent, last = math.nan, 0, 0.0, None
-    ended = [trial for trial in results.trials if trial.has_ended]
-    # Results of earlier studies are known from the start.
-    for trial in sorted(ended, key=lambda each: (not each.reused_from, each.completed or datetime.min, each.number)):
-        if trial.number in seconds:
-            trials, spent = trials + 1, spent + seconds[trial.number]
-        value = trial.values[0] if trial.state == "COMPLETE" and trial.values else math.nan
-        if math.isfinite(value) and (math.isnan(best) or (value > best if results.maximize else value < best)):
+    ended = sorted(
+        (trial for trial in results.trained if trial.has_ended),
+        key=lambda trial: (trial.completed or datetime.min, trial.number),
+    )
+    reused = [value for trial in results.trials if trial.reused_from and (value := _value(trial)) is not None]
+    better = max if results.maximize else min
+    best = better(reused, default=None)
+    last = None if best is None else Step(0, 0.0, best)
+    if last is not None:
+        yield last
+    spent = 0.0
+    for trials, trial in enumerate(ended, start=1):
+        spent += seconds[trial.number]
+        value = _value(trial)
+        if value is not None and (best is None or better(value, best) != best):
             best = value
-            last = Step(trials, spent, best)
-            yield last
-    if last is not None and last.trials < trials:
-        yield Step(trials, spent, best)
+            yield (last := Step(trials, spent, best))
+    if last is not None and best is not None and last.trials < len(ended):
+        yield Step(len(ended), spent, best)
+
+
+def _value(trial: TrialResult) -> float | None:
+    """Return the first objective of a completed trial; None if it has none, or an infinite one."""
+    is_result = trial.state == "COMPLETE" and trial.values and math.isfinite(trial.values[0])
+    return trial.values[0] if is_result else None
 
 
 def _settings(results: Results) -> dict[str, str]:
@@ -187,7 +199,7 @@ def comparison_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]
     """Return the headings of a table of studies, and a row of texts for each."""
     metrics = {study.metric for study in comparison.studies}
     best = f"best {comparison.studies[0].metric}" if len(metrics) == 1 else "best"
-    columns = ["study", "state", "trials", best, "best trial", "after", "epochs", "device time"]
+    columns = ["study", "state", "trials", best, "best trial", "found after", "epochs", "device time"]
     has_reused = any(study.reused for study in comparison.studies)
     several = len({study.storage for study in comparison.studies}) > 1
     if has_reused:
@@ -203,7 +215,9 @@ def comparison_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]
                 *([f"{study.reused:,}"] if has_reused else []),
                 format_number(study.best) + ("" if len(metrics) == 1 or study.best is None else f" {study.metric}"),
                 shorten(study.best_trial),
-                "".join(f"{step.trials:,} trials, {format_seconds(step.device_seconds)}" for step in found),
+                "".join(
+                    f"{step.trials:,} of {study.trials:,}, {format_seconds(step.device_seconds)}" for step in found
+                ),
                 f"{study.epochs:,}",
                 format_seconds(study.device_seconds),
             ]
@@ -226,13 +240,13 @@ def progress_figures(comparison: Comparison) -> list[CurveFigure]:
     if not drawn:
         return []
     longest = max(study.steps[-1].device_seconds for study in drawn)
-    unit, name = (HOUR_SECONDS, "hours") if longest >= HOUR_SECONDS else (60.0, "minutes")
-    by_time = [[step.device_seconds / unit for step in study.steps] for study in drawn]
+    unit = next((name for name, seconds in UNITS.items() if longest >= 3 * seconds), "seconds")
+    by_time = [[step.device_seconds / UNITS[unit] for step in study.steps] for study in drawn]
     by_trials = [[float(step.trials) for step in study.steps] for study in drawn]
     metric = drawn[0].metric
     return [
         _figure(f"Best {metric} over trials", "trials that have ended", drawn, by_trials, has_whole_x=True),
-        _figure(f"Best {metric} over device time", f"device time, {name}", drawn, by_time, has_whole_x=False),
+        _figure(f"Best {metric} over device time", f"device time, {unit}", drawn, by_time, has_whole_x=False),
     ]
 
 
@@ -243,7 +257,7 @@ def _figure(
     lines = []
     for study, xs, colour in zip(drawn, places, COLOURS, strict=False):
         x, y = _as_steps(xs, [step.best for step in study.steps])
-        label = shorten(f"{study.name} in {study.storage}" if several else study.name)
+        label = f"{study.name} in {study.storage}" if several else shorten(study.name)  # long paths may begin alike
         lines.append(Line(x, y, colour, label, hover=(label, study.metric)))
     end = math.ceil(max(max(each) for each in places))
     return CurveFigure(title, lines, [], end, is_log=False, x_title=x_title, has_whole_x=has_whole_x)

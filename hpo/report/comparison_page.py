@@ -90,9 +90,7 @@ def compare_with_ancestors(results: Results) -> ComparisonSection | None:
                 ancestors.append(found)
             else:
                 remarks.append(f"{source.study} is not in the database any more")
-        section = build_section(compare([results.study, *ancestors])) if ancestors else None
-    if section is None:
-        return None
+        section = build_section(compare([results.study, *ancestors]))
     return ComparisonSection(section.columns, section.rows, section.figures, [*section.remarks, *remarks])
 
 
