@@ -215,13 +215,15 @@ class DeletedStudy:
     Attributes:
         name: what names it, see `storage.studies.references`.
         storage: the URL of its database, without a password.
-        counts: {state: number of trials}; empty if the rows are gone, because a deletion was killed.
+        has_rows: whether its rows are in the database. They are not if its deletion was killed.
+        counts: {state: number of trials}.
         disk_bytes: the size of its checkpoints and logs.
         problems: which files could not be deleted, and why; or why they are kept.
     """
 
     name: str
     storage: str
+    has_rows: bool
     counts: dict[str, int]
     disk_bytes: int
     problems: list[str]
@@ -262,7 +264,7 @@ def delete_study(
     with open_database(storage, password, create=False) as database:
         left = [] if studies.find_study(database, study) else deleted_folders(database, study, runs)
         if left:  # its deletion was killed
-            found = DeletedStudy(study, database.url, {}, sum(map(count_bytes, left)), [])
+            found = DeletedStudy(study, database.url, False, {}, sum(map(count_bytes, left)), [])
             unique_names = [folder.name for folder in left]
         else:
             opened = find_study(database, study)
@@ -271,7 +273,7 @@ def delete_study(
             )
             unique_names = [opened.unique_name]
             disk_bytes = count_bytes(runs.checkpoints(opened.unique_name))
-            found = DeletedStudy(opened.reference, database.url, dict(opened.counts()), disk_bytes, [])
+            found = DeletedStudy(opened.reference, database.url, True, dict(opened.counts()), disk_bytes, [])
         if not confirm(found):
             return None
         if not left:

@@ -81,11 +81,9 @@ def copy(study: str, new_name: str, to: str | None, storage: str) -> int:
     copied = copy_study(study, new_name, to=to, storage=storage, password=secret("PGPASSWORD"))
     for remark in copied.remarks:
         say(f"note: {remark}")
-    content = f"{_describe(copied.counts)}, {format_bytes(copied.disk_bytes)} of checkpoints and logs"
-    say(f"{copied.source} is copied to {copied.name} in {copied.storage}: {content}")
-    if waiting := copied.counts.get("WAITING"):
-        say(f"{waiting} of them wait: `hpo run` resumes them")
-    say(f"To continue it, give a search space this name: search_spaces/{copied.name}.yaml")
+    say(f"{copied.source} is copied to {copied.name} in {copied.storage}")
+    say(f"It has {_describe(copied.counts)}; checkpoints and logs: {format_bytes(copied.disk_bytes)}")
+    say(f"To continue it, give a search space its name: search_spaces/{copied.name}.yaml")
     return 0
 
 
@@ -105,7 +103,7 @@ def rename(study: str, new_name: str, storage: str) -> int:
     from hpo.api import rename_study
 
     former = rename_study(study, new_name, storage=storage, password=secret("PGPASSWORD"))
-    say(f"{former} is {new_name} now. To continue it, give a search space this name: search_spaces/{new_name}.yaml")
+    say(f"{former} is {new_name} now. To continue it, give a search space its name: search_spaces/{new_name}.yaml")
     return 0
 
 
@@ -126,9 +124,8 @@ def delete(study: str, yes: bool, storage: str) -> int:
     from hpo.report.formatting import format_bytes
 
     def confirm(found: DeletedStudy) -> bool:
-        files = f"{format_bytes(found.disk_bytes)} of checkpoints and logs"
-        content = f"{_describe(found.counts)}, {files}" if found.counts else files
-        say(f"{found.name} in {found.storage}: {content}")
+        what = _describe(found.counts) if found.has_rows else "it is deleted, but not its files"
+        say(f"{found.name} in {found.storage} has {what}; checkpoints and logs: {format_bytes(found.disk_bytes)}")
         if yes:
             return True
         if sys.stdin is None or not sys.stdin.isatty():
@@ -147,6 +144,5 @@ def delete(study: str, yes: bool, storage: str) -> int:
 
 
 def _describe(counts: dict[str, int]) -> str:
-    total = sum(counts.values())
     states = ", ".join(f"{count:,} {state}" for state, count in sorted(counts.items()))
-    return f"{total:,} trials ({states})" if states else "no trials"
+    return f"trials: {states}" if states else "no trials"

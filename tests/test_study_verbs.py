@@ -111,7 +111,7 @@ def test_compare_refuses_with_one_message(here: Path, hpo_here: HpoHere, argumen
 def test_copy_says_how_to_continue(here: Path, hpo_here: HpoHere) -> None:
     done = hpo_here(here, "copy", "toy", "new")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("toy is copied to new in sqlite:///runs/hpo.db: 2 trials (2 COMPLETE), ")
+    assert done.stdout.startswith("toy is copied to new in sqlite:///runs/hpo.db\nIt has trials: 2 COMPLETE; ")
     assert "search_spaces/new.yaml" in done.stdout
     assert names() == ["toy", "wide", "wide@2", "new"]
     (new,) = (each for each in list_studies() if each.name == "new")
@@ -239,7 +239,7 @@ def test_delete_asks_first(here: Path, hpo_here: HpoHere, monkeypatch: pytest.Mo
     done = hpo_here(here, "delete", "wide")
     assert len(asked) == 1
     assert done.returncode == 0
-    assert done.stdout.startswith("wide@2 in sqlite:///runs/hpo.db: 1 trials (1 COMPLETE), ")
+    assert done.stdout.startswith("wide@2 in sqlite:///runs/hpo.db has trials: 1 COMPLETE; ")
     if is_yes:
         assert names() == ["toy", "wide"]
         assert len(list((here / "runs/checkpoints").glob("wide@2-*"))) == 0

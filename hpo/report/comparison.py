@@ -43,8 +43,9 @@ class StudyProgress:
         name: what names it on the command line.
         storage: the URL of its database, without a password.
         state: see `storage.summaries.state_of`.
-        metric: the first objective.
+        metric: the first objective, which is compared.
         maximize: whether it is maximized.
+        objectives: how many there are.
         trials: how many trials have ended that the study trained.
         reused: how many results it has from earlier studies. They are its best values from the start, and cost it nothing.
         best: the best value of a completed trial; None without one.
@@ -52,7 +53,7 @@ class StudyProgress:
         epochs: how many epochs the study trained, those of unfinished trials included.
         device_seconds: how long devices were used for them: on a GPU, a trial that had a quarter of it counts a quarter.
         steps: in order; empty without a value.
-        settings: {what: value} that decides whether values can be compared.
+        settings: {what: value} that decides whether values can be compared; only `objective` if hpo cannot read the others.
     """
 
     name: str
@@ -60,6 +61,7 @@ class StudyProgress:
     state: str
     metric: str
     maximize: bool
+    objectives: int
     trials: int
     reused: int
     best: float | None
@@ -119,6 +121,7 @@ def read_progress(study: Study) -> StudyProgress:
         results.state,
         results.metric,
         results.maximize,
+        len(results.objectives),
         sum(trial.has_ended for trial in results.trained),
         len(results.trials) - len(results.trained),
         None if best is None else best.values[0],
@@ -165,12 +168,12 @@ def _value(trial: TrialResult) -> float | None:
 
 def _settings(results: Results) -> dict[str, str]:
     space = results.space
-    objectives = ", ".join(
+    objectives = " and ".join(
         f"{name} ({'maximize' if maximize else 'minimize'})" for name, maximize in results.objectives
     )
     found = {"objective": objectives}
     if space is None:
-        return found | {"settings": "unknown"}
+        return found
     found |= {f"data.{name}": format_value(value) for name, value in space.data.model_dump().items()}
     hashes = {str(run.provenance["data_sha256"]) for run in results.runs if "data_sha256" in run.provenance}
     return found | {
@@ -182,14 +185,17 @@ def _settings(results: Results) -> dict[str, str]:
 
 
 def _differences(studies: Sequence[StudyProgress]) -> Iterator[str]:
-    names = dict.fromkeys(name for study in studies for name in study.settings)
-    for name in names:
+    for name in dict.fromkeys(name for study in studies for name in study.settings):
         values: dict[str, list[str]] = {}
         for study in studies:
-            values.setdefault(study.settings.get(name, "unknown"), []).append(study.name)
+            if name in study.settings:
+                values.setdefault(study.settings[name], []).append(study.name)
         if len(values) > 1:
             each = "; ".join(f"{shorten(value)} in {', '.join(owners)}" for value, owners in values.items())
             yield f"{name} differs, so values may not be comparable: {each}"
+    unknown = [study.name for study in studies if len(study.settings) == 1]
+    if unknown:
+        yield f"hpo cannot read the settings of {', '.join(unknown)}, which may differ in data, seed or epochs"
 
 
 # --- tables and figures -----------------------------------------------------------------------------------------------
@@ -228,8 +234,10 @@ def comparison_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]
 def comparison_remarks(comparison: Comparison) -> list[str]:
     """Return what a reader of a comparison must know: what differs, and which studies are not drawn."""
     left_out = [study.name for study in comparison.studies if study not in comparison.drawn]
+    has_several = any(study.objectives > 1 for study in comparison.studies)
     return [
         *comparison.differences,
+        *(["Of several objectives, the first one is compared"] if has_several else []),
         *([f"Not drawn, with another metric or without a completed trial: {', '.join(left_out)}"] if left_out else []),
     ]
 

@@ -54,8 +54,6 @@ def test_a_copy_of_a_running_search_goes_on_where_the_search_was(
     check_chains(other)
     assert last_epochs(other) == dict.fromkeys(range(len(POINTS)), MAX_EPOCHS)
     for number in (each for each, epoch in epochs.items() if epoch > 1):  # the last checkpoint may be one epoch behind
-        assert f"trial {number} epoch {epoch}/{MAX_EPOCHS}" not in resumed.stdout, (
-            "it resumes from the copied checkpoint"
-        )
+        assert f"trial {number} epoch 1/{MAX_EPOCHS}" not in resumed.stdout, "it resumes from the copied checkpoint"
     compared = hpo(tmp_path, "compare", "chains", "--other", "copied", url, "--json")
     assert [each["trials"] for each in json.loads(compared.stdout)["studies"]][1] == len(POINTS)

@@ -158,8 +158,20 @@ def test_a_study_of_another_program_is_compared_too(database: Database) -> None:
     add_trial(plain, "COMPLETE", [0.25])
     comparison = compare([study_of(database, "a"), found(database, "plain")])
     assert comparison.studies[1].best == 0.25
-    assert "settings differs, so values may not be comparable: unknown in b" not in comparison_remarks(comparison)
-    assert any(remark.startswith("max_epochs differs") for remark in comparison_remarks(comparison))
+    assert comparison_remarks(comparison) == [
+        "objective differs, so values may not be comparable: val_accuracy (maximize) in a; value (minimize) in plain",
+        "hpo cannot read the settings of plain, which may differ in data, seed or epochs",
+        "Not drawn, with another metric or without a completed trial: plain",
+    ]
+
+
+def test_the_first_of_several_objectives_is_compared(database: Database) -> None:
+    plain = optuna_study(database, directions=("maximize", "minimize"))
+    for values in ([0.25, 1.0], [0.5, 2.0]):
+        add_trial(plain, "COMPLETE", values)
+    comparison = compare([found(database, "plain")] * 2)
+    assert comparison.studies[0].best == 0.5
+    assert "Of several objectives, the first one is compared" in comparison_remarks(comparison)
 
 
 def found(database: Database, name: str) -> Study:
