@@ -209,7 +209,10 @@ class _Copying:
                 if table is optuna_tables.trial_system_attributes:
                     rows = _translated(rows, translate, trial_ids)
                 fixed = {"study": study_id} if "study" in table.c else {}
-                _insert(connection, table, [{**row, column: trial_ids[row[column]]} | fixed for row in rows])
+                for row in rows:  # in place: they are many
+                    row.update(fixed)
+                    row[column] = trial_ids[row[column]]
+                _insert(connection, table, rows)
 
     def _write_runs(self, connection: sa.Connection, study_id: int) -> dict[int, int]:
         """Insert the runs, all of which have ended; return {run: run of the copy}."""
