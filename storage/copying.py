@@ -191,12 +191,12 @@ class _Copying:
         trial_ids, unfinished = self._write_trials(connection, study_id)
         for table in _OF_STUDY:
             rows = self._read(table, table.c.study_id == self._source.study_id)
-            if table is optuna_tables.study_user_attributes:
-                rows = _as_new(rows, name, identity)
+            with name_strange_content(self._source.database.url):
+                if table is optuna_tables.study_user_attributes:
+                    rows = _as_new(rows, name, identity)
+                if table is optuna_tables.study_system_attributes:
+                    rows = _renumbered(rows, trial_ids)
             if table is optuna_tables.study_system_attributes:
-                rows = [
-                    {**row, "value_json": renumber_parents(row["key"], row["value_json"], trial_ids)} for row in rows
-                ]
                 rows = _translated(rows, translate, trial_ids)
             _insert(connection, table, [{**row, "study_id": study_id} for row in rows])
         known = sorted(trial_ids)
@@ -271,6 +271,10 @@ def renamed(attrs: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return those of a study's user attributes that differ under another name: its settings contain the name."""
     settings = settings_of(attrs)
     return {"hpo:settings": settings | {"name": name}} if "name" in settings else {}
+
+
+def _renumbered(rows: Rows, trial_ids: Mapping[int, int]) -> Rows:
+    return [{**row, "value_json": renumber_parents(row["key"], row["value_json"], trial_ids)} for row in rows]
 
 
 def _translated(rows: Rows, translate: Translate, trial_ids: Mapping[int, int]) -> Rows:

@@ -205,6 +205,16 @@ def test_a_study_that_was_deleted_meanwhile_is_not_copied(database: Database, ta
     assert study_names(target) == []
 
 
+def test_what_hpo_does_not_write_is_one_message(database: Database, target: Database) -> None:
+    study = full_study(database)
+    with database.engine.begin() as connection:
+        connection.execute(sa.text("UPDATE study_user_attributes SET value_json = '{' WHERE key = 'hpo:total'"))
+    with pytest.raises(StorageError, match="the database holds what hpo does not write") as error:
+        copy_study(study, target, "c", IDENTITY)
+    assert str(error.value).startswith(database.url)
+    assert study_names(target) == []
+
+
 def test_a_lost_answer_is_no_second_copy(database: Database, target: Database) -> None:
     study = full_study(database)
     for _ in range(2):
