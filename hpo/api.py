@@ -11,37 +11,54 @@ file, an unreachable database. Storage URLs are SQLAlchemy URLs: `sqlite:///runs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpo.errors import SettingError, nearest
+from hpo.errors import SettingError
 from hpo.paths import DEFAULT_STORAGE, RunsDir
 from hpo.search.environment import describe_environment
 from hpo.service import PlannedSearch, SearchResult, plan_search, run_search
+from hpo.studies import (
+    CopiedStudy,
+    DeletedStudy,
+    compare_studies,
+    copy_study,
+    delete_study,
+    opened_study,
+    rename_study,
+    require_ours,
+    write_comparison,
+)
 
 if TYPE_CHECKING:
     from hpo.cleaning import Cleaning
     from hpo.export.exporting import ExportedModel
     from hpo.report.results import Results
-    from storage.studies import Study
     from storage.summaries import Summary
 
 __all__ = [
+    "CopiedStudy",
+    "DeletedStudy",
     "PlannedSearch",
     "SearchResult",
     "clean_runs",
+    "compare_studies",
+    "copy_study",
+    "delete_study",
     "export_model",
     "list_studies",
     "migrate_database",
     "plan_search",
     "read_results",
+    "rename_study",
     "replay_trial",
     "retry_trials",
     "run_search",
     "serve_dashboard",
+    "write_comparison",
     "write_report",
 ]
 
@@ -136,7 +153,7 @@ def read_results(study: str, *, storage: str = DEFAULT_STORAGE, password: str | 
     """
     from hpo.report import results
 
-    with _opened_study(study, storage, password) as opened:
+    with opened_study(study, storage, password) as opened:
         return results.read_results(opened)
 
 
@@ -185,8 +202,8 @@ def retry_trials(
     """
     from storage import retry
 
-    with _opened_study(study, storage, password, is_written=True) as opened:
-        _require_ours(opened)
+    with opened_study(study, storage, password, is_written=True) as opened:
+        require_ours(opened)
         failed = retry.failed_trials(opened)
         for number in sorted(numbers):
             if number not in failed:
@@ -228,8 +245,8 @@ def replay_trial(
     """
     from hpo.search.replay import check_stored_code, read_trial, replay
 
-    with _opened_study(study, storage, password) as opened:
-        _require_ours(opened)
+    with opened_study(study, storage, password) as opened:
+        require_ours(opened)
         trial = read_trial(opened, number)
     if not run_stored_code:
         check_stored_code(trial)
@@ -267,7 +284,7 @@ def export_model(
         DataError: the data set is not there and cannot be downloaded.
         StorageError: the database cannot be used.
     """
-    with _opened_study(study, storage, password) as opened:
+    with opened_study(study, storage, password) as opened:
         from hpo.export import exporting
 
         return exporting.export_model(
@@ -322,25 +339,3 @@ def serve_dashboard(
     with open_database(storage, password) as database:
         runs = RunsDir(Path(runs_dir)).make()
         serve(database, host, port, access=access, runs_dir=runs, certificate=certificate)
-
-
-@contextmanager
-def _opened_study(name: str, storage: str, password: str | None, *, is_written: bool = False) -> Iterator[Study]:
-    """Open a study, and close its connections at the end. It can be read after that: it connects again."""
-    from storage.database import open_database, open_existing
-    from storage.studies import find_study, study_names
-
-    opened = open_database(storage, password, create=False) if is_written else open_existing(storage, password)
-    with opened as database:
-        study = find_study(database, name)
-        if study is None:
-            names = study_names(database)
-            hint = nearest(name, names) if names else "it has none yet"
-            raise SettingError(f"there is no study {name!r} in {database.url}: {hint}")
-        yield study
-
-
-def _require_ours(study: Study) -> None:
-    """Raise SettingError for a study of another program: nothing says how its trials are run."""
-    if not study.is_ours:
-        raise SettingError(f"study {study.name} was not created by hpo, so hpo cannot run its trials")

@@ -27,11 +27,13 @@ from hpo.paths import DATABASES_FILE, RunsDir, study_id_of
 from hpo.search.probes import SCRATCH_PREFIX
 from hpo.search.retention import checkpoint_files, is_of, superfluous_trials, trials_with_checkpoints
 from hpo.space.model import Space
+from hpo.staging import is_abandoned, leftovers
 
 if TYPE_CHECKING:
     from storage.database import Database
     from storage.studies import Study
 
+KILLED_COPY = "left by a copy that was killed; the same command goes on with it"
 LEFTOVER_SECONDS = 86_400.0  # no process writes a file, or measures training steps, for so long
 # See `hpo.paths.atomic_file` and `storage.migrations.back_up`. The user may have other hidden files.
 _DRAFT = re.compile(r"\..+\.(?:(?P<pid>\d+)-[0-9a-f]{8}|version-\d+)\.tmp")
@@ -93,6 +95,7 @@ def find_garbage(database: Database, runs_dir: RunsDir) -> Cleaning:
         SettingError: a folder that may have copies of the database cannot be read.
         StorageError: the database cannot be used.
     """
+    from storage.database import identify
     from storage.studies import all_studies, deleted_studies
     from storage.summaries import summarize
 
@@ -100,6 +103,12 @@ def find_garbage(database: Database, runs_dir: RunsDir) -> Cleaning:
     # First the folders, then the studies: a study that is created meanwhile has no folder here.
     folders = _entries(runs_dir.root / "checkpoints", problems)
     artifacts = _entries(runs_dir.artifacts, problems)
+    own_name = identify(database)
+    abandoned: set[Path] = set()
+    for folder in folders:
+        with _errors_noted(folder, problems):
+            if folder.is_dir() and not folder.is_symlink() and is_abandoned(folder, own_name):
+                abandoned.add(folder)
     studies = {study.unique_name: study for study in all_studies(database) if study.is_ours}
     deleted = deleted_studies(database) - {study_id_of(name) for name in studies}
     running = {summary.unique_name: summary.name for summary in summarize(database) if summary.state == "running"}
@@ -111,7 +120,7 @@ def find_garbage(database: Database, runs_dir: RunsDir) -> Cleaning:
     shared: dict[Path, str] = {}
     for folder in folders:
         with _errors_noted(folder, problems):
-            if folder.name in running or folder.is_symlink():
+            if folder.is_symlink():
                 continue
             identity = study_id_of(folder.name)
             is_deleted = identity in deleted
@@ -120,12 +129,17 @@ def find_garbage(database: Database, runs_dir: RunsDir) -> Cleaning:
                 continue
             other = others.find(folder)
             if folder.name in studies:
-                garbage += _of_study(studies[folder.name], folder, problems, is_shared=bool(other))
+                garbage.append(Garbage(KILLED_COPY, folder, tuple(leftovers(folder))))
+                if folder.name not in running:
+                    garbage += _of_study(studies[folder.name], folder, problems, is_shared=bool(other))
             elif is_deleted and other:
                 shared[folder] = other
             elif is_deleted:
                 garbage.append(Garbage("of a deleted study", folder, (folder,)))
                 deleted.add(identity)
+            elif folder in abandoned and not other:
+                of_copy = [path for path in artifacts if path.name.startswith(f"{identity}-")]
+                garbage.append(Garbage(KILLED_COPY, folder, (folder, *of_copy)))
             else:
                 unknown[folder] = count_bytes(folder)
     published = [
@@ -156,6 +170,28 @@ def delete_garbage(found: Cleaning) -> Cleaning:
         problems += errors
         done.append(replace(each, disk_bytes=0) if errors else each)
     return replace(found, garbage=done, problems=problems)
+
+
+def deleted_folders(database: Database, name: str, runs_dir: RunsDir) -> list[Path]:
+    """Return the folders of deleted studies that had this name when they were created."""
+    from storage.studies import deleted_studies
+
+    entries = _entries(runs_dir.root / "checkpoints", [])
+    folders = [path for path in entries if path.name.rpartition("-")[0] == name]
+    deleted = deleted_studies(database) if folders else set()
+    return [folder for folder in folders if study_id_of(folder.name) in deleted]
+
+
+def delete_files_of(database: Database, unique_name: str, runs_dir: RunsDir) -> list[str]:
+    """Delete the checkpoints, logs and artifacts of a study that was deleted; return what is left, and why."""
+    folder = runs_dir.checkpoints(unique_name)
+    if other := _OtherDatabases(database, runs_dir.root).find(folder):
+        return [f"kept: {folder}, of a study that {other} has, too, or may have"]
+    problems: list[str] = []
+    artifacts = _entries(runs_dir.artifacts, problems)
+    paths = [path for path in artifacts if path.name.startswith(f"{study_id_of(unique_name)}-")]
+    paths += [folder] if folder.exists() else []
+    return problems + [problem for path in paths if (problem := _delete(path))]
 
 
 def count_bytes(path: Path | str) -> int:

@@ -75,10 +75,11 @@ def _read_storage(context: click.Context, parameter: click.Parameter, url: str) 
     default = secrets.get("HPO_STORAGE", DEFAULT_STORAGE)
     is_given = context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
     # Every word: click takes the last --storage, and the whole command line is recorded.
-    typed = [word.removeprefix("--storage=") for word in shlex.split(context.obj or "")]
+    words = shlex.split(context.obj or "")
+    typed = [word.partition("=")[2] if word.startswith("--") and "=" in word else word for word in words]
     if any(_has_password(word) for word in [*typed, *([url] if is_given else [])]):
         raise SettingError(
-            "every user of this machine can read a password on the command line. Leave it out of --storage, and put "
+            "every user of this machine can read a password on the command line. Leave it out of the URL, and put "
             "it in PGPASSWORD or ~/.pgpass; or put the URL in HPO_STORAGE, or in a file that HPO_STORAGE_FILE names"
         )
     context.meta[_STORAGE_OPTION] = is_given and url != default

@@ -6,7 +6,8 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ LOG_FILE = "log.txt"  # in a trial's folder: the output of its script
 HANG_FILE = "hang.txt"  # in a trial's folder: the stack of every thread of a worker that hung
 LOST_FILE = "device_lost.txt"  # in a trial's folder: the error after which its worker's process could not use the GPU
 CONFIGURATION_FILE = "configuration.json"  # in a trial's folder: whose files these are
+COPYING_FILE = "copying.json"  # in the folder of a study that is being copied: which study, to which database
 DATABASES_FILE = "databases.txt"  # in a study's folder: which databases have trained its trials, one a line
 SCRIPT_DIR = "script"  # in a trial's folder: {checkpoint_dir} of its script
 
@@ -66,10 +68,11 @@ class RunsDir:
 
     def report(self, study_name: str) -> Path:
         """Return the folder of a study's report. A study of another program may have any name, even one with slashes."""
-        name = _UNSAFE.sub("_", study_name).lstrip(".")[:100].encode()[:MAX_FOLDER_BYTES].decode(errors="ignore") or "_"
-        if name != study_name:  # the hash tells it from others that would have the same folder; no name contains a ~
-            name += "~" + hashlib.sha256(study_name.encode(errors="surrogatepass")).hexdigest()[:8]
-        return self.reports / name
+        return self.reports / _page_folder(study_name)
+
+    def comparison(self, study_names: Sequence[str]) -> Path:
+        """Return the folder of a page that compares studies."""
+        return self.root / "comparisons" / _page_folder("+".join(study_names))
 
     def export(self, study_name: str, number: int) -> Path:
         """Return the folder of an exported trial."""
@@ -92,6 +95,14 @@ class RunsDir:
                 "make the folder writable, or start from another folder"
             ) from None
         return RunsDir(self.root.resolve())
+
+
+def _page_folder(name: str) -> str:
+    """Return the name of the folder of a page, whatever the names of studies are."""
+    safe = _UNSAFE.sub("_", name).lstrip(".")[:100].encode()[:MAX_FOLDER_BYTES].decode(errors="ignore") or "_"
+    if safe != name:  # the hash tells it from others that would have the same folder; no name contains a ~
+        safe += "~" + hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]
+    return safe
 
 
 def _folder_name(name: str) -> str:
@@ -135,12 +146,12 @@ def atomic_file(path: Path, *, sync: bool = False) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
         draft.replace(path)
         if sync:
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
     finally:
         draft.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Flush the names in a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -154,3 +165,23 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a file with `atomic_file`."""
     with atomic_file(path) as file:
         file.write(content)
+
+
+def link_or_copy(source: Path, path: Path) -> None:
+    """Add a hard link to a file that never changes, such as a checkpoint: it needs no space. Else copy the file.
+
+    Args:
+        source: the file.
+        path: its new name. A file that has it, such as one of an attempt that failed, is replaced.
+
+    Raises:
+        OSError: the file cannot be read, or the other one not be written.
+    """
+    path.unlink(missing_ok=True)
+    try:
+        path.hardlink_to(source)
+    except FileExistsError:  # another process did the same just now
+        pass
+    except OSError:  # another file system, or one without hard links
+        with source.open("rb") as original, atomic_file(path, sync=True) as file:
+            shutil.copyfileobj(original, file)

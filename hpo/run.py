@@ -2,7 +2,8 @@
 
 Exit codes: 0 finished; 1 finished, but no trial completed; 2 the user must change something; 130 stopped, resumable.
 A search whose budget is spent is finished. One that stopped because nothing can be trained is not: 2.
-`hpo.api` does the work. Each verb imports what it needs, so `hpo --help` is fast.
+`hpo.api` does the work, and `hpo.study_verbs` has the verbs for whole studies. Each verb imports what it needs, so
+`hpo --help` is fast.
 """
 
 from __future__ import annotations
@@ -22,18 +23,16 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import click
 
-from hpo import working_folder
+from hpo import study_verbs, working_folder
 from hpo.errors import HpoError, SettingError, nearest, printable
-from hpo.options import data_option, needs_storage_option, secret, space_arguments, storage_option
+from hpo.options import data_option, secret, space_arguments, storage_option
 from hpo.paths import RunsDir
+from hpo.printing import hint, new_console, print_ending, print_report, print_results, say
 from hpo.search.stop import StopCause
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from hpo.api import SearchResult
     from hpo.report.results import Results
-    from hpo.report.terminal import Terminal
 
 STOP_CODES = {StopCause.INTERRUPTED: 130, StopCause.BROKEN: 2}
 COMPLETE_VARIABLE = "_HPO_COMPLETE"  # how a shell asks click for completions
@@ -69,7 +68,7 @@ def _run(prefix: Sequence[str]) -> NoReturn:
         sys.exit(130)
     except Exception as error:  # noqa: BLE001 # printed here, while control characters are left out
         if isinstance(error, HpoError) or _is_storage_error(error):
-            _say(f"hpo: {error}", to=sys.stderr)
+            say(f"hpo: {error}", to=sys.stderr)
             sys.exit(2)
         traceback.print_exc()
         sys.exit(1)
@@ -177,12 +176,12 @@ def run(
     from hpo.api import run_search
     from hpo.report.progress import TerminalProgress
 
-    console = _console()
+    console = new_console()
     with TerminalProgress(console) as progress:
 
         def show(results: Results) -> None:
             progress.close()
-            _print_results(console, results)
+            print_results(console, results)
 
         result = run_search(
             loaded,
@@ -194,7 +193,7 @@ def run(
             on_results=show,
             command=context.obj,
         )
-    _print_ending(console, result, storage)
+    print_ending(console, result, storage)
     if "torch" not in sys.modules:  # torch's extensions would report what is left at exit as leaks
         gc.freeze()  # skips the garbage collection at exit, which takes 0.6 s after a search
     return _exit_code(result)
@@ -220,7 +219,7 @@ def plan(space: str, overrides: Sequence[str], storage: str, data_dir: Path) -> 
     from hpo.report.plan import configuration_table, plan_lines, speed_table
     from hpo.report.progress import TerminalProgress
 
-    console = _console()
+    console = new_console()
     with TerminalProgress(console) as progress:
         progress.search_starting(loaded)
         planned = plan_search(
@@ -249,9 +248,9 @@ def report(study: str, storage: str) -> int:
     """
     from hpo.api import read_results, write_report
 
-    console, results = _console(), read_results(study, storage=storage, password=secret("PGPASSWORD"))
-    _print_results(console, results)
-    _print_report(console, write_report(results))
+    console, results = new_console(), read_results(study, storage=storage, password=secret("PGPASSWORD"))
+    print_results(console, results)
+    print_report(console, write_report(results))
     return 0
 
 
@@ -275,11 +274,11 @@ def list_(storage: str, as_json: bool) -> int:
     elif summaries:
         from hpo.report.tables import study_table
 
-        _console().print(study_table(summaries))
+        new_console().print(study_table(summaries))
     else:
         from storage.urls import without_password
 
-        _say(f"{without_password(storage)} has no studies yet; `hpo run SPACE` creates one")
+        say(f"{without_password(storage)} has no studies yet; `hpo run SPACE` creates one")
     return 0
 
 
@@ -302,9 +301,9 @@ def retry(study: str, numbers: Sequence[int], resume: bool, storage: str) -> int
     chosen = retry_trials(study, numbers, resume=resume, storage=storage, password=secret("PGPASSWORD"))
     if chosen:
         listed = ", ".join(map(str, chosen))
-        _say(f"{study}: waiting to run again: {listed}. The command that started the search runs them")
+        say(f"{study}: waiting to run again: {listed}. The command that started the search runs them")
     else:
-        _say(f"{study}: no trial has failed")
+        say(f"{study}: no trial has failed")
     return 0
 
 
@@ -329,7 +328,7 @@ def replay(study: str, number: int, yes: bool, storage: str, data_dir: Path) -> 
 
     password = secret("PGPASSWORD")
     is_equal = replay_trial(
-        study, number, storage=storage, password=password, data_dir=data_dir, show=_say, run_stored_code=yes
+        study, number, storage=storage, password=password, data_dir=data_dir, show=say, run_stored_code=yes
     )
     return 0 if is_equal else 1
 
@@ -353,9 +352,9 @@ def export(study: str, trial: int | None, output: Path | None, storage: str, dat
     password = secret("PGPASSWORD")
     exported = export_model(study, trial, storage=storage, password=password, data_dir=data_dir, output=output)
     for remark in exported.remarks:
-        _say(f"note: {remark}")
+        say(f"note: {remark}")
     folder = exported.folder
-    _say(f"{folder}: README.md describes it; python {shlex.quote(str(folder / 'classify.py'))} IMAGE runs it")
+    say(f"{folder}: README.md describes it; python {shlex.quote(str(folder / 'classify.py'))} IMAGE runs it")
     return 0
 
 
@@ -373,7 +372,7 @@ def migrate(storage: str) -> int:
     from storage.urls import without_password
 
     migrate_database(storage=storage, password=secret("PGPASSWORD"))
-    _say(f"{without_password(storage)} is ready")
+    say(f"{without_password(storage)} is ready")
     return 0
 
 
@@ -399,20 +398,20 @@ def clean(storage: str, yes: bool) -> int:
 
     cleaning = clean_runs(storage=storage, password=secret("PGPASSWORD"), delete=yes)
     for each in cleaning.garbage:
-        _say(f"{format_bytes(each.disk_bytes):>8}  {each.folder}: {each.what}")
+        say(f"{format_bytes(each.disk_bytes):>8}  {each.folder}: {each.what}")
     for folder, size in cleaning.unknown.items():
-        _say(f"kept: {folder} ({format_bytes(size)}), which is of no study in {without_password(storage)}")
+        say(f"kept: {folder} ({format_bytes(size)}), which is of no study in {without_password(storage)}")
     for folder, other in cleaning.shared.items():
-        _say(f"kept: {folder}, of a study that was deleted here, but that {other} has, or may have")
+        say(f"kept: {folder}, of a study that was deleted here, but that {other} has, or may have")
     for name in cleaning.running:
-        _say(f"kept: the files of {name}, which is running")
+        say(f"kept: the files of {name}, which is running")
     for problem in cleaning.problems:
-        _say(f"hpo: {problem}", to=sys.stderr)
+        say(f"hpo: {problem}", to=sys.stderr)
     total = format_bytes(cleaning.disk_bytes)
     if not cleaning.garbage:
-        _say("Nothing to delete.")
+        say("Nothing to delete.")
     else:
-        _say(f"Freed {total}." if yes else f"{total} can be freed: {_hint('clean', '--yes', storage=storage)}")
+        say(f"Freed {total}." if yes else f"{total} can be freed: {hint('clean', '--yes', storage=storage)}")
     return 2 if cleaning.problems else 0
 
 
@@ -453,6 +452,10 @@ def dashboard(storage: str, host: str, port: int, read_only: bool, certfile: Pat
     return 0
 
 
+for verb in (study_verbs.compare, study_verbs.copy, study_verbs.rename, study_verbs.delete):
+    cli.add_command(verb)
+
+
 @cli.command()
 def schema() -> int:
     """Print the JSON Schema of search spaces, for editors.
@@ -484,62 +487,6 @@ def completion(shell: str) -> int:
     assert kind is not None
     print(kind(cli, {}, "hpo", COMPLETE_VARIABLE).source())
     return 0
-
-
-# --- what is printed --------------------------------------------------------------------------------------------------
-
-
-def _say(text: str, to: TextIO | None = None) -> None:
-    """Print a text without control characters, by default to stdout."""
-    print(printable(text), file=to)
-
-
-def _console() -> Terminal:
-    from hpo.report.terminal import Terminal
-
-    # A log file has no width: the default of 80 columns would fold the table.
-    return Terminal(width=None if sys.stdout is not None and sys.stdout.isatty() else 140)
-
-
-def _print_results(console: Console, results: Results) -> None:
-    from hpo.report.tables import device_time, failures, trial_table
-
-    console.print(trial_table(results, console))
-    for line in device_time(results):
-        console.print(line, soft_wrap=True)
-    for line in failures(results):
-        console.print(line, style="red", soft_wrap=True)
-
-
-def _print_report(console: Console, page: Path) -> None:
-    page = page.relative_to(Path.cwd()) if page.is_relative_to(Path.cwd()) else page
-    console.print(f"Report: {page}  (report.md has the same figures as PNG)", soft_wrap=True)
-
-
-def _print_ending(console: Console, result: SearchResult, storage: str) -> None:
-    if result.stopped is not None:
-        remedy = {
-            StopCause.INTERRUPTED: "The same command resumes it",
-            StopCause.TIME_SPENT: "With a larger budget.time, the same command resumes it",
-            StopCause.NO_IMPROVEMENT: "With a larger budget.patience, the same command resumes it",
-            StopCause.GPU_HOURS_SPENT: "With a larger budget.gpu_hours, the same command resumes it",
-            StopCause.COST_SPENT: "With a larger budget.cost.limit, the same command resumes it",
-        }.get(result.stopped.cause, "Fix the cause, retry the failed trials, and start the same command again")
-        console.print(f"Stopped: {result.stopped}. {remedy}.", style="yellow", soft_wrap=True)
-    name = result.results.name
-    if result.report is not None:
-        _print_report(console, result.report)
-    if result.results.counts["FAIL"]:
-        console.print(f"Retry failed trials: {_hint('retry', name, storage=storage)}", soft_wrap=True)
-    console.print(f"Dashboard: {_hint('dashboard', storage=storage)}", soft_wrap=True)
-    console.print(f"Report again: {_hint('report', name, storage=storage)}", soft_wrap=True)
-
-
-def _hint(verb: str, *words: str, storage: str) -> str:
-    """Return a command that the user can copy and run. It contains no password."""
-    from hpo.report.formatting import format_command
-
-    return format_command(verb, *words, *(["--storage", storage] if needs_storage_option() else []))
 
 
 def _exit_code(result: SearchResult) -> int:

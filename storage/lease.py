@@ -26,6 +26,7 @@ MAX_FAILURES = 2
 RENEWAL_SHARE = 1 / 6  # of a lease: between two renewals
 # A run that starts just after an outage must not take the trials of living runs.
 STARTUP_SHARE = 1 / 3
+CLOCK_SECONDS = 1.0  # by which a lease may have been renewed after the database's time was read
 # The runs of this process that go on, as (run, started): two databases may have runs with the same key. A run that has ended
 # here may be open in the database, which was away when it ended. It is told from others by this set.
 live_runs: set[tuple[int, float]] = set()
@@ -163,6 +164,18 @@ def is_run_dead(run: Any) -> bool | None:
     if run.pid == os.getpid():
         return (run.run, run.started) not in live_runs
     return None
+
+
+def is_run_alive(run: Any) -> bool:
+    """Return whether a run works on its study, as far as the database and this machine know.
+
+    If the database's clock was set back, leases end too late. A living run corrects its own with the next renewal.
+
+    Args:
+        run: a row of `records.read_runs`.
+    """
+    holds = run.lease_until >= run.now and run.last_heard <= run.now + CLOCK_SECONDS
+    return run.ended is None and holds and not is_run_dead(run)
 
 
 def _is_hidden(pid: int) -> bool:

@@ -7,6 +7,8 @@ Optuna to one minor version: review this module and `optuna_tables` before raisi
 from __future__ import annotations
 
 import copy
+import json
+import re
 import sys
 from collections.abc import Callable, Container, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -28,6 +30,9 @@ BEST_TRIALS = default_gamma(sys.maxsize)
 
 # TPE draws all params of a trial at once. Until they are stored one by one, they are in system attributes with this prefix.
 RELATIVE_PARAMS = _RELATIVE_PARAMS_KEY
+
+# System attributes of a study: the parents of a generation, of a subclass of `BaseGASampler`.
+_PARENTS = re.compile(r"\w+:parent:[0-9]+")
 
 _FIXED_PARAMS = "fixed_params"  # the system attribute of an enqueued trial's params
 
@@ -182,6 +187,21 @@ def check_params(trial: FrozenTrial) -> None:
         if not distribution._contains(internal) or distribution.to_external_repr(internal) != value:
             raise ValueError(f"{name} cannot be {value!r}")
         trial.params[name] = distribution.to_external_repr(internal)
+
+
+def renumber_parents(key: str, value: str, trial_ids: Mapping[int, int]) -> str:
+    """Return a system attribute of a study for its copy: genetic samplers cache parents there, by their primary keys.
+
+    Args:
+        key: its name.
+        value: as JSON.
+        trial_ids: {key of a trial: its key in a copy of the study}.
+    """
+    if not _PARENTS.fullmatch(key):
+        return value
+    parents = json.loads(value)
+    is_list = isinstance(parents, list)  # any program may change it
+    return json.dumps([trial_ids[each] for each in parents if each in trial_ids]) if is_list else value
 
 
 # --- TPE --------------------------------------------------------------------------------------------------------------

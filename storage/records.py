@@ -81,6 +81,18 @@ def read_metrics(database: Database, study_id: int, trial_ids: Collection[int] |
     return found
 
 
+def count_epochs(database: Database, study_id: int) -> dict[int, int]:
+    """Return {trial_id: number of epochs} of a study, without reading them."""
+    query = (
+        sa.select(metrics.c.trial, sa.func.count(metrics.c.epoch.distinct()))
+        .join(trials, trials.c.trial == metrics.c.trial)
+        .where(trials.c.study == study_id)
+        .group_by(metrics.c.trial)
+    )
+    with database.engine.connect() as connection:
+        return {row[0]: row[1] for row in connection.execute(query)}
+
+
 # --- studies and trials -----------------------------------------------------------------------------------------------
 
 

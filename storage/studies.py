@@ -30,6 +30,7 @@ _FIRST = "@1"  # a name that ends so means the first revision, whose own name ha
 _REVISION = re.compile(r"[2-9]|[1-9][0-9]+")
 _MAX_IDS = 1000  # in one query: databases bound the number
 _IDENTITY = re.compile(r"[0-9a-f]{12}")  # `hpo:id`; file names contain it
+FILES = "hpo:files"  # user attribute of a study that was renamed: the name under which its files are stored
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Study:
         drafts: the storage of `optuna_study`.
         identity: its attribute `hpo:id`, random; None for a study that another program created, or changed in a way that hpo
             does not. SQLite gives the ids of deleted studies to new ones.
+        first_name: the name that it had before it was renamed first; empty if it was never renamed.
     """
 
     database: Database
@@ -53,6 +55,7 @@ class Study:
     optuna_study: optuna.Study
     drafts: DraftStorage
     identity: str | None = None
+    first_name: str = ""
 
     @property
     def key(self) -> StudyKey:
@@ -184,6 +187,10 @@ class Study:
         metrics = retry_while_down(self.database, read)
         return {trial_id: metrics.get(trial_id, {}) for trial_id in ids}
 
+    def count_epochs(self) -> dict[int, int]:
+        """Return {trial_id: number of epochs} that are stored."""
+        return retry_while_down(self.database, lambda: records.count_epochs(self.database, self.study_id))
+
     def system_attrs(self) -> dict[str, Any]:
         """Return the system attributes, which Optuna and optuna-dashboard store with the study."""
         return self._read(lambda: self.database.optuna_storage.get_study_system_attrs(self.study_id))
@@ -221,8 +228,8 @@ class Study:
 
     @property
     def unique_name(self) -> str:
-        """A name that no other study has, in any database. Files of the study are stored under it."""
-        return f"{self.name}-{self.identity}"
+        """A name that no other study has, in any database. Files of the study are stored under it, even if it is renamed."""
+        return f"{self.first_name or self.name}-{self.identity}"
 
 
 @contextlib.contextmanager
@@ -420,6 +427,22 @@ def identity_of(attrs: Mapping[str, Any]) -> str | None:
     return value if isinstance(value, str) and _IDENTITY.fullmatch(value) else None
 
 
+def unique_name_of(name: str, attrs: Mapping[str, Any]) -> str:
+    """Return `Study.unique_name` of a study with this name and these user attributes; empty if hpo did not create it."""
+    identity = identity_of(attrs)
+    return f"{_first_name(attrs) or name}-{identity}" if identity else ""
+
+
+def _first_name(attrs: Mapping[str, Any]) -> str:
+    value = attrs.get(FILES)
+    return value if isinstance(value, str) else ""
+
+
+def revisions_of(names: Iterable[str], name: str) -> list[str]:
+    """Return which of these names of studies are revisions of a study, the first one included."""
+    return [known for known in names if _is_revision(known, name)]
+
+
 def _check_direction(study: Study, direction: str) -> None:
     """Raise StorageError if another program created a study with another direction, such as the dashboard's default."""
     found = [each.name.lower() for each in study.optuna_study.directions]
@@ -443,14 +466,14 @@ def _load(database: Database, name: str) -> Study | None:
     try:
         study = retry_while_down(database, load)
         # If another study has its id now, this is the other one's, which has another name.
-        identity = identity_of(retry_while_down(database, lambda: study.user_attrs))
+        attrs = retry_while_down(database, lambda: study.user_attrs)
     except KeyError:
         return None
-    return Study(database, name, study_id(study), study, storage, identity)
+    return Study(database, name, study_id(study), study, storage, identity_of(attrs), _first_name(attrs))
 
 
 def _revisions(database: Database, name: str) -> list[str]:
-    return sorted((known for known in study_names(database) if _is_revision(known, name)), key=_revision)
+    return sorted(revisions_of(study_names(database), name), key=_revision)
 
 
 def _is_revision(known: str, name: str) -> bool:

@@ -12,13 +12,11 @@ from typing import Any
 from storage import records
 from storage.database import Database
 from storage.errors import retry_while_down
-from storage.lease import is_run_dead
+from storage.lease import is_run_alive
 from storage.optuna_internals import study_id
 from storage.records import NEVER_RUN
-from storage.studies import identity_of, references, settings_of
+from storage.studies import references, settings_of, unique_name_of
 from storage.usage import read_device_seconds
-
-CLOCK_SECONDS = 1.0  # by which a lease may have been renewed after the database's time was read
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,6 @@ def _summary(
     runs = retry_while_down(database, lambda: records.read_runs(database, study_id(study)))
     settings = settings_of(study.user_attrs)
     heard = [run.last_heard for run in runs]
-    identity = identity_of(study.user_attrs)
     return Summary(
         study.study_name,
         state_of(study.user_attrs, counts, runs, ended=ended, retried=retried),
@@ -100,7 +97,7 @@ def _summary(
         str(settings.get("metric", "value")),
         best,
         max([*heard, *([] if last is None else [last])], default=None),
-        f"{study.study_name}-{identity}" if identity else "",
+        unique_name_of(study.study_name, study.user_attrs),
     )
 
 
@@ -126,7 +123,7 @@ def state_of(
     """
     if not isinstance(attrs.get("hpo:settings"), dict):
         return ""
-    if any(run.ended is None and _holds(run) and not is_run_dead(run) for run in runs):
+    if any(map(is_run_alive, runs)):
         return "running"
     if "hpo:total" in attrs:
         wanted = attrs["hpo:total"]
@@ -139,14 +136,6 @@ def state_of(
         return "finished" if ended >= wanted and not retried else "resumable"
     left = counts.get("WAITING", 0) + counts.get("RUNNING", 0)
     return "finished" if ended and not left else "resumable"
-
-
-def _holds(run: Any) -> bool:
-    """Return whether the lease of a run holds.
-
-    If the database's clock was set back, leases end too late. A living run corrects its own with the next renewal.
-    """
-    return bool(run.lease_until >= run.now and run.last_heard <= run.now + CLOCK_SECONDS)
 
 
 def elapsed_seconds(runs: Iterable[Any]) -> float:

@@ -12,6 +12,7 @@ The formats were read from optuna-dashboard 0.21 (`_note.py`, `_custom_plot_data
 from __future__ import annotations
 
 import json
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,21 @@ if TYPE_CHECKING:
 MAX_ATTR_CHARS = 2045  # a longer text is split: the column of some databases is no longer
 DELETED = json.dumps(None)  # an artifact's metadata after the artifact has been deleted
 MIME_TYPES = {".png": "image/png", ".txt": "text/plain"}
+
+# What hpo publishes besides logs (`hpo.paths.LOG_FILE`), see `derived_name`:
+CHECKPOINT = "checkpoint"  # of the best trial; the name of its file changes
+CURVES = "curves.png"
+
+
+def derived_name(unique_name: str, trial_id: int | None, what: str) -> str:
+    """Return the part of an artifact's id that is the same each time it is published. It is hard to guess.
+
+    Args:
+        unique_name: of the study, which is random.
+        trial_id: the trial that the artifact belongs to; None for the study itself.
+        what: `CHECKPOINT`, or the file's name in the browser.
+    """
+    return str(uuid.uuid5(uuid.NAMESPACE_OID, f"{unique_name}/{trial_id}/{what}"))
 
 
 @dataclass(frozen=True)

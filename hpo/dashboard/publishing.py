@@ -14,15 +14,14 @@ import contextlib
 import html
 import logging
 import os
-import uuid
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpo.dashboard.attributes import Artifact, DashboardAttributes
+from hpo.dashboard.attributes import CHECKPOINT, CURVES, Artifact, DashboardAttributes, derived_name
 from hpo.dashboard.notes import describe_trial
-from hpo.paths import LOG_FILE, RunsDir, study_id_of, write_atomically
+from hpo.paths import LOG_FILE, RunsDir, link_or_copy, study_id_of, write_atomically
 from hpo.report.published import match_published
 from hpo.report.results import Results, TrialResult, read_epochs, read_results
 from hpo.search.checkpoints import belongs_to, list_checkpoints, owner_key
@@ -92,7 +91,7 @@ def _publish_curves(
         attributes.save_plot(family.name, figure)
     if drawings:
         image = png_figures.to_png(png_figures.draw_curves(drawings))
-        artifact = _artifact(results.study, attributes, "curves.png")
+        artifact = _artifact(results.study, attributes, CURVES)
         _publish_file(artifact, attributes, runs_dir, partial(write_atomically, content=image), replace=True)
 
 
@@ -121,8 +120,8 @@ def _publish_best_checkpoint(
     folder = runs_dir.trial(study.unique_name, best.number)
     if space is None or belongs_to(folder, owner_key(space.config_key(best.params), attempt_of(best.attrs))):
         for newest in list_checkpoints(folder)[:1]:
-            artifact = _artifact(study, attributes, newest.name, best.trial_id, role="checkpoint")
-            _publish_file(artifact, attributes, runs_dir, partial(_link_or_copy, newest))
+            artifact = _artifact(study, attributes, newest.name, best.trial_id, role=CHECKPOINT)
+            _publish_file(artifact, attributes, runs_dir, partial(link_or_copy, newest))
         if space is not None and is_deleted(folder):
             logger.warning(
                 "the dashboard of %s has no checkpoint of the best trial: checkpoints.keep is %s",
@@ -130,7 +129,7 @@ def _publish_best_checkpoint(
                 space.checkpoints.keep,
             )
     for trial in ranked:
-        former = _artifact(study, attributes, "", trial.trial_id, role="checkpoint")
+        former = _artifact(study, attributes, "", trial.trial_id, role=CHECKPOINT)
         if trial is not best and attributes.lists(former):
             attributes.delete(former)
             (runs_dir.artifacts / former.artifact_id).unlink(missing_ok=True)
@@ -179,7 +178,7 @@ def _artifact(
         role: replaces the file name in the id, where the file name may change.
     """
     unique_name = study.unique_name
-    name = str(uuid.uuid5(uuid.NAMESPACE_OID, f"{unique_name}/{trial_id}/{role or filename}"))
+    name = derived_name(unique_name, trial_id, role or filename)
     former = Artifact(name, filename, trial_id)
     if attributes.lists(former) or attributes.is_deleted(former):
         return former
@@ -207,14 +206,3 @@ def _publish_file(
         return
     write(runs_dir.artifacts / artifact.artifact_id)
     attributes.add(artifact)
-
-
-def _link_or_copy(source: Path, path: Path) -> None:
-    """Add a hard link to a checkpoint, which needs no space and is safe because checkpoints do not change; else copy it."""
-    path.unlink(missing_ok=True)  # left by an attempt that failed before the artifact was listed
-    try:
-        path.hardlink_to(source)
-    except FileExistsError:  # another process published it just now
-        pass
-    except OSError:  # another file system, or one without hard links
-        write_atomically(path, source.read_bytes())

@@ -26,7 +26,7 @@ GREY = "#94a3b8"
 
 Dash = Literal["solid", "dash", "dot"]
 Marker = Literal["circle", "circle-open"]
-Points = tuple[list[int | None], list[float | None]]
+Points = tuple[list[float | None], list[float | None]]
 DASHES: dict[str, Dash] = {"train": "dash", "published": "dot"}
 
 
@@ -38,7 +38,7 @@ class Line:
     """One line of a figure.
 
     Attributes:
-        x: epochs; None starts a new segment.
+        x: epochs, or what `CurveFigure.x_title` says; None starts a new segment.
         y: as many values as `x`; None is a gap.
         colour: #rrggbb.
         label: the name in the legend.
@@ -51,7 +51,7 @@ class Line:
         hover: the lines of text shown above the value at the cursor; without any, nothing is shown.
     """
 
-    x: list[int | None]
+    x: list[float | None]
     y: list[float | None]
     colour: str
     label: str
@@ -77,14 +77,16 @@ class Band:
 
 @dataclass(frozen=True)
 class CurveFigure:
-    """Curves over epochs.
+    """Curves over epochs, trials or time.
 
     Attributes:
         title: shown above the figure.
         lines: drawn in this order, on top of the bands.
         bands: areas.
-        last_epoch: the end of the x axis.
+        last_epoch: the end of the x axis, rounded up.
         is_log: whether the y axis is logarithmic.
+        x_title: what the x axis shows.
+        has_whole_x: whether only whole numbers make sense on the x axis.
     """
 
     title: str
@@ -92,6 +94,8 @@ class CurveFigure:
     bands: list[Band]
     last_epoch: int
     is_log: bool
+    x_title: str = "epoch"
+    has_whole_x: bool = True
 
 
 # --- from results to the model ----------------------------------------------------------------------------------------
@@ -255,7 +259,7 @@ def _clean(points: list[tuple[int, float]]) -> Points:
 
 def _join(curves: Sequence[Points]) -> Points:
     """Return one line with a gap after each curve."""
-    x: list[int | None] = []
+    x: list[float | None] = []
     y: list[float | None] = []
     for epochs, values in curves:
         x += [*epochs, None]

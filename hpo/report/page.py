@@ -1,29 +1,32 @@
-"""Write the report of a study: an HTML page, and a Markdown file with PNG figures. Reads nothing but `Results`."""
+"""Write the report of a study: an HTML page, and a Markdown file with PNG figures.
+
+It shows `Results`, and reads nothing else but the progress of earlier studies, see `comparison_page`.
+"""
 
 from __future__ import annotations
 
 import datetime
 import io
-import re
 import secrets
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpo.errors import SettingError, printable
+from hpo.errors import SettingError
 from hpo.paths import RunsDir, write_atomically
 from hpo.report import curves, optuna_plots, plotly_figures, png_figures
+from hpo.report.comparison_page import compare_with_ancestors
 from hpo.report.formatting import format_device_time, format_number, format_params, format_seconds
 from hpo.report.published import Published, describe_images, match_published
 from hpo.report.results import Results
 from hpo.report.tables import trial_columns
+from hpo.report.templating import PageFigure, curve_page_figure, environment
 from hpo.space.sections import Budget
 from storage.studies import settings_of
 
 if TYPE_CHECKING:
-    import jinja2
+    pass
 
 MAX_PAGE_ROWS = 200
 MAX_FAILURES = 100
@@ -35,27 +38,6 @@ OPTUNA_TITLES = {
 }
 
 
-@dataclass(frozen=True)
-class PageFigure:
-    """A figure as the templates show it.
-
-    Attributes:
-        name: the HTML id, and the PNG file's name without its ending.
-        plotly: for the page, as JSON that is safe inside a <script> element.
-        png: the PNG file's content.
-        is_curve: whether it shows metrics over epochs.
-        min_width: in pixels; a narrower window scrolls.
-    """
-
-    name: str
-    title: str
-    caption: str
-    plotly: str
-    png: bytes
-    is_curve: bool = False
-    min_width: int = 0
-
-
 def preload() -> None:
     """Import the libraries that `write_report` needs. Takes a second; call it on a background thread while trials run."""
     from matplotlib.figure import Figure
@@ -63,7 +45,7 @@ def preload() -> None:
     from optuna.visualization.matplotlib import plot_parallel_coordinate as draw_parallel_coordinate
     from plotly import graph_objects, offline
 
-    _ = plot_parallel_coordinate, draw_parallel_coordinate, offline, _environment(), _format_settings({"": 0})
+    _ = plot_parallel_coordinate, draw_parallel_coordinate, offline, environment(), _format_settings({"": 0})
     # These libraries import most of their parts on first use, and matplotlib also reads its font cache.
     png_figures.to_png(Figure(figsize=(1, 1)))
     line = {"line": {"width": 1}, "marker": {"colorbar": {"title": {"text": ""}}}, "mode": "lines"}
@@ -86,12 +68,13 @@ def write_report(results: Results, runs_dir: RunsDir) -> Path:
     """
     from plotly.offline import get_plotlyjs
 
-    folder, environment, content = runs_dir.report(results.study.name), _environment(), _content(results)
-    markdown = environment.get_template("report.md").render(content)
+    folder, templates, content = runs_dir.report(results.study.name), environment(), _content(results)
+    markdown = templates.get_template("report.md").render(content)
     # Only our own scripts run, even if a text got into the page as HTML.
     nonce = secrets.token_urlsafe(16)
-    page = environment.get_template("report.html").render(content, plotlyjs=get_plotlyjs(), nonce=nonce)
-    files = {f"{figure.name}.png": figure.png for figure in content["figures"]}
+    page = templates.get_template("report.html").render(content, plotlyjs=get_plotlyjs(), nonce=nonce)
+    drawn = [*content["figures"], *(content["ancestors"].figures if content["ancestors"] else [])]
+    files = {f"{figure.name}.png": figure.png for figure in drawn}
     files |= {"report.md": markdown.encode(), "index.html": page.encode()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,21 +86,6 @@ def write_report(results: Results, runs_dir: RunsDir) -> Path:
             f"{shlex.quote(results.name)}`"
         ) from None
     return folder / "index.html"
-
-
-def _environment() -> jinja2.Environment:
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("hpo.report"),
-        autoescape=jinja2.select_autoescape(["html"]),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=lambda value: printable(value) if type(value) is str else value,
-    )
-    environment.filters |= {"cell": _markdown_cell, "number": format_number, "quoted": shlex.quote}
-    return environment
 
 
 def _content(results: Results) -> dict[str, Any]:
@@ -143,6 +111,7 @@ def _content(results: Results) -> dict[str, Any]:
         "fixed": format_params(fixed),
         "published": _published_rows(results, published),
         "published_images": describe_images(results.space) if results.space else "",
+        "ancestors": compare_with_ancestors(results),
         "sources": [(each, _reasons(each.refused)) for each in results.sources],
         "failed": [(trial, results.label(trial)) for trial in failed[:MAX_FAILURES]],
         "more_failed": max(0, len(failed) - MAX_FAILURES),
@@ -200,16 +169,7 @@ def _curve_figures(
     for family in families:
         texts = [curves.describe_styles(family.metrics, published), selection.text]
         figure = curves.build_figure(results, family, selection, published)
-        made.append(
-            PageFigure(
-                family.name,
-                family.title,
-                " ".join(filter(None, texts)),
-                plotly_figures.to_json(figure),
-                png_figures.to_png(png_figures.draw_curves([figure])),
-                is_curve=True,
-            )
-        )
+        made.append(curve_page_figure(family.name, figure, " ".join(filter(None, texts))))
     if not families:
         return made, [("Curves over epochs", "no epoch has been reported yet")]
     if len(results.curve_families) > len(families):
@@ -334,9 +294,3 @@ def _format_settings(settings: Mapping[str, Any]) -> str:
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # typed by its default, None
     yaml.dump(kept, text)
     return text.getvalue()
-
-
-def _markdown_cell(text: object) -> str:
-    """Return a text that stays in its cell of a Markdown table, with every special character escaped."""
-    escaped = re.sub(r"([\\`*_{}\[\]<>|#~])", r"\\\1", str(text))
-    return " ".join(escaped.split())

@@ -22,12 +22,12 @@ _MARKUP = ("<br>", "<extra></extra>")  # what Optuna writes itself; in a name, i
 
 def to_plotly(figure: CurveFigure) -> dict[str, Any]:
     """Return {"data": traces, "layout": layout}."""
-    x_axis: dict[str, Any] = {"title": {"text": "epoch"}}
-    if figure.last_epoch <= 12:
+    x_axis: dict[str, Any] = {"title": {"text": html.escape(figure.x_title)}}
+    if figure.has_whole_x and figure.last_epoch <= 12:
         x_axis["dtick"] = 1  # no ticks between epochs
     y_axis = {"type": "log", "dtick": 1} if figure.is_log else {}
     traces = [trace for band in figure.bands for trace in _band_traces(band)]
-    traces += [_line_trace(line) for line in figure.lines]
+    traces += [_line_trace(line, html.escape(figure.x_title)) for line in figure.lines]
     return {"data": traces, "layout": {"meta": "curves", "xaxis": x_axis, "yaxis": y_axis}}
 
 
@@ -76,7 +76,7 @@ def _band_traces(band: Band) -> Iterator[dict[str, Any]]:
     yield edge | fill | {"y": band.high, "name": html.escape(band.label)}
 
 
-def _line_trace(line: Line) -> dict[str, Any]:
+def _line_trace(line: Line, x_title: str) -> dict[str, Any]:
     trace: dict[str, Any] = {
         "type": "scatter",
         "x": line.x,
@@ -92,5 +92,5 @@ def _line_trace(line: Line) -> dict[str, Any]:
         trace["legendgroup"] = line.group
     if line.hover:
         text = "<br>".join(map(html.escape, line.hover))
-        return trace | {"hovertemplate": f"{text} %{{y:.4f}}, epoch %{{x}}<extra></extra>"}
+        return trace | {"hovertemplate": f"{text} %{{y:.4f}}, {x_title} %{{x}}<extra></extra>"}
     return trace | {"hoverinfo": "skip"}

@@ -35,7 +35,7 @@ def _draw_curves(drawn: Figure, figures: Sequence[CurveFigure]) -> Figure:
     is_outside = any(_count_labels(figure) > MAX_INNER_LABELS for figure in figures)
     drawn.subplots_adjust(hspace=0.35)
     for i, figure in enumerate(figures, start=1):
-        axes = drawn.add_subplot(len(figures), 1, i, xlabel="epoch")
+        axes = drawn.add_subplot(len(figures), 1, i)
         _draw(axes, figure, is_outside=is_outside)
     return drawn
 
@@ -82,7 +82,8 @@ def _draw(axes: Axes, figure: CurveFigure, *, is_outside: bool) -> None:
         )
     if figure.is_log:
         axes.set_yscale("log")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel(figure.x_title, parse_math=False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=figure.has_whole_x))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     place = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if is_outside else {"loc": "best"}

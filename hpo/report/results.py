@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,7 @@ class TrialResult:
         device_seconds: {`cuda` or `cpu`: for how long it held how many of them}, with epochs that were lost and earlier
             attempts. On the CPU, a trial holds one.
         trial_id: the key in the database, unique across its studies.
+        completed: when it ended, in UTC without a time zone; None if it has not.
     """
 
     number: int
@@ -64,6 +66,7 @@ class TrialResult:
     attrs: Mapping[str, Any] = field(default_factory=dict)
     device_seconds: Mapping[str, float] = field(default_factory=dict)
     trial_id: int = 0
+    completed: datetime | None = None
 
     @property
     def has_ended(self) -> bool:
@@ -415,6 +418,7 @@ def _trial_result(
         trial.user_attrs,
         device_seconds,
         trial_id(trial),
+        trial.datetime_complete,
     )
 
 

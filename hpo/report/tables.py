@@ -12,6 +12,7 @@ from rich import box
 from rich.measure import Measurement
 from rich.table import Table
 
+from hpo.report.comparison import Comparison, comparison_rows
 from hpo.report.formatting import (
     format_amount,
     format_bytes,
@@ -148,6 +149,18 @@ def study_table(summaries: Sequence[Summary]) -> Table:
             _ago(each.last_activity),
             format_bytes(each.disk_bytes) if each.unique_name else "",
         )
+    return table
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Return studies side by side as a table."""
+    columns, rows = comparison_rows(comparison)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in columns:
+        left = "left" if name in {"study", "state", "best trial"} else "right"
+        table.add_column(name, justify=left, overflow="fold")  # type: ignore[arg-type]
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

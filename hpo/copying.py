@@ -1,0 +1,143 @@
+"""Copying a study with its files: checkpoints, logs, artifacts. A kill leaves a complete copy, or none that anybody sees.
+
+First the files are copied, to a folder that belongs to no study yet (`hpo.staging`). Then one transaction stores the copy,
+and the folder is its own. The same command again goes on with the folder of one that was killed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hpo.cleaning import note_database
+from hpo.dashboard.copying import DashboardCopy
+from hpo.errors import SettingError
+from hpo.paths import (
+    CONFIGURATION_FILE,
+    HANG_FILE,
+    LOG_FILE,
+    LOST_FILE,
+    SCRIPT_DIR,
+    RunsDir,
+    atomic_file,
+    link_or_copy,
+    sync_folder,
+)
+from hpo.search.checkpoints import list_checkpoints
+from hpo.staging import CopyOrder, stage
+
+if TYPE_CHECKING:
+    from storage.database import Database
+    from storage.studies import Study
+
+
+def copy_with_files(study: Study, target: Database, name: str, runs_dir: RunsDir) -> int:
+    """Copy a study and its files. If it is killed, the same call again goes on.
+
+    Args:
+        study: the study. Searches may work on it.
+        target: the database of the copy.
+        name: of the copy.
+        runs_dir: the folder with the files of the study, and of the copy.
+
+    Returns:
+        How many artifacts the copy lacks, because their files are not in `runs_dir`.
+
+    Raises:
+        SettingError: a file cannot be copied, or another process makes the same copy.
+        StorageError: see `storage.copying.copy_study`.
+    """
+    from storage.copying import NameTakenError, copy_study, may_have
+    from storage.database import identify
+
+    source = runs_dir.checkpoints(study.unique_name)
+    order = CopyOrder(str(study.identity), identify(target), name)
+    try:
+        with stage(order, runs_dir, lambda known: may_have(target, name, known)) as identity:
+            unique_name = f"{name}-{identity}"
+            folder = runs_dir.checkpoints(unique_name)
+            copy_files(source, folder)
+            note_database(folder, target)
+            shown = DashboardCopy(runs_dir.artifacts, study.unique_name, unique_name)
+            try:
+                copy_study(
+                    study,
+                    target,
+                    name,
+                    identity,
+                    # Again: a running search has written and deleted checkpoints meanwhile.
+                    on_snapshot=lambda: copy_files(source, folder),
+                    translate=shown.translate,
+                )
+            except NameTakenError:
+                shutil.rmtree(folder, ignore_errors=True)  # no command continues it
+                raise
+    except OSError as error:
+        raise SettingError(
+            f"cannot copy the files of {study.name} in {runs_dir.root}: {error.strerror or error}. Nothing of the copy is "
+            "visible. After you have fixed the cause, the same command goes on"
+        ) from None
+    return shown.missing
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """Let a folder of checkpoints have the same files as that of another study. What it has already is not copied again.
+
+    Files are complete when they appear, and flushed to disk. Those that disappear meanwhile are left out: a search that runs
+    deletes old checkpoints after it has written new ones.
+
+    Args:
+        source: the folder of a study; it may be missing.
+        target: the folder of its copy.
+
+    Raises:
+        OSError: a file cannot be copied.
+    """
+    numbers = [path.name for path in source.iterdir() if path.name.isdecimal()] if source.is_dir() else []
+    for number in sorted(numbers, key=int):
+        files = dict(_files_of_trial(source / number))
+        (target / number).mkdir(exist_ok=True)
+        for former, _ in list(_files_of_trial(target / number)):
+            if former not in files:
+                (target / number / former).unlink()
+        for name, is_immutable in files.items():
+            with suppress(FileNotFoundError):
+                _copy_file(source / number / name, target / number / name, is_immutable=is_immutable)
+        sync_folder(target / number)
+    sync_folder(target)
+
+
+def _files_of_trial(folder: Path) -> Iterator[tuple[Path, bool]]:
+    """Yield the path of each file of a trial within its folder, and whether the file never changes."""
+    for checkpoint in reversed(list_checkpoints(folder)):
+        yield checkpoint.relative_to(folder), True
+    for name in (CONFIGURATION_FILE, LOG_FILE, HANG_FILE, LOST_FILE):
+        if (folder / name).is_file():
+            yield Path(name), False
+    for parent, _, names in os.walk(folder / SCRIPT_DIR):  # does not follow links
+        for name in sorted(names):
+            path = Path(parent, name)
+            if path.is_file() and not path.is_symlink():
+                yield path.relative_to(folder), False
+
+
+def _copy_file(source: Path, target: Path, *, is_immutable: bool) -> None:
+    status = source.stat()
+    with suppress(FileNotFoundError):
+        known = target.stat()
+        if os.path.samestat(status, known) or (status.st_size, status.st_mtime_ns) == (
+            known.st_size,
+            known.st_mtime_ns,
+        ):
+            return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if is_immutable:
+        link_or_copy(source, target)
+    else:
+        with source.open("rb") as original, atomic_file(target, sync=True) as file:
+            shutil.copyfileobj(original, file)
+    os.utime(target, ns=(status.st_atime_ns, status.st_mtime_ns))  # so that the file is known to be copied

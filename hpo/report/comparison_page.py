@@ -1,0 +1,111 @@
+"""The page of studies side by side, and the section of a report that compares a study with its earlier studies."""
+
+from __future__ import annotations
+
+import datetime
+import secrets
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hpo.errors import SettingError
+from hpo.paths import RunsDir, write_atomically
+from hpo.report.comparison import Comparison, compare, comparison_remarks, comparison_rows, progress_figures
+from hpo.report.results import Results
+from hpo.report.templating import PageFigure, curve_page_figure, environment
+
+if TYPE_CHECKING:
+    from storage.studies import Study
+
+CAPTION = (
+    "Each line is the best value so far. It starts with results of earlier studies, where a study has some. Device time is "
+    "the time that trials were trained; of a trial on a quarter of a GPU, a quarter."
+)
+
+
+@dataclass(frozen=True)
+class ComparisonSection:
+    """A comparison as the templates show it.
+
+    Attributes:
+        columns: headings of the table.
+        rows: its texts.
+        figures: the curves.
+        remarks: what a reader must know, one line each.
+    """
+
+    columns: list[str]
+    rows: list[list[str]]
+    figures: list[PageFigure]
+    remarks: list[str]
+
+
+def write_comparison(comparison: Comparison, runs_dir: RunsDir) -> Path:
+    """Write the page of a comparison; return its path. It needs no network and no other file.
+
+    Raises:
+        SettingError: the folder cannot be written.
+    """
+    from plotly.offline import get_plotlyjs
+
+    names = [study.name for study in comparison.studies]
+    folder = runs_dir.comparison(names)
+    page = (
+        environment()
+        .get_template("comparison.html")
+        .render(
+            title=", ".join(names),
+            comparison=build_section(comparison),
+            made=datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+            plotlyjs=get_plotlyjs(),
+            nonce=secrets.token_urlsafe(16),  # only our own scripts run, even if a text got into the page as HTML
+        )
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "index.html", page.encode())
+    except OSError as error:
+        raise SettingError(f"cannot write the comparison to {folder}: {error.strerror}") from None
+    return folder / "index.html"
+
+
+def compare_with_ancestors(results: Results) -> ComparisonSection | None:
+    """Return a study next to the earlier studies that it took over trials from; None if it has none.
+
+    Those in other databases are not opened, which may need a password: the section says how to compare with them.
+
+    Raises:
+        StorageError: the database cannot be used.
+    """
+    if not results.sources:
+        return None
+    remarks, ancestors = [], []
+    with results.study.database:
+        for source in results.sources:
+            if source.storage:
+                command = shlex.join(["hpo", "compare", results.name, "--other", source.study, source.storage])
+                remarks.append(f"{source.study} is in another database: {command}")
+            elif (found := _find(results, source.study)) is not None:
+                ancestors.append(found)
+            else:
+                remarks.append(f"{source.study} is not in the database any more")
+        section = build_section(compare([results.study, *ancestors]))
+    return ComparisonSection(section.columns, section.rows, section.figures, [*section.remarks, *remarks])
+
+
+def build_section(comparison: Comparison) -> ComparisonSection:
+    """Return a comparison as the templates show it."""
+    columns, rows = comparison_rows(comparison)
+    figures = [
+        curve_page_figure(name, figure, CAPTION)
+        for name, figure in zip(("best_over_trials", "best_over_time"), progress_figures(comparison), strict=False)
+    ]
+    return ComparisonSection(columns, rows, figures, comparison_remarks(comparison))
+
+
+def _find(results: Results, name: str) -> Study | None:
+    from storage.studies import find_study
+
+    found = find_study(results.study.database, name)
+    return None if found is None or found.name == results.study.name else found
