@@ -32,6 +32,8 @@ def plan_lines(space: Space, slots: Slots, estimate: SearchEstimate | None, devi
         device_seconds: what the study has used already.
     """
     lines = [describe_slots(slots, estimate)]
+    if space.sampler_reason:
+        lines.append(f"Sampler {space.sampler.name}: {space.sampler_reason}.")
     if estimate is not None:
         lines.append(describe_time(estimate))
     if space.budget.shows_device_time:

@@ -17,9 +17,10 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, PrivateAttr, TypeAdapter, ValidationError
+from pydantic import Field, PositiveInt, PrivateAttr, TypeAdapter, ValidationError, model_validator
 
 from hpo.errors import HpoError, SettingError, SpaceError, nearest
+from hpo.space.choice import choose_sampler
 from hpo.space.command import uses_checkpoint_dir
 from hpo.space.document import Document
 from hpo.space.expressions import Formulas
@@ -38,6 +39,7 @@ from hpo.space.parameters import (
 )
 from hpo.space.rules import RANDOM_POINTS, ValidSections, check_rules
 from hpo.space.sections import (
+    AutoSampler,
     Budget,
     Checkpoints,
     Data,
@@ -80,8 +82,9 @@ class Space(StrictModel):
     """Whether a higher or a lower value of the metric is better."""
     objectives: Annotated[list[Objective], Field(min_length=1)] | None = None
     """Several objectives in place of metric and direction; not built yet."""
-    sampler: NamedSampler
-    """The algorithm that chooses the configurations: a name, or a mapping with a name and options."""
+    sampler: NamedSampler = AutoSampler(name="auto")
+    """The algorithm that chooses the configurations: a name, or a mapping with a name and options. In a space that is read,
+    `auto` is replaced by its choice."""
     scheduler: NamedScheduler = Scheduler()
     """The algorithm that stops trials early: a name, or a mapping with a name and options."""
     max_epochs: PositiveInt
@@ -115,6 +118,16 @@ class Space(StrictModel):
     """The seed of the training, and of a sampler without a seed."""
 
     _document: Document | None = PrivateAttr(default=None)
+    _sampler_reason: str = PrivateAttr(default="")
+
+    @model_validator(mode="after")
+    def _choose_sampler(self) -> Space:
+        if not isinstance(self.sampler, AutoSampler):
+            return self
+        choice = choose_sampler(self.sampler, self.parameters, self.budget, self.scheduler)
+        chosen = self.model_copy(update={"sampler": choice.sampler})
+        chosen._sampler_reason = choice.reason  # noqa: SLF001 # a space, too
+        return chosen
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Space:
@@ -144,6 +157,11 @@ class Space(StrictModel):
     def is_default_trainable(self) -> bool:
         """Whether the search trains with hpo's own training loop, whose parameters and speed are known."""
         return self.command is None and self.trainable == DEFAULT_TRAINABLE
+
+    @property
+    def sampler_reason(self) -> str:
+        """Why `auto` chose the sampler; empty if the file names one."""
+        return self._sampler_reason
 
     @property
     def is_grid(self) -> bool:
@@ -364,6 +382,7 @@ def load_space(name_or_path: str, overrides: Sequence[str] = ()) -> Space:
     except ValidationError as error:
         problems += document.problems(error, Space)
         values = _validate_sections(document.data)
+        _choose_sampler(values, document.data)
     problems += check_rules(ValidSections(values, document.data))
     if problems:
         raise document.error(problems)
@@ -390,6 +409,14 @@ def _validate_sections(data: Mapping[str, Any]) -> dict[str, Any]:
             except ValidationError:
                 continue
     return values
+
+
+def _choose_sampler(values: dict[str, Any], data: Mapping[str, Any]) -> None:
+    """Replace `auto` by its choice, or leave the sampler out if something that it depends on is invalid."""
+    if isinstance(values.get("sampler"), AutoSampler):
+        auto, parameters = values.pop("sampler"), values.get("parameters", {})
+        if {"budget", "scheduler"} <= values.keys() and parameters and len(parameters) == len(data["parameters"]):
+            values["sampler"] = choose_sampler(auto, parameters, values["budget"], values["scheduler"]).sampler
 
 
 @cache

@@ -123,7 +123,8 @@ def _search_ends(sections: ValidSections) -> Iterator[Problem]:
     sampler, budget = sections["sampler"], sections["budget"]
     if not sampler.is_grid and not budget.ends_search:
         limits = "budget.trials, budget.time, budget.patience, budget.gpu_hours or budget.cost.limit"
-        yield ("sampler",), f"sampler {sampler.name} never ends: give {limits}"
+        chosen = "" if "sampler" in sections.data else "there are infinitely many configurations, and "
+        yield ("sampler",), f"{chosen}sampler {sampler.name} never ends: give {limits}"
 
 
 def _sampler_fits_parameters(sections: ValidSections) -> Iterator[Problem]:

@@ -40,6 +40,13 @@ class _Sampler(StrictModel):
         return self.model_dump(exclude={"name", "seed"}, exclude_none=True)
 
 
+class AutoSampler(_Sampler):
+    """The sampler that suits the parameters, the budget and the scheduler; the search says which one, and why."""
+
+    name: Literal["auto"]
+    """The sampler that suits the parameters, the budget and the scheduler; the search says which one, and why."""
+
+
 class GridSampler(_Sampler):
     """Every combination of the values."""
 
@@ -146,7 +153,7 @@ class NSGAIISampler(_Sampler):
 
 
 Sampler = Annotated[
-    GridSampler | RandomSampler | QMCSampler | TPESampler | GPSampler | CmaEsSampler | NSGAIISampler,
+    AutoSampler | GridSampler | RandomSampler | QMCSampler | TPESampler | GPSampler | CmaEsSampler | NSGAIISampler,
     Discriminator("name"),
 ]
 
@@ -156,7 +163,7 @@ def _expand_name(raw: object) -> object:
     return {"name": raw} if isinstance(raw, str) else raw
 
 
-_SamplerName = Literal["grid", "random", "qmc", "tpe", "gp", "cmaes", "nsga2"]
+_SamplerName = Literal["auto", "grid", "random", "qmc", "tpe", "gp", "cmaes", "nsga2"]
 NamedSampler = Annotated[Sampler, BeforeValidator(_expand_name, json_schema_input_type=_SamplerName | Sampler)]
 
 # --- the scheduler ------------------------------------------------------------------------------------------------

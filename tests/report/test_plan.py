@@ -14,6 +14,7 @@ from hpo.report.terminal import Terminal
 from hpo.search.estimate import SearchEstimate
 from hpo.search.probes import Speed
 from hpo.search.slots import Slots
+from hpo.space.model import Space
 from tests.report.studies import grid_space
 
 KEEPS = "Keeps the checkpoints of the best 3 trials."
@@ -40,6 +41,13 @@ def test_a_grid_is_listed_with_the_state_of_each_configuration() -> None:
         ("256", "COMPLETE"),
         ("512", "to be run"),
     ]
+
+
+def test_a_sampler_that_the_file_leaves_out_is_said_with_its_reason() -> None:
+    space = Space.model_validate(
+        grid_space().model_dump(exclude={"sampler"}) | {"parameters": {"batch_size": [64, 256]}}
+    )
+    assert plan_lines(space, Slots(2, 1.0, 0.0), None)[1:] == ["Sampler grid: 2 configurations.", KEEPS]
 
 
 def test_a_large_grid_is_listed_in_part() -> None:

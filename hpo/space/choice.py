@@ -1,0 +1,92 @@
+"""The sampler of a search that names none: a rule, and its reason."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hpo.space.parameters import Choices, FloatRange, IntRange, Parameter
+from hpo.space.sections import (
+    AutoSampler,
+    Budget,
+    GPSampler,
+    GridSampler,
+    RandomSampler,
+    Sampler,
+    Scheduler,
+    TPESampler,
+)
+
+SMALL_GRID = 100  # configurations that are tried one after another, if only time or money ends the search
+MAX_GP_TRIALS = 100  # the cost of a draw grows with the third power of their number
+MAX_LEARNING_TRIALS = 20_000  # with more, a draw at random is cheaper than what it could learn
+
+
+@dataclass(frozen=True)
+class SamplerChoice:
+    """A sampler, and why `auto` chose it.
+
+    Attributes:
+        sampler: with its default options.
+        reason: without a full stop.
+    """
+
+    sampler: Sampler
+    reason: str
+
+
+def choose_sampler(
+    auto: AutoSampler, parameters: Mapping[str, Parameter], budget: Budget, scheduler: Scheduler
+) -> SamplerChoice:
+    """Return the sampler for a search that leaves it to `auto`.
+
+    A small grid is searched completely. A Gaussian process is for few and expensive trials of numbers: it learns from
+    completed trials only, so not with a scheduler that stops most of them. TPE is for all else.
+
+    Args:
+        auto: its seed is kept.
+        parameters: of the search, valid.
+        budget: of the search.
+        scheduler: of the search.
+    """
+    most = budget.trials if budget.trials is not None else SMALL_GRID if budget.ends_search else math.inf
+    points = _count_points(parameters)
+    if points < math.inf and points <= most:
+        return SamplerChoice(GridSampler(name="grid", seed=auto.seed), _say_grid(int(points), budget))
+    if budget.trials is not None and budget.trials > MAX_LEARNING_TRIALS:
+        reason = f"with more than {MAX_LEARNING_TRIALS:,} trials, a draw must cost little"
+        return SamplerChoice(RandomSampler(name="random", seed=auto.seed), reason)
+    against_gp = _reason_against_gp(parameters, budget, scheduler)
+    if not against_gp:
+        reason = f"numbers only, at most {MAX_GP_TRIALS} trials, and none is stopped early"
+        return SamplerChoice(GPSampler(name="gp", seed=auto.seed), reason)
+    return SamplerChoice(TPESampler(name="tpe", seed=auto.seed), against_gp)
+
+
+def _count_points(parameters: Mapping[str, Parameter]) -> float:
+    """Return the number of configurations of a grid: an upper bound if some parameters depend on others."""
+    counts = [parameter.count for parameter in parameters.values()]
+    return math.inf if None in counts else math.prod(count or 1 for count in counts)
+
+
+def _say_grid(points: int, budget: Budget) -> str:
+    count = f"{points:,} configuration{'' if points == 1 else 's'}"
+    return count if budget.trials is None else f"{count}, within the budget of {budget.trials:,} trials"
+
+
+def _reason_against_gp(parameters: Mapping[str, Parameter], budget: Budget, scheduler: Scheduler) -> str:
+    """Return why a Gaussian process does not suit a search; empty if it does."""
+    conditional = [name for name, parameter in parameters.items() if parameter.when]
+    if conditional:
+        return f"{conditional[0]} depends on another parameter"
+    choices = [name for name, parameter in parameters.items() if isinstance(parameter, Choices) and parameter.count > 1]
+    if choices:
+        return f"{choices[0]} is a choice, not a range"
+    if not any(isinstance(each, IntRange | FloatRange) and each.low < each.high for each in parameters.values()):
+        return "no parameter is a range"
+    if scheduler.stops_trials_early:
+        return f"{scheduler.name} stops trials early, and tpe learns from them, too"
+    if budget.trials is None or budget.trials > MAX_GP_TRIALS:
+        return f"more than {MAX_GP_TRIALS} trials, or an unknown number"
+    return ""

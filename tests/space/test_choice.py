@@ -1,0 +1,80 @@
+"""The sampler of a search that names none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hpo.space.choice import MAX_GP_TRIALS, MAX_LEARNING_TRIALS, SMALL_GRID
+from hpo.space.model import Space
+
+LR = {"type": "float", "low": 0.1, "high": 1.0}
+SIX = {"lr": [0.1, 0.2, 0.3], "batch_size": [64, 128]}
+
+
+def space_of(parameters: dict[str, Any], **changes: Any) -> Space:
+    return Space.model_validate({"name": "s", "max_epochs": 3, "parameters": parameters} | changes)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "changes", "name", "reason"),
+    [
+        (SIX, {}, "grid", "6 configurations"),
+        ({"lr": 0.1}, {}, "grid", "1 configuration"),
+        (SIX, {"budget": {"trials": 6}}, "grid", "6 configurations, within the budget of 6 trials"),
+        (SIX, {"budget": {"trials": 5}}, "tpe", "lr is a choice, not a range"),
+        (
+            {"n": {"type": "int", "low": 1, "high": SMALL_GRID}},
+            {"budget": {"time": "1h"}},
+            "grid",
+            "100 configurations",
+        ),
+        (
+            {"n": {"type": "int", "low": 0, "high": SMALL_GRID}},
+            {"budget": {"time": "1h"}},
+            "tpe",
+            "more than 100 trials, or an unknown number",
+        ),
+        (
+            {"lr": LR, "layers": {"type": "int", "low": 1, "high": 3}, "momentum": 0.9},
+            {"budget": {"trials": MAX_GP_TRIALS}},
+            "gp",
+            "numbers only, at most 100 trials, and none is stopped early",
+        ),
+        (
+            {"lr": LR},
+            {"budget": {"trials": MAX_GP_TRIALS + 1}},
+            "tpe",
+            "more than 100 trials, or an unknown number",
+        ),
+        ({"lr": LR}, {"budget": {"trials": 9}, "scheduler": "asha"}, "tpe", "asha stops trials early, and tpe learns "),
+        (
+            {"kind": ["a", "b"], "lr": LR | {"when": {"kind": "a"}}},
+            {"budget": {"trials": 9}},
+            "tpe",
+            "lr depends on another parameter",
+        ),
+        ({"lr": LR}, {"budget": {"trials": MAX_LEARNING_TRIALS + 1}}, "random", "with more than 20,000 trials, a draw"),
+    ],
+)
+def test_the_choice_and_its_reason(parameters: dict[str, Any], changes: dict[str, Any], name: str, reason: str) -> None:
+    space = space_of(parameters, **changes)
+    assert space.sampler.name == name
+    assert space.sampler_reason.startswith(reason)
+    named = space_of(parameters, **changes, sampler={"name": name})
+    assert space.model_dump() == named.model_dump(), "in nothing else"
+
+
+def test_auto_keeps_its_seed() -> None:
+    assert space_of(SIX, sampler={"name": "auto", "seed": 4}).sampler.seed == 4
+
+
+def test_a_named_sampler_needs_no_reason() -> None:
+    assert not space_of(SIX, sampler="grid").sampler_reason
+
+
+def test_the_study_stores_the_choice() -> None:
+    settings = space_of(SIX).study_options["settings"]
+    assert settings["sampler"] == {"name": "grid", "seed": None}
+    assert Space.from_settings(settings).is_grid
