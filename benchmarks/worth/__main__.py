@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -60,6 +61,7 @@ def main() -> None:
         job for job in _jobs(tables, names, options) if (job.task, job.contestant, job.workers, job.seed) not in known
     ]
     print(f"{len(jobs)} searches, {len(known)} in the log", flush=True)
+    os.environ["OMP_NUM_THREADS"] = "1"  # processes of the pool inherit it: searches at the same time share the cores
     started = time.monotonic()
     with multiprocessing.get_context("spawn").Pool(options.processes, silence) as pool:
         for done, line in enumerate(pool.imap_unordered(run_job, jobs), 1):
