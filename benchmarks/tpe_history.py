@@ -38,6 +38,7 @@ from optuna.samplers import TPESampler
 from scipy import stats
 
 from benchmarks.report import fill
+from benchmarks.worth.tables import LCBENCH_EPOCHS, Array, LCBenchSurrogate
 from hpo.search.samplers import TPE_HISTORY, build_sampler
 from hpo.space.model import Space
 from storage import optuna_internals, optuna_tables
@@ -47,7 +48,6 @@ from storage.studies import Study, find_study, open_study
 
 DRAWS = 25  # timed in each process
 RANDOM_CONFIGURATIONS = 100_000  # for the best known accuracy
-EPOCHS = 52
 PARAMETERS: dict[str, BaseDistribution] = {  # of LCBench, in the order of the surrogate's inputs
     "batch_size": IntDistribution(16, 512, log=True),
     "learning_rate": FloatDistribution(1e-4, 1e-1, log=True),
@@ -58,8 +58,6 @@ PARAMETERS: dict[str, BaseDistribution] = {  # of LCBench, in the order of the s
     "max_dropout": FloatDistribution(0.0, 1.0),
 }
 TASKS = ["3945", "7593", "34539", "126026", "146212", "167149", "167181", "168331", "189354", "189908"]
-
-Array = np.ndarray[Any, Any]
 
 
 # --- cost ---------------------------------------------------------------------------------------------------------
@@ -118,32 +116,6 @@ def measure_cost(sizes: list[int], limit: int, runs: int) -> None:
 # --- regret -------------------------------------------------------------------------------------------------------
 
 
-class Surrogate:
-    """LCBench's validation accuracy after the last epoch, in percent.
-
-    Args:
-        folder: has model.onnx and encoding.json.
-        task: a key of the encoding.
-    """
-
-    def __init__(self, folder: Path, task: str) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        self._session = onnxruntime.InferenceSession(str(folder / "model.onnx"), options)
-        self._task = json.loads((folder / "encoding.json").read_text())["OpenML_task_id"][task]
-
-    def accuracy(self, rows: list[list[float]]) -> Array:
-        """Return the accuracy of configurations, each a list of values in the order of PARAMETERS."""
-        inputs = {
-            "x_cat": np.full((len(rows), 1), self._task, dtype=np.int32),
-            "x_cont": np.array([[EPOCHS, *row] for row in rows], dtype=np.float32),
-        }
-        found: Array = np.asarray(self._session.run(None, inputs)[0], dtype=float)
-        return found[:, 1]
-
-
 def best_random(folder: Path, task: str) -> float:
     """Return the best accuracy among random configurations."""
     rng = np.random.default_rng(0)
@@ -157,8 +129,14 @@ def best_random(folder: Path, task: str) -> float:
         )
         columns.append(np.round(values) if isinstance(distribution, IntDistribution) else values)
     rows = np.stack(columns, axis=1).tolist()
-    surrogate = Surrogate(folder, task)
-    return float(max(surrogate.accuracy(rows[i : i + 5000]).max() for i in range(0, len(rows), 5000)))
+    surrogate = LCBenchSurrogate(folder)
+    return float(max(_accuracy(surrogate, task, rows[i : i + 5000]).max() for i in range(0, len(rows), 5000)))
+
+
+def _accuracy(surrogate: LCBenchSurrogate, task: str, rows: list[list[float]]) -> Array:
+    """Return the accuracy after the last epoch of configurations, each a list of values in the order of PARAMETERS."""
+    accuracies, _ = surrogate.predict(task, np.array([[LCBENCH_EPOCHS, *row] for row in rows]))
+    return accuracies
 
 
 def search(job: tuple[Path, str, int, int, int]) -> Array:
@@ -169,7 +147,7 @@ def search(job: tuple[Path, str, int, int, int]) -> Array:
     """
     folder, task, seed, limit, trials = job
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    surrogate = Surrogate(folder, task)
+    surrogate = LCBenchSurrogate(folder)
     found = np.empty(trials)
     with (
         tempfile.TemporaryDirectory(prefix="tpe-history-") as temporary,
@@ -182,7 +160,7 @@ def search(job: tuple[Path, str, int, int, int]) -> Array:
             if history is not None:
                 history.refresh()
             trial = study.ask(PARAMETERS)
-            found[number] = surrogate.accuracy([[trial.params[name] for name in PARAMETERS]])[0]
+            found[number] = _accuracy(surrogate, task, [[trial.params[name] for name in PARAMETERS]])[0]
             study.tell(trial, found[number])
             if history is not None:
                 _store(stored, number, trial.params, PARAMETERS, found[number])

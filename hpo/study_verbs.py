@@ -36,7 +36,7 @@ def compare(studies: Sequence[str], others: Sequence[tuple[str, str]], as_json: 
     The page, in runs/comparisons/, shows the best value so far over trials and over device time. What differs between the
     studies, such as the metric, the data or the number of epochs, is said.
 
-    
+    \b
     Example:  hpo compare grid extended
               hpo compare grid --other grid sqlite:///old/hpo.db
     """

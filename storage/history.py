@@ -9,7 +9,10 @@ shows it, of a study with more finished trials than its limit:
   one that resumes, sees the same trials;
 - all unfinished trials.
 
-Below the limit it shows all of them, and TPE draws exactly as without a history. `benchmarks.tpe_history` measures what the
+It also shows the last configurations that this run drew and refused, because they break a constraint, as infeasible trials:
+TPE moves away from them. They are in no database.
+
+Below the limit it shows all trials, and TPE draws exactly as without a history. `benchmarks.tpe_history` measures what the
 limit does to the results of searches. Failed trials are left out: TPE ignores them.
 """
 
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import deque
 from collections.abc import Container
 from dataclasses import dataclass
 
@@ -25,7 +29,7 @@ from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from storage.optuna_internals import BEST_TRIALS, RELATIVE_PARAMS
+from storage.optuna_internals import BEST_TRIALS, DRAFT_ID, RELATIVE_PARAMS
 from storage.optuna_tables import (
     decode_intermediate_value,
     decode_value,
@@ -41,6 +45,8 @@ MIN_LIMIT = 10 * BEST_TRIALS  # a tenth of the finished trials count as the best
 
 _ENDED = (TrialState.COMPLETE, TrialState.PRUNED)  # final: nothing changes the state or values of such a trial
 _UNFINISHED = (TrialState.RUNNING, TrialState.WAITING)
+# Draws that are shown as infeasible; at most half as many as finished trials, so that TPE does not learn from them alone.
+_REFUSED = 50
 _FIRSTS_SHARE = 4  # at most a quarter of the limit shows sets of parameters
 
 # Multiples of the golden ratio, modulo 1, are spread evenly, and so are the numbers whose multiple is below a bound. No
@@ -76,7 +82,7 @@ class History:
     value; for unfinished ones the params, and the system attributes in which TPE notes params that are not stored yet.
 
     Args:
-        study: the study. It has one objective, and no constraints in the sense of Optuna.
+        study: the study. It has one objective.
         limit: how many finished trials are shown at most; at least MIN_LIMIT. It should not be less than the
             `n_startup_trials` of the sampler, which would draw at random for ever.
 
@@ -90,6 +96,7 @@ class History:
         self._study = study
         self._limit = limit
         self._shown: list[FrozenTrial] = []
+        self._refused: deque[FrozenTrial] = deque(maxlen=_REFUSED)
         self._frozen: dict[int, FrozenTrial] = {}  # the finished ones of them
         self._forget()
 
@@ -109,6 +116,14 @@ class History:
         """
         return [trial for trial in self._shown if states is None or trial.state in states]
 
+    def refuse(self, draft: FrozenTrial) -> None:
+        """Show a configuration that was drawn, and breaks a constraint, from the next `refresh` on."""
+        # TPE leaves out a trial with the number of the one that it draws.
+        refused = _freeze(DRAFT_ID, draft.number - 1, TrialState.COMPLETE, {})
+        refused.params, refused.distributions = draft.params, draft.distributions
+        refused.set_constraint("refused", 1.0)
+        self._refused.append(refused)
+
     def refresh(self) -> None:
         """Read what changed since the last call. Idempotent: use it with `retry_while_down`.
 
@@ -124,7 +139,8 @@ class History:
                 each.trial_id, each.number, each.state, params.get(each.trial_id, {}), each.value, each.last_value
             )
         self._frozen = {trial_id: self._frozen[trial_id] for trial_id in chosen}
-        self._shown = sorted([*self._frozen.values(), *unfinished], key=lambda trial: trial.number)
+        refused = list(self._refused)[-(len(chosen) // 2) :] if len(chosen) > 1 else []
+        self._shown = sorted([*self._frozen.values(), *refused, *unfinished], key=lambda trial: trial.number)
 
     def _read_changes(self, connection: sa.Connection) -> list[FrozenTrial]:
         """Note the trials that ended since the last call; return the unfinished ones."""

@@ -255,6 +255,8 @@ class TrialQueue:
             )
             if constraint:
                 rejected += 1
+                if self._history is not None:
+                    self._history.refuse(draft)
                 continue
             claim = self._register(token, draft)
             if isinstance(claim, ClaimedTrial):

@@ -340,7 +340,7 @@ def test_settings_become_an_equal_space(load: Load, text: str) -> None:
 def test_a_key_that_the_settings_lack_has_its_default(load: Load, key: str) -> None:
     space = load(VALID)
     assert space.model_dump()[key] == fields_by_key(Space)[key].get_default(call_default_factory=True) or key in {
-        "data", "budget", "resources", "scheduler", "checkpoints", "continue",
+        "data", "budget", "resources", "sampler", "scheduler", "checkpoints", "continue",
     }  # fmt: skip
     settings = {name: value for name, value in space.study_options["settings"].items() if name != key}
     assert Space.from_settings(settings).model_dump() == space.model_dump()

@@ -29,7 +29,7 @@ from storage import optuna_internals, optuna_tables
 from storage.database import Database, open_database
 from storage.history import MIN_LIMIT, History
 from storage.studies import Study, find_study, open_study
-from tests.storage.builders import open_s
+from tests.storage.builders import claim_one, open_s, sampled_run
 
 COMPLETE, PRUNED, FAIL = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
 RUNNING, WAITING = TrialState.RUNNING, TrialState.WAITING
@@ -385,3 +385,55 @@ def test_other_methods_of_the_storage_are_those_of_the_study(study: Study) -> No
     study.optuna_study.tell(trial, 0.5)
     assert study.optuna_study.get_trials() == []
     assert [each.params for each in all_trials(study, COMPLETE)] == [trial.params]
+
+
+# --- refused draws
+
+
+def draw_with_constraint(trial: optuna.Trial) -> str:
+    x, y = trial.suggest_float("x", 0.0, 1.0), trial.suggest_float("y", 0.0, 1.0)
+    return "" if x + y <= 0.4 else "x + y <= 0.4"
+
+
+def test_refused_draws_are_shown_as_infeasible(study: Study) -> None:
+    history = History(study, MIN_LIMIT)
+    drafts = []
+    for x in (0.25, 0.5, 0.75):
+        drafts.append(create_trial(params={"x": x}, distributions={"x": SPACE["x"]}, state=RUNNING))
+        history.refuse(drafts[-1])
+    history.refresh()
+    assert history.trials() == [], "TPE must not learn from them alone"
+    with sampled_run(study) as run:
+        for _ in range(4):
+            run.complete(claim_one(run), 1.0)
+        run.flush()
+    history.refresh()
+    infeasible = [trial for trial in history.trials() if trial.constraints]
+    assert [trial.params for trial in infeasible] == [draft.params for draft in drafts[1:]], (
+        "half as many as finished ones"
+    )
+    assert all(value > 0 for trial in infeasible for value in trial.constraints.values())
+    assert len(history.trials()) == 6
+
+
+@pytest.mark.slow
+def test_tpe_learns_from_what_was_refused(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+    for learns in (True, False):
+        refused: list[str] = []
+
+        def draw_and_count(trial: optuna.Trial, refused: list[str] = refused) -> str:
+            broken = draw_with_constraint(trial)
+            refused += [broken] if broken else []
+            return broken
+
+        if not learns:
+            monkeypatch.setattr(History, "refuse", lambda self, draft: None)
+        study = open_s(database, f"learns {learns}")
+        study.optuna_study.sampler = TPESampler(seed=0)
+        with sampled_run(study, draw_and_count, history_limit=MIN_LIMIT) as run:
+            for _ in range(40):
+                claim = claim_one(run)
+                run.complete(claim, -claim.params["x"] - claim.params["y"])
+        counts.append(len(refused))
+    assert counts[0] < counts[1] / 2
