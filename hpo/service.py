@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,9 +219,7 @@ def _search(
     # Only now, so that a missing data set does not leave an empty study.
     study = open_study(database, **space.study_options)
     note_database(runs_dir.checkpoints(study.unique_name), database)
-    _note_sources(take_over_trials(space, study, found, password), listener)
-    for note in continuation.notes(study.keys()):
-        listener.note(note)
+    _note_sources(take_over_trials(space, study, found, password), continuation, study.keys(), listener)
     left = _trials_left(space, study)  # now: another study may have been deleted meanwhile, and this one is new
     listener.study_opened(space, study.name, database.url, study.counts())
     if left == 0:  # earlier studies had all results
@@ -258,11 +256,25 @@ def _find_spent(space: Space, study: Study) -> Stop | None:
     return find_spent(space.budget, study.device_seconds()) if space.budget.limits_device_time else None
 
 
-def _note_sources(found: Sequence[Found], listener: ProgressListener) -> None:
-    """Say what is taken over from earlier studies. Of several revisions, some may have nothing that others do not have."""
+def _note_sources(
+    found: Sequence[Found], continuation: ContinuationPlan, known: Collection[str], listener: ProgressListener
+) -> None:
+    """Say what is taken over from earlier studies, and what is continued.
+
+    Of several revisions, some may have nothing that others do not have. Of one whose trials are continued, it is not said
+    that their results are left out.
+
+    Args:
+        found: what is taken over.
+        continuation: what is continued.
+        known: keys of the configurations that the study has.
+        listener: receives the notes.
+    """
     for number, each in enumerate(found):
-        if number == 0 or each.is_worth_a_note:
+        if each.is_worth_a_note or (number == 0 and each.study not in continuation.sources):
             listener.note(str(each))
+    for note in continuation.notes(known):
+        listener.note(note)
 
 
 def _note_failure(mps: Mps, listener: ProgressListener) -> None:
@@ -484,14 +496,12 @@ def _look_up(
             left = _trials_left(space, study)
         if left != 0:
             found = find_trials(space, study, database, password)
-            _note_sources(found, listener)
             trials = [trial for each in found for trial in each.trials]
             reused = {trial.key: "COMPLETE" for trial in trials if trial.key is not None}
             if space.is_grid and left is not None:
                 left -= len(space.point_keys() & (reused.keys() - states.keys()))
             states = reused | states
-            for note in continuation.notes(states.keys()):
-                listener.note(note)
+            _note_sources(found, continuation, states.keys(), listener)
         return space, states, left, 0.0 if study is None else study.device_seconds()
 
 

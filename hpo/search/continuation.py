@@ -77,6 +77,11 @@ class ContinuationPlan:
         continued = (each for each in self.chosen if each.outlook is Outlook.CONTINUED)
         return {each.key: {CONTINUED_FROM: each.parent.attribute} for each in continued}
 
+    @property
+    def sources(self) -> set[str]:
+        """The names of the studies of these trials."""
+        return {each.parent.study for each in (*self.chosen, *self.left)}
+
     def first_points(self) -> list[Params]:
         """Return the configurations that are trained before all others: points of the grid, or those before any draw."""
         first = [each.params for each in self.chosen]
