@@ -1,6 +1,6 @@
 """Which trials a search continues: with a larger `max_epochs`, it goes on from the checkpoints of earlier revisions.
 
-Only completed trials are continued. A pruned one stays as it is: its scheduler has judged it.
+Only completed trials are continued. A pruned one is not: its scheduler has judged it.
 """
 
 from __future__ import annotations
