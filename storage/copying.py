@@ -20,7 +20,7 @@ from storage import optuna_tables, tables
 from storage.database import Database
 from storage.errors import StorageError, name_strange_content, retry_while_down
 from storage.optuna_internals import renumber_parents
-from storage.protocol import new_token
+from storage.ownership import new_token
 from storage.studies import FILES, Study, deleted_studies, revisions_of, settings_of
 
 TRIALS_AT_ONCE = 200  # bounds the rows in memory: a trial may have hundreds of epochs and metrics

@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 
 from storage import optuna_tables, records, tables
 from storage.errors import retry_while_down
-from storage.protocol import lock_study
+from storage.ownership import lock_study
 from storage.records import LEARNED_FROM, REUSED_FROM, Metrics, Params
 from storage.studies import Study
 from storage.tables import LEARNED, POINT, REUSED

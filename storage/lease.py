@@ -18,7 +18,7 @@ from storage import tables
 from storage.database import Database
 from storage.errors import RETRY_SECONDS, retry_while_down
 from storage.optuna_tables import StudyKey
-from storage.protocol import RunKey, is_row_of, lock_study, renew_lease
+from storage.ownership import RunKey, is_row_of, lock_study, renew_lease
 from storage.usage import CPU, Device
 
 LEASE_SECONDS = 60.0
@@ -39,8 +39,8 @@ class Lease:
     Args:
         provenance: versions and command of the run, for a replay.
         lease_seconds: how long the run counts as alive after its last renewal. It renews six times as often.
-        max_failures: see `protocol.RunKey`.
-        device: see `protocol.RunKey`.
+        max_failures: see `ownership.RunKey`.
+        device: see `ownership.RunKey`.
     """
 
     def __init__(

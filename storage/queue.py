@@ -11,11 +11,12 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial
 
-from storage import optuna_internals, optuna_tables, protocol, records
+from storage import claims, optuna_internals, optuna_tables, ownership, records, reporting
+from storage.claims import Configuration, Refusal
 from storage.errors import RETRY_SECONDS, name_strange_content, retry_while_down
 from storage.history import History
 from storage.lease import RENEWAL_SHARE, Lease, is_run_dead
-from storage.protocol import ClaimedTrial, Configuration, Refusal
+from storage.ownership import ClaimedTrial
 from storage.records import Params
 from storage.studies import Study
 
@@ -109,7 +110,7 @@ class TrialQueue:
         Raises:
             StorageError: the study was deleted, or the database cannot be used (after retries).
         """
-        token = protocol.new_token()
+        token = ownership.new_token()
         self._tokens = {each for each in self._tokens if not self._is_settled(each)}
         claim = None
         if time.monotonic() >= self._next_scan or not new:
@@ -129,7 +130,7 @@ class TrialQueue:
 
     def release(self, claim: ClaimedTrial, timeout_seconds: float = RETRY_SECONDS) -> None:
         """Set an unfinished trial to WAITING, if this run still owns it."""
-        retry_while_down(self._database, lambda: protocol.release(self._database, claim), timeout_seconds)
+        retry_while_down(self._database, lambda: reporting.release(self._database, claim), timeout_seconds)
         self._tokens.discard(claim.token)
         self._next_scan = 0.0
 
@@ -138,7 +139,7 @@ class TrialQueue:
     def _claim_existing(self, token: int) -> ClaimedTrial | None:
         """Claim a trial that a run released, a dead run left, or another program enqueued."""
         scan = self._retry(
-            lambda: protocol.claim_existing(
+            lambda: claims.claim_existing(
                 self._database,
                 self._run,
                 token,
@@ -194,7 +195,7 @@ class TrialQueue:
         except (ValueError, TypeError, OverflowError) as error:  # OverflowError: an infinite value of an int
             broken, draft = f"not in the search space: {error}", partial
         if broken:
-            self._retry(lambda: protocol.refuse(self._database, self._run, trial_id, broken))
+            self._retry(lambda: claims.refuse(self._database, self._run, trial_id, broken))
             return None
         claim = self._register(token, draft, trial_id)
         return claim if isinstance(claim, ClaimedTrial) else None
@@ -224,7 +225,7 @@ class TrialQueue:
                 distributions = {name: self._distributions[name] for name in point}
                 configuration = Configuration(key, point, distributions, attrs=self._attrs.get(key, {}))
                 claim = self._retry(
-                    lambda configuration=configuration: protocol.register(  # type: ignore[misc]
+                    lambda configuration=configuration: claims.register(  # type: ignore[misc]
                         self._database, self._run, token, configuration, max_trials
                     )
                 )
@@ -295,7 +296,7 @@ class TrialQueue:
         key = self._config_key(draft.params)
         configuration = Configuration(key, draft.params, draft.distributions, draft.system_attrs, trial_id)
         max_trials = None if self._draw is None else self._max_trials
-        return self._retry(lambda: protocol.register(self._database, self._run, token, configuration, max_trials))
+        return self._retry(lambda: claims.register(self._database, self._run, token, configuration, max_trials))
 
     def _retry(self, operation: Callable[[], T]) -> T:
         return retry_while_down(self._database, operation)
@@ -305,4 +306,4 @@ class TrialQueue:
         try:
             return retry_while_down(self._database, operation, runs_other_code=runs_other_code)
         except KeyError:
-            raise protocol.study_deleted(self._database, self._run.study.name) from None
+            raise ownership.study_deleted(self._database, self._run.study.name) from None

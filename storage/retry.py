@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 from optuna.trial import TrialState
 
-from storage import optuna_tables, protocol, records, tables
+from storage import optuna_tables, ownership, records, tables
 from storage.errors import retry_while_down
 from storage.studies import Study
 
@@ -43,7 +43,7 @@ def retry_trials(study: Study, numbers: Collection[int], *, resume: bool = False
 
     def write() -> None:
         with study.database.transaction() as connection:
-            protocol.lock_study(connection, study.database, study.key)
+            ownership.lock_study(connection, study.database, study.key)
             failures = _still_failed(connection, study, chosen)
             ids = [failure.trial_id for failure in failures]
             optuna_tables.wait(connection, ids)
@@ -54,7 +54,7 @@ def retry_trials(study: Study, numbers: Collection[int], *, resume: bool = False
             for failure in [] if resume else failures:
                 optuna_tables.delete_values(connection, failure.trial_id, from_epoch=1)
                 records.delete_epochs(connection, failure.trial_id, from_epoch=1)
-                attempt = {records.ATTEMPT: failure.attempts + 1, records.ATTEMPT_TOKEN: f"{protocol.new_token():x}"}
+                attempt = {records.ATTEMPT: failure.attempts + 1, records.ATTEMPT_TOKEN: f"{ownership.new_token():x}"}
                 optuna_tables.write_attrs(connection, [(failure.trial_id, attempt)])
 
     retry_while_down(study.database, write)

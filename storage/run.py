@@ -17,15 +17,16 @@ from typing import Any
 from optuna.distributions import BaseDistribution
 from optuna.trial import TrialState
 
-from storage import optuna_tables, protocol
+from storage import optuna_tables, reporting
 from storage.database import Database
 from storage.errors import RETRY_SECONDS, StorageError, UnavailableError, retry_while_down
 from storage.lease import LEASE_SECONDS, MAX_FAILURES, Lease
-from storage.protocol import ClaimedTrial, TrialUpdate
+from storage.ownership import ClaimedTrial
 from storage.pruners import Pruner
 from storage.queue import ConfigKey, Draw, TrialQueue
 from storage.ranking import count_since_best
 from storage.records import Params
+from storage.reporting import TrialUpdate
 from storage.studies import Study, without_garbage_collection
 from storage.summaries import elapsed_seconds
 from storage.usage import CPU, Device, Meter, read_device_seconds
@@ -292,7 +293,7 @@ class Run:
         """Count one more worker that died while it trained a trial; return how many did, drivers included."""
         self.free_device(claim)
         crashes = self._crashes[claim.token] = self._crashes.get(claim.token, claim.crashes) + 1
-        retry_while_down(self.database, lambda: protocol.count_crashes(self.database, claim, crashes))
+        retry_while_down(self.database, lambda: reporting.count_crashes(self.database, claim, crashes))
         return crashes
 
     def complete(self, claim: ClaimedTrial, value: float, attrs: Mapping[str, Any] | None = None) -> None:

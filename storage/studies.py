@@ -22,7 +22,7 @@ from storage.database import Database
 from storage.errors import StorageError, name_strange_content, retry_while_down
 from storage.optuna_internals import DraftStorage, study_id, trial_id
 from storage.optuna_tables import StudyKey
-from storage.protocol import StudyDeletedError, lock_study, study_deleted
+from storage.ownership import StudyDeletedError, lock_study, study_deleted
 from storage.records import NEVER_RUN
 
 T = TypeVar("T")

@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from optuna.trial import TrialState
 from sqlalchemy.exc import DataError, IntegrityError, StatementError
 
-from storage import protocol, usage
+from storage import reporting, usage
 from storage.errors import RETRY_SECONDS, StorageError, UnavailableError, retry_while_down
-from storage.protocol import ClaimedTrial, LostTrialError, TrialUpdate
+from storage.ownership import ClaimedTrial, LostTrialError
 from storage.pruners import Pruner
+from storage.reporting import TrialUpdate
 from storage.studies import Study
 from storage.usage import Meter
 
@@ -181,7 +182,7 @@ class Writer:
                 usage.store(connection, readings)
             self._meter.note_stored(readings)
             return
-        written = protocol.write(
+        written = reporting.write(
             study.database, study.key, updates, pruner=self._pruner, ending=self._ending, device_seconds=readings
         )
         self._meter.note_stored(readings)

@@ -22,7 +22,7 @@ from hpo.search.slots import Slots
 from hpo.search.worker import TrialReport, TrialSpec, end_trial, run_trial
 from hpo.space.model import Space, load_space
 from storage.database import Database
-from storage.protocol import ClaimedTrial
+from storage.ownership import ClaimedTrial
 from storage.run import Run
 from storage.studies import Study, find_revision, open_study
 from storage.usage import CPU

@@ -22,8 +22,8 @@ from hpo.search.worker import Ending, TrialReport, TrialSpec
 from hpo.space.model import Space
 
 if TYPE_CHECKING:  # workers import this module too, and need no database
+    from storage.ownership import ClaimedTrial
     from storage.parents import Parent
-    from storage.protocol import ClaimedTrial
     from storage.run import Run
 
 UNKNOWN_NODE = ""  # of a worker that died
@@ -199,7 +199,7 @@ class TrialCoordinator:
         claim = self._claims.get(tune_id)
         if claim is None:
             return Ending.KEEP
-        from storage.protocol import LostTrialError
+        from storage.ownership import LostTrialError
 
         with self._storage_errors_kept(tune_id):
             if report.provenance is not None:
@@ -429,7 +429,7 @@ class TrialCoordinator:
             tune_id: the trial that is dropped if another run has taken it over.
         """
         from storage.errors import StorageError
-        from storage.protocol import LostTrialError
+        from storage.ownership import LostTrialError
 
         try:
             yield

@@ -16,7 +16,7 @@ from hpo.dashboard.server import build_server, listen
 from hpo.paths import RunsDir
 from hpo.space.model import Space
 from storage.database import Database
-from storage.protocol import ClaimedTrial
+from storage.ownership import ClaimedTrial
 from storage.run import Run
 from storage.studies import Study
 from tests.factories import finish_study

@@ -14,7 +14,7 @@ from hpo.report.results import Results, read_results
 from hpo.space.model import Space
 from storage import tables
 from storage.database import Database, open_database
-from storage.protocol import ClaimedTrial
+from storage.ownership import ClaimedTrial
 from storage.studies import Study, find_study
 from tests.factories import finish_study
 

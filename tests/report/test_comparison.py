@@ -18,7 +18,7 @@ from hpo.report.results import read_results
 from storage import tables
 from storage.database import Database, open_database
 from storage.imports import ImportedTrial, Origin, TakenOver, import_trials
-from storage.protocol import ClaimedTrial
+from storage.ownership import ClaimedTrial
 from storage.run import Run
 from storage.studies import Study
 from tests.factories import finish_study

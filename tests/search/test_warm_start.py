@@ -20,7 +20,7 @@ from hpo.space.model import Space
 from storage.database import Database, open_database
 from storage.errors import StorageError
 from storage.optuna_tables import write_attrs, write_values
-from storage.protocol import ClaimedTrial
+from storage.ownership import ClaimedTrial
 from storage.run import Run
 from storage.studies import Study, open_study
 from tests.factories import finish_study, run_of, toy_space

@@ -17,8 +17,9 @@ from optuna.trial import TrialState
 
 from storage import tables
 from storage.database import Database, open_database
-from storage.protocol import ClaimedTrial, TrialUpdate
+from storage.ownership import ClaimedTrial
 from storage.queue import Draw
+from storage.reporting import TrialUpdate
 from storage.run import Run
 from storage.studies import Study, open_study
 

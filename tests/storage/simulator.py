@@ -38,7 +38,7 @@ from optuna.distributions import CategoricalDistribution
 from storage import errors as errors_module
 from storage import lease as lease_module
 from storage import optuna_tables, sqlite_file
-from storage import protocol as protocol_module
+from storage import ownership as ownership_module
 from storage import queue as queue_module
 from storage import retry as retry_module
 from storage import run as run_module
@@ -46,7 +46,7 @@ from storage import usage as usage_module
 from storage import writer as writer_module
 from storage.database import Database, open_database
 from storage.errors import StorageError
-from storage.protocol import LostTrialError
+from storage.ownership import LostTrialError
 from storage.pruners import Median, Pruner, SuccessiveHalving
 from storage.retry import failed_trials, retry_trials
 from storage.run import Run
@@ -913,7 +913,7 @@ def simulated(backend: Backend, seed: int, kinds: tuple[str, ...] = FAULTS) -> I
             Database, "now_seconds", lambda _: sa.literal(scheduler().now + simulation.database_clock, sa.Float)
         )
         patch.setattr(
-            protocol_module,
+            ownership_module,
             "secrets",
             SimpleNamespace(randbits=lambda bits: simulation.scheduler.draw.getrandbits(bits)),
         )

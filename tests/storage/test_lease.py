@@ -15,7 +15,7 @@ import psutil
 import pytest
 import sqlalchemy as sa
 
-from storage import lease, protocol, tables
+from storage import claims, lease, ownership, tables
 from storage.database import Database, open_database
 from storage.errors import StorageError
 from storage.lease import Lease, host_id, is_run_dead, started_after_boot
@@ -59,16 +59,16 @@ def test_a_thread_renews_the_lease(study: Study) -> None:
     assert last.ended == pytest.approx(last.last_heard, abs=0.1)
 
 
-def claim_by(study: Study, of: Lease) -> protocol.Scan:
-    token = protocol.new_token()
-    return protocol.claim_existing(study.database, of.key, token, own_tokens={token}, is_run_dead=lease.is_run_dead)
+def claim_by(study: Study, of: Lease) -> claims.Scan:
+    token = ownership.new_token()
+    return claims.claim_existing(study.database, of.key, token, own_tokens={token}, is_run_dead=lease.is_run_dead)
 
 
 def start_trial(study: Study, of: Lease) -> int:
     """Create a trial that a run owns; return its number."""
-    configuration = protocol.Configuration("key", {}, {})
-    claim = protocol.register(study.database, of.key, protocol.new_token(), configuration, None)
-    assert isinstance(claim, protocol.ClaimedTrial)
+    configuration = claims.Configuration("key", {}, {})
+    claim = claims.register(study.database, of.key, ownership.new_token(), configuration, None)
+    assert isinstance(claim, ownership.ClaimedTrial)
     return claim.number
 
 

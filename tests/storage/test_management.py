@@ -14,7 +14,7 @@ from storage.copying import NameTakenError, copy_study
 from storage.database import Database
 from storage.errors import StorageError
 from storage.management import StudyRunningError, delete_study, rename_study
-from storage.protocol import StudyDeletedError
+from storage.ownership import StudyDeletedError
 from storage.studies import Study, deleted_studies, find_study, open_study, study_names
 from storage.summaries import summarize
 from tests.storage.builders import GRID, POINTS, claim_one, expire_leases, grid_run, open_s, sql

@@ -21,7 +21,7 @@ from hpo import cleaning
 from storage import database, migrations, queue
 from storage.database import Database, open_database, open_for_reading
 from storage.errors import StorageError
-from storage.protocol import LostTrialError
+from storage.ownership import LostTrialError
 from storage.studies import find_study
 from storage.summaries import summarize
 from storage.tables import metadata

@@ -18,13 +18,15 @@ import sqlalchemy as sa
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
+from storage import claims, optuna_tables, ownership, reporting, tables
 from storage import errors as errors_module
-from storage import optuna_tables, protocol, tables
+from storage.claims import Configuration, Refusal, Scan
 from storage.database import Database
 from storage.errors import StorageError
 from storage.lease import Lease
-from storage.protocol import ClaimedTrial, Configuration, LostTrialError, Refusal, RunKey, Scan, TrialUpdate, Written
+from storage.ownership import ClaimedTrial, LostTrialError, RunKey
 from storage.pruners import SuccessiveHalving
+from storage.reporting import TrialUpdate, Written
 from storage.retry import retry_trials
 from storage.studies import Study
 from tests.factories import trial_states, wait_until
@@ -61,7 +63,7 @@ def point(number: int) -> Configuration:
 
 def create(study: Study, run: RunKey, number: int = 0) -> ClaimedTrial:
     """Create a trial that a run owns."""
-    claim = protocol.register(study.database, run, protocol.new_token(), point(number), None)
+    claim = claims.register(study.database, run, ownership.new_token(), point(number), None)
     assert isinstance(claim, ClaimedTrial)
     return claim
 
@@ -70,9 +72,9 @@ def scan(
     study: Study, run: RunKey, token: int | None = None, *, dead: Collection[RunKey] = (), own: Collection[int] = ()
 ) -> Scan:
     """Claim a trial that exists. The runs in `dead` have ended without a word, the others live."""
-    token = protocol.new_token() if token is None else token
+    token = ownership.new_token() if token is None else token
     ids = {each.run_id for each in dead}
-    return protocol.claim_existing(
+    return claims.claim_existing(
         study.database, run, token, own_tokens={token, *own}, is_run_dead=lambda row: row.run in ids
     )
 
@@ -88,7 +90,7 @@ def write(
     study: Study, *updates: TrialUpdate, pruner: SuccessiveHalving | None = None, is_ending: bool = False
 ) -> Written:
     ending = {(update.claim.token, state) for update in updates for state in ENDED} if is_ending else set()
-    return protocol.write(study.database, study.key, updates, pruner=pruner, ending=ending, device_seconds={})
+    return reporting.write(study.database, study.key, updates, pruner=pruner, ending=ending, device_seconds={})
 
 
 def epoch_of(claim: ClaimedTrial, epoch: int, value: float, **options: Any) -> TrialUpdate:
@@ -110,8 +112,8 @@ def test_a_claim_that_is_repeated_returns_the_same_trial(study: Study, database:
     for number in range(2):
         claim = create(study, run, number)
         write(study, epoch_of(claim, 1, 0.5))
-        protocol.release(database, claim)
-    token = protocol.new_token()
+        reporting.release(database, claim)
+    token = ownership.new_token()
     first = scan(study, run, token)
     before = dump(database)
     assert first.claim is not None
@@ -121,32 +123,32 @@ def test_a_claim_that_is_repeated_returns_the_same_trial(study: Study, database:
 
 
 def test_a_registration_that_is_repeated_returns_the_same_trial(study: Study, database: Database) -> None:
-    run, token = start_run(study), protocol.new_token()
+    run, token = start_run(study), ownership.new_token()
     distributions = {
         "kind": CategoricalDistribution(["a", None, 3]),
         "n": IntDistribution(1, 9),
         "x": FloatDistribution(1e-6, 1, log=True),
     }
     configuration = Configuration("key", {"kind": None, "n": 3, "x": 0.1}, distributions, {"note": 1})
-    first = protocol.register(database, run, token, configuration, 1)
+    first = claims.register(database, run, token, configuration, 1)
     before = dump(database)
     assert isinstance(first, ClaimedTrial)
-    again = protocol.register(database, run, token, configuration, 1)
+    again = claims.register(database, run, token, configuration, 1)
     assert again == first, "neither a duplicate nor over the budget"
     assert dump(database) == before
 
 
 def test_a_registration_of_an_enqueued_trial_can_be_repeated(study: Study, database: Database) -> None:
-    run, token = start_run(study), protocol.new_token()
+    run, token = start_run(study), ownership.new_token()
     study.optuna_study.enqueue_trial({"x": 2})
     (trial_id,) = scan(study, run).partial_ids
     configuration = replace(point(2), trial_id=trial_id)
-    first = protocol.register(database, run, token, configuration, 1)
+    first = claims.register(database, run, token, configuration, 1)
     before = dump(database)
     assert isinstance(first, ClaimedTrial)
-    assert protocol.register(database, run, token, configuration, 1) == first
+    assert claims.register(database, run, token, configuration, 1) == first
     assert dump(database) == before
-    assert protocol.register(database, run, protocol.new_token(), configuration, None) == Refusal.TAKEN
+    assert claims.register(database, run, ownership.new_token(), configuration, None) == Refusal.TAKEN
     assert dump(database) == before
 
 
@@ -181,14 +183,14 @@ def test_a_batch_that_is_written_again_changes_nothing(study: Study, database: D
 
 def test_releases_and_crashes_can_be_repeated(study: Study, database: Database) -> None:
     claim = create(study, start_run(study))
-    protocol.count_crashes(database, claim, 2)
+    reporting.count_crashes(database, claim, 2)
     before = dump(database)
-    protocol.count_crashes(database, claim, 2)
-    protocol.count_crashes(database, claim, 1)
+    reporting.count_crashes(database, claim, 2)
+    reporting.count_crashes(database, claim, 1)
     assert dump(database) == before
-    protocol.release(database, claim)
+    reporting.release(database, claim)
     before = dump(database)
-    protocol.release(database, claim)
+    reporting.release(database, claim)
     assert dump(database) == before
     assert sql(database, "SELECT run, token, crashes FROM hpo_trials") == [(None, None, 2)]
 
@@ -265,7 +267,7 @@ def taken(study: Study, claim: ClaimedTrial, owner: RunKey, heir: RunKey) -> Non
 
 
 def waiting(study: Study, claim: ClaimedTrial, owner: RunKey, heir: RunKey) -> None:
-    protocol.release(study.database, resume(study, heir, dead=[owner]))
+    reporting.release(study.database, resume(study, heir, dead=[owner]))
 
 
 def completed(study: Study, claim: ClaimedTrial, owner: RunKey, heir: RunKey) -> None:
@@ -291,8 +293,8 @@ def test_a_stale_token_changes_nothing(
             written = write(study, *updates_of(stale, kind), pruner=ASHA, is_ending=is_ending)
             assert written == Written(lost={stale.token}, pruned=set())
             assert dump(database) == before, kind
-    protocol.release(database, stale)
-    protocol.count_crashes(database, stale, 9)
+    reporting.release(database, stale)
+    reporting.count_crashes(database, stale, 9)
     assert dump(database) == before
 
 
@@ -365,7 +367,7 @@ def test_a_study_that_was_deleted_raises_in_every_claim(study: Study, database: 
     with pytest.raises(StorageError, match="'s' was deleted"):
         create(study, run, 1)
     assert write(study, epoch_of(claim, 1, 0.5)).lost == {claim.token}
-    protocol.release(database, claim)
+    reporting.release(database, claim)
     assert dump(database) == before
 
 
@@ -375,14 +377,14 @@ def test_a_study_that_was_deleted_raises_in_every_claim(study: Study, database: 
 def test_the_budget_is_exact_with_two_runs_that_register_in_turns(study: Study, database: Database) -> None:
     runs = [start_run(study), start_run(study)]
     answers = [
-        protocol.register(database, runs[number % 2], protocol.new_token(), point(number), 5) for number in range(8)
+        claims.register(database, runs[number % 2], ownership.new_token(), point(number), 5) for number in range(8)
     ]
     assert [isinstance(answer, ClaimedTrial) for answer in answers] == [True] * 5 + [False] * 3
     assert answers[5:] == [Refusal.SPENT] * 3
     first = answers[0]
     assert isinstance(first, ClaimedTrial)
     write(study, TrialUpdate(first, attrs={"fail_reason": "r"}, final_state=TrialState.FAIL))
-    assert protocol.register(database, runs[1], protocol.new_token(), point(9), 5) == Refusal.SPENT, "FAIL counts"
+    assert claims.register(database, runs[1], ownership.new_token(), point(9), 5) == Refusal.SPENT, "FAIL counts"
     assert [trial.number for trial in study.trials()] == list(range(5))
 
 
@@ -390,9 +392,9 @@ def test_a_configuration_that_is_refused_leaves_no_row(study: Study, database: D
     one, two = start_run(study), start_run(study)
     create(study, one, 3)
     before = dump(database)
-    assert protocol.register(database, two, protocol.new_token(), point(3), 9) == Refusal.DUPLICATE
-    assert protocol.register(database, one, protocol.new_token(), point(3), 9) == Refusal.DUPLICATE
-    assert protocol.register(database, two, protocol.new_token(), point(4), 1) == Refusal.SPENT
+    assert claims.register(database, two, ownership.new_token(), point(3), 9) == Refusal.DUPLICATE
+    assert claims.register(database, one, ownership.new_token(), point(3), 9) == Refusal.DUPLICATE
+    assert claims.register(database, two, ownership.new_token(), point(4), 1) == Refusal.SPENT
     assert dump(database) == before
 
 
@@ -452,7 +454,7 @@ def test_a_trial_that_is_given_back_counts_no_crash(study: Study, database: Data
     run, other = start_run(study, max_failures=0), start_run(study, max_failures=0)
     claim = create(study, run)
     for _ in range(3):
-        protocol.release(database, claim)
+        reporting.release(database, claim)
         claim = resume(study, run)
     with database.engine.begin() as connection:  # as a driver does that ends without the trial's release
         connection.execute(tables.runs.update().where(tables.runs.c.run == run.run_id).values(ended=1.0))
@@ -464,12 +466,12 @@ def test_trials_that_killed_nobody_are_claimed_first(study: Study) -> None:
     dead, run = start_run(study), start_run(study)
     claims = [create(study, run, number) for number in range(6)]
     write(study, epoch_of(claims[1], 1, 0.5), epoch_of(claims[4], 1, 0.5))
-    protocol.count_crashes(study.database, claims[0], 1)
-    protocol.count_crashes(study.database, claims[1], 2)
-    protocol.release(study.database, claims[5])
+    reporting.count_crashes(study.database, claims[0], 1)
+    reporting.count_crashes(study.database, claims[1], 2)
+    reporting.release(study.database, claims[5])
     assert resume(study, dead).number == 5
     for claim in claims[:5]:
-        protocol.release(study.database, claim)
+        reporting.release(study.database, claim)
     own: list[int] = []
     order = []
     while (found := scan(study, run, dead=[dead], own=own).claim) is not None:
@@ -496,19 +498,19 @@ def test_what_a_run_writes_while_it_is_taken_over_stands(
         pytest.skip("SQLite has one writer at a time")
     dead, run = start_run(study), start_run(study)
     claim = create(study, dead)
-    unfinished = protocol._unfinished
+    unfinished = claims._unfinished
 
     def written_meanwhile(*args: Any) -> list[Any]:
         rows = unfinished(*args)
         if ending == "release":
-            protocol.release(database, claim)
+            reporting.release(database, claim)
         else:
             state = TrialState.COMPLETE if ending == "complete" else None
             update = TrialUpdate(claim, 1, {"m": 0.5}, 0.5, final_state=state)
-            protocol.write(database, study.key, [update], pruner=None, ending=(), device_seconds={})
+            reporting.write(database, study.key, [update], pruner=None, ending=(), device_seconds={})
         return rows
 
-    monkeypatch.setattr(protocol, "_unfinished", written_meanwhile)
+    monkeypatch.setattr(claims, "_unfinished", written_meanwhile)
     found = scan(study, run, dead=[dead]).claim
     if ending == "report":
         assert found is not None
@@ -529,15 +531,15 @@ def test_a_trial_that_another_program_ends_while_it_is_claimed_stays_ended(
     first, second = create(study, run, 0), create(study, run, 1)
     for claim in (first, second):
         write(study, epoch_of(claim, 1, 0.5))
-        protocol.release(database, claim)
-    unfinished = protocol._unfinished
+        reporting.release(database, claim)
+    unfinished = claims._unfinished
 
     def ended_meanwhile(*args: Any) -> list[Any]:
         rows = unfinished(*args)
         database.optuna_storage.set_trial_state_values(first.trial_id, TrialState.COMPLETE, [5.0])
         return rows
 
-    monkeypatch.setattr(protocol, "_unfinished", ended_meanwhile)
+    monkeypatch.setattr(claims, "_unfinished", ended_meanwhile)
     assert resume(study, run).trial_id == second.trial_id
     assert trial_states(study) == ["COMPLETE", "RUNNING"]
     assert [trial.value for trial in study.trials()] == [5.0, None]
@@ -551,17 +553,17 @@ def test_after_it_has_waited_for_a_trial_a_transaction_sees_what_was_stored_mean
         pytest.skip("SQLite has one writer at a time")
     claim = create(study, start_run(study))
     write(study, epoch_of(claim, 1, 0.5))
-    seen: list[protocol.Owner] = []
+    seen: list[ownership.Owner] = []
 
     def look() -> None:
         with database.transaction() as connection:
-            seen.append(protocol._owners(connection, [claim.trial_id])[claim.trial_id])
+            seen.append(ownership.owners(connection, [claim.trial_id])[claim.trial_id])
 
     def waits() -> bool:
         return sql(database, "SELECT count(*) FROM pg_locks WHERE NOT granted") == [(1,)]
 
     with database.transaction() as connection:
-        protocol._owners(connection, [claim.trial_id])
+        ownership.owners(connection, [claim.trial_id])
         optuna_tables.write_values(connection, [(claim.trial_id, 2, 0.75)])
         thread = threading.Thread(target=look)
         thread.start()
@@ -742,7 +744,7 @@ def test_a_trial_that_an_older_copy_shows_as_unfinished_is_claimed_again_by_its_
 
 def test_a_claim_that_could_not_be_answered_is_taken_by_the_next(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     """The claim was stored, but no retry got the answer."""
-    claim_existing = protocol.claim_existing
+    claim_existing = claims.claim_existing
     with grid_run(study) as run:
         run.enqueue(POINTS[:1], GRID)
         run.release(claim_one(run))
@@ -752,7 +754,7 @@ def test_a_claim_that_could_not_be_answered_is_taken_by_the_next(study: Study, m
             raise StorageError("the database is away")
 
         with monkeypatch.context() as patch:
-            patch.setattr(protocol, "claim_existing", fails)
+            patch.setattr(claims, "claim_existing", fails)
             with pytest.raises(StorageError):
                 run.claim()
         assert trial_states(study) == ["RUNNING"]
@@ -778,14 +780,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def far_scan(study: Study, run: RunKey) -> Scan:
     """Claim a trial that exists. All other runs are on other machines."""
-    token = protocol.new_token()
-    return protocol.claim_existing(study.database, run, token, own_tokens={token}, is_run_dead=lambda _: None)
+    token = ownership.new_token()
+    return claims.claim_existing(study.database, run, token, own_tokens={token}, is_run_dead=lambda _: None)
 
 
 def renew(database: Database, *runs: RunKey) -> None:
     for run in runs:
         with database.transaction() as connection:
-            protocol.renew_lease(connection, database, run)
+            ownership.renew_lease(connection, database, run)
 
 
 @pytest.mark.parametrize("is_alive", [False, True])

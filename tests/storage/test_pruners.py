@@ -13,11 +13,13 @@ import pytest
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.trial import TrialState, create_trial
 
-from storage import protocol, tables
+from storage import claims, ownership, reporting, tables
+from storage.claims import Configuration
 from storage.database import Database
 from storage.lease import Lease
-from storage.protocol import ClaimedTrial, Configuration, RunKey, TrialUpdate
+from storage.ownership import ClaimedTrial, RunKey
 from storage.pruners import Median, Pruner, SuccessiveHalving
+from storage.reporting import TrialUpdate
 from storage.studies import Study, open_study
 from tests.storage.builders import claim_point, grid_run, sql
 
@@ -104,7 +106,7 @@ class Both:
         theirs = self.optuna_study.ask()
         configuration = Configuration(f"{self.trials}", {}, {})
         self.trials += 1
-        claim = protocol.register(self.database, self.run, protocol.new_token(), configuration, None)
+        claim = claims.register(self.database, self.run, ownership.new_token(), configuration, None)
         assert isinstance(claim, ClaimedTrial)
         assert claim.number == theirs.number
         level, last = self.draw.random(), 0.0
@@ -124,8 +126,8 @@ class Both:
         self._write(pruner, TrialUpdate(claim, value=last, follows=follows, final_state=TrialState.COMPLETE))
         self.optuna_study.tell(theirs, last)
 
-    def _write(self, pruner: Pruner | None, update: TrialUpdate) -> protocol.Written:
-        return protocol.write(self.database, self.study.key, [update], pruner=pruner, ending=(), device_seconds={})
+    def _write(self, pruner: Pruner | None, update: TrialUpdate) -> reporting.Written:
+        return reporting.write(self.database, self.study.key, [update], pruner=pruner, ending=(), device_seconds={})
 
     def compare(self) -> None:
         """Assert that all decisions are equal, and that there are some of each kind."""

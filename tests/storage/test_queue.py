@@ -14,7 +14,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from storage import lease, optuna_tables, queue
 from storage.database import Database
-from storage.protocol import LostTrialError
+from storage.ownership import LostTrialError
 from storage.retry import retry_trials
 from storage.studies import Study
 from tests.factories import trial_states

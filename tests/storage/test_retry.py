@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial
 
 from storage import optuna_tables, retry
 from storage.database import Database
-from storage.protocol import ClaimedTrial
+from storage.ownership import ClaimedTrial
 from storage.records import DUPLICATE
 from storage.retry import Failure, failed_trials, retry_trials
 from storage.run import Run

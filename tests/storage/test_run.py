@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from optuna.distributions import CategoricalDistribution
 from sqlalchemy.exc import OperationalError
 
-from storage import protocol
+from storage import reporting
 from storage import run as run_module
 from storage.database import Database, open_database
 from storage.pruners import Median
@@ -144,7 +144,7 @@ def test_the_lease_is_ended_even_if_the_last_updates_are_refused(
 
     with grid_run(study) as run:
         claim = claim_point(run)
-        monkeypatch.setattr(protocol, "write", refuse)
+        monkeypatch.setattr(reporting, "write", refuse)
         run.report(claim, 1, {"m": 0.5}, 0.5)
     assert sql(database, "SELECT count(*) FROM hpo_runs WHERE ended IS NULL") == [(0,)]
 

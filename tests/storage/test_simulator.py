@@ -12,7 +12,7 @@ import psutil
 import pytest
 import sqlalchemy as sa
 
-from storage import lease, optuna_tables, protocol, queue, records, retry, tables, usage
+from storage import claims, lease, optuna_tables, ownership, queue, records, reporting, retry, tables, usage
 from storage.writer import Writer
 from tests.storage.simulator import Backend, open_backend, run_seed
 
@@ -47,7 +47,7 @@ def test_a_seed_decides_everything(sqlite: Backend) -> None:
 
 def no_token_check(patch: pytest.MonkeyPatch) -> None:
     """A run writes to every trial, whoever owns it."""
-    owners = protocol._owners
+    owners = ownership.owners
 
     def all_are_mine(connection: Any, trial_ids: Any) -> Any:
         return {each: Mine(row) for each, row in owners(connection, trial_ids).items()}
@@ -69,7 +69,7 @@ def no_token_check(patch: pytest.MonkeyPatch) -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(self._row, name)
 
-    patch.setattr(protocol, "_owners", all_are_mine)
+    patch.setattr(ownership, "owners", all_are_mine)
 
 
 def living_runs_are_dead(patch: pytest.MonkeyPatch) -> None:
@@ -119,29 +119,29 @@ def points_are_not_compared(patch: pytest.MonkeyPatch) -> None:
 
 def outages_are_not_noticed(patch: pytest.MonkeyPatch) -> None:
     """After an outage, whoever comes first takes the trials of the others."""
-    renew = protocol.renew_lease
+    renew = ownership.renew_lease
 
     def renew_only(connection: Any, database: Any, run: Any) -> Any:
         row = renew(connection, database, run)
         return None if row is None else SimpleNamespace(now=row.now, takeover_after=0.0)
 
-    patch.setattr(protocol, "renew_lease", renew_only)
+    patch.setattr(ownership, "renew_lease", renew_only)
     patch.setattr(queue, "SILENT_SHARE", 0.0)
 
 
 def budget_is_checked_before_the_draw_only(patch: pytest.MonkeyPatch) -> None:
     """Two runs that draw at the same time both store their trial."""
-    register = protocol.register
+    register = claims.register
 
     def without_budget(database: Any, run: Any, token: int, configuration: Any, max_trials: Any) -> Any:
         return register(database, run, token, configuration, None)
 
-    patch.setattr(protocol, "register", without_budget)
+    patch.setattr(claims, "register", without_budget)
 
 
 def repeated_claims_are_new(patch: pytest.MonkeyPatch) -> None:
     """A claim whose answer was lost is made a second time."""
-    find = protocol._claimed_with
+    find = claims._claimed_with
     known: set[int] = set()
 
     def forget_the_first(connection: Any, token: int) -> Any:
@@ -150,17 +150,17 @@ def repeated_claims_are_new(patch: pytest.MonkeyPatch) -> None:
         known.add(token)
         return found if first else None
 
-    patch.setattr(protocol, "_claimed_with", forget_the_first)
+    patch.setattr(claims, "_claimed_with", forget_the_first)
 
 
 def abandoned_epochs_stay(patch: pytest.MonkeyPatch) -> None:
     """Epochs of an earlier attempt are not deleted."""
-    drop = protocol._drop_abandoned
+    drop = reporting._drop_abandoned
 
     def keep(connection: Any, batch: Any) -> Any:
         return drop(connection, [replace(update, is_restart=False) for update in batch])
 
-    patch.setattr(protocol, "_drop_abandoned", keep)
+    patch.setattr(reporting, "_drop_abandoned", keep)
 
 
 def rungs_of_abandoned_epochs_stay(patch: pytest.MonkeyPatch) -> None:
@@ -206,7 +206,7 @@ def crashes_are_added(patch: pytest.MonkeyPatch) -> None:
             update = table.update().where(table.c.trial == claim.trial_id)
             connection.execute(update.values(crashes=table.c.crashes + 1))
 
-    patch.setattr(protocol, "count_crashes", add)
+    patch.setattr(reporting, "count_crashes", add)
 
 
 def keys_are_not_compared(patch: pytest.MonkeyPatch) -> None:
@@ -255,7 +255,7 @@ def device_time_is_stored_with_reports_only(patch: pytest.MonkeyPatch) -> None:
         (living_runs_are_dead, ("suspend",), 0),
         (processes_keep_their_trials, ("exit",), 50),
         (studies_are_known_by_their_ids, ("delete",), 0),
-        (every_failure_is_retried, ("retry", "lost answer"), 350),
+        (every_failure_is_retried, ("retry", "lost answer"), 980),
         (points_are_not_compared, ("restore",), 0),
         (outages_are_not_noticed, ("outage",), 0),
         (budget_is_checked_before_the_draw_only, ("error",), 0),

@@ -11,7 +11,7 @@ from storage import run as run_module
 from storage import usage, writer
 from storage.database import Database
 from storage.errors import StorageError
-from storage.protocol import ClaimedTrial
+from storage.ownership import ClaimedTrial
 from storage.run import Run
 from storage.studies import Study
 from storage.summaries import summarize

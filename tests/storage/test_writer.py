@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from storage import protocol, writer
+from storage import reporting, writer
 from storage.database import Database
 from storage.errors import StorageError
 from storage.optuna_tables import StudyKey
-from storage.protocol import TrialUpdate, Written
+from storage.reporting import TrialUpdate, Written
 from storage.studies import Study
 from tests.factories import trial_states, wait_until
 from tests.storage.builders import GRID, POINTS, claim_one, claim_point, grid_run, sql
@@ -84,14 +84,14 @@ def test_what_the_database_refuses_of_one_trial_does_not_keep_others_from_being_
     study: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writer, "BATCH_SECONDS", 3600.0)
-    write, refuses = protocol.write, True
+    write, refuses = reporting.write, True
 
     def refuse(database: Database, study: StudyKey, updates: list[TrialUpdate], **options: Any) -> Written:
         if refuses and any("bad" in update.metrics for update in updates):
             raise KeyError("refused")
         return write(database, study, updates, **options)
 
-    monkeypatch.setattr(protocol, "write", refuse)
+    monkeypatch.setattr(reporting, "write", refuse)
     with grid_run(study) as run:
         run.enqueue(POINTS[:2], GRID)
         bad, good = claim_one(run), claim_one(run)

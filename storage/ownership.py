@@ -1,0 +1,189 @@
+"""Who owns a trial: runs, their leases, the tokens of claims, and the locks that all operations on trials take.
+
+A run owns a trial while `hpo_trials.token` is the token that it claimed the trial with. Each write names the token, and
+the database compares it in the transaction of the write: a run that lost a trial changes nothing of it.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from optuna.trial import TrialState
+
+from storage import optuna_tables, tables, usage
+from storage.database import Database
+from storage.errors import StorageError
+from storage.optuna_tables import StudyKey
+from storage.records import Params
+from storage.usage import Device
+
+
+class StudyDeletedError(StorageError):
+    """Another program has deleted the study."""
+
+
+class LostTrialError(Exception):
+    """Another run now owns the trial, or another program ended it. This run must not write to it any more."""
+
+
+@dataclass(frozen=True)
+class RunKey:
+    """Which run does something.
+
+    Attributes:
+        study: its study.
+        run_id: its key in hpo_runs.
+        started: when it started, by the database's clock: it tells the run from another one that got its key.
+        lease_seconds: how long the run counts as alive after its last renewal.
+        max_failures: how often a trial is resumed after its driver died without finishing an epoch of it.
+        device: what each of its trials holds.
+    """
+
+    study: StudyKey
+    run_id: int
+    started: float
+    lease_seconds: float
+    max_failures: int
+    device: Device
+
+    @property
+    def study_id(self) -> int:
+        """The primary key of the study."""
+        return self.study.study_id
+
+
+@dataclass(frozen=True)
+class ClaimedTrial:
+    """A trial that a run owns.
+
+    Attributes:
+        trial_id: its primary key, unique in the database.
+        number: its number in the study.
+        params: its configuration.
+        values: {epoch: value} of the objective, as in storage. `Run` adds to it what it reports.
+        crashes: how many workers and drivers have died while they trained it.
+        attempt: which attempt of its configuration it is, see `records.attempt_of`.
+        token: of this claim.
+        continued_from: its user attribute with this name, whatever a program has made of it; None without one.
+    """
+
+    trial_id: int
+    number: int
+    params: Params
+    values: dict[int, float]
+    crashes: int
+    attempt: str
+    token: int
+    continued_from: Any = None
+
+    @property
+    def epoch(self) -> int:
+        """The last epoch in storage; 0 for a new trial."""
+        return max(self.values, default=0)
+
+    @property
+    def account(self) -> usage.Account:
+        """The key of its device time."""
+        return self.trial_id, self.token
+
+
+def new_token() -> int:
+    """Return a token for a claim. Random: a database that was restored from a copy would give a counter's values again."""
+    return secrets.randbits(62)
+
+
+def lock_study(connection: sa.Connection, database: Database, study: StudyKey) -> None:
+    """Lock a study, see `optuna_tables.lock_study`.
+
+    Raises:
+        StudyDeletedError: it was deleted. Another one may have its id.
+    """
+    if not optuna_tables.lock_study(connection, study):
+        raise study_deleted(database, study.name)
+
+
+def study_deleted(database: Database, name: str) -> StudyDeletedError:
+    """Return the error of an operation on a study that another program has deleted."""
+    return StudyDeletedError(
+        f"{database.url}: the study {name!r} was deleted while this search worked on it; the same command creates it again"
+    )
+
+
+def is_row_of(run: RunKey) -> sa.ColumnElement[bool]:
+    """Return the condition for a run's row in hpo_runs.
+
+    A database that was restored from a copy gives a run's id out again: another run has the row then.
+    """
+    table = tables.runs
+    return sa.and_(table.c.run == run.run_id, table.c.started == run.started, table.c.study == run.study_id)
+
+
+def renew_lease(connection: sa.Connection, database: Database, run: RunKey) -> Any:
+    """Extend a run's lease; return a row with `now` and `takeover_after`; None if the run is not in the database.
+
+    A lease that had expired means that the run, or the database, was away; one that ends too late, that the database's
+    clock was set back. The leases of other living runs may be as wrong, so this run takes over nothing for one lease
+    period. This happens in the statement that renews the lease: no transaction of the run can see a valid lease without it.
+    """
+    table, now = tables.runs, database.now_seconds()
+    later = now + run.lease_seconds
+    was_away = sa.or_(table.c.lease_until < now, table.c.lease_until > later)
+    takeover_after = sa.case((was_away, later), else_=table.c.takeover_after)
+    update = (
+        table.update().where(is_row_of(run)).values(last_heard=now, lease_until=later, takeover_after=takeover_after)
+    )
+    return connection.execute(update.returning(table.c.takeover_after, now.label("now"))).one_or_none()
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who owns a trial, and what is stored of it.
+
+    Attributes:
+        token: of the claim.
+        state: of the trial.
+        epoch: the last epoch in storage; 0 for none.
+        last_value: its value; None if it is not finite.
+    """
+
+    token: int | None
+    state: TrialState
+    epoch: int
+    last_value: float | None
+
+
+def owners(connection: sa.Connection, trial_ids: Collection[int]) -> dict[int, Owner]:
+    """Return {trial_id: its owner}. No other transaction changes them until this one ends."""
+    trial, ours = optuna_tables.trials, tables.trials
+    query = (
+        sa.select(ours.c.trial, ours.c.token, trial.c.state)
+        .select_from(trial)  # first: who deletes a trial in Optuna locks its row before the trigger locks ours
+        .join(ours, ours.c.trial == trial.c.trial_id)
+        .where(trial.c.trial_id.in_(trial_ids))
+        .order_by(trial.c.trial_id)
+        .with_for_update()
+    )
+    locked = {row.trial: row for row in connection.execute(query)}
+    # In a second statement: on PostgreSQL, a statement that waits for a lock sees the epochs as they were before it waited.
+    stored = sa.select(trial.c.trial_id, last_epoch(), _last_value()).where(trial.c.trial_id.in_(list(locked)))
+    epochs = {row.trial_id: row for row in connection.execute(stored)} if locked else {}
+    return {
+        each: Owner(row.token, row.state, epochs[each].epoch, epochs[each].last_value) for each, row in locked.items()
+    }
+
+
+def last_epoch() -> sa.Label[int]:
+    """Return a column of a query on Optuna's trials: the last stored epoch, 0 if there is none."""
+    values, trial = optuna_tables.intermediate_values, optuna_tables.trials
+    last = sa.select(sa.func.coalesce(sa.func.max(values.c.step), 0)).where(values.c.trial_id == trial.c.trial_id)
+    return last.scalar_subquery().label("epoch")
+
+
+def _last_value() -> sa.Label[float]:
+    values, trial = optuna_tables.intermediate_values, optuna_tables.trials
+    last = sa.select(values.c.intermediate_value).where(values.c.trial_id == trial.c.trial_id)
+    return last.order_by(values.c.step.desc()).limit(1).scalar_subquery().label("last_value")
