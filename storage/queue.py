@@ -203,9 +203,8 @@ class TrialQueue:
     # --- new trials
 
     def _claim_new(self, token: int) -> ClaimedTrial | None:
-        if self._draw is None:
-            return self._claim_point(token)
-        if (claim := self._claim_point(token)) is not None:
+        claim = self._claim_point(token)
+        if claim is not None or self._draw is None:
             return claim
         if self.exhausted:
             return None
