@@ -155,6 +155,9 @@ def plan_continuation(
     left = [each for each in ranked if each.key not in keys]
     if space.is_grid and left:
         space = space.leaving_out({each.key for each in left})
+    if space.is_grid and chosen and space.budget.trials is not None:
+        planned = space.point_keys()
+        chosen = [each for each in chosen if each.key in planned]
     return ContinuationPlan(space, chosen, left if space.is_grid else _with(left, Outlook.HORIZON))
 
 

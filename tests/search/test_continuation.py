@@ -123,6 +123,14 @@ def test_best_n_takes_only_those_and_trains_new_points(database: Database, tmp_p
     assert len(again.trials()) == 2
 
 
+def test_points_of_a_grid_beyond_the_budget_are_not_continued(database: Database, tmp_path: Path) -> None:
+    search_without_ray(short_space(tmp_path), database, tmp_path)
+    space = long_space(tmp_path, budget={"trials": 2})
+    study, listener = search_without_ray(space, database, tmp_path)
+    assert {trial.params["x"] for trial in study.trials()} == set(parents(study)) == set(XS[:2])
+    assert notes(listener)[0].startswith("continues 2 trials")
+
+
 def test_none_trains_every_configuration_from_its_first_epoch(database: Database, tmp_path: Path) -> None:
     search_without_ray(short_space(tmp_path), database, tmp_path)
     study, listener = search_without_ray(long_space(tmp_path, "none"), database, tmp_path)
