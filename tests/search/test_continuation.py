@@ -24,6 +24,7 @@ from hpo.trainable import is_timing
 from storage.database import Database
 from storage.parents import Parent
 from storage.records import CONTINUED_FROM
+from storage.retry import retry_trials
 from storage.studies import Study, open_study
 from storage.usage import CPU
 from tests.factories import (
@@ -280,6 +281,21 @@ def test_a_trial_that_was_killed_goes_on_from_its_own_checkpoint(database: Datab
     assert len(parents(study)) == 1, "storage knows the parent, whatever the file says now"
     check_values(study)
     assert trial_states(earlier) == ["COMPLETE"] * 3
+
+
+def test_a_trial_that_is_retried_starts_from_its_parent_again(database: Database, tmp_path: Path) -> None:
+    search_without_ray(short_space(tmp_path), database, tmp_path)
+    continuation = plan(database, long_space(tmp_path), tmp_path)
+    study = _open(database, continuation)
+    with open_run(continuation, study, {}, CPU) as run:
+        claim = run.claim()
+        assert claim is not None
+        run.fail(claim, "its reason")
+    retry_trials(study, [claim.number])
+    study, listener = search_without_ray(long_space(tmp_path), database, tmp_path)
+    assert ("started", 0, SHORT) in listener.events
+    assert len(parents(study)) == 3
+    check_values(study)
 
 
 def trained_parent(folder: Path) -> Path:
