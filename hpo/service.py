@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from hpo.report.results import Results, TrialResult
     from hpo.search.cluster import RayCluster
+    from hpo.search.continuation import ContinuationPlan
     from hpo.search.estimate import SearchEstimate
     from hpo.search.mps import Mps
     from hpo.search.probes import ImageCounts, Probes
@@ -139,6 +140,7 @@ def run_search(
         if is_new_database(storage):
             cluster.start()
         from hpo.report.results import read_results
+        from hpo.search.continuation import plan_continuation
         from hpo.search.retention import Retention
         from hpo.search.warm_start import find_trials
         from storage.database import open_database
@@ -147,6 +149,8 @@ def run_search(
 
         database = opened.enter_context(open_database(storage, password))
         study = find_revision(database, space.name, space.fingerprint)
+        continuation = plan_continuation(space, study, database, runs)
+        space = continuation.space
         if study is not None and SOURCES in study.attrs:
             set_points(study, space.point_keys())
         left = space.total_trials if study is None else _trials_left(space, study)
@@ -163,7 +167,7 @@ def run_search(
             cluster.start()
             provenance = {"command": command} | describe_environment()
             study, stopped = _search(
-                space,
+                continuation,
                 database,
                 found,
                 cluster,
@@ -188,7 +192,7 @@ def run_search(
 
 
 def _search(
-    space: Space,
+    continuation: ContinuationPlan,
     database: Database,
     found: Sequence[Found],
     cluster: RayCluster,
@@ -209,13 +213,13 @@ def _search(
     from hpo.search.warm_start import take_over_trials
     from storage.studies import open_study
 
-    estimate, images = None, None
+    space, estimate, images = continuation.space, None, None
     if probes is not None:
         provenance["data_sha256"], images = probes.describe_data()
     # Only now, so that a missing data set does not leave an empty study.
     study = open_study(database, **space.study_options)
     note_database(runs_dir.checkpoints(study.unique_name), database)
-    _note_sources(take_over_trials(space, study, found, password), listener)
+    _note_sources(take_over_trials(space, study, found, password), continuation, study.keys(), listener)
     left = _trials_left(space, study)  # now: another study may have been deleted meanwhile, and this one is new
     listener.study_opened(space, study.name, database.url, study.counts())
     if left == 0:  # earlier studies had all results
@@ -235,7 +239,7 @@ def _search(
     gc.freeze()  # excludes imported objects from the garbage collections of the search
     try:
         stopped = run_trials(
-            space, study, slots, provenance=provenance, data=data, runs_dir=runs_dir, listener=listener
+            continuation, study, slots, provenance=provenance, data=data, runs_dir=runs_dir, listener=listener
         )
     finally:
         gc.unfreeze()  # the caller's garbage must not live forever
@@ -252,11 +256,25 @@ def _find_spent(space: Space, study: Study) -> Stop | None:
     return find_spent(space.budget, study.device_seconds()) if space.budget.limits_device_time else None
 
 
-def _note_sources(found: Sequence[Found], listener: ProgressListener) -> None:
-    """Say what is taken over from earlier studies. Of several revisions, some may have nothing that others do not have."""
+def _note_sources(
+    found: Sequence[Found], continuation: ContinuationPlan, known: Collection[str], listener: ProgressListener
+) -> None:
+    """Say what is taken over from earlier studies, and what is continued.
+
+    Of several revisions, some may have nothing that others do not have. Of one whose trials are continued, it is not said
+    that their results are left out.
+
+    Args:
+        found: what is taken over.
+        continuation: what is continued.
+        known: keys of the configurations that the study has.
+        listener: receives the notes.
+    """
     for number, each in enumerate(found):
-        if number == 0 or each.is_worth_a_note:
+        if each.is_worth_a_note or (number == 0 and each.study not in continuation.sources):
             listener.note(str(each))
+    for note in continuation.notes(known):
+        listener.note(note)
 
 
 def _note_failure(mps: Mps, listener: ProgressListener) -> None:
@@ -387,7 +405,7 @@ class PlannedSearch:
     """The plan of a search, with an estimate of its time and memory.
 
     Attributes:
-        space: the search.
+        space: the search, without the points of its grid that are left as they are in an earlier revision.
         slots: how many trials run at a time, and on what.
         estimate: seconds, GPU-hours and memory, measured; None where nothing could be measured.
         states: {`Space.config_key`: state} of the configurations that storage holds.
@@ -444,7 +462,7 @@ def plan_search(
         listener.note(note)
     with start_mps(is_wanted=may_share_gpu(space)) as mps, _start_probes(space, data, Path(runs_dir)) as probes:
         _note_failure(mps, listener)
-        states, left, used = _look_up(space, storage, password, listener)
+        space, states, left, used = _look_up(space, storage, password, RunsDir(Path(runs_dir)), listener)
         size, estimate = machine_size(), None
         slots = plan_slots(space, left, *size)
         if probes is not None:
@@ -456,11 +474,12 @@ def plan_search(
 
 
 def _look_up(
-    space: Space, storage: str, password: str | None, listener: ProgressListener
-) -> tuple[dict[str, str], int | None, float]:
-    """Return the stored states of a search, how many trials have not ended, and its device time; see `PlannedSearch`."""
+    space: Space, storage: str, password: str | None, runs_dir: RunsDir, listener: ProgressListener
+) -> tuple[Space, dict[str, str], int | None, float]:
+    """Return a search, its stored states, how many trials have not ended, and its device time; see `PlannedSearch`."""
     if is_new_database(storage) and not space.warm_start:
-        return {}, space.total_trials, 0.0
+        return space, {}, space.total_trials, 0.0
+    from hpo.search.continuation import plan_continuation
     from hpo.search.warm_start import find_trials
     from storage.database import open_for_reading
     from storage.studies import find_revision
@@ -468,6 +487,8 @@ def _look_up(
     opened = None if is_new_database(storage) else open_for_reading(storage, password)
     with opened or nullcontext() as database:
         study = None if database is None else find_revision(database, space.name, space.fingerprint)
+        continuation = plan_continuation(space, study, database, runs_dir)
+        space = continuation.space
         states: dict[str, str] = {}
         left = space.total_trials
         if study is not None:
@@ -475,13 +496,13 @@ def _look_up(
             left = _trials_left(space, study)
         if left != 0:
             found = find_trials(space, study, database, password)
-            _note_sources(found, listener)
             trials = [trial for each in found for trial in each.trials]
             reused = {trial.key: "COMPLETE" for trial in trials if trial.key is not None}
             if space.is_grid and left is not None:
                 left -= len(space.point_keys() & (reused.keys() - states.keys()))
             states = reused | states
-        return states, left, 0.0 if study is None else study.device_seconds()
+            _note_sources(found, continuation, states.keys(), listener)
+        return space, states, left, 0.0 if study is None else study.device_seconds()
 
 
 def _trials_left(space: Space, study: Study) -> int | None:

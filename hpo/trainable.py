@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from hpo.errors import TrainableError, nearest
 
 DEFAULT_TRAINABLE = "hpo.train:train"
+FINAL_METRICS = ("test_loss", "test_accuracy")  # that the default trainable reports after its last epoch only
 
 
 @dataclass(frozen=True)

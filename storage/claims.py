@@ -18,7 +18,7 @@ from storage import optuna_tables, ownership, records, tables, usage
 from storage.database import Database
 from storage.errors import StorageError
 from storage.ownership import ClaimedTrial, RunKey
-from storage.records import DUPLICATE, FIRST_ATTEMPT, REJECTED, Params
+from storage.records import CONTINUED_FROM, DUPLICATE, FIRST_ATTEMPT, REJECTED, Params
 
 # --- trials that exist ------------------------------------------------------------------------------------------------
 
@@ -216,14 +216,16 @@ def _claimed_with(connection: sa.Connection, token: int) -> ClaimedTrial | None:
     row = connection.execute(query).one_or_none()
     if row is None:
         return None
+    attrs = optuna_tables.read_attrs(connection, row.trial_id)
     return ClaimedTrial(
         row.trial_id,
         row.number,
         optuna_tables.read_params(connection, row.trial_id),
         optuna_tables.read_values(connection, row.trial_id),
         row.crashes,
-        records.attempt_of(optuna_tables.read_attrs(connection, row.trial_id)),
+        records.attempt_of(attrs),
         token,
+        attrs.get(CONTINUED_FROM),
     )
 
 
@@ -248,6 +250,7 @@ class Configuration:
         distributions: {name: distribution} of these params.
         system_attrs: what the sampler notes about it.
         trial_id: a WAITING trial that becomes it, such as one enqueued through Optuna; None for a new one.
+        attrs: user attributes of the trial.
     """
 
     key: str
@@ -255,6 +258,7 @@ class Configuration:
     distributions: Mapping[str, BaseDistribution]
     system_attrs: Mapping[str, Any] = field(default_factory=dict)
     trial_id: int | None = None
+    attrs: Mapping[str, Any] = field(default_factory=dict)
 
 
 def register(
@@ -293,10 +297,12 @@ def register(
             optuna_tables.start(connection, trial_id)
         optuna_tables.write_params(connection, trial_id, configuration.params, configuration.distributions)
         optuna_tables.write_system_attrs(connection, [(trial_id, configuration.system_attrs)])
+        optuna_tables.write_attrs(connection, [(trial_id, configuration.attrs)])
         row = {"trial": trial_id, "study": run.study_id, "key": configuration.key, "run": run.run_id, "token": token}
         connection.execute(tables.trials.insert(), row)
         _open_account(connection, run, trial_id, token)
-        return ClaimedTrial(trial_id, number, configuration.params, {}, 0, FIRST_ATTEMPT, token)
+        parent = configuration.attrs.get(CONTINUED_FROM)
+        return ClaimedTrial(trial_id, number, configuration.params, {}, 0, FIRST_ATTEMPT, token, parent)
 
 
 def refuse(database: Database, run: RunKey, trial_id: int, constraint: str) -> None:

@@ -68,6 +68,7 @@ class ClaimedTrial:
         crashes: how many workers and drivers have died while they trained it.
         attempt: which attempt of its configuration it is, see `records.attempt_of`.
         token: of this claim.
+        continued_from: its user attribute with this name, whatever a program has made of it; None without one.
     """
 
     trial_id: int
@@ -77,6 +78,7 @@ class ClaimedTrial:
     crashes: int
     attempt: str
     token: int
+    continued_from: Any = None
 
     @property
     def epoch(self) -> int:

@@ -76,6 +76,7 @@ class TrialQueue:
         self._all_points: list[Params] = []
         self._points: list[Params] = []  # those that no run is known to have claimed; the next one is last
         self._distributions: Mapping[str, BaseDistribution] = {}
+        self._attrs: Mapping[str, Mapping[str, Any]] = {}  # {key of a point: user attributes of its trial}
         self._known_keys: set[str] = set()
         self._is_settled = is_settled
         self._tokens: set[int] = set()  # of the claims that this run works on
@@ -86,12 +87,18 @@ class TrialQueue:
         self._heard: dict[int, tuple[float, float, float]] = {}
         self._next_scan = 0.0  # by the monotonic clock
 
-    def enqueue(self, points: Iterable[Params], distributions: Mapping[str, BaseDistribution]) -> None:
+    def enqueue(
+        self,
+        points: Iterable[Params],
+        distributions: Mapping[str, BaseDistribution],
+        attrs: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
         """Set the points that `claim` returns, in this order; see `storage.run.Run.enqueue`."""
         self._all_points = list(points)
         self._points = self._all_points[::-1]
         self._compared_keys = None
         self._distributions = distributions
+        self._attrs = attrs or {}
         self._known_keys = self._retry(lambda: records.read_keys(self._database, self._run.study_id))
 
     def claim(self, *, new: bool = True) -> ClaimedTrial | None:
@@ -196,8 +203,9 @@ class TrialQueue:
     # --- new trials
 
     def _claim_new(self, token: int) -> ClaimedTrial | None:
-        if self._draw is None:
-            return self._claim_point(token)
+        claim = self._claim_point(token)
+        if claim is not None or self._draw is None:
+            return claim
         if self.exhausted:
             return None
         sampler = self._study.optuna_study.sampler
@@ -208,14 +216,16 @@ class TrialQueue:
 
     def _claim_point(self, token: int) -> ClaimedTrial | None:
         """Create a trial for the next point that no run has claimed."""
+        max_trials = None if self._draw is None else self._max_trials
         while self._points:
             point = self._points[-1]
             key = self._config_key(point)
             if key not in self._known_keys:
-                configuration = Configuration(key, point, {name: self._distributions[name] for name in point})
+                distributions = {name: self._distributions[name] for name in point}
+                configuration = Configuration(key, point, distributions, attrs=self._attrs.get(key, {}))
                 claim = self._retry(
                     lambda configuration=configuration: claims.register(  # type: ignore[misc]
-                        self._database, self._run, token, configuration, None
+                        self._database, self._run, token, configuration, max_trials
                     )
                 )
                 if isinstance(claim, ClaimedTrial):

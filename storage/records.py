@@ -30,6 +30,9 @@ FIRST_ATTEMPT = "1"
 LEARNED_FROM = "learned_from"
 REUSED_FROM = "reused_from"
 
+# User attribute of a trial that continues a shorter one of an earlier study, see `storage.parents.Parent`:
+CONTINUED_FROM = "continued_from"
+
 Params = dict[str, Any]
 Metrics = dict[int, dict[str, float]]  # {epoch: {name: value}}
 

@@ -195,12 +195,23 @@ class Run:
         """Why `claim` draws no more trials although the budget allows it; empty while it does."""
         return self._queue.exhausted
 
-    def enqueue(self, points: Iterable[Params], distributions: Mapping[str, BaseDistribution]) -> None:
-        """Set the points of a grid. `claim` returns them in this order and skips those that the study already has.
+    def enqueue(
+        self,
+        points: Iterable[Params],
+        distributions: Mapping[str, BaseDistribution],
+        attrs: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Set the points of a grid, or those that come before others are drawn.
 
-        A point becomes a trial when it is claimed.
+        `claim` returns them in this order and skips those that the study already has. A point becomes a trial when it is
+        claimed.
+
+        Args:
+            points: the configurations.
+            distributions: {name: distribution} of all params.
+            attrs: {key: user attributes} of the trials of some points, stored when they are created.
         """
-        self._queue.enqueue(points, distributions)
+        self._queue.enqueue(points, distributions, attrs)
 
     def claim(self, *, new: bool = True) -> ClaimedTrial | None:
         """Return a trial to work on: an interrupted one, an enqueued one or a new one; None if there is none now.

@@ -108,6 +108,10 @@ class Study:
             self.study_id, 0
         )
 
+    def keys(self) -> set[str]:
+        """Return the keys of all configurations. Trials that another program added have none."""
+        return retry_while_down(self.database, lambda: records.read_keys(self.database, self.study_id))
+
     def ended_keys(self) -> set[str]:
         """Return the keys of the configurations that have ended. Trials that another program added have none."""
         return retry_while_down(self.database, lambda: records.read_ended_keys(self.database, self.study_id))

@@ -12,17 +12,20 @@ from typing import Any
 import psutil
 
 from hpo.paths import RunsDir
+from hpo.search.continuation import plan_continuation
 from hpo.search.coordinator import TrialCoordinator
 from hpo.search.environment import check_trainable
 from hpo.search.listener import NullListener
-from hpo.search.samplers import build_optuna_pruner, build_pruner, build_sampler, history_limit
+from hpo.search.runs import open_run
+from hpo.search.samplers import build_pruner, history_limit
 from hpo.search.slots import Slots
 from hpo.search.worker import TrialReport, TrialSpec, end_trial, run_trial
 from hpo.space.model import Space, load_space
 from storage.database import Database
 from storage.ownership import ClaimedTrial
 from storage.run import Run
-from storage.studies import Study, open_study
+from storage.studies import Study, find_revision, open_study
+from storage.usage import CPU
 
 ROOT = Path(__file__).parent.parent
 
@@ -195,14 +198,14 @@ def search_without_ray(
 ) -> tuple[Study, RecordingListener]:
     """Run a search to its end in this process: one epoch of each running trial in turn."""
     check_trainable(space)
-    study = open_study(database, **space.study_options)
     listener = RecordingListener()
-    study.optuna_study.pruner = build_optuna_pruner(space, study)
-    with run_of(study, space) as run:
-        if space.is_grid:
-            run.enqueue(space.grid_points(), space.distributions())
-        else:
-            study.optuna_study.sampler = build_sampler(space, run.run_id)
+    before = find_revision(database, space.name, space.fingerprint)
+    continuation = plan_continuation(space, before, database, RunsDir(folder))
+    space = continuation.space
+    study = open_study(database, **space.study_options)
+    for note in continuation.notes(study.keys()):
+        listener.note(note)
+    with open_run(continuation, study, {}, CPU) as run:
         coordinator = TrialCoordinator(
             space,
             run,

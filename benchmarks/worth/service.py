@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.worth.simulation import Search, Trial, simulate
 from benchmarks.worth.tables import Task
 from hpo.paths import RunsDir
+from hpo.search.continuation import ContinuationPlan
 from hpo.search.coordinator import TrialCoordinator
 from hpo.search.listener import NullListener
 from hpo.search.runs import open_run
@@ -98,6 +99,6 @@ def _search(
     if found:
         take_over_trials(space, study, found)
     runs_dir = RunsDir(Path(str(database.file)).parent / "runs").make()
-    with open_run(space, study, {}, CPU) as run:
+    with open_run(ContinuationPlan(space), study, {}, CPU) as run:
         slots = Slots(workers, cpu=1.0, gpu=0.0)
         yield ServiceSearch(TrialCoordinator(space, run, slots, data={}, runs_dir=runs_dir, listener=NullListener()))

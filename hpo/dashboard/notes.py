@@ -30,13 +30,13 @@ def describe_trial(results: Results, trial: TrialResult, space: Space | None) ->
     scores = [f"{name} {trial.last[name]:.4f}" for name in (results.metric, "test_accuracy") if name in trial.last]
     params = trial.params | trial.attrs.get("derived", {})
     shown_params = ", ".join(f"{name} {format_value(value)}" for name, value in params.items())
-    max_epochs, trained, seed = (
+    max_epochs, trained_by, seed = (
         (space.max_epochs, space.command or space.trainable, space.seed) if space else ("?", "?", "?")
     )
     lines = [
         f"**{trial.state}** after {epochs} of {max_epochs} epochs" + (f": {', '.join(scores)}" if scores else ""),
         f"**Params**: {code(shown_params or 'none')}",
-        f"**Training**: {code(trained)}, seed {seed}, version {code(provenance.get('code', '?'))}",
+        f"**Training**: {code(trained_by)}, seed {seed}, version {code(provenance.get('code', '?'))}",
     ]
     if provenance:
         device = f"{provenance.get('device_name', '?')} ({provenance.get('device', '?')})"
@@ -44,10 +44,13 @@ def describe_trial(results: Results, trial: TrialResult, space: Space | None) ->
             f"**Machine**: {code(provenance.get('machine', '?'))}, {code(device)}, Python {provenance.get('python', '?')}"
         )
     if trial.seconds:
-        per_epoch = f", {trial.seconds / epochs:,.2f} s per epoch" if epochs else ""
+        trained = epochs - trial.continued_epochs
+        per_epoch = f", {trial.seconds / trained:,.2f} s per epoch" if trained else ""
         lines.append(f"**Duration**: {trial.seconds:,.1f} s{per_epoch}")
     if trial.reused_from:
         lines.append(f"**Reused from**: {code(trial.reused_from)}, which trained it")
+    if trial.continued_from:
+        lines.append(f"**Continued from**: {code(trial.continued_from)}, after epoch {trial.continued_epochs}")
     parent = trial.attrs.get("parent")
     if parent is not None:
         lines.append(f"**Parent**: [trial {parent}](/dashboard/studies/{study.study_id}/trials?numbers={parent})")

@@ -16,7 +16,8 @@ from hpo.space.model import Space
 from hpo.trainable import is_timing
 from storage.imports import Origin, TakenOver, read_sources
 from storage.optuna_internals import trial_id
-from storage.records import RETRIED
+from storage.parents import Parent
+from storage.records import CONTINUED_FROM, RETRIED
 from storage.studies import without_garbage_collection
 from storage.summaries import elapsed_seconds, state_of
 
@@ -80,6 +81,20 @@ class TrialResult:
         return "" if origin is None else f"{origin.study} #{origin.number}"
 
     @property
+    def continued_from(self) -> str:
+        """The shorter trial from whose checkpoint it started, such as `grid@1 #3`; empty for none."""
+        return str(self._parent) if self.continued_epochs else ""
+
+    @property
+    def continued_epochs(self) -> int:
+        """How many of its epochs that trial has trained."""
+        return 0 if self._parent is None else self._parent.epoch
+
+    @property
+    def _parent(self) -> Parent | None:
+        return Parent.read(self.attrs.get(CONTINUED_FROM))
+
+    @property
     def last_epoch(self) -> int:
         """The last epoch that storage holds; 0 without epochs."""
         return max(self.epochs, default=0)
@@ -96,8 +111,11 @@ class TrialResult:
 
     @cached_property
     def seconds(self) -> float:
-        """The seconds that its epochs took, training and validation. Without epochs, `wall_seconds`."""
-        seconds = sum(values.get("epoch_seconds", 0.0) for values in self.epochs.values())
+        """The seconds that its epochs took, training and validation; not those of a trial that it continues. Without epochs,
+        `wall_seconds`.
+        """
+        own = (values for epoch, values in self.epochs.items() if epoch > self.continued_epochs)
+        seconds = sum(values.get("epoch_seconds", 0.0) for values in own)
         return seconds or self.wall_seconds
 
     @cached_property

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from storage.summaries import Summary
 
 MAX_TABLE_ROWS = 50
+SOURCES = ("reused from", "continued from")  # columns that say which trial of an earlier study a trial is from
 MAX_PARAMS = 8  # with more parameters, only those that vary get a column
 
 Column = tuple[str, Callable[[TrialResult], str]]
@@ -54,7 +55,7 @@ def _layouts(results: Results) -> Iterator[Table]:
     yield _build_trial_table(results, columns, fold=True)
     fixed = [name for name in results.param_names if name not in results.varying_params]
     left_out: list[str] = []
-    for name in [*fixed, "images/s", "seconds", "reused from", f"last {results.metric}", "test_accuracy", "epochs"]:
+    for name in [*fixed, "images/s", "seconds", *SOURCES, f"last {results.metric}", "test_accuracy", "epochs"]:
         if any(name == heading for heading, _ in columns):
             columns = [column for column in columns if column[0] != name]
             left_out.append(name)
@@ -94,14 +95,16 @@ def trial_columns(results: Results) -> list[Column]:
 
     The columns are: number, parameters, state, epochs, the last and the best value of the objective (or all objectives if
     there are several), test accuracy, seconds, and images per second where the trainable reports them. Where results of an
-    earlier study stand, a column says which trial they are from.
+    earlier study stand, a column says which trial they are from; where trials continue others, which ones.
     """
     params = results.param_names if len(results.param_names) <= MAX_PARAMS else results.varying_params
     columns: list[Column] = [("trial", lambda trial: str(trial.number))]
     columns += [(name, _param_of(name)) for name in params]
     columns += [("state", lambda trial: trial.state), ("epochs", lambda trial: str(trial.last_epoch or ""))]
     if any(trial.reused_from for trial in results.trials):
-        columns.append(("reused from", lambda trial: trial.reused_from))
+        columns.append((SOURCES[0], lambda trial: trial.reused_from))
+    if any(trial.continued_from for trial in results.trials):
+        columns.append((SOURCES[1], lambda trial: trial.continued_from))
     if len(results.objectives) > 1:
         columns += [(name, _objective_of(i)) for i, (name, _) in enumerate(results.objectives)]
     else:

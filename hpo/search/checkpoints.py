@@ -155,19 +155,12 @@ def load_checkpoint(folder: Path, key: str) -> Checkpoint | None:
     Raises:
         OSError, MemoryError, RuntimeError: no checkpoint could be read, and at least one may be intact.
     """
-    import torch
-
     for leftover in folder.glob("*.tmp"):  # of a worker that was killed while it wrote
         leftover.unlink(missing_ok=True)
     passing: Exception | None = None
     for path in list_checkpoints(folder):
         try:
-            with zipfile.ZipFile(path) as archive:
-                if archive.testzip() is not None:  # torch does not verify the checksums
-                    raise zipfile.BadZipFile(path.name)
-            # weights_only: tensors and plain values, nothing that runs code.
-            found = torch.load(path, map_location="cpu", weights_only=True)
-            checkpoint = Checkpoint(found["epoch"], found["history"], found["state"], found.get("key", ""))
+            checkpoint = _read(path)
             if checkpoint.key in {"", key}:
                 return checkpoint
             path.replace(path.with_suffix(".other"))
@@ -182,6 +175,43 @@ def load_checkpoint(folder: Path, key: str) -> Checkpoint | None:
     if passing is not None:
         raise passing
     return None
+
+
+def read_checkpoint(folder: Path, key: str) -> Checkpoint | None:
+    """Return the newest readable checkpoint of a trial that has ended, or None. Its folder stays as it is.
+
+    Args:
+        folder: the trial's folder.
+        key: whose checkpoint it must be, see `owner_key`.
+
+    Raises:
+        OSError, MemoryError, RuntimeError: no checkpoint could be read, and at least one may be intact.
+    """
+    passing: Exception | None = None
+    for path in list_checkpoints(folder):
+        try:
+            checkpoint = _read(path)
+        except FileNotFoundError:  # deleted meanwhile
+            continue
+        except _UNREADABLE as error:
+            passing = error if _may_pass(error) else passing
+            continue
+        if checkpoint.key in {"", key}:
+            return checkpoint
+    if passing is not None:
+        raise passing
+    return None
+
+
+def _read(path: Path) -> Checkpoint:
+    import torch
+
+    with zipfile.ZipFile(path) as archive:
+        if archive.testzip() is not None:  # torch does not verify the checksums
+            raise zipfile.BadZipFile(path.name)
+    # weights_only: tensors and plain values, nothing that runs code.
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    return Checkpoint(found["epoch"], found["history"], found["state"], found.get("key", ""))
 
 
 def _may_pass(error: Exception) -> bool:

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hpo.space.model import Space
-from hpo.space.parameters import Scalar
-from hpo.space.translation import Translation, translate
+from hpo.space.parameters import Params, Scalar
+from hpo.space.translation import Translation, TranslationError, translate
 from storage.imports import ImportedTrial, Origin
 
 if TYPE_CHECKING:
@@ -57,8 +57,7 @@ class Comparison:
 
         self._check("data", self._space.data == self._before.data, "it had other data")
         self._check("trainable", self._is_same_code, "it ran other code")
-        derived = trial.user_attrs.get("derived")
-        params = trial.params | (derived if isinstance(derived, dict) else {})
+        params = self._params_of(trial)
         translation = translate(self._space, params, defaults=self._defaults)
         state, values, is_exact = self._cut(trial, params)
         own = self._earlier.identity or ""
@@ -82,6 +81,18 @@ class Comparison:
             completed=trial.datetime_complete,
         )
 
+    def same_configuration(self, trial: FrozenTrial) -> Params | None:
+        """Return the configuration of a trial if the search would train it in the same way for as many epochs; else None."""
+        try:
+            translation = translate(self._space, self._params_of(trial), defaults=self._defaults)
+        except TranslationError:
+            return None
+        return translation.params if self._is_trained_the_same_way(translation) else None
+
+    def depends_on_horizon(self, trial: FrozenTrial) -> bool:
+        """Return whether the training of a trial is known to depend on max_epochs."""
+        return self._trainings and self._depends_on_horizon(self._params_of(trial))
+
     def complete(self, taken: Mapping[int, ImportedTrial]) -> list[ImportedTrial]:
         """Return the same trials; those whose results stand with all of their metrics, and what is needed to replay them.
 
@@ -101,6 +112,11 @@ class Comparison:
             )
 
         return [with_metrics(each, trial) if each in metrics else trial for each, trial in taken.items()]
+
+    def _params_of(self, trial: FrozenTrial) -> Params:
+        """Return what a trial was trained with, derived values included."""
+        derived = trial.user_attrs.get("derived")
+        return trial.params | (derived if isinstance(derived, dict) else {})
 
     def _check(self, what: str, is_same: bool, reason: str) -> None:
         if not is_same and what not in self._despite:

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from hpo.space.model import Space
 
 if TYPE_CHECKING:  # workers import this module too, and need no database
     from storage.ownership import ClaimedTrial
+    from storage.parents import Parent
     from storage.run import Run
 
 UNKNOWN_NODE = ""  # of a worker that died
@@ -70,6 +72,7 @@ class TrialCoordinator:
         self._listener = listener
         self._claims: dict[str, ClaimedTrial] = {}
         self._epochs: dict[str, int] = {}
+        self._parents: dict[str, Parent] = {}  # of the running trials that continue another one
         self._at_a_time = math.inf  # fewer than there are slots after a trial has found no room next to others
         self._together: dict[str, int] = {}  # the most trials that ran at the same time during a claim
         self._deadline = math.inf
@@ -113,7 +116,11 @@ class TrialCoordinator:
             self._claims[tune_id] = claim
             self._epochs[tune_id] = claim.epoch
             self._together = {each: max(self._together.get(each, 0), len(self._claims)) for each in self._claims}
-            self._listener.trial_started(claim.number, claim.params, claim.epoch, self._space.max_epochs)
+            parent = self._parent_of(claim)
+            if parent is not None:
+                self._parents[tune_id] = parent
+            first_epoch = claim.epoch or self._continued_epoch(tune_id)
+            self._listener.trial_started(claim.number, claim.params, first_epoch, self._space.max_epochs)
             derived = self._space.derive(claim.params)
             if derived:
                 self._run.record(claim, {"derived": derived})
@@ -134,6 +141,8 @@ class TrialCoordinator:
                 threads=self._slots.threads,
                 timeout=self._space.trial_timeout,
                 code_folder=str(Path.cwd()),
+                parent_folder=str(self._runs_dir.trial(parent.files, parent.number)) if parent else "",
+                parent_key=parent.key if parent else "",
             )
         return None
 
@@ -152,6 +161,18 @@ class TrialCoordinator:
             self._listener.trial_started(claim.number, claim.params, claim.epoch, self._space.max_epochs)
             self._listener.trial_ended(claim.number, "FAIL", reason)
         return claim
+
+    def _parent_of(self, claim: ClaimedTrial) -> Parent | None:
+        """Return the trial that a trial continues; None if it has none, or if the parent's checkpoint was gone before."""
+        from storage.parents import Parent
+
+        parent = Parent.read(claim.continued_from)
+        return parent if parent is not None and parent.epoch > 0 and self._space.saves_checkpoints else None
+
+    def _continued_epoch(self, tune_id: str) -> int:
+        """Return the last epoch that a trial has from its parent; 0 for none."""
+        parent = self._parents.get(tune_id)
+        return 0 if parent is None else parent.epoch
 
     @property
     def is_done(self) -> bool:
@@ -193,6 +214,7 @@ class TrialCoordinator:
                 return self._release_for_room(tune_id, report.failure)
             if report.failure:
                 return self._fail(tune_id, report.failure, report.traceback, report.node)
+            self._note_parent(tune_id, claim, report.continued_epoch)
             for earlier, metrics in sorted(report.history.items()):
                 self._restore(claim, earlier, metrics)
             return self._on_epoch(tune_id, claim, report)
@@ -219,7 +241,9 @@ class TrialCoordinator:
                 self._has_trained.add(node)
                 self._failures_in_a_row[node] = 0
         infinite = [name for name, number in metrics.items() if not math.isfinite(number)]
-        decides = self._space.stops_trials_early and not infinite and epoch < self._space.max_epochs
+        # What the parent trained is not judged: whoever continues a trial wants more of it.
+        is_new = epoch > self._continued_epoch(tune_id)
+        decides = self._space.stops_trials_early and not infinite and is_new and epoch < self._space.max_epochs
         is_pruned = False
         if decides:
             is_pruned = self._run.decide(claim, epoch, metrics, value)
@@ -239,6 +263,26 @@ class TrialCoordinator:
             self._end(tune_id, "PRUNED", f"stopped by {self._space.scheduler.name} after epoch {epoch}")
             return Ending.SAVE_ONLY if self._space.checkpoints.count is None else Ending.DISCARD
         return Ending.SAVE if self._is_over() else None
+
+    def _note_parent(self, tune_id: str, claim: ClaimedTrial, epoch: int | None) -> None:
+        """Record from which epoch of its parent a trial starts, if it is not the one that was expected.
+
+        Args:
+            tune_id: Tune's name of the trial.
+            claim: the trial.
+            epoch: of the parent's checkpoint, 0 if it has none; None if the trial has not read it.
+        """
+        from storage.records import CONTINUED_FROM
+
+        parent = self._parents.get(tune_id)
+        if parent is None or epoch is None or epoch == parent.epoch:
+            return
+        self._parents[tune_id] = replace(parent, epoch=epoch)
+        self._run.record(claim, {CONTINUED_FROM: self._parents[tune_id].attribute})
+        if epoch == 0:
+            self._listener.note(
+                f"trial {claim.number}: the checkpoint of {parent} is gone, so it is trained from its first epoch"
+            )
 
     def _restore(self, claim: ClaimedTrial, epoch: int, metrics: Mapping[str, float]) -> None:
         """Store an epoch of the checkpoint that storage lacks, or has from an abandoned attempt."""
@@ -333,6 +377,7 @@ class TrialCoordinator:
     def _end(self, tune_id: str, state: str, text: str) -> Ending:
         claim = self._claims.pop(tune_id)
         del self._epochs[tune_id], self._together[tune_id]
+        self._parents.pop(tune_id, None)
         self._new_epochs.discard(tune_id)
         if state != "WAITING":
             trim_checkpoints(self._folder(claim), claim.token)
@@ -393,6 +438,7 @@ class TrialCoordinator:
                 if (claim := self._claims.pop(tune_id, None)) is not None:
                     self._run.free_device(claim)
                 self._together.pop(tune_id, None)
+                self._parents.pop(tune_id, None)
                 self._new_epochs.discard(tune_id)
                 self._next_attempt = 0.0
             self._listener.note(str(error))

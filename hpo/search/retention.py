@@ -79,7 +79,7 @@ class Retention:
 def superfluous_trials(
     space: Space, study: Study, numbers: Collection[int], *, timeout_seconds: float
 ) -> list[EndedTrial]:
-    """Return which of these trials keep no checkpoints.
+    """Return which of these trials keep no checkpoints. A trial that an unfinished one continues keeps its own.
 
     Args:
         space: the search.
@@ -90,13 +90,15 @@ def superfluous_trials(
     Raises:
         StorageError: the database cannot be used.
     """
-    from storage import ranking
+    from storage import parents, ranking
 
     policy = space.checkpoints
     if policy.count is None or not numbers:
         return []
     direction = space.direction if policy.keeps_best else None
-    return ranking.superfluous_trials(study, policy.count, direction, among=numbers, timeout_seconds=timeout_seconds)
+    found = ranking.superfluous_trials(study, policy.count, direction, among=numbers, timeout_seconds=timeout_seconds)
+    needed = parents.continued_trials(study, timeout_seconds) if found else set()
+    return [trial for trial in found if trial.number not in needed]
 
 
 def trials_with_checkpoints(folder: Path) -> list[int]:

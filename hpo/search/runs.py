@@ -7,20 +7,22 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from hpo.search.samplers import build_optuna_pruner, build_pruner, build_sampler, history_limit
-from hpo.space.model import Space
 
 if TYPE_CHECKING:
+    from hpo.search.continuation import ContinuationPlan
     from storage.run import Run
     from storage.studies import Study
     from storage.usage import Device
 
 
 @contextmanager
-def open_run(space: Space, study: Study, provenance: Mapping[str, Any], device: Device) -> Iterator[Run]:
+def open_run(
+    continuation: ContinuationPlan, study: Study, provenance: Mapping[str, Any], device: Device
+) -> Iterator[Run]:
     """Start a run that claims trials by the space's sampler and ends them by its scheduler.
 
     Args:
-        space: the search.
+        continuation: the search, and which trials of earlier revisions it continues.
         study: its study.
         provenance: versions and command of the run, for the record.
         device: what each trial holds while a worker runs it.
@@ -30,6 +32,7 @@ def open_run(space: Space, study: Study, provenance: Mapping[str, Any], device: 
     """
     from storage.run import Run
 
+    space = continuation.space
     study.optuna_study.pruner = build_optuna_pruner(space, study)
     run = Run(
         study,
@@ -44,8 +47,7 @@ def open_run(space: Space, study: Study, provenance: Mapping[str, Any], device: 
         device=device,
     )
     with run:
-        if space.is_grid:
-            run.enqueue(space.planned_points(), space.distributions())
-        else:
+        run.enqueue(continuation.first_points(), space.distributions(), continuation.attrs)
+        if not space.is_grid:
             study.optuna_study.sampler = build_sampler(space, run.run_id)
         yield run

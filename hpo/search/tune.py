@@ -35,10 +35,10 @@ from hpo.search.runs import open_run
 from hpo.search.slots import Slots
 from hpo.search.stop import Stop, StopCause
 from hpo.search.worker import Ending, TrialReport, TrialSpec, end_trial, run_trial, watchdog
-from hpo.space.model import Space
 from hpo.trainable import load_trainable
 
 if TYPE_CHECKING:  # workers import this module too, and need no database
+    from hpo.search.continuation import ContinuationPlan
     from storage.studies import Study
 
 SAVE_SECONDS = 120.0  # how long a search that stops waits for its last checkpoints
@@ -211,7 +211,7 @@ class SilentReporter(TrialProgressCallback):
 
 
 def run_trials(
-    space: Space,
+    continuation: ContinuationPlan,
     study: Study,
     slots: Slots,
     *,
@@ -223,7 +223,7 @@ def run_trials(
     """Run the remaining trials of a study. Ray must be up.
 
     Args:
-        space: the search.
+        continuation: the search, and which trials of earlier revisions it continues.
         study: where results are stored.
         slots: how many trials run at a time, and what each gets.
         provenance: versions and command of this run, for the record.
@@ -240,7 +240,8 @@ def run_trials(
     """
     from storage.usage import Device
 
-    with open_run(space, study, provenance, Device(slots.device, slots.devices)) as run:
+    space = continuation.space
+    with open_run(continuation, study, provenance, Device(slots.device, slots.devices)) as run:
         coordinator = TrialCoordinator(space, run, slots, data=data, runs_dir=runs_dir, listener=listener)
         if space.budget.time is not None:
             coordinator.set_deadline(time.monotonic() + space.budget.time - run.elapsed_seconds())

@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from hpo.paths import HANG_FILE, LOG_FILE, SCRIPT_DIR
+from hpo.search.adoption import Adopted, adopt_checkpoint
 from hpo.search.checkpoint_writer import CheckpointWriter
 from hpo.search.checkpoints import Checkpoint, TakenOverError, load_checkpoint, trim_checkpoints
 from hpo.search.script import ScriptError, run_script
 from hpo.space.command import CHECKPOINT_DIR, build_arguments, uses_checkpoint_dir
-from hpo.trainable import load_trainable
+from hpo.trainable import DEFAULT_TRAINABLE, FINAL_METRICS, load_trainable
 
 MAX_NAME_LENGTH = 500  # of a metric: PostgreSQL limits the size of a key
 
@@ -50,6 +51,8 @@ class TrialSpec:
         threads: the threads that torch uses.
         timeout: seconds without an epoch after which the worker counts as hung; None for no limit.
         code_folder: the folder in which the search was started: the trainable may be there.
+        parent_folder: the folder of the trial that this one continues; empty if it starts from its first epoch.
+        parent_key: whose that folder must be.
     """
 
     trainable: str
@@ -68,6 +71,8 @@ class TrialSpec:
     threads: int
     timeout: float | None
     code_folder: str
+    parent_folder: str = ""
+    parent_key: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,8 @@ class TrialReport:
         metrics: of that epoch.
         is_recalled: whether the epoch was read from a checkpoint, not trained just now.
         history: {epoch: metrics} of the epochs before, from the checkpoint; with the first report only.
+        continued_epoch: the epoch of the parent's checkpoint from which the trial starts, 0 if the parent has none; None if
+            it resumes from its own, or has no parent. With the first report only.
         is_taken_over: whether another worker trains the trial now. Nothing follows such a report.
         failure: why the trial failed, in one line; empty if it did not. Nothing follows such a report.
         traceback: of the failure.
@@ -94,6 +101,7 @@ class TrialReport:
     metrics: Mapping[str, float] = field(default_factory=dict)
     is_recalled: bool = False
     history: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    continued_epoch: int | None = None
     is_taken_over: bool = False
     failure: str = ""
     traceback: str = ""
@@ -208,18 +216,32 @@ def _report_epochs(spec: TrialSpec) -> Generator[TrialReport, None, str]:
     # A script that keeps no checkpoints starts from its first epoch and reports all of them again.
     keeps_checkpoints = spec.command is None or uses_checkpoint_dir(spec.command)
     checkpoint = load_checkpoint(folder, spec.key) if keeps_checkpoints else None
+    continued_epoch: int | None = None
+    if checkpoint is None and spec.parent_folder:
+        adopted = _adopt(spec)
+        continued_epoch = 0
+        if adopted is not None:
+            checkpoint, continued_epoch = adopted.checkpoint, adopted.checkpoint.epoch
+            warning = warning or adopted.warning
+    # Epochs of the parent are not reported one by one: no decision follows them.
+    stored_epoch = max(spec.stored_epoch, continued_epoch or 0)
     history = dict(checkpoint.history) if checkpoint else {}
     device = _describe_device(spec)
     recorded: Mapping[str, Any] | None = None  # the provenance of the last report
     shown = ""  # the last warning of the trainable
-    earlier = {epoch: metrics for epoch, metrics in history.items() if epoch < spec.stored_epoch}
+    earlier = {epoch: metrics for epoch, metrics in history.items() if epoch < stored_epoch}
     for epoch in sorted(history):
         # Including the last stored epoch: the driver may have died before it acted on it.
-        if epoch >= spec.stored_epoch:
+        if epoch >= stored_epoch:
             yield TrialReport(
-                epoch, history[epoch], is_recalled=True, history=earlier, provenance=_news(device, recorded)
+                epoch,
+                history[epoch],
+                is_recalled=True,
+                history=earlier,
+                continued_epoch=continued_epoch,
+                provenance=_news(device, recorded),
             )
-            earlier, recorded = {}, device
+            earlier, continued_epoch, recorded = {}, None, device
     with closing(writer), closing(_start_epochs(spec, checkpoint)) as epochs:
         started = time.perf_counter()
         for finished in epochs:
@@ -241,6 +263,7 @@ def _report_epochs(spec: TrialSpec) -> Generator[TrialReport, None, str]:
                 finished.epoch,
                 metrics,
                 history=earlier,
+                continued_epoch=continued_epoch,
                 warning=warning,
                 provenance=_news(provenance, recorded),
                 needs_new_process=getattr(finished, "needs_new_process", False),
@@ -249,10 +272,24 @@ def _report_epochs(spec: TrialSpec) -> Generator[TrialReport, None, str]:
                 yield report
             except TrialPaused:
                 return writer.save_now() if keeps_checkpoints else ""
-            earlier, warning, recorded = {}, "", provenance
+            earlier, continued_epoch, warning, recorded = {}, None, "", provenance
             started = time.perf_counter()
     yield TrialReport(failure=f"the trainable ended after epoch {max(history, default=0)} of {spec.max_epochs}")
     return ""
+
+
+def _adopt(spec: TrialSpec) -> Adopted | None:
+    """Take over the parent's checkpoint; None if it has none."""
+    is_default = spec.command is None and spec.trainable == DEFAULT_TRAINABLE
+    return adopt_checkpoint(
+        Path(spec.folder),
+        spec.key,
+        spec.token,
+        parent=Path(spec.parent_folder),
+        parent_key=spec.parent_key,
+        is_script=spec.command is not None,
+        left_out=FINAL_METRICS if is_default else (),
+    )
 
 
 def _checked_name(name: object) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, Tag, ValidationError
+from pydantic.fields import FieldInfo
 
 from hpo.errors import nearest
 
@@ -28,6 +29,11 @@ class InvalidValuesError(ValueError):
     def __init__(self, *problems: Problem) -> None:
         super().__init__("; ".join(text for _, text in problems))
         self.problems = problems
+
+
+def fields_by_key(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Return {key in the file: field}. They are called the same, except where the key is a keyword of Python."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
 def group_by_key(error: ValidationError, data: Mapping[str, Any]) -> dict[KeyPath, list[dict[str, Any]]]:
@@ -68,7 +74,7 @@ def explain(path: KeyPath, details: Sequence[dict[str, Any]], model: type[BaseMo
         yield from (((*path, *below), text) for below, text in cause.problems)
     elif kind == "extra_forbidden":
         section = _model_at(model, detail["loc"][:-1])
-        yield path, f"unknown key, {nearest(str(path[-1]), section.model_fields if section else ())}"
+        yield path, f"unknown key, {nearest(str(path[-1]), fields_by_key(section) if section else ())}"
     elif kind == "missing":
         yield path[:-1], f"the key {path[-1]!r} is missing"
     elif kind == "union_tag_invalid" and detail["ctx"]["discriminator"] == "'name'":
@@ -119,7 +125,7 @@ def _model_at(annotation: Any, location: Sequence[str | int]) -> type[BaseModel]
             location = location[1:]
         if not location:
             return annotation
-        field = annotation.model_fields.get(str(location[0]))
+        field = fields_by_key(annotation).get(str(location[0]))
         return None if field is None else _model_at(field.annotation, location[1:])
     if origin is dict:
         return _model_at(members[1], location[1:])

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
@@ -22,9 +22,10 @@ from pydantic import Field, PositiveInt, PrivateAttr, TypeAdapter, ValidationErr
 from hpo.errors import HpoError, SettingError, SpaceError, nearest
 from hpo.space.choice import choose_sampler
 from hpo.space.command import uses_checkpoint_dir
+from hpo.space.continuation import Continuation, NamedContinuation
 from hpo.space.document import Document
 from hpo.space.expressions import Formulas
-from hpo.space.messages import Problem, explain, group_by_key
+from hpo.space.messages import Problem, explain, fields_by_key, group_by_key
 from hpo.space.parameters import (
     FloatRange,
     IntRange,
@@ -99,6 +100,9 @@ class Space(StrictModel):
     """Values computed from the parameters, such as `0.05 * max_epochs`. The trainable receives them with the parameters."""
     warm_start: Annotated[list[NamedSource], Field(default_factory=list)]
     """Earlier studies to learn from: a name, or a mapping with the name of a study and options."""
+    continuation: Annotated[NamedContinuation, Field(alias="continue")] = Continuation()
+    """With a larger max_epochs, which completed trials of earlier revisions are continued from their checkpoints: all, best
+    N, none, or a mapping with options."""
     budget: Budget = Budget()
     """The limits at which the search ends."""
     resources: Resources = Resources()
@@ -119,6 +123,7 @@ class Space(StrictModel):
 
     _document: Document | None = PrivateAttr(default=None)
     _sampler_reason: str = PrivateAttr(default="")
+    _left_out: frozenset[str] = PrivateAttr(default=frozenset())
 
     @model_validator(mode="after")
     def _choose_sampler(self) -> Space:
@@ -194,8 +199,22 @@ class Space(StrictModel):
         return sum(1 for _ in self.planned_points()) if self.is_grid else self.budget.trials
 
     def planned_points(self) -> Iterator[Params]:
-        """Yield the configurations of a grid, up to the budget."""
-        return itertools.islice(self.grid_points(), self.budget.trials)
+        """Yield the configurations of a grid, without those that are left out, up to the budget."""
+        points = self.grid_points()
+        if self._left_out:
+            points = (point for point in points if self.config_key(point) not in self._left_out)
+        return itertools.islice(points, self.budget.trials)
+
+    def leaving_out(self, keys: Collection[str]) -> Space:
+        """Return the same search without some points of its grid.
+
+        Args:
+            keys: of the configurations, see `config_key`.
+        """
+        space = self.model_copy()
+        vars(space).pop("total_trials", None)  # cached
+        space._left_out = frozenset(keys)  # noqa: SLF001 # a space, too
+        return space
 
     def point_keys(self) -> set[str]:
         """Return the keys of the configurations of a grid, up to the budget; none for another search."""
@@ -378,7 +397,7 @@ def load_space(name_or_path: str, overrides: Sequence[str] = ()) -> Space:
         )
     try:
         space = Space.model_validate({**document.data, "name": path.stem})
-        values = {name: getattr(space, name) for name in Space.model_fields}
+        values = {field.alias or name: getattr(space, name) for name, field in Space.model_fields.items()}
     except ValidationError as error:
         problems += document.problems(error, Space)
         values = _validate_sections(document.data)
@@ -393,7 +412,7 @@ def load_space(name_or_path: str, overrides: Sequence[str] = ()) -> Space:
 def _validate_sections(data: Mapping[str, Any]) -> dict[str, Any]:
     """Return the sections that are valid alone, with defaults for the missing ones, and the valid parameters."""
     values: dict[str, Any] = {}
-    for name, field in Space.model_fields.items():
+    for name, field in fields_by_key(Space).items():
         if name in data and name != "parameters":
             try:
                 values[name] = _section_adapter(name).validate_python(data[name], strict=True)
@@ -421,7 +440,7 @@ def _choose_sampler(values: dict[str, Any], data: Mapping[str, Any]) -> None:
 
 @cache
 def _section_adapter(name: str) -> TypeAdapter[Any]:
-    return TypeAdapter(Space.model_fields[name].rebuild_annotation())
+    return TypeAdapter(fields_by_key(Space)[name].rebuild_annotation())
 
 
 @cache

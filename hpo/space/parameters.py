@@ -41,7 +41,9 @@ Params = dict[str, Scalar]
 class StrictModel(BaseModel):
     """A section of a search space: frozen, without unknown keys, without type conversions."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, serialize_by_alias=True
+    )
 
 
 def _finite(value: Scalar) -> Scalar:

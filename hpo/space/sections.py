@@ -298,12 +298,12 @@ class Resources(StrictModel):
     """GPUs for each trial; with 0.5, two trials share a GPU. auto measures how many trials can share one."""
 
 
-_BEST = re.compile(r"best ([1-9]\d{0,8})", re.ASCII)
+BEST = re.compile(r"best ([1-9]\d{0,8})", re.ASCII)
 
 
 def _check_keep(raw: object) -> object:
     is_count = isinstance(raw, int) and not isinstance(raw, bool) and raw >= 1
-    if is_count or raw in ("all", "none") or (isinstance(raw, str) and _BEST.fullmatch(raw)):
+    if is_count or raw in ("all", "none") or (isinstance(raw, str) and BEST.fullmatch(raw)):
         return raw
     allowed = "all, none, best N (such as best 3) or a number above 0"
     text = f"write {allowed}, got {repr(raw)[:40]}"
@@ -333,7 +333,7 @@ class Checkpoints(StrictModel):
         """How many trials that completed keep their checkpoints; None for all, pruned ones too."""
         if isinstance(self.keep, int):
             return self.keep
-        best = _BEST.fullmatch(self.keep)
+        best = BEST.fullmatch(self.keep)
         return int(best[1]) if best else {"all": None, "none": 0}[self.keep]
 
     @property
@@ -360,7 +360,7 @@ def _expand_study(raw: object) -> object:
 
 
 def _check_share(raw: object) -> object:
-    if raw == "all" or (isinstance(raw, str) and _BEST.fullmatch(raw)):
+    if raw == "all" or (isinstance(raw, str) and BEST.fullmatch(raw)):
         return raw
     text = f"write all or best N (such as best 20), got {repr(raw)[:40]}"
     hint = nearest(raw, ["all", "best 20"]) if isinstance(raw, str) else ""
@@ -392,7 +392,7 @@ class Source(StrictModel):
     @property
     def count(self) -> int | None:
         """How many of the best trials are taken; None for all."""
-        best = _BEST.fullmatch(self.trials)
+        best = BEST.fullmatch(self.trials)
         return int(best[1]) if best else None
 
 

@@ -8,6 +8,7 @@ import pytest
 from hpo.dashboard.notes import code, describe_trial
 from hpo.report.results import read_results
 from hpo.space.model import Space
+from storage.parents import Parent
 from storage.studies import Study
 from tests.dashboard.builders import EPOCHS, REASON, metrics_of, space_settings
 
@@ -32,6 +33,15 @@ def test_the_note_of_a_result_of_an_earlier_study_names_it(study: Study) -> None
     attrs = {"reused_from": {"study": "grid", "trial": 3, "id": "0123456789ab"}}
     note = describe_trial(results, replace(results.trials[0], attrs=attrs), space)
     assert "- **Reused from**: `grid #3`, which trained it" in note.splitlines()
+
+
+def test_the_note_of_a_trial_that_continues_another_one_names_it(study: Study) -> None:
+    results, space = read_results(study), Space.from_settings(study.settings)
+    parent = Parent("grid@1", 3, "0123456789ab", 2, "grid-0123456789ab", "key")
+    trial = replace(results.trials[2], attrs={"continued_from": parent.attribute})
+    note = describe_trial(results, trial, space)
+    assert "- **Continued from**: `grid@1 #3`, after epoch 2" in note.splitlines()
+    assert "- **Duration**: 6.0 s, 2.00 s per epoch" in note.splitlines(), "of its own epochs"
 
 
 def test_the_note_of_a_failed_trial_has_the_wrapped_reason(study: Study) -> None:

@@ -27,6 +27,8 @@ from hpo.report.results import Results, read_results
 from hpo.search.warm_start import find_trials, take_over_trials
 from hpo.service import try_to_report
 from storage.database import Database, open_database
+from storage.optuna_tables import write_attrs
+from storage.parents import Parent
 from storage.run import Run
 from storage.studies import open_study
 from tests.factories import RecordingListener
@@ -275,6 +277,22 @@ def test_results_of_earlier_studies_are_marked_and_cost_nothing(database: Databa
         assert "batch_size 512 is not in this search (1)" in text.replace("\\", "")
         assert "reused from" in text
         assert "grid #1" in text.replace("\\", "")
+
+
+def test_a_trial_that_continues_another_one_is_marked(database: Database, tmp_path: Path) -> None:
+    study = finish_grid(database)
+    parent = Parent("grid@1", 7, "0123456789ab", 3, "grid-0123456789ab", "key")
+    with database.engine.begin() as connection:
+        write_attrs(connection, [(1, {"continued_from": parent.attribute})])
+        write_attrs(connection, [(2, {"continued_from": replace(parent, epoch=0).attribute})])
+    results = read_results(study)
+    assert [trial.continued_from for trial in results.trials] == ["grid@1 #7", "", ""], (
+        "a parent may have had no checkpoint"
+    )
+    assert [trial.seconds for trial in results.trials] == [2.5, 10.0, 10.0], "of its own epochs"
+    for text in written(results, tmp_path):
+        assert "continued from" in text
+        assert "grid@1 #7" in text.replace("\\", "")
 
 
 def test_the_report_says_what_was_spent(database: Database, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from hpo.errors import SettingError, SpaceError
+from hpo.space.messages import fields_by_key
 from hpo.space.model import Space, load_space
 from tests.factories import ROOT, shipped_space
 from tests.space.conftest import Load
@@ -23,7 +24,8 @@ from tests.space.examples import FULL, HEAD, SAMPLED, VALID
 def with_later_keys(settings: dict[str, Any]) -> dict[str, Any]:
     """Add the keys that version 0.1.0 did not have."""
     budget = settings["budget"] | {"patience": None, "cost": None}
-    return settings | {"checkpoints": {"keep": "best 3"}, "report": {}, "budget": budget}
+    later = {"checkpoints": {"keep": "best 3"}, "continue": {"trials": None, "horizon": "restart"}, "report": {}}
+    return settings | later | {"budget": budget}
 
 
 # --- the meaning of a file ------------------------------------------------------------------------------------------
@@ -333,12 +335,12 @@ def test_settings_become_an_equal_space(load: Load, text: str) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    [name for name, field in Space.model_fields.items() if not field.is_required() and name != "trainable"],
+    [key for key, field in fields_by_key(Space).items() if not field.is_required() and key != "trainable"],
 )
 def test_a_key_that_the_settings_lack_has_its_default(load: Load, key: str) -> None:
     space = load(VALID)
-    assert space.model_dump()[key] == Space.model_fields[key].get_default(call_default_factory=True) or key in {
-        "data", "budget", "resources", "sampler", "scheduler", "checkpoints",
+    assert space.model_dump()[key] == fields_by_key(Space)[key].get_default(call_default_factory=True) or key in {
+        "data", "budget", "resources", "sampler", "scheduler", "checkpoints", "continue",
     }  # fmt: skip
     settings = {name: value for name, value in space.study_options["settings"].items() if name != key}
     assert Space.from_settings(settings).model_dump() == space.model_dump()

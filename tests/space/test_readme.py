@@ -13,7 +13,9 @@ from pydantic import BaseModel
 
 from hpo.errors import SpaceError
 from hpo.space.command import PLACEHOLDERS
+from hpo.space.continuation import Continuation
 from hpo.space.expressions import FUNCTIONS
+from hpo.space.messages import fields_by_key
 from hpo.space.model import Space, load_space
 from hpo.space.parameters import Choices, FloatRange, IntRange
 from hpo.space.rules import NOT_BUILT
@@ -53,6 +55,11 @@ def wrong_block() -> str:
     return text
 
 
+def keys_of(space: Space) -> set[str]:
+    """Return the keys that a file has."""
+    return {Space.model_fields[name].alias or name for name in space.model_fields_set}
+
+
 def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
     """Yield the models that a type names, or only itself."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -65,7 +72,7 @@ def test_the_annotated_file_loads_and_uses_every_key_that_is_built(tmp_path: Pat
     path = tmp_path / "annotated.yaml"
     path.write_text(annotated_block())
     space = load_space(str(path))
-    missing = set(Space.model_fields) - space.model_fields_set
+    missing = fields_by_key(Space).keys() - keys_of(space)
     assert missing == {"trainable", "command", "report", "objectives", "replicates"}
     used = {type(parameter).__name__ for parameter in space.parameters.values()}
     assert {"Fixed", "Choices", "FloatRange"} <= used
@@ -79,7 +86,7 @@ def test_every_example_loads(tmp_path: Path, block: str) -> None:
     space = load_space(str(write_space(tmp_path, block)))
     keys = set(re.findall(r"^(\w+):", block, re.MULTILINE))
     assert keys
-    assert keys <= space.model_fields_set
+    assert keys <= keys_of(space)
 
 
 def test_the_file_with_mistakes_gives_the_errors_that_are_shown(
@@ -110,6 +117,7 @@ def test_the_overrides_that_are_shown_apply() -> None:
         Budget,
         Resources,
         Checkpoints,
+        Continuation,
         Choices,
         IntRange,
         FloatRange,
@@ -119,8 +127,14 @@ def test_the_overrides_that_are_shown_apply() -> None:
     ids=lambda model: model.__name__,
 )
 def test_every_key_is_named(model: type[BaseModel]) -> None:
-    section = {Data: "data.", Budget: "budget.", Resources: "resources.", Checkpoints: "checkpoints."}.get(model, "")
-    names = set(model.model_fields) - ({"name"} if model is Space else set())  # the file gives the study its name
+    section = {
+        Data: "data.",
+        Budget: "budget.",
+        Resources: "resources.",
+        Checkpoints: "checkpoints.",
+        Continuation: "continue.",
+    }.get(model, "")
+    names = fields_by_key(model).keys() - ({"name"} if model is Space else set())  # the file gives the study its name
     assert {name for name in names if not re.search(rf"`{section}{name}(:.*?)?`", README)} == set()
 
 
