@@ -38,7 +38,7 @@ from optuna.samplers import TPESampler
 from scipy import stats
 
 from benchmarks.report import fill
-from benchmarks.worth.tables import LCBENCH_EPOCHS, Array, LCBenchSurrogate
+from benchmarks.worth.tables import LCBENCH_EPOCHS, LCBENCH_PARAMETERS, Array, LCBenchSurrogate, space_of
 from hpo.search.samplers import TPE_HISTORY, build_sampler
 from hpo.space.model import Space
 from storage import optuna_internals, optuna_tables
@@ -48,15 +48,7 @@ from storage.studies import Study, find_study, open_study
 
 DRAWS = 25  # timed in each process
 RANDOM_CONFIGURATIONS = 100_000  # for the best known accuracy
-PARAMETERS: dict[str, BaseDistribution] = {  # of LCBench, in the order of the surrogate's inputs
-    "batch_size": IntDistribution(16, 512, log=True),
-    "learning_rate": FloatDistribution(1e-4, 1e-1, log=True),
-    "momentum": FloatDistribution(0.1, 0.99),
-    "weight_decay": FloatDistribution(1e-5, 1e-1),
-    "num_layers": IntDistribution(1, 5),
-    "max_units": IntDistribution(64, 1024, log=True),
-    "max_dropout": FloatDistribution(0.0, 1.0),
-}
+PARAMETERS: dict[str, BaseDistribution] = space_of(LCBENCH_PARAMETERS).distributions()
 TASKS = ["3945", "7593", "34539", "126026", "146212", "167149", "167181", "168331", "189354", "189908"]
 
 

@@ -138,8 +138,7 @@ def find_garbage(database: Database, runs_dir: RunsDir) -> Cleaning:
                 garbage.append(Garbage("of a deleted study", folder, (folder,)))
                 deleted.add(identity)
             elif folder in abandoned and not other:
-                of_copy = [path for path in artifacts if path.name.startswith(f"{identity}-")]
-                garbage.append(Garbage(KILLED_COPY, folder, (folder, *of_copy)))
+                garbage.append(Garbage(KILLED_COPY, folder, (folder, *_artifacts_of(identity, artifacts))))
             else:
                 unknown[folder] = count_bytes(folder)
     published = [
@@ -188,10 +187,14 @@ def delete_files_of(database: Database, unique_name: str, runs_dir: RunsDir) -> 
     if other := _OtherDatabases(database, runs_dir.root).find(folder):
         return [f"kept: {folder}, of a study that {other} has, too, or may have"]
     problems: list[str] = []
-    artifacts = _entries(runs_dir.artifacts, problems)
-    paths = [path for path in artifacts if path.name.startswith(f"{study_id_of(unique_name)}-")]
+    paths = _artifacts_of(study_id_of(unique_name), _entries(runs_dir.artifacts, problems))
     paths += [folder] if folder.exists() else []
     return problems + [problem for path in paths if (problem := _delete(path))]
+
+
+def _artifacts_of(identity: str, artifacts: Sequence[Path]) -> list[Path]:
+    """Return the artifacts of the study with this `hpo:id`."""
+    return [path for path in artifacts if path.name.startswith(f"{identity}-")]
 
 
 def count_bytes(path: Path | str) -> int:

@@ -16,8 +16,7 @@ from hpo.search.continuation import plan_continuation
 from hpo.search.coordinator import TrialCoordinator
 from hpo.search.environment import check_trainable
 from hpo.search.listener import NullListener
-from hpo.search.runs import open_run
-from hpo.search.samplers import build_pruner, history_limit
+from hpo.search.runs import build_run, open_run
 from hpo.search.slots import Slots
 from hpo.search.worker import TrialReport, TrialSpec, end_trial, run_trial
 from hpo.space.model import Space, load_space
@@ -145,20 +144,9 @@ class RecordingListener(NullListener):
         self.events.append(("note", text))
 
 
-def run_of(study: Study, space: Space, **options: Any) -> Run:
+def run_of(study: Study, space: Space) -> Run:
     """Build a driver's run on a study, as `run_trials` does."""
-    return Run(
-        study,
-        config_key=space.config_key,
-        provenance={},
-        draw=None if space.is_grid else space.draw,
-        max_trials=space.budget.trials,
-        learns=space.learns_from_results,
-        history_limit=history_limit(space),
-        pruner=build_pruner(space, study.name),
-        max_failures=space.max_failures,
-        **options,
-    )
+    return build_run(space, study, {}, CPU)
 
 
 def finish_study(

@@ -18,8 +18,7 @@ import numpy as np
 from benchmarks.worth.contestants import CONTESTANTS
 from benchmarks.worth.figures import BUDGETS, Run
 from benchmarks.worth.simulation import simulate
-from benchmarks.worth.tables import Task, TaskTables
-from hpo.space.model import Space
+from benchmarks.worth.tables import Task, TaskTables, space_of
 from hpo.space.parameters import sample_params
 
 FULL_TRAININGS = 200  # random configurations whose mean device time is that of a full training
@@ -79,8 +78,5 @@ def _full_seconds(lcbench: Path, name: str) -> float:
 
 def random_params(task: Task, count: int) -> list[dict[str, Any]]:
     """Return random configurations of a task, always the same ones."""
-    space = Space.model_validate(
-        {"name": "random", "sampler": "random", "max_epochs": 1, "parameters": task.parameters, "budget": {"trials": 1}}
-    )
-    rng = random.Random(0)
-    return [dict(sample_params(space.parameters, rng)) for _ in range(count)]
+    parameters, rng = space_of(task.parameters).parameters, random.Random(0)
+    return [dict(sample_params(parameters, rng)) for _ in range(count)]

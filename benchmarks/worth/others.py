@@ -9,11 +9,9 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-from benchmarks.worth.simulation import Search, Trial
-from benchmarks.worth.tables import Task
-from hpo.space.model import Space
+from benchmarks.worth.simulation import METRIC, Search, Trial
+from benchmarks.worth.tables import Task, space_of
 
-METRIC = "value"
 EPOCH = "training_iteration"
 
 
@@ -29,15 +27,7 @@ class RayTuneSearch:
         from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
         from ray.tune.search.optuna import OptunaSearch
 
-        space = Space.model_validate(
-            {
-                "name": "ray",
-                "sampler": "random",
-                "max_epochs": 1,
-                "parameters": task.parameters,
-                "budget": {"trials": 1},
-            }
-        )
+        space = space_of(task.parameters)
         self._searcher = OptunaSearch(space=space.distributions(), metric=METRIC, mode="max", seed=seed)
         self._max_epochs = task.max_epochs
         self._scheduler: Any = (

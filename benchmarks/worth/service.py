@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.worth.simulation import Search, Trial, simulate
+from benchmarks.worth.simulation import METRIC, Search, Trial, simulate
 from benchmarks.worth.tables import Task
 from hpo.paths import RunsDir
 from hpo.search.continuation import ContinuationPlan
@@ -24,7 +24,6 @@ from storage.database import Database, open_database
 from storage.studies import open_study
 from storage.usage import CPU
 
-METRIC = "value"
 SOURCE = "grid"  # the study of a warm start
 MANY_TRIALS = 1_000_000  # device time ends a search
 

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 from benchmarks.worth.tables import Curve, Task
 
+METRIC = "value"  # the name of the objective in every search
+
 
 @dataclass(frozen=True)
 class Trial:

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from hpo.space.model import Space
+
 Array = np.ndarray[Any, Any]
 
 LCBENCH_EPOCHS = 52
@@ -35,6 +37,12 @@ LCBENCH_SMALL_GRID: dict[str, Any] = {
     "max_dropout": 0.2,
 }
 LCBENCH_LARGE_GRID: dict[str, Any] = LCBENCH_SMALL_GRID | {"num_layers": [2, 3, 4]}
+
+
+def space_of(parameters: Mapping[str, Any]) -> Space:
+    """Return a search space with these parameters, for its distributions."""
+    options = {"name": "parameters", "sampler": "random", "max_epochs": 1, "budget": {"trials": 1}}
+    return Space.model_validate({**options, "parameters": parameters})
 
 
 @dataclass(frozen=True)

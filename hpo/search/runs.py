@@ -10,6 +10,7 @@ from hpo.search.samplers import build_optuna_pruner, build_pruner, build_sampler
 
 if TYPE_CHECKING:
     from hpo.search.continuation import ContinuationPlan
+    from hpo.space.model import Space
     from storage.run import Run
     from storage.studies import Study
     from storage.usage import Device
@@ -30,11 +31,20 @@ def open_run(
     Raises:
         StorageError: the database cannot be used (after retries).
     """
-    from storage.run import Run
-
     space = continuation.space
     study.optuna_study.pruner = build_optuna_pruner(space, study)
-    run = Run(
+    with build_run(space, study, provenance, device) as run:
+        run.enqueue(continuation.first_points(), space.distributions(), continuation.attrs)
+        if not space.is_grid:
+            study.optuna_study.sampler = build_sampler(space, run.run_id)
+        yield run
+
+
+def build_run(space: Space, study: Study, provenance: Mapping[str, Any], device: Device) -> Run:
+    """Return a run with the settings of a space, which has not started; see `open_run`."""
+    from storage.run import Run
+
+    return Run(
         study,
         config_key=space.config_key,
         provenance=provenance,
@@ -46,8 +56,3 @@ def open_run(
         max_failures=space.max_failures,
         device=device,
     )
-    with run:
-        run.enqueue(continuation.first_points(), space.distributions(), continuation.attrs)
-        if not space.is_grid:
-            study.optuna_study.sampler = build_sampler(space, run.run_id)
-        yield run

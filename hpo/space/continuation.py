@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator
 
-from hpo.errors import nearest
 from hpo.space.parameters import StrictModel
-from hpo.space.sections import BEST
+from hpo.space.shares import BestN, check_share, count_share
 
 DEFAULT_COUNT = 3  # of a search that is no grid: as many trials keep their checkpoints by default
 
 
 def _check_trials(raw: object) -> object:
-    if raw is None or raw in ("all", "none") or (isinstance(raw, str) and BEST.fullmatch(raw)):
+    if raw is None:
         return raw
-    text = f"write all, none or best N (such as best 5), got {repr(raw)[:40]}"
-    hint = nearest(raw, ["all", "none", "best 5"]) if isinstance(raw, str) else ""
-    raise ValueError(f"{text}, {hint}" if hint.startswith("did you mean") else text)
+    return check_share(raw, ["all", "none"], "best 5", "all, none or best N (such as best 5)")
 
 
-_Trials = Literal["all", "none"] | Annotated[str, Field(pattern=r"^best [1-9]\d{0,8}$")]
+_Trials = Literal["all", "none"] | BestN
 
 
 class Continuation(StrictModel):
@@ -46,8 +43,7 @@ class Continuation(StrictModel):
         """
         if self.trials is None:
             return None if is_grid else DEFAULT_COUNT
-        best = BEST.fullmatch(self.trials)
-        return int(best[1]) if best else {"all": None, "none": 0}[self.trials]
+        return count_share(self.trials)
 
 
 def _expand_trials(raw: object) -> object:

@@ -13,9 +13,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, PositiveInt, model_validator
 
-from hpo.errors import nearest
 from hpo.space.messages import InvalidValuesError
 from hpo.space.parameters import StrictModel
+from hpo.space.shares import BestN, check_share, count_share
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy's limit
@@ -298,26 +298,17 @@ class Resources(StrictModel):
     """GPUs for each trial; with 0.5, two trials share a GPU. auto measures how many trials can share one."""
 
 
-BEST = re.compile(r"best ([1-9]\d{0,8})", re.ASCII)
-
-
 def _check_keep(raw: object) -> object:
-    is_count = isinstance(raw, int) and not isinstance(raw, bool) and raw >= 1
-    if is_count or raw in ("all", "none") or (isinstance(raw, str) and BEST.fullmatch(raw)):
+    if isinstance(raw, int) and not isinstance(raw, bool) and raw >= 1:
         return raw
-    allowed = "all, none, best N (such as best 3) or a number above 0"
-    text = f"write {allowed}, got {repr(raw)[:40]}"
-    hint = nearest(raw, ["all", "none", "best 3"]) if isinstance(raw, str) else ""
-    raise ValueError(f"{text}, {hint}" if hint.startswith("did you mean") else text)
+    return check_share(raw, ["all", "none"], "best 3", "all, none, best N (such as best 3) or a number above 0")
 
 
 Keep = Annotated[
     int | str,
     BeforeValidator(
         _check_keep,
-        json_schema_input_type=Literal["all", "none"]
-        | Annotated[str, Field(pattern=r"^best [1-9]\d{0,8}$")]
-        | PositiveInt,
+        json_schema_input_type=Literal["all", "none"] | BestN | PositiveInt,
     ),
 ]
 
@@ -333,8 +324,7 @@ class Checkpoints(StrictModel):
         """How many trials that completed keep their checkpoints; None for all, pruned ones too."""
         if isinstance(self.keep, int):
             return self.keep
-        best = BEST.fullmatch(self.keep)
-        return int(best[1]) if best else {"all": None, "none": 0}[self.keep]
+        return count_share(self.keep)
 
     @property
     def keeps_best(self) -> bool:
@@ -359,12 +349,8 @@ def _expand_study(raw: object) -> object:
     return {"study": raw} if isinstance(raw, str) else raw
 
 
-def _check_share(raw: object) -> object:
-    if raw == "all" or (isinstance(raw, str) and BEST.fullmatch(raw)):
-        return raw
-    text = f"write all or best N (such as best 20), got {repr(raw)[:40]}"
-    hint = nearest(raw, ["all", "best 20"]) if isinstance(raw, str) else ""
-    raise ValueError(f"{text}, {hint}" if hint.startswith("did you mean") else text)
+def _check_trials(raw: object) -> object:
+    return check_share(raw, ["all"], "best 20", "all or best N (such as best 20)")
 
 
 Difference = Literal["data", "max_epochs", "metric", "trainable"]
@@ -380,8 +366,8 @@ class Source(StrictModel):
     trials: Annotated[
         str,
         BeforeValidator(
-            _check_share,
-            json_schema_input_type=Literal["all"] | Annotated[str, Field(pattern=r"^best [1-9]\d{0,8}$")],
+            _check_trials,
+            json_schema_input_type=Literal["all"] | BestN,
         ),
     ] = "all"
     """all, or best N: only the N best trials that completed."""
@@ -392,8 +378,7 @@ class Source(StrictModel):
     @property
     def count(self) -> int | None:
         """How many of the best trials are taken; None for all."""
-        best = BEST.fullmatch(self.trials)
-        return int(best[1]) if best else None
+        return count_share(self.trials)
 
 
 NamedSource = Annotated[
