@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def copy_with_files(study: Study, target: Database, name: str, runs_dir: RunsDir) -> int:
-    """Copy a study and its files. If it is killed, the same call again goes on.
+    """Copy a study and its files. If it is killed, the same call resumes it.
 
     Args:
         study: the study. Searches may work on it.

@@ -98,7 +98,7 @@ class RunsDir:
 
 
 def _page_folder(name: str) -> str:
-    """Return the name of the folder of a page, whatever the names of studies are."""
+    """Return the name of the folder of a page, for any name of a study."""
     safe = _UNSAFE.sub("_", name).lstrip(".")[:100].encode()[:MAX_FOLDER_BYTES].decode(errors="ignore") or "_"
     if safe != name:  # the hash tells it from others that would have the same folder; no name contains a ~
         safe += "~" + hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:8]

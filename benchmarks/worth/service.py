@@ -56,7 +56,7 @@ class ServiceSearch:
 
 @contextmanager
 def open_service(task: Task, seed: int, workers: int, settings: Mapping[str, Any]) -> Iterator[Search]:
-    """Open a search of the service, in a database of its own.
+    """Open a search of the service, in a new database.
 
     Args:
         task: what is trained.

@@ -35,7 +35,7 @@ class Search(Protocol):
         """Return a trial for a worker that is free; None if there is none now."""
 
     def report(self, trial: Trial, epoch: int, value: float, seconds: float) -> bool:
-        """Take the result of an epoch; return whether the trial goes on.
+        """Take the result of an epoch; return whether the trial continues.
 
         Args:
             trial: the trial.

@@ -138,7 +138,7 @@ class LCBenchTask:
         config = [float(params[name]) for name in LCBENCH_PARAMETERS]
         rows = np.array([[epoch, *config] for epoch in range(1, LCBENCH_EPOCHS + 1)])
         values, ends = self._surrogate.predict(self._task, rows)
-        # The predicted time falls in 0.5 % of the epochs. An epoch takes some time, whatever the network says.
+        # The predicted time falls in 0.5 % of the epochs. No epoch takes less than a millisecond.
         ends = np.maximum.accumulate(np.maximum(ends, 1e-3 * np.arange(1, LCBENCH_EPOCHS + 1)))
         return Curve(values, np.maximum(np.diff(ends, prepend=0.0), 1e-3))
 

@@ -1,4 +1,4 @@
-"""Which trials a search continues: with a larger `max_epochs`, it goes on from the checkpoints of earlier revisions.
+"""Which trials a search continues: with a larger `max_epochs`, it resumes from the checkpoints of earlier revisions.
 
 Only completed trials are continued. A pruned one is not: its scheduler has judged it.
 """
@@ -92,7 +92,7 @@ class ContinuationPlan:
         return [*continued, *points.values()]
 
     def notes(self, known: Collection[str]) -> Iterator[str]:
-        """Yield what the user is told.
+        """Yield notes for the user.
 
         Args:
             known: keys of the configurations that the study has already: nothing is said of them.

@@ -178,7 +178,7 @@ class TrialCoordinator:
     def is_done(self) -> bool:
         """Whether this run will claim no more trials."""
         # A trial that still runs may be released, and `hpo retry` may let one run again meanwhile. Tune does not ask again
-        # after it was told that the search is done.
+        # after the answer that the search is done.
         return self._is_over() or (self._run.finished and not self._claims)
 
     def on_started(self, tune_id: str) -> None:
