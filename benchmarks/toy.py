@@ -174,3 +174,35 @@ def noop(
     done = checkpoint["epoch"] if checkpoint else 0
     for epoch in range(done + 1, max_epochs + 1):
         yield Report(epoch, {"value": params["x"] * epoch}, {"epoch": epoch})
+
+
+def climb(
+    params: Mapping[str, Any],
+    *,
+    data: Mapping[str, Any],
+    seed: int,
+    max_epochs: int,
+    device: str,
+    checkpoint: Mapping[str, Any] | None = None,
+) -> Iterator[Report]:
+    """Yield the sum of `rate` over all epochs so far: a training whose hyperparameter changes shows what it was before.
+
+    Args:
+        params: `rate` is added in each epoch. Optional: `epoch_seconds`, `hold` and `log`, as for `chain`; a line of the log
+            starts with the rate.
+        data: unused.
+        seed: unused.
+        max_epochs: the last epoch.
+        device: unused.
+        checkpoint: the state of an earlier epoch, maybe one of a training with another rate.
+    """
+    rates = list(checkpoint["rates"]) if checkpoint else []
+    for epoch in range(len(rates) + 1, max_epochs + 1):
+        if "hold" in params:
+            _wait_while_held(Path(params["hold"]), epoch)
+        time.sleep(params.get("epoch_seconds", 0.0))
+        rates = [*rates, params["rate"]]
+        if "log" in params:
+            with Path(params["log"]).open("a") as log:
+                log.write(f"{params['rate']!r} {epoch}\n")
+        yield Report(epoch, {"value": math.fsum(rates)}, {"rates": rates})

@@ -18,7 +18,7 @@ from storage import optuna_tables, ownership, records, tables, usage
 from storage.database import Database
 from storage.errors import StorageError
 from storage.ownership import ClaimedTrial, RunKey
-from storage.records import CONTINUED_FROM, DUPLICATE, FIRST_ATTEMPT, REJECTED, Params
+from storage.records import CONTINUED_FROM, DUPLICATE, FIRST_ATTEMPT, REJECTED, REPLACES, Params
 
 # --- trials that exist ------------------------------------------------------------------------------------------------
 
@@ -50,6 +50,7 @@ def claim_existing(
     own_tokens: Collection[int],
     is_run_dead: Callable[[Any], bool | None],
     max_trials: int | None = None,
+    fewest_epochs_first: bool = False,
 ) -> Scan:
     """Take over the trials of dead runs, and claim the WAITING trial that is nearest to a result.
 
@@ -62,6 +63,8 @@ def claim_existing(
         is_run_dead: returns whether the run of a row of hpo_runs is dead; None if its lease decides.
         max_trials: the budget of the study; None for no limit. It may be smaller than when the trials were created: then
             those that have ended or are RUNNING count first. What `hpo retry` lets run again is claimed in any case.
+        fewest_epochs_first: whether the trial with the fewest epochs is claimed: the members of a population advance
+            together. Otherwise one that has epochs.
 
     Raises:
         StorageError: the study was deleted.
@@ -79,7 +82,11 @@ def claim_existing(
         # First those that killed no worker or driver, then those with results.
         resumable = sorted(
             (row for row in waiting if row.key is not None),
-            key=lambda row: (freed.get(row.trial_id, row.crashes), row.epoch == 0, row.number),
+            key=lambda row: (
+                freed.get(row.trial_id, row.crashes),
+                row.epoch if fewest_epochs_first else row.epoch == 0,
+                row.number,
+            ),
         )
         if resumable and max_trials is not None:
             started = records.count_budgeted(connection, run.study_id) - len(resumable)
@@ -226,6 +233,7 @@ def _claimed_with(connection: sa.Connection, token: int) -> ClaimedTrial | None:
         records.attempt_of(attrs),
         token,
         attrs.get(CONTINUED_FROM),
+        attrs.get(REPLACES),
     )
 
 

@@ -21,6 +21,7 @@ from storage.database import Database
 from storage.errors import StorageError, name_strange_content, retry_while_down
 from storage.optuna_internals import renumber_parents
 from storage.ownership import new_token
+from storage.records import CONTINUED_FROM
 from storage.studies import FILES, Study, deleted_studies, revisions_of, settings_of
 
 TRIALS_AT_ONCE = 200  # bounds the rows in memory: a trial may have hundreds of epochs and metrics
@@ -207,6 +208,8 @@ class _Copying:
                 rows = self._read(table, table.c[column].in_(known[start : start + TRIALS_AT_ONCE]))
                 if table is tables.trials:
                     rows = [_without_owner(row, runs, is_unfinished=row["trial"] in unfinished) for row in rows]
+                if table is optuna_tables.trial_user_attributes:
+                    rows = [self._with_parent(row, name, identity) for row in rows]
                 if table is tables.usage:
                     rows = [{**row, "run": runs.get(row["run"])} for row in rows]
                 if table is optuna_tables.trial_system_attributes:
@@ -216,6 +219,17 @@ class _Copying:
                     row.update(fixed)
                     row[column] = trial_ids[row[column]]
                 _insert(connection, table, rows)
+
+    def _with_parent(self, row: dict[str, Any], name: str, identity: str) -> dict[str, Any]:
+        """Return a user attribute of a trial. Of a parent in the same study, it names the copy, which has the files, too."""
+        if row["key"] != CONTINUED_FROM:
+            return row
+        with name_strange_content(self._source.database.url):
+            parent = json.loads(row["value_json"])
+        if not isinstance(parent, dict) or parent.get("id") != self._source.identity:
+            return row
+        own = parent | {"study": name, "id": identity, "files": f"{name}-{identity}"}
+        return {**row, "value_json": json.dumps(own)}
 
     def _write_runs(self, connection: sa.Connection, study_id: int) -> dict[int, int]:
         """Insert the runs, all of which have ended; return {run: run of the copy}."""

@@ -69,6 +69,7 @@ class ClaimedTrial:
         attempt: which attempt of its configuration it is, see `records.attempt_of`.
         token: of this claim.
         continued_from: its user attribute with this name, not checked: any program may change it; None without one.
+        replaces: the same.
     """
 
     trial_id: int
@@ -79,6 +80,7 @@ class ClaimedTrial:
     attempt: str
     token: int
     continued_from: Any = None
+    replaces: Any = None
 
     @property
     def epoch(self) -> int:

@@ -44,6 +44,7 @@ class TrialQueue:
         draw: see `storage.run.Run`.
         max_trials: see `storage.run.Run`.
         history_limit: see `storage.run.Run`.
+        takes_turns: see `storage.run.Run`.
         is_settled: returns whether a claim of this run is over, see `storage.writer.Writer.is_settled`.
 
     Attributes:
@@ -61,6 +62,7 @@ class TrialQueue:
         max_trials: int | None,
         history_limit: int | None,
         is_settled: Callable[[int], bool],
+        takes_turns: bool = False,
     ) -> None:
         self.finished = False
         self.exhausted = ""
@@ -70,6 +72,7 @@ class TrialQueue:
         self._config_key = config_key
         self._draw = draw
         self._max_trials = max_trials
+        self._takes_turns = takes_turns
         self._history = None if history_limit is None else History(study, history_limit)
         if self._history is not None:
             optuna_internals.show_trials(study.optuna_study, self._history.trials)
@@ -113,7 +116,9 @@ class TrialQueue:
         token = ownership.new_token()
         self._tokens = {each for each in self._tokens if not self._is_settled(each)}
         claim = None
-        if time.monotonic() >= self._next_scan or not new:
+        if self._takes_turns and new:
+            claim = self._claim_new(token)
+        if claim is None and (time.monotonic() >= self._next_scan or not new):
             claim = self._claim_existing(token)
         claim = claim or (self._claim_new(token) if new else None)
         while claim is None and new:
@@ -146,6 +151,7 @@ class TrialQueue:
                 own_tokens=self._tokens,
                 is_run_dead=self._is_dead,
                 max_trials=None if self._draw is None else self._max_trials,
+                fewest_epochs_first=self._takes_turns,
             )
         )
         for number, reason in scan.failed.items():

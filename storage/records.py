@@ -33,6 +33,12 @@ REUSED_FROM = "reused_from"
 # User attribute of a trial that continues a shorter one of an earlier study, see `storage.parents.Parent`:
 CONTINUED_FROM = "continued_from"
 
+# Of a member of a population, see `storage.population`, {trial: number, epoch: after which} both. The trial whose place it
+# took, and the one that took its place:
+REPLACES = "replaces"
+REPLACED_BY = "replaced_by"
+REPLACED_POOL = "pbt/replaced"  # of `hpo_rungs`: one row for each trial that was replaced, to count them
+
 Params = dict[str, Any]
 Metrics = dict[int, dict[str, float]]  # {epoch: {name: value}}
 
@@ -136,9 +142,14 @@ def count_keys(connection: sa.Connection, study_id: int) -> int:
 
 
 def count_budgeted(connection: sa.Connection, study_id: int) -> int:
-    """Return how many configurations of a study its budget counts: not those whose results an earlier study had."""
+    """Return how many configurations of a study its budget counts.
+
+    Not counted are those whose results an earlier study had, and trials that others have replaced.
+    """
     reused = sa.select(sa.func.count()).where(imports.c.study == study_id, imports.c.role == REUSED)
-    return count_keys(connection, study_id) - int(connection.scalar(reused) or 0)
+    replaced = sa.select(sa.func.count()).where(rungs.c.study == study_id, rungs.c.pool == REPLACED_POOL)
+    left_out = sa.select(reused.scalar_subquery() + replaced.scalar_subquery())
+    return count_keys(connection, study_id) - int(connection.scalar(left_out) or 0)
 
 
 def has_key(connection: sa.Connection, study_id: int, key: str) -> bool:
@@ -178,6 +189,9 @@ def count_ended_keys(database: Database, study_id: int | None = None) -> dict[in
     query = query.where(trial.c.state.in_(optuna_tables.ENDED)).group_by(trial.c.study_id)
     if imports.name not in database.missing_tables:
         query = query.where(~is_imported(trial, REUSED))
+    if rungs.name not in database.missing_tables:
+        is_replaced = sa.exists().where(rungs.c.trial == trial.c.trial_id, rungs.c.pool == REPLACED_POOL)
+        query = query.where(~is_replaced)
     if study_id is not None:
         query = query.where(trial.c.study_id == study_id)
     with database.engine.connect() as connection:

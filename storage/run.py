@@ -22,10 +22,11 @@ from storage.database import Database
 from storage.errors import RETRY_SECONDS, StorageError, UnavailableError, retry_while_down
 from storage.lease import LEASE_SECONDS, MAX_FAILURES, Lease
 from storage.ownership import ClaimedTrial
+from storage.population import are_others_behind
 from storage.pruners import Pruner
 from storage.queue import ConfigKey, Draw, TrialQueue
 from storage.ranking import count_since_best
-from storage.records import Params
+from storage.records import REPLACED_BY, Params
 from storage.reporting import TrialUpdate
 from storage.studies import Study, without_garbage_collection
 from storage.summaries import elapsed_seconds
@@ -54,6 +55,8 @@ class Run:
         max_failures: how often a trial is resumed after its driver died without finishing an epoch of it.
         lease_seconds: how long other machines assume that the run is alive after its last renewal of the lease.
         device: what each trial holds while a worker runs it.
+        takes_turns: whether all trials of the budget are created first, and then those with the fewest epochs are claimed,
+            so that the members of a population advance together.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Run:
         max_failures: int = MAX_FAILURES,
         lease_seconds: float = LEASE_SECONDS,
         device: Device = CPU,
+        takes_turns: bool = False,
     ) -> None:
         self.study = study
         self._config_key = config_key
@@ -78,6 +82,7 @@ class Run:
         self._learns = learns
         self._history_limit = history_limit
         self._pruner = pruner
+        self._takes_turns = takes_turns
         self._crashes: dict[int, int] = {}  # {token: crashes}
         self._best_number: int | None = None  # of the best trial when it was looked for last
         self._leaves_at: float | None = None  # by the monotonic clock
@@ -105,6 +110,7 @@ class Run:
             max_trials=self._max_trials,
             history_limit=self._history_limit,
             is_settled=self._writer.is_settled,
+            takes_turns=self._takes_turns,
         )
         try:
             if self._pruner is not None:
@@ -271,6 +277,26 @@ class Run:
         if is_pruned:
             self.free_device(claim)
         return is_pruned
+
+    def replacement(self, claim: ClaimedTrial) -> int | None:
+        """Return the number of the trial that has taken the place of one that `decide` has ended; None without one."""
+
+        def read() -> Any:
+            with self.database.engine.connect() as connection:
+                return optuna_tables.read_attrs(connection, claim.trial_id).get(REPLACED_BY)
+
+        found = retry_while_down(self.database, read)
+        number = found.get("trial") if isinstance(found, dict) else None
+        return number if isinstance(number, int) else None
+
+    def are_others_behind(self, epoch: int, population: int) -> bool:
+        """Return whether members of a population wait that have fewer epochs than this, or have not been created."""
+
+        def read() -> bool:
+            with self.database.engine.connect() as connection:
+                return are_others_behind(connection, self.study.study_id, epoch, population)
+
+        return retry_while_down(self.database, read)
 
     def _update(self, claim: ClaimedTrial, epoch: int, metrics: Mapping[str, float], value: float) -> TrialUpdate:
         known = claim.values

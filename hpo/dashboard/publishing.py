@@ -24,9 +24,9 @@ from hpo.dashboard.notes import describe_trial
 from hpo.paths import LOG_FILE, RunsDir, link_or_copy, logs_of, study_id_of, write_atomically
 from hpo.report.published import match_published
 from hpo.report.results import Results, TrialResult, read_epochs, read_results
-from hpo.search.checkpoints import belongs_to, list_checkpoints, owner_key
+from hpo.search.checkpoints import belongs_to, list_checkpoints
+from hpo.search.population import owner_of
 from hpo.search.retention import is_deleted
-from storage.records import attempt_of
 
 if TYPE_CHECKING:
     from storage.studies import Study
@@ -118,7 +118,7 @@ def _publish_best_checkpoint(
     if best is None:
         return
     folder = runs_dir.trial(study.unique_name, best.number)
-    if space is None or belongs_to(folder, owner_key(space.config_key(best.params), attempt_of(best.attrs))):
+    if space is None or belongs_to(folder, owner_of(space, best.params, best.attrs)):
         for newest in list_checkpoints(folder)[:1]:
             artifact = _artifact(study, attributes, newest.name, best.trial_id, role=CHECKPOINT)
             _publish_file(artifact, attributes, runs_dir, partial(link_or_copy, newest))

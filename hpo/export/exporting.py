@@ -35,7 +35,8 @@ from hpo.export.scoring import (
     score_as_trained,
 )
 from hpo.paths import RunsDir
-from hpo.search.checkpoints import Checkpoint, belongs_to, load_checkpoint, owner_key
+from hpo.search.checkpoints import Checkpoint, belongs_to, load_checkpoint
+from hpo.search.population import owner_of
 from hpo.search.replicates import STATES
 from hpo.search.retention import is_deleted, trials_with_checkpoints
 from hpo.space.model import Space
@@ -49,7 +50,6 @@ from hpo.train.params import read_params
 from hpo.trainable import DEFAULT_TRAINABLE
 from storage.imports import Origin
 from storage.optuna_internals import trial_id
-from storage.records import attempt_of
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -101,7 +101,7 @@ def export_model(
     _check_replaceable(output)
     provenance = study.provenance(trial.number)
     folder = runs_dir.trial(study.unique_name, trial.number)
-    key = owner_key(space.config_key(trial.params), attempt_of(trial.user_attrs))
+    key = owner_of(space, trial.params, trial.user_attrs)
     checkpoint = _load_checkpoint(folder, trial, key, space.checkpoints, provenance)
     params = read_params({**trial.params, **trial.user_attrs.get("derived", {})})
     state, own_metrics = _first_training(checkpoint) if space.replicates > 1 else (checkpoint.state, None)

@@ -89,7 +89,7 @@ def describe_budget(space: Space, slots: Slots, estimate: SearchEstimate | None,
         return [*lines, f"{used}."]
     # A scheduler that stops trials early makes room for more.
     share = max(0.0, budget.device_seconds - device_seconds) * (estimate.trials or 1) / estimate.device_seconds
-    least = "at least " if space.stops_trials_early else "about "
+    least = "at least " if space.saves_epochs else "about "
     if estimate.trials is None:
         fits = f"{least}{int(share):,} trials fit"
     elif share >= estimate.trials:
@@ -107,7 +107,7 @@ def speed_table(estimate: SearchEstimate, space: Space) -> Table:
     for name, speed in estimate.speeds.items():
         memory = f"{speed.memory_bytes / 2**30:.2f} GiB{' of the GPU' if estimate.slots.gpu else ''}"
         table.add_row(name, f"{speed.images_per_second:,.0f}", memory, f"{speed.checkpoint_seconds:.2f} s")
-    pruned = "; the scheduler stops some trials earlier" if space.stops_trials_early else ""
+    pruned = "; the scheduler stops some trials earlier" if space.saves_epochs else ""
     trainings = f" of each of its {space.replicates} trainings" if space.replicates > 1 else ""
     table.caption = f"{space.max_epochs} epochs per trial{trainings}{pruned}"
     return table

@@ -74,6 +74,7 @@ class TerminalProgress:
         self._metric = ""
         self._better: Callable[[float, float], float] = max
         self._total: int | None = None
+        self._is_population = False
         self._budget: Budget | None = None
         self._device_seconds = 0.0
         self._slots = 1
@@ -121,13 +122,14 @@ class TerminalProgress:
         self._metric = space.metric
         self._better = max if space.direction == "maximize" else min
         self._total = space.total_trials
+        self._is_population = space.population is not None
         self._budget = space.budget
         self._counts = Counter(counts)
         self._print(f"Storage: {storage_url}")
         if study_name != space.name:
             self._print(f"The space differs from that of study {space.name}: results go to the revision {study_name}.")
         states = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
-        if states and self._total is not None and _count_ended(counts) >= self._total:
+        if states and self._total is not None and self._count_ended(counts) >= self._total:
             self._print(f"Nothing is left to do: storage holds {states}.")
         elif states:
             self._print(f"Resuming: storage holds {states}.")
@@ -259,8 +261,9 @@ class TerminalProgress:
 
     def _study_line(self) -> str:
         counts = self._counts
-        ended = _count_ended(counts)
-        parts = [f"{counts['COMPLETE']} done, {counts['PRUNED']} pruned, {counts['FAIL']} failed"]
+        ended = self._count_ended(counts)
+        pruned = "replaced" if self._is_population else "pruned"
+        parts = [f"{counts['COMPLETE']} done, {counts['PRUNED']} {pruned}, {counts['FAIL']} failed"]
         if self._total is not None:
             parts.append(f"{max(0, self._total - ended)} left")
         if self._best is not None:
@@ -277,7 +280,7 @@ class TerminalProgress:
         """Estimate the time left from the running trials and from the duration of those that ended."""
         rows = list(self._running.values())  # a copy: the driver adds rows while the drawing thread is here
         known = [row.seconds_left for row in rows if row.seconds_left is not None]
-        if self._total is None or not known:
+        if self._total is None or not known or self._is_population:  # its trials wait for each other
             return None
         waiting = max(0, self._total - ended - len(rows))
         typical = (
@@ -286,6 +289,11 @@ class TerminalProgress:
             else max(known) + time.monotonic() - min(row.started for row in rows)
         )
         return max(known) + -(-waiting // max(1, self._slots)) * typical
+
+    def _count_ended(self, counts: Mapping[str, int]) -> int:
+        """Return how many trials have ended, of those that the budget counts: in a population, none that was replaced."""
+        states = ("COMPLETE", "FAIL") if self._is_population else ("COMPLETE", "PRUNED", "FAIL")
+        return sum(counts.get(state, 0) for state in states)
 
 
 def _build_table(texts: Mapping[str, Sequence[str]], bars: Sequence[tuple[int, _Row]]) -> Table:
@@ -300,7 +308,3 @@ def _build_table(texts: Mapping[str, Sequence[str]], bars: Sequence[tuple[int, _
 
 def _epochs(count: int) -> str:
     return f"{count} epoch" if count == 1 else f"{count} epochs"
-
-
-def _count_ended(counts: Mapping[str, int]) -> int:
-    return sum(counts.get(state, 0) for state in ("COMPLETE", "PRUNED", "FAIL"))

@@ -40,8 +40,10 @@ def adopt_checkpoint(
     parent_key: str,
     is_script: bool,
     left_out: Collection[str] = (),
+    epoch: int = 0,
+    interval: int = 0,
 ) -> Adopted | None:
-    """Save the last checkpoint of a trial as one of the trial that continues it. Repeating it is harmless.
+    """Save a checkpoint of a trial, by default its last, as one of the trial that continues it. Repeating it is harmless.
 
     Args:
         folder: the trial's folder, claimed.
@@ -51,6 +53,8 @@ def adopt_checkpoint(
         parent_key: whose that must be.
         is_script: whether a script has saved its own files, too.
         left_out: names of metrics that belong to the end of the parent, and are not those of an epoch.
+        epoch: see `read_checkpoint`. The parent may go on training.
+        interval: see `save_checkpoint`.
 
     Returns:
         The checkpoint; None if the parent has none any more.
@@ -60,7 +64,7 @@ def adopt_checkpoint(
         OSError, MemoryError, RuntimeError: the checkpoint could not be read, and may be intact; or the files of the script
             could not be copied.
     """
-    found = read_checkpoint(parent, parent_key)
+    found = read_checkpoint(parent, parent_key, epoch)
     if found is None or (is_script and not (parent / SCRIPT_DIR).is_dir()):
         return None
     history = {
@@ -71,7 +75,7 @@ def adopt_checkpoint(
     if is_script:  # first: with the checkpoint, the copy counts as complete
         _copy_script_files(parent / SCRIPT_DIR, folder)
     try:
-        save_checkpoint(folder, checkpoint, token)
+        save_checkpoint(folder, checkpoint, token, interval=interval)
     except OSError as error:  # the training itself needs no file; after a crash, the parent is read again
         return Adopted(checkpoint, f"the checkpoint of its parent could not be copied: {error}")
     return Adopted(checkpoint)

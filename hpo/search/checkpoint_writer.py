@@ -74,15 +74,19 @@ class CheckpointWriter:
         token: of the claim of the trial.
         every: epochs between two checkpoints; None for automatic ones.
         last_epoch: the trial's last epoch. Its checkpoint is complete when `epoch_ended` returns.
+        interval: see `save_checkpoint`. Those after its multiples are complete when `epoch_ended` returns. 0 for none.
     """
 
-    def __init__(self, folder: Path, key: str, token: int, *, every: int | None, last_epoch: int) -> None:
+    def __init__(
+        self, folder: Path, key: str, token: int, *, every: int | None, last_epoch: int, interval: int = 0
+    ) -> None:
         self._folder = folder
         self._key = key
         self._token = token
         self._is_claimed = False
         self._every = every
         self._last_epoch = last_epoch
+        self._interval = interval
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hpo-checkpoint")
         self._save: _Save | None = None  # the one that is being written
         self._ended: _Epoch | None = None  # the last one
@@ -133,7 +137,7 @@ class CheckpointWriter:
         """
         self._ended = _Epoch(epoch, history, state)
         self._work_seconds += seconds
-        if epoch >= self._last_epoch:
+        if epoch >= self._last_epoch or (self._interval and epoch % self._interval == 0):
             return self.save_now()
         return self._save_if_due(self._ended)
 
@@ -211,7 +215,7 @@ class CheckpointWriter:
         if not self._is_claimed:  # the worker that had it before is gone, or finds out now
             claim_folder(self._folder, self._key, self._token)
             self._is_claimed = True
-        save_checkpoint(self._folder, checkpoint, self._token)
+        save_checkpoint(self._folder, checkpoint, self._token, interval=self._interval)
 
     def _collect(self, *, wait: bool) -> str:
         """Take the result of the thread, if there is one. Return a warning, see `epoch_ended`."""

@@ -116,13 +116,14 @@ def _owner(folder: Path) -> tuple[str | None, int]:
     return None, 0
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, token: int = 0) -> None:
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, token: int = 0, *, interval: int = 0) -> None:
     """Write a checkpoint atomically, flushed to disk, and delete all but the newest two.
 
     Args:
         folder: the trial's folder.
         checkpoint: the state after an epoch.
         token: of the claim of the trial, see `claim_folder`.
+        interval: the newest two of epochs that are multiples of it stay, too: other trials start from them. 0 for none.
 
     Raises:
         TakenOverError: another worker has claimed the folder.
@@ -141,8 +142,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, token: int = 0) -> Non
             torch.save(vars(checkpoint), file)
     except RuntimeError as error:  # torch's writer wraps the operating system's error
         raise OSError(str(error).splitlines()[0]) from error
-    for old in list_checkpoints(folder)[KEPT_CHECKPOINTS:]:
-        old.unlink(missing_ok=True)
+    found = list_checkpoints(folder)
+    shared = [path for path in found if interval and _epoch_of(path) % interval == 0]
+    for old in found[KEPT_CHECKPOINTS:]:
+        if old not in shared[:KEPT_CHECKPOINTS]:
+            old.unlink(missing_ok=True)
 
 
 def load_checkpoint(folder: Path, key: str) -> Checkpoint | None:
@@ -177,18 +181,23 @@ def load_checkpoint(folder: Path, key: str) -> Checkpoint | None:
     return None
 
 
-def read_checkpoint(folder: Path, key: str) -> Checkpoint | None:
-    """Return the newest readable checkpoint of a trial that has ended, or None. Its folder stays as it is.
+def read_checkpoint(folder: Path, key: str, epoch: int = 0) -> Checkpoint | None:
+    """Return a readable checkpoint of another trial, or None. Its folder stays as it is.
 
     Args:
         folder: the trial's folder.
         key: whose checkpoint it must be, see `owner_key`.
+        epoch: the checkpoint after this epoch is returned; without it the next later one, else the next earlier one. 0 for
+            the newest.
 
     Raises:
         OSError, MemoryError, RuntimeError: no checkpoint could be read, and at least one may be intact.
     """
     passing: Exception | None = None
-    for path in list_checkpoints(folder):
+    paths = list_checkpoints(folder)
+    if epoch:
+        paths.sort(key=lambda path: (_epoch_of(path) < epoch, abs(_epoch_of(path) - epoch)))
+    for path in paths:
         try:
             checkpoint = _read(path)
         except FileNotFoundError:  # deleted meanwhile
@@ -240,6 +249,12 @@ def trim_checkpoints(folder: Path, token: int, keep: int = 1) -> None:
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoint files of a trial, newest first."""
     return sorted(folder.glob("epoch-*.pt"), reverse=True)
+
+
+def _epoch_of(path: Path) -> int:
+    """Return the epoch of a checkpoint, by its name; 0 for a name that hpo does not give."""
+    digits = path.stem.removeprefix("epoch-")
+    return int(digits) if digits.isdecimal() else 0
 
 
 def check_plain(value: Any, where: str = "state") -> None:

@@ -11,6 +11,7 @@ from hpo.space.model import Space
 from hpo.space.parameters import Params, Scalar
 from hpo.space.translation import Translation, TranslationError, translate
 from storage.imports import ImportedTrial, Origin
+from storage.records import REPLACES
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -55,6 +56,7 @@ class Comparison:
         """
         from optuna.trial import TrialState
 
+        self._check_history(trial)
         self._check("data", self._space.data == self._before.data, "it had other data")
         self._check("trainable", self._is_same_code, "it ran other code")
         params = self._params_of(trial)
@@ -84,8 +86,9 @@ class Comparison:
     def same_configuration(self, trial: FrozenTrial) -> Params | None:
         """Return the configuration of a trial if the search would train it in the same way for as many epochs; else None."""
         try:
+            self._check_history(trial)
             translation = translate(self._space, self._params_of(trial), defaults=self._defaults)
-        except TranslationError:
+        except (RefusalError, TranslationError):
             return None
         return translation.params if self._is_trained_the_same_way(translation) else None
 
@@ -117,6 +120,11 @@ class Comparison:
         """Return what a trial was trained with, derived values included."""
         derived = trial.user_attrs.get("derived")
         return trial.params | (derived if isinstance(derived, dict) else {})
+
+    @staticmethod
+    def _check_history(trial: FrozenTrial) -> None:
+        if REPLACES in trial.user_attrs:
+            raise RefusalError("its hyperparameters changed while it was trained")
 
     def _check(self, what: str, is_same: bool, reason: str) -> None:
         if not is_same and what not in self._despite:

@@ -139,7 +139,7 @@ def plan_continuation(
         StorageError: the database cannot be used.
     """
     options = space.continuation
-    if database is None or not options.is_wanted:
+    if database is None or not options.is_wanted or space.population is not None:
         return ContinuationPlan(space)
     from storage.studies import other_revisions
 

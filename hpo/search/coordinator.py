@@ -15,6 +15,7 @@ from hpo.errors import nearest
 from hpo.paths import HANG_FILE, LOST_FILE, RunsDir
 from hpo.search.checkpoints import owner_key, trim_checkpoints
 from hpo.search.listener import ProgressListener
+from hpo.search.population import trial_key
 from hpo.search.retention import Retention
 from hpo.search.slots import Slots
 from hpo.search.stop import Stop, StopCause, find_spent
@@ -79,6 +80,7 @@ class TrialCoordinator:
         self._next_attempt = 0.0
         self._is_exhaustion_noted = False
         self._has_trained: set[str] = set()  # the machines on which this run has trained an epoch
+        self._paused: set[str] = set()  # those that wait for others from now on, see `_must_wait`
         self._new_epochs: set[str] = set()  # the running trials that have trained one
         self._failures_in_a_row: Counter[str] = Counter()  # {machine: trials that failed without one}
         self.stopped: Stop | None = None
@@ -116,6 +118,7 @@ class TrialCoordinator:
             self._claims[tune_id] = claim
             self._epochs[tune_id] = claim.epoch
             self._together = {each: max(self._together.get(each, 0), len(self._claims)) for each in self._claims}
+            scheduler = self._space.scheduler
             parent = self._parent_of(claim)
             if parent is not None:
                 self._parents[tune_id] = parent
@@ -129,7 +132,7 @@ class TrialCoordinator:
                 trainable=self._space.trainable,
                 command=self._space.command,
                 patterns=self._space.report,
-                key=owner_key(self._space.config_key(claim.params), claim.attempt),
+                key=owner_key(trial_key(self._space, claim.params, claim.replaces), claim.attempt),
                 token=claim.token,
                 params=claim.params | derived,
                 data=self._data,
@@ -144,6 +147,8 @@ class TrialCoordinator:
                 code_folder=str(Path.cwd()),
                 parent_folder=str(self._runs_dir.trial(parent.files, parent.number)) if parent else "",
                 parent_key=parent.key if parent else "",
+                parent_epoch=parent.epoch if parent and scheduler.replaces_trials else 0,
+                interval=scheduler.interval if scheduler.replaces_trials else 0,
                 replicates=replicates,
             )
         return None
@@ -261,10 +266,27 @@ class TrialCoordinator:
             attrs = {name: metrics[name] for name in ("test_accuracy", "test_loss") if name in metrics}
             self._run.complete(claim, value, attrs)
             return self._end(tune_id, "COMPLETE", "")
+        if is_pruned and self._space.population is not None:
+            replacement = self._run.replacement(claim)
+            # Its checkpoints stay for now: trials may wait that start from them.
+            return self._end(tune_id, "PRUNED", f"replaced by trial {replacement} after epoch {epoch}")
         if is_pruned:
             self._end(tune_id, "PRUNED", f"stopped by {self._space.scheduler.name} after epoch {epoch}")
             return Ending.SAVE_ONLY if self._space.checkpoints.count is None else Ending.DISCARD
-        return Ending.SAVE if self._is_over() else None
+        if self._is_over():
+            return Ending.SAVE
+        if not report.is_recalled and self._must_wait(epoch):
+            self._paused.add(tune_id)
+            return Ending.SAVE
+        return None
+
+    def _must_wait(self, epoch: int) -> bool:
+        """Return whether a member of a population waits after an epoch, so that others that have no slot catch up."""
+        population = self._space.population
+        if population is None or epoch % self._space.scheduler.interval:
+            return False
+        is_full = len(self._claims) >= min(self._slots.count, self._at_a_time)
+        return is_full and self._run.are_others_behind(epoch, population)
 
     def _note_parent(self, tune_id: str, claim: ClaimedTrial, epoch: int | None) -> None:
         """Record from which epoch of its parent a trial starts, if it is not the one that was expected.
@@ -344,7 +366,11 @@ class TrialCoordinator:
         if claim is not None:
             with self._storage_errors_kept(tune_id):
                 self._run.release(claim)
-                self._end(tune_id, "WAITING", f"interrupted after epoch {self._epochs[tune_id]}, resumable")
+                epoch = self._epochs[tune_id]
+                text = f"interrupted after epoch {epoch}, resumable"
+                if tune_id in self._paused:
+                    text = f"waits after epoch {epoch} until others have caught up"
+                self._end(tune_id, "WAITING", text)
 
     def _release_for_room(self, tune_id: str, reason: str) -> Ending:
         """Release a trial that found no room on the GPU next to others, and run fewer trials at a time from now on.
@@ -381,7 +407,8 @@ class TrialCoordinator:
         del self._epochs[tune_id], self._together[tune_id]
         self._parents.pop(tune_id, None)
         self._new_epochs.discard(tune_id)
-        if state != "WAITING":
+        self._paused.discard(tune_id)
+        if state != "WAITING" and self._space.population is None:
             trim_checkpoints(self._folder(claim), claim.token)
         if state in {"COMPLETE", "PRUNED"}:
             self._retention.trial_ended(claim.number)

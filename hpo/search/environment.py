@@ -12,6 +12,7 @@ from typing import Any
 
 from hpo.errors import TrainableError
 from hpo.paths import PACKAGE_DIR
+from hpo.search.population import explored_names
 from hpo.space.model import Space
 from hpo.trainable import load_trainable
 
@@ -23,7 +24,10 @@ def check_trainable(space: Space) -> None:
 
     Raises:
         TrainableError: it cannot be imported, or cannot take a value of the space; one line per mistake.
+        SpaceError: a population has no hyperparameters that can change.
     """
+    if space.population is not None:
+        explored_names(space)
     if space.command is not None:
         from hpo.search.script import check_program
 
@@ -70,7 +74,7 @@ def note_horizon(space: Space) -> str | None:
     return (
         f"scheduler {space.scheduler.name} compares trials before epoch {space.max_epochs}, where the learning rate of "
         f"schedule {' and '.join(late)} is still high: it may stop trials that would have ended well. A higher "
-        "scheduler.grace_period, or no scheduler, avoids this"
+        f"scheduler.{'interval' if space.population else 'grace_period'}, or no scheduler, avoids this"
     )
 
 

@@ -51,11 +51,18 @@ def read_trial(study: Study, number: int) -> RecordedTrial:
         SpaceError: this version of hpo cannot read the settings of the study.
         StorageError: the database cannot be used.
     """
+    from storage.records import REPLACES
+
     trials, metrics = {trial.number: trial for trial in study.trials()}, study.metrics()
     stored = metrics.get(number)
     if not stored:
         with_epochs = ", ".join(str(each) for each, epochs in metrics.items() if epochs) or "none"
         raise SettingError(f"study {study.name} has no trial {number} with epochs; trials with epochs: {with_epochs}")
+    if REPLACES in trials[number].user_attrs:
+        raise SettingError(
+            f"trial {number} of study {study.name} took the place of another one in a population, and started from a third "
+            "one's checkpoint: it cannot be replayed from its first epoch. Trials without a parent can"
+        )
     space, provenance = Space.from_settings(study.settings), study.provenance(number)
     device, threads = provenance.get("device", "cpu"), provenance.get("threads", 1)
     if device not in ("cpu", "cuda") or type(threads) is not int or not 1 <= threads <= MAX_THREADS:

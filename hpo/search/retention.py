@@ -58,7 +58,23 @@ class Retention:
     def run_ended(self) -> None:
         """Delete what is superfluous of any driver, such as one that was killed."""
         with suppress(OSError):
-            self._delete(trials_with_checkpoints(self._folder))
+            numbers = trials_with_checkpoints(self._folder)
+            self._delete(numbers)
+            if self._space.population is not None:
+                self._trim(numbers)
+
+    def _trim(self, numbers: Collection[int]) -> None:
+        """Delete all but the newest checkpoint of members of a population that have ended, and from which none starts."""
+        from storage import parents, ranking
+        from storage.errors import StorageError
+
+        with suppress(StorageError):
+            ended = ranking.superfluous_trials(self._study, 0, None, among=numbers, timeout_seconds=0.0)
+            needed = parents.continued_trials(self._study, timeout_seconds=0.0) if ended else set()
+            for trial in ended:
+                folder = self._folder / str(trial.number)
+                if trial.number not in needed and is_of(folder, trial):
+                    delete_files(list_checkpoints(folder)[1:])
 
     def _delete(self, numbers: Collection[int]) -> set[int]:
         """Delete what is superfluous of these trials; return those that need not be looked at again."""

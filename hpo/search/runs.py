@@ -49,10 +49,11 @@ def build_run(space: Space, study: Study, provenance: Mapping[str, Any], device:
         config_key=space.config_key,
         provenance=provenance,
         draw=None if space.is_grid else space.draw,
-        max_trials=space.budget.trials,
+        max_trials=space.budget.trials if space.population is None else space.population,
         learns=space.learns_from_results,
         history_limit=history_limit(space),
-        pruner=build_pruner(space, study.name),
+        pruner=build_pruner(space, study),
         max_failures=space.max_failures,
         device=device,
+        takes_turns=space.population is not None,
     )

@@ -55,6 +55,9 @@ class TrialSpec:
         code_folder: the folder in which the search was started: the trainable may be there.
         parent_folder: the folder of the trial that this one continues; empty if it starts from its first epoch.
         parent_key: whose that folder must be.
+        parent_epoch: from the checkpoint after which epoch it starts, see `read_checkpoint`; 0 for the last.
+        interval: after multiples of so many epochs, other trials may start from this one's checkpoint. It is on the disk
+            before the epoch is reported. 0 if none does.
         replicates: how many trainings the trial is, with seeds that count up; see `train_replicates`.
     """
 
@@ -76,6 +79,8 @@ class TrialSpec:
     code_folder: str
     parent_folder: str = ""
     parent_key: str = ""
+    parent_epoch: int = 0
+    interval: int = 0
     replicates: int = 1
 
 
@@ -215,7 +220,14 @@ def _report_epochs(spec: TrialSpec) -> Generator[TrialReport, None, str]:
 
     folder = Path(spec.folder)
     torch.set_num_threads(spec.threads)
-    writer = CheckpointWriter(folder, spec.key, spec.token, every=spec.checkpoint_every, last_epoch=spec.max_epochs)
+    writer = CheckpointWriter(
+        folder,
+        spec.key,
+        spec.token,
+        every=spec.checkpoint_every,
+        last_epoch=spec.max_epochs,
+        interval=spec.interval,
+    )
     warning = writer.claim()
     # A script that keeps no checkpoints starts from its first epoch and reports all of them again.
     keeps_checkpoints = spec.command is None or uses_checkpoint_dir(spec.command)
@@ -303,6 +315,8 @@ def _adopt(spec: TrialSpec) -> Adopted | None:
         parent_key=spec.parent_key,
         is_script=spec.command is not None,
         left_out=FINAL_METRICS if is_default else (),
+        epoch=spec.parent_epoch,
+        interval=spec.interval,
     )
 
 

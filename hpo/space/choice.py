@@ -41,8 +41,8 @@ def choose_sampler(
 ) -> SamplerChoice:
     """Return the sampler for a search that leaves it to `auto`.
 
-    A small grid is searched completely. A Gaussian process is for few and expensive trials of numbers: it learns from
-    completed trials only, so not with a scheduler that stops most of them. TPE is for all else.
+    A population starts at random. A small grid is searched completely. A Gaussian process is for few and expensive trials
+    of numbers: it learns from completed trials only, so not with a scheduler that stops most of them. TPE is for all else.
 
     Args:
         auto: its seed is kept.
@@ -51,6 +51,9 @@ def choose_sampler(
         scheduler: of the search.
     """
     most = budget.trials if budget.trials is not None else SMALL_GRID if budget.ends_search else math.inf
+    if scheduler.replaces_trials:
+        reason = f"the members of a population ({scheduler.name}) start from independent draws"
+        return SamplerChoice(RandomSampler(name="random", seed=auto.seed), reason)
     points = _count_points(parameters)
     if points < math.inf and points <= most:
         return SamplerChoice(GridSampler(name="grid", seed=auto.seed), _say_grid(int(points), budget))

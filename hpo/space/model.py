@@ -185,6 +185,16 @@ class Space(StrictModel):
         return self.scheduler.stops_trials_early
 
     @property
+    def saves_epochs(self) -> bool:
+        """Whether a scheduler may prune trials without a replacement."""
+        return self.stops_trials_early and self.population is None
+
+    @property
+    def population(self) -> int | None:
+        """How many members train, if the scheduler replaces each trial that it stops; None for another scheduler."""
+        return self.scheduler.population if self.scheduler.replaces_trials else None
+
+    @property
     def saves_checkpoints(self) -> bool:
         """Whether trials have checkpoints: those of a script that uses no `{checkpoint_dir}` have none."""
         return self.command is None or uses_checkpoint_dir(self.command)
@@ -196,7 +206,9 @@ class Space(StrictModel):
 
     @cached_property
     def total_trials(self) -> int | None:
-        """The number of trials, or None if only the time budget ends the search."""
+        """The number of trials, or None if only the time budget ends the search. Of a population, the number of members."""
+        if self.population is not None:
+            return self.population
         return sum(1 for _ in self.planned_points()) if self.is_grid else self.budget.trials
 
     def planned_points(self) -> Iterator[Params]:

@@ -44,6 +44,7 @@ from hpo.trainable import DEFAULT_TRAINABLE
 MAX_GRID_POINTS = 100_000
 MAX_WORK = 2_000_000  # operations of constraints and derived values for all points of a grid: about 5 s
 RANDOM_POINTS = 1000  # tried against constraints and derived values
+POPULATION_SAMPLERS = ("random", "qmc")  # of the first members: they learn from no results
 NOT_BUILT = {
     ("objectives",): "several objectives are not built yet: give one `metric` and `direction`",
 }
@@ -123,6 +124,8 @@ def _grid_is_finite(sections: ValidSections) -> Iterator[Problem]:
 
 def _search_ends(sections: ValidSections) -> Iterator[Problem]:
     sampler, budget = sections["sampler"], sections["budget"]
+    if "scheduler" in sections.values and sections["scheduler"].replaces_trials:
+        return  # after the last epoch of each member
     if not sampler.is_grid and not budget.ends_search:
         limits = "budget.trials, budget.time, budget.patience, budget.gpu_hours or budget.cost.limit"
         chosen = "" if "sampler" in sections.data else "there are infinitely many configurations, and "
@@ -149,21 +152,74 @@ def _sampler_fits_parameters(sections: ValidSections) -> Iterator[Problem]:
 
 def _scheduler_fits_max_epochs(sections: ValidSections) -> Iterator[Problem]:
     scheduler, max_epochs = sections["scheduler"], sections["max_epochs"]
-    if not scheduler.is_built:
-        yield ("scheduler",), f"{scheduler.name} is not built yet: use asha, hyperband or median"
-    elif scheduler.stops_trials_early and max_epochs == 1:
+    for name in sorted(scheduler.unused_options & scheduler.model_fields_set):
+        yield ("scheduler", name), f"{scheduler.name} has no {name}: leave it out"
+    if scheduler.stops_trials_early and max_epochs == 1:
         yield (
             ("scheduler",),
             f"{scheduler.name} stops trials between epochs, but max_epochs is 1: leave the scheduler out",
         )
+    elif scheduler.replaces_trials:
+        if scheduler.interval >= max_epochs:
+            yield (
+                ("scheduler", "interval"),
+                f"scheduler {scheduler.name} never compares members: interval {scheduler.interval} must be below max_epochs "
+                f"{max_epochs}",
+            )
     elif scheduler.stops_trials_early and scheduler.grace_period >= max_epochs:
         yield (
             ("scheduler", "grace_period"),
             f"scheduler {scheduler.name} never stops a trial: grace_period {scheduler.grace_period} must be below "
             f"max_epochs {max_epochs}",
         )
-    if not scheduler.uses_reduction_factor and "reduction_factor" in scheduler.model_fields_set:
-        yield ("scheduler", "reduction_factor"), f"{scheduler.name} has no reduction_factor: leave it out"
+
+
+def _population_fits_search(sections: ValidSections) -> Iterator[Problem]:
+    scheduler, budget = sections["scheduler"], sections["budget"]
+    if not scheduler.replaces_trials:
+        return
+    if "sampler" in sections.values and sections["sampler"].name not in POPULATION_SAMPLERS:
+        yield (
+            ("sampler",),
+            f"the members of a population start from independent draws, so {scheduler.name} takes sampler "
+            f"{' or '.join(POPULATION_SAMPLERS)}, not {sections['sampler'].name}",
+        )
+    if budget.trials not in {None, scheduler.population}:
+        yield (
+            ("budget", "trials"),
+            f"with scheduler {scheduler.name}, scheduler.population is the number of trials, {scheduler.population}: leave "
+            f"budget.trials out, or set population to {budget.trials}",
+        )
+    if budget.patience is not None:
+        text = f"the members of a population train side by side, so {scheduler.name} takes no patience: leave it out"
+        yield ("budget", "patience"), f"{text}, or limit time or gpu_hours"
+    if sections["replicates"] > 1:
+        text = f"{scheduler.name} compares single trainings: leave replicates out, or use scheduler asha or median"
+        yield ("replicates",), text
+    if sections["command"] is not None:
+        yield (
+            ("scheduler",),
+            f"{scheduler.name} copies the checkpoint of a training that runs, and the files of a script may change "
+            "meanwhile: use a Python trainable, or scheduler asha, hyperband or median",
+        )
+    if sections["warm_start"]:
+        yield (
+            ("warm_start",),
+            f"{scheduler.name} starts its members afresh and learns from no other study: leave it out",
+        )
+    if "continue" in sections.data:
+        yield ("continue",), f"{scheduler.name} starts its members afresh: leave it out"
+    yield from _explored_parameters_exist(sections)
+
+
+def _explored_parameters_exist(sections: ValidSections) -> Iterator[Problem]:
+    scheduler, parameters = sections["scheduler"], sections["parameters"]
+    for i, name in enumerate(scheduler.explore or ()):
+        path = ("scheduler", "explore", i)
+        if name not in sections.names():
+            yield path, f"there is no parameter {name!r}, {nearest(name, sections.names())}"
+        elif name in parameters and parameters[name].count == 1:
+            yield path, f"{name} has a single value: name a range or choices"
 
 
 def _metric_is_reported(sections: ValidSections) -> Iterator[Problem]:
@@ -331,6 +387,7 @@ RULES: tuple[Rule, ...] = (
     _search_ends,
     _sampler_fits_parameters,
     _scheduler_fits_max_epochs,
+    _population_fits_search,
     _metric_is_reported,
     _names_are_identifiers,
     _conditions_are_consistent,

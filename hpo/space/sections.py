@@ -170,17 +170,34 @@ NamedSampler = Annotated[Sampler, BeforeValidator(_expand_name, json_schema_inpu
 # --- the scheduler ------------------------------------------------------------------------------------------------
 
 _SchedulerName = Literal["none", "asha", "hyperband", "median", "pbt"]
+_OF_PRUNERS = {"grace_period", "reduction_factor"}
+_OF_PBT = {"population", "interval", "quantile", "resample", "factor", "explore"}
+MAX_POPULATION = 1000
 
 
 class Scheduler(StrictModel):
     """The algorithm that stops trials early. Its resource is the epoch."""
 
     name: _SchedulerName = "none"
-    """none, asha (successive halving), hyperband or median; pbt is not built yet."""
+    """none, asha (successive halving), hyperband, median or pbt (population-based training)."""
     grace_period: PositiveInt = 1
     """Epochs before a trial may be stopped."""
     reduction_factor: Annotated[int, Field(ge=2)] = 3
     """asha and hyperband: 1 of `reduction_factor` trials continues, with `reduction_factor` times the epochs."""
+    population: Annotated[int, Field(ge=2, le=MAX_POPULATION)] = 8
+    """pbt: how many members the population has."""
+    interval: PositiveInt = 5
+    """pbt: epochs between two comparisons of a member with the others."""
+    quantile: Annotated[float, Field(gt=0, le=0.5)] = 0.25
+    """pbt: the share of the members that are replaced, and the share of those that replace them."""
+    resample: Probability = 0.25
+    """pbt: the probability that a hyperparameter is drawn anew where a member is replaced. Otherwise a number is multiplied
+    or divided by `factor`, and a choice is kept."""
+    factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 1.2
+    """pbt: by what a number is multiplied or divided."""
+    explore: Annotated[list[str], Field(min_length=1)] | None = None
+    """pbt: the hyperparameters that change while a member trains. null: with the built-in training, all that may; else all
+    int and float ranges."""
 
     @property
     def stops_trials_early(self) -> bool:
@@ -188,14 +205,21 @@ class Scheduler(StrictModel):
         return self.name != "none"
 
     @property
-    def is_built(self) -> bool:
-        """Whether this version can run the scheduler."""
-        return self.name != "pbt"
+    def replaces_trials(self) -> bool:
+        """Whether each trial that the scheduler stops is replaced by one that continues another trial."""
+        return self.name == "pbt"
 
     @property
-    def uses_reduction_factor(self) -> bool:
-        """Whether `reduction_factor` has an effect."""
-        return self.name != "median"
+    def unused_options(self) -> set[str]:
+        """The options that have no effect."""
+        by_name = {
+            "asha": _OF_PRUNERS,
+            "hyperband": _OF_PRUNERS,
+            "median": {"grace_period"},
+            "none": _OF_PRUNERS,
+            "pbt": _OF_PBT,
+        }
+        return (_OF_PRUNERS | _OF_PBT) - by_name[self.name]
 
 
 NamedScheduler = Annotated[Scheduler, BeforeValidator(_expand_name, json_schema_input_type=_SchedulerName | Scheduler)]

@@ -94,7 +94,11 @@ class Learner:
         return {"model": self.model.state_dict(), "optimizer": self._optimizer.state_dict(), **average}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state that `state` returned, on this device or another."""
+        """Continue from a state that `state` returned, on this device or another.
+
+        The hyperparameters stay those of this learner: the state has none. They may differ from those with which the state
+        was made, apart from `hpo.train.params.CHECKPOINT_PARAMS`.
+        """
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         if self._average is not None:

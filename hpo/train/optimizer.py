@@ -199,8 +199,8 @@ class SGD:
         return {"state": {i: {"momentum_buffer": velocity} for i, velocity in velocities if velocity is not None}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Copy the values of a state, see `Optimizer`."""
-        for i, saved in state["state"].items():
+        """Copy the values of a state, see `Optimizer`. Without momentum, velocities of one with momentum are left out."""
+        for i, saved in state["state"].items() if self._momentum else ():
             velocity = self._velocities[i]
             # In place if it exists: a CUDA graph has its address.
             self._velocities[i] = velocity = torch.empty_like(self._weights[i]) if velocity is None else velocity

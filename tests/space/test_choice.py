@@ -55,6 +55,13 @@ def space_of(parameters: dict[str, Any], **changes: Any) -> Space:
             "tpe",
             "lr depends on another parameter",
         ),
+        (
+            {"lr": LR, "n": {"type": "int", "low": 0, "high": 3}},
+            {"scheduler": "pbt", "max_epochs": 9},
+            "random",
+            "the members of a population (pbt) start from independent draws",
+        ),
+        (SIX, {"scheduler": "pbt", "max_epochs": 9}, "random", "the members of a population (pbt) start from "),
         ({"lr": LR}, {"budget": {"trials": MAX_LEARNING_TRIALS + 1}}, "random", "with more than 20,000 trials, a draw"),
     ],
 )

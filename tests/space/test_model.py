@@ -25,7 +25,8 @@ def with_later_keys(settings: dict[str, Any]) -> dict[str, Any]:
     """Add the keys that version 0.1.0 did not have."""
     budget = settings["budget"] | {"patience": None, "cost": None}
     later = {"checkpoints": {"keep": "best 3"}, "continue": {"trials": None, "horizon": "restart"}, "report": {}}
-    return settings | later | {"budget": budget}
+    scheduler = {"population": 8, "interval": 5, "quantile": 0.25, "resample": 0.25, "factor": 1.2, "explore": None}
+    return settings | later | {"budget": budget, "scheduler": settings["scheduler"] | scheduler}
 
 
 # --- the meaning of a file ------------------------------------------------------------------------------------------
@@ -163,6 +164,17 @@ def test_an_unknown_name_gets_the_nearest_name_or_all_names(tmp_path: Path, monk
         load_space("wde")
     with pytest.raises(SettingError, match=r"'zzz'.*deep, wide"):
         load_space("zzz")
+
+
+def test_a_population_is_as_many_trials_as_it_has_members(load: Load) -> None:
+    text = "scheduler: {name: pbt, population: 6}\nmax_epochs: 9\nparameters: {lr: {type: float, low: 0, high: 1}}\n"
+    space = load(text)
+    assert (space.population, space.total_trials, space.sampler.name) == (6, 6, "random")
+    assert (space.stops_trials_early, space.saves_epochs) == (True, False)
+    assert load(text + "budget: {trials: 6}\n").total_trials == 6
+    other = load(text, "scheduler=asha", "budget.trials=4")
+    assert (other.population, other.total_trials, other.saves_epochs) == (None, 4, True)
+    check_round_trip(space)
 
 
 def test_an_unknown_name_in_a_folder_without_search_spaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,14 @@ from tests.space.conftest import CheckError, ErrorOf
 from tests.space.examples import CONDITIONAL, HEAD, SAMPLED, VALID
 
 # » marks the key that the message must give.
+POPULATION = """\
+scheduler: {name: pbt}
+max_epochs: 9
+parameters:
+  lr: {type: float, low: 0.001, high: 1.0, log: true}
+  momentum: {type: float, low: 0.0, high: 0.9}
+  width: 1.0
+"""
 RULES = {
     "a grid over a continuous range": (
         HEAD + "  »lr: {type: float, low: 0, high: 1}\n",
@@ -234,7 +242,80 @@ RULES = {
         VALID + "replicates: 3\n»seed: 4294967294\n",
         ["seed: the last of 3 seeds is above 4294967295: lower it"],
     ),
-    "population-based training": (VALID + "»scheduler: pbt\n", ["scheduler: pbt is not built yet"]),
+    "a population of a grid": (
+        "scheduler: {name: pbt}\nmax_epochs: 9\n»sampler: grid\nparameters: {lr: [0.1, 0.2]}\n",
+        [
+            "sampler: the members of a population start from independent draws, so pbt takes sampler random or qmc, not grid"
+        ],
+    ),
+    "a population that a sampler draws that learns": (
+        POPULATION + "»sampler: tpe\n",
+        ["sampler: ", "pbt takes sampler random or qmc, not tpe"],
+    ),
+    "another number of trials than members": (
+        POPULATION + "budget: {»trials: 20}\n",
+        [
+            "budget.trials: ",
+            "scheduler.population is the number of trials, 8: leave budget.trials out, or set population to 20",
+        ],
+    ),
+    "a population without patience": (
+        POPULATION + "budget: {»patience: 3}\n",
+        ["budget.patience: ", "pbt takes no patience: leave it out, or limit time or gpu_hours"],
+    ),
+    "a population with several seeds": (
+        POPULATION + "»replicates: 2\n",
+        ["replicates: pbt compares single trainings: leave replicates out"],
+    ),
+    "a population of scripts": (
+        POPULATION.replace("scheduler", "»scheduler")
+        + "command: python train.py --lr {lr} --save {checkpoint_dir}\nmetric: acc\n",
+        ["scheduler: pbt copies the checkpoint of a training that runs", "use a Python trainable"],
+    ),
+    "a population that is warm-started": (
+        POPULATION + "»warm_start: [grid]\n",
+        ["warm_start: pbt starts its members afresh and learns from no other study: leave it out"],
+    ),
+    "a population that continues": (
+        POPULATION + "»continue: all\n",
+        ["continue: pbt starts its members afresh: leave it out"],
+    ),
+    "an interval as long as the training": (
+        POPULATION.replace("name: pbt", "name: pbt, »interval: 9"),
+        ["scheduler.interval: scheduler pbt never compares members: interval 9 must be below max_epochs 9"],
+    ),
+    "a population over one epoch": (
+        POPULATION.replace("scheduler", "»scheduler").replace("max_epochs: 9", "max_epochs: 1"),
+        ["scheduler: pbt stops trials between epochs, but max_epochs is 1"],
+    ),
+    "a grace period for a population": (
+        POPULATION.replace("name: pbt", "name: pbt, »grace_period: 2"),
+        ["scheduler.grace_period: pbt has no grace_period: leave it out"],
+    ),
+    "a population for another scheduler": (
+        VALID + "scheduler: {name: asha, »population: 4}\n",
+        ["scheduler.population: asha has no population: leave it out"],
+    ),
+    "an unknown hyperparameter that changes": (
+        POPULATION.replace("name: pbt", "name: pbt, explore: [lr, »momentun]"),
+        ["scheduler.explore.1: there is no parameter 'momentun', did you mean momentum?"],
+    ),
+    "a fixed hyperparameter that changes": (
+        POPULATION.replace("name: pbt", "name: pbt, explore: [»width]"),
+        ["scheduler.explore.0: width has a single value: name a range or choices"],
+    ),
+    "a share of more than half": (
+        POPULATION.replace("name: pbt", "name: pbt, »quantile: 0.6"),
+        ["scheduler.quantile: "],
+    ),
+    "a factor that changes nothing": (
+        POPULATION.replace("name: pbt", "name: pbt, »factor: 1.0"),
+        ["scheduler.factor: "],
+    ),
+    "a single member": (
+        POPULATION.replace("name: pbt", "name: pbt, »population: 1"),
+        ["scheduler.population: "],
+    ),
 }
 
 
