@@ -22,6 +22,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import TrialState
 
 from storage import optuna_tables, ownership, records, tables
+from storage.pruners import Question
 from storage.records import REPLACED_BY, REPLACED_POOL, REPLACES, Params
 
 POOL = "pbt"  # of `hpo_rungs`: how the members did after each interval
@@ -87,11 +88,11 @@ class PopulationBased:
     seed: int
     breed: Breed
 
-    def decide(
-        self, connection: sa.Connection, study_id: int, trial_id: int, number: int, epoch: int, value: float
-    ) -> bool:
+    def decide(self, connection: sa.Connection, question: Question) -> bool:
         """See `Pruner.decide`. A trial that ends has a successor, which is WAITING."""
-        if epoch % self.interval or epoch <= _born(connection, trial_id):
+        study_id, trial_id = question.study_id, question.trial_id
+        number, epoch, value = question.number, question.epoch, question.value
+        if epoch % self.interval or epoch < question.first_epoch or epoch <= _born(connection, trial_id):
             return False
         rungs = tables.rungs
         rung = {"trial": trial_id, "epoch": epoch, "pool": POOL, "study": study_id, "value": value}

@@ -86,7 +86,7 @@ def build_pruner(space: Space, study: Study) -> Pruner | None:
 
     Args:
         space: the search.
-        study: its study. Hyperband derives the brackets of trials from its name, with the revision.
+        study: its study.
     """
     from storage.pruners import Median, SuccessiveHalving
 
@@ -97,7 +97,7 @@ def build_pruner(space: Space, study: Study) -> Pruner | None:
         case "hyperband":
             return SuccessiveHalving.hyperband(
                 maximize=maximize,
-                study_name=study.name,
+                study_name=study.bracket_name,
                 min_epochs=scheduler.grace_period,
                 max_epochs=space.max_epochs,
                 reduction_factor=scheduler.reduction_factor,
