@@ -95,7 +95,8 @@ def claim_existing(
             (row for row in waiting if row.key is not None),
             key=lambda row: (
                 freed.get(row.trial_id, row.crashes),
-                row.epoch if fewest_epochs_first else row.epoch == 0,
+                # `claimed_epoch` of a successor that was not claimed yet is the epoch after which it starts.
+                max(row.epoch, row.claimed_epoch) if fewest_epochs_first else row.epoch == 0,
                 row.number,
             ),
         )

@@ -120,7 +120,8 @@ class PopulationBased:
         replaced_by = {"trial": child_number, "epoch": epoch}
         attrs = [(child_id, {**child.attrs, REPLACES: replaces}), (trial_id, {REPLACED_BY: replaced_by})]
         optuna_tables.write_attrs(connection, attrs)
-        connection.execute(tables.trials.insert(), {"trial": child_id, "study": study_id, "key": child.key})
+        row = {"trial": child_id, "study": study_id, "key": child.key, "claimed_epoch": epoch}
+        connection.execute(tables.trials.insert(), row)
         connection.execute(rungs.insert(), {**rung, "pool": REPLACED_POOL})
         return True
 
@@ -167,9 +168,8 @@ def are_others_behind(connection: sa.Connection, study_id: int, epoch: int, popu
     waiting = (
         sa.select(trial.c.trial_id)
         .join(tables.trials, tables.trials.c.trial == trial.c.trial_id)
-        .where(
-            trial.c.study_id == study_id, trial.c.state == TrialState.WAITING, ownership.last_epoch().element < epoch
-        )
+        .where(trial.c.study_id == study_id, trial.c.state == TrialState.WAITING)
+        .where(ownership.last_epoch().element < epoch, tables.trials.c.claimed_epoch < epoch)
         .limit(1)
     )
     if connection.scalar(waiting) is not None:

@@ -197,7 +197,7 @@ def search_without_ray(
         coordinator = TrialCoordinator(
             space,
             run,
-            Slots(1, 1.0, 0.0),
+            Slots(at_a_time, 1.0, 0.0),
             data=space.trainable_data(folder),
             runs_dir=RunsDir(folder),
             listener=listener,

@@ -91,7 +91,8 @@ def test_the_worst_member_is_replaced_by_a_trial_that_continues_the_best(study: 
         assert child.user_attrs[REPLACES] == {"trial": 3, "epoch": INTERVAL}
         assert child.params["n"] == trials_of(study)[1].params["n"]
         assert child.distributions == DISTRIBUTIONS
-        assert sql(study.database, "SELECT run, token FROM hpo_trials ORDER BY trial DESC LIMIT 1") == [(None, None)]
+        rows = sql(study.database, "SELECT run, token, claimed_epoch FROM hpo_trials ORDER BY trial DESC LIMIT 1")
+        assert rows == [(None, None, INTERVAL)]
         assert continued_trials(study) == {1}, "its checkpoint is protected"
         claim = claim_one(run)
         assert (claim.number, claim.params, claim.replaces) == (4, child.params, child.user_attrs[REPLACES])
