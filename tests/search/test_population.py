@@ -23,11 +23,11 @@ from hpo.search.worker import Ending, TrialSpec, end_trial, run_trial
 from hpo.space.model import Space, load_space
 from storage.copying import copy_study
 from storage.database import Database
-from storage.parents import Parent
-from storage.records import CONTINUED_FROM, REPLACED_BY, REPLACES
+from storage.records import REPLACES
 from storage.retry import retry_trials
 from storage.studies import Study, find_study, open_study
 from tests.factories import RecordingListener, run_of, search_without_ray, take_reports, toy_space, trial_spec
+from tests.populations import check_lines, parent_of, successors
 
 SIZE, INTERVAL, LAST = 4, 2, 8
 RATE = {"type": "float", "low": 0.0, "high": 10.0}
@@ -45,39 +45,10 @@ def population_space(folder: Path, **changes: Any) -> Space:
     return toy_space(folder, **(values | changes))
 
 
-def parent_of(trial: Any) -> Parent | None:
-    return Parent.read(trial.user_attrs.get(CONTINUED_FROM))
-
-
-def successors(study: Study) -> list[Any]:
-    return [trial for trial in study.trials() if REPLACES in trial.user_attrs]
-
-
-def check_lines(study: Study, size: int = SIZE) -> None:
-    """Check that each value is the sum of the rates of the whole line, and that each line has reached its end."""
-    trials = {trial.number: trial for trial in study.trials()}
-    rates: dict[int, list[float]] = {}
-    for number, trial in sorted(trials.items()):
-        parent = parent_of(trial)
-        before = [] if parent is None else rates[parent.number][: parent.epoch]
-        rates[number] = [*before, *[trial.params["rate"]] * (LAST - len(before))]
-        expected = {epoch: math.fsum(rates[number][:epoch]) for epoch in range(1, max(trial.intermediate_values) + 1)}
-        assert trial.intermediate_values == expected
-    states = [trial.state.name for trial in trials.values()]
-    assert states.count("COMPLETE") == size
-    replaced = {
-        number: trial.user_attrs[REPLACED_BY] for number, trial in trials.items() if REPLACED_BY in trial.user_attrs
-    }
-    assert {number for number, trial in trials.items() if trial.state.name == "PRUNED"} == set(replaced)
-    children = {trial.user_attrs[REPLACES]["trial"]: trial.number for trial in successors(study)}
-    assert children == {number: each["trial"] for number, each in replaced.items()}, "each has one successor"
-    assert len(trials) == size + len(replaced)
-
-
 @pytest.mark.parametrize("at_a_time", [1, 3, SIZE])
 def test_members_are_replaced_by_copies_of_better_ones(database: Database, tmp_path: Path, at_a_time: int) -> None:
     study, listener = search_without_ray(population_space(tmp_path), database, tmp_path, at_a_time=at_a_time)
-    check_lines(study)
+    check_lines(study, size=SIZE, last_epoch=LAST)
     children = successors(study)
     assert children
     assert all(trial.params["rate"] != parent.params["rate"] for trial, parent in _with_parents(study)), "explored"
@@ -185,7 +156,9 @@ def test_a_child_starts_where_it_was_decided_even_if_its_parent_has_trained_on(
         assert members.train(worse, INTERVAL) is Ending.KEEP
         members.train(better, 2 * INTERVAL - 1)
         number = int(Path(members.running[better][0].folder).name)
-        assert members.files(number) == [f"epoch-{epoch:06d}.pt" for epoch in (5, 4, 2)]
+        assert {f"epoch-{epoch:06d}.pt" for epoch in (4, 2)} <= set(members.files(number)), (
+            "the last one is being written"
+        )
         spec = members.start("child")
         assert (spec.parent_epoch, Path(spec.parent_folder).name) == (INTERVAL, str(number))
         first = take_reports(spec, 2)

@@ -65,6 +65,65 @@ def test_a_restored_learner_continues_with_the_same_numbers() -> None:
     assert restored.train_epoch(seed=2) == learner.train_epoch(seed=2)
 
 
+TINY = 1e-12  # a learning rate with which weights stay as they are
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"lr": 0.1}, {"lr": TINY}),
+        ({"lr": 0.1}, {"lr": TINY, "schedule": "cosine"}),
+        ({"lr": 0.1, "schedule": "one_cycle"}, {"lr": TINY, "warmup_epochs": 1.0}),
+        ({"lr": 0.1, "beta1": 0.5, "weight_decay": 0.1}, {"lr": TINY, "beta1": 0.9}),
+        ({"lr": 0.1, "no_decay_norm": True}, {"lr": TINY}),
+        ({"lr": 0.1}, {"lr": TINY, "no_decay_norm": True}),
+        ({"optimizer": "sgd", "lr": 0.1, "momentum": 0.9}, {"optimizer": "sgd", "lr": TINY}),
+        ({"optimizer": "sgd", "lr": 0.1}, {"optimizer": "sgd", "lr": TINY, "momentum": 0.9, "nesterov": True}),
+    ],
+)
+def test_a_restored_learner_uses_its_own_hyperparameters(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Not those with which the state was made: a member of a population goes on with others."""
+    learner = learner_of(6, 3, **before)
+    learner.train_epoch(seed=1)
+    restored = learner_of(8, 2, **after)  # with another batch size, too
+    initial = [weight.detach().clone() for weight in restored._weights]
+    restored.restore(learner.state())
+    trained = [weight.detach().clone() for weight in learner._weights]
+    restored.train_epoch(seed=2, epoch=2)
+    assert not any(torch.allclose(one, other) for one, other in zip(initial, trained, strict=True) if one.dim() > 1)
+    for weight, expected in zip(restored._weights, trained, strict=True):
+        assert torch.allclose(weight, expected, atol=1e-7)
+    learner.train_epoch(seed=2, epoch=2)  # the other learning rate moves them
+    assert not all(torch.allclose(a, b, atol=1e-4) for a, b in zip(learner._weights, trained, strict=True))
+
+
+def test_weight_decay_and_momentum_of_a_restored_learner_are_its_own() -> None:
+    def step_of(**params: Any) -> list[torch.Tensor]:
+        """The difference that a step makes, after a state that another learner has made."""
+        learner = learner_of(6, 6, optimizer="sgd", lr=0.1, **params)
+        learner.restore(state)
+        before = [weight.detach().clone() for weight in learner._weights]
+        learner.train_epoch(seed=2)
+        return [weight.detach() - old for weight, old in zip(learner._weights, before, strict=True)]
+
+    first = learner_of(6, 6, optimizer="sgd", lr=0.1, momentum=0.9, weight_decay=0.5)
+    first.train_epoch(seed=1)
+    state = {name: _clone(part) for name, part in first.state().items()}
+    velocities = [each["momentum_buffer"] for _, each in sorted(state["optimizer"]["state"].items())]
+    weights = [state["model"][name] for name, _ in first.model.named_parameters()]
+    plain, decayed, moved = step_of(), step_of(weight_decay=0.2), step_of(momentum=0.7)
+    for i, weight in enumerate(weights):
+        assert torch.allclose(decayed[i], plain[i] - 0.1 * 0.2 * weight, atol=1e-6)
+        if weight.dim() == 1:  # the velocities of others have another order in memory
+            assert torch.allclose(moved[i], plain[i] - 0.1 * 0.7 * velocities[i], atol=1e-6)
+
+
+def _clone(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _clone(each) for key, each in value.items()}
+    return value.clone()
+
+
 # --- the recipe -------------------------------------------------------------------------------------------------------
 
 
