@@ -70,7 +70,6 @@ def test_a_killed_population_goes_on_and_children_start_from_their_parents_state
         assert {rate: min(epochs) for rate, epochs in trained.items()} == {
             rate: min(epochs) for rate, epochs in starts.items()
         }, "children train from their parents' epochs on"
-        assert {parent.epoch for trial in children.values() if (parent := parent_of(trial))} <= {2, 4, 6}
     listed = hpo(tmp_path, "list")
     assert "finished" in listed.stdout, listed
     again = start_driver(path)

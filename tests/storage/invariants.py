@@ -128,11 +128,49 @@ class Invariants:
         assert not changed, f"the settings of another study are {changed}"
 
     def _check_configurations(self, trained: list[tuple[Any, ...]]) -> None:
+        total = self._simulation.plan.trials
+        if self._simulation.plan.is_population:
+            replaced = self._check_population({row[0]: row for row in trained})
+            assert len(trained) - replaced <= total, f"{len(trained) - replaced} members, but the population is {total}"
+            return
         counts = Counter(row[6] for row in trained if row[6] is not None)
         twice = [x for x, count in counts.items() if count > 1]
         assert not twice, f"configurations {twice} have several trials"
-        total = self._simulation.plan.trials
         assert len(trained) <= total, f"{len(trained)} trials, but the budget is {total}"
+
+    def _check_population(self, trained: dict[int, tuple[Any, ...]]) -> int:
+        """Each trial that was replaced has one successor, which knows its parent; return how many there are."""
+        attrs: dict[str, dict[int, Any]] = defaultdict(dict)
+        for trial_id, key, value in self._sql("SELECT trial_id, key, value_json FROM trial_user_attributes"):
+            attrs[key][trial_id] = json.loads(value)
+        numbers = {row[1]: trial_id for trial_id, row in trained.items()}
+        pruned = {trial_id for trial_id, row in trained.items() if row[2] == "PRUNED"}
+        marked = {row[0] for row in self._sql("SELECT trial FROM hpo_rungs WHERE pool = 'pbt/replaced'")}
+        replaced_by = {trial_id: each["trial"] for trial_id, each in attrs["replaced_by"].items()}
+        assert pruned == marked == set(replaced_by), f"pruned {pruned}, marked {marked}, replaced by {replaced_by}"
+        successors = {numbers[each["trial"]]: trained[trial_id][1] for trial_id, each in attrs["replaces"].items()}
+        assert successors == replaced_by, f"successors {successors}, replaced by {replaced_by}"
+        assert set(attrs["replaces"]) == set(attrs["continued_from"]), "a successor has a parent"
+        with_key = {row[0] for row in self._sql("SELECT trial FROM hpo_trials")}
+        assert set(attrs["replaces"]) <= with_key, "a successor can be claimed"
+        decided = Counter(
+            (self._line_of(trial_id, attrs["replaces"], numbers), epoch)
+            for trial_id, epoch in self._sql("SELECT trial, epoch FROM hpo_rungs WHERE pool = 'pbt'")
+        )
+        twice = [line for line, count in decided.items() if count > 1]
+        assert not twice, f"(first trial of the line, epoch) {twice} were decided twice"
+        return len(marked)
+
+    @staticmethod
+    def _line_of(trial_id: int, replaces: dict[int, Any], numbers: dict[int, int]) -> int:
+        while trial_id in replaces:
+            trial_id = numbers[replaces[trial_id]["trial"]]
+        return trial_id
+
+    def _count_replaced(self) -> int:
+        if not self._simulation.plan.is_population:
+            return 0
+        return int(self._sql("SELECT count(*) FROM hpo_rungs WHERE pool = 'pbt/replaced'")[0][0])
 
     def _check_endings(self, trials: dict[int, tuple[Any, ...]], reasons: dict[int, str]) -> None:
         for trial_id, (state, value) in list(self._endings.items()):
@@ -269,7 +307,8 @@ class Invariants:
         others = [row for row in rows if row[1] not in ENDED and row[2] != driver.run_id]
         is_excused = driver.excused_until == float("inf")
         assert is_excused or not others, f"{driver.name} says that the study is finished, but {others} are not"
-        assert len(rows) == self._simulation.plan.trials, f"{driver.name} says finished after {len(rows)} trials"
+        total = self._simulation.plan.trials + self._count_replaced()
+        assert len(rows) == total, f"{driver.name} says finished after {len(rows)} trials"
 
     def check_poll(self, driver: Driver) -> None:
         """A driver that has nothing else to do finds no trial."""
@@ -280,14 +319,16 @@ class Invariants:
     def is_finished(self) -> bool:
         """Return whether every trial of the study has ended."""
         states = self._states()
-        return len(states) >= self._simulation.plan.trials and set(states) <= ENDED
+        return len(states) >= self._simulation.plan.trials + self._count_replaced() and set(states) <= ENDED
 
     def check_end(self) -> None:
         """All drivers have ended."""
         self.check()
         states = Counter(self._states())
         assert set(states) <= ENDED, f"at the end, the trials are {dict(states)}"
-        assert states.total() == self._simulation.plan.trials, f"{states.total()} trials at the end"
+        assert states.total() == self._simulation.plan.trials + self._count_replaced(), (
+            f"{states.total()} trials at the end"
+        )
 
     def _states(self) -> list[str]:
         return [row[0] for row in self._sql(f"SELECT CAST(state AS TEXT) FROM trials WHERE study_id IN ({OURS})")]

@@ -22,8 +22,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +33,7 @@ import psutil
 import psycopg
 import pytest
 import sqlalchemy as sa
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import CategoricalDistribution, IntDistribution
 
 from storage import errors as errors_module
 from storage import lease as lease_module
@@ -47,7 +47,9 @@ from storage import writer as writer_module
 from storage.database import Database, open_database
 from storage.errors import StorageError
 from storage.ownership import LostTrialError
+from storage.population import Child, Member, PopulationBased
 from storage.pruners import Median, Pruner, SuccessiveHalving
+from storage.records import CONTINUED_FROM
 from storage.retry import failed_trials, retry_trials
 from storage.run import Run
 from storage.studies import find_study, open_study
@@ -85,7 +87,7 @@ class Plan:
     Attributes:
         is_grid: whether the configurations are known before.
         trials: the number of configurations, and the budget.
-        pruner: asha, median or none.
+        pruner: asha, median or none; pbt in a simulation of populations.
         is_deterministic: whether training an epoch again gives the same value.
         keeps_checkpoints: whether a trial resumes after its last epoch; otherwise from the first.
         drivers: how many drivers start.
@@ -106,6 +108,10 @@ class Plan:
     shares_folder: bool
     failure_chance: float
     faults: list[tuple[int, str]]
+
+    @property
+    def is_population(self) -> bool:
+        return self.pruner == "pbt"
 
     @classmethod
     def draw(cls, scheduler: Scheduler, kinds: tuple[str, ...]) -> Plan:
@@ -137,8 +143,11 @@ class Training:
 
     @property
     def folder(self) -> str:
+        return self.folder_of(self.claim.number)
+
+    def folder_of(self, number: int) -> str:
         machine = "" if self.driver.simulation.plan.shares_folder else self.driver.machine
-        return f"{machine}/{self.driver.unique_name}/{self.claim.number}"
+        return f"{machine}/{self.driver.unique_name}/{number}"
 
 
 @dataclass(eq=False)
@@ -229,6 +238,8 @@ class Driver:
             pruner = SuccessiveHalving(True, "s", 1, 2)
         elif plan.pruner == "median":
             pruner = Median(True, 1, startup_trials=1)
+        elif plan.is_population:
+            pruner = PopulationBased(True, 1, 0.5, 0, _breed)
         run = Run(
             self.study,
             config_key=lambda params: f"x={params['x']}",
@@ -239,6 +250,7 @@ class Driver:
             pruner=pruner,
             max_failures=MAX_FAILURES,
             lease_seconds=LEASE_SECONDS,
+            takes_turns=plan.is_population,
         )
         leaves = sim.scheduler.draw.randint(3, 40) if sim.scheduler.draw.random() < 0.2 else 10**9
         with run:
@@ -271,9 +283,13 @@ class Driver:
         if self.exits:
             raise ExitError
         draw = self.simulation.scheduler.draw
-        if len(self.trainings) < 2 and draw.random() < 0.5:
+        # A member that ends may leave a successor, after `claim` has found nothing.
+        asks_again = self.simulation.plan.is_population and run.finished and not self.trainings
+        if asks_again or (len(self.trainings) < 2 and draw.random() < 0.5):
             replacements = self.simulation.invariants.replacements
-            if not run.finished and not self._claim(run):
+            if (asks_again or not run.finished) and not self._claim(run):
+                if asks_again and run.finished:
+                    return False
                 if run.finished:
                     # A copy may be restored between the run's last look at the database and this one.
                     if self.simulation.invariants.replacements == replacements:
@@ -322,6 +338,11 @@ class Driver:
         sim.invariants.note_held(claim)
         _, attempt, history = sim.checkpoints.get(training.folder, (0, "", {}))
         training.history = dict(history) if attempt == claim.attempt and sim.plan.keeps_checkpoints else {}
+        if not training.history and claim.continued_from is not None:
+            _, _, of_parent = sim.checkpoints.get(training.folder_of(claim.continued_from["trial"]), (0, "", {}))
+            last = claim.continued_from["epoch"] if sim.plan.keeps_checkpoints else 0
+            training.history = {epoch: value for epoch, value in of_parent.items() if epoch <= last}
+            sim.adopted[training.folder] = max(training.history, default=0)
         sim.checkpoints[training.folder] = (claim.token, claim.attempt, dict(training.history))
         differing = [epoch for epoch, value in training.history.items() if claim.values.get(epoch) != value]
         first = min([claim.epoch, *differing])
@@ -364,7 +385,8 @@ class Driver:
         value = training.history[epoch]
         sim.invariants.trained[value] = training
         if sim.plan.pruner != "none" and epoch < EPOCHS:
-            if run.decide(claim, epoch, {"m": value}, value):
+            first = sim.adopted.get(training.folder, 0) + 1
+            if run.decide(claim, epoch, {"m": value}, value, first_epoch=first):
                 self._forget(training)
                 sim.invariants.note_freed(claim)
             return
@@ -408,6 +430,13 @@ def _draw(trial: optuna.Trial) -> str:
     return "" if trial.suggest_int("x", 0, 9) != 5 else "x != 5"
 
 
+def _breed(replaces: Mapping[str, Any], better: Member, epoch: int, rng: random.Random) -> Child:
+    parent = {"trial": better.number, "epoch": epoch}
+    params = {"x": rng.randint(0, 9)}
+    key = f"{better.key}/{replaces['trial']}/{epoch}"
+    return Child(key, params, {"x": IntDistribution(0, 9)}, {CONTINUED_FROM: parent})
+
+
 class Simulation:
     """One seed.
 
@@ -415,16 +444,22 @@ class Simulation:
         seed: decides everything.
         backend: the databases of the drivers, reused from seed to seed.
         kinds: of the faults.
+        is_population: whether the search is by population-based training, whatever the seed says.
     """
 
-    def __init__(self, seed: int, backend: Backend, kinds: tuple[str, ...] = FAULTS) -> None:
+    def __init__(
+        self, seed: int, backend: Backend, kinds: tuple[str, ...] = FAULTS, *, is_population: bool = False
+    ) -> None:
         self.scheduler = Scheduler(f"hpo/{seed}", backend.is_blocked, self._after_step)
         self.backend = backend
         self.databases = backend.databases
         self.plan = Plan.draw(self.scheduler, kinds)
+        if is_population:
+            self.plan = replace(self.plan, is_grid=False, pruner="pbt")
         self.invariants = Invariants(self, backend.connect_plain())
         self.drivers: list[Driver] = []
         self.checkpoints: dict[str, tuple[int, str, dict[int, float]]] = {}  # {folder: (owner, attempt, history)}
+        self.adopted: dict[str, int] = {}  # {folder: the last epoch that a parent has trained}
         self.database_clock = 0.0  # seconds ahead of virtual time
         self.boot_clock = 0.0  # how far the machines' clocks were set
         self.down_until = 0.0
@@ -832,10 +867,12 @@ def _adapt(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def simulated(backend: Backend, seed: int, kinds: tuple[str, ...] = FAULTS) -> Iterator[Simulation]:
+def simulated(
+    backend: Backend, seed: int, kinds: tuple[str, ...] = FAULTS, *, is_population: bool = False
+) -> Iterator[Simulation]:
     """Replace time, threads, processes and machines in the storage code by those of a simulation."""
     backend.reset()
-    simulation = Simulation(seed, backend, kinds)
+    simulation = Simulation(seed, backend, kinds, is_population=is_population)
     backend.simulation = simulation
 
     def scheduler() -> Scheduler:
@@ -921,9 +958,11 @@ def simulated(backend: Backend, seed: int, kinds: tuple[str, ...] = FAULTS) -> I
     backend.simulation = None
 
 
-def run_seed(backend: Backend, seed: int, kinds: tuple[str, ...] = FAULTS) -> tuple[str, list[str]]:
+def run_seed(
+    backend: Backend, seed: int, kinds: tuple[str, ...] = FAULTS, *, is_population: bool = False
+) -> tuple[str, list[str]]:
     """Run a seed; return the first violation, empty if there is none, and the schedule."""
-    with simulated(backend, seed, kinds) as simulation:
+    with simulated(backend, seed, kinds, is_population=is_population) as simulation:
         try:
             simulation.run()
         except AssertionError as error:
@@ -956,12 +995,12 @@ def open_backend(storage: str) -> Iterator[Backend]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run_range(job: tuple[str, int, int, tuple[str, ...]]) -> list[tuple[int, str]]:
-    storage, first, last, kinds = job
+def _run_range(job: tuple[str, int, int, tuple[str, ...], bool]) -> list[tuple[int, str]]:
+    storage, first, last, kinds, is_population = job
     failures = []
     with open_backend(storage) as backend:
         for seed in range(first, last):
-            violation, _ = run_seed(backend, seed, kinds)
+            violation, _ = run_seed(backend, seed, kinds, is_population=is_population)
             if violation:
                 failures.append((seed, violation))
                 print(f"seed {seed}: {violation}", flush=True)
@@ -976,18 +1015,19 @@ def main() -> None:
     parser.add_argument("--storage", choices=["sqlite", "postgresql"], default="sqlite")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=FAULTS)
+    parser.add_argument("--population", action="store_true", help="population-based training, in each seed")
     options = parser.parse_args()
-    kinds = tuple(options.faults)
+    kinds, is_population = tuple(options.faults), options.population
     if options.seed is not None:
         with open_backend(options.storage) as backend:
-            violation, log = run_seed(backend, options.seed, kinds)
+            violation, log = run_seed(backend, options.seed, kinds, is_population=is_population)
         print("\n".join(log))
         print(violation or "no violation")
         sys.exit(bool(violation))
     started = time.monotonic()
     first, last = options.seeds
     size = 250
-    jobs = [(options.storage, at, min(at + size, last), kinds) for at in range(first, last, size)]
+    jobs = [(options.storage, at, min(at + size, last), kinds, is_population) for at in range(first, last, size)]
     failures = 0
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
         for done, found in enumerate(pool.imap_unordered(_run_range, jobs), start=1):

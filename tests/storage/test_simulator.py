@@ -12,13 +12,15 @@ import psutil
 import pytest
 import sqlalchemy as sa
 
-from storage import claims, lease, optuna_tables, ownership, queue, records, reporting, retry, tables, usage
+from storage import claims, lease, optuna_tables, ownership, population, queue, records, reporting, retry, tables, usage
+from storage.population import PopulationBased
 from storage.writer import Writer
 from tests.storage.simulator import Backend, open_backend, run_seed
 
 pytestmark = pytest.mark.slow
 
 SEEDS = {"sqlite": 250, "postgresql": 20}
+SEEDS_OF_POPULATIONS = {"sqlite": 60, "postgresql": 5}
 SEEDS_OF_MUTANTS = 50  # each must be found within them
 
 
@@ -33,6 +35,14 @@ def test_no_seed_violates_an_invariant(storage: str) -> None:
     with open_backend(storage) as backend:
         for seed in range(SEEDS[storage]):
             violation, log = run_seed(backend, seed)
+            assert not violation, "\n".join([f"seed {seed}", *log[-40:], violation])
+
+
+@pytest.mark.parametrize("storage", ["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
+def test_no_seed_of_a_population_violates_an_invariant(storage: str) -> None:
+    with open_backend(storage) as backend:
+        for seed in range(SEEDS_OF_POPULATIONS[storage]):
+            violation, log = run_seed(backend, seed, is_population=True)
             assert not violation, "\n".join([f"seed {seed}", *log[-40:], violation])
 
 
@@ -246,6 +256,37 @@ def the_last_reading_is_lost(patch: pytest.MonkeyPatch) -> None:
 def device_time_is_stored_with_reports_only(patch: pytest.MonkeyPatch) -> None:
     """A driver that is killed in a long epoch loses its device time."""
     patch.setattr(usage.Meter, "is_due", property(lambda self: bool(self._unstored)))
+
+
+def replaced_members_count(patch: pytest.MonkeyPatch) -> None:
+    """The budget counts trials, not members: it is spent before each line has reached its end."""
+    patch.setattr(records, "count_budgeted", records.count_keys)
+
+
+def lines_are_decided_twice(patch: pytest.MonkeyPatch) -> None:
+    """A successor that has no checkpoint to start from is compared at the epoch after which its line was decided."""
+    patch.setattr(population, "_born", lambda connection, trial_id: 0)
+
+
+def successors_follow_later(patch: pytest.MonkeyPatch) -> None:
+    """A trial ends in one transaction, and its successor would be created in another one."""
+    decide = PopulationBased.decide
+
+    def decide_and_undo(self: PopulationBased, connection: Any, question: Any) -> bool:
+        savepoint = connection.begin_nested()
+        is_replaced = decide(self, connection, question)
+        (savepoint.rollback if is_replaced else savepoint.commit)()
+        return is_replaced
+
+    patch.setattr(PopulationBased, "decide", decide_and_undo)
+
+
+@pytest.mark.parametrize("mutant", [replaced_members_count, lines_are_decided_twice, successors_follow_later])
+def test_a_broken_population_is_found(
+    sqlite: Backend, monkeypatch: pytest.MonkeyPatch, mutant: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    mutant(monkeypatch)
+    assert any(run_seed(sqlite, seed, ("kill",), is_population=True)[0] for seed in range(SEEDS_OF_MUTANTS))
 
 
 @pytest.mark.parametrize(
