@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from hpo.report.formatting import describe_seeds, format_mean, format_value
 from hpo.report.results import Results, TrialResult
+from hpo.report.tables import describe_schedule
 
 if TYPE_CHECKING:
     from hpo.space.model import Space
@@ -22,7 +23,7 @@ def describe_trial(results: Results, trial: TrialResult, space: Space | None) ->
         space: the study's search space; None if this version of hpo cannot read it.
     """
     from storage.errors import retry_while_down
-    from storage.records import read_provenance
+    from storage.records import REPLACED_BY, read_provenance
 
     study, epochs = results.study, len(trial.epochs)
     # Unlike `trial.provenance`, this also has what was recorded of the run: machine, code, Python.
@@ -55,6 +56,11 @@ def describe_trial(results: Results, trial: TrialResult, space: Space | None) ->
         lines.append(f"**Reused from**: {code(trial.reused_from)}, which trained it")
     if trial.continued_from:
         lines.append(f"**Continued from**: {code(trial.continued_from)}, after epoch {trial.continued_epochs}")
+    if schedule := describe_schedule(results, trial):
+        lines.append(f"**Schedule**: {code(schedule)}")
+    replaced_by = trial.attrs.get(REPLACED_BY)
+    if isinstance(replaced_by, dict):
+        lines.append(f"**Replaced by**: trial {code(replaced_by.get('trial'))}")
     parent = trial.attrs.get("parent")
     if parent is not None:
         lines.append(f"**Parent**: [trial {parent}](/dashboard/studies/{study.study_id}/trials?numbers={parent})")

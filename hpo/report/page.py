@@ -20,7 +20,7 @@ from hpo.report.comparison_page import compare_with_ancestors
 from hpo.report.formatting import describe_seeds, format_device_time, format_mean, format_params, format_seconds
 from hpo.report.published import Published, describe_images, match_published
 from hpo.report.results import Results
-from hpo.report.tables import describe_ties, trial_columns
+from hpo.report.tables import describe_schedule, describe_ties, trial_columns
 from hpo.report.templating import PageFigure, curve_page_figure, environment
 from hpo.space.sections import Budget
 from storage.studies import settings_of
@@ -131,8 +131,8 @@ def _facts(results: Results) -> list[tuple[str, str, str]]:
     best = results.best
     if best is not None and len(results.objectives) == 1:
         shown = format_mean(best.values[0], best.standard_error(results.metric))
-        ties = describe_ties(results)
-        facts.append((f"best {results.metric}", shown, results.label(best) + (f"; {ties}" if ties else "")))
+        remarks = [results.label(best), describe_ties(results), describe_schedule(results, best)]
+        facts.append((f"best {results.metric}", shown, "; ".join(filter(None, remarks))))
         if "test_accuracy" in best.last:
             remark = "scored once, after the last epoch"
             shown = format_mean(best.last["test_accuracy"], best.standard_error("test_accuracy"))

@@ -83,15 +83,16 @@ class TrialResult:
     @property
     def continued_from(self) -> str:
         """The shorter trial from whose checkpoint it started, such as `grid@1 #3`; empty for none."""
-        return str(self._parent) if self.continued_epochs else ""
+        return str(self.parent) if self.continued_epochs else ""
 
     @property
     def continued_epochs(self) -> int:
         """How many of its epochs that trial has trained."""
-        return 0 if self._parent is None else self._parent.epoch
+        return 0 if self.parent is None else self.parent.epoch
 
     @property
-    def _parent(self) -> Parent | None:
+    def parent(self) -> Parent | None:
+        """The trial that it continues, as stored; None for none."""
         return Parent.read(self.attrs.get(CONTINUED_FROM))
 
     @property
@@ -247,6 +248,18 @@ class Results:
             return set()
         with self.study.database:  # results may be kept for long, and hold no connection
             return {trial.number for trial in self.study.optuna_study.best_trials}
+
+    def line(self, trial: TrialResult) -> list[tuple[TrialResult, int]]:
+        """Return the trials of a population that led to one, which is last, each with the last epoch that it contributed."""
+        by_number = {each.number: each for each in self.trials}
+        line, last = [(trial, trial.last_epoch)], math.inf
+        while (parent := line[0][0].parent) is not None and parent.epoch and parent.identity == self.study.identity:
+            earlier = by_number.get(parent.number)
+            if earlier is None or any(each is earlier for each, _ in line):  # any program may change it
+                break
+            last = min(parent.epoch, last)
+            line.insert(0, (earlier, int(last)))
+        return line
 
     def best_value(self, trial: TrialResult) -> float | None:
         """Return the best finite value of the first objective over a trial's epochs, or None if it has none."""

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 MAX_TABLE_ROWS = 50
 SOURCES = ("reused from", "continued from")  # columns that say which trial of an earlier study a trial is from
+MAX_PARTS = 20  # of a schedule of hyperparameters
 MAX_TIES = 10  # that are named
 MAX_PARAMS = 8  # with more parameters, only those that vary get a column
 
@@ -186,6 +187,22 @@ def device_time(results: Results) -> list[str]:
     if results.space is None or not results.space.budget.shows_device_time:
         return []
     return [f"Used so far: {format_device_time(results.space.budget, results.device_seconds)}."]
+
+
+def describe_schedule(results: Results, trial: TrialResult) -> str:
+    """Return how the hyperparameters of a trial of a population changed while it trained; empty if they did not."""
+    line = results.line(trial)
+    if len(line) == 1:
+        return ""
+    names = [name for name in results.param_names if len({repr(each.params.get(name)) for each, _ in line}) > 1]
+    parts = []
+    for each, last in line[-MAX_PARTS:]:
+        params = ", ".join(f"{name} {format_value(each.params[name])}" for name in names if name in each.params)
+        start = each.continued_epochs + 1
+        if start <= last:
+            parts.append(f"{params or 'the same'} in epochs {start} to {last} (#{each.number})")
+    more = "..., " if len(line) > MAX_PARTS else ""
+    return f"{more}{'; '.join(parts)}"
 
 
 def describe_ties(results: Results) -> str:
