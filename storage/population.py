@@ -3,8 +3,8 @@
 Ray Tune's scheduler of this name keeps its population in the driver. This one decides in the transaction that stores an
 epoch, as pruners do, and creates the new trial in the same transaction: a kill leaves all of it, or nothing.
 
-The trials of a population form lines, one for each member: a trial, the one that replaced it, and so on. Each line is
-decided at most once after each interval, and the budget counts lines (`records.count_budgeted`).
+The trials of a population form lines, one for each member: a trial, the one that replaced it, and so on. A line gets at
+most one successor after each interval, and the budget counts lines (`records.count_budgeted`).
 
 Source: Jaderberg et al., Population Based Training of Neural Networks, 2017, with truncation selection.
 """

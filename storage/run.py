@@ -257,7 +257,14 @@ class Run:
         self._writer.put(self._update(claim, epoch, metrics, value))
 
     def decide(
-        self, claim: ClaimedTrial, epoch: int, metrics: Mapping[str, float], value: float, *, first_epoch: int = 1
+        self,
+        claim: ClaimedTrial,
+        epoch: int,
+        metrics: Mapping[str, float],
+        value: float,
+        *,
+        first_epoch: int = 1,
+        again: bool = False,
     ) -> bool:
         """Store one finished epoch, and end the trial as PRUNED if the pruner stops it here: both, or neither.
 
@@ -269,6 +276,7 @@ class Run:
             metrics: {name: value} of the epoch.
             value: the objective, finite.
             first_epoch: the first epoch that is judged: those before were trained by a trial that this one continues.
+            again: whether an epoch that was decided is decided once more, because others have reached it since.
 
         Returns:
             Whether the trial has ended.
@@ -276,7 +284,7 @@ class Run:
         Raises:
             LostTrialError: the claim does not hold any more.
         """
-        is_decided = claim.values.get(epoch) == value
+        is_decided = claim.values.get(epoch) == value and not again
         update = self._update(claim, epoch, metrics, value)
         self._writer.put(replace(update, decides=not is_decided, first_epoch=first_epoch))
         if is_decided:

@@ -254,7 +254,9 @@ class TrialCoordinator:
         is_pruned = False
         if decides:
             first = self._continued_epoch(tune_id) + 1
-            is_pruned = self._run.decide(claim, epoch, metrics, value, first_epoch=first)
+            # A member of a population that has waited is compared with those that have caught up.
+            again = report.is_recalled and self._space.population is not None
+            is_pruned = self._run.decide(claim, epoch, metrics, value, first_epoch=first, again=again)
         else:
             self._run.report(claim, epoch, metrics, value)
         # The checkpoint may hold an epoch that storage has, too: the driver died before it acted on it.

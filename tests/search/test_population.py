@@ -23,7 +23,7 @@ from hpo.search.worker import Ending, TrialSpec, end_trial, run_trial
 from hpo.space.model import Space, load_space
 from storage.copying import copy_study
 from storage.database import Database
-from storage.records import REPLACES
+from storage.records import REPLACED_BY, REPLACES
 from storage.retry import retry_trials
 from storage.studies import Study, find_study, open_study
 from tests.factories import RecordingListener, run_of, search_without_ray, take_reports, toy_space, trial_spec
@@ -86,6 +86,19 @@ def test_members_that_have_no_slot_keep_pace(database: Database, tmp_path: Path)
             del epochs[event[1]]
         assert not epochs or max(epochs.values()) - min(epochs.values()) <= INTERVAL
     assert len([event for event in listener.events if event[0] == "started"]) > SIZE
+
+
+def test_a_member_that_has_waited_is_compared_with_those_that_have_caught_up(
+    database: Database, tmp_path: Path
+) -> None:
+    """Whoever arrives first, the worst one is replaced."""
+    for name, seed in (("one", 0), ("two", 1), ("three", 2), ("four", 3)):
+        space = population_space(tmp_path, name=name, seed=seed)
+        study, _ = search_without_ray(space, database, tmp_path, at_a_time=1)
+        check_lines(study, size=SIZE, last_epoch=LAST)
+        first = [trial for trial in study.trials() if REPLACES not in trial.user_attrs]
+        worst = min(first, key=lambda trial: trial.params["rate"])
+        assert worst.user_attrs[REPLACED_BY]["epoch"] == INTERVAL
 
 
 def test_checkpoints_that_nobody_needs_are_deleted(database: Database, tmp_path: Path) -> None:

@@ -294,3 +294,19 @@ def test_a_parent_is_superfluous_once_no_unfinished_trial_continues_it(study: St
         run.complete(child, 9.0)
         run.flush()
         assert continued_trials(study) == set()
+
+
+def test_a_member_can_be_compared_again_when_others_have_arrived(study: Study) -> None:
+    with run_of(study, size=2) as run:
+        worst, best = claim_one(run), claim_one(run)
+        assert not train(run, worst, 1.0), "it is the first"
+        run.release(worst)
+        train(run, best, 9.0)
+        claim = claim_one(run)
+        assert claim.number == worst.number
+        value = 1.0 + INTERVAL
+        assert not run.decide(claim, INTERVAL, {"m": value}, value), "an epoch that is stored was decided"
+        assert run.decide(claim, INTERVAL, {"m": value}, value, again=True)
+        assert run.replacement(claim) == 2
+        assert not run.decide(best, INTERVAL, {"m": 11.0}, 11.0, again=True)
+    assert states(study) == ["PRUNED", "RUNNING", "WAITING"]
