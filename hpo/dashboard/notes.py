@@ -23,7 +23,7 @@ def describe_trial(results: Results, trial: TrialResult, space: Space | None) ->
         space: the study's search space; None if this version of hpo cannot read it.
     """
     from storage.errors import retry_while_down
-    from storage.records import REPLACED_BY, read_provenance
+    from storage.records import REPLACED_BY, REPLACES, read_provenance
 
     study, epochs = results.study, len(trial.epochs)
     # Unlike `trial.provenance`, this also has what was recorded of the run: machine, code, Python.
@@ -64,7 +64,8 @@ def describe_trial(results: Results, trial: TrialResult, space: Space | None) ->
     parent = trial.attrs.get("parent")
     if parent is not None:
         lines.append(f"**Parent**: [trial {parent}](/dashboard/studies/{study.study_id}/trials?numbers={parent})")
-    lines.append(f"**Replay**: {code(f'hpo replay {shlex.quote(results.name)} {trial.number}')}")
+    if REPLACES not in trial.attrs:  # else its hyperparameters changed while it was trained
+        lines.append(f"**Replay**: {code(f'hpo replay {shlex.quote(results.name)} {trial.number}')}")
     note = "\n".join(f"- {line}" for line in lines)
     if trial.fail_reason:
         reason = textwrap.wrap(trial.fail_reason, 80)  # the dashboard does not wrap the lines of a code block

@@ -68,7 +68,10 @@ def test_the_schedule_is_said_where_trials_are_described(results: Results, tmp_p
         f"rate {format_value(child.params['rate'])} in epochs {epoch + 1} to {child.last_epoch} (#{child.number})",
     ]
     assert schedule.endswith("; ".join(parts))
-    assert f"**Schedule**: `{schedule}`" in describe_trial(results, child, results.space)
+    note = describe_trial(results, child, results.space)
+    assert f"**Schedule**: `{schedule}`" in note
+    assert "**Replay**" not in note
+    assert "**Replay**" in describe_trial(results, parent, results.space) or parent.parent is not None
     replaced = next(trial for trial in results.trials if REPLACED_BY in trial.attrs)
     number = replaced.attrs[REPLACED_BY]["trial"]
     assert f"**Replaced by**: trial `{number}`" in describe_trial(results, replaced, results.space)
