@@ -88,7 +88,8 @@ def copy_files(source: Path, target: Path) -> None:
     """Let a folder of checkpoints have the same files as that of another study. What it has already is not copied again.
 
     Files are complete when they appear, and flushed to disk. Those that disappear meanwhile are left out: a search that runs
-    deletes old checkpoints after it has written new ones.
+    deletes old checkpoints after it has written new ones. What the copy has of a trial whose checkpoints are gone stays: it
+    has ended since, and `checkpoints.keep` has deleted them, but in the copy it may be unfinished.
 
     Args:
         source: the folder of a study; it may be missing.
@@ -101,19 +102,22 @@ def copy_files(source: Path, target: Path) -> None:
     for number in sorted(numbers, key=int):
         files = dict(_files_of_trial(source / number))
         (target / number).mkdir(exist_ok=True)
-        for former, _ in list(_files_of_trial(target / number)):
-            if former not in files:
-                (target / number / former).unlink()
         for name, is_immutable in files.items():
             with suppress(FileNotFoundError):
                 _copy_file(source / number / name, target / number / name, is_immutable=is_immutable)
+        newest = next((name for name, is_immutable in files.items() if is_immutable), None)
+        # Last: while the source has its checkpoint, nobody is deleting the files next to it, and the copy is complete.
+        if newest is not None and (source / number / newest).exists() and (target / number / newest).exists():
+            for former, _ in list(_files_of_trial(target / number)):
+                if former not in files:
+                    (target / number / former).unlink()
         sync_folder(target / number)
     sync_folder(target)
 
 
 def _files_of_trial(folder: Path) -> Iterator[tuple[Path, bool]]:
-    """Yield the path of each file of a trial within its folder, and whether the file never changes."""
-    for checkpoint in reversed(list_checkpoints(folder)):
+    """Yield the path of each file of a trial within its folder, the newest checkpoint first, and whether it never changes."""
+    for checkpoint in list_checkpoints(folder):
         yield checkpoint.relative_to(folder), True
     for path in (folder / CONFIGURATION_FILE, folder / HANG_FILE, folder / LOST_FILE, *logs_of(folder)):
         if path.is_file():
