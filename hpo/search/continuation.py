@@ -161,6 +161,30 @@ def plan_continuation(
     return ContinuationPlan(space, chosen, left if space.is_grid else _with(left, Outlook.HORIZON))
 
 
+def lacks_points(study: Study, runs_dir: RunsDir) -> bool:
+    """Return whether points of a grid have not ended. `hpo run` trains them, although as many trials have ended.
+
+    Those may be other points: they were enqueued by hand, or waited when the budget was reduced.
+
+    Args:
+        study: the study, of any search.
+        runs_dir: where checkpoints are.
+
+    Raises:
+        StorageError: the database cannot be used.
+    """
+    try:
+        space = Space.from_settings(study.settings)
+    except SpaceError:  # of another version
+        return False
+    if not space.is_grid:
+        return False
+    ended = study.ended_keys()
+    if space.point_keys() <= ended:
+        return False
+    return not plan_continuation(space, study, study.database, runs_dir).space.point_keys() <= ended
+
+
 def _usefulness(candidate: Candidate) -> tuple[bool, int]:
     return candidate.outlook is Outlook.CONTINUED, candidate.parent.epoch
 

@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from benchmarks.toy import expected_value
+from hpo.api import list_studies
 from hpo.paths import RunsDir
+from hpo.report.results import read_results
 from hpo.search import adoption
 from hpo.search.checkpoints import (
     Checkpoint,
@@ -564,3 +566,33 @@ def test_reading_a_parent_finds_the_newest_checkpoint_that_is_intact(tmp_path: P
     assert found.epoch == 1
     assert read_checkpoint(tmp_path, "q") is None
     assert len(list_checkpoints(tmp_path)) == 2
+
+
+# --- what is left of a grid -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("enqueued", "state"), [([3, 4], "resumable"), ([2, 1], "finished")])
+def test_a_grid_is_finished_when_its_own_points_have_ended(
+    database: Database, tmp_path: Path, enqueued: list[int], state: str
+) -> None:
+    """As many trials as its budget have ended: others than its points, in the first case."""
+    space = toy_space(tmp_path, parameters={"x": [1, 2, 3, 4]}, budget={"trials": 2})
+    study = open_study(database, **space.study_options)
+    for x in enqueued:
+        study.optuna_study.enqueue_trial({"x": x})
+    with open_run(plan(database, space, tmp_path), study, {}, CPU) as run:
+        for _ in enqueued:
+            claim = run.claim()
+            assert claim is not None
+            run.report(claim, 3, {"value": 0.1}, 0.1)
+            run.complete(claim, 0.1)
+            run.flush()
+    assert [each.state for each in list_studies(storage=f"sqlite:///{database.file}", runs_dir=tmp_path)] == [state]
+    assert read_results(study).state == state
+
+
+def test_a_grid_is_finished_although_points_are_left_as_they_are(database: Database, tmp_path: Path) -> None:
+    search_without_ray(short_space(tmp_path), database, tmp_path)
+    search_without_ray(long_space(tmp_path, "best 1", budget={"trials": 2}), database, tmp_path)
+    states = [each.state for each in list_studies(storage=f"sqlite:///{database.file}", runs_dir=tmp_path)]
+    assert states == ["finished", "finished"]
