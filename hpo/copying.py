@@ -116,7 +116,7 @@ def copy_files(source: Path, target: Path) -> None:
 
 
 def _files_of_trial(folder: Path) -> Iterator[tuple[Path, bool]]:
-    """Yield the path of each file of a trial within its folder, the newest checkpoint first, and whether it never changes."""
+    """Yield the path of each file of a trial in its folder, the newest checkpoint first, and whether it never changes."""
     for checkpoint in list_checkpoints(folder):
         yield checkpoint.relative_to(folder), True
     for path in (folder / CONFIGURATION_FILE, folder / HANG_FILE, folder / LOST_FILE, *logs_of(folder)):

@@ -34,7 +34,8 @@ def compare(studies: Sequence[str], others: Sequence[tuple[str, str]], as_json: 
 
     For each study: the best value, after how many trials and how much device time it was found, and what all trials took.
     The page, in runs/comparisons/, shows the best value so far over trials and over device time. What differs between the
-    studies, such as the metric, the data or the number of epochs, is said.
+    studies, such as the metric, the data or the number of epochs, is said. Databases are only read: `hpo migrate` brings one
+    of an older version forward first.
 
     \b
     Example:  hpo compare grid extended
@@ -70,6 +71,9 @@ def copy(study: str, new_name: str, to: str | None, storage: str) -> int:
     has the name of its file. If you change that file, the search is a revision of the copy.
 
     A search may run meanwhile: trials that it trains wait in the copy, to be resumed from their checkpoints.
+
+    With --to, the study's own database is only read. That of the copy is created if it does not exist, and migrated if its
+    tables are of an older version of hpo, which refuses it then.
 
     \b
     Example:  hpo copy grid wider

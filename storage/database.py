@@ -167,21 +167,32 @@ def open_for_reading(url: str, password: str | None = None) -> Database | None:
             raise
 
 
-def open_existing(url: str, password: str | None = None) -> Database:
+def open_existing(url: str, password: str | None = None, *, may_migrate: bool = True) -> Database:
     """Open a database to read all of a study. It is only read, like by `open_for_reading`, unless its tables are older.
 
     Args:
         url: see `open_database`.
         password: see `open_database`.
+        may_migrate: whether older tables are migrated, after which older versions of hpo refuse the database. Otherwise they
+            are an error.
 
     Raises:
-        StorageError: see `open_database`; or there is no such SQLite file.
+        StorageError: see `open_database`; there is no such SQLite file; or its tables are older, and stay so.
     """
     database = open_for_reading(url, password)
+    version = None
     if database is not None:
-        if _read_again(lambda: read_versions(database.engine, database.url)).ours == migrations.VERSION:
+        version = _read_again(lambda: read_versions(database.engine, database.url)).ours
+        if version == migrations.VERSION:
             return database
         database.close()
+    if not may_migrate:
+        safe_url = parse_url(url, password)[1]
+        what = "no tables of hpo" if version is None else f"tables of version {version}, not {migrations.VERSION}"
+        raise StorageError(
+            f"{safe_url} has {what}, and is only read here. `hpo migrate --storage URL` brings it forward; older versions "
+            "of hpo refuse it then, so migrate a copy of it if you still need them"
+        )
     return open_database(url, password, create=False)
 
 

@@ -108,8 +108,8 @@ def lock_study(connection: sa.Connection, database: Database, study: StudyKey) -
     for name, identity in names.items():
         if identity == study.identity:
             raise StudyDeletedError(
-                f"{database.url}: the study {study.name!r} was renamed to {name!r} while this search worked on it. To resume "
-                "it, give the search space this name, too: the same command would start a new study"
+                f"{database.url}: the study {study.name!r} was renamed to {name!r} while this search worked on it. To "
+                "resume it, give the search space this name, too: the same command would start a new study"
             )
     raise study_deleted(database, study.name)
 

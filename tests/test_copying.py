@@ -127,7 +127,7 @@ def test_files_that_are_there_are_not_copied_again(tmp_path: Path, monkeypatch: 
 def test_a_trial_that_ends_while_it_is_copied_keeps_its_checkpoint_in_the_copy(
     source: Database, target: Database, runs: RunsDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is RUNNING in the snapshot. Then it ends, and `checkpoints.keep` deletes what it has, before files are copied again."""
+    """It is RUNNING in the snapshot. It ends, and `checkpoints.keep` deletes its files, before they are copied again."""
     study = found(source, "toy")
     with source.transaction() as connection:
         trial = optuna_tables.trials
