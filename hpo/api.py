@@ -79,7 +79,7 @@ def list_studies(
     Raises:
         StorageError: there is no such database, or it cannot be used.
     """
-    from hpo.cleaning import count_bytes
+    from hpo.folders import count_bytes
     from hpo.search.continuation import lacks_points
     from storage.database import open_for_reading
     from storage.ownership import StudyDeletedError

@@ -167,8 +167,8 @@ def copy_study(
         StorageError: a database cannot be used, or has a study with this name; or that of the study has tables of an older
             version of hpo, and the copy is for another one.
     """
-    from hpo.cleaning import count_bytes
     from hpo.copying import copy_with_files
+    from hpo.folders import count_bytes
     from storage.database import identify, open_database
 
     _check_name(new_name)
@@ -229,6 +229,7 @@ class DeletedStudy:
         counts: {state: number of trials}.
         disk_bytes: the size of its checkpoints and logs.
         problems: which files could not be deleted, and why; or why they are kept.
+        remaining: without rows: what names another study that this name means now, and that is not deleted; else empty.
     """
 
     name: str
@@ -237,6 +238,7 @@ class DeletedStudy:
     counts: dict[str, int]
     disk_bytes: int
     problems: list[str]
+    remaining: str = ""
 
 
 def delete_study(
@@ -249,8 +251,9 @@ def delete_study(
 ) -> DeletedStudy | None:
     """Delete a study: first its rows, all or none, then its checkpoints, logs and artifacts. Reports and exports stay.
 
-    Files that another database needs are kept, see `clean_runs`. If it is killed after the rows are gone, the same call, or
-    `clean_runs`, deletes the files.
+    Files that another database needs are kept, see `clean_runs`, and those of trials that unfinished ones of other studies
+    continue. If it is killed after the rows are gone, the same call, or `clean_runs`, deletes the files. Such a call deletes
+    nothing else, even if the name means another study by then, such as the revision before.
 
     Args:
         study: its name; without a revision, the latest one. The others are kept.
@@ -266,31 +269,38 @@ def delete_study(
         SettingError: there is no such study, or hpo did not create it.
         StorageError: a run works on the study, or the database cannot be used.
     """
-    from hpo.cleaning import count_bytes, delete_files_of, deleted_folders
+    from hpo.deleting import files_of, find_deleted, forget_name, note_name
+    from hpo.folders import count_bytes
     from storage import management, studies
     from storage.database import open_database
 
     runs = RunsDir(Path(runs_dir))
     with open_database(storage, password, create=False) as database:
-        left = [] if studies.find_study(database, study) else deleted_folders(database, study, runs)
+        left, known = find_deleted(database, study, runs), studies.find_study(database, study)
+        if known is not None:  # what must stay is no reason to keep this one
+            left = [each for each in left if each.paths]
         if left:  # its deletion was killed
-            found = DeletedStudy(study, database.url, False, {}, sum(map(count_bytes, left)), [])
-            unique_names = [folder.name for folder in left]
+            names, disk_bytes = ", ".join(each.name for each in left), sum(each.disk_bytes for each in left)
+            remaining = known.reference if known is not None else ""
+            found = DeletedStudy(names, database.url, False, {}, disk_bytes, [], remaining)
         else:
             opened = find_study(database, study)
             require_ours(
                 opened, "hpo does not know its files: delete it in the dashboard, or with `optuna.delete_study`"
             )
-            unique_names = [opened.unique_name]
-            disk_bytes = count_bytes(runs.checkpoints(opened.unique_name))
-            found = DeletedStudy(opened.reference, database.url, True, dict(opened.counts()), disk_bytes, [])
+            folder = runs.checkpoints(opened.unique_name)
+            found = DeletedStudy(opened.reference, database.url, True, dict(opened.counts()), count_bytes(folder), [])
         if not confirm(found):
             return None
         if not left:
-            management.delete_study(opened)
-        return replace(
-            found, problems=[each for name in unique_names for each in delete_files_of(database, name, runs)]
-        )
+            note_name(folder, opened.name)
+            try:
+                management.delete_study(opened)
+            except management.StudyRunningError:
+                forget_name(folder)
+                raise
+            left = [files_of(database, folder, opened.name, runs)]
+        return replace(found, problems=[problem for each in left for problem in each.delete()])
 
 
 def _check_name(name: str) -> None:

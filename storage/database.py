@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from optuna.storages import RDBStorage
 from sqlalchemy.exc import DBAPIError
 
-from storage import migrations, optuna_tables, sqlite_file
+from storage import migrations, sqlite_file
 from storage.engines import configure, engine_options, limit_idle_transactions, transaction
 from storage.errors import (
     READ_ONLY,
@@ -226,25 +226,25 @@ def identify(database: Database) -> str:
     return retry_while_down(database, read) if database.file is None else str(database.file)
 
 
-def hpo_ids(path: Path) -> set[str]:
-    """Return the `hpo:id` of each study in a SQLite file, which may be of any program. The file is only read.
+def look_at(path: Path, read: Callable[[sa.Connection], T]) -> T:
+    """Return what a function reads from a SQLite file, which may be of any program. The file is only read.
+
+    Args:
+        path: the file.
+        read: is called with a connection, maybe several times.
 
     Raises:
         StorageError: the file cannot be read, or a view has the name of a table.
     """
 
-    def read() -> set[str]:
+    def look() -> T:
         with sqlite_file.engine(path, _LOOK_SECONDS) as engine, engine.connect() as connection:
             refuse_views(connection, str(path))
-            if not sa.inspect(connection).has_table(optuna_tables.study_user_attributes.name):
-                return set()
-            return {
-                value for value in optuna_tables.read_study_attr(connection, "hpo:id").values() if value is not None
-            }
+            return read(connection)
 
     with translate_errors(str(path)), name_strange_content(str(path)):
         _check_wal(path, str(path))
-        return _read_again(read)
+        return _read_again(look)
 
 
 def _create_tables(url: sa.URL, engine: sa.Engine, options: dict[str, Any]) -> RDBStorage:

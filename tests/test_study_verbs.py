@@ -298,6 +298,32 @@ def test_delete_without_a_terminal_needs_yes(here: Path, hpo_here: HpoHere) -> N
     assert list((here / "runs/checkpoints").glob("toy-*")) == []
 
 
+def test_without_a_question_one_of_several_revisions_must_be_named(here: Path, hpo_here: HpoHere) -> None:
+    """The same command again would delete the revision before."""
+    known, before = names(), everything(here)
+    done = hpo_here(here, "delete", "wide", "--yes")
+    assert (done.returncode, done.stdout.count("\n")) == (2, 1)
+    assert done.stderr.startswith("hpo: nothing is deleted: wide means wide@2 now, and another revision after")
+    assert done.stderr.endswith("hpo delete wide@2 --yes\n")
+    assert (names(), everything(here)) == (known, before)
+    assert hpo_here(here, "delete", "wide@2", "--yes").returncode == 0
+    assert hpo_here(here, "delete", "wide@2", "--yes").returncode == 2
+    assert names() == ["toy", "wide"]
+    assert hpo_here(here, "delete", "wide", "--yes").returncode == 0
+
+
+def test_a_deletion_that_is_finished_says_that_another_study_stays(here: Path, hpo_here: HpoHere) -> None:
+    with open_database("sqlite:///runs/hpo.db") as database:
+        study = find_study(database, "wide@2")
+        assert study is not None
+        management.delete_study(study)
+    done = hpo_here(here, "delete", "wide", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("wide@2 is deleted in sqlite:///runs/hpo.db, but not its files: ")
+    assert "wide is another study, and stays. This deletes it: " in done.stdout
+    assert names() == ["toy", "wide"]
+
+
 def test_a_deletion_that_was_killed_after_the_rows_are_gone_is_completed(here: Path, hpo_here: HpoHere) -> None:
     with open_database("sqlite:///runs/hpo.db") as database:
         study = find_study(database, "toy")

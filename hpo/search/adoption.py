@@ -12,7 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpo.paths import SCRIPT_DIR, sync_folder
+from hpo.paths import PARENT_SUFFIX, SCRIPT_DIR, RunsDir, sync_folder
 from hpo.search.checkpoints import Checkpoint, check_claim, read_checkpoint, save_checkpoint
 from hpo.search.script import ScriptError
 
@@ -30,6 +30,19 @@ class Adopted:
 
     checkpoint: Checkpoint
     warning: str = ""
+
+
+def parent_folder(runs_dir: RunsDir, folder: Path, files: str, number: int) -> Path:
+    """Return where the files of the trial are that a trial continues.
+
+    Args:
+        runs_dir: where checkpoints are.
+        folder: of the trial.
+        files: the name of the folder of the parent's study.
+        number: of the parent.
+    """
+    copied = folder.with_name(folder.name + PARENT_SUFFIX)  # its study was copied from another database
+    return copied if copied.is_dir() else runs_dir.trial(files, number)
 
 
 def adopt_checkpoint(
