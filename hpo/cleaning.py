@@ -68,8 +68,8 @@ class Cleaning:
         unknown: {folder: bytes} of studies that the database does not know. They are kept.
         shared: {folder: the other database} of studies that were deleted from the database, but not from another. They are
             kept.
-        continued: {folder of a trial: name of a study} of studies that were deleted: unfinished trials of another study
-            continue these. They are kept.
+        continued: {folder of a trial: name of a study} of studies that were deleted: a trial of the other study may still
+            start from this one. They are kept.
         running: names of the studies that are running. Their files are kept.
         problems: what could not be read or deleted, and why. What cannot be read is kept.
     """

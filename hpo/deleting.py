@@ -98,7 +98,7 @@ def files_of(database: Database, folder: Path, name: str, runs_dir: RunsDir) -> 
     identity, problems = study_id_of(folder.name), list[str]()
     paths, needed = not_continued(folder, continued_trials(database).get(identity, {}))
     kept = [
-        f"kept: {path}, which a trial of {child} that has not ended continues; after its end, `hpo clean` deletes it"
+        f"kept: {path}, from which a trial of {child} may still start; `hpo clean` deletes it when none does any more"
         for path, child in needed.items()
     ]
     paths += artifacts_of(identity, entries(runs_dir.artifacts, problems))

@@ -408,7 +408,7 @@ def clean(storage: str, yes: bool) -> int:
     for folder, other in cleaning.shared.items():
         say(f"kept: {folder}, of a study that was deleted here, but that {other} has, or may have")
     for folder, name in cleaning.continued.items():
-        say(f"kept: {folder}, of a study that was deleted, but that a trial of {name} continues, which has not ended")
+        say(f"kept: {folder}, of a study that was deleted, but from which a trial of {name} may still start")
     for name in cleaning.running:
         say(f"kept: the files of {name}, which is running")
     for problem in cleaning.problems:

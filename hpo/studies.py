@@ -280,8 +280,9 @@ def delete_study(
         if known is not None:  # what must stay is no reason to keep this one
             left = [each for each in left if each.paths]
         if left:  # its deletion was killed
-            names, disk_bytes = ", ".join(each.name for each in left), sum(each.disk_bytes for each in left)
-            remaining = known.reference if known is not None else ""
+            references = studies.references([*studies.study_names(database), *(each.name for each in left)])
+            names, disk_bytes = ", ".join(references[each.name] for each in left), sum(each.disk_bytes for each in left)
+            remaining = references[known.name] if known is not None else ""
             found = DeletedStudy(names, database.url, False, {}, disk_bytes, [], remaining)
         else:
             opened = find_study(database, study)

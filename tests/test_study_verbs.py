@@ -320,7 +320,7 @@ def test_a_deletion_that_is_finished_says_that_another_study_stays(here: Path, h
     done = hpo_here(here, "delete", "wide", "--yes")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("wide@2 is deleted in sqlite:///runs/hpo.db, but not its files: ")
-    assert "wide is another study, and stays. This deletes it: " in done.stdout
+    assert "wide@1 is another study, and stays. This deletes it: " in done.stdout
     assert names() == ["toy", "wide"]
 
 
