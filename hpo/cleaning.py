@@ -189,7 +189,7 @@ def _of_study(study: Study, folder: Path, problems: list[str], *, is_shared: boo
         study: the study.
         folder: of its checkpoints.
         problems: what cannot be read is added to it.
-        is_shared: whether another database may have it, too. What was set aside may be of trials of that one.
+        is_shared: whether another database may have it, too. What was set aside, or continued, may be of its trials.
     """
     with suppress(SpaceError):  # settings of another version
         space = Space.from_settings(study.settings)
@@ -211,7 +211,7 @@ def _of_study(study: Study, folder: Path, problems: list[str], *, is_shared: boo
         () if is_shared else tuple(aside),
     )
     parents = [path for path in trials if _PARENT.fullmatch(path.name)]
-    if parents:
+    if parents and not is_shared:
         from storage.parents import unfinished_children
 
         children = unfinished_children(study)

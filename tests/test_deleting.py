@@ -24,7 +24,7 @@ from storage.errors import StorageError
 from storage.retry import retry_trials
 from storage.studies import Study, find_study, open_study, study_names
 from storage.usage import CPU
-from tests.factories import search_without_ray, toy_space
+from tests.factories import HpoHere, search_without_ray, toy_space
 
 
 def found(database: Database, name: str) -> Study:
@@ -187,6 +187,19 @@ def test_clean_keeps_the_trials_of_a_deleted_study_that_others_continue(
     optuna.delete_study(study_name="toy@2", storage=database.optuna_storage)
     delete_garbage(find_garbage(database, runs))
     assert not family.folder.exists()
+
+
+def test_clean_says_what_it_keeps_for_others(
+    database: Database, runs: RunsDir, family: Family, tmp_path: Path, hpo_here: HpoHere
+) -> None:
+    optuna.delete_study(study_name="toy", storage=database.optuna_storage)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "runs").symlink_to(runs.root)
+    done = hpo_here(tmp_path / "here", "clean", "--storage", f"sqlite:///{database.file}")
+    folder = f"runs/checkpoints/{family.folder.name}/1"
+    assert done.returncode == 0, done.stderr
+    said = f"kept: {folder}, of a study that was deleted, but from which a trial of toy@2 may still start"
+    assert said in done.stdout.splitlines()
 
 
 def test_the_parents_of_trials_in_another_database_are_kept(database: Database, runs: RunsDir, family: Family) -> None:
