@@ -27,6 +27,7 @@ class _Sampler(StrictModel):
     is_grid: ClassVar[bool] = False  # tries a finite list of configurations
     learns: ClassVar[bool] = False  # the next configuration depends on earlier results
     allows_conditions: ClassVar[bool] = True  # can leave out inactive parameters
+    allows_objectives: ClassVar[bool] = True  # can search for several objectives
     needs_range: ClassVar[bool] = False  # needs an int or float range with more than one value
 
     name: str
@@ -121,6 +122,7 @@ class CmaEsSampler(_Sampler):
 
     learns = True
     allows_conditions = False
+    allows_objectives = False
     needs_range = True
 
     name: Literal["cmaes"]
@@ -261,7 +263,8 @@ class Budget(StrictModel):
     time: Seconds | None = None
     """Wall-clock time of the study, summed over its runs: 90s, 30m, 4h, 1d12h, or seconds."""
     patience: PositiveInt | None = None
-    """Number of trials that end one after another without a better value."""
+    """Number of trials that end one after another without a better value; with several objectives, without a new trial on
+    the Pareto front."""
     gpu_hours: Positive | None = None
     """Device-hours that the trials of the study use, summed over its runs: of GPUs, or of trials on the CPU."""
     cost: Cost | None = None
@@ -317,7 +320,8 @@ class Checkpoints(StrictModel):
     """Which trials keep their checkpoints after they have ended. Unfinished and failed trials always keep theirs."""
 
     keep: Keep = "best 3"
-    """best N: the N best trials that completed. A number N: the N that completed last. none, or all: pruned ones too."""
+    """best N: the N best trials that completed; with several objectives, those on the Pareto front first. A number N: the N
+    that completed last. none, or all: pruned ones too."""
 
     @property
     def count(self) -> int | None:
@@ -387,9 +391,18 @@ NamedSource = Annotated[
 
 
 class Objective(StrictModel):
-    """One of several objectives; not built yet."""
+    """One objective: a metric, and whether a higher or a lower value is better."""
 
     metric: str
-    """The name of the metric."""
-    direction: Literal["maximize", "minimize"] = "maximize"
+    """The name of the metric. The trainable must report it after each epoch."""
+    # Without a default: a forgotten `minimize` would search for the slowest training.
+    direction: Literal["maximize", "minimize"]
     """Whether a higher or a lower value is better."""
+
+    @property
+    def is_maximized(self) -> bool:
+        """Whether a higher value is better."""
+        return self.direction == "maximize"
+
+    def __str__(self) -> str:
+        return f"{self.metric} ({self.direction})"
