@@ -19,12 +19,12 @@ from hpo.errors import SettingError
 from hpo.paths import (
     CONFIGURATION_FILE,
     HANG_FILE,
-    LOG_FILE,
     LOST_FILE,
     SCRIPT_DIR,
     RunsDir,
     atomic_file,
     link_or_copy,
+    logs_of,
     sync_folder,
 )
 from hpo.search.checkpoints import list_checkpoints
@@ -115,9 +115,9 @@ def _files_of_trial(folder: Path) -> Iterator[tuple[Path, bool]]:
     """Yield the path of each file of a trial within its folder, and whether the file never changes."""
     for checkpoint in reversed(list_checkpoints(folder)):
         yield checkpoint.relative_to(folder), True
-    for name in (CONFIGURATION_FILE, LOG_FILE, HANG_FILE, LOST_FILE):
-        if (folder / name).is_file():
-            yield Path(name), False
+    for path in (folder / CONFIGURATION_FILE, folder / HANG_FILE, folder / LOST_FILE, *logs_of(folder)):
+        if path.is_file():
+            yield path.relative_to(folder), False
     for parent, _, names in os.walk(folder / SCRIPT_DIR):  # does not follow links
         for name in sorted(names):
             path = Path(parent, name)

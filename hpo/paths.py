@@ -29,6 +29,16 @@ _UNSAFE = re.compile(r"[^\w.@+-]")
 _SEPARATORS = re.compile(r"[/\0]")
 
 
+def seed_log(folder: Path, seed: int) -> Path:
+    """Return the log of one of several trainings of a trial."""
+    return folder / f"{Path(LOG_FILE).stem}-seed-{seed}{Path(LOG_FILE).suffix}"
+
+
+def logs_of(folder: Path) -> list[Path]:
+    """Return the logs of a trial: the output of its script, or of its script for each seed."""
+    return [path for path in (folder / LOG_FILE, *sorted(folder.glob("log-seed-*.txt"))) if path.is_file()]
+
+
 @dataclass(frozen=True)
 class RunsDir:
     """The folder that holds everything a run writes.

@@ -33,9 +33,12 @@ def new_console() -> Terminal:
 
 def print_results(console: Console, results: Results) -> None:
     """Print the table of a study's trials, the device time that they used, and why some have failed."""
-    from hpo.report.tables import device_time, failures, trial_table
+    from hpo.report.tables import describe_ties, device_time, failures, trial_table
 
     console.print(trial_table(results, console))
+    ties = describe_ties(results)
+    if ties and results.best is not None:
+        console.print(f"Trial {results.best.number} is the best, {ties}.", soft_wrap=True)
     for line in device_time(results):
         console.print(line, soft_wrap=True)
     for line in failures(results):

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from hpo.errors import TrainableError, nearest
 
 DEFAULT_TRAINABLE = "hpo.train:train"
+STDERR_SUFFIX = "_stderr"  # of the standard error of a metric's mean over several seeds
 FINAL_METRICS = ("test_loss", "test_accuracy")  # that the default trainable reports after its last epoch only
 
 
@@ -106,6 +107,11 @@ def load_trainable(name: str, folder: Path | str | None = None) -> Callable[...,
         )
     trainable: Callable[..., Generator[Any, None, None]] = function
     return trainable
+
+
+def is_error(metric: str) -> bool:
+    """Return whether a metric is the standard error of another one."""
+    return metric.endswith(STDERR_SUFFIX)
 
 
 def is_timing(metric: str) -> bool:

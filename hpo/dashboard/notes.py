@@ -6,7 +6,7 @@ import shlex
 import textwrap
 from typing import TYPE_CHECKING
 
-from hpo.report.formatting import format_value
+from hpo.report.formatting import describe_seeds, format_mean, format_value
 from hpo.report.results import Results, TrialResult
 
 if TYPE_CHECKING:
@@ -28,16 +28,18 @@ def describe_trial(results: Results, trial: TrialResult, space: Space | None) ->
     # Unlike `trial.provenance`, this also has what was recorded of the run: machine, code, Python.
     provenance = retry_while_down(study.database, lambda: read_provenance(study.database, trial.trial_id))
     named = [*(name for name, _ in results.objectives), "test_accuracy"]
-    scores = [f"{name} {trial.last[name]:.4f}" for name in named if name in trial.last]
+    scores = [
+        f"{name} {format_mean(trial.last[name], trial.standard_error(name))}" for name in named if name in trial.last
+    ]
     params = trial.params | trial.attrs.get("derived", {})
     shown_params = ", ".join(f"{name} {format_value(value)}" for name, value in params.items())
-    max_epochs, trained_by, seed = (
-        (space.max_epochs, space.command or space.trainable, space.seed) if space else ("?", "?", "?")
+    max_epochs, trained_by, seeds = (
+        (space.max_epochs, space.command or space.trainable, describe_seeds(space)) if space else ("?", "?", "seed ?")
     )
     lines = [
         f"**{trial.state}** after {epochs} of {max_epochs} epochs" + (f": {', '.join(scores)}" if scores else ""),
         f"**Params**: {code(shown_params or 'none')}",
-        f"**Training**: {code(trained_by)}, seed {seed}, version {code(provenance.get('code', '?'))}",
+        f"**Training**: {code(trained_by)}, {seeds}, version {code(provenance.get('code', '?'))}",
     ]
     if provenance:
         device = f"{provenance.get('device_name', '?')} ({provenance.get('device', '?')})"

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from hpo.dashboard.attributes import CHECKPOINT, CURVES, Artifact, DashboardAttributes, derived_name
 from hpo.dashboard.notes import describe_trial
-from hpo.paths import LOG_FILE, RunsDir, link_or_copy, study_id_of, write_atomically
+from hpo.paths import LOG_FILE, RunsDir, link_or_copy, logs_of, study_id_of, write_atomically
 from hpo.report.published import match_published
 from hpo.report.results import Results, TrialResult, read_epochs, read_results
 from hpo.search.checkpoints import belongs_to, list_checkpoints, owner_key
@@ -157,9 +157,12 @@ def _failure_log(trial: TrialResult, trial_dir: Path) -> bytes:
     """Return why a trial failed: the reason, the traceback, and the output of its script."""
     parts = [f"trial {trial.number} failed: {trial.fail_reason}", *filter(None, [trial.traceback])]
     log = "\n\n".join(parts).encode()
-    with contextlib.suppress(OSError), (trial_dir / LOG_FILE).open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - MAX_LOG_BYTES))
-        log += b"\n\nIts output:\n\n" + file.read()
+    outputs = logs_of(trial_dir)
+    for output in outputs:
+        what = "Its output" if len(outputs) == 1 else f"Its output in {output.name}"
+        with contextlib.suppress(OSError), output.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - MAX_LOG_BYTES // len(outputs)))
+            log += f"\n\n{what}:\n\n".encode() + file.read()
     return log + b"\n"
 
 

@@ -36,6 +36,7 @@ from hpo.export.scoring import (
 )
 from hpo.paths import RunsDir
 from hpo.search.checkpoints import Checkpoint, belongs_to, load_checkpoint, owner_key
+from hpo.search.replicates import STATES
 from hpo.search.retention import is_deleted, trials_with_checkpoints
 from hpo.space.model import Space
 from hpo.space.sections import Checkpoints
@@ -105,19 +106,23 @@ def export_model(
     key = owner_key(space.config_key(trial.params), attempt_of(trial.user_attrs))
     checkpoint = _load_checkpoint(folder, trial, key, space.checkpoints, provenance)
     params = read_params({**trial.params, **trial.user_attrs.get("derived", {})})
-    weights = checkpoint.state["model"]
+    state, own_metrics = _first_training(checkpoint) if space.replicates > 1 else (checkpoint.state, None)
+    weights = state["model"]
     if params.ema:
-        weights = averaged_weights(weights, checkpoint.state["average"])
+        weights = averaged_weights(weights, state["average"])
     network = build_model(stem=params.stem, width=params.width)
     network.load_state_dict(weights)
     scored = MirrorAverage(network) if params.tta else network
     data = space.trainable_data(data_dir)
     dataset = load(**data)
 
-    metrics = study.metrics_of([trial_id(trial)])[trial_id(trial)].get(checkpoint.epoch, {})
+    metrics = own_metrics or study.metrics_of([trial_id(trial)])[trial_id(trial)].get(checkpoint.epoch, {})
     scores = Scores(FP32_ON_CPU, score(scored, dataset))
     own_scores = score_as_trained(params, weights, provenance.get("device", "cpu"), data) or scores
-    remarks = _compare_training(space, checkpoint, provenance, dataset)
+    remarks = []
+    if space.replicates > 1:
+        remarks.append(f"it is the model of seed {space.seed}, the first of {space.replicates} that were trained")
+    remarks += _compare_training(space, checkpoint, provenance, dataset)
     remarks += compare_scores(own_scores, metrics, dataset, provenance.get("device_name", "an unknown device"))
     facts = {
         "study": study.reference,
@@ -142,6 +147,12 @@ def export_model(
     }
     _write_folder(output, facts, network, scored, dataset)
     return ExportedModel(output, remarks)
+
+
+def _first_training(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, float]]:
+    """Return the state and the last metrics of the training with the first seed: choosing the best would be luck."""
+    first = checkpoint.state[STATES][0]
+    return first["state"], first["metrics"]
 
 
 # --- the trial --------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hpo.space.model import Space
     from hpo.space.sections import Budget
 
 
@@ -53,6 +54,18 @@ def format_number(value: float | None) -> str:
         return ""
     is_plain = value == 0 or 1e-3 <= abs(value) < 1e6 or not math.isfinite(value)
     return f"{value:.4f}" if is_plain else f"{value:.4g}"
+
+
+def format_mean(value: float | None, standard_error: float | None) -> str:
+    """Return a metric as `format_number` does, with its standard error if it has one: `0.9123 ± 0.0021`."""
+    text = format_number(value)
+    return text if standard_error is None or not text else f"{text} ± {standard_error:.2g}"
+
+
+def describe_seeds(space: Space) -> str:
+    """Return the seeds of the trainings of one configuration: `seed 0`, or `seeds 0 to 2`."""
+    last = space.seed + space.replicates - 1
+    return f"seed {space.seed}" if space.replicates == 1 else f"seeds {space.seed} to {last}"
 
 
 def format_value(value: Any) -> str:

@@ -17,10 +17,10 @@ from hpo.errors import SettingError
 from hpo.paths import RunsDir, write_atomically
 from hpo.report import curves, optuna_plots, plotly_figures, png_figures
 from hpo.report.comparison_page import compare_with_ancestors
-from hpo.report.formatting import format_device_time, format_number, format_params, format_seconds
+from hpo.report.formatting import describe_seeds, format_device_time, format_mean, format_params, format_seconds
 from hpo.report.published import Published, describe_images, match_published
 from hpo.report.results import Results
-from hpo.report.tables import trial_columns
+from hpo.report.tables import describe_ties, trial_columns
 from hpo.report.templating import PageFigure, curve_page_figure, environment
 from hpo.space.sections import Budget
 from storage.studies import settings_of
@@ -130,10 +130,13 @@ def _facts(results: Results) -> list[tuple[str, str, str]]:
     facts = []
     best = results.best
     if best is not None and len(results.objectives) == 1:
-        facts.append((f"best {results.metric}", format_number(best.values[0]), results.label(best)))
+        shown = format_mean(best.values[0], best.standard_error(results.metric))
+        ties = describe_ties(results)
+        facts.append((f"best {results.metric}", shown, results.label(best) + (f"; {ties}" if ties else "")))
         if "test_accuracy" in best.last:
             remark = "scored once, after the last epoch"
-            facts.append(("its test_accuracy", format_number(best.last["test_accuracy"]), remark))
+            shown = format_mean(best.last["test_accuracy"], best.standard_error("test_accuracy"))
+            facts.append(("its test_accuracy", shown, remark))
     elif results.pareto_front:
         remark = "completed trials that no other one dominates: is better in one objective, and worse in none"
         facts.append(("on the Pareto front", f"{len(results.pareto_front):,}", remark))
@@ -243,7 +246,7 @@ def _reasons(refused: Mapping[str, int]) -> str:
 
 
 def _cost(results: Results) -> list[tuple[str, str]]:
-    images = sum(trial.images for trial in results.trained)
+    images = sum(trial.images for trial in results.trained) * (results.space.replicates if results.space else 1)
     seconds = sum(trial.seconds for trial in results.trained)
     devices = ", ".join(f"{name} ({count:,} trials)" for name, count in results.devices.most_common(5))
     wall = format_seconds(results.wall_seconds if results.runs else None)
@@ -278,7 +281,7 @@ def _reproduce(results: Results) -> list[tuple[str, str]]:
         ("one trial", f"hpo replay {shlex.quote(results.name)} NUMBER" if provenances else None),
         *((name, last.get(name)) for name in ("code", "python", "platform", "data_sha256")),
         ("packages", _join(packages) if isinstance(packages, dict) else packages),
-        ("seed", str(results.space.seed) if results.space else None),
+        ("seeds", describe_seeds(results.space) if results.space else None),
         ("note", f"earlier runs used {other_versions} other versions" if other_versions > 0 else None),
         ("storage", results.study.database.url),
     ]

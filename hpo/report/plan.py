@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from hpo.report.formatting import format_amount, format_command, format_device_time, format_seconds
+from hpo.report.formatting import describe_seeds, format_amount, format_command, format_device_time, format_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,6 +32,10 @@ def plan_lines(space: Space, slots: Slots, estimate: SearchEstimate | None, devi
         device_seconds: what the study has used already.
     """
     lines = [describe_slots(slots, estimate)]
+    if space.replicates > 1:
+        lines.append(
+            f"Trains each configuration {space.replicates} times, {describe_seeds(space)}: its value is their mean."
+        )
     if space.sampler_reason:
         lines.append(f"Sampler {space.sampler.name}: {space.sampler_reason}.")
     if estimate is not None:
@@ -104,7 +108,8 @@ def speed_table(estimate: SearchEstimate, space: Space) -> Table:
         memory = f"{speed.memory_bytes / 2**30:.2f} GiB{' of the GPU' if estimate.slots.gpu else ''}"
         table.add_row(name, f"{speed.images_per_second:,.0f}", memory, f"{speed.checkpoint_seconds:.2f} s")
     pruned = "; the scheduler stops some trials earlier" if space.stops_trials_early else ""
-    table.caption = f"{space.max_epochs} epochs per trial{pruned}"
+    trainings = f" of each of its {space.replicates} trainings" if space.replicates > 1 else ""
+    table.caption = f"{space.max_epochs} epochs per trial{trainings}{pruned}"
     return table
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hpo.errors import SpaceError
 from hpo.report.formatting import format_value
 from hpo.space.model import Space
-from hpo.trainable import is_timing
+from hpo.trainable import STDERR_SUFFIX, is_error, is_timing
 from storage.imports import Origin, TakenOver, read_sources
 from storage.optuna_internals import trial_id
 from storage.parents import Parent
@@ -105,6 +105,10 @@ class TrialResult:
     def last(self) -> dict[str, float]:
         """The metrics of the last epoch; empty without epochs."""
         return self.epochs.get(self.last_epoch, {})
+
+    def standard_error(self, metric: str) -> float | None:
+        """The standard error of a metric's mean over several seeds, after the last epoch; None with a single seed."""
+        return self.last.get(metric + STDERR_SUFFIX)
 
     def curve(self, metric: str) -> tuple[list[int], list[float]]:
         """Return the epochs that have a metric, and its values: two lists of the same length, empty if none has it."""
@@ -246,6 +250,25 @@ class Results:
         first = next(iter(self.ranked), None)
         return first if first is not None and first.state == "COMPLETE" and first.values else None
 
+    @property
+    def ties(self) -> list[TrialResult]:
+        """Completed trials that are not clearly worse than the best one; empty with a single seed.
+
+        The difference of their means is at most its standard error, the root of the sum of both squares.
+        """
+        best = self.best
+        error = None if best is None or len(self.objectives) > 1 else best.standard_error(self.metric)
+        if best is None or error is None:
+            return []
+        return [
+            trial
+            for trial in self.ranked
+            if trial.state == "COMPLETE"
+            and trial is not best
+            and (own := trial.standard_error(self.metric)) is not None
+            and abs(trial.values[0] - best.values[0]) <= math.hypot(error, own)
+        ]
+
     @cached_property
     def pareto_front(self) -> set[int]:
         """The numbers of the trials on the Pareto front; empty for a single objective."""
@@ -308,7 +331,7 @@ class Results:
                 seen |= values.keys()
             named |= seen
         # After a single epoch no metric is repeated yet. Test scores are never repeated.
-        drawn = {name for name in repeated or named if not is_timing(name)}
+        drawn = {name for name in repeated or named if not is_timing(name) and not is_error(name)}
         drawn -= set() if repeated else {name for name in named if name.startswith("test_")}
         families: dict[str, list[str]] = {}
         for name in sorted(drawn, key=lambda name: (not name.startswith("val_"), name)):

@@ -17,6 +17,7 @@ from hpo.report.formatting import (
     format_amount,
     format_bytes,
     format_device_time,
+    format_mean,
     format_number,
     format_seconds,
     format_value,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 MAX_TABLE_ROWS = 50
 SOURCES = ("reused from", "continued from")  # columns that say which trial of an earlier study a trial is from
+MAX_TIES = 10  # that are named
 MAX_PARAMS = 8  # with more parameters, only those that vary get a column
 
 Column = tuple[str, Callable[[TrialResult], str]]
@@ -111,11 +113,11 @@ def trial_columns(results: Results) -> list[Column]:
         columns += [(name, _objective_of(i)) for i, (name, _) in enumerate(results.objectives)]
     else:
         columns += [
-            (f"last {results.metric}", lambda trial: format_number(trial.last.get(results.metric, _value(trial)))),
+            (f"last {results.metric}", lambda trial: _last(trial, results.metric, _value(trial))),
             (f"best {results.metric}", lambda trial: format_number(results.best_value(trial))),
         ]
     if any("test_accuracy" in trial.last for trial in results.trials):
-        columns.append(("test_accuracy", lambda trial: format_number(trial.last.get("test_accuracy"))))
+        columns.append(("test_accuracy", lambda trial: _last(trial, "test_accuracy")))
     columns.append(("seconds", lambda trial: f"{trial.seconds:,.1f}" if trial.seconds else ""))
     if any(trial.images_per_second for trial in results.trials):
         columns.append(("images/s", lambda trial: f"{trial.images_per_second:,.0f}" if trial.images_per_second else ""))
@@ -128,6 +130,11 @@ def _param_of(name: str) -> Callable[[TrialResult], str]:
 
 def _objective_of(index: int) -> Callable[[TrialResult], str]:
     return lambda trial: format_number(trial.values[index]) if trial.values else ""
+
+
+def _last(trial: TrialResult, metric: str, otherwise: float | None = None) -> str:
+    """Return a metric after the last epoch; with several seeds, with its standard error."""
+    return format_mean(trial.last.get(metric, otherwise), trial.standard_error(metric))
 
 
 def _value(trial: TrialResult) -> float | None:
@@ -181,6 +188,17 @@ def device_time(results: Results) -> list[str]:
     if results.space is None or not results.space.budget.shows_device_time:
         return []
     return [f"Used so far: {format_device_time(results.space.budget, results.device_seconds)}."]
+
+
+def describe_ties(results: Results) -> str:
+    """Return which trials are as good as the best one, as far as several seeds can tell; empty for none."""
+    numbers = [f"#{trial.number}" for trial in results.ties]
+    if not numbers:
+        return ""
+    named = ", ".join(numbers[:MAX_TIES]) + (
+        f" and {len(numbers) - MAX_TIES:,} more" if len(numbers) > MAX_TIES else ""
+    )
+    return f"not clearly better, within the standard error of the difference, than {named}"
 
 
 def failures(results: Results) -> list[str]:

@@ -28,11 +28,23 @@ FIRST_SAVE_BYTES_PER_SECOND = 100e6
 
 @dataclass(frozen=True)
 class _Epoch:
-    """A finished epoch, from whose state training can resume until the next one starts."""
+    """A finished epoch, from whose state training can resume until the next one starts.
+
+    Attributes:
+        number: the epoch's number; 0 for the start of the training.
+        history: {epoch: metrics} of all finished epochs.
+        state: returns the state.
+        part: of the next epoch, how many trainings the state has beyond this one, see `replicates.EpochPart`.
+    """
 
     number: int
     history: Mapping[int, Mapping[str, float]]
     state: Callable[[], dict[str, Any]]
+    part: int = 0
+
+    @property
+    def position(self) -> tuple[int, int]:
+        return self.number, self.part
 
     def checkpoint(self, key: str) -> Checkpoint:
         history = {epoch: dict(metrics) for epoch, metrics in self.history.items()}
@@ -43,7 +55,7 @@ class _Epoch:
 class _Save:
     """A checkpoint that the thread writes. The result is the time of the processor that it took, in seconds."""
 
-    epoch: int
+    position: tuple[int, int]
     result: Future[float]
     copy_seconds: float
     work_seconds: float  # of training since the checkpoint before
@@ -74,7 +86,7 @@ class CheckpointWriter:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hpo-checkpoint")
         self._save: _Save | None = None  # the one that is being written
         self._ended: _Epoch | None = None  # the last one
-        self._saved_epoch = 0
+        self._saved = (0, 0)  # the position of the newest checkpoint
         self._cost_seconds: float | None = None  # of the last checkpoint
         self._work_seconds = 0.0  # of training since the last checkpoint
         self._copies: dict[tuple[Any, ...], Tensor] = {}  # kept, because new memory costs page faults
@@ -123,12 +135,32 @@ class CheckpointWriter:
         self._work_seconds += seconds
         if epoch >= self._last_epoch:
             return self.save_now()
+        return self._save_if_due(self._ended)
+
+    def part_ended(
+        self, history: Mapping[int, Mapping[str, float]], state: Callable[[], dict[str, Any]], seconds: float
+    ) -> str:
+        """Save the state within an epoch, if it is time to: of automatic checkpoints only.
+
+        Args:
+            history: {epoch: metrics} of all finished epochs.
+            state: returns the state, from which the training of the unfinished epoch can resume.
+            seconds: the time for which this part trained.
+
+        Returns, Raises: see `epoch_ended`.
+        """
+        number, part = self._ended.position if self._ended is not None else (max(history, default=0), 0)
+        self._ended = _Epoch(number, history, state, part + 1)
+        self._work_seconds += seconds
+        return "" if self._every is not None else self._save_if_due(self._ended)
+
+    def _save_if_due(self, ended: _Epoch) -> str:
         warning = self._collect(wait=self._every is not None)
-        if self._save is None and self._is_due(self._ended):
+        if self._save is None and self._is_due(ended):
             try:
-                self._start(self._ended)
+                self._start(ended)
             except (OSError, MemoryError) as error:
-                warning = _join(warning, _describe(epoch, error))
+                warning = _join(warning, _describe(ended.number, error))
         return warning
 
     def save_now(self) -> str:
@@ -137,13 +169,13 @@ class CheckpointWriter:
         Returns, Raises: see `epoch_ended`.
         """
         warning = self._collect(wait=True)
-        if self._ended is None or self._saved_epoch == self._ended.number:
+        if self._ended is None or self._saved == self._ended.position:
             return warning
         try:
             self._write(self._ended.checkpoint(self._key))
         except (OSError, MemoryError) as error:
             return _join(warning, _describe(self._ended.number, error))
-        self._saved_epoch = self._ended.number
+        self._saved = self._ended.position
         return warning
 
     def close(self) -> None:
@@ -173,7 +205,7 @@ class CheckpointWriter:
             return time.thread_time() - before
 
         work, self._work_seconds = self._work_seconds, 0.0
-        self._save = _Save(ended.number, self._pool.submit(write), time.perf_counter() - started, work)
+        self._save = _Save(ended.position, self._pool.submit(write), time.perf_counter() - started, work)
 
     def _write(self, checkpoint: Checkpoint) -> None:
         if not self._is_claimed:  # the worker that had it before is gone, or finds out now
@@ -191,8 +223,8 @@ class CheckpointWriter:
             self._cost_seconds = save.copy_seconds + save.result.result()
         except (OSError, MemoryError) as error:
             self._work_seconds += save.work_seconds
-            return _describe(save.epoch, error)
-        self._saved_epoch = save.epoch
+            return _describe(save.position[0], error)
+        self._saved = save.position
         return ""
 
 

@@ -214,7 +214,7 @@ class Comparison:
             translation.is_same
             and self._is_same_code
             and self._space.data == self._before.data
-            and self._space.seed == self._before.seed
+            and (self._space.seed, self._space.replicates) == (self._before.seed, self._before.replicates)
         )
 
     def _attrs(self, trial: FrozenTrial, translation: Translation, *, is_reused: bool) -> dict[str, Any]:

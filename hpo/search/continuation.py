@@ -126,7 +126,7 @@ def plan_continuation(
 ) -> ContinuationPlan:
     """Return what a search does with the completed trials of its other revisions that had fewer epochs.
 
-    A trial counts if this search would train its configuration in the same way: parameters, derived values, data, seed and
+    A trial counts if this search would train its configuration in the same way: parameters, derived values, data, seeds and
     trainable are the same, and so are the objectives, by which trials are ranked.
 
     Args:

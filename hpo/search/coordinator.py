@@ -125,6 +125,7 @@ class TrialCoordinator:
             derived = self._space.derive(claim.params)
             if derived:
                 self._run.record(claim, {"derived": derived})
+            timeout, replicates = self._space.trial_timeout, self._space.replicates
             return TrialSpec(
                 trainable=self._space.trainable,
                 command=self._space.command,
@@ -140,10 +141,11 @@ class TrialCoordinator:
                 checkpoint_every=None if self._space.checkpoint_every == "auto" else self._space.checkpoint_every,
                 device=self._slots.device,
                 threads=self._slots.threads,
-                timeout=self._space.trial_timeout,
+                timeout=None if timeout is None else timeout * replicates,
                 code_folder=str(Path.cwd()),
                 parent_folder=str(self._runs_dir.trial(parent.files, parent.number)) if parent else "",
                 parent_key=parent.key if parent else "",
+                replicates=replicates,
             )
         return None
 

@@ -78,7 +78,7 @@ def is_worth_measuring(space: Space, trials: int | None, images: ImageCounts) ->
     cost = float(CIFAR_STEM_COST if ("stem", "cifar") in examples else 1)
     # The arithmetic of a convolution grows with its channels in and with its channels out.
     cost *= max((value**2 for name, value in examples if name == "width" and isinstance(value, int | float)), default=1)
-    return trials * space.max_epochs * (train + validation / 3) * cost > SHORT_SEARCH_IMAGES
+    return trials * space.replicates * space.max_epochs * (train + validation / 3) * cost > SHORT_SEARCH_IMAGES
 
 
 def estimate_search(
@@ -120,17 +120,18 @@ def estimate_search(
         seconds = _makespan(lengths, slots.count) + probes.start_seconds
         return SearchEstimate(slots, speeds, together, trials, seconds, sum(lengths))
 
-    first = best = add_up(slots, {name: _require(probes.measure(shape, slots), name) for name, shape in shapes.items()})
+    measured = {name: _require(probes.measure(shape, slots), name, space, slots) for name, shape in shapes.items()}
+    first = best = add_up(slots, measured)
     if first.seconds < WORTH_SECONDS:
         return first
     tried = dict(first.tried)
     for candidate in _candidates(space, slots, trials, *size):
-        speeds = _measure_together(probes, {middle: shapes[middle]}, candidate)
+        speeds = _measure_together(probes, {middle: shapes[middle]}, candidate, space.replicates)
         if not speeds:
             break
         tried[candidate.count] = candidate.count * speeds[middle].images_per_second
         if tried[candidate.count] >= GROWTH * tried[best.slots.count]:
-            speeds = _measure_together(probes, shapes, candidate)
+            speeds = _measure_together(probes, shapes, candidate, space.replicates)
             if not speeds:
                 break
             best = add_up(candidate, speeds)
@@ -139,15 +140,20 @@ def estimate_search(
     return replace(best, tried=tried)
 
 
-def _require(speed: Speed | None, name: str) -> Speed:
+def _require(speed: Speed | None, name: str, space: Space, slots: Slots) -> Speed:
     if speed is None:
         raise SettingError(
             f"{name} does not fit into the memory of the GPU: lower it, or give resources.gpu a larger share"
         )
+    if space.replicates > 1 and not _fits(speed, slots, space.replicates):
+        raise SettingError(
+            f"{name} does not fit into the memory of the GPU {space.replicates} times, {speed.memory_bytes / 2**30:.1f} GiB "
+            f"each of {speed.free_bytes / 2**30:.1f} GiB: lower it or replicates, or give resources.gpu a larger share"
+        )
     return speed
 
 
-def _measure_together(probes: Probes, shapes: Mapping[str, Params], slots: Slots) -> dict[str, Speed]:
+def _measure_together(probes: Probes, shapes: Mapping[str, Params], slots: Slots, replicates: int) -> dict[str, Speed]:
     """Measure shapes for a division that the search can do without; empty if one of them does not fit or fails."""
     speeds: dict[str, Speed] = {}
     for name, shape in shapes.items():
@@ -155,17 +161,20 @@ def _measure_together(probes: Probes, shapes: Mapping[str, Params], slots: Slots
             speed = probes.measure(shape, slots)
         except (SettingError, TrainableError):  # such as a process that died: with fewer trials at a time it worked
             return {}
-        if speed is None or not _fits(speed, slots):
+        if speed is None or not _fits(speed, slots, replicates):
             return {}
         speeds[name] = speed
     return speeds
 
 
-def _fits(speed: Speed, slots: Slots) -> bool:
-    """Return whether the trials that share a GPU fit into what was free of it, with a margin."""
+def _fits(speed: Speed, slots: Slots, replicates: int = 1) -> bool:
+    """Return whether the trials that share a GPU fit into what was free of it, with a margin.
+
+    The trainings of a trial, with one seed each, keep their weights and their CUDA graphs side by side.
+    """
     count = slots.trials_per_device
     contexts = (count - 1) * CONTEXT_BYTES  # one process had its context when the free memory was read
-    return slots.device == "cpu" or count * GPU_MARGIN * speed.memory_bytes + contexts <= speed.free_bytes
+    return slots.device == "cpu" or count * replicates * GPU_MARGIN * speed.memory_bytes + contexts <= speed.free_bytes
 
 
 def _candidates(space: Space, slots: Slots, trials: int | None, cores: float, gpus: float) -> list[Slots]:
@@ -247,7 +256,7 @@ def _trial_seconds(space: Space, speed: Speed, images: ImageCounts, views: int =
         )
     else:
         checkpoints = math.ceil(space.max_epochs / space.checkpoint_every) * speed.checkpoint_seconds
-    return work + test / 3 / speed.images_per_second + checkpoints
+    return space.replicates * (work + test / 3 / speed.images_per_second + checkpoints)
 
 
 def _makespan(lengths: Sequence[float], slots: int) -> float:

@@ -136,6 +136,7 @@ def replay(
             threads=recorded.get("threads", 1),
             timeout=None,
             code_folder=str(Path.cwd()),
+            replicates=space.replicates,
         )
         for report in run_trial(spec):
             if report.failure:

@@ -65,6 +65,7 @@ def run_script(
     threads: int,
     needs_epoch: bool,
     patterns: Mapping[str, str] | None = None,
+    takes_turns: bool = False,
 ) -> Generator[ScriptEpoch, None, None]:
     """Start a script and yield a ScriptEpoch for each line of JSON that has numbers.
 
@@ -77,6 +78,8 @@ def run_script(
         threads: the script's OMP_NUM_THREADS.
         needs_epoch: whether each line must have an `epoch`. Otherwise lines without one are counted from 1.
         patterns: read the metrics instead of JSON, see `OutputReader`.
+        takes_turns: whether the script is stopped (SIGSTOP) while the generator waits to be asked for the next epoch, so
+            that others can use the device, and that it does not run ahead of them.
 
     Raises:
         ScriptError: the script failed, ended before the last epoch, or reported epochs that do not increase.
@@ -103,7 +106,11 @@ def run_script(
             if epoch >= max_epochs:
                 last_epoch = ScriptEpoch(epoch, metrics)
             else:
+                if takes_turns:
+                    _signal_group(script, signal.SIGSTOP)
                 yield ScriptEpoch(epoch, metrics)
+                if takes_turns:
+                    _signal_group(script, signal.SIGCONT)
         else:
             failure = _wait(script)
             stderr_copier.join(STDERR_SECONDS)
@@ -223,10 +230,16 @@ def _wait(script: subprocess.Popen[str], seconds: float | None = None) -> str | 
 
 def _kill_group(script: subprocess.Popen[str]) -> None:
     """Ask the script to end; then kill it and all processes in its group."""
+    _signal_group(script, signal.SIGTERM)
+    _signal_group(script, signal.SIGCONT)  # one that was stopped does not hear the first one
+    _wait(script, STOP_SECONDS)
+    _signal_group(script, signal.SIGKILL)
+
+
+def _signal_group(script: subprocess.Popen[str], number: signal.Signals) -> None:
+    """Send a signal to all processes of a script. It may have ended, but must not have been reaped."""
     with contextlib.suppress(ProcessLookupError, PermissionError):  # PermissionError: a zombie on macOS
-        os.killpg(script.pid, signal.SIGTERM)
-        _wait(script, STOP_SECONDS)
-        os.killpg(script.pid, signal.SIGKILL)
+        os.killpg(script.pid, number)
 
 
 def _tail(log: Path) -> str:

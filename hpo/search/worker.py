@@ -16,13 +16,15 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hpo.paths import HANG_FILE, LOG_FILE, SCRIPT_DIR
+from hpo.paths import HANG_FILE, LOG_FILE, SCRIPT_DIR, seed_log
 from hpo.search.adoption import Adopted, adopt_checkpoint
 from hpo.search.checkpoint_writer import CheckpointWriter
 from hpo.search.checkpoints import Checkpoint, TakenOverError, load_checkpoint, trim_checkpoints
+from hpo.search.replicates import EpochPart, train_replicates
 from hpo.search.script import ScriptError, run_script
 from hpo.space.command import CHECKPOINT_DIR, build_arguments, uses_checkpoint_dir
 from hpo.trainable import DEFAULT_TRAINABLE, FINAL_METRICS, load_trainable
@@ -42,7 +44,7 @@ class TrialSpec:
         token: of the claim: a worker with an earlier one saves no checkpoint any more.
         params: hyperparameters and derived values.
         data: what the trainable gets as `data`.
-        seed: of the training.
+        seed: of the training; the first one, if there are several.
         max_epochs: the last epoch.
         stored_epoch: the last epoch that storage holds. The worker reports it again, and later ones from the checkpoint.
         folder: the trial's folder, for checkpoints and logs.
@@ -53,6 +55,7 @@ class TrialSpec:
         code_folder: the folder in which the search was started: the trainable may be there.
         parent_folder: the folder of the trial that this one continues; empty if it starts from its first epoch.
         parent_key: whose that folder must be.
+        replicates: how many trainings the trial is, with seeds that count up; see `train_replicates`.
     """
 
     trainable: str
@@ -73,6 +76,7 @@ class TrialSpec:
     code_folder: str
     parent_folder: str = ""
     parent_key: str = ""
+    replicates: int = 1
 
 
 @dataclass(frozen=True)
@@ -243,15 +247,25 @@ def _report_epochs(spec: TrialSpec) -> Generator[TrialReport, None, str]:
             )
             earlier, continued_epoch, recorded = {}, None, device
     with closing(writer), closing(_start_epochs(spec, checkpoint)) as epochs:
-        started = time.perf_counter()
+        seconds, started = 0.0, time.perf_counter()
         for finished in epochs:
+            part_seconds = time.perf_counter() - started
+            seconds += part_seconds
+            if isinstance(finished, EpochPart):
+                if keeps_checkpoints:
+                    unsaved = writer.part_ended(history, finished.state, part_seconds)
+                    if spec.command is not None:  # as after an epoch
+                        unsaved = unsaved or writer.save_now()
+                    warning = warning or unsaved
+                started = time.perf_counter()
+                continue
             metrics = {_checked_name(name): float(value) for name, value in finished.metrics.items()}
             # Any object with an epoch, metrics and a state is a report.
             provenance = {**device, **_checked_provenance(getattr(finished, "provenance", {}))}
-            metrics["epoch_seconds"] = time.perf_counter() - started
+            metrics["epoch_seconds"] = seconds
             history[finished.epoch] = metrics
             if keeps_checkpoints:
-                unsaved = writer.epoch_ended(finished.epoch, history, finished.state, metrics["epoch_seconds"])
+                unsaved = writer.epoch_ended(finished.epoch, history, finished.state, part_seconds)
                 if spec.command is not None:
                     # A script continues after the last epoch that it saved itself. No epoch before may be missing then.
                     unsaved = unsaved or writer.save_now()
@@ -273,7 +287,7 @@ def _report_epochs(spec: TrialSpec) -> Generator[TrialReport, None, str]:
             except TrialPaused:
                 return writer.save_now() if keeps_checkpoints else ""
             earlier, continued_epoch, warning, recorded = {}, None, "", provenance
-            started = time.perf_counter()
+            seconds, started = 0.0, time.perf_counter()
     yield TrialReport(failure=f"the trainable ended after epoch {max(history, default=0)} of {spec.max_epochs}")
     return ""
 
@@ -357,34 +371,47 @@ def _describe_failure(error: Exception, spec: TrialSpec) -> TrialReport:
 
 
 def _start_epochs(spec: TrialSpec, checkpoint: Checkpoint | None) -> Generator[Any, None, None]:
+    """Start the training, or several: the generator yields one `EpochReport` per epoch, and maybe `EpochPart`s."""
+    state = checkpoint.state if checkpoint else None
+    if spec.replicates == 1:
+        return _start_training(spec, spec.seed, state)
+    seeds = range(spec.seed, spec.seed + spec.replicates)
+    return train_replicates(partial(_start_training, spec), seeds, max_epochs=spec.max_epochs, state=state)
+
+
+def _start_training(spec: TrialSpec, seed: int, state: Mapping[str, Any] | None) -> Generator[Any, None, None]:
     """Start the trainable, or the script that replaces it; the generator yields one `EpochReport` per epoch."""
     if spec.command is None:
         return load_trainable(spec.trainable, spec.code_folder)(
             spec.params,
             data=spec.data,
-            seed=spec.seed,
+            seed=seed,
             max_epochs=spec.max_epochs,
             device=spec.device,
-            checkpoint=checkpoint.state if checkpoint else None,
+            checkpoint=state,
         )
     folder = Path(spec.folder)
+    own, log = folder / SCRIPT_DIR, folder / LOG_FILE
+    if spec.replicates > 1:
+        own, log = own / f"seed-{seed}", seed_log(folder, seed)
     needs_epoch = uses_checkpoint_dir(spec.command)
     values = {
-        "seed": spec.seed,
+        "seed": seed,
         "max_epochs": spec.max_epochs,
         "device": spec.device,
         "data_dir": spec.data["data_dir"],
-        CHECKPOINT_DIR: folder / SCRIPT_DIR,
+        CHECKPOINT_DIR: own,
     }
     if needs_epoch:
-        (folder / SCRIPT_DIR).mkdir(parents=True, exist_ok=True)
+        own.mkdir(parents=True, exist_ok=True)
     return run_script(
         build_arguments(spec.command, values | spec.params),
-        log=folder / LOG_FILE,
+        log=log,
         max_epochs=spec.max_epochs,
         threads=spec.threads,
         needs_epoch=needs_epoch,
         patterns=spec.patterns,
+        takes_turns=spec.replicates > 1,
     )
 
 

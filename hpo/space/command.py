@@ -47,7 +47,12 @@ def find_command_mistakes(command: str, known_names: Iterable[str]) -> list[str]
 
 def uses_checkpoint_dir(command: str) -> bool:
     """Return whether the script saves its own checkpoints, and resumes from them when it is started again."""
-    return any(name == CHECKPOINT_DIR for name, _ in _PLACEHOLDER.findall(command))
+    return uses_placeholder(command, CHECKPOINT_DIR)
+
+
+def uses_placeholder(command: str, placeholder: str) -> bool:
+    """Return whether a command has a placeholder."""
+    return any(name == placeholder for name, _ in _PLACEHOLDER.findall(command))
 
 
 def positional_placeholders(command: str) -> set[str]:

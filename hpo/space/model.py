@@ -62,6 +62,7 @@ if TYPE_CHECKING:
 SPACES_DIR = Path("search_spaces")
 MAX_PARAMETERS = 200
 MAX_OBJECTIVES = 4  # with more, few trials dominate others, and the hypervolumes that TPE computes take long
+MAX_REPLICATES = 100
 
 
 class Space(StrictModel):
@@ -108,8 +109,8 @@ class Space(StrictModel):
     """The limits at which the search ends."""
     resources: Resources = Resources()
     """The resources of one trial."""
-    replicates: PositiveInt = 1
-    """Seeds for each configuration; more than 1 is not built yet."""
+    replicates: Annotated[int, Field(ge=1, le=MAX_REPLICATES)] = 1
+    """Trainings of each configuration, with seeds that count up from `seed`. They are one trial: its value is their mean."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     """How often a trial is retried after its worker crashed."""
     trial_timeout: Seconds | None = None
@@ -283,7 +284,7 @@ class Space(StrictModel):
             if parameter.get("when", False) is None:
                 del parameter["when"]
         used = self._used({"constraints", "derived", "command", "report", "objectives"})
-        return _digest(identity | self.model_dump(include=used))
+        return _digest(identity | self.model_dump(include=used) | self._replicates)
 
     def config_key(self, params: Mapping[str, Scalar]) -> str:
         """Return the identity of a configuration: trainings with the same key differ at most in the number of epochs."""
@@ -293,11 +294,16 @@ class Space(StrictModel):
             "trainable": self.trainable,
             "seed": self.seed,
         }
-        return _digest(identity | self.model_dump(include=self._used({"derived", "command", "report"})))
+        identity |= self.model_dump(include=self._used({"derived", "command", "report"}))
+        return _digest(identity | self._replicates)
 
     def _used(self, names: set[str]) -> set[str]:
         """Return the names of the keys with a value. An unused key must not change identities from before it existed."""
         return {name for name in names if getattr(self, name)}
+
+    @property
+    def _replicates(self) -> dict[str, int]:
+        return {"replicates": self.replicates} if self.replicates > 1 else {}
 
     # --- configurations
 

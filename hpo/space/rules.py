@@ -23,6 +23,7 @@ from hpo.space.command import (
     looks_like_option,
     positional_placeholders,
     uses_checkpoint_dir,
+    uses_placeholder,
 )
 from hpo.space.expressions import FUNCTIONS, Expression, ExpressionError, Formulas, find_cycle
 from hpo.space.messages import KeyPath, Problem
@@ -37,6 +38,7 @@ from hpo.space.parameters import (
     sampling_order,
 )
 from hpo.space.patterns import EPOCH, PatternError, compile_pattern
+from hpo.space.sections import MAX_SEED
 from hpo.trainable import DEFAULT_TRAINABLE
 
 MAX_GRID_POINTS = 100_000
@@ -349,9 +351,16 @@ def _sources_are_distinct(sections: ValidSections) -> Iterator[Problem]:
         seen.add((source.study, source.storage))
 
 
-def _features_are_built(sections: ValidSections) -> Iterator[Problem]:
-    if sections["replicates"] > 1:
-        yield ("replicates",), "several seeds for each configuration are not built yet: leave replicates at 1"
+def _replicates_differ(sections: ValidSections) -> Iterator[Problem]:
+    command, replicates = sections["command"], sections["replicates"]
+    if sections["seed"] + replicates > MAX_SEED + 1:
+        yield ("seed",), f"the last of {replicates} seeds is above {MAX_SEED}: lower it"
+    if command is not None and replicates > 1 and not uses_placeholder(command, "seed"):
+        text = f"the {replicates} trainings of a configuration differ by their seed alone: use {{seed}} in the command"
+        yield (
+            ("replicates",),
+            f"{text}, such as `python train.py --seed {{seed}}` or `env SEED={{seed}} python train.py`",
+        )
 
 
 RULES: tuple[Rule, ...] = (
@@ -369,5 +378,5 @@ RULES: tuple[Rule, ...] = (
     _command_is_complete,
     _patterns_are_valid,
     _sources_are_distinct,
-    _features_are_built,
+    _replicates_differ,
 )

@@ -18,7 +18,8 @@ from hpo.space.parameters import StrictModel
 from hpo.space.shares import BestN, check_share, count_share
 
 Probability = Annotated[float, Field(ge=0, le=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy's limit
+MAX_SEED = 2**32 - 1  # numpy's limit
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 # --- samplers -----------------------------------------------------------------------------------------------------
 

@@ -241,6 +241,9 @@ def test_attempts_whose_clients_have_gone_do_not_keep_the_owner_out(
         for _ in range(server.MAX_CONNECTIONS + 20):
             for connection in hold(port, "/?token=no HTTP/1.1", 1):
                 connection.close()
+        noticed_before = time.monotonic() + access.FIRST_DELAY_SECONDS / 2  # the server has to see that they closed
+        while request(port, "GET", "/", Authorization=basic_auth(TOKEN))[0] == 503:
+            assert time.monotonic() < noticed_before, "attempts without a client are held until their delay is over"
         for headers in ({"Authorization": basic_auth(TOKEN)}, {"Cookie": f"hpo-dashboard-{port}={TOKEN}"}):
             assert [request(port, "GET", "/", **headers)[0] for _ in range(20)] == [200] * 20
         assert request(port, "GET", f"/?token={TOKEN}")[0] == 303

@@ -255,6 +255,7 @@ def test_identities_from_version_0_1_0_are_unchanged(load: Load) -> None:
         ("constraints=[]", False, False),
         ("derived={}", False, False),
         ("replicates=1", False, False),
+        ("replicates=3", True, True),
         ("sampler=tpe", False, False),
         ("parameters.layers.when={stem: cifar}", True, False),
         ("constraints=[lr < 0.5]", True, False),

@@ -72,7 +72,7 @@ def test_the_annotated_file_loads_and_uses_every_key_that_is_built(tmp_path: Pat
     path.write_text(annotated_block())
     space = load_space(str(path))
     missing = fields_by_key(Space).keys() - keys_of(space)
-    assert missing == {"trainable", "command", "report", "objectives", "replicates"}
+    assert missing == {"trainable", "command", "report", "objectives"}
     used = {type(parameter).__name__ for parameter in space.parameters.values()}
     assert {"Fixed", "Choices", "FloatRange"} <= used
     assert space.parameters["momentum"].when == {"optimizer": "sgd"}
@@ -168,7 +168,7 @@ def test_every_placeholder_and_every_function_is_listed() -> None:
 
 def test_every_key_that_is_not_built_is_listed_as_such() -> None:
     (sentence,) = [line for line in README.splitlines() if line.startswith("A file that uses what is not built yet")]
-    for name in ("replicates", "scheduler: pbt"):
+    for name in ("scheduler: pbt",):
         assert f"`{name}`" in sentence
 
 

@@ -269,7 +269,14 @@ RULES = {
         VALID + "warm_start: [grid, {study: grid, storage: 'sqlite:///a.db'}, »{study: grid, trials: best 3}]\n",
         ["warm_start.2: ", "grid is named twice"],
     ),
-    "replicates": (VALID + "»replicates: 3\n", ["replicates: ", "not built yet"]),
+    "a script whose replicates would be the same": (
+        VALID + "command: python train.py\nmetric: acc\n»replicates: 3\n",
+        ["replicates: the 3 trainings of a configuration differ by their seed alone: use {seed} in the command"],
+    ),
+    "seeds beyond the largest": (
+        VALID + "replicates: 3\n»seed: 4294967294\n",
+        ["seed: the last of 3 seeds is above 4294967295: lower it"],
+    ),
     "population-based training": (VALID + "»scheduler: pbt\n", ["scheduler: pbt is not built yet"]),
 }
 
