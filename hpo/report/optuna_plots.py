@@ -84,6 +84,10 @@ def draw(results: Results, function: str) -> MatplotlibFigure:
         figure.set_size_inches(7.2, 4.4)
         figure.set_dpi(120)
         axes.set_title("")
+        if function == "plot_pareto_front":  # the colours of the page
+            for points in axes.collections:
+                points.set_color(RANK_COLOURS[-1] if str(points.get_label()).startswith("Best") else GREY)
+            axes.legend()
         pyplot.close(figure)
     return figure
 
@@ -121,7 +125,8 @@ def _study(results: Results, function: str) -> Study:
     else:
         return whole
     study = optuna.create_study(directions=whole.directions)
-    study.add_trials([trial for trial in whole.get_trials(deepcopy=False) if trial.number in drawn])
+    # Not through `whole`: after a search, it shows the trials that the sampler sees.
+    study.add_trials([trial for trial in results.study.trials() if trial.number in drawn])
     study.set_metric_names([name for name, _ in results.objectives])
     return study
 

@@ -110,7 +110,7 @@ def trial_columns(results: Results) -> list[Column]:
         columns.append((SOURCES[1], lambda trial: trial.continued_from))
     if len(results.objectives) > 1:
         columns.append(("front", lambda trial: "yes" if trial.number in results.pareto_front else ""))
-        columns += [(name, _objective_of(i)) for i, (name, _) in enumerate(results.objectives)]
+        columns += [(name, _objective_of(i, name)) for i, (name, _) in enumerate(results.objectives)]
     else:
         columns += [
             (f"last {results.metric}", lambda trial: _last(trial, results.metric, _value(trial))),
@@ -128,8 +128,8 @@ def _param_of(name: str) -> Callable[[TrialResult], str]:
     return lambda trial: format_value(trial.params[name]) if name in trial.params else ""
 
 
-def _objective_of(index: int) -> Callable[[TrialResult], str]:
-    return lambda trial: format_number(trial.values[index]) if trial.values else ""
+def _objective_of(index: int, name: str) -> Callable[[TrialResult], str]:
+    return lambda trial: format_mean(trial.values[index], trial.standard_error(name)) if trial.values else ""
 
 
 def _last(trial: TrialResult, metric: str, otherwise: float | None = None) -> str:
