@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.report.curves import COLOURS, GREY
 from hpo.report.results import Results, TrialResult
+from storage.optuna_internals import show_trials
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as MatplotlibFigure
@@ -112,7 +113,7 @@ def _sample(results: Results, most: int) -> list[TrialResult]:
 
 
 def _study(results: Results, function: str) -> Study:
-    """Return the study; or a copy in memory, with a sample of the trials of a large study for parallel coordinates, and
+    """Return the study; or one in memory, with a sample of the trials of a large study for parallel coordinates, and
     without the trials of earlier studies that only the sampler knows for the Pareto front.
     """
     import optuna
@@ -125,9 +126,10 @@ def _study(results: Results, function: str) -> Study:
     else:
         return whole
     study = optuna.create_study(directions=whole.directions)
-    # Not through `whole`: after a search, it shows the trials that the sampler sees.
-    study.add_trials([trial for trial in results.study.trials() if trial.number in drawn])
     study.set_metric_names([name for name, _ in results.objectives])
+    # Not added, for they would get other numbers. And not of `whole`: after a search, it shows what the sampler sees.
+    trials = [trial for trial in results.study.trials() if trial.number in drawn]
+    show_trials(study, lambda states: [trial for trial in trials if states is None or trial.state in states])
     return study
 
 

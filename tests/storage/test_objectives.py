@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import optuna
 import pytest
@@ -57,7 +58,12 @@ def test_the_values_of_all_objectives_are_stored_with_the_end_of_the_trial(
 ) -> None:
     transactions = []
     write = reporting.write
-    monkeypatch.setattr(reporting, "write", lambda *args, **options: transactions.append(1) or write(*args, **options))
+
+    def count(*arguments: Any, **options: Any) -> Any:
+        transactions.append(arguments)
+        return write(*arguments, **options)
+
+    monkeypatch.setattr(reporting, "write", count)
     with sampled_run(both) as run:
         claim = claim_one(run)
         run.report(claim, 1, {"gain": 0.5, "cost": 7.0}, 0.5)
