@@ -27,7 +27,7 @@ from hpo.search.checkpoints import Checkpoint, TakenOverError, load_checkpoint, 
 from hpo.search.replicates import EpochPart, train_replicates
 from hpo.search.script import ScriptError, run_script
 from hpo.space.command import CHECKPOINT_DIR, build_arguments, uses_checkpoint_dir
-from hpo.trainable import DEFAULT_TRAINABLE, FINAL_METRICS, load_trainable
+from hpo.trainable import DEFAULT_TRAINABLE, FINAL_METRICS, STDERR_SUFFIX, load_trainable
 
 MAX_NAME_LENGTH = 500  # of a metric: PostgreSQL limits the size of a key
 
@@ -302,7 +302,7 @@ def _adopt(spec: TrialSpec) -> Adopted | None:
         parent=Path(spec.parent_folder),
         parent_key=spec.parent_key,
         is_script=spec.command is not None,
-        left_out=FINAL_METRICS if is_default else (),
+        left_out=(*FINAL_METRICS, *(name + STDERR_SUFFIX for name in FINAL_METRICS)) if is_default else (),
     )
 
 

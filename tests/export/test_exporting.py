@@ -89,10 +89,13 @@ def search_in(folder: Path, space: Space) -> None:
                 seed=space.seed,
                 max_epochs=space.max_epochs,
                 checkpoint_every=2,  # only the last epoch: a checkpoint is 134 MB
+                replicates=space.replicates,
             )
             spec = replace(spec, folder=str(RunsDir(folder).trial(study.unique_name, 0)))
             for report in itertools.islice(run_trial(spec), 2):
                 assert not report.failure
+                if report.provenance is not None:
+                    run.record(best, {}, report.provenance)
                 run.report(best, report.epoch, report.metrics, report.metrics[space.metric])
             run.complete(best, report.metrics[space.metric])
             run.complete(worse, 0.0)
@@ -259,6 +262,23 @@ def test_differences_from_storage_are_remarks(study: Study, tmp_path: Path, with
     assert of_score.endswith(": 2 images differ")
     card = (exported.folder / "README.md").read_text()
     assert all(f"\n\n**Note**: {remark}.\n" in card for remark in exported.remarks)
+
+
+@pytest.mark.slow
+def test_of_several_seeds_the_model_of_the_first_is_exported(tmp_path: Path, without_program: None) -> None:
+    parameters = {"batch_size": [16, 32, 8], "lr": 0.003, "width": 0.125, "precision": "fp32"}
+    search_in(tmp_path, grid_space(tmp_path, parameters=parameters, replicates=2))
+    study = open_copy(tmp_path)
+    with study.database:
+        exported = export(study, tmp_path)
+        mean = study.metrics()[0][2]["test_accuracy"]
+        first, second = (each["metrics"]["test_accuracy"] for each in study.provenance(0)["seeds"])
+    assert exported.remarks == ["it is the model of seed 3, the first of 2 that were trained"]
+    facts = json.loads((exported.folder / "export.json").read_text())
+    assert facts["seed"] == 3
+    assert facts["stored"]["test_accuracy"] == pytest.approx(first)
+    assert mean == pytest.approx((first + second) / 2)
+    assert first != second, "otherwise this test shows nothing"
 
 
 # --- what cannot be exported --------------------------------------------------------------------------------------

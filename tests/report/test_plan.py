@@ -82,6 +82,11 @@ def test_the_share_of_each_trial_is_described(slots: Slots, text: str) -> None:
     assert plan_lines(grid_space(), slots, None) == [text, KEEPS]
 
 
+def test_a_plan_says_how_often_each_configuration_is_trained() -> None:
+    lines = plan_lines(grid_space(replicates=3, seed=7), Slots(1, 1.0, 0.0), None)
+    assert lines[1:] == ["Trains each configuration 3 times, seeds 7 to 9: its value is their mean.", KEEPS]
+
+
 def test_a_plan_says_which_checkpoints_are_kept_if_there_are_any() -> None:
     slots = Slots(1, 1.0, 0.0)
     assert (

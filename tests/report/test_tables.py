@@ -13,11 +13,13 @@ import pytest
 from click.testing import CliRunner
 
 from hpo.report.results import Results, read_results
-from hpo.report.tables import device_time, failures, trial_table
+from hpo.report.tables import describe_ties, device_time, failures, trial_table
 from hpo.report.terminal import Terminal
 from hpo.run import cli
 from storage.database import Database
-from tests.report.studies import add_trial, finish_grid, optuna_study, read
+from storage.ownership import ClaimedTrial
+from tests.factories import finish_study
+from tests.report.studies import add_trial, finish_grid, grid_space, optuna_study, read
 
 
 def shown(results: Results, width: int = 140) -> str:
@@ -44,6 +46,28 @@ def test_a_narrow_console_loses_columns_and_no_digits(grid_results: Results, wid
     assert re.search(rf"^ *{best.number} +64 .*COMPLETE.* {best.values[0]:.4f}", text, re.M)
     assert "…" not in text
     assert ("too narrow for: lr, images/s" in " ".join(text.split())) == (width <= 80)
+
+
+def test_with_several_seeds_values_have_their_errors_and_ties_are_named(database: Database) -> None:
+    values = {64: (0.90, 0.01), 256: (0.89, 0.01), 512: (0.87, 0.01)}
+    space = grid_space(max_epochs=1, replicates=3)
+
+    def epochs_of(claim: ClaimedTrial) -> list[dict[str, float]]:
+        value, error = values[claim.params["batch_size"]]
+        return [{"val_accuracy": value, "val_accuracy_stderr": error, "epoch_seconds": 1.0}]
+
+    study = finish_study(database, space, space.grid_points(), provenance={}, device={}, epochs_of=epochs_of)
+    results = read_results(study)
+    text = shown(results)
+    assert re.findall(r"(0\.\d+) ± 0\.01", text) == ["0.9000", "0.8900", "0.8700"]
+    assert [trial.params["batch_size"] for trial in results.ties] == [256]  # 0.01 apart, of 0.014; the other one 0.03
+    assert describe_ties(results) == "not clearly better, within the standard error of the difference, than #1"
+    assert results.curve_families == {"accuracy": ["val_accuracy"]}
+
+
+def test_with_one_seed_there_are_no_errors_and_no_ties(grid_results: Results) -> None:
+    assert "±" not in shown(grid_results)
+    assert describe_ties(grid_results) == ""
 
 
 def test_several_objectives_have_a_column_each(database: Database) -> None:

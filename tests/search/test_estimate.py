@@ -65,6 +65,20 @@ def test_estimate_is_the_end_of_the_last_trial() -> None:
     assert list(found[1].speeds) == ["batch_size 64", "batch_size 256", "batch_size 512"]
 
 
+def test_several_seeds_take_as_many_times_as_long_and_as_much_memory() -> None:
+    slots, images = Slots(1, 16.0, 1.0), 5 * (1600 + 400 / 3) + 500 / 3
+    space = documented_space("parameters.batch_size=64", "replicates=3")
+    made = estimate_search(space, slots, 2, FakeProbes(lambda *_: 10.0), IMAGES, (16.0, 1.0))
+    assert made.trial_seconds == pytest.approx(3 * images / 10)
+    # Memory for two trials of three trainings with the margin and a second context; a third would have room for one each.
+    probes = FakeProbes(lambda *_: 10.0, device_bytes=int(7.5 * 10**9 + 2**30))
+    assert estimate_search(space, slots, 30, probes, IMAGES, (16.0, 1.0)).slots.count == 2
+    with pytest.raises(
+        SettingError, match=r"batch_size 64 does not fit .* 3 times, 0\.9 GiB each of 3\.4 GiB: lower it or"
+    ):
+        estimate_search(space, slots, 2, FakeProbes(lambda *_: 10.0, int(3.7 * 10**9)), IMAGES, (16.0, 1.0))
+
+
 def test_unmeasured_batch_size_counts_as_the_nearest_one() -> None:
     sizes = [4, 13, 16, 20, 64, 200, 256, 300, 1024, 1100]  # every second one is measured
     nearest = [4, 16, 16, 16, 64, 256, 256, 256, 1024, 1100]  # and the largest one

@@ -38,6 +38,11 @@ def test_a_replay_compares_every_epoch_and_leaves_the_study_unchanged(searched: 
     assert searched.trials() == before
 
 
+def test_a_trial_with_several_seeds_is_replayed_with_all_of_them(database: Database, tmp_path: Path) -> None:
+    study, _ = search_without_ray(toy_space(tmp_path, replicates=2), database, tmp_path)
+    assert replayed(study, 1, tmp_path) == (True, [f"epoch {epoch}: 2 metrics equal" for epoch in (1, 2, 3)])
+
+
 def test_each_version_that_differs_is_shown_first(searched: Study, tmp_path: Path) -> None:
     is_equal, lines = replayed(searched, 0, tmp_path, **NOW)
     assert is_equal
