@@ -11,12 +11,14 @@ import pytest
 from hpo.paths import RunsDir
 from hpo.report.results import read_results
 from hpo.search.continuation import plan_continuation
+from hpo.search.coordinator import TrialCoordinator
 from hpo.search.retention import trials_with_checkpoints
+from hpo.search.slots import Slots
 from hpo.search.warm_start import Found, find_trials, take_over_trials
 from hpo.space.model import Space, load_space
 from storage.database import Database
 from storage.studies import Study, open_study
-from tests.factories import TOY, RecordingListener, finish_study, search_without_ray, toy_space, trial_states
+from tests.factories import TOY, RecordingListener, finish_study, run_of, search_without_ray, toy_space, trial_states
 from tests.report.studies import epoch_metrics, grid_space
 
 GAIN = {"metric": "gain", "direction": "maximize"}
@@ -96,6 +98,23 @@ def test_patience_counts_the_trials_since_one_joined_the_front(
     space = pairs_space(tmp_path, pairs, budget={"patience": 2}, max_epochs=1)
     study, _ = search_without_ray(space, database, tmp_path)
     assert trial_states(study) == ["COMPLETE"] * trained
+
+
+def test_the_end_of_patience_names_the_front(database: Database, tmp_path: Path) -> None:
+    space = pairs_space(tmp_path, PAIRS, budget={"patience": 1})
+    study = open_study(database, **space.study_options)
+    with run_of(study, space) as run:
+        run.enqueue(space.grid_points(), space.distributions())
+        for pair in ((1.0, 1.0), (0.5, 1.0)):
+            claim = run.claim()
+            assert claim is not None
+            run.complete(claim, pair[0], other_values=pair[1:])
+        coordinator = TrialCoordinator(
+            space, run, Slots(1, 1.0, 0.0), data={}, runs_dir=RunsDir(tmp_path), listener=RecordingListener()
+        )
+        assert coordinator.next_trial("t") is None
+    reason = "budget.patience is spent: 1 trials in a row have not found a trial for the Pareto front"
+    assert str(coordinator.stopped) == reason
 
 
 @pytest.mark.parametrize("name", ["tpe", "nsga2", "gp", "random", "qmc"])
