@@ -26,6 +26,7 @@ from hpo.space.continuation import Continuation, NamedContinuation
 from hpo.space.document import Document
 from hpo.space.expressions import Formulas
 from hpo.space.messages import Problem, explain, fields_by_key, group_by_key
+from hpo.space.objectives import MAX_OBJECTIVES, ListedObjective, Objective
 from hpo.space.parameters import (
     FloatRange,
     IntRange,
@@ -47,7 +48,6 @@ from hpo.space.sections import (
     NamedSampler,
     NamedScheduler,
     NamedSource,
-    Objective,
     Resources,
     Scheduler,
     Seconds,
@@ -61,7 +61,6 @@ if TYPE_CHECKING:
 
 SPACES_DIR = Path("search_spaces")
 MAX_PARAMETERS = 200
-MAX_OBJECTIVES = 4  # with more, few trials dominate others, and the hypervolumes that TPE computes take long
 MAX_REPLICATES = 100
 
 
@@ -83,7 +82,7 @@ class Space(StrictModel):
     """The metric to optimize. The trainable must report it. With several objectives, that of the first one."""
     direction: Literal["maximize", "minimize"] = "maximize"
     """Whether a higher or a lower value of the metric is better."""
-    objectives: Annotated[list[Objective], Field(min_length=1, max_length=MAX_OBJECTIVES)] | None = None
+    objectives: Annotated[list[ListedObjective], Field(min_length=1, max_length=MAX_OBJECTIVES)] | None = None
     """Several objectives, in place of metric and direction. In a space that is read, null if there is only one."""
     sampler: NamedSampler = AutoSampler(name="auto")
     """The algorithm that chooses the configurations: a name, or a mapping with a name and options. In a space that is read,

@@ -389,21 +389,3 @@ class Source(StrictModel):
 NamedSource = Annotated[
     Source, BeforeValidator(_expand_study, json_schema_input_type=Annotated[str, Field(min_length=1)] | Source)
 ]
-
-
-class Objective(StrictModel):
-    """One objective: a metric, and whether a higher or a lower value is better."""
-
-    metric: str
-    """The name of the metric. The trainable must report it after each epoch."""
-    # Without a default: a forgotten `minimize` would search for the slowest training.
-    direction: Literal["maximize", "minimize"]
-    """Whether a higher or a lower value is better."""
-
-    @property
-    def is_maximized(self) -> bool:
-        """Whether a higher value is better."""
-        return self.direction == "maximize"
-
-    def __str__(self) -> str:
-        return f"{self.metric} ({self.direction})"

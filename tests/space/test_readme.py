@@ -17,8 +17,9 @@ from hpo.space.continuation import Continuation
 from hpo.space.expressions import FUNCTIONS
 from hpo.space.messages import fields_by_key
 from hpo.space.model import Space, load_space
+from hpo.space.objectives import Objective
 from hpo.space.parameters import Choices, FloatRange, IntRange
-from hpo.space.sections import Budget, Checkpoints, Data, Objective, Resources, Sampler, Scheduler
+from hpo.space.sections import Budget, Checkpoints, Data, Resources, Sampler, Scheduler
 from hpo.train.params import OPTIMIZERS, PRECISIONS, SCHEDULES, STEMS, TrainParams, read_params
 from tests.factories import ROOT
 

@@ -237,6 +237,10 @@ RULES = {
         VALID + "objectives: [{metric: a, direction: maximize}, »{metric: b}]\n",
         ["objectives.1", "direction", "missing"],
     ),
+    "an objective that is only a name": (
+        VALID + "objectives: [{metric: a, direction: maximize}, »cost]\n",
+        ["objectives.1: write a mapping with both keys, such as {metric: cost, direction: minimize}"],
+    ),
     "an empty list of objectives": (VALID + "»objectives: []\n", ["objectives: ", "at least 1"]),
     "too many objectives": (
         VALID + f"»objectives: [{', '.join(f'{{metric: m{i}, direction: minimize}}' for i in range(5))}]\n",
