@@ -57,7 +57,7 @@ def measure_here(url: str, sampler: str, scheduler: str, seed: int) -> dict[str,
         draw=space.draw,
         learns=space.learns_from_results,
         history_limit=history_limit(space),
-        pruner=build_pruner(space, study.name),
+        pruner=build_pruner(space, study),
     ) as run:
         study.optuna_study.sampler = build_sampler(space, run.run_id)
         for i in range(CLAIMS + 1):

@@ -18,7 +18,7 @@ from storage import optuna_tables, ownership, records, tables, usage
 from storage.database import Database
 from storage.errors import StorageError
 from storage.ownership import ClaimedTrial, RunKey
-from storage.records import CONTINUED_FROM, DUPLICATE, FIRST_ATTEMPT, REJECTED, Params
+from storage.records import CONTINUED_FROM, DUPLICATE, ENQUEUED, FIRST_ATTEMPT, REJECTED, Params
 
 # --- trials that exist ------------------------------------------------------------------------------------------------
 
@@ -50,6 +50,7 @@ def claim_existing(
     own_tokens: Collection[int],
     is_run_dead: Callable[[Any], bool | None],
     max_trials: int | None = None,
+    planned: Collection[str] | None = None,
 ) -> Scan:
     """Take over the trials of dead runs, and claim the WAITING trial that is nearest to a result.
 
@@ -62,6 +63,8 @@ def claim_existing(
         is_run_dead: returns whether the run of a row of hpo_runs is dead; None if its lease decides.
         max_trials: the budget of the study; None for no limit. It may be smaller than when the trials were created: then
             those that have ended or are RUNNING count first. What `hpo retry` lets run again is claimed in any case.
+        planned: keys of the points of a grid; None for a search that draws. Another trial of it is claimed only if a user
+            wants it: it was enqueued through Optuna, or retried.
 
     Raises:
         StorageError: the study was deleted.
@@ -86,6 +89,9 @@ def claim_existing(
             if started >= max_trials:
                 retried = records.read_retried(connection, run.study_id)
                 resumable = [row for row in resumable if row.trial_id in retried]
+        if planned is not None and any(row.key not in planned for row in resumable):
+            wanted = records.read_wanted(connection, run.study_id)
+            resumable = [row for row in resumable if row.key in planned or row.trial_id in wanted]
         for row in resumable:
             if row.trial_id in freed or _still_waits(connection, row):
                 _own(connection, run, row.trial_id, token)
@@ -177,9 +183,10 @@ def _take_over(
             attrs = {"fail_reason": f"{failed[row.number]} (max_failures {run.max_failures})"}
             optuna_tables.write_attrs(connection, [(trial_id, attrs)])
             optuna_tables.end(connection, trial_id, TrialState.FAIL, None)
-        else:
+        elif optuna_tables.wait(connection, [trial_id], running=True):
             freed[trial_id] = crashes
-            optuna_tables.wait(connection, [trial_id])
+        else:  # one that has no row of ours was ended by its program meanwhile
+            continue
         is_trial = tables.trials.c.trial == trial_id
         # A token tells this failure from a later one, see `retry`.
         owner = {"token": ownership.new_token()} if row.number in failed else {"token": None, "run": None}
@@ -297,7 +304,8 @@ def register(
             optuna_tables.start(connection, trial_id)
         optuna_tables.write_params(connection, trial_id, configuration.params, configuration.distributions)
         optuna_tables.write_system_attrs(connection, [(trial_id, configuration.system_attrs)])
-        optuna_tables.write_attrs(connection, [(trial_id, configuration.attrs)])
+        mark = {} if configuration.trial_id is None else {ENQUEUED: True}
+        optuna_tables.write_attrs(connection, [(trial_id, {**configuration.attrs, **mark})])
         row = {"trial": trial_id, "study": run.study_id, "key": configuration.key, "run": run.run_id, "token": token}
         connection.execute(tables.trials.insert(), row)
         _open_account(connection, run, trial_id, token)
@@ -320,7 +328,8 @@ def _is_partial(connection: sa.Connection, trial_id: int) -> bool:
         trial.c.state == TrialState.WAITING,
         ~sa.exists().where(ours.c.trial == trial.c.trial_id),
     )
-    return connection.scalar(query) is not None
+    # Locked: a program that uses Optuna may take it at the same time, with other values.
+    return connection.scalar(query.with_for_update()) is not None
 
 
 def _refuse(connection: sa.Connection, trial_id: int, attrs: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ from storage.database import Database
 from storage.errors import StorageError, name_strange_content, retry_while_down
 from storage.optuna_internals import renumber_parents
 from storage.ownership import new_token
-from storage.studies import FILES, Study, deleted_studies, revisions_of, settings_of
+from storage.studies import BRACKETS, FILES, Study, deleted_studies, revisions_of, settings_of
 
 TRIALS_AT_ONCE = 200  # bounds the rows in memory: a trial may have hundreds of epochs and metrics
 
@@ -194,7 +194,7 @@ class _Copying:
             rows = self._read(table, table.c.study_id == self._source.study_id)
             with name_strange_content(self._source.database.url):
                 if table is optuna_tables.study_user_attributes:
-                    rows = _as_new(rows, name, identity)
+                    rows = _as_new(rows, self._source.name, name, identity)
                 if table is optuna_tables.study_system_attributes:
                     rows = _renumbered(rows, trial_ids)
             if table is optuna_tables.study_system_attributes:
@@ -263,10 +263,11 @@ def _insert(connection: sa.Connection, table: sa.Table, rows: Rows) -> None:
         connection.execute(table.insert(), rows)
 
 
-def _as_new(rows: Rows, name: str, identity: str) -> Rows:
+def _as_new(rows: Rows, former: str, name: str, identity: str) -> Rows:
     """Return the user attributes of a study as those of a new one with another name."""
-    attrs = {row["key"]: json.loads(row["value_json"]) for row in rows if row["key"] != FILES}
-    new = attrs | renamed(attrs, name) | {"hpo:id": identity}
+    attrs = {row["key"]: json.loads(row["value_json"]) for row in rows}
+    first_name = attrs.pop(FILES, None) or former
+    new = {BRACKETS: first_name} | attrs | renamed(attrs, name) | {"hpo:id": identity}
     return [{"key": key, "value_json": json.dumps(value)} for key, value in new.items()]
 
 

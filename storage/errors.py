@@ -155,6 +155,8 @@ def _is_transient(error: BaseException) -> bool:
         return state[:2] in {"08", "40"} or state[:3] == "57P" or state in {"53300", "25P03", "25P04", "57014", "55P03"}
     import psycopg
 
+    if "number of parameters" in str(error):  # psycopg's own: no server has seen the statement
+        return False
     return isinstance(error, psycopg.OperationalError | OperationalError | InterfaceError)
 
 

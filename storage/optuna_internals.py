@@ -25,6 +25,7 @@ from optuna.study._frozen import FrozenStudy
 from optuna.study._multi_objective import _fast_non_domination_rank
 from optuna.trial import FrozenTrial, TrialState
 
+FIXED_PARAMS = "fixed_params"  # the system attribute of an enqueued trial's params
 DRAFT_ID = -1  # the trial_id of a trial that is not stored yet
 
 # Of a large study, TPE counts so many trials as the best. They and the others are shown by `storage.history`.
@@ -36,7 +37,6 @@ RELATIVE_PARAMS = _RELATIVE_PARAMS_KEY
 # System attributes of a study: the parents of a generation, of a subclass of `BaseGASampler`.
 _PARENTS = re.compile(r"\w+:parent:[0-9]+")
 
-_FIXED_PARAMS = "fixed_params"  # the system attribute of an enqueued trial's params
 
 GetTrials = Callable[[Container[TrialState] | None], list[FrozenTrial]]
 
@@ -150,7 +150,7 @@ def draft_trial(
 
 def is_enqueued(trial: FrozenTrial) -> bool:
     """Return whether `Study.enqueue_trial` created a trial: its params are not set yet, only noted."""
-    return _FIXED_PARAMS in trial.system_attrs
+    return FIXED_PARAMS in trial.system_attrs
 
 
 def as_point(trial: FrozenTrial, distributions: Mapping[str, BaseDistribution]) -> FrozenTrial:
@@ -165,7 +165,7 @@ def as_point(trial: FrozenTrial, distributions: Mapping[str, BaseDistribution]) 
     """
     if trial.params:
         return trial
-    params = trial.system_attrs[_FIXED_PARAMS]
+    params = trial.system_attrs[FIXED_PARAMS]
     if set(params) != set(distributions):
         raise ValueError(f"its parameters are {', '.join(params) or 'none'} in place of {', '.join(distributions)}")
     point = copy.copy(trial)

@@ -285,10 +285,18 @@ def start(connection: sa.Connection, trial_id: int) -> None:
     connection.execute(update.values(state=TrialState.RUNNING, datetime_start=started, datetime_complete=None))
 
 
-def wait(connection: sa.Connection, trial_ids: Collection[int]) -> None:
-    """Set trials to WAITING."""
+def wait(connection: sa.Connection, trial_ids: Collection[int], *, running: bool = False) -> int:
+    """Set trials to WAITING; return how many.
+
+    Args:
+        connection: in the caller's transaction.
+        trial_ids: the trials.
+        running: leave those as they are that are not RUNNING.
+    """
     update = trials.update().where(trials.c.trial_id.in_(trial_ids))
-    connection.execute(update.values(state=TrialState.WAITING, datetime_complete=None))
+    if running:
+        update = update.where(trials.c.state == TrialState.RUNNING)
+    return connection.execute(update.values(state=TrialState.WAITING, datetime_complete=None)).rowcount
 
 
 def end(

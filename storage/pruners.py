@@ -21,22 +21,32 @@ from storage import optuna_tables
 from storage.tables import LEARNED, is_imported, rungs
 
 
+@dataclass(frozen=True)
+class Question:
+    """Whether a trial ends after an epoch.
+
+    Attributes:
+        study_id: the study.
+        trial_id: the trial.
+        number: its number in the study.
+        epoch: the epoch, from 1.
+        value: the objective after it, finite.
+        first_epoch: the first one that is judged. What came before was trained by a trial that this one continues.
+    """
+
+    study_id: int
+    trial_id: int
+    number: int
+    epoch: int
+    value: float
+    first_epoch: int = 1
+
+
 class Pruner(Protocol):
     """Decides in the transaction that stores an epoch. The caller has locked the study."""
 
-    def decide(
-        self, connection: sa.Connection, study_id: int, trial_id: int, number: int, epoch: int, value: float
-    ) -> bool:
-        """Return whether a trial ends after an epoch.
-
-        Args:
-            connection: in the transaction that has stored the epoch.
-            study_id: the study.
-            trial_id: the trial.
-            number: its number in the study.
-            epoch: the epoch, from 1.
-            value: the objective after it, finite.
-        """
+    def decide(self, connection: sa.Connection, question: Question) -> bool:
+        """Return whether a trial ends after an epoch, in the transaction that has stored it."""
 
     def complete(self, connection: sa.Connection, study_id: int, trial_id: int) -> None:
         """Note that a trial reached its last epoch."""
@@ -88,13 +98,12 @@ class SuccessiveHalving:
         place = binascii.crc32(f"{self.study_name}_{number}".encode()) % sum(budgets)
         return next(bracket for bracket in range(self.brackets) if place < sum(budgets[: bracket + 1]))
 
-    def decide(
-        self, connection: sa.Connection, study_id: int, trial_id: int, number: int, epoch: int, value: float
-    ) -> bool:
+    def decide(self, connection: sa.Connection, question: Question) -> bool:
         """See `Pruner.decide`."""
+        study_id, trial_id, epoch = question.study_id, question.trial_id, question.epoch
         if epoch < self.min_epochs:
             return False
-        bracket = self.bracket(number)
+        bracket = self.bracket(question.number)
         pool = self._pool(bracket)
         query = sa.select(rungs.c.epoch).where(rungs.c.trial == trial_id, rungs.c.pool == pool)
         done = set(connection.scalars(query))
@@ -102,11 +111,13 @@ class SuccessiveHalving:
             if rung in done:
                 continue
             # An earlier epoch was stored without a decision, such as by a run without this pruner.
-            at_rung = value if rung == epoch else _value_at(connection, trial_id, rung)
+            at_rung = question.value if rung == epoch else _value_at(connection, trial_id, rung)
             if at_rung is None:
                 continue
             row = {"trial": trial_id, "epoch": rung, "pool": pool, "study": study_id, "value": at_rung}
             connection.execute(rungs.insert(), row)
+            if rung < question.first_epoch:
+                continue
             of_rung = sa.and_(rungs.c.study == study_id, rungs.c.pool == pool, rungs.c.epoch == rung)
             count = connection.scalar(sa.select(sa.func.count()).where(of_rung)) or 0
             best_first = rungs.c.value.desc() if self.maximize else rungs.c.value
@@ -177,10 +188,9 @@ class Median:
     min_epochs: int
     startup_trials: int = 5
 
-    def decide(
-        self, connection: sa.Connection, study_id: int, trial_id: int, number: int, epoch: int, value: float
-    ) -> bool:
+    def decide(self, connection: sa.Connection, question: Question) -> bool:
         """See `Pruner.decide`."""
+        study_id, trial_id, epoch = question.study_id, question.trial_id, question.epoch
         if epoch < self.min_epochs:
             return False
         trial, values = optuna_tables.trials, optuna_tables.intermediate_values

@@ -77,6 +77,7 @@ class TrialQueue:
         self._points: list[Params] = []  # those that no run is known to have claimed; the next one is last
         self._distributions: Mapping[str, BaseDistribution] = {}
         self._attrs: Mapping[str, Mapping[str, Any]] = {}  # {key of a point: user attributes of its trial}
+        self._planned: set[str] | None = None  # keys of all points of a grid
         self._known_keys: set[str] = set()
         self._is_settled = is_settled
         self._tokens: set[int] = set()  # of the claims that this run works on
@@ -99,6 +100,8 @@ class TrialQueue:
         self._compared_keys = None
         self._distributions = distributions
         self._attrs = attrs or {}
+        if self._draw is None:
+            self._planned = {self._config_key(point) for point in self._all_points}
         self._known_keys = self._retry(lambda: records.read_keys(self._database, self._run.study_id))
 
     def claim(self, *, new: bool = True) -> ClaimedTrial | None:
@@ -146,6 +149,7 @@ class TrialQueue:
                 own_tokens=self._tokens,
                 is_run_dead=self._is_dead,
                 max_trials=None if self._draw is None else self._max_trials,
+                planned=self._planned,
             )
         )
         for number, reason in scan.failed.items():
@@ -293,7 +297,8 @@ class TrialQueue:
 
     def _register(self, token: int, draft: FrozenTrial, trial_id: int | None = None) -> ClaimedTrial | Refusal:
         key = self._config_key(draft.params)
-        configuration = Configuration(key, draft.params, draft.distributions, draft.system_attrs, trial_id)
+        attrs = self._attrs.get(key, {})
+        configuration = Configuration(key, draft.params, draft.distributions, draft.system_attrs, trial_id, attrs)
         max_trials = None if self._draw is None else self._max_trials
         return self._retry(lambda: claims.register(self._database, self._run, token, configuration, max_trials))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +27,12 @@ class SinceBest:
         best: number of the trial with the best value, of equal ones the first; with several objectives, of the last trial
             that joined the Pareto front. None if none completed.
         ended: how many trials with a higher number have ended; 0 if none completed.
+        has_earlier: whether a trial with a lower number has not ended: it may become the best one.
     """
 
     best: int | None
     ended: int
+    has_earlier: bool = False
 
 
 def count_since_best(study: Study, directions: Sequence[Direction]) -> SinceBest:
@@ -59,6 +62,7 @@ def count_since_best(study: Study, directions: Sequence[Direction]) -> SinceBest
         .limit(1)
     )
     has_ended = trial.c.state.in_((TrialState.COMPLETE, TrialState.PRUNED))
+    is_open = trial.c.state.in_((TrialState.RUNNING, TrialState.WAITING))
 
     def read() -> SinceBest:
         with study.database.engine.connect() as connection:
@@ -68,7 +72,37 @@ def count_since_best(study: Study, directions: Sequence[Direction]) -> SinceBest
                 return SinceBest(None, 0)
             is_trained = ~sa.exists().where(tables.imports.c.trial == trial.c.trial_id)
             later = sa.select(sa.func.count()).where(own, has_ended, is_trained, trial.c.number > number)
-            return SinceBest(number, int(connection.scalar(later) or 0))
+            has_earlier = sa.select(sa.exists().where(own, is_open, trial.c.number < number))
+            return SinceBest(number, int(connection.scalar(later) or 0), bool(connection.scalar(has_earlier)))
+
+    return retry_while_down(study.database, read)
+
+
+def count_created_since(study: Study, best: int) -> float:
+    """Return how many trials were created after one that was the best; infinity if another one may be the best by now.
+
+    That may be one with a lower number that runs again after a failure, or any, if the database was restored from a copy.
+
+    Args:
+        study: the study.
+        best: the number of the best trial when it was looked for last. Those with lower numbers had ended then.
+
+    Raises:
+        StorageError: the database cannot be used.
+    """
+    trial = optuna_tables.trials
+    of_study = trial.c.study_id == study.study_id
+    is_open = trial.c.state.in_((TrialState.RUNNING, TrialState.WAITING))
+    query = sa.select(
+        sa.select(sa.func.max(trial.c.number)).where(of_study).scalar_subquery().label("last"),
+        sa.exists().where(of_study, is_open, trial.c.number < best).label("has_earlier"),
+        sa.exists().where(of_study, trial.c.number == best, trial.c.state == TrialState.COMPLETE).label("stands"),
+    )
+
+    def read() -> float:
+        with study.database.engine.connect() as connection:
+            row = connection.execute(query).one()
+            return row.last - best if row.stands and not row.has_earlier else math.inf
 
     return retry_while_down(study.database, read)
 

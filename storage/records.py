@@ -13,6 +13,7 @@ from optuna.trial import TrialState
 
 from storage import optuna_tables
 from storage.database import Database
+from storage.optuna_internals import FIXED_PARAMS
 from storage.pareto import Direction, find_front
 from storage.tables import LEARNED, REUSED, imports, is_imported, metrics, rungs, runs, trials
 
@@ -21,6 +22,7 @@ REJECTED = "breaks a constraint"
 NEVER_RUN = {DUPLICATE, REJECTED}  # values of `fail_reason` of trials that no run trained
 
 RETRIED = "retried"  # user attribute of a trial that `hpo retry` let run again, whatever the budget says
+ENQUEUED = "hpo:enqueued"  # user attribute of a trial that another program has added
 
 # User attributes of a trial that was started from its first epoch again, see `attempt_of`:
 ATTEMPT = "attempt"
@@ -320,6 +322,22 @@ def read_retried(connection: sa.Connection, study_id: int) -> set[int]:
     trial, attr = optuna_tables.trials, optuna_tables.trial_user_attributes
     query = sa.select(trial.c.trial_id).join(attr, sa.and_(attr.c.trial_id == trial.c.trial_id, attr.c.key == RETRIED))
     query = query.where(trial.c.study_id == study_id, trial.c.state == TrialState.WAITING)
+    return set(connection.scalars(query))
+
+
+def read_wanted(connection: sa.Connection, study_id: int) -> set[int]:
+    """Return the ids of the WAITING trials of a study that a user wants, whatever is planned: enqueued, or retried."""
+    trial, attr, system = (
+        optuna_tables.trials,
+        optuna_tables.trial_user_attributes,
+        optuna_tables.trial_system_attributes,
+    )
+    is_marked = sa.exists().where(attr.c.trial_id == trial.c.trial_id, attr.c.key.in_((RETRIED, ENQUEUED)))
+    # Trials that an earlier version registered are not marked. This is what Optuna notes of `Study.enqueue_trial`.
+    is_enqueued = sa.exists().where(system.c.trial_id == trial.c.trial_id, system.c.key == FIXED_PARAMS)
+    query = sa.select(trial.c.trial_id).where(
+        trial.c.study_id == study_id, trial.c.state == TrialState.WAITING, sa.or_(is_marked, is_enqueued)
+    )
     return set(connection.scalars(query))
 
 

@@ -17,7 +17,7 @@ from storage import optuna_tables, ownership, records, tables, usage
 from storage.database import Database
 from storage.optuna_tables import StudyKey
 from storage.ownership import ClaimedTrial
-from storage.pruners import Pruner
+from storage.pruners import Pruner, Question
 
 # --- report, prune, end -----------------------------------------------------------------------------------------------
 
@@ -36,6 +36,7 @@ class TrialUpdate:
         is_restart: whether the stored epochs from this one on are of an abandoned attempt. They are deleted, with what a
             pruner noted of them.
         decides: whether the pruner decides if the trial ends after this epoch.
+        first_epoch: the first epoch that it judges, see `Question`.
         attrs: user attributes of the trial.
         provenance: replaces the trial's provenance; None keeps it.
         final_state: of a trial that ends; None for an unfinished one.
@@ -49,6 +50,7 @@ class TrialUpdate:
     follows: Mapping[int, float] = field(default_factory=dict)
     is_restart: bool = False
     decides: bool = False
+    first_epoch: int = 1
     attrs: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] | None = None
     final_state: TrialState | None = None
@@ -124,8 +126,15 @@ def write(
                 is_trial = tables.trials.c.trial == claim.trial_id
                 connection.execute(tables.trials.update().where(is_trial).values(provenance=dict(update.provenance)))
             if update.decides and pruner is not None and claim.token not in pruned:
-                value = update.value or 0.0
-                if pruner.decide(connection, study.study_id, claim.trial_id, claim.number, update.epoch, value):
+                question = Question(
+                    study.study_id,
+                    claim.trial_id,
+                    claim.number,
+                    update.epoch,
+                    update.value or 0.0,
+                    update.first_epoch,
+                )
+                if pruner.decide(connection, question):
                     optuna_tables.end(connection, claim.trial_id, TrialState.PRUNED, update.value)
                     pruned.add(claim.token)
             if update.final_state is not None and claim.token not in pruned:

@@ -13,6 +13,7 @@ from storage.errors import retry_while_down
 from storage.studies import Study
 
 _OF_FAILURE = ("fail_reason", "traceback")  # user attributes of a failed trial
+IDS_AT_ONCE = 10_000  # in one statement: PostgreSQL takes 65,535 parameters
 
 
 def failed_trials(study: Study) -> list[int]:
@@ -46,10 +47,12 @@ def retry_trials(study: Study, numbers: Collection[int], *, resume: bool = False
             ownership.lock_study(connection, study.database, study.key)
             failures = _still_failed(connection, study, chosen)
             ids = [failure.trial_id for failure in failures]
-            optuna_tables.wait(connection, ids)
-            optuna_tables.delete_attrs(connection, ids, _OF_FAILURE)
-            of_trials = tables.trials.c.trial.in_(ids)
-            connection.execute(tables.trials.update().where(of_trials).values(run=None, token=None, crashes=0))
+            for start in range(0, len(ids), IDS_AT_ONCE):
+                some = ids[start : start + IDS_AT_ONCE]
+                optuna_tables.wait(connection, some)
+                optuna_tables.delete_attrs(connection, some, _OF_FAILURE)
+                of_trials = tables.trials.c.trial.in_(some)
+                connection.execute(tables.trials.update().where(of_trials).values(run=None, token=None, crashes=0))
             optuna_tables.write_attrs(connection, [(trial_id, {records.RETRIED: True}) for trial_id in ids])
             for failure in [] if resume else failures:
                 optuna_tables.delete_values(connection, failure.trial_id, from_epoch=1)

@@ -25,7 +25,7 @@ from storage.ownership import ClaimedTrial
 from storage.pareto import Direction
 from storage.pruners import Pruner
 from storage.queue import ConfigKey, Draw, TrialQueue
-from storage.ranking import count_since_best
+from storage.ranking import count_created_since, count_since_best
 from storage.records import Params
 from storage.reporting import TrialUpdate
 from storage.studies import Study, without_garbage_collection
@@ -80,7 +80,9 @@ class Run:
         self._history_limit = history_limit
         self._pruner = pruner
         self._crashes: dict[int, int] = {}  # {token: crashes}
-        self._best_number: int | None = None  # of the best trial when it was looked for last
+        self._best_number: int | None = (
+            None  # of the best trial when trials were counted last, unless an earlier one ran
+        )
         self._leaves_at: float | None = None  # by the monotonic clock
         self._lease = Lease(
             study.database,
@@ -228,6 +230,10 @@ class Run:
             claim = self._queue.claim(new=new)
         if claim is None and not self._learns:
             self._writer.flush()
+            if self._queue.finished:
+                # What was flushed just now may have lost its claim, as to a restored copy: then its trial waits.
+                with self._writer.paused(), without_garbage_collection():
+                    claim = self._queue.claim(new=new)
         return claim
 
     def flush(self) -> None:
@@ -245,7 +251,9 @@ class Run:
         """
         self._writer.put(self._update(claim, epoch, metrics, value))
 
-    def decide(self, claim: ClaimedTrial, epoch: int, metrics: Mapping[str, float], value: float) -> bool:
+    def decide(
+        self, claim: ClaimedTrial, epoch: int, metrics: Mapping[str, float], value: float, *, first_epoch: int = 1
+    ) -> bool:
         """Store one finished epoch, and end the trial as PRUNED if the pruner stops it here: both, or neither.
 
         An epoch that storage holds with the same value was decided when it was stored.
@@ -255,6 +263,7 @@ class Run:
             epoch: the epoch, from 1.
             metrics: {name: value} of the epoch.
             value: the objective, finite.
+            first_epoch: the first epoch that is judged: those before were trained by a trial that this one continues.
 
         Returns:
             Whether the trial has ended.
@@ -263,7 +272,8 @@ class Run:
             LostTrialError: the claim does not hold any more.
         """
         is_decided = claim.values.get(epoch) == value
-        self._writer.put(replace(self._update(claim, epoch, metrics, value), decides=not is_decided))
+        update = self._update(claim, epoch, metrics, value)
+        self._writer.put(replace(update, decides=not is_decided, first_epoch=first_epoch))
         if is_decided:
             return False
         self._writer.flush()
@@ -361,18 +371,12 @@ class Run:
     def is_patience_spent(self, patience: int, directions: Sequence[Direction]) -> bool:
         """Return whether so many trials have ended without a better value, see `ranking.count_since_best`."""
         self.flush()
-        if self._best_number is not None:
-            # Counting takes tens of milliseconds in a large study. There is no need before enough trials exist.
-            created = retry_while_down(self.database, self._last_number) - self._best_number
-            if created < patience:
-                return False
+        # Counting takes tens of milliseconds in a large study. There is no need before enough trials exist.
+        if self._best_number is not None and count_created_since(self.study, self._best_number) < patience:
+            return False
         found = count_since_best(self.study, directions)
-        self._best_number = found.best
+        self._best_number = None if found.has_earlier else found.best
         return found.ended >= patience
-
-    def _last_number(self) -> int:
-        with self.database.engine.connect() as connection:
-            return optuna_tables.next_number(connection, self.study.study_id) - 1
 
     def elapsed_seconds(self) -> float:
         """Return for how long any run has worked on the study. Simultaneous runs count once."""

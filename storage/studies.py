@@ -31,6 +31,7 @@ _FIRST = "@1"  # a name that ends so means the first revision, whose own name ha
 _REVISION = re.compile(r"[2-9]|[1-9][0-9]+")
 _MAX_IDS = 1000  # in one query: databases bound the number
 _IDENTITY = re.compile(r"[0-9a-f]{12}")  # `hpo:id`; file names contain it
+BRACKETS = "hpo:brackets"  # user attribute of a copy: from which name Hyperband derives the brackets of its trials
 FILES = "hpo:files"  # user attribute of a study that was renamed: the name under which its files are stored
 
 
@@ -62,6 +63,12 @@ class Study:
     def key(self) -> StudyKey:
         """What tells it from other studies."""
         return StudyKey(self.study_id, self.name, self.identity)
+
+    @property
+    def bracket_name(self) -> str:
+        """From which Hyperband derives the brackets of trials: it stays when the study is renamed or copied."""
+        value = self.attrs.get(BRACKETS)
+        return value if isinstance(value, str) else self.first_name or self.name
 
     @property
     def attrs(self) -> dict[str, Any]:

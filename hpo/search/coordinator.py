@@ -248,7 +248,8 @@ class TrialCoordinator:
         decides = self._space.stops_trials_early and not infinite and is_new and epoch < self._space.max_epochs
         is_pruned = False
         if decides:
-            is_pruned = self._run.decide(claim, epoch, metrics, value)
+            first = self._continued_epoch(tune_id) + 1
+            is_pruned = self._run.decide(claim, epoch, metrics, value, first_epoch=first)
         else:
             self._run.report(claim, epoch, metrics, value)
         # The checkpoint may hold an epoch that storage has, too: the driver died before it acted on it.

@@ -52,7 +52,7 @@ def build_run(space: Space, study: Study, provenance: Mapping[str, Any], device:
         max_trials=space.budget.trials,
         learns=space.learns_from_results,
         history_limit=history_limit(space),
-        pruner=build_pruner(space, study.name),
+        pruner=build_pruner(space, study),
         max_failures=space.max_failures,
         device=device,
     )

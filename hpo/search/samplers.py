@@ -78,25 +78,25 @@ def _build_qmc(space: Space, **options: Any) -> BaseSampler:
     return SpaceQMCSampler(warn_independent_sampling=False, **options)
 
 
-def build_pruner(space: Space, study_name: str) -> Pruner | None:
+def build_pruner(space: Space, study: Study) -> Pruner | None:
     """Return the pruner of a space's scheduler; None if it has none.
 
     Pruners decide from stored values, so a resumed search decides like an uninterrupted one.
 
     Args:
         space: the search.
-        study_name: with the revision. Hyperband derives the brackets of trials from it.
+        study: its study.
     """
     from storage.pruners import Median, SuccessiveHalving
 
     scheduler, maximize = space.scheduler, space.direction == "maximize"
     match scheduler.name:
         case "asha":
-            return SuccessiveHalving(maximize, study_name, scheduler.grace_period, scheduler.reduction_factor)
+            return SuccessiveHalving(maximize, study.name, scheduler.grace_period, scheduler.reduction_factor)
         case "hyperband":
             return SuccessiveHalving.hyperband(
                 maximize=maximize,
-                study_name=study_name,
+                study_name=study.bracket_name,
                 min_epochs=scheduler.grace_period,
                 max_epochs=space.max_epochs,
                 reduction_factor=scheduler.reduction_factor,

@@ -199,6 +199,17 @@ def test_pruned_trials_stay_and_no_scheduler_judges_what_a_parent_trained(databa
             assert trial.last_step > SHORT
 
 
+def test_halving_judges_a_continued_trial_at_the_first_rung_of_its_own(database: Database, tmp_path: Path) -> None:
+    wide: dict[str, Any] = {"parameters": {"x": list(range(1, 8))}, "checkpoints": {"keep": "all"}}
+    search_without_ray(short_space(tmp_path, **wide), database, tmp_path)
+    scheduler = {"name": "asha", "grace_period": 1, "reduction_factor": 2}
+    study, _ = search_without_ray(long_space(tmp_path, max_epochs=9, scheduler=scheduler, **wide), database, tmp_path)
+    assert len(parents(study)) == 7
+    pruned = [trial.last_step for trial in study.trials() if trial.state.name == "PRUNED"]
+    assert pruned
+    assert set(pruned) <= {4, 8}, "after 3 epochs of their parents"
+
+
 # --- schedules that depend on the horizon -----------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ class Recorder:
                     self.events.append((seed, epoch))
                     numbers = [random.random(), float(np.random.rand()), float(torch.rand(()))]
                     self.drawn.setdefault(seed, []).extend(numbers)
-                    yield EpochReport(epoch, {"value": float(seed * epoch)}, lambda epoch=epoch: {"epoch": epoch})
+                    yield EpochReport(epoch, {"value": float(seed * epoch)}, partial(dict, epoch=epoch))
         finally:
             self.closed.append(seed)
 

@@ -380,9 +380,11 @@ def test_every_shipped_space_runs(tmp_path: Path, name: str) -> None:
         assert all(0 <= value <= 1 for trial in trials for value in trial.intermediate_values.values())
 
 
-def test_pruners_use_the_options_of_the_scheduler(tmp_path: Path) -> None:
+def test_pruners_use_the_options_of_the_scheduler(tmp_path: Path, database: Database) -> None:
+    study = open_study(database, **toy_space(tmp_path).study_options)
+
     def pruner_of(scheduler: dict[str, Any]) -> Any:
-        return build_pruner(toy_space(tmp_path, scheduler=scheduler, max_epochs=27), "toy")
+        return build_pruner(toy_space(tmp_path, scheduler=scheduler, max_epochs=27), study)
 
     asha = pruner_of({"name": "asha", "grace_period": 2, "reduction_factor": 4})
     assert asha == SuccessiveHalving(True, "toy", 2, 4)

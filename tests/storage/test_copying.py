@@ -58,6 +58,7 @@ def as_copied(rows: dict[str, Any], name: str) -> dict[str, Any]:
     for row in rows["study_user_attributes"]:
         if row.get("key") == "hpo:settings":
             row["value_json"] = json.dumps(json.loads(row["value_json"]) | {"name": name})
+    rows["study_user_attributes"].append({"key": "hpo:brackets", "value_json": '"s"'})
     return rows
 
 

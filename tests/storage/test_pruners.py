@@ -15,13 +15,15 @@ from optuna.trial import TrialState, create_trial
 
 from storage import claims, ownership, reporting, tables
 from storage.claims import Configuration
+from storage.copying import copy_study
 from storage.database import Database
 from storage.lease import Lease
+from storage.management import rename_study
 from storage.ownership import ClaimedTrial, RunKey
 from storage.pruners import Median, Pruner, SuccessiveHalving
 from storage.reporting import TrialUpdate
-from storage.studies import Study, open_study
-from tests.storage.builders import claim_point, grid_run, sql
+from storage.studies import Study, find_study, open_study
+from tests.storage.builders import GRID, POINTS, claim_one, claim_point, grid_run, sql
 
 TRIALS, EPOCHS = 30, 9
 Direction = Literal["maximize", "minimize"]
@@ -226,6 +228,40 @@ def test_halving_counts_the_trials_of_another_pruner(database: Database, kind: s
     both.prepare(ours)
     kept = [row for row in rungs(database) if row[0] != "median"]
     assert {(row[2] - 1, row[1]) for row in kept} > set(wanted)
+
+
+def test_halving_does_not_judge_what_a_parent_has_trained(study: Study, database: Database) -> None:
+    """Its rungs count for others."""
+    with grid_run(study, pruner=SuccessiveHalving(True, "s", 1, 2)) as run:
+        run.enqueue(POINTS, GRID)
+        good, bad, worse = (claim_one(run) for _ in range(3))
+        for epoch in (1, 2, 3, 4):
+            assert not run.decide(good, epoch, {"m": 0.5}, 0.5)
+        for epoch in (1, 2):
+            run.report(bad, epoch, {"m": 0.25}, 0.25)
+        assert not run.decide(bad, 3, {"m": 0.25}, 0.25, first_epoch=3)
+        assert [row[1:] for row in rungs(database) if row[2] == 2] == [(1, 2, 0.25), (2, 2, 0.25)]
+        assert run.decide(bad, 4, {"m": 0.25}, 0.25, first_epoch=3), "the first rung of its own"
+        assert run.decide(worse, 1, {"m": 0.125}, 0.125)
+
+
+def test_brackets_stay_when_a_study_is_renamed_or_copied(study: Study, database: Database) -> None:
+    assert study.bracket_name == "s"
+    rename_study(study, "renamed")
+    renamed = find_study(database, "renamed")
+    assert renamed is not None
+    assert renamed.bracket_name == "s"
+    copy_study(renamed, database, "copied", "0" * 12)
+    copied = find_study(database, "copied")
+    assert copied is not None
+    assert copied.bracket_name == "s"
+    rename_study(copied, "another")
+    another = find_study(database, "another")
+    assert another is not None
+    copy_study(another, database, "copied-again", "1" * 12)
+    again = find_study(database, "copied-again")
+    assert again is not None
+    assert again.bracket_name == "s"
 
 
 def test_a_run_prepares_its_pruner(study: Study, database: Database) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +12,9 @@ import optuna
 import pytest
 import sqlalchemy as sa
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState
 
-from storage import lease, optuna_tables, queue
+from storage import lease, optuna_tables, ownership, queue, records
 from storage.database import Database
 from storage.ownership import LostTrialError
 from storage.retry import retry_trials
@@ -268,6 +270,47 @@ def test_a_reduced_budget_counts_for_trials_that_wait(study: Study) -> None:
         assert len({claim_one(run).number for _ in range(4)}) == 4, "a larger budget resumes the others"
 
 
+def test_a_reduced_grid_counts_for_trials_that_wait(study: Study) -> None:
+    with grid_run(study) as run:
+        run.enqueue(POINTS, GRID)
+        for claim in [claim_one(run) for _ in range(4)]:
+            run.release(claim)
+    with grid_run(study) as run:
+        run.enqueue(POINTS[1:2], GRID)
+        claim = claim_one(run)
+        assert claim.params == POINTS[1]
+        run.complete(claim, 0.5)
+        assert run.claim() is None
+        assert run.finished
+    assert trial_states(study) == ["WAITING", "COMPLETE", "WAITING", "WAITING"]
+    with grid_run(study) as run:
+        run.enqueue(POINTS, GRID)
+        assert len({claim_one(run).number for _ in range(3)}) == 3, "a larger grid resumes the others"
+
+
+def test_a_trial_outside_of_the_grid_runs_if_a_user_wants_it(study: Study) -> None:
+    """It was enqueued through Optuna, with or without params of its own, or retried."""
+    study.optuna_study.enqueue_trial(POINTS[0])
+    study.optuna_study.add_trial(
+        optuna.create_trial(state=TrialState.WAITING, params=POINTS[1], distributions=dict(GRID))
+    )
+    for resumes in (False, True):
+        with grid_run(study) as run:
+            run.enqueue(POINTS[2:], GRID)
+            wanted = [claim_one(run) for _ in range(2)]
+            assert sorted(each.params["b"] for each in wanted if each.params["a"] == 1) == ["x", "y"]
+            if resumes:
+                run.fail(wanted[0], "an error")
+                run.complete(wanted[1], 0.5)
+            else:
+                for each in wanted:
+                    run.release(each)
+    retry_trials(study, [wanted[0].number])
+    with grid_run(study) as run:
+        run.enqueue(POINTS[2:3], GRID)
+        assert {claim_one(run).number for _ in range(2)} >= {wanted[0].number}
+
+
 def test_a_configuration_is_claimed_once_and_an_exhausted_space_ends(study: Study) -> None:
     study.optuna_study.sampler = optuna.samplers.RandomSampler(seed=0)
 
@@ -427,6 +470,66 @@ def test_an_enqueued_trial_is_trained_with_what_the_database_stores(study: Study
         claim = claim_one(run)
         assert repr(sorted(claim.params.items())) == "[('n', 2), ('x', 1.0)]"
         assert study.trials()[0].params == claim.params
+
+
+def test_a_point_that_is_enqueued_through_optuna_has_the_attributes_of_its_point(study: Study) -> None:
+    study.optuna_study.enqueue_trial(POINTS[0])
+    with grid_run(study) as run:
+        run.enqueue(POINTS[:1], GRID, {config_key(POINTS[0]): {"continued_from": {"number": 3}}})
+        claim_one(run)
+    assert study.trials()[0].user_attrs["continued_from"] == {"number": 3}
+
+
+def other_program(database: Database) -> optuna.Study:
+    url = database.engine.url.set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
+    return optuna.load_study(study_name="s", storage=url, sampler=optuna.samplers.RandomSampler(seed=7))
+
+
+def test_two_programs_do_not_take_the_same_enqueued_trial(
+    study: Study, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if database.engine.dialect.name == "sqlite":
+        pytest.skip("SQLite has one writer at a time")
+    other, has_key = other_program(database), records.has_key
+    for _ in range(2):
+        other.enqueue_trial({})
+    asked: list[int] = []
+    thread = threading.Thread(target=lambda: asked.append(other.ask().number))
+
+    def ask_meanwhile(*arguments: Any) -> bool:
+        if not thread.ident:
+            thread.start()
+            thread.join(1.0)
+            assert thread.is_alive(), "it waits for the trial that is claimed"
+        return has_key(*arguments)
+
+    monkeypatch.setattr(records, "has_key", ask_meanwhile)
+    with sampled_run(study, max_trials=3) as run:
+        claim = claim_one(run)
+    thread.join(60)
+    assert asked == [1 - claim.number]
+
+
+def test_a_trial_that_another_program_ends_meanwhile_stays_ended(
+    study: Study, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if database.engine.dialect.name == "sqlite":
+        pytest.skip("SQLite has one writer at a time")
+    other, owners = other_program(database), ownership.owners
+    trial = other.ask({"x": FloatDistribution(0, 1), "n": IntDistribution(1, 3)})
+    told: list[bool] = []
+
+    def tell_meanwhile(*arguments: Any) -> Any:
+        if not told:
+            told.append(True)
+            other.tell(trial, 0.75)
+        return owners(*arguments)
+
+    monkeypatch.setattr(ownership, "owners", tell_meanwhile)
+    with sampled_run(study, max_trials=3) as run:
+        assert claim_one(run).number == 1
+    assert told
+    assert (study.trials()[0].state.name, study.trials()[0].value) == ("COMPLETE", 0.75)
 
 
 def test_a_point_of_a_grid_that_is_enqueued_through_optuna_is_run_once(study: Study) -> None:

@@ -165,6 +165,30 @@ def test_trials_since_the_best_value_are_counted(database: Database, study: Stud
     assert found == [0, 0, 0, 1, 1], "the first of equal values is the best; failures and earlier studies do not count"
 
 
+def test_patience_notices_that_a_slow_trial_has_become_the_best(study: Study) -> None:
+    with grid_run(study) as run:
+        run.enqueue(POINTS, GRID)
+        slow = claim_one(run)
+        for value in (0.1, 0.2, 0.5):
+            run.complete(claim_one(run), value)
+        assert not run.is_patience_spent(3, MAXIMIZE)
+        run.complete(slow, 0.75)
+        assert run.is_patience_spent(3, MAXIMIZE), "three trials after it had no better value"
+
+
+def test_patience_notices_that_an_older_copy_was_restored(study: Study, database: Database) -> None:
+    with grid_run(study) as run:
+        run.enqueue(POINTS, GRID)
+        for value in (0.5, 0.25, 0.75):
+            run.complete(claim_one(run), value)
+        assert not run.is_patience_spent(1, MAXIMIZE)
+        run.flush()
+        with database.engine.begin() as connection:  # what a copy from before the third trial lacks
+            connection.exec_driver_sql("DELETE FROM trial_values WHERE trial_id = 3")
+            connection.exec_driver_sql("DELETE FROM trials WHERE trial_id = 3")
+        assert run.is_patience_spent(1, MAXIMIZE)
+
+
 def test_patience_does_not_believe_the_clocks_of_drivers(database: Database, study: Study) -> None:
     """The best trial is from a machine whose clock is an hour ahead."""
     with grid_run(study) as run:

@@ -65,6 +65,17 @@ def test_a_failed_trial_waits_again_without_its_failure(study: Study, database: 
     assert states(study) == ["COMPLETE", "COMPLETE", "FAIL"]
 
 
+def test_more_trials_are_retried_than_one_statement_takes(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "IDS_AT_ONCE", 2)
+    with grid_run(study) as run:
+        run.enqueue(POINTS, GRID)
+        for _ in range(3):
+            run.fail(claim_one(run), "an error")
+    retry_trials(study, [0, 1, 2])
+    assert states(study) == ["WAITING"] * 3
+    assert failed_trials(study) == []
+
+
 def test_the_run_that_failed_it_may_claim_it_again(study: Study) -> None:
     with grid_run(study) as run:
         fail_two_of_three(run)

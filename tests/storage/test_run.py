@@ -43,6 +43,31 @@ def test_a_grid_is_claimed_point_by_point_until_it_is_finished(study: Study) -> 
     assert trial_states(study) == ["COMPLETE"] * 4
 
 
+def test_a_search_is_not_finished_while_its_last_trial_waits_again(study: Study, database: Database) -> None:
+    """The end of the last trial is still in the buffer when the database turns out to be restored from a copy."""
+    with grid_run(study, learns=False) as run:
+        run.enqueue(POINTS[:1], GRID)
+        lost = claim_one(run)
+        for epoch in (1, 2):
+            run.report(lost, epoch, {"m": epoch / 4}, epoch / 4)
+        run.flush()
+        with database.engine.begin() as connection:  # what a copy from before the second epoch lacks
+            connection.exec_driver_sql("DELETE FROM trial_intermediate_values WHERE step = 2")
+            connection.exec_driver_sql("DELETE FROM hpo_metrics WHERE epoch = 2")
+        with run._writer.paused():
+            run.report(lost, 3, {"m": 0.75}, 0.75)
+            run.complete(lost, 0.75)
+            assert run._queue.claim() is None
+            assert run.finished, "as far as the database knows"
+        again = claim_one(run)
+        assert again.values == {1: 0.25}
+        assert not run.finished
+        run.complete(again, 0.75)
+        assert run.claim() is None
+        assert run.finished
+    assert trial_states(study) == ["COMPLETE"]
+
+
 def test_report_stores_every_metric_and_can_be_repeated(study: Study, database: Database) -> None:
     with grid_run(study) as run:
         claim = claim_point(run)
