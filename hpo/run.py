@@ -338,7 +338,9 @@ def replay(study: str, number: int, yes: bool, storage: str, data_dir: Path) -> 
 
 @cli.command()
 @click.argument("study")
-@click.option("--trial", type=int, metavar="NUMBER", help="The trial; by default, the best one.")
+@click.option(
+    "--trial", type=int, metavar="NUMBER", help="The trial; by default, the best one. Needed with several objectives."
+)
 @click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="By default, runs/exports/STUDY-NUMBER.")
 @storage_option
 @data_option
