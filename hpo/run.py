@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 import click
 
 from hpo import study_verbs, working_folder
-from hpo.errors import HpoError, SettingError, nearest, printable
+from hpo.errors import HpoError, SettingError, nearest, printable, was_interrupted
 from hpo.options import data_option, secret, space_arguments, storage_option
 from hpo.paths import RunsDir
 from hpo.printing import hint, new_console, print_ending, print_report, print_results, say
@@ -67,9 +67,12 @@ def _run(prefix: Sequence[str]) -> NoReturn:
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
     except Exception as error:  # noqa: BLE001 # printed here, while control characters are left out
+        interrupted = was_interrupted(error)
         if isinstance(error, HpoError) or _is_storage_error(error):
             say(f"hpo: {error}", to=sys.stderr)
-            sys.exit(2)
+            sys.exit(130 if interrupted else 2)
+        if interrupted:
+            sys.exit(130)
         traceback.print_exc()
         sys.exit(1)
 
@@ -335,7 +338,9 @@ def replay(study: str, number: int, yes: bool, storage: str, data_dir: Path) -> 
 
 @cli.command()
 @click.argument("study")
-@click.option("--trial", type=int, metavar="NUMBER", help="The trial; by default, the best one.")
+@click.option(
+    "--trial", type=int, metavar="NUMBER", help="The trial; by default, the best one. Needed with several objectives."
+)
 @click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="By default, runs/exports/STUDY-NUMBER.")
 @storage_option
 @data_option
@@ -387,7 +392,8 @@ def clean(storage: str, yes: bool) -> int:
 
     Reports, exports, copies of the database (hpo.db.version-N), the files of a study that is running, and those of
     studies that the database does not know are kept. So are those of a deleted study that another database has, if
-    that database is in runs/, next to this one, or has trained trials there. Other copies are not seen.
+    that database is in runs/, next to this one, or has trained trials there. Other copies are not seen. Kept, too, are
+    trials of a deleted study that unfinished or failed trials of other studies continue.
 
     \b
     Example:  hpo clean --yes
@@ -403,6 +409,8 @@ def clean(storage: str, yes: bool) -> int:
         say(f"kept: {folder} ({format_bytes(size)}), which is of no study in {without_password(storage)}")
     for folder, other in cleaning.shared.items():
         say(f"kept: {folder}, of a study that was deleted here, but that {other} has, or may have")
+    for folder, name in cleaning.continued.items():
+        say(f"kept: {folder}, of a study that was deleted, but from which a trial of {name} may still start")
     for name in cleaning.running:
         say(f"kept: the files of {name}, which is running")
     for problem in cleaning.problems:

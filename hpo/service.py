@@ -73,6 +73,11 @@ class SearchResult:
         """The best completed trial, or None if no trial completed."""
         return self.results.best
 
+    @property
+    def best_trials(self) -> list[TrialResult]:
+        """The trials on the Pareto front of several objectives; with one objective, the best trial. Empty without one."""
+        return self.results.best_trials
+
     def to_dataframe(self) -> pd.DataFrame:
         """Return a data frame with one row per trial, see `Results.to_dataframe`.
 
@@ -206,7 +211,7 @@ def _search(
     listener: ProgressListener,
 ) -> tuple[Study, Stop | None]:
     """Run the trials that are left. Slow imports happen here, while Ray starts in the background."""
-    from hpo.cleaning import note_database
+    from hpo.other_databases import note_database
     from hpo.search.estimate import is_worth_measuring
     from hpo.search.slots import plan_slots
     from hpo.search.tune import run_trials

@@ -43,14 +43,14 @@ class Candidate:
     Attributes:
         params: the configuration, as one of this search.
         key: of the configuration.
-        value: the objective after its last epoch.
+        values: the objectives after its last epoch.
         parent: the trial.
         outlook: what becomes of it.
     """
 
     params: Params
     key: str
-    value: float
+    values: tuple[float, ...]
     parent: Parent
     outlook: Outlook
 
@@ -127,7 +127,7 @@ def plan_continuation(
     """Return what a search does with the completed trials of its other revisions that had fewer epochs.
 
     A trial counts if this search would train its configuration in the same way: parameters, derived values, data, seeds and
-    trainable are the same, and so are metric and direction, by which trials are ranked.
+    trainable are the same, and so are the objectives, by which trials are ranked.
 
     Args:
         space: the search.
@@ -141,6 +141,7 @@ def plan_continuation(
     options = space.continuation
     if database is None or not options.is_wanted or space.population is not None:
         return ContinuationPlan(space)
+    from storage.pareto import rank_best
     from storage.studies import other_revisions
 
     best: dict[str, Candidate] = {}
@@ -148,7 +149,8 @@ def plan_continuation(
         for candidate in _candidates(space, revision, runs_dir):
             known = best.get(candidate.key)
             best[candidate.key] = candidate if known is None else max(known, candidate, key=_usefulness)
-    ranked = sorted(best.values(), key=lambda each: each.value, reverse=space.direction == "maximize")
+    candidates = list(best.values())
+    ranked = [candidates[i] for i in rank_best([each.values for each in candidates], space.directions)]
     wanted = ranked[: options.count(is_grid=space.is_grid)]
     chosen = [each for each in wanted if each.outlook is not Outlook.HORIZON or options.horizon == "restart"]
     keys = {each.key for each in chosen}
@@ -159,6 +161,30 @@ def plan_continuation(
         planned = space.point_keys()
         chosen = [each for each in chosen if each.key in planned]
     return ContinuationPlan(space, chosen, left if space.is_grid else _with(left, Outlook.HORIZON))
+
+
+def lacks_points(study: Study, runs_dir: RunsDir) -> bool:
+    """Return whether points of a grid have not ended. `hpo run` trains them, although as many trials have ended.
+
+    Those may be other points: they were enqueued by hand, or waited when the budget was reduced.
+
+    Args:
+        study: the study, of any search.
+        runs_dir: where checkpoints are.
+
+    Raises:
+        StorageError: the database cannot be used.
+    """
+    try:
+        space = Space.from_settings(study.settings)
+    except SpaceError:  # of another version
+        return False
+    if not space.is_grid:
+        return False
+    ended = study.ended_keys()
+    if space.point_keys() <= ended:
+        return False
+    return not plan_continuation(space, study, study.database, runs_dir).space.point_keys() <= ended
 
 
 def _usefulness(candidate: Candidate) -> tuple[bool, int]:
@@ -173,13 +199,13 @@ def _candidates(space: Space, earlier: Study, runs_dir: RunsDir) -> Iterator[Can
     except SpaceError:  # of another version; the note about earlier studies says so
         return
     is_shorter = before.max_epochs < space.max_epochs
-    if not is_shorter or (before.metric, before.direction) != (space.metric, space.direction):
+    if not is_shorter or before.all_objectives != space.all_objectives:
         return
     comparison = Comparison(space, before, earlier, frozenset())
     for trial in earlier.trained_trials():
-        value = trial.value if trial.state.name == "COMPLETE" else None
+        values = tuple(trial.values or ()) if trial.state.name == "COMPLETE" else ()
         # A result that was taken over is that of another revision, which has the checkpoint.
-        if value is None or not math.isfinite(value) or Origin.of(trial.user_attrs) is not None:
+        if not values or not all(map(math.isfinite, values)) or Origin.of(trial.user_attrs) is not None:
             continue
         params = comparison.same_configuration(trial)
         if params is not None:
@@ -187,7 +213,7 @@ def _candidates(space: Space, earlier: Study, runs_dir: RunsDir) -> Iterator[Can
             outlook = Outlook.CONTINUED if _has_checkpoint(space, parent, runs_dir) else Outlook.GONE
             if comparison.depends_on_horizon(trial):
                 outlook = Outlook.HORIZON
-            yield Candidate(params, space.config_key(params), value, parent, outlook)
+            yield Candidate(params, space.config_key(params), values, parent, outlook)
 
 
 def _parent(trial: FrozenTrial, before: Space, earlier: Study) -> Parent:

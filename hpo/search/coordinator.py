@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.errors import nearest
 from hpo.paths import HANG_FILE, LOST_FILE, RunsDir
+from hpo.search.adoption import parent_folder
 from hpo.search.checkpoints import owner_key, trim_checkpoints
 from hpo.search.listener import ProgressListener
 from hpo.search.population import trial_key
@@ -113,7 +114,8 @@ class TrialCoordinator:
                 self._next_attempt = time.monotonic() + POLL_SECONDS
                 if is_spent and not self._claims:  # a trial that still runs may end with a better value
                     patience = self._space.budget.patience
-                    self.stop(StopCause.NO_IMPROVEMENT, f"{patience} trials in a row have not found a better value")
+                    found = "a better value" if self._space.objectives is None else "a trial for the Pareto front"
+                    self.stop(StopCause.NO_IMPROVEMENT, f"{patience} trials in a row have not found {found}")
                 return None
             self._claims[tune_id] = claim
             self._epochs[tune_id] = claim.epoch
@@ -145,7 +147,7 @@ class TrialCoordinator:
                 threads=self._slots.threads,
                 timeout=None if timeout is None else timeout * replicates,
                 code_folder=str(Path.cwd()),
-                parent_folder=str(self._runs_dir.trial(parent.files, parent.number)) if parent else "",
+                parent_folder=str(self._parent_folder(claim, parent)) if parent else "",
                 parent_key=parent.key if parent else "",
                 parent_epoch=parent.epoch if parent and scheduler.replaces_trials else 0,
                 interval=scheduler.interval if scheduler.replaces_trials else 0,
@@ -175,6 +177,9 @@ class TrialCoordinator:
 
         parent = Parent.read(claim.continued_from)
         return parent if parent is not None and parent.epoch > 0 and self._space.saves_checkpoints else None
+
+    def _parent_folder(self, claim: ClaimedTrial, parent: Parent) -> Path:
+        return parent_folder(self._runs_dir, self._folder(claim), parent.files, parent.number)
 
     def _continued_epoch(self, tune_id: str) -> int:
         """Return the last epoch that a trial has from its parent; 0 for none."""
@@ -229,12 +234,11 @@ class TrialCoordinator:
 
     def _on_epoch(self, tune_id: str, claim: ClaimedTrial, report: TrialReport) -> Ending | None:
         epoch, metrics = report.epoch, report.metrics
-        value = metrics.get(self._space.metric)
-        if value is None:
-            hint = nearest(self._space.metric, metrics)
-            return self._fail(
-                tune_id, f"the trainable reported no metric {self._space.metric!r}, {hint}", "", report.node
-            )
+        for each in self._space.all_objectives:
+            if each.metric not in metrics:
+                hint = nearest(each.metric, metrics)
+                return self._fail(tune_id, f"the trainable reported no metric {each.metric!r}, {hint}", "", report.node)
+        value, *others = (metrics[each.metric] for each in self._space.all_objectives)
         if not report.is_recalled:
             if tune_id not in self._new_epochs and epoch <= self._epochs[tune_id]:
                 self._listener.note(
@@ -267,7 +271,7 @@ class TrialCoordinator:
             return self._fail(tune_id, f"{infinite[0]} is {metrics[infinite[0]]} after epoch {epoch}")
         if epoch >= self._space.max_epochs:
             attrs = {name: metrics[name] for name in ("test_accuracy", "test_loss") if name in metrics}
-            self._run.complete(claim, value, attrs)
+            self._run.complete(claim, value, attrs, other_values=tuple(others))
             return self._end(tune_id, "COMPLETE", "")
         if is_pruned and self._space.population is not None:
             replacement = self._run.replacement(claim)
@@ -434,8 +438,8 @@ class TrialCoordinator:
 
     def _is_patience_spent(self) -> bool:
         """Whether too many trials in a row ended without a better value. Those that wait are still run."""
-        patience, is_maximized = self._space.budget.patience, self._space.direction == "maximize"
-        return patience is not None and self._run.is_patience_spent(patience, maximize=is_maximized)
+        patience = self._space.budget.patience
+        return patience is not None and self._run.is_patience_spent(patience, self._space.directions)
 
     def _crash_reason(self, claim: ClaimedTrial, details: str) -> tuple[str, str]:
         hang = self._folder(claim) / HANG_FILE

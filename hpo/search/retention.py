@@ -2,7 +2,8 @@
 
 Unfinished trials keep theirs, to resume, and so do failed ones, for `hpo retry --resume`. The database ranks those that
 completed, so any number of drivers agree. What is superfluous once stays so, because values of ended trials do not change:
-deleting needs no lock, and any driver may do it again.
+deleting needs no lock, and any driver may do it again. With several objectives, a trial may become one of the best again,
+when a new one dominates others; what was deleted stays deleted.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class Retention:
 
         with suppress(StorageError):
             ended = ranking.superfluous_trials(self._study, 0, None, among=numbers, timeout_seconds=0.0)
-            needed = parents.continued_trials(self._study, timeout_seconds=0.0) if ended else set()
+            found = parents.continued_trials(self._study.database, timeout_seconds=0.0) if ended else {}
+            needed = found.get(str(self._study.identity), {})
             for trial in ended:
                 folder = self._folder / str(trial.number)
                 if trial.number not in needed and is_of(folder, trial):
@@ -111,9 +113,9 @@ def superfluous_trials(
     policy = space.checkpoints
     if policy.count is None or not numbers:
         return []
-    direction = space.direction if policy.keeps_best else None
-    found = ranking.superfluous_trials(study, policy.count, direction, among=numbers, timeout_seconds=timeout_seconds)
-    needed = parents.continued_trials(study, timeout_seconds) if found else set()
+    directions = space.directions if policy.keeps_best else None
+    found = ranking.superfluous_trials(study, policy.count, directions, among=numbers, timeout_seconds=timeout_seconds)
+    needed = parents.continued_trials(study.database, timeout_seconds).get(str(study.identity), {}) if found else {}
     return [trial for trial in found if trial.number not in needed]
 
 

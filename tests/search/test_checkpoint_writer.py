@@ -31,7 +31,7 @@ class Disk:
         self._gate = threading.Semaphore(0)
         self._begun = threading.Semaphore(0)
 
-    def save(self, folder: Path, checkpoint: Checkpoint, token: int = 0) -> None:
+    def save(self, folder: Path, checkpoint: Checkpoint, token: int = 0, *, interval: int = 0) -> None:
         self.started.append(checkpoint.epoch)
         self._begun.release()
         assert self._gate.acquire(timeout=30)
@@ -116,7 +116,7 @@ def test_a_checkpoint_has_the_state_at_the_end_of_its_epoch(
 ) -> None:
     """The next epoch changes the tensors and the lists in place while they are written."""
 
-    def save_late(folder: Path, checkpoint: Checkpoint, token: int = 0) -> None:
+    def save_late(folder: Path, checkpoint: Checkpoint, token: int = 0, *, interval: int = 0) -> None:
         disk.save(folder, checkpoint, token)
         save_checkpoint(folder, checkpoint, token)
 
@@ -184,7 +184,7 @@ def test_automatic_checkpoints_cost_their_share_and_come_at_least_every_five_min
     epochs: list[int] = []
     clock = [0.0]
 
-    def save(folder: Path, checkpoint: Checkpoint, token: int = 0) -> None:
+    def save(folder: Path, checkpoint: Checkpoint, token: int = 0, *, interval: int = 0) -> None:
         epochs.append(checkpoint.epoch)
         clock[0] += cost_seconds
 

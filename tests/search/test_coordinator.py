@@ -499,7 +499,7 @@ def test_a_pruned_trial_leaves_the_checkpoints_that_the_search_keeps(
         coordinator = coordinator_of(space, run, tmp_path, RecordingListener())
         spec = coordinator.next_trial("a")
         assert spec is not None
-        monkeypatch.setattr(run, "decide", lambda *_: True)
+        monkeypatch.setattr(run, "decide", lambda *_, **__: True)
         assert coordinator.on_report("a", take_reports(spec, 1)[0]) is ending
 
 

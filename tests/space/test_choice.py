@@ -10,6 +10,7 @@ from hpo.space.choice import MAX_GP_TRIALS, MAX_LEARNING_TRIALS, SMALL_GRID
 from hpo.space.model import Space
 
 LR = {"type": "float", "low": 0.1, "high": 1.0}
+TWO = [{"metric": "accuracy", "direction": "maximize"}, {"metric": "seconds", "direction": "minimize"}]
 SIX = {"lr": [0.1, 0.2, 0.3], "batch_size": [64, 128]}
 
 
@@ -62,6 +63,9 @@ def space_of(parameters: dict[str, Any], **changes: Any) -> Space:
             "the members of a population (pbt) start from independent draws",
         ),
         (SIX, {"scheduler": "pbt", "max_epochs": 9}, "random", "the members of a population (pbt) start from "),
+        ({"lr": LR}, {"budget": {"trials": 9}, "objectives": TWO}, "tpe", "there are 2 objectives"),
+        ({"lr": LR}, {"budget": {"trials": 9}, "objectives": TWO[:1]}, "gp", "numbers only"),
+        (SIX, {"objectives": TWO}, "grid", "6 configurations"),
         ({"lr": LR}, {"budget": {"trials": MAX_LEARNING_TRIALS + 1}}, "random", "with more than 20,000 trials, a draw"),
     ],
 )
