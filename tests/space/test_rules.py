@@ -314,6 +314,10 @@ RULES = {
         POPULATION + "»replicates: 2\n",
         ["replicates: pbt compares single trainings: leave replicates out"],
     ),
+    "a population with several objectives": (
+        POPULATION.replace("scheduler", "»scheduler") + "objectives: [{metric: a}, {metric: b}]\n",
+        ["scheduler: pbt stops a trial whose value is worse", "with 2 objectives there is no such order"],
+    ),
     "a population of scripts": (
         POPULATION.replace("scheduler", "»scheduler")
         + "command: python train.py --lr {lr} --save {checkpoint_dir}\nmetric: acc\n",
