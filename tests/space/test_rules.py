@@ -315,7 +315,8 @@ RULES = {
         ["replicates: pbt compares single trainings: leave replicates out"],
     ),
     "a population with several objectives": (
-        POPULATION.replace("scheduler", "»scheduler") + "objectives: [{metric: a}, {metric: b}]\n",
+        POPULATION.replace("scheduler", "»scheduler")
+        + "objectives: [{metric: a, direction: maximize}, {metric: b, direction: minimize}]\n",
         ["scheduler: pbt stops a trial whose value is worse", "with 2 objectives there is no such order"],
     ),
     "a population of scripts": (
