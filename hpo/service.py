@@ -140,12 +140,12 @@ def run_search(
         if is_new_database(storage):
             cluster.start()
         from hpo.report.results import read_results
-        from hpo.search.continuation import plan_continuation
+        from hpo.search.continuation import open_continued, plan_continuation
         from hpo.search.retention import Retention
         from hpo.search.warm_start import find_trials
         from storage.database import open_database
         from storage.imports import SOURCES, set_points
-        from storage.studies import find_revision, open_study
+        from storage.studies import find_revision
 
         database = opened.enter_context(open_database(storage, password))
         study = find_revision(database, space.name, space.fingerprint)
@@ -158,7 +158,7 @@ def run_search(
         is_over = left == 0 or stopped is not None
         _note_changes(space, study, listener)
         if study is not None and is_over:
-            study = open_study(database, **space.study_options)  # stores a changed budget or `checkpoints.keep`
+            study, _ = open_continued(database, continuation, runs)  # stores a changed budget or `checkpoints.keep`
             listener.study_opened(space, study.name, database.url, study.counts())
             Retention(space, study, runs).run_ended()
         else:
@@ -207,17 +207,18 @@ def _search(
 ) -> tuple[Study, Stop | None]:
     """Run the trials that are left. Slow imports happen here, while Ray starts in the background."""
     from hpo.cleaning import note_database
+    from hpo.search.continuation import open_continued
     from hpo.search.estimate import is_worth_measuring
     from hpo.search.slots import plan_slots
     from hpo.search.tune import run_trials
     from hpo.search.warm_start import take_over_trials
-    from storage.studies import open_study
 
-    space, estimate, images = continuation.space, None, None
+    estimate, images = None, None
     if probes is not None:
         provenance["data_sha256"], images = probes.describe_data()
     # Only now, so that a missing data set does not leave an empty study.
-    study = open_study(database, **space.study_options)
+    study, continuation = open_continued(database, continuation, runs_dir)
+    space = continuation.space
     note_database(runs_dir.checkpoints(study.unique_name), database)
     _note_sources(take_over_trials(space, study, found, password), continuation, study.keys(), listener)
     left = _trials_left(space, study)  # now: another study may have been deleted meanwhile, and this one is new

@@ -79,7 +79,9 @@ class Run:
         self._history_limit = history_limit
         self._pruner = pruner
         self._crashes: dict[int, int] = {}  # {token: crashes}
-        self._best_number: int | None = None  # of the best trial when trials were counted last, unless an earlier one ran
+        self._best_number: int | None = (
+            None  # of the best trial when trials were counted last, unless an earlier one ran
+        )
         self._leaves_at: float | None = None  # by the monotonic clock
         self._lease = Lease(
             study.database,

@@ -6,8 +6,8 @@ Only completed trials are continued. A pruned one is not: its scheduler has judg
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,35 @@ class Candidate:
     parent: Parent
     outlook: Outlook
 
+    @property
+    def stored(self) -> dict[str, Any]:
+        """What a study stores of it, see `_restore`."""
+        is_left = self.outlook is Outlook.HORIZON
+        return {"params": self.params, "value": self.value, "horizon": is_left, "parent": self.parent.attribute}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is done with the trials of shorter revisions. The study stores it.
+
+    Attributes:
+        options: by which it was made: with others, it is made anew.
+        chosen: see `ContinuationPlan`; of a grid with a budget, also points beyond it.
+        left: see `ContinuationPlan`.
+        seen: what the study had stored when it was made.
+    """
+
+    options: Mapping[str, Any]
+    chosen: Sequence[Candidate]
+    left: Sequence[Candidate]
+    seen: Any = None
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """What the study stores."""
+        chosen, left = ([each.stored for each in found] for found in (self.chosen, self.left))
+        return {"options": dict(self.options), "chosen": chosen, "left": left}
+
 
 @dataclass(frozen=True)
 class ContinuationPlan:
@@ -63,11 +92,13 @@ class ContinuationPlan:
         space: the search, without the points of its grid that are left as they are.
         chosen: the trials that are continued, or whose configurations are trained from the start, best first.
         left: those whose configurations stay as they are, best first.
+        decision: what the study is to store of it; None for nothing.
     """
 
     space: Space
     chosen: Sequence[Candidate] = ()
     left: Sequence[Candidate] = ()
+    decision: Decision | None = None
 
     @property
     def attrs(self) -> dict[str, dict[str, Any]]:
@@ -126,8 +157,9 @@ def plan_continuation(
 ) -> ContinuationPlan:
     """Return what a search does with the completed trials of its other revisions that had fewer epochs.
 
-    A trial counts if this search would train its configuration in the same way: parameters, derived values, data, seeds and
-    trainable are the same, and so are metric and direction, by which trials are ranked.
+    What the study has decided before stands, unless the options of `continue` have changed. A trial counts if this search
+    would train its configuration in the same way: parameters, derived values, data, seeds and trainable are the same, and
+    so are metric and direction, by which trials are ranked.
 
     Args:
         space: the search.
@@ -138,9 +170,59 @@ def plan_continuation(
     Raises:
         StorageError: the database cannot be used.
     """
-    options = space.continuation
-    if database is None or not options.is_wanted:
+    if database is None or not space.continuation.is_wanted:
         return ContinuationPlan(space)
+    from storage.continuations import CONTINUATION
+
+    stored = None if study is None else study.attrs.get(CONTINUATION)
+    decision = _read_decision(space, stored, runs_dir)
+    if decision is None or decision.options != _options_of(space):
+        decision = replace(_decide(space, study, database, runs_dir, decision), seen=stored)
+    return _follow(space, decision)
+
+
+def open_continued(
+    database: Database, continuation: ContinuationPlan, runs_dir: RunsDir
+) -> tuple[Study, ContinuationPlan]:
+    """Open the study of a search, and store which trials it continues.
+
+    Returns:
+        The study, and what it continues: another plan if another run has made one meanwhile.
+
+    Raises:
+        StorageError: the database cannot be used.
+    """
+    from storage.continuations import settle_continuation
+    from storage.studies import open_study
+
+    space, decision = continuation.space, continuation.decision
+    study = open_study(database, **space.study_options)
+    if decision is None or decision.stored == decision.seen:
+        return study, continuation
+    settled = settle_continuation(study, decision.seen, decision.stored)
+    made = None if settled == decision.stored else _read_decision(space, settled, runs_dir)
+    if made is None or made.options != decision.options:
+        return study, continuation
+    continuation = _follow(space, made)
+    return open_study(database, **continuation.space.study_options), continuation  # its number of trials is another one
+
+
+def _options_of(space: Space) -> dict[str, Any]:
+    return {**space.continuation.model_dump(mode="json"), "is_grid": space.is_grid}
+
+
+def _decide(
+    space: Space, study: Study | None, database: Database, runs_dir: RunsDir, before: Decision | None
+) -> Decision:
+    """Choose trials by the options of the search.
+
+    Args:
+        space: the search.
+        study: its study; None if it does not exist yet.
+        database: of the study.
+        runs_dir: where checkpoints are.
+        before: the decision by other options: its trials may be of studies that were renamed or deleted since.
+    """
     from storage.studies import other_revisions
 
     best: dict[str, Candidate] = {}
@@ -148,17 +230,57 @@ def plan_continuation(
         for candidate in _candidates(space, revision, runs_dir):
             known = best.get(candidate.key)
             best[candidate.key] = candidate if known is None else max(known, candidate, key=_usefulness)
+    for candidate in () if before is None else (*before.chosen, *before.left):
+        best.setdefault(candidate.key, candidate)
+    options = space.continuation
     ranked = sorted(best.values(), key=lambda each: each.value, reverse=space.direction == "maximize")
     wanted = ranked[: options.count(is_grid=space.is_grid)]
     chosen = [each for each in wanted if each.outlook is not Outlook.HORIZON or options.horizon == "restart"]
     keys = {each.key for each in chosen}
     left = [each for each in ranked if each.key not in keys]
-    if space.is_grid and left:
+    return Decision(_options_of(space), chosen, left if space.is_grid else _with(left, Outlook.HORIZON))
+
+
+def _follow(space: Space, decision: Decision) -> ContinuationPlan:
+    """Return what a search does by a decision. Its grid may be one with a budget."""
+    chosen, left = decision.chosen, decision.left
+    if space.is_grid:
         space = space.leaving_out({each.key for each in left})
     if space.is_grid and chosen and space.budget.trials is not None:
         planned = space.point_keys()
         chosen = [each for each in chosen if each.key in planned]
-    return ContinuationPlan(space, chosen, left if space.is_grid else _with(left, Outlook.HORIZON))
+    is_empty = decision.seen is None and not decision.chosen and not left
+    return ContinuationPlan(space, chosen, left, None if is_empty else decision)
+
+
+def _read_decision(space: Space, stored: Any, runs_dir: RunsDir) -> Decision | None:
+    """Return the decision that a study has stored; None if there is none, or if another program has changed it."""
+    if not isinstance(stored, Mapping) or not isinstance(stored.get("options"), Mapping):
+        return None
+    found: dict[str, list[Candidate]] = {}
+    for name in ("chosen", "left"):
+        entries = stored.get(name)
+        candidates = [_restore(space, each, runs_dir) for each in entries] if isinstance(entries, list) else [None]
+        found[name] = [each for each in candidates if each is not None]
+        if len(found[name]) < len(candidates):
+            return None
+    return Decision(stored["options"], found["chosen"], found["left"], stored)
+
+
+def _restore(space: Space, stored: Any, runs_dir: RunsDir) -> Candidate | None:
+    """Return what `Candidate.stored` describes; its checkpoint may be gone by now."""
+    from storage.parents import Parent
+
+    if not isinstance(stored, Mapping):
+        return None
+    params, value, parent = stored.get("params"), stored.get("value"), Parent.read(stored.get("parent"))
+    if parent is None or not isinstance(value, int | float) or not isinstance(params, dict):
+        return None
+    if space.find_misfit(params):
+        return None
+    outlook = Outlook.CONTINUED if _has_checkpoint(space, parent, runs_dir) else Outlook.GONE
+    outlook = Outlook.HORIZON if stored.get("horizon") is True else outlook
+    return Candidate(params, space.config_key(params), value, parent, outlook)
 
 
 def _usefulness(candidate: Candidate) -> tuple[bool, int]:
