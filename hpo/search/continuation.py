@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,7 @@ class Candidate:
         value: the objective after its last epoch.
         parent: the trial.
         outlook: what becomes of it.
+        epochs: {epoch: objective} as its study has it; empty for one that a decision names.
     """
 
     params: Params
@@ -53,6 +54,7 @@ class Candidate:
     value: float
     parent: Parent
     outlook: Outlook
+    epochs: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def stored(self) -> dict[str, Any]:
@@ -233,12 +235,27 @@ def _decide(
     for candidate in () if before is None else (*before.chosen, *before.left):
         best.setdefault(candidate.key, candidate)
     options = space.continuation
-    ranked = sorted(best.values(), key=lambda each: each.value, reverse=space.direction == "maximize")
+    ranked = _rank(list(best.values()), maximize=space.direction == "maximize")
     wanted = ranked[: options.count(is_grid=space.is_grid)]
     chosen = [each for each in wanted if each.outlook is not Outlook.HORIZON or options.horizon == "restart"]
     keys = {each.key for each in chosen}
     left = [each for each in ranked if each.key not in keys]
     return Decision(_options_of(space), chosen, left if space.is_grid else _with(left, Outlook.HORIZON))
+
+
+def _rank(candidates: Sequence[Candidate], *, maximize: bool) -> list[Candidate]:
+    """Return candidates by their values, best first: those after the largest epoch that all of them have.
+
+    Later values of trials with more epochs would be better for that alone. Without such an epoch, last values are compared.
+    """
+    shared = set.intersection(*(set(each.epochs) for each in candidates)) if candidates else set()
+    epoch = max(shared, default=None)
+
+    def order(candidate: Candidate) -> tuple[bool, float]:
+        value = candidate.value if epoch is None else candidate.epochs[epoch]
+        return math.isfinite(value), value if maximize else -value
+
+    return sorted(candidates, key=order, reverse=True)
 
 
 def _follow(space: Space, decision: Decision) -> ContinuationPlan:
@@ -309,7 +326,8 @@ def _candidates(space: Space, earlier: Study, runs_dir: RunsDir) -> Iterator[Can
             outlook = Outlook.CONTINUED if _has_checkpoint(space, parent, runs_dir) else Outlook.GONE
             if comparison.depends_on_horizon(trial):
                 outlook = Outlook.HORIZON
-            yield Candidate(params, space.config_key(params), value, parent, outlook)
+            epochs = trial.intermediate_values
+            yield Candidate(params, space.config_key(params), value, parent, outlook, epochs)
 
 
 def _parent(trial: FrozenTrial, before: Space, earlier: Study) -> Parent:

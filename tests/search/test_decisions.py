@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.toy import expected_value
 from hpo.paths import RunsDir
 from hpo.search.continuation import open_continued, plan_continuation
 from hpo.space.model import Space
@@ -108,6 +109,17 @@ def test_trials_that_complete_later_do_not_change_what_is_left(database: Databas
     again, listener = search_without_ray(long_space(tmp_path, "best 1"), database, tmp_path)
     assert parents(again) == before
     assert listener.events == [("note", "leaves 1 trial as it is (continue: best 1)")]
+
+
+def test_trials_are_ranked_after_the_same_number_of_epochs(database: Database, tmp_path: Path) -> None:
+    """After three epochs, two is better; one has five epochs, and its last value is better."""
+    values = {x: [expected_value({"x": x}, 0, epoch) for epoch in (SHORT, LONG)] for x in XS}
+    one, two = next((a, b) for a in XS for b in XS if values[a][0] < values[b][0] < values[a][1])
+    search_without_ray(space_of(tmp_path, parameters={"x": [two]}), database, tmp_path)
+    search_without_ray(long_space(tmp_path, parameters={"x": [one]}), database, tmp_path)
+    longest = long_space(tmp_path, "best 1", max_epochs=7, parameters={"x": [one, two]})
+    study, _ = search_without_ray(longest, database, tmp_path)
+    assert parents(study) == {two: "toy@1 #0"}
 
 
 @pytest.mark.parametrize("stored", [3, {"options": 3}, {"options": {}, "chosen": [{"params": {"y": 1}}], "left": []}])
