@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from hpo.errors import SettingError, SpaceError, nearest
@@ -123,6 +124,7 @@ class _Finder:
         self._before = _known_sources(study)
         self._known = read_known(study)
         self._identities = {None if study is None else study.identity}  # of studies that are not read any more
+        self._named: set[tuple[Origin, datetime | None]] = set()  # trials of the sources so far, and when they ended
 
     def find(self) -> list[Found]:
         from storage.studies import other_revisions
@@ -186,7 +188,7 @@ class _Finder:
             trial
             for trial in earlier.trained_trials()
             if trial.state.name in {"COMPLETE", "PRUNED"}
-            and (own is None or (origin := Origin.of(trial.user_attrs)) is None or origin.identity != own)
+            and (own is None or Origin.of_training(earlier, trial).identity != own)
         ]
         try:
             before = Space.from_settings(earlier.settings)
@@ -211,8 +213,13 @@ class _Finder:
         """Return the trial.
 
         Raises:
-            RefusalError: the study has the result of another training of the same configuration, or will have it.
+            RefusalError: the study has the result of another training of the same configuration, or will have it; or another
+                source has this very trial, as a copy of a study does.
         """
+        named = (dataclasses.replace(trial.origin, study=""), trial.completed)  # a copy may have another name for it
+        if named in self._named:
+            raise RefusalError("another source has the same trial")
+        self._named.add(named)
         if not self._known.has(trial):
             if self._known.has_configuration(trial):
                 raise RefusalError("this search has the configuration already")

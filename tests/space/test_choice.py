@@ -57,7 +57,12 @@ def space_of(parameters: dict[str, Any], **changes: Any) -> Space:
         ),
         (OPTIMIZERS, {"budget": {"trials": 11}}, "grid", "11 configurations, within the budget of 11 trials"),
         (OPTIMIZERS, {"budget": {"trials": 10}}, "tpe", "momentum depends on another parameter"),
-        (SQUARE, {"budget": {"trials": 6}, "constraints": ["a == b"]}, "grid", "6 configurations, within the budget of 6"),
+        (
+            SQUARE,
+            {"budget": {"trials": 6}, "constraints": ["a == b"]},
+            "grid",
+            "6 configurations, within the budget of 6",
+        ),
         (SQUARE, {"budget": {"trials": 5}, "constraints": ["a == b"]}, "gp", "numbers only, at most 100 trials"),
         (SQUARE, {"constraints": ["a == b"]}, "grid", "6 configurations"),
         ({"lr": LR}, {"budget": {"trials": 9}, "scheduler": "asha"}, "tpe", "asha stops trials early, and tpe learns "),
