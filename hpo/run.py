@@ -225,7 +225,7 @@ def plan(space: str, overrides: Sequence[str], storage: str, data_dir: Path) -> 
         planned = plan_search(
             loaded, storage=storage, password=secret("PGPASSWORD"), data_dir=data_dir, listener=progress
         )
-    console.print(configuration_table(loaded, planned.states))
+    console.print(configuration_table(planned.space, planned.states, planned.outlooks))
     for line in plan_lines(loaded, planned.slots, planned.estimate, planned.device_seconds):
         console.print(line)
     if planned.estimate is not None:

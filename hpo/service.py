@@ -10,7 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from hpo.search.slots import Slots
     from hpo.search.stop import Stop
     from hpo.search.warm_start import Found
+    from hpo.space.parameters import Params
     from storage.database import Database
     from storage.studies import Study
 
@@ -231,7 +232,8 @@ def _search(
     slots = plan_slots(space, left, *size)
     if probes is not None:
         if images is not None and is_worth_measuring(space, left, images):
-            estimate = _measure(space, slots, left, probes, images, size, listener)
+            begun = continuation.begun(study.ended_keys())
+            estimate = _measure(space, slots, left, probes, images, size, listener, begun)
         probes.close()  # frees its memory and CPU for the trials
     slots = slots if estimate is None else estimate.slots
     _keep_if_shared(mps, slots, listener)
@@ -367,6 +369,7 @@ def _measure(
     images: ImageCounts,
     size: tuple[float, float],
     listener: ProgressListener,
+    begun: Sequence[tuple[Params, int]],
 ) -> SearchEstimate | None:
     """Measure training steps; None if nothing is left to train, or the device is not on this machine."""
     from hpo.search.estimate import can_measure, estimate_search
@@ -374,7 +377,7 @@ def _measure(
     if left == 0 or not can_measure(slots):
         return None
     listener.preparing("measuring training steps")
-    return estimate_search(space, slots, left, probes, images, size)
+    return estimate_search(space, slots, left, probes, images, size, begun)
 
 
 @contextmanager
@@ -412,6 +415,8 @@ class PlannedSearch:
         states: {`Space.config_key`: state} of the configurations that storage holds.
         trials_left: how many trials have not ended; None if only time ends the search.
         device_seconds: what the study has used already.
+        outlooks: {`Space.config_key`: what becomes of it} of the configurations that are continued from an earlier revision,
+            or left as they are there.
     """
 
     space: Space
@@ -420,6 +425,7 @@ class PlannedSearch:
     states: Mapping[str, str]
     trials_left: int | None
     device_seconds: float
+    outlooks: Mapping[str, str] = field(default_factory=dict)
 
 
 def plan_search(
@@ -463,24 +469,28 @@ def plan_search(
         listener.note(note)
     with start_mps(is_wanted=may_share_gpu(space)) as mps, _start_probes(space, data, Path(runs_dir)) as probes:
         _note_failure(mps, listener)
-        space, states, left, used = _look_up(space, storage, password, RunsDir(Path(runs_dir)), listener)
+        continuation, states, left, used = _look_up(space, storage, password, RunsDir(Path(runs_dir)), listener)
+        space = continuation.space
         size, estimate = machine_size(), None
         slots = plan_slots(space, left, *size)
         if probes is not None:
             _, images = probes.describe_data()
-            estimate = _measure(space, slots, left, probes, images, size, listener)
+            ended = {key for key, state in states.items() if state in {"COMPLETE", "PRUNED", "FAIL"}}
+            begun = continuation.begun(ended)
+            estimate = _measure(space, slots, left, probes, images, size, listener, begun)
         slots = slots if estimate is None else estimate.slots
         _keep_if_shared(mps, slots, listener)
-    return PlannedSearch(space, slots, estimate, states, left, used)
+    return PlannedSearch(space, slots, estimate, states, left, used, continuation.outlooks)
 
 
 def _look_up(
     space: Space, storage: str, password: str | None, runs_dir: RunsDir, listener: ProgressListener
-) -> tuple[Space, dict[str, str], int | None, float]:
-    """Return a search, its stored states, how many trials have not ended, and its device time; see `PlannedSearch`."""
+) -> tuple[ContinuationPlan, dict[str, str], int | None, float]:
+    """Return what a search continues, and three parts of a `PlannedSearch`: states, trials left, device time."""
+    from hpo.search.continuation import ContinuationPlan, plan_continuation
+
     if is_new_database(storage) and not space.warm_start:
-        return space, {}, space.total_trials, 0.0
-    from hpo.search.continuation import plan_continuation
+        return ContinuationPlan(space), {}, space.total_trials, 0.0
     from hpo.search.warm_start import find_trials
     from storage.database import open_for_reading
     from storage.studies import find_revision
@@ -503,7 +513,7 @@ def _look_up(
                 left -= len(space.point_keys() & (reused.keys() - states.keys()))
             states = reused | states
             _note_sources(found, continuation, states.keys(), listener)
-        return space, states, left, 0.0 if study is None else study.device_seconds()
+        return continuation, states, left, 0.0 if study is None else study.device_seconds()
 
 
 def _trials_left(space: Space, study: Study) -> int | None:

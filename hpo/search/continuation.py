@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from storage.studies import Study
 
 MAX_NAMED = 5  # trials in a note
+LEFT = "left as it is"  # what becomes of a configuration that this search does not train
 
 
 class Outlook(Enum):
@@ -123,6 +124,22 @@ class ContinuationPlan:
         points = {self.space.config_key(point): point for point in self.space.planned_points()}
         continued = [points.pop(key) for each in self.chosen if (key := each.key) in points]
         return [*continued, *points.values()]
+
+    @property
+    def outlooks(self) -> dict[str, str]:
+        """{key of a configuration: what becomes of it}, of those that are continued or left as they are."""
+        continued = _with(self.chosen, Outlook.CONTINUED)
+        left = {each.key: LEFT for each in self.left} if self.space.is_grid else {}
+        return {each.key: f"continued from {each.parent}" for each in continued} | left
+
+    def begun(self, ended: Collection[str]) -> list[tuple[Params, int]]:
+        """Return (configuration, epoch) of the trials that start after an epoch of their parent.
+
+        Args:
+            ended: keys of the configurations that have ended: they are left out.
+        """
+        continued = _with(self.chosen, Outlook.CONTINUED)
+        return [(each.params, each.parent.epoch) for each in continued if each.key not in ended]
 
     def notes(self, known: Collection[str]) -> Iterator[str]:
         """Yield notes for the user.

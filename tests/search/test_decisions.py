@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from benchmarks.toy import expected_value
+from hpo import plan_search
 from hpo.paths import RunsDir
+from hpo.report.plan import configuration_table
 from hpo.search.continuation import open_continued, plan_continuation
 from hpo.space.model import Space
 from storage.continuations import CONTINUATION, settle_continuation
@@ -143,3 +148,22 @@ def test_of_two_runs_that_decide_at_the_same_time_the_first_one_is_followed(data
     study, followed = open_continued(database, second, runs)
     assert ([each.key for each in followed.left], study.attrs["hpo:total"]) == ([first.left[0].key], 3)
     assert settle_continuation(study, None, {"options": {}}) == study.attrs[CONTINUATION], "it was not seen"
+
+
+def test_a_plan_lists_what_is_continued_and_what_is_left(database: Database, tmp_path: Path) -> None:
+    earlier, _ = search_without_ray(space_of(tmp_path), database, tmp_path)
+    ranked = sorted(earlier.trials(), key=lambda trial: -(trial.value or 0.0))
+    best = {trial.params["x"]: trial.number for trial in ranked[:2]}
+    space = long_space(tmp_path)
+    for stage in ("before", "after"):
+        planned = plan_search(space, storage=f"sqlite:///{tmp_path}/hpo.db", data_dir=tmp_path, runs_dir=tmp_path)
+        Console(file=(file := io.StringIO()), width=120).print(
+            configuration_table(planned.space, planned.states, planned.outlooks)
+        )
+        text = file.getvalue()
+        states = {int(x): state for x, state in re.findall(r"^ *(\d) +(\w.*\S) *$", text, re.MULTILINE)}
+        in_search = {x: f"continued from toy@1 #{n}" if stage == "before" else "COMPLETE" for x, n in best.items()}
+        assert states == {x: in_search.get(x, "left as it is") for x in XS}
+        stored = "none of them" if stage == "before" else "2 COMPLETE"
+        assert f"4 configurations, 2 of which are left as they are; storage has {stored}." in text
+        search_without_ray(space, database, tmp_path)
