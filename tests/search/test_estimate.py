@@ -68,12 +68,12 @@ def test_estimate_is_the_end_of_the_last_trial() -> None:
 @pytest.mark.parametrize("overrides", [(), ("sampler=random", "budget={trials: 3}")])
 def test_a_continued_trial_counts_the_epochs_that_are_left(overrides: tuple[str, ...]) -> None:
     begun: list[tuple[dict[str, Any], int]] = [({"batch_size": 256, "lr": 0.01}, 3)]
-    arguments: Any = (FakeProbes(lambda *_: 10.0), IMAGES, (1.0, 0.0))
+    probes, slots = FakeProbes(lambda *_: 10.0), Slots(1, 1.0, 0.0)
     space = documented_space(*overrides)
     epoch, end = 1600 + 400 / 3, 500 / 3
-    made = estimate_search(space, Slots(1, 1.0, 0.0), 3, *arguments, begun=begun)
+    made = estimate_search(space, slots, 3, probes, IMAGES, (1.0, 0.0), begun)
     assert made.trial_seconds == pytest.approx(((2 + 5 + 5) * epoch + 3 * end) / 10)
-    last = estimate_search(space, Slots(1, 1.0, 0.0), 1, *arguments, begun=begun)
+    last = estimate_search(space, slots, 1, probes, IMAGES, (1.0, 0.0), begun)
     assert last.trial_seconds == pytest.approx((2 * epoch + end) / 10)
 
 
