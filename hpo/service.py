@@ -160,7 +160,7 @@ def run_search(
         _note_changes(space, study, listener)
         if study is not None and is_over:
             study, _ = open_continued(database, continuation, runs)  # stores a changed budget or `checkpoints.keep`
-            listener.study_opened(space, study.name, database.url, study.counts())
+            listener.study_opened(space, study.name, database.url, study.counts(), left)
             Retention(space, study, runs).run_ended()
         else:
             listener.preparing("reading earlier studies")
@@ -223,7 +223,7 @@ def _search(
     note_database(runs_dir.checkpoints(study.unique_name), database)
     _note_sources(take_over_trials(space, study, found, password), continuation, study.keys(), listener)
     left = _trials_left(space, study)  # now: another study may have been deleted meanwhile, and this one is new
-    listener.study_opened(space, study.name, database.url, study.counts())
+    listener.study_opened(space, study.name, database.url, study.counts(), left)
     if left == 0:  # earlier studies had all results
         return study, None
     if space.budget.shows_device_time:
