@@ -164,7 +164,8 @@ def run_search(
             Retention(space, study, runs).run_ended()
         else:
             listener.preparing("reading earlier studies")
-            found = find_trials(space, study, database, password)  # a wrong name must not leave an empty study
+            # First: a wrong name must not leave an empty study.
+            found = find_trials(space, study, database, password, continuation.parents)
             cluster.start()
             provenance = {"command": command} | describe_environment()
             study, stopped = _search(
@@ -221,7 +222,8 @@ def _search(
     study, continuation = open_continued(database, continuation, runs_dir)
     space = continuation.space
     note_database(runs_dir.checkpoints(study.unique_name), database)
-    _note_sources(take_over_trials(space, study, found, password), continuation, study.keys(), listener)
+    found = take_over_trials(space, study, found, password, continuation.parents)
+    _note_sources(found, continuation, study.keys(), listener)
     left = _trials_left(space, study)  # now: another study may have been deleted meanwhile, and this one is new
     listener.study_opened(space, study.name, database.url, study.counts(), left)
     if left == 0:  # earlier studies had all results
@@ -264,8 +266,8 @@ def _note_sources(
 ) -> None:
     """Say what is taken over from earlier studies, and what is continued.
 
-    Of several revisions, some may have nothing that others do not have. Of one whose trials are continued, it is not said
-    that their results are left out.
+    Each source that the search space names is listed. Of several revisions, some may have nothing that others do not have.
+    Of one whose trials are continued, it is not said that their results are left out.
 
     Args:
         found: what is taken over.
@@ -506,7 +508,7 @@ def _look_up(
             states = {space.config_key(trial.params): trial.state.name for trial in study.trained_trials()}
             left = _trials_left(space, study)
         if left != 0:
-            found = find_trials(space, study, database, password)
+            found = find_trials(space, study, database, password, continuation.parents)
             trials = [trial for each in found for trial in each.trials]
             reused = {trial.key: "COMPLETE" for trial in trials if trial.key is not None}
             if space.is_grid and left is not None:

@@ -112,6 +112,11 @@ class ContinuationPlan:
         return {each.key: {CONTINUED_FROM: each.parent.attribute} for each in continued}
 
     @property
+    def parents(self) -> set[tuple[str, int]]:
+        """(`hpo:id` of the study, number) of the trials that are continued."""
+        return {(each.parent.identity, each.parent.number) for each in _with(self.chosen, Outlook.CONTINUED)}
+
+    @property
     def sources(self) -> set[str]:
         """The names of the studies of these trials."""
         return {each.parent.study for each in (*self.chosen, *self.left)}

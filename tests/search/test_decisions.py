@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from hpo import plan_search
 from hpo.paths import RunsDir
 from hpo.report.plan import configuration_table
 from hpo.search.continuation import open_continued, plan_continuation
+from hpo.search.listener import NullListener
+from hpo.search.warm_start import find_trials, take_over_trials
 from hpo.space.model import Space
 from storage.continuations import CONTINUATION, settle_continuation
 from storage.copying import copy_study
@@ -36,6 +39,14 @@ def space_of(folder: Path, name: str = "toy", **changes: Any) -> Space:
 
 def long_space(folder: Path, wanted: Any = "best 2", name: str = "toy", **changes: Any) -> Space:
     return space_of(folder, name, **({"max_epochs": LONG, "continue": wanted} | changes))
+
+
+class Notes(NullListener):
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.texts.append(text)
 
 
 def named(database: Database, name: str) -> Study:
@@ -148,6 +159,33 @@ def test_of_two_runs_that_decide_at_the_same_time_the_first_one_is_followed(data
     study, followed = open_continued(database, second, runs)
     assert ([each.key for each in followed.left], study.attrs["hpo:total"]) == ([first.left[0].key], 3)
     assert settle_continuation(study, None, {"options": {}}) == study.attrs[CONTINUATION], "it was not seen"
+
+
+def test_what_is_continued_is_not_left_out(database: Database, tmp_path: Path) -> None:
+    search_without_ray(space_of(tmp_path), database, tmp_path)
+    plan = plan_continuation(long_space(tmp_path), None, database, RunsDir(tmp_path))
+    study, plan = open_continued(database, plan, RunsDir(tmp_path))
+    reason = f"it was trained for {SHORT} epochs, not {LONG} (despite: [max_epochs] takes it)"
+    assert [found.refused for found in find_trials(plan.space, study, database)] == [{reason: 4}]
+    (found,) = find_trials(plan.space, study, database, continued=plan.parents)
+    assert found.refused == {reason: 2}
+    take_over_trials(plan.space, study, [found])
+    again = find_trials(plan.space, study, database, continued=plan.parents)
+    assert again == [replace(found, trials=())], "it is not read again"
+
+
+def test_each_source_that_the_file_names_is_listed(database: Database, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        search_without_ray(space_of(tmp_path, name), database, tmp_path)
+    space = long_space(tmp_path, warm_start=["first", "second"])
+    listener = Notes()
+    storage = f"sqlite:///{tmp_path}/hpo.db"
+    plan_search(space, storage=storage, data_dir=tmp_path, runs_dir=tmp_path, listener=listener)
+    assert [text.partition(": ")[0] for text in listener.texts] == [
+        "warm start from first",
+        "warm start from second",
+    ]
+    assert all("it was trained for 3 epochs, not 5" in text for text in listener.texts)
 
 
 def test_a_plan_lists_what_is_continued_and_what_is_left(database: Database, tmp_path: Path) -> None:
