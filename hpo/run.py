@@ -263,6 +263,9 @@ def list_(storage: str, as_json: bool) -> int:
     It shows the state of each study, its number of trials, its best value, and the size of its checkpoints and logs
     in runs/checkpoints.
 
+    A study is finished when all trials of its grid or of budget.trials have ended. One that another limit of the budget
+    ended, such as time, patience or gpu_hours, is resumable: with a larger limit, `hpo run` resumes it.
+
     \b
     Example:  hpo list --json
     """

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hpo.errors import SettingError, SpaceError, nearest
 from hpo.search.comparison import Comparison, RefusalError
@@ -194,7 +194,7 @@ class _Finder:
     def _from_study(self, earlier: Study, source: Source, where: str) -> Found:
         """Return what is taken over from a study. A large one is read only if something has changed since the last time."""
         options = self._space.model_dump(mode="json", include={"parameters", "sampler"}) | source.model_dump()
-        state = [earlier.identity, earlier.endings(), options]
+        state: list[Any] = [earlier.identity, earlier.endings(), options]
         if continued := sorted(number for identity, number in self._continued if identity == earlier.identity):
             state.append(continued)
         seen = hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode()).hexdigest()[:16]
