@@ -174,3 +174,33 @@ def noop(
     done = checkpoint["epoch"] if checkpoint else 0
     for epoch in range(done + 1, max_epochs + 1):
         yield Report(epoch, {"value": params["x"] * epoch}, {"epoch": epoch})
+
+
+def trade_off(
+    params: Mapping[str, Any],
+    *,
+    data: Mapping[str, Any],
+    seed: int,
+    max_epochs: int,
+    device: str,
+    checkpoint: Mapping[str, Any] | None = None,
+) -> Iterator[Report]:
+    """Report two metrics that a search can have as objectives, `gain` and `cost`.
+
+    Args:
+        params: either `pair`, a text with both values such as `3 1.5`, or `x` and `y` from 0 to 1: then the gain is x, and
+            the cost is x squared plus y. In a pair, `nan` is a value; without the second number, no cost is reported.
+        data: unused.
+        seed: unused.
+        max_epochs: the last epoch.
+        device: unused.
+        checkpoint: the state of the last epoch that was saved.
+    """
+    done = checkpoint["epoch"] if checkpoint else 0
+    values = (
+        [float(part) for part in params["pair"].split()]
+        if "pair" in params
+        else [params["x"], params["x"] ** 2 + params["y"]]
+    )
+    for epoch in range(done + 1, max_epochs + 1):
+        yield Report(epoch, dict(zip(("gain", "cost"), values, strict=False)), {"epoch": epoch})

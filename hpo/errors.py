@@ -56,3 +56,11 @@ def printable(text: str) -> str:
     A terminal would obey them, a name with them would look like another one, and names in a database may contain any.
     """
     return _CONTROL.sub("", text)
+
+
+def was_interrupted(error: BaseException) -> bool:
+    """Return whether Ctrl-C led to an error, as in a library that was cleaning up when it came."""
+    context = error.__context__
+    while context is not None and not isinstance(context, KeyboardInterrupt):
+        context = context.__context__
+    return context is not None

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 import click
 
 from hpo import study_verbs, working_folder
-from hpo.errors import HpoError, SettingError, nearest, printable
+from hpo.errors import HpoError, SettingError, nearest, printable, was_interrupted
 from hpo.options import data_option, secret, space_arguments, storage_option
 from hpo.paths import RunsDir
 from hpo.printing import hint, new_console, print_ending, print_report, print_results, say
@@ -67,9 +67,12 @@ def _run(prefix: Sequence[str]) -> NoReturn:
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
     except Exception as error:  # noqa: BLE001 # printed here, while control characters are left out
+        interrupted = was_interrupted(error)
         if isinstance(error, HpoError) or _is_storage_error(error):
             say(f"hpo: {error}", to=sys.stderr)
-            sys.exit(2)
+            sys.exit(130 if interrupted else 2)
+        if interrupted:
+            sys.exit(130)
         traceback.print_exc()
         sys.exit(1)
 
@@ -338,7 +341,9 @@ def replay(study: str, number: int, yes: bool, storage: str, data_dir: Path) -> 
 
 @cli.command()
 @click.argument("study")
-@click.option("--trial", type=int, metavar="NUMBER", help="The trial; by default, the best one.")
+@click.option(
+    "--trial", type=int, metavar="NUMBER", help="The trial; by default, the best one. Needed with several objectives."
+)
 @click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="By default, runs/exports/STUDY-NUMBER.")
 @storage_option
 @data_option

@@ -74,6 +74,11 @@ class SearchResult:
         """The best completed trial, or None if no trial completed."""
         return self.results.best
 
+    @property
+    def best_trials(self) -> list[TrialResult]:
+        """The trials on the Pareto front of several objectives; with one objective, the best trial. Empty without one."""
+        return self.results.best_trials
+
     def to_dataframe(self) -> pd.DataFrame:
         """Return a data frame with one row per trial, see `Results.to_dataframe`.
 

@@ -3,7 +3,8 @@
 TPE divides the finished trials into a few of the best and the rest, and weighs every one of them for each draw. A history
 shows it, of a study with more finished trials than its limit:
 
-- the best ones: exactly those that TPE would choose from the whole study;
+- the best ones: exactly those that TPE would choose from the whole study. With several objectives, TPE chooses from
+  fronts: all of the fronts that it needs are shown, but of one that is larger than half of the limit only an even sample;
 - the first trial with each set of parameters: TPE joins parameters into groups by those sets;
 - an even sample of the rest. It depends on the numbers of the study's finished trials only, so every run of a study, also
   one that resumes, sees the same trials;
@@ -21,7 +22,7 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -39,6 +40,7 @@ from storage.optuna_tables import (
     trial_values,
 )
 from storage.optuna_tables import trials as trial_table
+from storage.pareto import direction_of, fronts_of
 from storage.studies import Study
 
 MIN_LIMIT = 10 * BEST_TRIALS  # a tenth of the finished trials count as the best, until these are BEST_TRIALS
@@ -59,7 +61,8 @@ class _Ended:
     """A finished trial without its params, which are read if it is shown.
 
     Attributes:
-        rank: its place in TPE's order, the best first.
+        values: of a completed trial, one for each objective.
+        rank: its place in TPE's order, the best first; of no meaning with several objectives.
         priority: its place in the order in which trials enter the sample.
         last_value: {epoch: value} of the last epoch of a pruned trial.
         names: the names of its params.
@@ -68,7 +71,7 @@ class _Ended:
     trial_id: int
     number: int
     state: TrialState
-    value: float | None
+    values: tuple[float, ...] | None
     last_value: dict[int, float]
     names: str
     rank: tuple[float, ...]
@@ -82,7 +85,7 @@ class History:
     value; for unfinished ones the params, and the system attributes in which TPE notes params that are not stored yet.
 
     Args:
-        study: the study. It has one objective.
+        study: the study.
         limit: how many finished trials are shown at most; at least MIN_LIMIT. It should not be less than the
             `n_startup_trials` of the sampler, which would draw at random for ever.
 
@@ -105,6 +108,7 @@ class History:
         self._unfinished: set[int] = set()  # ids of those seen unfinished
         self._ended = 0  # number of those seen finished
         self._best: list[_Ended] = []
+        self._completed: list[_Ended] = []  # with several objectives: a new trial can make any of them one of the best
         self._firsts: dict[str, _Ended] = {}  # the first one with these params
         self._sample: list[_Ended] = []
 
@@ -136,7 +140,7 @@ class History:
             params = _read_params(connection, trial_table.c.trial_id.in_([each.trial_id for each in missing]))
         for each in missing:
             self._frozen[each.trial_id] = _freeze(
-                each.trial_id, each.number, each.state, params.get(each.trial_id, {}), each.value, each.last_value
+                each.trial_id, each.number, each.state, params.get(each.trial_id, {}), each.values, each.last_value
             )
         self._frozen = {trial_id: self._frozen[trial_id] for trial_id in chosen}
         refused = list(self._refused)[-(len(chosen) // 2) :] if len(chosen) > 1 else []
@@ -146,7 +150,7 @@ class History:
         """Note the trials that ended since the last call; return the unfinished ones."""
         table, study_id = trial_table, self._study.study_id
         of_study = table.c.study_id == study_id
-        direction = self._study.optuna_study.direction
+        directions = self._study.optuna_study.directions
         # Other runs write between these statements. In this order, a trial that ends meanwhile is seen twice, never missed.
         total = connection.scalar(sa.select(sa.func.count()).where(of_study, table.c.state.in_(_ENDED))) or 0
         unfinished = _read_unfinished(connection, of_study)
@@ -155,20 +159,24 @@ class History:
             since = sa.or_(table.c.trial_id > self._last_id, table.c.trial_id.in_(self._unfinished - unfinished.keys()))
             # The sum keeps SQLite from its index of study_id, with which it would scan the whole study.
             condition = sa.and_(since, table.c.study_id + 0 == study_id)
-        ended = _read_ended(connection, condition, direction)
+        ended = _read_ended(connection, condition, directions)
         if self._ended + len(ended) < total:
             # A trial ended that had failed before, or one became visible late. Finished trials stay finished, so equal
             # numbers mean that none was missed.
             self._forget()
-            ended = _read_ended(connection, of_study, direction)
-        self._add(ended)
+            ended = _read_ended(connection, of_study, directions)
+        self._add(ended, directions)
         self._unfinished = unfinished.keys() - {trial.trial_id for trial in ended}
         self._last_id = max([self._last_id, *unfinished, *(trial.trial_id for trial in ended)])
         return [unfinished[trial_id] for trial_id in self._unfinished]
 
-    def _add(self, ended: list[_Ended]) -> None:
+    def _add(self, ended: list[_Ended], directions: Sequence[StudyDirection]) -> None:
         self._ended += len(ended)
-        self._best = sorted([*self._best, *ended], key=lambda trial: trial.rank)[:BEST_TRIALS]
+        if len(directions) == 1:
+            self._best = sorted([*self._best, *ended], key=lambda trial: trial.rank)[:BEST_TRIALS]
+        elif ended:
+            self._completed += [trial for trial in ended if trial.values is not None]
+            self._best = _best_fronts(self._completed, directions, self._limit // 2)
         self._sample = sorted([*self._sample, *ended], key=lambda trial: trial.priority)[: self._limit]
         for trial in ended:
             first = self._firsts.setdefault(trial.names, trial)
@@ -184,6 +192,28 @@ class History:
                 break
             chosen[trial.trial_id] = trial
         return chosen
+
+
+def _best_fronts(completed: list[_Ended], directions: Sequence[StudyDirection], most: int) -> list[_Ended]:
+    """Return the trials among which TPE chooses the best ones of several objectives.
+
+    It takes fronts as long as all of their trials are wanted, and then those of the next one that together have the largest
+    hypervolume.
+
+    Args:
+        completed: with values.
+        directions: of each objective.
+        most: how many are returned at most. Of a larger front, those at even places of the first objective.
+    """
+    values = [trial.values or () for trial in completed]
+    chosen: list[_Ended] = []
+    for front in fronts_of(values, [direction_of(each) for each in directions], BEST_TRIALS):
+        room = most - len(chosen)
+        if len(front) > room:
+            step = (len(front) - 1) / max(1, room - 1)
+            front = [front[round(i * step)] for i in range(room)]
+        chosen += [completed[place] for place in front]
+    return chosen
 
 
 def _rank(
@@ -204,21 +234,22 @@ def _freeze(
     number: int,
     state: TrialState,
     params: dict[str, tuple[float, BaseDistribution]],
-    value: float | None = None,
-    values: dict[int, float] | None = None,
+    values: tuple[float, ...] | None = None,
+    intermediate_values: dict[int, float] | None = None,
 ) -> FrozenTrial:
     return FrozenTrial(
         number=number,
         trial_id=trial_id,
         state=state,
-        value=value,
+        value=None,
+        values=values,
         datetime_start=None,
         datetime_complete=None,
         params={name: distribution.to_external_repr(stored) for name, (stored, distribution) in params.items()},
         distributions={name: distribution for name, (_, distribution) in params.items()},
         user_attrs={},
         system_attrs={},
-        intermediate_values=values or {},
+        intermediate_values=intermediate_values or {},
     )
 
 
@@ -245,7 +276,7 @@ def _read_unfinished(connection: sa.Connection, of_study: sa.ColumnElement[bool]
 
 
 def _read_ended(
-    connection: sa.Connection, condition: sa.ColumnElement[bool], direction: StudyDirection
+    connection: sa.Connection, condition: sa.ColumnElement[bool], directions: Sequence[StudyDirection]
 ) -> list[_Ended]:
     trial, value, stored = trial_table, trial_values, intermediate_values
     other, param = intermediate_values.alias(), trial_params
@@ -264,13 +295,30 @@ def _read_ended(
         .outerjoin(stored, is_last)
         .where(condition, trial.c.state.in_(_ENDED))
     )
+    others = _read_other_values(connection, condition) if len(directions) > 1 else {}
     found = []
     for trial_id, number, state, number_, kind, epoch, last, last_kind, names_ in connection.execute(query):
         final = None if kind is None else decode_value(number_, kind)
         last_value = {} if epoch is None else {epoch: decode_intermediate_value(last, last_kind)}
-        rank = _rank(state, number, final, last_value, direction)
+        rank = _rank(state, number, final, last_value, directions[0])
         priority = number * _GOLDEN_RATIO % 2**64
-        found.append(_Ended(trial_id, number, state, final, last_value, names_ or "", rank, priority))
+        values = None if final is None else (final, *others.get(trial_id, ()))
+        found.append(_Ended(trial_id, number, state, values, last_value, names_ or "", rank, priority))
+    return found
+
+
+def _read_other_values(connection: sa.Connection, condition: sa.ColumnElement[bool]) -> dict[int, tuple[float, ...]]:
+    """Return {trial_id: values of its objectives but for the first one} of the completed trials."""
+    trial, value = trial_table, trial_values
+    query = (
+        sa.select(trial.c.trial_id, value.c.value, value.c.value_type)
+        .join(value, value.c.trial_id == trial.c.trial_id)
+        .where(condition, trial.c.state == TrialState.COMPLETE, value.c.objective > 0)
+        .order_by(value.c.objective)
+    )
+    found: dict[int, tuple[float, ...]] = {}
+    for trial_id, stored, kind in connection.execute(query):
+        found[trial_id] = (*found.get(trial_id, ()), decode_value(stored, kind))
     return found
 
 

@@ -114,7 +114,7 @@ class ImportedTrial:
         params: {name: value}, as in the new study.
         distributions: {name: distribution} of these params, as in the new study.
         state: COMPLETE or PRUNED.
-        value: the objective of the new study.
+        value: the objective of the new study, the first one of several.
         key: of its configuration, if the new study would train it in the same way: then its result stands. None if only the
             sampler learns from it.
         values: {epoch: objective}.
@@ -123,6 +123,7 @@ class ImportedTrial:
         provenance: what is needed to run it again.
         started: when it was started, in UTC without a time zone; None if this is not known.
         completed: when it ended.
+        other_values: the other objectives of the new study.
     """
 
     origin: Origin
@@ -137,6 +138,7 @@ class ImportedTrial:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     started: datetime | None = None
     completed: datetime | None = None
+    other_values: tuple[float, ...] = ()
 
 
 class Known:
@@ -259,7 +261,7 @@ def _insert(connection: sa.Connection, study_id: int, imported: Sequence[Importe
         sources.append(known.add(trial))
         trial_id = optuna_tables.insert_trial(connection, study_id, number + len(added), TrialState.WAITING)
         optuna_tables.write_params(connection, trial_id, trial.params, trial.distributions)
-        optuna_tables.end(connection, trial_id, trial.state, trial.value)
+        optuna_tables.end(connection, trial_id, trial.state, trial.value, trial.other_values)
         optuna_tables.set_times(connection, trial_id, trial.started, trial.completed)
         added.append((trial_id, trial))
     optuna_tables.write_values(

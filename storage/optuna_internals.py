@@ -14,6 +14,7 @@ from collections.abc import Callable, Container, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers._tpe.sampler import _RELATIVE_PARAMS_KEY, default_gamma
@@ -21,6 +22,7 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages._cached_storage import _CachedStorage
 from optuna.storages._rdb.models import NOT_FOUND_MSG
 from optuna.study._frozen import FrozenStudy
+from optuna.study._multi_objective import _fast_non_domination_rank
 from optuna.trial import FrozenTrial, TrialState
 
 FIXED_PARAMS = "fixed_params"  # the system attribute of an enqueued trial's params
@@ -202,6 +204,16 @@ def renumber_parents(key: str, value: str, trial_ids: Mapping[int, int]) -> str:
     parents = json.loads(value)
     is_list = isinstance(parents, list)  # any program may change it
     return json.dumps([trial_ids[each] for each in parents if each in trial_ids]) if is_list else value
+
+
+def non_domination_ranks(losses: np.ndarray, count: int) -> np.ndarray:
+    """Return the rank of each trial: 0 for the Pareto front, 1 for the front of the others, and so on.
+
+    Args:
+        losses: of shape (trials, objectives), lower is better, without NaN.
+        count: for how many of the best trials the ranks must be right, above 0; all others have a common, higher one.
+    """
+    return _fast_non_domination_rank(losses, n_below=count)
 
 
 # --- TPE --------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ of another version than `SCHEMA`. Every function runs in a transaction of the ca
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -77,18 +77,21 @@ def upsert(connection: sa.Connection, table: sa.Table, key: tuple[str, ...], row
 # --- studies ----------------------------------------------------------------------------------------------------------
 
 
-def insert_study(connection: sa.Connection, name: str, direction: str) -> int:
+def insert_study(connection: sa.Connection, name: str, directions: Sequence[str]) -> int:
     """Insert a study and return its study_id.
 
     Args:
         connection: in the caller's transaction.
         name: must be new.
-        direction: maximize or minimize.
+        directions: maximize or minimize, of each objective.
     """
     inserted = connection.execute(studies.insert().values(study_name=name).returning(studies.c.study_id))
     study_id = int(inserted.scalar_one())
-    row = {"study_id": study_id, "objective": 0, "direction": StudyDirection[direction.upper()]}
-    connection.execute(study_directions.insert(), row)
+    rows = [
+        {"study_id": study_id, "objective": i, "direction": StudyDirection[direction.upper()]}
+        for i, direction in enumerate(directions)
+    ]
+    connection.execute(study_directions.insert(), rows)
     return study_id
 
 
@@ -296,21 +299,26 @@ def wait(connection: sa.Connection, trial_ids: Collection[int], *, running: bool
     return connection.execute(update.values(state=TrialState.WAITING, datetime_complete=None)).rowcount
 
 
-def end(connection: sa.Connection, trial_id: int, state: TrialState, value: float | None) -> None:
+def end(
+    connection: sa.Connection, trial_id: int, state: TrialState, value: float | None, others: Sequence[float] = ()
+) -> None:
     """End a trial.
 
     Args:
         connection: in the caller's transaction.
         trial_id: the trial.
         state: COMPLETE, PRUNED or FAIL.
-        value: its objective; None if it has none.
+        value: its objective, the first one of several; None if it has none.
+        others: its other objectives.
     """
     update = trials.update().where(trials.c.trial_id == trial_id)
     connection.execute(update.values(state=state, datetime_complete=_now()))
     if value is not None:
-        stored, kind = models.TrialValueModel.value_to_stored_repr(value)
-        row = {"trial_id": trial_id, "objective": 0, "value": stored, "value_type": kind}
-        upsert(connection, trial_values, ("trial_id", "objective"), [row])
+        rows = []
+        for i, each in enumerate((value, *others)):
+            stored, kind = models.TrialValueModel.value_to_stored_repr(each)
+            rows.append({"trial_id": trial_id, "objective": i, "value": stored, "value_type": kind})
+        upsert(connection, trial_values, ("trial_id", "objective"), rows)
 
 
 def set_times(connection: sa.Connection, trial_id: int, started: datetime | None, completed: datetime | None) -> None:

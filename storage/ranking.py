@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import sqlalchemy as sa
 from optuna.trial import TrialState
 
 from storage import optuna_tables, tables
 from storage.errors import RETRY_SECONDS, retry_while_down
-from storage.records import CONTINUED_FROM, attempt_columns, attempt_of, read_attempt
+from storage.pareto import Direction, find_front, rank_best
+from storage.records import CONTINUED_FROM, attempt_columns, attempt_of, read_attempt, read_final_values
 from storage.studies import Study
 
 MAX_NUMBERS = 1000  # in one query; with more, the caller gets all trials and picks
-
-
-Direction = Literal["maximize", "minimize"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,8 @@ class SinceBest:
     """How long ago a study found its best value.
 
     Attributes:
-        best: number of the trial with the best value, of equal ones the first; None if none completed.
+        best: number of the trial with the best value, of equal ones the first; with several objectives, of the last trial
+            that joined the Pareto front. None if none completed.
         ended: how many trials with a higher number have ended; 0 if none completed.
         has_earlier: whether a trial with a lower number has not ended: it may become the best one.
     """
@@ -36,8 +35,11 @@ class SinceBest:
     has_earlier: bool = False
 
 
-def count_since_best(study: Study, *, maximize: bool) -> SinceBest:
+def count_since_best(study: Study, directions: Sequence[Direction]) -> SinceBest:
     """Count the trials that have ended and were created after the one with the best value.
+
+    With several objectives, a trial counts as better if no trial with a lower number dominates or equals it: it joined the
+    Pareto front. The last of these trials is on the front of all trials, too.
 
     Numbers give the order, not times: drivers store the times, and their clocks may differ. Failed trials do not count, nor
     those that were taken over from earlier studies, nor those that continue a trial of one: they come best first, so each
@@ -45,18 +47,19 @@ def count_since_best(study: Study, *, maximize: bool) -> SinceBest:
 
     Args:
         study: the study.
-        maximize: whether larger values are better.
+        directions: of each objective.
 
     Raises:
         StorageError: the database cannot be used.
     """
     trial, value, attr = optuna_tables.trials, optuna_tables.trial_values, optuna_tables.trial_user_attributes
     own = sa.and_(trial.c.study_id == study.study_id, ~tables.is_imported(trial, tables.LEARNED))
+    completed = (own, trial.c.state == TrialState.COMPLETE)
     best = (
         sa.select(trial.c.number)
         .join(value, sa.and_(value.c.trial_id == trial.c.trial_id, value.c.objective == 0))
-        .where(own, trial.c.state == TrialState.COMPLETE, value.c.value.is_not(None))
-        .order_by(value.c.value.desc() if maximize else value.c.value, trial.c.number)
+        .where(*completed, value.c.value.is_not(None))
+        .order_by(value.c.value.desc() if directions[0] == "maximize" else value.c.value, trial.c.number)
         .limit(1)
     )
     has_ended = trial.c.state.in_((TrialState.COMPLETE, TrialState.PRUNED))
@@ -64,7 +67,8 @@ def count_since_best(study: Study, *, maximize: bool) -> SinceBest:
 
     def read() -> SinceBest:
         with study.database.engine.connect() as connection:
-            number = connection.scalar(best)
+            several = len(directions) > 1
+            number = _last_of_front(connection, completed, directions) if several else connection.scalar(best)
             if number is None:
                 return SinceBest(None, 0)
             is_continued = sa.exists().where(attr.c.trial_id == trial.c.trial_id, attr.c.key == CONTINUED_FROM)
@@ -124,53 +128,87 @@ class EndedTrial:
 def superfluous_trials(
     study: Study,
     count: int,
-    direction: Direction | None,
+    directions: Sequence[Direction] | None,
     *,
     among: Collection[int] | None = None,
     timeout_seconds: float = RETRY_SECONDS,
 ) -> list[EndedTrial]:
     """Return the trials that ended, by number, without the first `count` completed ones.
 
-    FAIL is not an end here: a failed trial may run again. A trial that is returned once is always returned later, unless
-    trials are deleted: values of ended trials do not change.
+    FAIL is not an end here: a failed trial may run again. With one objective, a trial that is returned once is always
+    returned later, unless trials are deleted: values of ended trials do not change. With several, it may become one of the
+    best again when a new trial dominates some of those that were better.
 
     Args:
         study: the study.
         count: how many completed trials are left out.
-        direction: of the objective: those with the best values are left out, ties by lower number, an infinite value last.
-            None leaves out those that ended last.
+        directions: of each objective: those with the best values are left out, ties by lower number, an infinite value last;
+            with several objectives, in the order of `pareto.rank_best`. None leaves out those that ended last.
         among: numbers of trials; others are not returned. They do count in the ranking. None for all.
         timeout_seconds: how long to retry while the database is down.
 
     Raises:
         StorageError: the database cannot be used.
     """
-    query = _query(study, count, direction)
+    several = directions is not None and len(directions) > 1
+    query = _query(study, count, None if directions is None else directions[0], keeps_all=several)
     is_short = among is not None and len(among) <= MAX_NUMBERS
     if among is not None and is_short:
         query = query.where(optuna_tables.trials.c.number.in_(among))
 
     def read() -> list[EndedTrial]:
         with study.database.engine.connect() as connection:
+            best = _read_best(connection, study, count, directions) if directions is not None and several else set()
             rows = connection.execute(query)
-            return [EndedTrial(row.number, row.key, attempt_of(read_attempt(row))) for row in rows]
+            return [
+                EndedTrial(row.number, row.key, attempt_of(read_attempt(row))) for row in rows if row.number not in best
+            ]
 
     found = retry_while_down(study.database, read, timeout_seconds)
     return found if among is None or is_short else [trial for trial in found if trial.number in set(among)]
 
 
-def _query(study: Study, count: int, direction: Direction | None) -> sa.Select[Any]:
-    trial, value = optuna_tables.trials, optuna_tables.trial_values
-    has_files: tuple[sa.ColumnElement[bool], ...] = ()
-    if tables.imports.name not in study.database.missing_tables:  # an earlier study has the files of a reused trial
-        has_files = (~sa.exists().where(tables.imports.c.trial == trial.c.trial_id),)
-    kept = sa.select(trial.c.trial_id).where(
+def _last_of_front(
+    connection: sa.Connection, completed: Sequence[sa.ColumnElement[bool]], directions: Sequence[Direction]
+) -> int | None:
+    """Return the number of the last trial that joined the Pareto front; None without one."""
+    found = read_final_values(connection, completed, len(directions))
+    front = find_front(list(found.values()), directions)
+    first: dict[tuple[float, ...], int] = {}  # of equal trials, only the first one was new
+    for number, values in [list(found.items())[place] for place in front]:
+        first.setdefault(values, number)
+    return max(first.values(), default=None)
+
+
+def _read_best(connection: sa.Connection, study: Study, count: int, directions: Sequence[Direction]) -> set[int]:
+    """Return the numbers of the best trials that completed, of those that may have files."""
+    found = read_final_values(connection, _may_be_kept(study), len(directions))
+    numbers = list(found)
+    return {numbers[place] for place in rank_best(list(found.values()), directions, count)}
+
+
+def _has_files(study: Study) -> tuple[sa.ColumnElement[bool], ...]:
+    if tables.imports.name in study.database.missing_tables:
+        return ()
+    # An earlier study has the files of a reused trial.
+    return (~sa.exists().where(tables.imports.c.trial == optuna_tables.trials.c.trial_id),)
+
+
+def _may_be_kept(study: Study) -> tuple[sa.ColumnElement[bool], ...]:
+    trial = optuna_tables.trials
+    return (
         trial.c.study_id == study.study_id,
         trial.c.state == TrialState.COMPLETE,
         # Without such a row, another program added the trial.
         sa.exists().where(tables.trials.c.trial == trial.c.trial_id),
-        *has_files,
+        *_has_files(study),
     )
+
+
+def _query(study: Study, count: int, direction: Direction | None, *, keeps_all: bool) -> sa.Select[Any]:
+    """Return the query of the trials that ended, without `count` of them, which are left out unless `keeps_all` is set."""
+    trial, value = optuna_tables.trials, optuna_tables.trial_values
+    kept = sa.select(trial.c.trial_id).where(*_may_be_kept(study))
     if direction is None:
         kept = kept.order_by(trial.c.datetime_complete.desc(), trial.c.number.desc())
     else:
@@ -183,8 +221,8 @@ def _query(study: Study, count: int, direction: Direction | None) -> sa.Select[A
         .where(
             trial.c.study_id == study.study_id,
             trial.c.state.in_((TrialState.COMPLETE, TrialState.PRUNED)),
-            trial.c.trial_id.not_in(kept.limit(count)),
-            *has_files,
+            *(() if keeps_all else (trial.c.trial_id.not_in(kept.limit(count)),)),
+            *_has_files(study),
         )
         .order_by(trial.c.number)
     )

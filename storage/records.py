@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -14,6 +14,7 @@ from optuna.trial import TrialState
 from storage import optuna_tables
 from storage.database import Database
 from storage.optuna_internals import FIXED_PARAMS
+from storage.pareto import Direction, find_front
 from storage.tables import LEARNED, REUSED, imports, is_imported, metrics, rungs, runs, trials
 
 DUPLICATE = "duplicate of an earlier trial"
@@ -202,6 +203,43 @@ def read_best_value(database: Database, study_id: int, *, maximize: bool) -> flo
     with database.engine.connect() as connection:
         found: float | None = connection.scalar(query)
     return found
+
+
+def read_final_values(
+    connection: sa.Connection, condition: Sequence[sa.ColumnElement[bool]], objectives: int
+) -> dict[int, tuple[float, ...]]:
+    """Return {number: value of each objective} of the trials of a study that have a finite one of each, by number.
+
+    Args:
+        connection: to the database.
+        condition: which of Optuna's trials.
+        objectives: how many there are.
+    """
+    trial, value = optuna_tables.trials, optuna_tables.trial_values
+    query = (
+        sa.select(trial.c.number, value.c.value, value.c.value_type)
+        .join(value, value.c.trial_id == trial.c.trial_id)
+        .where(*condition)
+        .order_by(trial.c.number, value.c.objective)
+    )
+    found: dict[int, tuple[float, ...]] = {}
+    for number, stored, kind in connection.execute(query):
+        found[number] = (*found.get(number, ()), optuna_tables.decode_value(stored, kind))
+    return {
+        number: values
+        for number, values in found.items()
+        if len(values) == objectives and all(map(math.isfinite, values))
+    }
+
+
+def count_front(database: Database, study_id: int, directions: Sequence[Direction]) -> int:
+    """Return how many completed trials whose results are the study's are on its Pareto front."""
+    trial = optuna_tables.trials
+    condition = [trial.c.study_id == study_id, trial.c.state == TrialState.COMPLETE]
+    if imports.name not in database.missing_tables:
+        condition.append(~is_imported(trial, LEARNED))
+    with database.engine.connect() as connection:
+        return len(find_front(list(read_final_values(connection, condition, len(directions)).values()), directions))
 
 
 def read_provenance(database: Database, trial_id: int) -> dict[str, Any]:

@@ -30,7 +30,8 @@ class TrialUpdate:
         claim: the trial.
         epoch: the finished epoch, from 1; 0 for none.
         metrics: {name: value} of the epoch.
-        value: the objective's value, of the epoch or of the completed trial.
+        value: the objective's value, of the epoch or of the completed trial; of several objectives, the first one's.
+        other_values: of a completed trial, the values of the other objectives.
         follows: {epoch: value} of the last epoch before this update, which storage must hold; empty for none.
         is_restart: whether the stored epochs from this one on are of an abandoned attempt. They are deleted, with what a
             pruner noted of them.
@@ -45,6 +46,7 @@ class TrialUpdate:
     epoch: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
     value: float | None = None
+    other_values: tuple[float, ...] = ()
     follows: Mapping[int, float] = field(default_factory=dict)
     is_restart: bool = False
     decides: bool = False
@@ -136,7 +138,7 @@ def write(
                     optuna_tables.end(connection, claim.trial_id, TrialState.PRUNED, update.value)
                     pruned.add(claim.token)
             if update.final_state is not None and claim.token not in pruned:
-                optuna_tables.end(connection, claim.trial_id, update.final_state, update.value)
+                optuna_tables.end(connection, claim.trial_id, update.final_state, update.value, update.other_values)
                 if update.final_state == TrialState.COMPLETE and pruner is not None:
                     pruner.complete(connection, study.study_id, claim.trial_id)
         usage.store(connection, device_seconds)

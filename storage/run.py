@@ -9,7 +9,7 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -22,6 +22,7 @@ from storage.database import Database
 from storage.errors import RETRY_SECONDS, StorageError, UnavailableError, retry_while_down
 from storage.lease import LEASE_SECONDS, MAX_FAILURES, Lease
 from storage.ownership import ClaimedTrial
+from storage.pareto import Direction
 from storage.pruners import Pruner
 from storage.queue import ConfigKey, Draw, TrialQueue
 from storage.ranking import count_created_since, count_since_best
@@ -306,11 +307,32 @@ class Run:
         retry_while_down(self.database, lambda: reporting.count_crashes(self.database, claim, crashes))
         return crashes
 
-    def complete(self, claim: ClaimedTrial, value: float, attrs: Mapping[str, Any] | None = None) -> None:
-        """Finish a trial that reached its last epoch."""
+    def complete(
+        self,
+        claim: ClaimedTrial,
+        value: float,
+        attrs: Mapping[str, Any] | None = None,
+        *,
+        other_values: tuple[float, ...] = (),
+    ) -> None:
+        """Finish a trial that reached its last epoch.
+
+        Args:
+            claim: the trial.
+            value: its objective, the first one of several.
+            attrs: user attributes.
+            other_values: its other objectives.
+        """
         self.free_device(claim)
         self._writer.put(
-            TrialUpdate(claim, value=value, follows=_last(claim), attrs=attrs or {}, final_state=TrialState.COMPLETE)
+            TrialUpdate(
+                claim,
+                value=value,
+                other_values=other_values,
+                follows=_last(claim),
+                attrs=attrs or {},
+                final_state=TrialState.COMPLETE,
+            )
         )
 
     def fail(self, claim: ClaimedTrial, reason: str, traceback: str = "") -> None:
@@ -346,13 +368,13 @@ class Run:
             self._others_seconds, self._others_read_at = found.get(study_id, 0.0), now
         return self._others_seconds + self._meter.total_seconds * self._lease.key.device.count
 
-    def is_patience_spent(self, patience: int, *, maximize: bool) -> bool:
+    def is_patience_spent(self, patience: int, directions: Sequence[Direction]) -> bool:
         """Return whether so many trials have ended without a better value, see `ranking.count_since_best`."""
         self.flush()
         # Counting takes tens of milliseconds in a large study. There is no need before enough trials exist.
         if self._best_number is not None and count_created_since(self.study, self._best_number) < patience:
             return False
-        found = count_since_best(self.study, maximize=maximize)
+        found = count_since_best(self.study, directions)
         self._best_number = None if found.has_earlier else found.best
         return found.ended >= patience
 

@@ -7,10 +7,10 @@ import gc
 import re
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import optuna
 import sqlalchemy as sa
@@ -23,6 +23,7 @@ from storage.errors import StorageError, name_strange_content, retry_while_down
 from storage.optuna_internals import DraftStorage, study_id, trial_id
 from storage.optuna_tables import StudyKey
 from storage.ownership import StudyDeletedError, lock_study, study_deleted
+from storage.pareto import Direction
 from storage.records import NEVER_RUN
 
 T = TypeVar("T")
@@ -348,7 +349,7 @@ def open_study(
     database: Database,
     name: str,
     *,
-    direction: Literal["maximize", "minimize"],
+    direction: Direction | Sequence[Direction],
     fingerprint: str,
     settings: Mapping[str, Any],
     total_trials: int | None = None,
@@ -358,7 +359,7 @@ def open_study(
     Args:
         database: the database of the study.
         name: the first revision's name, without `@`; later ones are `name@2`, `name@3`, ...
-        direction: maximize or minimize.
+        direction: maximize or minimize; of several objectives, one each.
         fingerprint: the identity of the search. Studies of different fingerprints never share trials.
         settings: plain values to store with the study. They replace those of an earlier opening.
         total_trials: after how many ended trials the study is finished; None if only time ends it.
@@ -366,6 +367,7 @@ def open_study(
     Raises:
         StorageError: a study of another program has the name, or the database cannot be used.
     """
+    directions = [direction] if isinstance(direction, str) else list(direction)
     if "@" in name:
         raise StorageError(f"a study cannot be named {name!r}: what follows @ is the number of a revision")
 
@@ -379,7 +381,7 @@ def open_study(
                 "its files cannot be told from those of other studies: rename the search space, or delete the study"
             )
         if study is not None and "hpo:fingerprint" not in attrs:
-            _check_direction(study, direction)
+            _check_directions(study, directions)
         # The budget, for example, may have changed since the study was last opened.
         wanted = {"hpo:settings": dict(settings), "hpo:total": total_trials}
         changed = {attr: value for attr, value in wanted.items() if attr not in attrs or attrs[attr] != value}
@@ -398,7 +400,7 @@ def open_study(
                 found = {each: value for each, value in known.items() if _is_revision(each, name)}
                 if set(found) != set(revisions) or fingerprint in found.values() or None in found.values():
                     return None
-                opened = optuna_tables.insert_study(connection, new, direction)
+                opened = optuna_tables.insert_study(connection, new, directions)
             elif not optuna_tables.lock_study(connection, study.key):
                 return None
             else:
@@ -407,7 +409,7 @@ def open_study(
             if identity:
                 optuna_tables.insert_study_attrs(connection, opened, identity)
                 # optuna-dashboard labels the axes of its plots with it.
-                labels = {"study:metric_names": [str(settings.get("metric", "value"))]}
+                labels = {"study:metric_names": metric_names(settings)}
                 optuna_tables.write_study_system_attrs(connection, opened, labels)
         if study is None:
             created = _load(database, new)
@@ -454,13 +456,21 @@ def revisions_of(names: Iterable[str], name: str) -> list[str]:
     return [known for known in names if _is_revision(known, name)]
 
 
-def _check_direction(study: Study, direction: str) -> None:
-    """Raise StorageError if another program created a study with another direction, such as the dashboard's default."""
-    found = [each.name.lower() for each in study.optuna_study.directions]
-    if found != [direction]:
+def metric_names(settings: Mapping[str, Any]) -> list[str]:
+    """Return the names of the objectives, as the settings of a study say; `value` for an unknown one."""
+    objectives = settings.get("objectives")
+    if isinstance(objectives, list) and all(isinstance(each, dict) for each in objectives) and objectives:
+        return [str(each.get("metric", "value")) for each in objectives]
+    return [str(settings.get("metric", "value"))]
+
+
+def _check_directions(study: Study, directions: Sequence[str]) -> None:
+    """Raise StorageError if another program created a study with other directions, such as the dashboard's default."""
+    found, wanted = [each.name.lower() for each in study.optuna_study.directions], " and ".join(directions)
+    if found != directions:
         raise StorageError(
             f"the study {study.name!r} in {study.database.url} was created by another program, to {' and '.join(found)}, "
-            f"but the search space says {direction}: delete the study, which has no trials, or rename the search space"
+            f"but the search space says {wanted}: delete the study, which has no trials, or rename the search space"
         )
 
 

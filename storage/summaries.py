@@ -14,8 +14,9 @@ from storage.database import Database
 from storage.errors import retry_while_down
 from storage.lease import is_run_alive
 from storage.optuna_internals import study_id
+from storage.pareto import direction_of
 from storage.records import NEVER_RUN
-from storage.studies import references, settings_of, unique_name_of
+from storage.studies import metric_names, references, settings_of, unique_name_of
 from storage.usage import read_device_seconds
 
 
@@ -27,13 +28,14 @@ class Summary:
         name: what names the study, see `references`.
         state: see `state_of`.
         counts: {state: number of trials}, without trials never run.
-        metric: the objective's name.
+        metric: the objective's name; those of several are joined by commas.
         best: the best value of a completed trial; None if there is none, if it is infinite, or with several objectives.
         last_activity: when a run or trial was last active, in seconds since 1970; None if there was none.
         unique_name: see `Study.unique_name`; empty for a study of another program.
         device_seconds: what its trials have used of GPUs, or of the CPU, as stored.
         cost: the price of that, where the settings name one; None otherwise.
         disk_bytes: the size of its files. Storage does not know them: the caller sets it.
+        front: with several objectives, how many trials are on the Pareto front; None with one.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Summary:
     device_seconds: float = 0.0
     cost: float | None = None
     disk_bytes: int = 0
+    front: int | None = None
 
 
 def summarize(database: Database) -> list[Summary]:
@@ -87,6 +90,10 @@ def _summary(
                 database, lambda: records.read_best_value(database, study_id(study), maximize=is_maximized)
             )
         best = value if value is not None and math.isfinite(value) else None
+    front = None
+    if len(study.directions) > 1:
+        directions = [direction_of(each) for each in study.directions]
+        front = retry_while_down(database, lambda: records.count_front(database, study_id(study), directions))
     runs = retry_while_down(database, lambda: records.read_runs(database, study_id(study)))
     settings = settings_of(study.user_attrs)
     heard = [run.last_heard for run in runs]
@@ -94,10 +101,11 @@ def _summary(
         study.study_name,
         state_of(study.user_attrs, counts, runs, ended=ended, retried=retried),
         {state: count for state, count in counts.items() if count},
-        str(settings.get("metric", "value")),
+        ", ".join(metric_names(settings)),
         best,
         max([*heard, *([] if last is None else [last])], default=None),
         unique_name_of(study.study_name, study.user_attrs),
+        front=front,
     )
 
 

@@ -157,7 +157,7 @@ def finish_study(
     provenance: Mapping[str, Any],
     device: Mapping[str, Any],
     epochs_of: Callable[[ClaimedTrial], list[dict[str, float]]],
-    end: Callable[[Run, ClaimedTrial, float], None] = Run.complete,
+    end: Callable[..., None] = Run.complete,
 ) -> Study:
     """Create a study as a run leaves it, without training.
 
@@ -168,7 +168,7 @@ def finish_study(
         provenance: of the run.
         device: the provenance of each trial.
         epochs_of: returns the metrics of each epoch of a trial.
-        end: ends a trial, given its last value.
+        end: ends a trial, given its last value; of several objectives, also `other_values`.
     """
     study = open_study(database, **space.study_options)
     with Run(study, config_key=space.config_key, provenance=provenance) as run:
@@ -177,7 +177,8 @@ def finish_study(
             run.record(claim, {}, device)
             for epoch, metrics in enumerate(epochs_of(claim), start=1):
                 run.report(claim, epoch, metrics, metrics[space.metric])
-            end(run, claim, metrics[space.metric])
+            value, *others = (metrics[each.metric] for each in space.all_objectives)
+            end(run, claim, value, **({"other_values": tuple(others)} if others else {}))
     return study
 
 

@@ -164,6 +164,23 @@ def test_ctrl_c_outside_of_a_search_is_exit_code_130(
     assert hpo_here(tmp_path, "list").returncode == 130
 
 
+@pytest.mark.parametrize(("error", "said"), [(AssertionError(), ""), (SettingError("its words"), "hpo: its words\n")])
+def test_an_error_to_which_ctrl_c_has_led_is_an_interruption(
+    tmp_path: Path, hpo_here: HpoHere, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    """A connection that is being closed raises AssertionError after Ctrl-C."""
+
+    def interrupt(**_: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise error  # noqa: B904 # libraries do so
+
+    monkeypatch.setattr(api, "list_studies", interrupt)
+    finished = hpo_here(tmp_path, "list")
+    assert (finished.returncode, finished.stderr) == (130, said)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -27,10 +27,9 @@ def describe_trial(results: Results, trial: TrialResult, space: Space | None) ->
     study, epochs = results.study, len(trial.epochs)
     # Unlike `trial.provenance`, this also has what was recorded of the run: machine, code, Python.
     provenance = retry_while_down(study.database, lambda: read_provenance(study.database, trial.trial_id))
+    named = [*(name for name, _ in results.objectives), "test_accuracy"]
     scores = [
-        f"{name} {format_mean(trial.last[name], trial.standard_error(name))}"
-        for name in (results.metric, "test_accuracy")
-        if name in trial.last
+        f"{name} {format_mean(trial.last[name], trial.standard_error(name))}" for name in named if name in trial.last
     ]
     params = trial.params | trial.attrs.get("derived", {})
     shown_params = ", ".join(f"{name} {format_value(value)}" for name, value in params.items())

@@ -49,6 +49,7 @@ from hpo.train.params import read_params
 from hpo.trainable import DEFAULT_TRAINABLE
 from storage.imports import Origin
 from storage.optuna_internals import trial_id
+from storage.pareto import direction_of, find_front, rank_best
 from storage.records import attempt_of
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 
     from storage.studies import Study
 
+MAX_LISTED = 20  # trials of the Pareto front in a message
 FILES = ("README.md", "classes.json", "classify.py", "export.json", "model.pt2", "model.safetensors")
 
 
@@ -164,16 +166,33 @@ def _choose_trial(study: Study, number: int | None) -> FrozenTrial:
     if number is None:
         if len(study.optuna_study.directions) == 1:
             return study.optuna_study.best_trial
-        front = ", ".join(str(trial.number) for trial in study.optuna_study.best_trials)
-        raise SettingError(
-            f"study {study.name} has several objectives: choose one of the best trials with --trial: {front}"
-        )
+        raise SettingError(_list_front(study))
     for trial in complete:
         if trial.number == number:
             return trial
     state = next((f"is {trial.state.name}" for trial in trials if trial.number == number), "does not exist")
     shown = ", ".join(str(trial.number) for trial in complete[:20]) + (", ..." if len(complete) > 20 else "")
     raise SettingError(f"trial {number} of study {study.name} {state}; these are COMPLETE: {shown}")
+
+
+def _list_front(study: Study) -> str:
+    """Return a message that asks for one of the trials on the Pareto front, best first by the first objective."""
+    directions = [direction_of(each) for each in study.optuna_study.directions]
+    trials = {
+        trial.number: trial.values
+        for trial in study.trained_trials()
+        if trial.state.name == "COMPLETE" and len(trial.values) == len(directions)
+    }
+    values, numbers = list(trials.values()), list(trials)
+    best = rank_best(values, directions, len(find_front(values, directions)))  # the front comes first
+    names = study.optuna_study.metric_names or [f"objective {i}" for i in range(len(directions))]
+    lines = []
+    for i in best[:MAX_LISTED]:
+        shown = ", ".join(f"{name} {value:.6g}" for name, value in zip(names, values[i], strict=True))
+        lines.append(f"  --trial {numbers[i]}: {shown}")
+    more = [f"  and {len(best) - MAX_LISTED:,} more, see `hpo report`"] if len(best) > MAX_LISTED else []
+    text = f"study {study.reference} has several objectives, so no single trial is the best: choose one of the Pareto front"
+    return "\n".join([text, *lines, *more])
 
 
 def _space_of(study: Study, runs_dir: RunsDir, trial: FrozenTrial) -> Space:

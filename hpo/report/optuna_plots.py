@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.report.curves import COLOURS, GREY
 from hpo.report.results import Results, TrialResult
+from storage.optuna_internals import show_trials
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as MatplotlibFigure
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure as PlotlyFigure
 
 MAX_PARALLEL = 300  # Optuna draws one trace per trial
+MAX_AXES = 3  # of the Pareto front
+MAX_FRONT = 1000  # trials in it; the page holds the parameters of each
 MIN_IMPORTANCE_TRIALS = 20  # PED-ANOVA compares the best tenth with all trials: two with twenty
 RANK_COLOURS = ("#94a3b8", "#7aa5c9", "#22a6c9", "#e0912f", "#f2661f")  # worst to best, on white and on black
 
@@ -31,7 +34,9 @@ def choose_plots(results: Results) -> dict[str, str]:
         importances = "all trials have the same value, so no parameter matters" if same else ""
     plots = {"plot_parallel_coordinate": parallel, "plot_param_importances": importances}
     if len(results.objectives) > 1:
-        plots["plot_pareto_front"] = "" if finite else "needs a completed trial"
+        is_drawn = len(results.objectives) <= MAX_AXES
+        reason = "" if finite else "needs a completed trial"
+        plots["plot_pareto_front"] = reason if is_drawn else f"Optuna draws at most {MAX_AXES} objectives"
     return plots
 
 
@@ -80,31 +85,51 @@ def draw(results: Results, function: str) -> MatplotlibFigure:
         figure.set_size_inches(7.2, 4.4)
         figure.set_dpi(120)
         axes.set_title("")
+        if function == "plot_pareto_front":  # the colours of the page
+            for points in axes.collections:
+                points.set_color(RANK_COLOURS[-1] if str(points.get_label()).startswith("Best") else GREY)
+            axes.legend()
         pyplot.close(figure)
     return figure
 
 
 def parallel_trials(results: Results) -> list[TrialResult]:
     """Return the completed trials to draw as parallel coordinates: of a large study, the best and a sample of the others."""
+    return _sample(results, MAX_PARALLEL)
+
+
+def front_trials(results: Results) -> list[TrialResult]:
+    """Return the completed trials to draw with the Pareto front: of a large study, the best and a sample of the others."""
+    return _sample(results, MAX_FRONT)
+
+
+def _sample(results: Results, most: int) -> list[TrialResult]:
     ranked = [trial for trial in results.ranked if trial.state == "COMPLETE"]
-    if len(ranked) <= MAX_PARALLEL:
+    if len(ranked) <= most:
         return ranked
-    best, others = ranked[: MAX_PARALLEL // 3], ranked[MAX_PARALLEL // 3 :]
-    count = MAX_PARALLEL - len(best)
+    best, others = ranked[: most // 3], ranked[most // 3 :]
+    count = most - len(best)
     return best + [others[int(i * len(others) / count)] for i in range(count)]
 
 
 def _study(results: Results, function: str) -> Study:
-    """Return the study, or for parallel coordinates of a large study a copy in memory with a sample of its trials."""
+    """Return the study; or one in memory, with a sample of the trials of a large study for parallel coordinates, and
+    without the trials of earlier studies that only the sampler knows for the Pareto front.
+    """
     import optuna
 
     whole = results.study.optuna_study
-    if function != "plot_parallel_coordinate" or len(results.trials) <= MAX_PARALLEL:
+    if function == "plot_pareto_front":
+        drawn = {trial.number for trial in front_trials(results)}
+    elif function == "plot_parallel_coordinate" and len(results.trials) > MAX_PARALLEL:
+        drawn = {trial.number for trial in parallel_trials(results)}
+    else:
         return whole
-    drawn = {trial.number for trial in parallel_trials(results)}
     study = optuna.create_study(directions=whole.directions)
-    study.add_trials([trial for trial in whole.get_trials(deepcopy=False) if trial.number in drawn])
     study.set_metric_names([name for name, _ in results.objectives])
+    # Not added, for they would get other numbers. And not of `whole`: after a search, it shows what the sampler sees.
+    trials = [trial for trial in results.study.trials() if trial.number in drawn]
+    show_trials(study, lambda states: [trial for trial in trials if states is None or trial.state in states])
     return study
 
 
@@ -112,8 +137,9 @@ def _options(results: Results, function: str) -> dict[str, Any]:
     if function == "plot_pareto_front":
         return {"target_names": [name for name, _ in results.objectives]}
     options: dict[str, Any] = {"params": results.varying_params}
-    if len(results.objectives) == 1:
-        options["target_name"] = results.metric
+    options["target_name"] = results.metric
+    if len(results.objectives) > 1:  # Optuna draws one
+        options["target"] = lambda trial: trial.values[0]
     return options
 
 

@@ -144,7 +144,7 @@ def _facts(results: Results) -> list[tuple[str, str, str]]:
             shown = format_mean(best.last["test_accuracy"], best.standard_error("test_accuracy"))
             facts.append(("its test_accuracy", shown, remark))
     elif results.pareto_front:
-        remark = "trials that no other trial beats in every objective"
+        remark = "completed trials that no other one dominates: is better in one objective, and worse in none"
         facts.append(("on the Pareto front", f"{len(results.pareto_front):,}", remark))
     states = ", ".join(f"{count:,} {state}" for state, count in results.counts.most_common())
     facts.append(("trials", f"{len(results.trials):,}", states or "none yet"))
@@ -191,8 +191,8 @@ def _optuna_figure(results: Results, function: str) -> PageFigure:
     captions = {
         "plot_parallel_coordinate": _parallel_caption(results),
         "plot_param_importances": "Computed by Optuna's PED-ANOVA, which compares the best tenth of the completed trials "
-        "with all of them.",
-        "plot_pareto_front": "Orange: trials that no other trial beats in every objective.",
+        f"with all of them{'' if len(results.objectives) == 1 else f', by {results.metric}'}.",
+        "plot_pareto_front": _front_caption(results),
     }
     axes = len(results.varying_params) + len(results.objectives)
     return PageFigure(
@@ -205,9 +205,16 @@ def _optuna_figure(results: Results, function: str) -> PageFigure:
     )
 
 
+def _front_caption(results: Results) -> str:
+    drawn, completed = len(optuna_plots.front_trials(results)), results.counts["COMPLETE"]
+    text = "Orange: the Pareto front, the completed trials that no other one dominates."
+    return text if drawn == completed else f"{text} {drawn:,} of {completed:,} are drawn: the best, and an even sample."
+
+
 def _parallel_caption(results: Results) -> str:
     drawn, completed = len(optuna_plots.parallel_trials(results)), results.counts["COMPLETE"]
-    text = "Each line is a completed trial, from its result to its parameters."
+    what = "result" if len(results.objectives) == 1 else results.metric
+    text = f"Each line is a completed trial, from its {what} to its parameters."
     if drawn < completed:
         best = optuna_plots.MAX_PARALLEL // 3
         text += f" {drawn} of {completed:,} are drawn: the best {best}, and an even sample of the others by rank."

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from hpo.search.slots import Slots
     from hpo.space.model import Space
     from hpo.space.sections import Budget
+    from storage.pareto import Direction
 
 BAR_WIDTH = 12
 MIN_PARAMS_WIDTH = 12
@@ -36,6 +37,7 @@ PARAMS = "parameters"
 BAR = ""  # the heading of the progress bars
 OPTIONAL_COLUMNS = (BAR, "images/s", "best")  # left out on a narrow terminal, in this order
 ANY_WIDTH = 10**6
+MAX_FRONT = 8  # trials of the Pareto front that are named
 RECENT_EPOCHS = 20  # on which the time left is based
 # A token bucket for plain lines: epochs beyond it are counted, not printed.
 LINES_BURST = 30
@@ -52,8 +54,8 @@ class _Row:
     started: float = field(default_factory=time.monotonic)
     recent_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_EPOCHS))
     seconds_left: float | None = None
-    value: float | None = None
-    best: float | None = None
+    values: tuple[float, ...] = ()  # of the objectives; empty before the first epoch
+    best: float | None = None  # of a single objective
     speed: float | None = None
 
     def add_epoch(self, epoch: int, seconds: float) -> None:
@@ -71,8 +73,10 @@ class TerminalProgress:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._metric = ""
+        self._metrics: list[str] = []  # of the objectives
+        self._directions: tuple[Direction, ...] = ()
         self._better: Callable[[float, float], float] = max
+        self._front: dict[int, tuple[float, ...]] = {}  # {number: values}, with several objectives
         self._total: int | None = None
         self._budget: Budget | None = None
         self._device_seconds = 0.0
@@ -120,7 +124,8 @@ class TerminalProgress:
         self, space: Space, study_name: str, storage_url: str, counts: Mapping[str, int], left: int | None
     ) -> None:
         """Print where results are stored, and the trials that storage holds already."""
-        self._metric = space.metric
+        self._metrics = [each.metric for each in space.all_objectives]
+        self._directions = space.directions
         self._better = max if space.direction == "maximize" else min
         # Not that of the space: the budget does not count results of earlier studies, which `counts` has.
         self._total = None if left is None else _count_ended(counts) + left
@@ -166,11 +171,11 @@ class TerminalProgress:
     def epoch_ended(self, number: int, epoch: int, metrics: Mapping[str, float]) -> None:
         """Update a trial with the metrics of an epoch."""
         row = self._running[number]
-        value = metrics[self._metric]
+        value = metrics[self._metrics[0]]
         row.add_epoch(epoch, metrics["epoch_seconds"])
-        row.value = value
+        row.values = tuple(metrics[name] for name in self._metrics)
         row.speed = metrics.get("images_per_second")
-        if math.isfinite(value):
+        if math.isfinite(value) and len(self._metrics) == 1:
             row.best = value if row.best is None else self._better(row.best, value)
             if self._best is None or self._better(self._best[0], value) != self._best[0]:
                 self._best = (value, number)
@@ -184,9 +189,8 @@ class TerminalProgress:
         left = f", {format_seconds(row.seconds_left)} left" if row.seconds_left else ""
         more = f" (and {_epochs(self._epochs_unprinted)} more before it)" if self._epochs_unprinted else ""
         self._epochs_unprinted = 0
-        self._print(
-            f"trial {number} epoch {epoch}/{row.max_epochs}: {self._metric} {value:.4f}{best}{speed}{left}{more}"
-        )
+        values = self._describe(row.values)
+        self._print(f"trial {number} epoch {epoch}/{row.max_epochs}: {values}{best}{speed}{left}{more}")
 
     def trial_ended(self, number: int, state: str, text: str) -> None:
         """Remove a trial; print its state with its last value, or with the reason."""
@@ -194,8 +198,21 @@ class TerminalProgress:
         self._trial_seconds.append(time.monotonic() - row.started)
         self._counts[state] += 1
         style = {"FAIL": "red", "COMPLETE": "green"}.get(state, "yellow")
-        value = f"{self._metric} {row.value:.4f}" if row.value is not None and not text else text
+        value = self._describe(row.values) if row.values and not text else text
+        if state == "COMPLETE" and len(self._metrics) > 1:
+            self._add_to_front(number, row.values)
         self._print(Text.assemble(f"trial {number} ", (state, style), f": {value}  ({format_params(row.params)})"))
+
+    def _describe(self, values: Sequence[float]) -> str:
+        return ", ".join(f"{name} {value:.4f}" for name, value in zip(self._metrics, values, strict=True))
+
+    def _add_to_front(self, number: int, values: tuple[float, ...]) -> None:
+        """Note a trial that completed; drop those that it dominates, or itself."""
+        from storage.pareto import find_front
+
+        numbers = [*self._front, number]
+        found = [*self._front.values(), values]
+        self._front = {numbers[place]: found[place] for place in find_front(found, self._directions)}
 
     def note(self, text: str) -> None:
         """Print a remark in yellow."""
@@ -249,13 +266,17 @@ class TerminalProgress:
 
     def _texts(self, rows: list[tuple[int, _Row]]) -> dict[str, list[str]]:
         """Return {heading: a text per row}; the bars have none."""
+        is_single = len(self._metrics) == 1  # with several objectives, no value is the best
         return {
             "trial": [str(number) for number, _ in rows],
             PARAMS: [format_params(row.params) for _, row in rows],
             "epoch": [f"{row.epoch}/{row.max_epochs}" for _, row in rows],
             BAR: ["" for _ in rows],
-            self._metric: ["" if row.value is None else f"{row.value:.4f}" for _, row in rows],
-            "best": ["" if row.best is None else f"{row.best:.4f}" for _, row in rows],
+            **{
+                name: [f"{row.values[i]:.4f}" if row.values else "" for _, row in rows]
+                for i, name in enumerate(self._metrics)
+            },
+            **({"best": ["" if row.best is None else f"{row.best:.4f}" for _, row in rows]} if is_single else {}),
             "images/s": ["" if row.speed is None else f"{row.speed:,.0f}" for _, row in rows],
             "left": [format_seconds(row.seconds_left) for _, row in rows],
         }
@@ -268,6 +289,8 @@ class TerminalProgress:
             parts.append(f"{max(0, self._total - ended)} left")
         if self._best is not None:
             parts.append(f"best {self._best[0]:.4f} (trial {self._best[1]})")
+        if self._front:
+            parts.append(f"Pareto front of {len(self._front)}: {_shorten(sorted(self._front))}")
         if self._budget is not None and self._budget.shows_device_time:
             parts.append(format_device_time(self._budget, self._device_seconds))
         parts.append(f"{format_seconds(time.monotonic() - self._started)} elapsed")
@@ -299,6 +322,11 @@ def _build_table(texts: Mapping[str, Sequence[str]], bars: Sequence[tuple[int, _
         bar = ProgressBar(total=row.max_epochs, completed=row.epoch, width=BAR_WIDTH)
         table.add_row(*(bar if name == BAR else Text(column[i]) for name, column in texts.items()))
     return table
+
+
+def _shorten(numbers: Sequence[int]) -> str:
+    shown = ", ".join(map(str, numbers[:MAX_FRONT]))
+    return f"trials {shown}, ..." if len(numbers) > MAX_FRONT else f"trial{'s'[: len(numbers) - 1]} {shown}"
 
 
 def _epochs(count: int) -> str:

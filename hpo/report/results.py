@@ -17,6 +17,7 @@ from hpo.trainable import STDERR_SUFFIX, is_error, is_timing
 from storage.imports import Origin, TakenOver, read_sources
 from storage.optuna_internals import trial_id
 from storage.parents import Parent
+from storage.pareto import Direction, find_front, rank_best
 from storage.records import CONTINUED_FROM, RETRIED
 from storage.studies import without_garbage_collection
 from storage.summaries import elapsed_seconds, state_of
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 STATES = ("COMPLETE", "PRUNED", "RUNNING", "WAITING", "FAIL")  # in the order of the ranking
 ENDED_STATES = ("COMPLETE", "PRUNED", "FAIL")
+MAX_RANKED = 1000  # sorting all fronts of ten thousand trials takes a second, and no table shows so many
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ class TrialResult:
 class Results:
     """The results of a study at the moment it was read.
 
-    `study` can still be read, which `pareto_front` and Optuna's plots do: it connects to the database when needed.
+    `study` can still be read, which Optuna's plots do: it connects to the database when needed.
 
     Attributes:
         study: the study that was read.
@@ -174,6 +176,11 @@ class Results:
     def maximize(self) -> bool:
         """Whether the first objective is maximized."""
         return self.objectives[0][1]
+
+    @property
+    def directions(self) -> list[Direction]:
+        """The direction of each objective."""
+        return ["maximize" if is_maximized else "minimize" for _, is_maximized in self.objectives]
 
     @cached_property
     def counts(self) -> Counter[str]:
@@ -207,17 +214,39 @@ class Results:
 
     @cached_property
     def ranked(self) -> list[TrialResult]:
-        """All trials by state in the order of `STATES`, then best value first. The Pareto front precedes other trials."""
-        return sorted(self.trials, key=self._rank)
+        """All trials by state in the order of `STATES`, then best value first.
+
+        With several objectives, completed trials have the order of `storage.pareto.rank_best`, beyond the first `MAX_RANKED`
+        by the first objective only.
+        """
+        places = self._places
+        return sorted(self.trials, key=lambda trial: (places.get(trial.number, len(places)), self._rank(trial)))
+
+    @cached_property
+    def _places(self) -> dict[int, int]:
+        """{number: place} of the best completed trials of several objectives; empty for a single one."""
+        if len(self.objectives) < 2:
+            return {}
+        completed = self._completed
+        best = rank_best([trial.values for trial in completed], self.directions, MAX_RANKED)
+        return {completed[i].number: place for place, i in enumerate(best)}
+
+    @property
+    def _completed(self) -> list[TrialResult]:
+        """The completed trials with a value for each objective: a trial of another program may lack some."""
+        is_whole = len(self.objectives)
+        return [trial for trial in self.trials if trial.state == "COMPLETE" and len(trial.values) == is_whole]
 
     def _rank(self, trial: TrialResult) -> tuple[Any, ...]:
         value = trial.values[0] if trial.values else math.nan
         cost = 0.0 if math.isnan(value) else -value if self.maximize else value
-        return (STATES.index(trial.state), trial.number not in self.pareto_front, math.isnan(value), cost, trial.number)
+        return (STATES.index(trial.state), math.isnan(value), cost, trial.number)
 
     @property
     def best(self) -> TrialResult | None:
-        """The best completed trial, or None without one. With several objectives, the first on the Pareto front."""
+        """The best completed trial, or None without one. With several objectives, the one on the Pareto front that is best
+        in the first objective.
+        """
         first = next(iter(self.ranked), None)
         return first if first is not None and first.state == "COMPLETE" and first.values else None
 
@@ -245,8 +274,16 @@ class Results:
         """The numbers of the trials on the Pareto front; empty for a single objective."""
         if len(self.objectives) < 2:
             return set()
-        with self.study.database:  # results may be kept for long, and hold no connection
-            return {trial.number for trial in self.study.optuna_study.best_trials}
+        # Optuna's `best_trials` counts trials of earlier studies, too, from which only the sampler learns.
+        completed = self._completed
+        return {completed[i].number for i in find_front([trial.values for trial in completed], self.directions)}
+
+    @property
+    def best_trials(self) -> list[TrialResult]:
+        """The trials on the Pareto front, best first by the first objective; with a single objective, the best one."""
+        if len(self.objectives) > 1:
+            return sorted((trial for trial in self.trials if trial.number in self.pareto_front), key=self._rank)
+        return [] if self.best is None else [self.best]
 
     def best_value(self, trial: TrialResult) -> float | None:
         """Return the best finite value of the first objective over a trial's epochs, or None if it has none."""
@@ -429,8 +466,8 @@ def _stored_space(attrs: Mapping[str, Any]) -> Space | None:
 def _objectives(study: Study, space: Space | None) -> list[tuple[str, bool]]:
     directions = study.optuna_study.directions
     names = study.optuna_study.metric_names
-    if space is not None and len(directions) == 1:
-        names = [space.metric]
+    if space is not None and len(directions) == len(space.all_objectives):
+        names = [each.metric for each in space.all_objectives]
     elif not names:
         names = ["value"] if len(directions) == 1 else [f"objective {i}" for i in range(len(directions))]
     return [(name, direction.name == "MAXIMIZE") for name, direction in zip(names, directions, strict=True)]

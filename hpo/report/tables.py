@@ -79,7 +79,7 @@ def _build_trial_table(
         heading = name.replace(" ", "\n")
         if fold:
             heading = heading.replace("_", "_\n")
-        left = "left" if name == "state" else "right"
+        left = "left" if name in {"state", "front"} else "right"
         table.add_column(heading, justify=left, vertical="bottom", overflow="fold")  # type: ignore[arg-type]
     for trial in results.ranked[:MAX_TABLE_ROWS]:
         table.add_row(*(cell(trial) for _, cell in columns))
@@ -95,9 +95,10 @@ def _build_trial_table(
 def trial_columns(results: Results) -> list[Column]:
     """Return the columns of a table of trials, each a (heading, function from a trial to its text) pair.
 
-    The columns are: number, parameters, state, epochs, the last and the best value of the objective (or all objectives if
-    there are several), test accuracy, seconds, and images per second where the trainable reports them. Where results of an
-    earlier study stand, a column says which trial they are from; where trials continue others, which ones.
+    The columns are: number, parameters, state, epochs, the last and the best value of the objective (if there are several,
+    whether the trial is on the Pareto front, and the last value of each), test accuracy, seconds, and images per second
+    where the trainable reports them. Where results of an earlier study stand, a column says which trial they are from; where
+    trials continue others, which ones.
     """
     params = results.param_names if len(results.param_names) <= MAX_PARAMS else results.varying_params
     columns: list[Column] = [("trial", lambda trial: str(trial.number))]
@@ -108,7 +109,8 @@ def trial_columns(results: Results) -> list[Column]:
     if any(trial.continued_from for trial in results.trials):
         columns.append((SOURCES[1], lambda trial: trial.continued_from))
     if len(results.objectives) > 1:
-        columns += [(name, _objective_of(i)) for i, (name, _) in enumerate(results.objectives)]
+        columns.append(("front", lambda trial: "yes" if trial.number in results.pareto_front else ""))
+        columns += [(name, _objective_of(i, name)) for i, (name, _) in enumerate(results.objectives)]
     else:
         columns += [
             (f"last {results.metric}", lambda trial: _last(trial, results.metric, _value(trial))),
@@ -126,8 +128,8 @@ def _param_of(name: str) -> Callable[[TrialResult], str]:
     return lambda trial: format_value(trial.params[name]) if name in trial.params else ""
 
 
-def _objective_of(index: int) -> Callable[[TrialResult], str]:
-    return lambda trial: format_number(trial.values[index]) if trial.values else ""
+def _objective_of(index: int, name: str) -> Callable[[TrialResult], str]:
+    return lambda trial: format_mean(trial.values[index], trial.standard_error(name)) if trial.values else ""
 
 
 def _last(trial: TrialResult, metric: str, otherwise: float | None = None) -> str:
@@ -152,7 +154,7 @@ def study_table(summaries: Sequence[Summary]) -> Table:
             each.name,
             each.state or "another program's",
             *(f"{each.counts.get(state, 0):,}" for state in states),
-            format_number(each.best),
+            format_number(each.best) if each.front is None else f"front of {each.front:,}",
             each.metric,
             format_amount(each.device_seconds / 3600) if each.unique_name else "",
             *("" if each.cost is None else format_amount(each.cost) for _ in costs),

@@ -67,6 +67,10 @@ class Comparison:
             raise RefusalError(f"sampler {sampler} uses only results that stand")
         key = self._space.config_key(translation.params) if is_reused else None
         last = max(values)
+        if (
+            state == "PRUNED" and self._space.objectives is not None
+        ):  # Optuna's TPE ranks pruned trials by one objective
+            raise RefusalError("it was stopped early, and a search with several objectives has no use for it")
         return ImportedTrial(
             origin,
             translation.params,
@@ -78,6 +82,7 @@ class Comparison:
             attrs=self._attrs(trial, translation, is_reused=is_reused),
             started=trial.datetime_start,
             completed=trial.datetime_complete,
+            other_values=self._other_values(trial, last),
         )
 
     def same_configuration(self, trial: FrozenTrial) -> Params | None:
@@ -151,8 +156,8 @@ class Comparison:
         is_metric = True
         if self._space.metric == self._before.metric:
             values = dict(trial.intermediate_values)
-            if not values and trial.state.name == "COMPLETE" and trial.value is not None:
-                values = {self._before.max_epochs: trial.value}
+            if not values and trial.state.name == "COMPLETE" and trial.values:
+                values = {self._before.max_epochs: trial.values[0]}
         else:
             values = {
                 epoch: found[self._space.metric]
@@ -166,6 +171,26 @@ class Comparison:
         if last and not math.isfinite(values[last]):
             return {}, is_metric
         return {epoch: value for epoch, value in values.items() if math.isfinite(value)}, is_metric
+
+    def _other_values(self, trial: FrozenTrial, epoch: int) -> tuple[float, ...]:
+        """Return the values of the search's objectives but for the first one, after an epoch.
+
+        Raises:
+            RefusalError: one is missing, or not finite. No option takes the trial then: nothing can stand in for a value.
+        """
+        metrics = self._metrics_of(trial).get(epoch, {}) if self._space.objectives else {}
+        if epoch == self._before.max_epochs and trial.state.name == "COMPLETE":
+            # One that was itself taken over to learn from has values, and no metrics.
+            names = [each.metric for each in self._before.all_objectives]
+            metrics = dict(zip(names, trial.values or (), strict=False)) | metrics
+        found = []
+        for each in self._space.all_objectives[1:]:
+            if each.metric not in metrics:
+                raise RefusalError(f"it has no {each.metric}")
+            if not math.isfinite(metrics[each.metric]):
+                raise RefusalError("it has no finite value")
+            found.append(metrics[each.metric])
+        return tuple(found)
 
     def _metrics_of(self, trial: FrozenTrial) -> dict[int, dict[str, float]]:
         from storage.optuna_internals import trial_id

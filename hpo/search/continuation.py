@@ -5,63 +5,21 @@ Only completed trials are continued. A pruned one is not: its scheduler has judg
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from enum import Enum
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from hpo.errors import SpaceError
-from hpo.paths import SCRIPT_DIR, RunsDir
-from hpo.search.checkpoints import belongs_to, list_checkpoints, owner_key
-from hpo.search.comparison import Comparison
+from hpo.paths import RunsDir
+from hpo.search.candidates import Candidate, Outlook, find_candidates, rank_candidates, restore_candidate
 from hpo.space.model import Space
 from hpo.space.parameters import Params
 
 if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
-
     from storage.database import Database
-    from storage.parents import Parent
     from storage.studies import Study
 
 MAX_NAMED = 5  # trials in a note
 LEFT = "left as it is"  # what becomes of a configuration that this search does not train
-
-
-class Outlook(Enum):
-    """What becomes of a trial with fewer epochs."""
-
-    CONTINUED = "it starts from its parent's checkpoint"
-    GONE = "the checkpoint is gone: the configuration is trained from the start"
-    HORIZON = "its schedule depends on max_epochs: it cannot be continued"
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A completed trial of an earlier revision whose configuration this search trains for more epochs.
-
-    Attributes:
-        params: the configuration, as one of this search.
-        key: of the configuration.
-        value: the objective after its last epoch.
-        parent: the trial.
-        outlook: what becomes of it.
-        epochs: {epoch: objective} as its study has it; empty for one that a decision names.
-    """
-
-    params: Params
-    key: str
-    value: float
-    parent: Parent
-    outlook: Outlook
-    epochs: Mapping[int, float] = field(default_factory=dict)
-
-    @property
-    def stored(self) -> dict[str, Any]:
-        """What a study stores of it, see `_restore`."""
-        is_left = self.outlook is Outlook.HORIZON
-        return {"params": self.params, "value": self.value, "horizon": is_left, "parent": self.parent.attribute}
 
 
 @dataclass(frozen=True)
@@ -183,7 +141,7 @@ def plan_continuation(
 
     What the study has decided before stands, unless the options of `continue` have changed. A trial counts if this search
     would train its configuration in the same way: parameters, derived values, data, seeds and trainable are the same, and
-    so are metric and direction, by which trials are ranked.
+    so are the objectives, by which trials are ranked.
 
     Args:
         space: the search.
@@ -249,35 +207,16 @@ def _decide(
     """
     from storage.studies import other_revisions
 
-    best: dict[str, Candidate] = {}
-    for revision in other_revisions(database, space.name, study):
-        for candidate in _candidates(space, revision, runs_dir):
-            known = best.get(candidate.key)
-            best[candidate.key] = candidate if known is None else max(known, candidate, key=_usefulness)
+    best = find_candidates(space, other_revisions(database, space.name, study), runs_dir)
     for candidate in () if before is None else (*before.chosen, *before.left):
         best.setdefault(candidate.key, candidate)
     options = space.continuation
-    ranked = _rank(list(best.values()), maximize=space.direction == "maximize")
+    ranked = rank_candidates(list(best.values()), space.directions)
     wanted = ranked[: options.count(is_grid=space.is_grid)]
     chosen = [each for each in wanted if each.outlook is not Outlook.HORIZON or options.horizon == "restart"]
     keys = {each.key for each in chosen}
     left = [each for each in ranked if each.key not in keys]
     return Decision(_options_of(space), chosen, left if space.is_grid else _with(left, Outlook.HORIZON))
-
-
-def _rank(candidates: Sequence[Candidate], *, maximize: bool) -> list[Candidate]:
-    """Return candidates by their values, best first: those after the largest epoch that all of them have.
-
-    Later values of trials with more epochs would be better for that alone. Without such an epoch, last values are compared.
-    """
-    shared = set.intersection(*(set(each.epochs) for each in candidates)) if candidates else set()
-    epoch = max(shared, default=None)
-
-    def order(candidate: Candidate) -> tuple[bool, float]:
-        value = candidate.value if epoch is None else candidate.epochs[epoch]
-        return math.isfinite(value), value if maximize else -value
-
-    return sorted(candidates, key=order, reverse=True)
 
 
 def _follow(space: Space, decision: Decision) -> ContinuationPlan:
@@ -299,79 +238,13 @@ def _read_decision(space: Space, stored: Any, runs_dir: RunsDir) -> Decision | N
     found: dict[str, list[Candidate]] = {}
     for name in ("chosen", "left"):
         entries = stored.get(name)
-        candidates = [_restore(space, each, runs_dir) for each in entries] if isinstance(entries, list) else [None]
+        candidates = (
+            [restore_candidate(space, each, runs_dir) for each in entries] if isinstance(entries, list) else [None]
+        )
         found[name] = [each for each in candidates if each is not None]
         if len(found[name]) < len(candidates):
             return None
     return Decision(stored["options"], found["chosen"], found["left"], stored)
-
-
-def _restore(space: Space, stored: Any, runs_dir: RunsDir) -> Candidate | None:
-    """Return what `Candidate.stored` describes; its checkpoint may be gone by now."""
-    from storage.parents import Parent
-
-    if not isinstance(stored, Mapping):
-        return None
-    params, value, parent = stored.get("params"), stored.get("value"), Parent.read(stored.get("parent"))
-    if parent is None or not isinstance(value, int | float) or not isinstance(params, dict):
-        return None
-    if space.find_misfit(params):
-        return None
-    outlook = Outlook.CONTINUED if _has_checkpoint(space, parent, runs_dir) else Outlook.GONE
-    outlook = Outlook.HORIZON if stored.get("horizon") is True else outlook
-    return Candidate(params, space.config_key(params), value, parent, outlook)
-
-
-def _usefulness(candidate: Candidate) -> tuple[bool, int]:
-    return candidate.outlook is Outlook.CONTINUED, candidate.parent.epoch
-
-
-def _candidates(space: Space, earlier: Study, runs_dir: RunsDir) -> Iterator[Candidate]:
-    from storage.imports import Origin
-
-    try:
-        before = Space.from_settings(earlier.settings)
-    except SpaceError:  # of another version; the note about earlier studies says so
-        return
-    is_shorter = before.max_epochs < space.max_epochs
-    if not is_shorter or (before.metric, before.direction) != (space.metric, space.direction):
-        return
-    comparison = Comparison(space, before, earlier, frozenset())
-    for trial in earlier.trained_trials():
-        value = trial.value if trial.state.name == "COMPLETE" else None
-        # A result that was taken over is that of another revision, which has the checkpoint.
-        if value is None or not math.isfinite(value) or Origin.of(trial.user_attrs) is not None:
-            continue
-        params = comparison.same_configuration(trial)
-        if params is not None:
-            parent = _parent(trial, before, earlier)
-            outlook = Outlook.CONTINUED if _has_checkpoint(space, parent, runs_dir) else Outlook.GONE
-            if comparison.depends_on_horizon(trial):
-                outlook = Outlook.HORIZON
-            epochs = trial.intermediate_values
-            yield Candidate(params, space.config_key(params), value, parent, outlook, epochs)
-
-
-def _parent(trial: FrozenTrial, before: Space, earlier: Study) -> Parent:
-    from storage.parents import Parent
-    from storage.records import attempt_of
-
-    return Parent(
-        # The first revision has this name as soon as there is a second one.
-        study=earlier.name if "@" in earlier.name else f"{earlier.name}@1",
-        number=trial.number,
-        identity=earlier.identity or "",
-        epoch=before.max_epochs,
-        files=earlier.unique_name,
-        key=owner_key(before.config_key(trial.params), attempt_of(trial.user_attrs)),
-    )
-
-
-def _has_checkpoint(space: Space, parent: Parent, runs_dir: RunsDir) -> bool:
-    folder = runs_dir.trial(parent.files, parent.number)
-    if not space.saves_checkpoints or not belongs_to(folder, parent.key) or not list_checkpoints(folder):
-        return False
-    return space.command is None or (folder / SCRIPT_DIR).is_dir()
 
 
 def _with(candidates: Iterable[Candidate], outlook: Outlook) -> list[Candidate]:

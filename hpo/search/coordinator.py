@@ -111,7 +111,8 @@ class TrialCoordinator:
                 self._next_attempt = time.monotonic() + POLL_SECONDS
                 if is_spent and not self._claims:  # a trial that still runs may end with a better value
                     patience = self._space.budget.patience
-                    self.stop(StopCause.NO_IMPROVEMENT, f"{patience} trials in a row have not found a better value")
+                    found = "a better value" if self._space.objectives is None else "a trial for the Pareto front"
+                    self.stop(StopCause.NO_IMPROVEMENT, f"{patience} trials in a row have not found {found}")
                 return None
             self._claims[tune_id] = claim
             self._epochs[tune_id] = claim.epoch
@@ -224,12 +225,11 @@ class TrialCoordinator:
 
     def _on_epoch(self, tune_id: str, claim: ClaimedTrial, report: TrialReport) -> Ending | None:
         epoch, metrics = report.epoch, report.metrics
-        value = metrics.get(self._space.metric)
-        if value is None:
-            hint = nearest(self._space.metric, metrics)
-            return self._fail(
-                tune_id, f"the trainable reported no metric {self._space.metric!r}, {hint}", "", report.node
-            )
+        for each in self._space.all_objectives:
+            if each.metric not in metrics:
+                hint = nearest(each.metric, metrics)
+                return self._fail(tune_id, f"the trainable reported no metric {each.metric!r}, {hint}", "", report.node)
+        value, *others = (metrics[each.metric] for each in self._space.all_objectives)
         if not report.is_recalled:
             if tune_id not in self._new_epochs and epoch <= self._epochs[tune_id]:
                 self._listener.note(
@@ -260,7 +260,7 @@ class TrialCoordinator:
             return self._fail(tune_id, f"{infinite[0]} is {metrics[infinite[0]]} after epoch {epoch}")
         if epoch >= self._space.max_epochs:
             attrs = {name: metrics[name] for name in ("test_accuracy", "test_loss") if name in metrics}
-            self._run.complete(claim, value, attrs)
+            self._run.complete(claim, value, attrs, other_values=tuple(others))
             return self._end(tune_id, "COMPLETE", "")
         if is_pruned:
             self._end(tune_id, "PRUNED", f"stopped by {self._space.scheduler.name} after epoch {epoch}")
@@ -405,8 +405,8 @@ class TrialCoordinator:
 
     def _is_patience_spent(self) -> bool:
         """Whether too many trials in a row ended without a better value. Those that wait are still run."""
-        patience, is_maximized = self._space.budget.patience, self._space.direction == "maximize"
-        return patience is not None and self._run.is_patience_spent(patience, maximize=is_maximized)
+        patience = self._space.budget.patience
+        return patience is not None and self._run.is_patience_spent(patience, self._space.directions)
 
     def _crash_reason(self, claim: ClaimedTrial, details: str) -> tuple[str, str]:
         hang = self._folder(claim) / HANG_FILE

@@ -2,7 +2,8 @@
 
 Unfinished trials keep theirs, to resume, and so do failed ones, for `hpo retry --resume`. The database ranks those that
 completed, so any number of drivers agree. What is superfluous once stays so, because values of ended trials do not change:
-deleting needs no lock, and any driver may do it again.
+deleting needs no lock, and any driver may do it again. With several objectives, a trial may become one of the best again,
+when a new one dominates others; what was deleted stays deleted.
 """
 
 from __future__ import annotations
@@ -95,8 +96,8 @@ def superfluous_trials(
     policy = space.checkpoints
     if policy.count is None or not numbers:
         return []
-    direction = space.direction if policy.keeps_best else None
-    found = ranking.superfluous_trials(study, policy.count, direction, among=numbers, timeout_seconds=timeout_seconds)
+    directions = space.directions if policy.keeps_best else None
+    found = ranking.superfluous_trials(study, policy.count, directions, among=numbers, timeout_seconds=timeout_seconds)
     needed = parents.continued_trials(study, timeout_seconds) if found else set()
     return [trial for trial in found if trial.number not in needed]
 

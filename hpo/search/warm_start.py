@@ -19,6 +19,7 @@ from hpo.space.sections import Source
 from hpo.space.translation import TranslationError
 from storage.errors import StorageError
 from storage.imports import ImportedTrial, Origin, TakenOver, import_trials, read_known, read_sources
+from storage.pareto import rank_best
 
 if TYPE_CHECKING:
     from storage.database import Database
@@ -217,9 +218,9 @@ class _Finder:
         except SpaceError:
             return Found(earlier.reference, refused={"another version of hpo wrote its settings": len(trials)})
         if source.count is not None:
-            completed = [trial for trial in trials if trial.state.name == "COMPLETE" and trial.value is not None]
-            completed.sort(key=lambda trial: trial.value or 0.0, reverse=before.direction == "maximize")
-            trials = sorted(completed[: source.count], key=lambda trial: trial.number)
+            completed = [trial for trial in trials if trial.state.name == "COMPLETE" and trial.values]
+            best = rank_best([trial.values for trial in completed], before.directions, source.count)
+            trials = sorted((completed[i] for i in best), key=lambda trial: trial.number)
         comparison = Comparison(self._space, before, earlier, frozenset(source.despite))
         taken: dict[int, ImportedTrial] = {}
         for trial in trials:

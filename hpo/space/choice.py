@@ -42,11 +42,14 @@ def choose_sampler(
     budget: Budget,
     scheduler: Scheduler,
     count_points: Callable[[float], int | None],
+    *,
+    objectives: int = 1,
 ) -> SamplerChoice:
     """Return the sampler for a search that leaves it to `auto`.
 
     A small grid is searched completely. A Gaussian process is for few and expensive trials of numbers: it learns from
-    completed trials only, so not with a scheduler that stops most of them. TPE is for all else.
+    completed trials only, so not with a scheduler that stops most of them. TPE is for all else, and for several objectives,
+    as in Optuna.
 
     Args:
         auto: its seed is kept.
@@ -54,6 +57,7 @@ def choose_sampler(
         budget: of the search.
         scheduler: of the search.
         count_points: returns how many configurations the grid has; None if it has more than its argument.
+        objectives: how many there are.
     """
     most = budget.trials if budget.trials is not None else SMALL_GRID if budget.ends_search else math.inf
     points = count_points(most)
@@ -62,6 +66,8 @@ def choose_sampler(
     if budget.trials is not None and budget.trials > MAX_LEARNING_TRIALS:
         reason = f"with more than {MAX_LEARNING_TRIALS:,} trials, a draw must cost little"
         return SamplerChoice(RandomSampler(name="random", seed=auto.seed), reason)
+    if objectives > 1:
+        return SamplerChoice(TPESampler(name="tpe", seed=auto.seed), f"there are {objectives} objectives")
     against_gp = _reason_against_gp(parameters, budget, scheduler)
     if not against_gp:
         reason = f"numbers only, at most {MAX_GP_TRIALS} trials, and none is stopped early"

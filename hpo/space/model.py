@@ -26,6 +26,7 @@ from hpo.space.continuation import Continuation, NamedContinuation
 from hpo.space.document import Document
 from hpo.space.expressions import Formulas
 from hpo.space.messages import Problem, explain, fields_by_key, group_by_key
+from hpo.space.objectives import MAX_OBJECTIVES, ListedObjective, Objective
 from hpo.space.parameters import (
     FloatRange,
     IntRange,
@@ -47,7 +48,6 @@ from hpo.space.sections import (
     NamedSampler,
     NamedScheduler,
     NamedSource,
-    Objective,
     Resources,
     Scheduler,
     Seconds,
@@ -79,11 +79,11 @@ class Space(StrictModel):
     """Patterns that read metrics from what the script prints, such as `accuracy: 'Accuracy: (\\d+/\\d+)'`. The group is the
     number, or a fraction. Without them, the script prints JSON."""
     metric: str = "val_accuracy"
-    """The metric to optimize. The trainable must report it."""
+    """The metric to optimize. The trainable must report it. With several objectives, that of the first one."""
     direction: Literal["maximize", "minimize"] = "maximize"
     """Whether a higher or a lower value of the metric is better."""
-    objectives: Annotated[list[Objective], Field(min_length=1)] | None = None
-    """Several objectives in place of metric and direction; not built yet."""
+    objectives: Annotated[list[ListedObjective], Field(min_length=1, max_length=MAX_OBJECTIVES)] | None = None
+    """Several objectives, in place of metric and direction. In a space that is read, null if there is only one."""
     sampler: NamedSampler = AutoSampler(name="auto")
     """The algorithm that chooses the configurations: a name, or a mapping with a name and options. In a space that is read,
     `auto` is replaced by its choice."""
@@ -127,11 +127,23 @@ class Space(StrictModel):
     _left_out: frozenset[str] = PrivateAttr(default=frozenset())
 
     @model_validator(mode="after")
+    def _unify_objectives(self) -> Space:
+        """Let metric and direction be those of the first objective, and set objectives only if there are several."""
+        if self.objectives is None:
+            return self
+        first, *others = self.objectives
+        kept = self.objectives if others else None
+        return self.model_copy(update={"metric": first.metric, "direction": first.direction, "objectives": kept})
+
+    @model_validator(mode="after")
     def _choose_sampler(self) -> Space:
         if not isinstance(self.sampler, AutoSampler):
             return self
         count = partial(count_grid, self.parameters, self.constraints, self.derived, self.max_epochs)
-        choice = choose_sampler(self.sampler, self.parameters, self.budget, self.scheduler, count)
+        objectives = len(self.all_objectives)
+        choice = choose_sampler(
+            self.sampler, self.parameters, self.budget, self.scheduler, count, objectives=objectives
+        )
         chosen = self.model_copy(update={"sampler": choice.sampler})
         chosen._sampler_reason = choice.reason  # noqa: SLF001 # a space, too
         return chosen
@@ -169,6 +181,16 @@ class Space(StrictModel):
     def sampler_reason(self) -> str:
         """Why `auto` chose the sampler; empty if the file names one."""
         return self._sampler_reason
+
+    @property
+    def all_objectives(self) -> tuple[Objective, ...]:
+        """The objectives, at least one, in the order of the file. The first one is that of `metric` and `direction`."""
+        return tuple(self.objectives or [Objective(metric=self.metric, direction=self.direction)])
+
+    @property
+    def directions(self) -> tuple[Literal["maximize", "minimize"], ...]:
+        """The direction of each objective."""
+        return tuple(objective.direction for objective in self.all_objectives)
 
     @property
     def is_grid(self) -> bool:
@@ -231,7 +253,7 @@ class Space(StrictModel):
         """The arguments of `storage.studies.open_study` for this search."""
         return {
             "name": self.name,
-            "direction": self.direction,
+            "direction": self.directions,
             "fingerprint": self.fingerprint,
             "settings": self.model_dump(mode="json"),
             "total_trials": self.total_trials,
@@ -262,8 +284,8 @@ class Space(StrictModel):
             parameter.pop("default", None)  # only about earlier trials
             if parameter.get("when", False) is None:
                 del parameter["when"]
-        identity |= self.model_dump(include=self._used({"constraints", "derived", "command", "report"}))
-        return _digest(identity | self._replicates)
+        used = self._used({"constraints", "derived", "command", "report", "objectives"})
+        return _digest(identity | self.model_dump(include=used) | self._replicates)
 
     def config_key(self, params: Mapping[str, Scalar]) -> str:
         """Return the identity of a configuration: trainings with the same key differ at most in the number of epochs."""
@@ -442,10 +464,11 @@ def _choose_sampler(values: dict[str, Any], data: Mapping[str, Any]) -> None:
     """Replace `auto` by its choice, or leave the sampler out if something that it depends on is invalid."""
     if isinstance(values.get("sampler"), AutoSampler):
         auto, parameters = values.pop("sampler"), values.get("parameters", {})
-        needed = {"budget", "scheduler", "constraints", "derived", "max_epochs"}
+        needed = {"budget", "scheduler", "objectives", "constraints", "derived", "max_epochs"}
         if needed <= values.keys() and parameters and len(parameters) == len(data["parameters"]):
-            count = partial(count_grid, parameters, values["constraints"], values["derived"], values["max_epochs"])
-            chosen = choose_sampler(auto, parameters, values["budget"], values["scheduler"], count)
+            points = partial(count_grid, parameters, values["constraints"], values["derived"], values["max_epochs"])
+            count = len(values["objectives"] or [""])
+            chosen = choose_sampler(auto, parameters, values["budget"], values["scheduler"], points, objectives=count)
             values["sampler"] = chosen.sampler
 
 

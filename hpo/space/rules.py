@@ -44,9 +44,6 @@ from hpo.trainable import DEFAULT_TRAINABLE
 MAX_GRID_POINTS = 100_000
 MAX_WORK = 2_000_000  # operations of constraints and derived values for all points of a grid: about 5 s
 RANDOM_POINTS = 1000  # tried against constraints and derived values
-NOT_BUILT = {
-    ("objectives",): "several objectives are not built yet: give one `metric` and `direction`",
-}
 
 
 class _InvalidSectionError(Exception):
@@ -201,21 +198,69 @@ def _scheduler_fits_max_epochs(sections: ValidSections) -> Iterator[Problem]:
         yield ("scheduler", "reduction_factor"), f"{scheduler.name} has no reduction_factor: leave it out"
 
 
+# --- objectives -----------------------------------------------------------------------------------------------------
+
+
+def _objectives(sections: ValidSections) -> list[tuple[KeyPath, str]]:
+    """Return the key of each objective's metric in the file, and the metric."""
+    if "objectives" not in sections.data or sections.data["objectives"] is None:
+        return [(("metric",), sections["metric"])]
+    several = sections["objectives"] or [None]  # one alone is held as metric and direction
+    return [
+        (("objectives", i, "metric"), sections["metric"] if each is None else each.metric)
+        for i, each in enumerate(several)
+    ]
+
+
+def _objectives_are_clear(sections: ValidSections) -> Iterator[Problem]:
+    if sections.data.get("objectives") is None:
+        return
+    for key in ("metric", "direction"):
+        if key in sections.data:
+            yield (key,), f"give either objectives or {key}, not both: each objective has its own metric and direction"
+    seen: set[str] = set()
+    for path, metric in _objectives(sections):
+        if metric in seen:
+            yield path, f"{metric} is an objective already: name each metric once"
+        seen.add(metric)
+
+
+def _several_objectives_can_be_searched(sections: ValidSections) -> Iterator[Problem]:
+    count = len(_objectives(sections))
+    if count == 1:
+        return
+    scheduler = sections["scheduler"]
+    if scheduler.is_built and scheduler.stops_trials_early:
+        yield (
+            ("scheduler",),
+            f"{scheduler.name} stops a trial whose value is worse than that of others, and with {count} objectives there is "
+            "no such order: leave the scheduler out, or give one `metric` and `direction`",
+        )
+    sampler = sections["sampler"]
+    if not sampler.allows_objectives:
+        yield (
+            ("sampler",),
+            f"{sampler.name} searches for one objective, and there are {count}: use sampler tpe, nsga2, gp, random, qmc or "
+            "grid",
+        )
+
+
 def _metric_is_reported(sections: ValidSections) -> Iterator[Problem]:
-    is_built_in = sections["command"] is None and sections["trainable"] == DEFAULT_TRAINABLE
-    metric = sections["metric"]
-    if is_built_in and metric.startswith("test_"):
-        yield (
-            ("metric",),
-            "the test images are scored once, after the last epoch: no decision may depend on them. Give another metric, "
-            "such as val_accuracy",
-        )
-    if is_built_in and sections["data"].val_samples == 0 and metric.startswith("val_"):
-        yield (
-            ("data", "val_samples"),
-            f"without validation images there is no {metric}: give another metric, such as `metric: train_accuracy`, or "
-            "hold images out",
-        )
+    if sections["command"] is not None or sections["trainable"] != DEFAULT_TRAINABLE:
+        return
+    for path, metric in _objectives(sections):
+        if metric.startswith("test_"):
+            yield (
+                path,
+                "the test images are scored once, after the last epoch: no decision may depend on them. Give another "
+                "metric, such as val_accuracy",
+            )
+        if sections["data"].val_samples == 0 and metric.startswith("val_"):
+            yield (
+                ("data", "val_samples"),
+                f"without validation images there is no {metric}: give another metric, such as `metric: train_accuracy`, or "
+                "hold images out",
+            )
 
 
 # --- parameters, constraints and derived values ---------------------------------------------------------------------
@@ -316,7 +361,7 @@ def _command_is_complete(sections: ValidSections) -> Iterator[Problem]:
 
 
 def _patterns_are_valid(sections: ValidSections) -> Iterator[Problem]:
-    patterns, metric, command = sections["report"], sections["metric"], sections["command"]
+    patterns, command = sections["report"], sections["command"]
     if not patterns:
         return
     if command is None:
@@ -326,8 +371,9 @@ def _patterns_are_valid(sections: ValidSections) -> Iterator[Problem]:
             compile_pattern(text)
         except PatternError as error:
             yield ("report", name), str(error)
-    if metric not in patterns:
-        yield ("report",), f"no pattern reads the metric {metric}, {nearest(metric, patterns)}"
+    for _, metric in _objectives(sections):
+        if metric not in patterns:
+            yield ("report",), f"no pattern reads the metric {metric}, {nearest(metric, patterns)}"
     if command is not None and uses_checkpoint_dir(command) and EPOCH not in patterns:
         yield ("report",), f"with {{{CHECKPOINT_DIR}}}, a pattern must read the epoch: give report.{EPOCH}"
 
@@ -352,20 +398,13 @@ def _replicates_differ(sections: ValidSections) -> Iterator[Problem]:
         )
 
 
-def _features_are_built(sections: ValidSections) -> Iterator[Problem]:
-    for path, text in NOT_BUILT.items():
-        value: Any = sections.data
-        for key in path:
-            value = value.get(key) if isinstance(value, Mapping) else None
-        if value:
-            yield path, text
-
-
 RULES: tuple[Rule, ...] = (
     _grid_is_finite,
     _search_ends,
     _sampler_fits_parameters,
     _scheduler_fits_max_epochs,
+    _objectives_are_clear,
+    _several_objectives_can_be_searched,
     _metric_is_reported,
     _names_are_identifiers,
     _conditions_are_consistent,
@@ -375,5 +414,4 @@ RULES: tuple[Rule, ...] = (
     _patterns_are_valid,
     _sources_are_distinct,
     _replicates_differ,
-    _features_are_built,
 )

@@ -28,6 +28,7 @@ class _Sampler(StrictModel):
     is_grid: ClassVar[bool] = False  # tries a finite list of configurations
     learns: ClassVar[bool] = False  # the next configuration depends on earlier results
     allows_conditions: ClassVar[bool] = True  # can leave out inactive parameters
+    allows_objectives: ClassVar[bool] = True  # can search for several objectives
     needs_range: ClassVar[bool] = False  # needs an int or float range with more than one value
 
     name: str
@@ -122,6 +123,7 @@ class CmaEsSampler(_Sampler):
 
     learns = True
     allows_conditions = False
+    allows_objectives = False
     needs_range = True
 
     name: Literal["cmaes"]
@@ -270,7 +272,8 @@ class Budget(StrictModel):
     time: Seconds | None = None
     """Wall-clock time of the study, summed over its runs: 90s, 30m, 4h, 1d12h, or seconds."""
     patience: PositiveInt | None = None
-    """Number of trials that end one after another without a better value."""
+    """Number of trials that end one after another without a better value; with several objectives, without a new trial on
+    the Pareto front."""
     gpu_hours: Annotated[Positive | None, BeforeValidator(_refuse_text)] = None
     """Device-hours that the trials of the study use, summed over its runs: of GPUs, or of trials on the CPU."""
     cost: Cost | None = None
@@ -326,7 +329,8 @@ class Checkpoints(StrictModel):
     """Which trials keep their checkpoints after they have ended. Unfinished and failed trials always keep theirs."""
 
     keep: Keep = "best 3"
-    """best N: the N best trials that completed. A number N: the N that completed last. none, or all: pruned ones too."""
+    """best N: the N best trials that completed; with several objectives, those on the Pareto front first. A number N: the N
+    that completed last. none, or all: pruned ones too."""
 
     @property
     def count(self) -> int | None:
@@ -393,12 +397,3 @@ class Source(StrictModel):
 NamedSource = Annotated[
     Source, BeforeValidator(_expand_study, json_schema_input_type=Annotated[str, Field(min_length=1)] | Source)
 ]
-
-
-class Objective(StrictModel):
-    """One of several objectives; not built yet."""
-
-    metric: str
-    """The name of the metric."""
-    direction: Literal["maximize", "minimize"] = "maximize"
-    """Whether a higher or a lower value is better."""

@@ -378,8 +378,13 @@ def test_a_study_of_another_program_is_an_error(tmp_path: Path) -> None:
             two.optuna_study.add_trial(optuna.trial.create_trial(values=values))
         with pytest.raises(SettingError, match="study one was not created by hpo"):
             export(one, tmp_path)
-        with pytest.raises(SettingError, match="choose one of the best trials with --trial: 0, 1"):
+        with pytest.raises(SettingError) as error:
             export(two, tmp_path)
+        assert str(error.value).splitlines() == [
+            "study two has several objectives, so no single trial is the best: choose one of the Pareto front",
+            "  --trial 0: objective 0 1, objective 1 1",
+            "  --trial 1: objective 0 0.5, objective 1 0.5",
+        ]
 
 
 # --- the output folder --------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from io import StringIO
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,10 @@ PARAMS = {"batch_size": 64, "lr": 0.01}
 EPOCH_SECONDS = 30.0
 
 
-def space_of(*, direction: str = "maximize", total: int | None = None) -> Space:
+OBJECTIVES = [{"metric": "val_accuracy", "direction": "maximize"}, {"metric": "train_seconds", "direction": "minimize"}]
+
+
+def space_of(*, direction: str = "maximize", total: int | None = None, objectives: Any = None) -> Space:
     """A search with a number of trials, or without one."""
     return Space.model_validate(
         {
@@ -32,6 +36,7 @@ def space_of(*, direction: str = "maximize", total: int | None = None) -> Space:
             "trainable": "mine:train",
             "sampler": {"name": "random"},
             "direction": direction,
+            "objectives": objectives,
             "max_epochs": 9,
             "budget": {"time": "1h"} if total is None else {"trials": total},
             "parameters": {"lr": {"type": "float", "low": 0.001, "high": 0.1}},
@@ -56,11 +61,12 @@ class Screen:
         width: int = 120,
         height: int = 100,
         direction: str = "maximize",
+        objectives: Any = None,
         total: int | None = None,
         slots: int = 1,
         counts: Mapping[str, int] | None = None,
     ) -> None:
-        self.space = space_of(direction=direction, total=total)
+        self.space = space_of(direction=direction, total=total, objectives=objectives)
         self.slots = Slots(slots, 1.0, 0.0)
         self.counts = counts or {}
         self.paper = StringIO()
@@ -135,6 +141,53 @@ def test_the_best_value_of_a_minimized_metric_is_the_lowest() -> None:
         for epoch, value in enumerate((0.7, 0.5, 0.8), start=1):
             progress.epoch_ended(0, epoch, metrics_of(value))
     assert re.findall(r"best (0\.\d{4})", screen.paper.getvalue()) == ["0.7000", "0.5000", "0.5000"]
+
+
+def end_trials(progress: TerminalProgress, *pairs: tuple[float, float], state: str = "COMPLETE") -> None:
+    for number, (accuracy, seconds) in enumerate(pairs):
+        progress.trial_started(number, PARAMS, epoch=0, max_epochs=1)
+        progress.epoch_ended(number, 1, metrics_of(accuracy) | {"train_seconds": seconds})
+        progress.trial_ended(number, state, "")
+
+
+def test_all_of_several_objectives_are_shown_and_none_is_the_best() -> None:
+    screen = Screen(terminal=False, objectives=OBJECTIVES)
+    with screen.searching() as progress:
+        end_trials(progress, (0.5, 12.0))
+    _, epoch, end = screen.paper.getvalue().splitlines()
+    assert epoch.startswith("trial 0 epoch 1/1: val_accuracy 0.5000, train_seconds 12.0000, ")
+    assert end.startswith("trial 0 COMPLETE: val_accuracy 0.5000, train_seconds 12.0000")
+    assert "best" not in epoch
+
+
+def test_the_live_table_has_a_column_for_each_objective_and_names_the_pareto_front() -> None:
+    screen = Screen(terminal=True, objectives=OBJECTIVES)
+    with screen.searching() as progress:
+        end_trials(progress, (0.5, 12.0), (0.6, 11.0), (0.4, 10.0))
+        progress.trial_started(3, PARAMS, epoch=0, max_epochs=2)
+        progress.epoch_ended(3, 1, metrics_of(0.75) | {"train_seconds": 13.5})
+    head, row, study = screen.last_frame
+    assert re.search(r"val_accuracy +train_seconds", head)
+    assert re.search(r"0\.7500 +13\.5000", row)
+    assert " best" not in head
+    assert ", Pareto front of 2: trials 1, 2, " in study, "trial 3 has not completed"
+
+
+@pytest.mark.parametrize(("count", "text"), [(1, "1: trial 0, "), (10, "10: trials 0, 1, 2, 3, 4, 5, 6, 7, ..., ")])
+def test_a_large_front_is_shortened(count: int, text: str) -> None:
+    screen = Screen(terminal=True, width=200, objectives=OBJECTIVES)
+    with screen.searching() as progress:
+        end_trials(progress, *((float(i), float(i)) for i in range(count)))
+        progress.trial_started(99, PARAMS, epoch=0, max_epochs=2)
+    assert f"Pareto front of {text}" in screen.last_frame[-1]
+
+
+def test_a_trial_that_did_not_complete_is_not_on_the_front() -> None:
+    screen = Screen(terminal=True, objectives=OBJECTIVES)
+    with screen.searching() as progress:
+        end_trials(progress, (0.5, 12.0), state="FAIL")
+        progress.trial_started(99, PARAMS, epoch=0, max_epochs=2)
+    assert "front" not in screen.last_frame[-1]
 
 
 def test_a_line_is_never_wrapped_on_a_narrow_console() -> None:

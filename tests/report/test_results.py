@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import pytest
 from optuna.trial import TrialState, create_trial
 
 from hpo.paths import RunsDir
+from hpo.report import optuna_plots
 from hpo.report.page import write_report
 from hpo.report.results import Results, read_epochs, read_results
 from hpo.report.tables import trial_table
 from hpo.report.terminal import Terminal
 from storage import records, tables
 from storage.database import Database
+from storage.imports import ImportedTrial, Origin, import_trials
 from storage.records import DUPLICATE
 from storage.studies import Study, open_study
 from tests.report.studies import add_trial, finish_grid, grid_space, optuna_study, read
@@ -95,6 +98,33 @@ def test_several_objectives_have_a_pareto_front_that_ranks_first(database: Datab
     assert results.pareto_front == {1, 2}
     assert [trial.number for trial in results.ranked] == [1, 2, 0]
     assert list(results.to_dataframe()["value_objective 1"]) == [7.0, 10.0, 5.0]
+
+
+def test_trials_that_only_the_sampler_knows_dominate_nothing(database: Database) -> None:
+    both = [{"metric": "val_accuracy", "direction": "maximize"}, {"metric": "val_loss", "direction": "minimize"}]
+    space = grid_space(objectives=both)
+    study = open_study(database, **space.study_options)
+    points = [{"batch_size": size, "lr": 0.01} for size in (64, 256)]
+    for number, (point, values) in enumerate(zip(points, [(0.9, 0.1), (0.5, 0.5)], strict=True)):
+        key = space.config_key(point) if number else None
+        origin = Origin("old", "abc", number)
+        trial = ImportedTrial(
+            origin, point, space.distributions(), TrialState.COMPLETE, values[0], key, other_values=values[1:]
+        )
+        import_trials(study, [trial])
+    results = read_results(study)
+    assert results.objectives == [("val_accuracy", True), ("val_loss", False)]
+    assert results.pareto_front == {1}
+    assert [trial.number for trial in results.best_trials] == [1]
+    figure = optuna_plots.plot(results, "plot_pareto_front")
+    (front,) = [trace for trace in figure.data if trace.x]
+    assert list(front.x) == [0.5]
+    assert '"number": 1,' in front.text[0], "its number in the study"
+
+
+def test_with_one_objective_the_best_trials_are_the_best_one(grid_results: Results) -> None:
+    assert grid_results.best_trials == [grid_results.best]
+    assert not replace(grid_results, trials=[]).best_trials
 
 
 def test_draws_that_were_never_run_are_left_out(database: Database) -> None:

@@ -73,7 +73,10 @@ def test_with_one_seed_there_are_no_errors_and_no_ties(grid_results: Results) ->
 def test_several_objectives_have_a_column_each(database: Database) -> None:
     study = optuna_study(database, directions=("maximize", "minimize"))
     add_trial(study, "COMPLETE", [0.7, 7.0])
-    assert re.search(r"0\.7000 +7\.0000", shown(read(database)))
+    add_trial(study, "COMPLETE", [0.6, 8.0])
+    text = shown(read(database))
+    assert re.search(r"^ *0 .*COMPLETE +yes +0\.7000 +7\.0000", text, re.M)
+    assert re.search(r"^ *1 .*COMPLETE +0\.6000 +8\.0000", text, re.M), "not on the Pareto front"
 
 
 def test_failed_trials_are_listed_with_their_reason_up_to_a_limit(database: Database) -> None:
@@ -109,6 +112,15 @@ def test_list_shows_each_study_in_a_line_and_as_json(database: Database, tmp_pat
     assert abs(second["last_activity"] - time.time()) < 60
     assert (first["device_seconds"], first["cost"]) == (36.0, None)
     assert (second["device_seconds"], second["cost"]) == (0.0, None)
+
+
+def test_list_shows_the_size_of_the_front_of_several_objectives(database: Database, tmp_path: Path) -> None:
+    study = optuna_study(database, directions=("maximize", "minimize"))
+    for values in ([0.7, 7.0], [0.6, 6.0], [0.6, 8.0]):
+        add_trial(study, "COMPLETE", values)
+    assert re.search(r"plain +another program's +3 +front of 2", listed(tmp_path))
+    (only,) = json.loads(listed(tmp_path, "--json"))
+    assert (only["front"], only["best"]) == (2, None)
 
 
 def test_list_shows_what_a_study_has_cost_if_it_has_a_price(database: Database, tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ import torch
 
 from benchmarks.toy import expected_value
 from hpo.paths import RunsDir
+from hpo.search.candidates import Outlook
 from hpo.search.checkpoints import Checkpoint, list_checkpoints, load_checkpoint, read_checkpoint, save_checkpoint
-from hpo.search.continuation import ContinuationPlan, Outlook, plan_continuation
+from hpo.search.continuation import ContinuationPlan, plan_continuation
 from hpo.search.retention import Retention, trials_with_checkpoints
 from hpo.search.runs import open_run
 from hpo.search.worker import TrialSpec

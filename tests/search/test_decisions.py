@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from benchmarks.toy import expected_value
 from hpo import plan_search
 from hpo.paths import RunsDir
 from hpo.report.plan import configuration_table
+from hpo.search.candidates import Candidate, Outlook, rank_candidates
 from hpo.search.continuation import open_continued, plan_continuation
 from hpo.search.listener import NullListener
 from hpo.search.warm_start import find_trials, take_over_trials
@@ -136,6 +138,21 @@ def test_trials_are_ranked_after_the_same_number_of_epochs(database: Database, t
     longest = long_space(tmp_path, "best 1", max_epochs=7, parameters={"x": [one, two]})
     study, _ = search_without_ray(longest, database, tmp_path)
     assert parents(study) == {two: "toy@1 #0"}
+
+
+def test_several_objectives_are_ranked_after_the_same_number_of_epochs() -> None:
+    epochs: dict[int, dict[int, tuple[float, ...]]] = {
+        1: {1: (1.0, 1.0), 2: (9.0, 0.5)},  # with two epochs, it would dominate the others
+        2: {1: (3.0, 3.0)},
+        3: {1: (2.0, 4.0)},
+        4: {1: (math.nan, 9.0)},
+    }
+    parent = Parent("toy@1", 0, "0123456789ab", 1, "toy-0123456789ab", "key")
+    candidates = [
+        Candidate({"x": x}, str(x), found[max(found)], parent, Outlook.CONTINUED, found) for x, found in epochs.items()
+    ]
+    ranked = rank_candidates(candidates, ["maximize", "minimize"])
+    assert [each.key for each in ranked] == ["2", "1", "3", "4"]
 
 
 @pytest.mark.parametrize("stored", [3, {"options": 3}, {"options": {}, "chosen": [{"params": {"y": 1}}], "left": []}])

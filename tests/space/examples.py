@@ -8,6 +8,7 @@ SAMPLED = "sampler: tpe\nmax_epochs: 2\nbudget: {trials: 5}\nparameters:\n"
 CONDITIONAL = (
     SAMPLED + "  optimizer: [sgd, adam]\n  momentum: {type: float, low: 0, high: 0.9, when: {optimizer: sgd}}\n"
 )
+OBJECTIVES = "objectives: [{metric: val_accuracy, direction: maximize}, {metric: train_seconds, direction: minimize}]\n"
 
 # Every key that is built, and every kind of parameter.
 FULL = """\

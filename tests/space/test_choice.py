@@ -12,6 +12,7 @@ from hpo.space.model import Space
 from hpo.space.rules import MAX_GRID_POINTS
 
 LR = {"type": "float", "low": 0.1, "high": 1.0}
+TWO = [{"metric": "accuracy", "direction": "maximize"}, {"metric": "seconds", "direction": "minimize"}]
 SIX = {"lr": [0.1, 0.2, 0.3], "batch_size": [64, 128]}
 OPTIMIZERS = {
     "optimizer": ["adam", "sgd"],
@@ -72,6 +73,9 @@ def space_of(parameters: dict[str, Any], **changes: Any) -> Space:
             "tpe",
             "lr depends on another parameter",
         ),
+        ({"lr": LR}, {"budget": {"trials": 9}, "objectives": TWO}, "tpe", "there are 2 objectives"),
+        ({"lr": LR}, {"budget": {"trials": 9}, "objectives": TWO[:1]}, "gp", "numbers only"),
+        (SIX, {"objectives": TWO}, "grid", "6 configurations"),
         ({"lr": LR}, {"budget": {"trials": MAX_LEARNING_TRIALS + 1}}, "random", "with more than 20,000 trials, a draw"),
     ],
 )

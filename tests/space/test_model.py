@@ -18,7 +18,7 @@ from hpo.space.messages import fields_by_key
 from hpo.space.model import Space, load_space
 from tests.factories import ROOT, shipped_space
 from tests.space.conftest import Load
-from tests.space.examples import FULL, HEAD, SAMPLED, VALID
+from tests.space.examples import FULL, HEAD, OBJECTIVES, SAMPLED, VALID
 
 
 def with_later_keys(settings: dict[str, Any]) -> dict[str, Any]:
@@ -204,6 +204,7 @@ def test_the_fingerprint_does_not_depend_on(load: Load, override: str) -> None:
         "data.val_samples=100",
         "metric=val_loss",
         "direction=minimize",
+        "objectives=[{metric: val_accuracy, direction: maximize}, {metric: train_seconds, direction: minimize}]",
         "trainable=my_module:train",
         "seed=1",
     ],
@@ -321,6 +322,27 @@ def test_settings_from_version_0_1_0_become_a_space_with_the_same_identity(name:
     assert space.config_key({"lr": 0.01, "batch_size": 64, "a": None, "b": True}) == stored["config_key"]
     assert space.model_dump(mode="json") == with_later_keys(stored["settings"])
     check_round_trip(space)
+
+
+def test_one_objective_is_the_same_as_metric_and_direction(load: Load) -> None:
+    space = load(VALID + "objectives: [{metric: val_loss, direction: minimize}]\n")
+    other = load(VALID + "metric: val_loss\ndirection: minimize\n")
+    assert space.study_options == other.study_options
+    assert (space.objectives, space.metric, space.direction) == (None, "val_loss", "minimize")
+    assert [str(each) for each in space.all_objectives] == ["val_loss (minimize)"]
+
+
+def test_metric_and_direction_are_those_of_the_first_objective(load: Load) -> None:
+    space = load(VALID + OBJECTIVES)
+    assert (space.metric, space.direction) == ("val_accuracy", "maximize")
+    assert [str(each) for each in space.all_objectives] == ["val_accuracy (maximize)", "train_seconds (minimize)"]
+    assert space.study_options["direction"] == ("maximize", "minimize")
+
+
+def test_the_order_of_objectives_is_part_of_the_search(load: Load) -> None:
+    """The first one ranks trials among which none dominates."""
+    turned = "objectives: [{metric: train_seconds, direction: minimize}, {metric: val_accuracy, direction: maximize}]\n"
+    assert load(VALID + turned).fingerprint != load(VALID + OBJECTIVES).fingerprint
 
 
 def test_objectives_are_restored() -> None:

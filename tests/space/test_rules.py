@@ -9,7 +9,7 @@ import pytest
 
 from hpo.space.model import load_space
 from tests.space.conftest import CheckError, ErrorOf
-from tests.space.examples import CONDITIONAL, HEAD, SAMPLED, VALID
+from tests.space.examples import CONDITIONAL, HEAD, OBJECTIVES, SAMPLED, VALID
 
 # » marks the key that the message must give.
 RULES = {
@@ -217,11 +217,58 @@ RULES = {
         VALID + "command: python train.py {checkpoint_dir}\nmetric: acc\n»report: {acc: 'Acc: (.+)'}\n",
         ["report: with {checkpoint_dir}, a pattern must read the epoch: give report.epoch"],
     ),
-    # Keys of features that are not built are refused, not ignored.
-    "several objectives": (
-        VALID + "»objectives: [{metric: a, direction: minimize}, {metric: b}]\n",
-        ["objectives: ", "not built yet"],
+    "objectives next to a metric": (
+        VALID + f"»metric: val_loss\n{OBJECTIVES}",
+        ["metric: give either objectives or metric, not both"],
     ),
+    "objectives next to a direction": (
+        VALID + f"{OBJECTIVES}»direction: minimize\n",
+        ["direction: give either objectives or direction, not both"],
+    ),
+    "one objective next to a metric": (
+        VALID + "»metric: val_loss\nobjectives: [{metric: val_loss, direction: minimize}]\n",
+        ["metric: give either objectives or metric, not both"],
+    ),
+    "a metric that is named twice": (
+        VALID + "objectives: [{metric: a, direction: maximize}, {»metric: a, direction: minimize}]\n",
+        ["objectives.1.metric: a is an objective already: name each metric once"],
+    ),
+    "an objective without a direction": (
+        VALID + "objectives: [{metric: a, direction: maximize}, »{metric: b}]\n",
+        ["objectives.1", "direction", "missing"],
+    ),
+    "an objective that is only a name": (
+        VALID + "objectives: [{metric: a, direction: maximize}, »cost]\n",
+        ["objectives.1: write a mapping with both keys, such as {metric: cost, direction: minimize}"],
+    ),
+    "an empty list of objectives": (VALID + "»objectives: []\n", ["objectives: ", "at least 1"]),
+    "too many objectives": (
+        VALID + f"»objectives: [{', '.join(f'{{metric: m{i}, direction: minimize}}' for i in range(5))}]\n",
+        ["objectives: ", "at most 4"],
+    ),
+    "several objectives with a scheduler": (
+        SAMPLED + f"  lr: [1, 2]\n{OBJECTIVES}»scheduler: asha\n",
+        ["scheduler: asha stops a trial", "with 2 objectives there is no such order: leave the scheduler out"],
+    ),
+    "several objectives with cmaes": (
+        f"»{SAMPLED.replace('tpe', 'cmaes')}  lr: {{type: float, low: 0, high: 1}}\n{OBJECTIVES}",
+        ["sampler: cmaes searches for one objective, and there are 2: use sampler tpe, nsga2, gp, random, qmc or grid"],
+    ),
+    "an objective of the test images": (
+        VALID
+        + "objectives: [{metric: val_accuracy, direction: maximize}, {»metric: test_loss, direction: minimize}]\n",
+        ["objectives.1.metric: the test images are scored once"],
+    ),
+    "an objective without validation images": (
+        VALID + f"data: {{»val_samples: 0}}\n{OBJECTIVES}",
+        ["data.val_samples: without validation images there is no val_accuracy"],
+    ),
+    "no pattern for an objective": (
+        VALID
+        + f"command: python train.py\n{OBJECTIVES}»report: {{val_accuracy: 'Acc: (.+)', train_second: 'T: (.+)'}}\n",
+        ["report: no pattern reads the metric train_seconds, did you mean train_second?"],
+    ),
+    # Keys of features that are not built are refused, not ignored.
     "a warm start from the same study": (
         VALID + "warm_start: [grid, {study: grid, storage: 'sqlite:///a.db'}, »{study: grid, trials: best 3}]\n",
         ["warm_start.2: ", "grid is named twice"],

@@ -248,6 +248,11 @@ def test_an_error_names_the_database_that_failed(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("url", "target"),
+    [("sqlite", "sqlite"), pytest.param("postgresql", "postgresql", marks=POSTGRES)],
+    indirect=True,
+)
 def test_a_kill_at_any_statement_leaves_none_or_all(database: Database, target: Database) -> None:
     full_study(database)
     urls = [each.engine.url.render_as_string(hide_password=False) for each in (database, target)]

@@ -255,7 +255,7 @@ def test_files_of_reused_trials_are_those_of_the_earlier_study(study: Study) -> 
         for value in (0.1, 0.2):
             run.complete(claim_one(run), value)
         run.flush()
-    assert [trial.number for trial in superfluous_trials(study, 1, "maximize")] == [2]
+    assert [trial.number for trial in superfluous_trials(study, 1, ["maximize"])] == [2]
 
 
 def test_a_database_without_the_table_is_still_listed(study: Study, database: Database, url: str) -> None:
@@ -271,7 +271,7 @@ def test_a_database_without_the_table_is_still_listed(study: Study, database: Da
         found = find_study(reading, "s")
         assert found is not None
         assert found.count_ended_keys() == 1
-        assert superfluous_trials(found, 1, "maximize") == []
+        assert superfluous_trials(found, 1, ["maximize"]) == []
 
 
 def test_the_parameters_keep_the_types_of_the_new_study(study: Study) -> None:

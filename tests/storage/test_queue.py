@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -480,17 +481,22 @@ def test_a_point_that_is_enqueued_through_optuna_has_the_attributes_of_its_point
     assert study.trials()[0].user_attrs["continued_from"] == {"number": 3}
 
 
-def other_program(database: Database) -> optuna.Study:
+@pytest.fixture
+def other(study: Study, database: Database) -> Iterator[optuna.Study]:
+    """The same study in another program, which uses Optuna alone."""
+    if database.engine.dialect.name == "sqlite":
+        pytest.skip("SQLite has one writer at a time")
     url = database.engine.url.set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
-    return optuna.load_study(study_name="s", storage=url, sampler=optuna.samplers.RandomSampler(seed=7))
+    storage = optuna.storages.RDBStorage(url, engine_kwargs={"poolclass": sa.NullPool})
+    yield optuna.load_study(study_name=study.name, storage=storage, sampler=optuna.samplers.RandomSampler(seed=7))
+    storage.remove_session()
+    storage.engine.dispose()
 
 
 def test_two_programs_do_not_take_the_same_enqueued_trial(
-    study: Study, database: Database, monkeypatch: pytest.MonkeyPatch
+    study: Study, other: optuna.Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if database.engine.dialect.name == "sqlite":
-        pytest.skip("SQLite has one writer at a time")
-    other, has_key = other_program(database), records.has_key
+    has_key = records.has_key
     for _ in range(2):
         other.enqueue_trial({})
     asked: list[int] = []
@@ -511,11 +517,9 @@ def test_two_programs_do_not_take_the_same_enqueued_trial(
 
 
 def test_a_trial_that_another_program_ends_meanwhile_stays_ended(
-    study: Study, database: Database, monkeypatch: pytest.MonkeyPatch
+    study: Study, other: optuna.Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if database.engine.dialect.name == "sqlite":
-        pytest.skip("SQLite has one writer at a time")
-    other, owners = other_program(database), ownership.owners
+    owners = ownership.owners
     trial = other.ask({"x": FloatDistribution(0, 1), "n": IntDistribution(1, 3)})
     told: list[bool] = []
 

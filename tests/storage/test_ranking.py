@@ -11,13 +11,17 @@ from optuna.trial import TrialState, create_trial
 from storage import optuna_tables, ranking, tables
 from storage.database import Database
 from storage.imports import ImportedTrial, Origin, import_trials
-from storage.ranking import Direction, EndedTrial, count_since_best, superfluous_trials
+from storage.pareto import Direction
+from storage.ranking import EndedTrial, count_since_best, superfluous_trials
 from storage.records import CONTINUED_FROM, attempt_of
 from storage.retry import retry_trials
 from storage.studies import Study, deleted_studies, study_names
 from storage.summaries import summarize
 from tests.storage.builders import GRID, POINTS, claim_one, config_key, grid_run, open_s, prune, sampled_run, sql
 
+MAXIMIZE: list[Direction] = ["maximize"]
+MINIMIZE: list[Direction] = ["minimize"]
+BOTH: list[Direction] = ["maximize", "minimize"]
 VALUES = [0.2, 0.9, 0.5, 0.9, 0.1]
 
 
@@ -46,7 +50,8 @@ def end_trials(study: Study, values: Collection[float], *, states: str = "") -> 
 def numbers(
     study: Study, count: int, direction: Direction | None = "maximize", among: Collection[int] | None = None
 ) -> list[int]:
-    return [trial.number for trial in superfluous_trials(study, count, direction, among=among)]
+    directions = None if direction is None else [direction]
+    return [trial.number for trial in superfluous_trials(study, count, directions, among=among)]
 
 
 @pytest.mark.parametrize(
@@ -137,14 +142,14 @@ NOW = datetime.now(UTC).replace(tzinfo=None)
 
 @pytest.mark.parametrize("maximize", [True, False])
 def test_trials_since_the_best_value_are_counted(database: Database, study: Study, *, maximize: bool) -> None:
-    sign = 1 if maximize else -1
+    sign, directions = 1 if maximize else -1, MAXIMIZE if maximize else MINIMIZE
     learned = [ImportedTrial(Origin("o", "i", 0), POINTS[0], GRID, TrialState.COMPLETE, sign * 9.0)]
     reused = [
         ImportedTrial(Origin("o", "i", n), POINTS[0], GRID, TrialState.COMPLETE, sign * value, f"k{n}", completed=NOW)
         for n, value in ((1, 0.75), (2, 0.5), (3, 0.25))
     ]
     import_trials(study, learned + reused)
-    found = [count_since_best(study, maximize=maximize).ended]
+    found = [count_since_best(study, directions).ended]
     with grid_run(study) as run:
         run.enqueue(POINTS, GRID)
         for value in (1.0, 2.0, 2.0, None):
@@ -154,9 +159,9 @@ def test_trials_since_the_best_value_are_counted(database: Database, study: Stud
             else:
                 run.complete(claim, sign * value)
             run.flush()
-            found.append(count_since_best(study, maximize=maximize).ended)
-        assert run.is_patience_spent(1, maximize=maximize)
-        assert not run.is_patience_spent(2, maximize=maximize)
+            found.append(count_since_best(study, directions).ended)
+        assert run.is_patience_spent(1, directions)
+        assert not run.is_patience_spent(2, directions)
     assert found == [0, 0, 0, 1, 1], "the first of equal values is the best; failures and earlier studies do not count"
 
 
@@ -167,9 +172,9 @@ def test_trials_that_continue_others_do_not_use_up_patience(study: Study) -> Non
         run.enqueue(POINTS, GRID, attrs)
         for value in (0.75, 0.5, 0.25):
             run.complete(claim_one(run), value)
-        assert not run.is_patience_spent(1, maximize=True)
+        assert not run.is_patience_spent(1, MAXIMIZE)
         run.complete(claim_one(run), 0.5)
-        assert run.is_patience_spent(1, maximize=True), "the best value is that of the first one"
+        assert run.is_patience_spent(1, MAXIMIZE), "the best value is that of the first one"
 
 
 def test_patience_notices_that_a_slow_trial_has_become_the_best(study: Study) -> None:
@@ -178,9 +183,9 @@ def test_patience_notices_that_a_slow_trial_has_become_the_best(study: Study) ->
         slow = claim_one(run)
         for value in (0.1, 0.2, 0.5):
             run.complete(claim_one(run), value)
-        assert not run.is_patience_spent(3, maximize=True)
+        assert not run.is_patience_spent(3, MAXIMIZE)
         run.complete(slow, 0.75)
-        assert run.is_patience_spent(3, maximize=True), "three trials after it had no better value"
+        assert run.is_patience_spent(3, MAXIMIZE), "three trials after it had no better value"
 
 
 def test_patience_notices_that_an_older_copy_was_restored(study: Study, database: Database) -> None:
@@ -188,12 +193,12 @@ def test_patience_notices_that_an_older_copy_was_restored(study: Study, database
         run.enqueue(POINTS, GRID)
         for value in (0.5, 0.25, 0.75):
             run.complete(claim_one(run), value)
-        assert not run.is_patience_spent(1, maximize=True)
+        assert not run.is_patience_spent(1, MAXIMIZE)
         run.flush()
         with database.engine.begin() as connection:  # what a copy from before the third trial lacks
             connection.exec_driver_sql("DELETE FROM trial_values WHERE trial_id = 3")
             connection.exec_driver_sql("DELETE FROM trials WHERE trial_id = 3")
-        assert run.is_patience_spent(1, maximize=True)
+        assert run.is_patience_spent(1, MAXIMIZE)
 
 
 def test_patience_does_not_believe_the_clocks_of_drivers(database: Database, study: Study) -> None:
@@ -207,7 +212,7 @@ def test_patience_does_not_believe_the_clocks_of_drivers(database: Database, stu
             connection.execute(optuna_tables.trials.update().values(ahead))
         for value in (0.5, 0.6):
             run.complete(claim_one(run), value)
-        assert run.is_patience_spent(2, maximize=True)
-        assert not run.is_patience_spent(3, maximize=True)
+        assert run.is_patience_spent(2, MAXIMIZE)
+        assert not run.is_patience_spent(3, MAXIMIZE)
         run.complete(claim_one(run), 1.0)
-        assert not run.is_patience_spent(2, maximize=True), "a better value"
+        assert not run.is_patience_spent(2, MAXIMIZE), "a better value"

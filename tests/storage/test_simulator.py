@@ -255,7 +255,7 @@ def device_time_is_stored_with_reports_only(patch: pytest.MonkeyPatch) -> None:
         (living_runs_are_dead, ("suspend",), 0),
         (processes_keep_their_trials, ("exit",), 50),
         (studies_are_known_by_their_ids, ("delete",), 0),
-        (every_failure_is_retried, ("retry", "lost answer"), 980),
+        (every_failure_is_retried, ("retry", "lost answer"), 780),
         (points_are_not_compared, ("restore",), 0),
         (outages_are_not_noticed, ("outage",), 0),
         (budget_is_checked_before_the_draw_only, ("error",), 0),
