@@ -12,7 +12,7 @@ file, an unreachable database. Storage URLs are SQLAlchemy URLs: `sqlite:///runs
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,13 +79,21 @@ def list_studies(
     Raises:
         StorageError: there is no such database, or it cannot be used.
     """
-    from hpo.cleaning import count_bytes
+    from hpo.folders import count_bytes
+    from hpo.search.continuation import lacks_points
     from storage.database import open_for_reading
+    from storage.ownership import StudyDeletedError
+    from storage.studies import find_study
     from storage.summaries import summarize
 
+    runs = RunsDir(Path(runs_dir))
     with open_for_reading(storage, password) or nullcontext() as database:
         summaries = [] if database is None else summarize(database)
-    runs = RunsDir(Path(runs_dir))
+        for index, each in enumerate(summaries):
+            study = find_study(database, each.name) if database is not None and each.state == "finished" else None
+            with suppress(StudyDeletedError):  # meanwhile
+                if study is not None and lacks_points(study, runs):
+                    summaries[index] = replace(each, state="resumable")
     return [
         replace(each, disk_bytes=count_bytes(runs.checkpoints(each.unique_name))) if each.unique_name else each
         for each in summaries

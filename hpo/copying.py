@@ -13,13 +13,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hpo.cleaning import note_database
 from hpo.dashboard.copying import DashboardCopy
 from hpo.errors import SettingError
+from hpo.other_databases import note_database
 from hpo.paths import (
     CONFIGURATION_FILE,
     HANG_FILE,
     LOST_FILE,
+    PARENT_SUFFIX,
     SCRIPT_DIR,
     RunsDir,
     atomic_file,
@@ -27,7 +28,8 @@ from hpo.paths import (
     logs_of,
     sync_folder,
 )
-from hpo.search.checkpoints import list_checkpoints
+from hpo.search.adoption import parent_folder
+from hpo.search.checkpoints import belongs_to, list_checkpoints
 from hpo.staging import CopyOrder, stage
 
 if TYPE_CHECKING:
@@ -61,16 +63,24 @@ def copy_with_files(study: Study, target: Database, name: str, runs_dir: RunsDir
             unique_name = f"{name}-{identity}"
             folder = runs_dir.checkpoints(unique_name)
             copy_files(source, folder)
+            is_other = identify(target) != identify(study.database)
+            if is_other:
+                copy_parents(study, runs_dir, folder)
             note_database(folder, target)
             shown = DashboardCopy(runs_dir.artifacts, study.unique_name, unique_name)
+
+            def copy_again() -> None:  # a running search has written and deleted checkpoints meanwhile
+                copy_files(source, folder)
+                if is_other:
+                    copy_parents(study, runs_dir, folder)
+
             try:
                 copy_study(
                     study,
                     target,
                     name,
                     identity,
-                    # Again: a running search has written and deleted checkpoints meanwhile.
-                    on_snapshot=lambda: copy_files(source, folder),
+                    on_snapshot=copy_again,
                     translate=shown.translate,
                 )
             except NameTakenError:
@@ -88,7 +98,8 @@ def copy_files(source: Path, target: Path) -> None:
     """Let a folder of checkpoints have the same files as that of another study. What it has already is not copied again.
 
     Files are complete when they appear, and flushed to disk. Those that disappear meanwhile are left out: a search that runs
-    deletes old checkpoints after it has written new ones.
+    deletes old checkpoints after it has written new ones. What the copy has of a trial whose checkpoints are gone stays: it
+    has ended since, and `checkpoints.keep` has deleted them, but in the copy it may be unfinished.
 
     Args:
         source: the folder of a study; it may be missing.
@@ -97,23 +108,55 @@ def copy_files(source: Path, target: Path) -> None:
     Raises:
         OSError: a file cannot be copied.
     """
-    numbers = [path.name for path in source.iterdir() if path.name.isdecimal()] if source.is_dir() else []
-    for number in sorted(numbers, key=int):
-        files = dict(_files_of_trial(source / number))
-        (target / number).mkdir(exist_ok=True)
-        for former, _ in list(_files_of_trial(target / number)):
+    found = [path.name for path in source.iterdir()] if source.is_dir() else []
+    numbers = [name for name in found if name.removesuffix(PARENT_SUFFIX).isdecimal()]
+    for number in sorted(numbers, key=lambda name: int(name.removesuffix(PARENT_SUFFIX))):
+        _copy_trial(source / number, target / number)
+    sync_folder(target)
+
+
+def copy_parents(study: Study, runs_dir: RunsDir, target: Path) -> None:
+    """Copy the files of the trials that a study's trials may still start from.
+
+    For a copy in another database: the database of the study does not know that the copy needs them.
+
+    Args:
+        study: the study.
+        runs_dir: where the files are.
+        target: the folder of its copy.
+
+    Raises:
+        OSError: a file cannot be copied.
+        StorageError: the database cannot be used.
+    """
+    from storage.parents import unfinished_children
+
+    for number, parent in unfinished_children(study).items():
+        folder = parent_folder(runs_dir, runs_dir.trial(study.unique_name, number), parent.files, parent.number)
+        if folder.is_dir() and belongs_to(folder, parent.key):
+            _copy_trial(folder, target / f"{number}{PARENT_SUFFIX}")
+    sync_folder(target)
+
+
+def _copy_trial(source: Path, target: Path) -> None:
+    """Copy the files of a trial, see `copy_files`."""
+    files = dict(_files_of_trial(source))
+    target.mkdir(exist_ok=True)
+    for name, is_immutable in files.items():
+        with suppress(FileNotFoundError):
+            _copy_file(source / name, target / name, is_immutable=is_immutable)
+    newest = next((name for name, is_immutable in files.items() if is_immutable), None)
+    # Last: while the source has its checkpoint, nobody is deleting the files next to it, and the copy is complete.
+    if newest is not None and (source / newest).exists() and (target / newest).exists():
+        for former, _ in list(_files_of_trial(target)):
             if former not in files:
-                (target / number / former).unlink()
-        for name, is_immutable in files.items():
-            with suppress(FileNotFoundError):
-                _copy_file(source / number / name, target / number / name, is_immutable=is_immutable)
-        sync_folder(target / number)
+                (target / former).unlink()
     sync_folder(target)
 
 
 def _files_of_trial(folder: Path) -> Iterator[tuple[Path, bool]]:
-    """Yield the path of each file of a trial within its folder, and whether the file never changes."""
-    for checkpoint in reversed(list_checkpoints(folder)):
+    """Yield the path of each file of a trial in its folder, the newest checkpoint first, and whether it never changes."""
+    for checkpoint in list_checkpoints(folder):
         yield checkpoint.relative_to(folder), True
     for path in (folder / CONFIGURATION_FILE, folder / HANG_FILE, folder / LOST_FILE, *logs_of(folder)):
         if path.is_file():

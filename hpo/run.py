@@ -395,7 +395,8 @@ def clean(storage: str, yes: bool) -> int:
 
     Reports, exports, copies of the database (hpo.db.version-N), the files of a study that is running, and those of
     studies that the database does not know are kept. So are those of a deleted study that another database has, if
-    that database is in runs/, next to this one, or has trained trials there. Other copies are not seen.
+    that database is in runs/, next to this one, or has trained trials there. Other copies are not seen. Kept, too, are
+    trials of a deleted study that unfinished or failed trials of other studies continue.
 
     \b
     Example:  hpo clean --yes
@@ -411,6 +412,8 @@ def clean(storage: str, yes: bool) -> int:
         say(f"kept: {folder} ({format_bytes(size)}), which is of no study in {without_password(storage)}")
     for folder, other in cleaning.shared.items():
         say(f"kept: {folder}, of a study that was deleted here, but that {other} has, or may have")
+    for folder, name in cleaning.continued.items():
+        say(f"kept: {folder}, of a study that was deleted, but from which a trial of {name} may still start")
     for name in cleaning.running:
         say(f"kept: the files of {name}, which is running")
     for problem in cleaning.problems:

@@ -213,7 +213,7 @@ def _search(
     listener: ProgressListener,
 ) -> tuple[Study, Stop | None]:
     """Run the trials that are left. Slow imports happen here, while Ray starts in the background."""
-    from hpo.cleaning import note_database
+    from hpo.other_databases import note_database
     from hpo.search.continuation import open_continued
     from hpo.search.estimate import is_worth_measuring
     from hpo.search.slots import plan_slots

@@ -21,7 +21,9 @@ MAX_NAME_BYTES = 200
 
 
 @contextmanager
-def opened_study(name: str, storage: str, password: str | None, *, is_written: bool = False) -> Iterator[Study]:
+def opened_study(
+    name: str, storage: str, password: str | None, *, is_written: bool = False, may_migrate: bool = True
+) -> Iterator[Study]:
     """Open a study, and close its connections at the end. It can be read after that: it connects again.
 
     Args:
@@ -29,14 +31,18 @@ def opened_study(name: str, storage: str, password: str | None, *, is_written: b
         storage: the database; it is not created.
         password: the PostgreSQL password, used if the URL has none.
         is_written: whether the caller writes to the database.
+        may_migrate: whether tables of an older version are migrated, even if the caller only reads.
 
     Raises:
         SettingError: there is no such study; the message suggests the nearest name.
-        StorageError: the database cannot be used.
+        StorageError: the database cannot be used, or has tables of an older version, and `may_migrate` is false.
     """
     from storage.database import open_database, open_existing
 
-    opened = open_database(storage, password, create=False) if is_written else open_existing(storage, password)
+    if is_written:
+        opened = open_database(storage, password, create=False)
+    else:
+        opened = open_existing(storage, password, may_migrate=may_migrate)
     with opened as database:
         yield find_study(database, name)
 
@@ -76,7 +82,7 @@ def compare_studies(
     Args:
         studies: their names; without a revision, the latest one.
         others: (name, storage) of studies in other databases.
-        storage: the database of `studies`. All databases are only read.
+        storage: the database of `studies`. All databases are only read, not even migrated.
         password: the PostgreSQL password, used for URLs without one.
 
     Returns:
@@ -84,7 +90,7 @@ def compare_studies(
 
     Raises:
         SettingError: there is no such study, or only one is named.
-        StorageError: a database cannot be used.
+        StorageError: a database cannot be used, or has tables of an older version of hpo.
     """
     from hpo.report.comparison import compare
 
@@ -92,7 +98,9 @@ def compare_studies(
     if len(named) < 2:
         raise SettingError("name at least two studies, of this database or, with --other, of another one")
     with ExitStack() as opened:
-        return compare([opened.enter_context(opened_study(name, url, password)) for name, url in named])
+        return compare(
+            [opened.enter_context(opened_study(name, url, password, may_migrate=False)) for name, url in named]
+        )
 
 
 def write_comparison(comparison: Comparison, *, runs_dir: Path | str = "runs") -> Path:
@@ -151,21 +159,23 @@ def copy_study(
     Args:
         study: its name; without a revision, the latest one. The others are not copied.
         new_name: of the copy. `hpo run` resumes it with a search space of this name, which may be changed.
-        to: the database of the copy, which is created if it does not exist; None for that of the study.
-        storage: the database of the study. It is only read, unless the copy is stored there.
+        to: the database of the copy, which is created if it does not exist, and migrated if its tables are of an older
+            version; None for that of the study.
+        storage: the database of the study. It is only read, not even migrated, unless the copy is stored there.
         password: the PostgreSQL password, used for URLs without one.
         runs_dir: the folder with the files of the study, and of the copy.
 
     Raises:
         SettingError: there is no such study, hpo did not create it, the name cannot be used, or a file cannot be copied.
-        StorageError: a database cannot be used, or has a study with this name.
+        StorageError: a database cannot be used, or has a study with this name; or that of the study has tables of an older
+            version of hpo, and the copy is for another one.
     """
-    from hpo.cleaning import count_bytes
     from hpo.copying import copy_with_files
+    from hpo.folders import count_bytes
     from storage.database import identify, open_database
 
     _check_name(new_name)
-    with opened_study(study, storage, password, is_written=to is None) as source:
+    with opened_study(study, storage, password, is_written=to is None, may_migrate=False) as source:
         require_ours(source, "hpo does not know its files: copy it with `optuna.copy_study`")
         opened = nullcontext(source.database) if to is None else open_database(to, password)
         with opened as target:
@@ -222,6 +232,7 @@ class DeletedStudy:
         counts: {state: number of trials}.
         disk_bytes: the size of its checkpoints and logs.
         problems: which files could not be deleted, and why; or why they are kept.
+        remaining: without rows: what names another study that this name means now, and that is not deleted; else empty.
     """
 
     name: str
@@ -230,6 +241,7 @@ class DeletedStudy:
     counts: dict[str, int]
     disk_bytes: int
     problems: list[str]
+    remaining: str = ""
 
 
 def delete_study(
@@ -242,8 +254,9 @@ def delete_study(
 ) -> DeletedStudy | None:
     """Delete a study: first its rows, all or none, then its checkpoints, logs and artifacts. Reports and exports stay.
 
-    Files that another database needs are kept, see `clean_runs`. If it is killed after the rows are gone, the same call, or
-    `clean_runs`, deletes the files.
+    Files that another database needs are kept, see `clean_runs`, and those of trials that unfinished ones of other studies
+    continue. If it is killed after the rows are gone, the same call, or `clean_runs`, deletes the files. Such a call deletes
+    nothing else, even if the name means another study by then, such as the revision before.
 
     Args:
         study: its name; without a revision, the latest one. The others are kept.
@@ -259,31 +272,39 @@ def delete_study(
         SettingError: there is no such study, or hpo did not create it.
         StorageError: a run works on the study, or the database cannot be used.
     """
-    from hpo.cleaning import count_bytes, delete_files_of, deleted_folders
+    from hpo.deleting import files_of, find_deleted, forget_name, note_name
+    from hpo.folders import count_bytes
     from storage import management, studies
     from storage.database import open_database
 
     runs = RunsDir(Path(runs_dir))
     with open_database(storage, password, create=False) as database:
-        left = [] if studies.find_study(database, study) else deleted_folders(database, study, runs)
+        left, known = find_deleted(database, study, runs), studies.find_study(database, study)
+        if known is not None:  # what must stay is no reason to keep this one
+            left = [each for each in left if each.paths]
         if left:  # its deletion was killed
-            found = DeletedStudy(study, database.url, False, {}, sum(map(count_bytes, left)), [])
-            unique_names = [folder.name for folder in left]
+            references = studies.references([*studies.study_names(database), *(each.name for each in left)])
+            names, disk_bytes = ", ".join(references[each.name] for each in left), sum(each.disk_bytes for each in left)
+            remaining = references[known.name] if known is not None else ""
+            found = DeletedStudy(names, database.url, False, {}, disk_bytes, [], remaining)
         else:
             opened = find_study(database, study)
             require_ours(
                 opened, "hpo does not know its files: delete it in the dashboard, or with `optuna.delete_study`"
             )
-            unique_names = [opened.unique_name]
-            disk_bytes = count_bytes(runs.checkpoints(opened.unique_name))
-            found = DeletedStudy(opened.reference, database.url, True, dict(opened.counts()), disk_bytes, [])
+            folder = runs.checkpoints(opened.unique_name)
+            found = DeletedStudy(opened.reference, database.url, True, dict(opened.counts()), count_bytes(folder), [])
         if not confirm(found):
             return None
         if not left:
-            management.delete_study(opened)
-        return replace(
-            found, problems=[each for name in unique_names for each in delete_files_of(database, name, runs)]
-        )
+            note_name(folder, opened.name)
+            try:
+                management.delete_study(opened)
+            except management.StudyRunningError:
+                forget_name(folder)
+                raise
+            left = [files_of(database, folder, opened.name, runs)]
+        return replace(found, problems=[problem for each in left for problem in each.delete()])
 
 
 def _check_name(name: str) -> None:

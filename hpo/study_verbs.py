@@ -34,7 +34,8 @@ def compare(studies: Sequence[str], others: Sequence[tuple[str, str]], as_json: 
 
     For each study: the best value, after how many trials and how much device time it was found, and what all trials took.
     The page, in runs/comparisons/, shows the best value so far over trials and over device time. What differs between the
-    studies, such as the metric, the data or the number of epochs, is said.
+    studies, such as the metric, the data or the number of epochs, is said. Databases are only read: `hpo migrate` brings one
+    of an older version forward first.
 
     \b
     Example:  hpo compare grid extended
@@ -70,6 +71,9 @@ def copy(study: str, new_name: str, to: str | None, storage: str) -> int:
     has the name of its file. If you change that file, the search is a revision of the copy.
 
     A search may run meanwhile: trials that it trains wait in the copy, to be resumed from their checkpoints.
+
+    With --to, the study's own database is only read. That of the copy is created if it does not exist, and migrated if its
+    tables are of an older version of hpo, which refuses it then.
 
     \b
     Example:  hpo copy grid wider
@@ -115,7 +119,11 @@ def delete(study: str, yes: bool, storage: str) -> int:
     """Delete a study with its checkpoints, logs and artifacts, after a question.
 
     Its reports and exports stay, and so do the trials that other studies have taken over. A study that is running is
-    refused. A name without a revision means the latest one; the others stay.
+    refused. A name without a revision means the latest one; the others stay. With --yes, name the revision if there are
+    several.
+
+    The files of trials that unfinished ones of other studies continue are kept; `hpo clean` deletes them later. If the
+    command is killed, the same one deletes the files that are left, and no other study.
 
     \b
     Example:  hpo delete grid@2
@@ -124,12 +132,20 @@ def delete(study: str, yes: bool, storage: str) -> int:
     from hpo.report.formatting import format_bytes
 
     def confirm(found: DeletedStudy) -> bool:
-        what = _describe(found.counts) if found.has_rows else "it is deleted, but not its files"
-        say(f"{found.name} in {found.storage} has {what}; checkpoints and logs: {format_bytes(found.disk_bytes)}")
+        size = format_bytes(found.disk_bytes)
+        if found.has_rows:
+            say(f"{found.name} in {found.storage} has {_describe(found.counts)}; checkpoints and logs: {size}")
+        else:
+            say(f"{found.name} is deleted in {found.storage}, but not its files: {size}")
+        command = hint("delete", found.name if found.has_rows else study, "--yes", storage=storage)
+        if yes and found.has_rows and "@" not in study and found.name != study:
+            raise SettingError(
+                f"nothing is deleted: {study} means {found.name} now, and another revision after that is deleted. With "
+                f"--yes, name the revision: {command}"
+            )
         if yes:
             return True
         if sys.stdin is None or not sys.stdin.isatty():
-            command = hint("delete", study, "--yes", storage=storage)
             raise SettingError(f"nothing is deleted: nobody can answer here. This deletes it: {command}")
         return click.confirm("Delete it? It cannot be undone", default=False)
 
@@ -140,6 +156,11 @@ def delete(study: str, yes: bool, storage: str) -> int:
     for problem in deleted.problems:
         say(f"hpo: {problem}", to=sys.stderr)
     say(f"{deleted.name} is deleted.")
+    if deleted.remaining:
+        command = hint("delete", deleted.remaining, storage=storage)
+        say(
+            f"Its deletion had been interrupted. {deleted.remaining} is another study, and stays. This deletes it: {command}"
+        )
     return 2 if deleted.problems else 0
 
 

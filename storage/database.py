@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from optuna.storages import RDBStorage
 from sqlalchemy.exc import DBAPIError
 
-from storage import migrations, optuna_tables, sqlite_file
+from storage import migrations, sqlite_file
 from storage.engines import configure, engine_options, limit_idle_transactions, transaction
 from storage.errors import (
     READ_ONLY,
@@ -167,21 +167,32 @@ def open_for_reading(url: str, password: str | None = None) -> Database | None:
             raise
 
 
-def open_existing(url: str, password: str | None = None) -> Database:
+def open_existing(url: str, password: str | None = None, *, may_migrate: bool = True) -> Database:
     """Open a database to read all of a study. It is only read, like by `open_for_reading`, unless its tables are older.
 
     Args:
         url: see `open_database`.
         password: see `open_database`.
+        may_migrate: whether older tables are migrated, after which older versions of hpo refuse the database. Otherwise they
+            are an error.
 
     Raises:
-        StorageError: see `open_database`; or there is no such SQLite file.
+        StorageError: see `open_database`; there is no such SQLite file; or its tables are older, and stay so.
     """
     database = open_for_reading(url, password)
+    version = None
     if database is not None:
-        if _read_again(lambda: read_versions(database.engine, database.url)).ours == migrations.VERSION:
+        version = _read_again(lambda: read_versions(database.engine, database.url)).ours
+        if version == migrations.VERSION:
             return database
         database.close()
+    if not may_migrate:
+        safe_url = parse_url(url, password)[1]
+        what = "no tables of hpo" if version is None else f"tables of version {version}, not {migrations.VERSION}"
+        raise StorageError(
+            f"{safe_url} has {what}, and is only read here. `hpo migrate --storage URL` brings it forward; older versions "
+            "of hpo refuse it then, so migrate a copy of it if you still need them"
+        )
     return open_database(url, password, create=False)
 
 
@@ -215,25 +226,25 @@ def identify(database: Database) -> str:
     return retry_while_down(database, read) if database.file is None else str(database.file)
 
 
-def hpo_ids(path: Path) -> set[str]:
-    """Return the `hpo:id` of each study in a SQLite file, which may be of any program. The file is only read.
+def look_at(path: Path, read: Callable[[sa.Connection], T]) -> T:
+    """Return what a function reads from a SQLite file, which may be of any program. The file is only read.
+
+    Args:
+        path: the file.
+        read: is called with a connection, maybe several times.
 
     Raises:
         StorageError: the file cannot be read, or a view has the name of a table.
     """
 
-    def read() -> set[str]:
+    def look() -> T:
         with sqlite_file.engine(path, _LOOK_SECONDS) as engine, engine.connect() as connection:
             refuse_views(connection, str(path))
-            if not sa.inspect(connection).has_table(optuna_tables.study_user_attributes.name):
-                return set()
-            return {
-                value for value in optuna_tables.read_study_attr(connection, "hpo:id").values() if value is not None
-            }
+            return read(connection)
 
     with translate_errors(str(path)), name_strange_content(str(path)):
         _check_wal(path, str(path))
-        return _read_again(read)
+        return _read_again(look)
 
 
 def _create_tables(url: sa.URL, engine: sa.Engine, options: dict[str, Any]) -> RDBStorage:

@@ -23,7 +23,7 @@ from storage.usage import Device
 
 
 class StudyDeletedError(StorageError):
-    """Another program has deleted the study."""
+    """Another program has deleted or renamed the study."""
 
 
 class LostTrialError(Exception):
@@ -100,10 +100,18 @@ def lock_study(connection: sa.Connection, database: Database, study: StudyKey) -
     """Lock a study, see `optuna_tables.lock_study`.
 
     Raises:
-        StudyDeletedError: it was deleted. Another one may have its id.
+        StudyDeletedError: it was deleted or renamed. Another one may have its id.
     """
-    if not optuna_tables.lock_study(connection, study):
-        raise study_deleted(database, study.name)
+    if optuna_tables.lock_study(connection, study):
+        return
+    names = optuna_tables.read_study_attr(connection, "hpo:id") if study.identity is not None else {}
+    for name, identity in names.items():
+        if identity == study.identity:
+            raise StudyDeletedError(
+                f"{database.url}: the study {study.name!r} was renamed to {name!r} while this search worked on it. To "
+                "resume it, give the search space this name, too: the same command would start a new study"
+            )
+    raise study_deleted(database, study.name)
 
 
 def study_deleted(database: Database, name: str) -> StudyDeletedError:

@@ -7,17 +7,21 @@ that is needed to find the parent's files, also when its study was renamed.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 from optuna.trial import TrialState
 
 from storage import optuna_tables
+from storage.database import Database, look_at
 from storage.errors import RETRY_SECONDS, retry_while_down
 from storage.records import CONTINUED_FROM
 from storage.studies import Study
+
+_MAY_START = (TrialState.RUNNING, TrialState.WAITING, TrialState.FAIL)
 
 
 @dataclass(frozen=True)
@@ -71,26 +75,73 @@ class Parent:
         }
 
 
-def continued_trials(study: Study, timeout_seconds: float = RETRY_SECONDS) -> set[int]:
-    """Return the numbers of a study's trials that unfinished ones continue, in any study of its database.
+def continued_trials(database: Database, timeout_seconds: float = RETRY_SECONDS) -> dict[str, dict[int, str]]:
+    """Return {`hpo:id` of a study: {number of a trial: name of a study}}: which trials are needed, and by whom.
+
+    They are continued by a trial that is unfinished, or that failed: `hpo retry` starts from the parent again. Their own
+    study may be in another database, or deleted.
 
     Args:
-        study: the study of the parents.
+        database: of the trials that continue others.
         timeout_seconds: how long to retry while the database is down.
 
     Raises:
         StorageError: the database cannot be used.
     """
-    trial, attr = optuna_tables.trials, optuna_tables.trial_user_attributes
-    query = (
-        sa.select(attr.c.value_json)
-        .join(trial, trial.c.trial_id == attr.c.trial_id)
-        .where(attr.c.key == CONTINUED_FROM, trial.c.state.in_((TrialState.RUNNING, TrialState.WAITING)))
-    )
 
-    def read() -> set[int]:
+    def read() -> dict[str, dict[int, str]]:
+        found: dict[str, dict[int, str]] = {}
+        with database.engine.connect() as connection:
+            for name, _, parent in _children(connection):
+                found.setdefault(parent.identity, {})[parent.number] = name
+        return found
+
+    return retry_while_down(database, read, timeout_seconds)
+
+
+def unfinished_children(study: Study) -> dict[int, Parent]:
+    """Return {number: its parent} of a study's trials that may still start from another one, see `continued_trials`.
+
+    Raises:
+        StorageError: the database cannot be used.
+    """
+
+    def read() -> dict[int, Parent]:
         with study.database.engine.connect() as connection:
-            parents = [Parent.read(json.loads(value)) for value in connection.scalars(query)]
-        return {parent.number for parent in parents if parent is not None and parent.identity == study.identity}
+            return {number: parent for name, number, parent in _children(connection) if name == study.name}
 
-    return retry_while_down(study.database, read, timeout_seconds)
+    return retry_while_down(study.database, read)
+
+
+def needed_ids(path: Path) -> set[str]:
+    """Return the `hpo:id` of each study whose files a SQLite file needs: its own studies, and those of parents.
+
+    Args:
+        path: the file, which may be of any program. It is only read.
+
+    Raises:
+        StorageError: the file cannot be read, or a view has the name of a table.
+    """
+
+    def read(connection: sa.Connection) -> set[str]:
+        if not sa.inspect(connection).has_table(optuna_tables.study_user_attributes.name):
+            return set()
+        own = {value for value in optuna_tables.read_study_attr(connection, "hpo:id").values() if value is not None}
+        return own | {parent.identity for _, _, parent in _children(connection)}
+
+    return look_at(path, read)
+
+
+def _children(connection: sa.Connection) -> Iterator[tuple[str, int, Parent]]:
+    """Yield the name of the study, the number and the parent of each trial that may still start from another one."""
+    trial, attr, study = optuna_tables.trials, optuna_tables.trial_user_attributes, optuna_tables.studies
+    query = (
+        sa.select(study.c.study_name, trial.c.number, attr.c.value_json)
+        .join(trial, trial.c.trial_id == attr.c.trial_id)
+        .join(study, study.c.study_id == trial.c.study_id)
+        .where(attr.c.key == CONTINUED_FROM, trial.c.state.in_(_MAY_START))
+    )
+    for name, number, value in connection.execute(query):
+        parent = Parent.read(json.loads(value))
+        if parent is not None and parent.epoch > 0:  # else it was trained from the start
+            yield name, number, parent

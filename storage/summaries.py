@@ -122,6 +122,9 @@ def state_of(
 ) -> str:
     """Return `running` while a run is alive, else `finished` or `resumable`; empty for a study of another program.
 
+    A grid of which as many trials have ended as it has points counts as finished. They may be others than its points, which
+    only the search space knows, see `hpo.search.continuation.lacks_points`.
+
     Args:
         attrs: the study's user attributes, see `Study.attrs`.
         counts: {state: number of trials}.
@@ -140,7 +143,7 @@ def state_of(
         wanted = attrs.get("hpo:points", budget.get("trials") if isinstance(budget, dict) else None)
     wanted = wanted if isinstance(wanted, int) else None  # any program may change it
     # Beyond it, only trials are run that the user asked for; none that was interrupted before the budget was reduced.
-    if wanted:
+    if wanted is not None:
         return "finished" if ended >= wanted and not retried else "resumable"
     left = counts.get("WAITING", 0) + counts.get("RUNNING", 0)
     return "finished" if ended and not left else "resumable"

@@ -21,10 +21,12 @@ import pytest
 from benchmarks.postgres import Postgres
 from hpo import cleaning
 from hpo.api import clean_runs, list_studies, read_results
-from hpo.cleaning import Garbage, count_bytes, delete_garbage, find_garbage, note_database
+from hpo.cleaning import Garbage, delete_garbage, find_garbage
 from hpo.dashboard import publishing
 from hpo.dashboard.publishing import publish
 from hpo.errors import SettingError
+from hpo.folders import count_bytes
+from hpo.other_databases import note_database
 from hpo.paths import CONFIGURATION_FILE, DATABASES_FILE, RunsDir
 from hpo.search.checkpoints import list_checkpoints
 from hpo.search.retention import trials_with_checkpoints
@@ -524,7 +526,7 @@ def test_clean_lists_and_deletes_only_with_yes(here: Path, runs: RunsDir, hpo_he
 
 
 def test_clean_reports_what_it_cannot_delete(here: Path, hpo_here: HpoHere, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cleaning, "_delete", lambda path: f"cannot delete {path}: no rights")
+    monkeypatch.setattr(cleaning, "delete_path", lambda path: f"cannot delete {path}: no rights")
     finished = hpo_here(here, "clean", "--yes")
     assert finished.returncode == 2
     assert finished.stdout.endswith("Freed 0 B.\n")

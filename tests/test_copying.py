@@ -10,14 +10,17 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from optuna.trial import TrialState
 
 from benchmarks.postgres import Postgres
 from hpo import copying
 from hpo.cleaning import KILLED_COPY, delete_garbage, find_garbage
 from hpo.copying import copy_files, copy_with_files
 from hpo.errors import SettingError
-from hpo.paths import COPYING_FILE, DATABASES_FILE, RunsDir
+from hpo.paths import COPYING_FILE, DATABASES_FILE, SCRIPT_DIR, RunsDir
 from hpo.search.checkpoints import list_checkpoints
+from hpo.search.retention import checkpoint_files, delete_files
+from storage import optuna_tables
 from storage.copying import NameTakenError
 from storage.database import Database, open_database
 from storage.management import delete_study, rename_study
@@ -119,6 +122,33 @@ def test_files_that_are_there_are_not_copied_again(tmp_path: Path, monkeypatch: 
     (trial / "epoch-000001.pt").rename(trial / "epoch-000002.pt")
     copy_files(tmp_path / "a", tmp_path / "b")
     assert set(files(tmp_path / "b")) == names - {"0/epoch-000001.pt"} | {"0/epoch-000002.pt"}
+
+
+def test_a_trial_that_ends_while_it_is_copied_keeps_its_checkpoint_in_the_copy(
+    source: Database, target: Database, runs: RunsDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is RUNNING in the snapshot. It ends, and `checkpoints.keep` deletes its files, before they are copied again."""
+    study = found(source, "toy")
+    with source.transaction() as connection:
+        trial = optuna_tables.trials
+        connection.execute(trial.update().where(trial.c.number == 0).values(state=TrialState.RUNNING))
+    folder = runs.trial(study.unique_name, 0)
+    (folder / SCRIPT_DIR).mkdir()
+    (folder / SCRIPT_DIR / "state").write_text("3")
+    before, times = files(folder), list[int]()
+
+    def copy_again(former: Path, new: Path) -> None:
+        times.append(1)
+        if len(times) == 2:
+            delete_files(checkpoint_files(folder))
+        copy_files(former, new)
+
+    monkeypatch.setattr(copying, "copy_files", copy_again)
+    copy_with_files(study, target, "new", runs)
+    copied = found(target, "new")
+    assert (len(times), checkpoint_files(folder)) == (2, [])
+    assert copied.trials()[0].state == TrialState.WAITING
+    assert files(runs.trial(copied.unique_name, 0)) == before
 
 
 def test_where_there_are_no_hard_links_files_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 import stat
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from storage.studies import find_study, open_study, study_names
 from storage.tables import runs as runs_table
 from tests.factories import HpoHere, search_without_ray, toy_space
 from tests.report.studies import optuna_study
+from tests.storage.builders import script_of
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +106,40 @@ def test_compare_refuses_with_one_message(here: Path, hpo_here: HpoHere, argumen
     assert done.stderr.count("\n") == 1
     assert "secret" not in done.stderr
     assert everything(here) == before
+
+
+def old_database(path: Path) -> tuple[str, str]:
+    """Create a database of version 5; return its only study and its URL."""
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(script_of(5))
+        ((name,),) = connection.execute("SELECT study_name FROM studies")
+    return name, f"sqlite:///{path}"
+
+
+@pytest.mark.parametrize("verb", ["compare", "copy"])
+def test_a_database_of_an_older_version_that_is_only_read_is_not_migrated(
+    here: Path, hpo_here: HpoHere, verb: str
+) -> None:
+    name, url = old_database(here / "old.db")
+    before, known = (here / "old.db").read_bytes(), sorted(here.iterdir())
+    arguments = {
+        "compare": ["toy", "--other", name, url],
+        "copy": [name, "new", "--storage", url, "--to", "sqlite:///runs/hpo.db"],
+    }
+    done = hpo_here(here, verb, *arguments[verb])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"hpo: {url} has tables of version 5, not 6, and is only read here. `hpo migrate")
+    assert ((here / "old.db").read_bytes(), sorted(here.iterdir())) == (before, known)
+
+
+def test_the_database_of_a_copy_is_migrated_and_that_is_said(
+    here: Path, hpo_here: HpoHere, caplog: pytest.LogCaptureFixture
+) -> None:
+    name, url = old_database(here / "old.db")
+    done = hpo_here(here, "copy", "toy", "new", "--to", url)
+    assert done.returncode == 0, done.stderr
+    assert f"{url}: tables migrated from version 5 to 6; the old file is kept as" in caplog.text
+    assert names(url) == [name, "new"]
 
 
 # --- copy -------------------------------------------------------------------------------------------------------------
@@ -263,6 +300,32 @@ def test_delete_without_a_terminal_needs_yes(here: Path, hpo_here: HpoHere) -> N
     assert hpo_here(here, "delete", "toy", "--yes").returncode == 0
     assert names() == ["wide", "wide@2"]
     assert list((here / "runs/checkpoints").glob("toy-*")) == []
+
+
+def test_without_a_question_one_of_several_revisions_must_be_named(here: Path, hpo_here: HpoHere) -> None:
+    """The same command again would delete the revision before."""
+    known, before = names(), everything(here)
+    done = hpo_here(here, "delete", "wide", "--yes")
+    assert (done.returncode, done.stdout.count("\n")) == (2, 1)
+    assert done.stderr.startswith("hpo: nothing is deleted: wide means wide@2 now, and another revision after")
+    assert done.stderr.endswith("hpo delete wide@2 --yes\n")
+    assert (names(), everything(here)) == (known, before)
+    assert hpo_here(here, "delete", "wide@2", "--yes").returncode == 0
+    assert hpo_here(here, "delete", "wide@2", "--yes").returncode == 2
+    assert names() == ["toy", "wide"]
+    assert hpo_here(here, "delete", "wide", "--yes").returncode == 0
+
+
+def test_a_deletion_that_is_finished_says_that_another_study_stays(here: Path, hpo_here: HpoHere) -> None:
+    with open_database("sqlite:///runs/hpo.db") as database:
+        study = find_study(database, "wide@2")
+        assert study is not None
+        management.delete_study(study)
+    done = hpo_here(here, "delete", "wide", "--yes")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("wide@2 is deleted in sqlite:///runs/hpo.db, but not its files: ")
+    assert "wide@1 is another study, and stays. This deletes it: " in done.stdout
+    assert names() == ["toy", "wide"]
 
 
 def test_a_deletion_that_was_killed_after_the_rows_are_gone_is_completed(here: Path, hpo_here: HpoHere) -> None:

@@ -11,7 +11,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import SpaceError
+from hpo.paths import RunsDir
 from hpo.report.formatting import format_value
+from hpo.search.continuation import lacks_points
 from hpo.space.model import Space
 from hpo.trainable import STDERR_SUFFIX, is_error, is_timing
 from storage.imports import Origin, TakenOver, read_sources
@@ -453,7 +455,8 @@ def read_epochs(results: Results, numbers: Container[int]) -> Results:
 def _state_of(study: Study, attrs: Mapping[str, Any], trials: Sequence[FrozenTrial], runs: Sequence[Any]) -> str:
     counts = Counter(trial.state.name for trial in trials)
     retried = sum(trial.state.name in {"WAITING", "RUNNING"} and RETRIED in trial.user_attrs for trial in trials)
-    return state_of(attrs, counts, runs, ended=study.count_ended_keys(), retried=retried)
+    state = state_of(attrs, counts, runs, ended=study.count_ended_keys(), retried=retried)
+    return "resumable" if state == "finished" and lacks_points(study, RunsDir()) else state
 
 
 def _stored_space(attrs: Mapping[str, Any]) -> Space | None:

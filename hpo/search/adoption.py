@@ -5,17 +5,18 @@ The parent's folder is only read. The copy is atomic: what is missing after a ki
 
 from __future__ import annotations
 
+import errno
 import os
-import secrets
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpo.paths import SCRIPT_DIR, sync_folder
-from hpo.search.checkpoints import Checkpoint, read_checkpoint, save_checkpoint
+from hpo.paths import PARENT_SUFFIX, SCRIPT_DIR, RunsDir, sync_folder
+from hpo.search.checkpoints import Checkpoint, check_claim, read_checkpoint, save_checkpoint
+from hpo.search.script import ScriptError
 
-_PARTIAL = f"{SCRIPT_DIR}.partial-"  # a copy of a script's folder that is not complete
+_PARTIAL = f"{SCRIPT_DIR}.partial-"  # a copy of a script's folder that is not complete; the token of its claim follows
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,19 @@ class Adopted:
 
     checkpoint: Checkpoint
     warning: str = ""
+
+
+def parent_folder(runs_dir: RunsDir, folder: Path, files: str, number: int) -> Path:
+    """Return where the files of the trial are that a trial continues.
+
+    Args:
+        runs_dir: where checkpoints are.
+        folder: of the trial.
+        files: the name of the folder of the parent's study.
+        number: of the parent.
+    """
+    copied = folder.with_name(folder.name + PARENT_SUFFIX)  # its study was copied from another database
+    return copied if copied.is_dir() else runs_dir.trial(files, number)
 
 
 def adopt_checkpoint(
@@ -57,8 +71,8 @@ def adopt_checkpoint(
 
     Raises:
         TakenOverError: another worker has claimed the folder.
-        OSError, MemoryError, RuntimeError: the checkpoint could not be read, and may be intact; or the files of the script
-            could not be copied.
+        ScriptError: the files of the script could not be copied. Without them, it would train from its first epoch.
+        OSError, MemoryError, RuntimeError: the checkpoint could not be read, and may be intact.
     """
     found = read_checkpoint(parent, parent_key)
     if found is None or (is_script and not (parent / SCRIPT_DIR).is_dir()):
@@ -69,7 +83,14 @@ def adopt_checkpoint(
     }
     checkpoint = Checkpoint(found.epoch, history, found.state, key)
     if is_script:  # first: with the checkpoint, the copy counts as complete
-        _copy_script_files(parent / SCRIPT_DIR, folder)
+        try:
+            _copy_script_files(parent / SCRIPT_DIR, folder, token)
+        except OSError as error:  # also shutil.Error
+            check_claim(folder, token)  # its successor deletes the draft
+            raise ScriptError(
+                f"the files of its parent could not be copied to {folder}: {error}. After you have fixed the cause, "
+                "`hpo retry` continues the parent"
+            ) from error
     try:
         save_checkpoint(folder, checkpoint, token)
     except OSError as error:  # the training itself needs no file; after a crash, the parent is read again
@@ -77,18 +98,32 @@ def adopt_checkpoint(
     return Adopted(checkpoint)
 
 
-def _copy_script_files(source: Path, folder: Path) -> None:
-    """Copy the files of a script, which may change them: no hard links. Do nothing if they are there."""
-    for leftover in folder.glob(f"{_PARTIAL}*"):  # of a worker that was killed
+def _copy_script_files(source: Path, folder: Path, token: int) -> None:
+    """Copy the files of a script, which may change them: no hard links.
+
+    The trial has no checkpoint. So what is there already is a copy that a killed worker has made, or of epochs whose
+    checkpoints are damaged: the script must not start from these, because the epochs before would be missing.
+
+    A worker that has lost the trial may do the same at the same time, until it notices. Each has its own draft, and both
+    copy the same files: it does not matter whose becomes the folder.
+    """
+    check_claim(folder, token)
+    for leftover in folder.glob(f"{_PARTIAL}*"):  # of claims before this one
         shutil.rmtree(leftover, ignore_errors=True)
-    target = folder / SCRIPT_DIR
-    if target.exists():
-        return
+    target, draft = folder / SCRIPT_DIR, folder / f"{_PARTIAL}{token}"
     folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / f"{_PARTIAL}{secrets.token_hex(4)}"
     try:
         shutil.copytree(source, draft, symlinks=True, copy_function=_copy_synced)
-        draft.rename(target)
+        check_claim(folder, token)  # the copy may have taken minutes
+        if target.exists():
+            former = folder / f"{_PARTIAL}{token}-former"
+            target.rename(former)
+            shutil.rmtree(former, ignore_errors=True)
+        try:
+            draft.rename(target)
+        except OSError as error:
+            if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+                raise
         sync_folder(folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

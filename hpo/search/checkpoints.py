@@ -116,6 +116,18 @@ def _owner(folder: Path) -> tuple[str | None, int]:
     return None, 0
 
 
+def check_claim(folder: Path, token: int) -> None:
+    """Raise TakenOverError if another worker has claimed a trial's folder.
+
+    Args:
+        folder: the trial's folder.
+        token: of the claim of the trial, see `claim_folder`.
+    """
+    owner, claimed = _owner(folder)
+    if owner is not None and claimed != token:
+        raise TakenOverError(f"another worker trains this trial in {folder}")
+
+
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, token: int = 0) -> None:
     """Write a checkpoint atomically, flushed to disk, and delete all but the newest two.
 
@@ -131,9 +143,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, token: int = 0) -> Non
     """
     import torch
 
-    owner, claimed = _owner(folder)
-    if owner is not None and claimed != token:
-        raise TakenOverError(f"another worker trains this trial in {folder}")
+    check_claim(folder, token)
     check_plain(checkpoint.state)
     folder.mkdir(parents=True, exist_ok=True)
     try:

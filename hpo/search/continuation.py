@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from hpo.errors import SpaceError
 from hpo.paths import RunsDir
 from hpo.search.candidates import Candidate, Outlook, find_candidates, rank_candidates, restore_candidate
 from hpo.space.model import Space
@@ -229,6 +230,30 @@ def _follow(space: Space, decision: Decision) -> ContinuationPlan:
         chosen = [each for each in chosen if each.key in planned]
     is_empty = decision.seen is None and not decision.chosen and not left
     return ContinuationPlan(space, chosen, left, None if is_empty else decision)
+
+
+def lacks_points(study: Study, runs_dir: RunsDir) -> bool:
+    """Return whether points of a grid have not ended. `hpo run` trains them, although as many trials have ended.
+
+    Those may be other points: they were enqueued by hand, or waited when the budget was reduced.
+
+    Args:
+        study: the study, of any search.
+        runs_dir: where checkpoints are.
+
+    Raises:
+        StorageError: the database cannot be used.
+    """
+    try:
+        space = Space.from_settings(study.settings)
+    except SpaceError:  # of another version
+        return False
+    if not space.is_grid:
+        return False
+    ended = study.ended_keys()
+    if space.point_keys() <= ended:
+        return False
+    return not plan_continuation(space, study, study.database, runs_dir).space.point_keys() <= ended
 
 
 def _read_decision(space: Space, stored: Any, runs_dir: RunsDir) -> Decision | None:

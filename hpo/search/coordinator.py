@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.errors import nearest
 from hpo.paths import HANG_FILE, LOST_FILE, RunsDir
+from hpo.search.adoption import parent_folder
 from hpo.search.checkpoints import owner_key, trim_checkpoints
 from hpo.search.listener import ProgressListener
 from hpo.search.retention import Retention
@@ -143,7 +144,7 @@ class TrialCoordinator:
                 threads=self._slots.threads,
                 timeout=None if timeout is None else timeout * replicates,
                 code_folder=str(Path.cwd()),
-                parent_folder=str(self._runs_dir.trial(parent.files, parent.number)) if parent else "",
+                parent_folder=str(self._parent_folder(claim, parent)) if parent else "",
                 parent_key=parent.key if parent else "",
                 replicates=replicates,
             )
@@ -171,6 +172,9 @@ class TrialCoordinator:
 
         parent = Parent.read(claim.continued_from)
         return parent if parent is not None and parent.epoch > 0 and self._space.saves_checkpoints else None
+
+    def _parent_folder(self, claim: ClaimedTrial, parent: Parent) -> Path:
+        return parent_folder(self._runs_dir, self._folder(claim), parent.files, parent.number)
 
     def _continued_epoch(self, tune_id: str) -> int:
         """Return the last epoch that a trial has from its parent; 0 for none."""

@@ -98,7 +98,7 @@ def superfluous_trials(
         return []
     directions = space.directions if policy.keeps_best else None
     found = ranking.superfluous_trials(study, policy.count, directions, among=numbers, timeout_seconds=timeout_seconds)
-    needed = parents.continued_trials(study, timeout_seconds) if found else set()
+    needed = parents.continued_trials(study.database, timeout_seconds).get(str(study.identity), {}) if found else {}
     return [trial for trial in found if trial.number not in needed]
 
 

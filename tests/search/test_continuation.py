@@ -13,9 +13,20 @@ import pytest
 import torch
 
 from benchmarks.toy import expected_value
+from hpo.api import list_studies
 from hpo.paths import RunsDir
+from hpo.report.results import read_results
+from hpo.search import adoption
 from hpo.search.candidates import Outlook
-from hpo.search.checkpoints import Checkpoint, list_checkpoints, load_checkpoint, read_checkpoint, save_checkpoint
+from hpo.search.checkpoints import (
+    Checkpoint,
+    TakenOverError,
+    claim_folder,
+    list_checkpoints,
+    load_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
 from hpo.search.continuation import ContinuationPlan, plan_continuation
 from hpo.search.retention import Retention, trials_with_checkpoints
 from hpo.search.runs import open_run
@@ -393,6 +404,102 @@ def test_a_script_goes_on_from_a_copy_of_its_files(tmp_path: Path) -> None:
     assert (report.epoch, report.continued_epoch, report.metrics["first"]) == (1, 0, 0)
 
 
+@pytest.fixture
+def script_files(tmp_path: Path) -> dict[str, Any]:
+    """A parent with the files of a script, as arguments of `adopt_checkpoint`."""
+    parent = tmp_path / "parent"
+    save_checkpoint(parent, Checkpoint(3, {3: {"value": 1.0}}, {}, "p"))
+    (parent / "script").mkdir()
+    for name in ("a", "b", "c"):
+        (parent / "script" / name).write_text("3")
+    return {"parent": parent, "parent_key": "p", "is_script": True}
+
+
+def script_in(folder: Path) -> dict[str, str]:
+    """Return the files of the trial's script; fail if there is a draft of them."""
+    assert not list(folder.glob("script.*"))
+    return {path.name: path.read_text() for path in (folder / "script").iterdir()}
+
+
+@pytest.mark.parametrize("moment", ["while its successor copies", "before its successor copies"])
+def test_a_worker_that_has_lost_the_trial_does_not_disturb_its_successor(
+    tmp_path: Path, script_files: dict[str, Any], monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Worker 1 is suspended: before it copies anything, or after its first file."""
+    folder, copied = tmp_path / "child", list[str]()
+    copy, (first, second) = adoption._copy_synced, (1, 2)
+
+    def adopt(token: int) -> adoption.Adopted | None:
+        return adoption.adopt_checkpoint(folder, "k", token, **script_files)
+
+    def copy_file(source: str, target: str, **options: Any) -> str:
+        copied.append(target)
+        if len(copied) == 2:
+            if moment == "while its successor copies":
+                with pytest.raises(TakenOverError):
+                    adopt(first)
+            else:
+                claim_folder(folder, "k", second)
+                assert adopt(second) is not None
+        return copy(source, target, **options)
+
+    monkeypatch.setattr(adoption, "_copy_synced", copy_file)
+    claim_folder(folder, "k", first)
+    if moment == "while its successor copies":
+        claim_folder(folder, "k", second)
+        assert adopt(second) is not None
+    else:
+        with pytest.raises(TakenOverError):
+            adopt(first)
+    assert script_in(folder) == {"a": "3", "b": "3", "c": "3"}
+    assert load_checkpoint(folder, "k") is not None
+
+
+def test_the_copy_of_another_worker_is_as_good_as_its_own(
+    tmp_path: Path, script_files: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that lost the trial has renamed its draft after this one had looked."""
+    folder, rename = tmp_path / "child", Path.rename
+
+    def rename_later(path: Path, target: Path) -> Path:
+        shutil.copytree(path, target)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename_later)
+    claim_folder(folder, "k", 1)
+    assert adoption.adopt_checkpoint(folder, "k", 1, **script_files) is not None
+    assert script_in(folder) == {"a": "3", "b": "3", "c": "3"}
+
+
+def test_a_script_whose_checkpoints_are_damaged_starts_from_the_files_of_its_parent(
+    tmp_path: Path, script_files: dict[str, Any]
+) -> None:
+    folder = tmp_path / "child"
+    claim_folder(folder, "k", 1)
+    (folder / "script").mkdir()
+    (folder / "script" / "a").write_text("7")
+    (folder / "epoch-000007.damaged").touch()
+    adopted = adoption.adopt_checkpoint(folder, "k", 1, **script_files)
+    assert adopted is not None
+    assert adopted.checkpoint.epoch == 3
+    assert script_in(folder) == {"a": "3", "b": "3", "c": "3"}
+
+
+def test_without_room_for_its_files_a_script_fails_and_does_not_start_anew(
+    tmp_path: Path, script_files: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(adoption, "_copy_synced", fail)
+    spec = script_spec(tmp_path, parent_folder=str(script_files["parent"]), parent_key="p")
+    (report,) = take_reports(spec, 1)
+    assert report.failure.startswith(f"the files of its parent could not be copied to {spec.folder}: ")
+    assert "No space left on device" in report.failure
+    assert report.failure.endswith("After you have fixed the cause, `hpo retry` continues the parent")
+    assert list(Path(spec.folder).glob("script*")) == []
+
+
 def test_a_script_without_a_folder_has_no_checkpoints(database: Database, tmp_path: Path) -> None:
     def script_space(max_epochs: int) -> Space:
         path = tmp_path / "script.yaml"
@@ -471,3 +578,33 @@ def test_reading_a_parent_finds_the_newest_checkpoint_that_is_intact(tmp_path: P
     assert found.epoch == 1
     assert read_checkpoint(tmp_path, "q") is None
     assert len(list_checkpoints(tmp_path)) == 2
+
+
+# --- what is left of a grid -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("enqueued", "state"), [([3, 4], "resumable"), ([2, 1], "finished")])
+def test_a_grid_is_finished_when_its_own_points_have_ended(
+    database: Database, tmp_path: Path, enqueued: list[int], state: str
+) -> None:
+    """As many trials as its budget have ended: others than its points, in the first case."""
+    space = toy_space(tmp_path, parameters={"x": [1, 2, 3, 4]}, budget={"trials": 2})
+    study = open_study(database, **space.study_options)
+    for x in enqueued:
+        study.optuna_study.enqueue_trial({"x": x})
+    with open_run(plan(database, space, tmp_path), study, {}, CPU) as run:
+        for _ in enqueued:
+            claim = run.claim()
+            assert claim is not None
+            run.report(claim, 3, {"value": 0.1}, 0.1)
+            run.complete(claim, 0.1)
+            run.flush()
+    assert [each.state for each in list_studies(storage=f"sqlite:///{database.file}", runs_dir=tmp_path)] == [state]
+    assert read_results(study).state == state
+
+
+def test_a_grid_is_finished_although_points_are_left_as_they_are(database: Database, tmp_path: Path) -> None:
+    search_without_ray(short_space(tmp_path), database, tmp_path)
+    search_without_ray(long_space(tmp_path, "best 1", budget={"trials": 2}), database, tmp_path)
+    states = [each.state for each in list_studies(storage=f"sqlite:///{database.file}", runs_dir=tmp_path)]
+    assert states == ["finished", "finished"]

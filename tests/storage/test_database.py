@@ -22,8 +22,9 @@ from sqlalchemy.exc import OperationalError
 
 from benchmarks.postgres import Postgres
 from storage import engines, migrations, optuna_tables, sqlite_file, versions, wal
-from storage.database import Database, hpo_ids, open_database, open_existing, open_for_reading
+from storage.database import Database, open_database, open_existing, open_for_reading
 from storage.errors import StorageError, retry_while_down, translate_errors
+from storage.parents import needed_ids
 from storage.studies import all_studies, find_study, open_study
 from storage.tables import metadata
 from storage.urls import contains_password, without_password
@@ -354,7 +355,7 @@ def test_a_file_in_which_a_view_has_the_name_of_a_table_is_refused(
             opens(f"sqlite:///{file}")
     if table == "studies":
         with pytest.raises(StorageError, match=f"{table} is not an ordinary table"):
-            hpo_ids(file)
+            needed_ids(file)
 
 
 @pytest.mark.postgres

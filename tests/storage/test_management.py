@@ -91,8 +91,12 @@ def test_a_run_that_comes_back_after_the_study_was_renamed_changes_nothing(datab
         claim_one(run)
         expire_leases(database, run.run_id)  # it was suspended
         rename_study(run.study, "t")
-        with pytest.raises(StudyDeletedError):
+        with pytest.raises(
+            StudyDeletedError, match=r"the study 's' was renamed to 't' .* give the search space this name"
+        ):
             run.claim()
+        with pytest.raises(StudyDeletedError, match="renamed to 't'"):
+            run.study.set_system_attrs({"a": 1})
     assert len(found(database, "t").trials()) == 1
 
 

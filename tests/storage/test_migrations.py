@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from optuna.storages._rdb.models import BaseModel
 from sqlalchemy.dialects.sqlite import dialect as sqlite_dialect
 
-from hpo import cleaning
+from hpo import other_databases
 from storage import database, migrations, queue
 from storage.database import Database, open_database, open_for_reading
 from storage.errors import StorageError
@@ -277,7 +277,7 @@ def test_a_copy_of_an_earlier_migration_is_kept(tmp_path: Path) -> None:
         with closing(sqlite3.connect(tmp_path / name)) as connection:
             assert connection.execute("SELECT study_name FROM studies").fetchone() == (name,)
             assert connection.execute("SELECT version FROM hpo_schema").fetchone() == (1,)
-        assert cleaning._MIGRATED.search(name)
+        assert other_databases._MIGRATED.search(name)
 
 
 def test_a_file_that_is_opened_through_a_link_meanwhile_is_migrated_once(

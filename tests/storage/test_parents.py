@@ -10,7 +10,7 @@ import pytest
 from optuna.distributions import FloatDistribution, IntDistribution
 
 from storage.database import Database
-from storage.parents import Parent, continued_trials
+from storage.parents import Parent, continued_trials, unfinished_children
 from storage.records import CONTINUED_FROM
 from storage.studies import Study
 from tests.storage.builders import GRID, POINTS, claim_one, config_key, grid_run, kill, open_s, sampled_run
@@ -82,9 +82,22 @@ def test_a_parent_is_needed_until_the_trial_that_continues_it_has_ended(study: S
         run.enqueue(POINTS[:2], GRID, attrs_of(POINTS[0], own) | attrs_of(POINTS[1], foreign))
         claim = claim_one(run)
         claim_one(run)
-        assert continued_trials(study) == {3}, "not the one of another study"
+        assert continued_trials(database) == {study.identity: {3: "s@2"}, PARENT.identity: {4: "s@2"}}
+        assert unfinished_children(child) == {0: own, 1: foreign}
+        assert unfinished_children(study) == {}
         run.release(claim)
-        assert continued_trials(study) == {3}
+        assert continued_trials(database)[study.identity] == {3: "s@2"}
         run.complete(claim_one(run), 0.5)
         run.flush()
-        assert continued_trials(study) == set()
+        assert continued_trials(database) == {PARENT.identity: {4: "s@2"}}
+
+
+def test_a_parent_is_needed_by_a_trial_that_failed(study: Study, database: Database) -> None:
+    """`hpo retry` starts it from the parent again. One that was trained from the start does not."""
+    with grid_run(study) as run:
+        started = replace(PARENT, number=4, epoch=0)
+        run.enqueue(POINTS[:2], GRID, attrs_of(POINTS[0]) | attrs_of(POINTS[1], started))
+        for _ in range(2):
+            run.fail(claim_one(run), "a bug")
+        run.flush()
+    assert continued_trials(database) == {PARENT.identity: {3: "s"}}

@@ -199,6 +199,12 @@ def test_a_sampled_study_is_finished_when_its_budget_is_spent(database: Database
     assert summary(database).best == 0.25
 
 
+def test_a_study_whose_points_are_all_left_as_they_are_is_finished(database: Database) -> None:
+    """The budget of its search is 0 trials: other studies have their results."""
+    open_s(database, total_trials=0)
+    assert [each.state for each in summarize(database)] == ["finished"]
+
+
 @pytest.mark.parametrize(("total", "state"), [(1, "finished"), (2, "resumable"), (None, "finished")])
 def test_the_state_and_the_settings_are_those_of_the_latest_opening(
     database: Database, total: int | None, state: str
