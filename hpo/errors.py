@@ -19,6 +19,7 @@ from collections.abc import Iterable
 # All but tab and line feed, which only move on. C1 holds another escape; the rest is not visible, ends a line, or reverses
 # the order of what follows.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060\u2066-\u2069\ufeff]")
+MAX_ALLOWED = 30  # names in a message; a database may have thousands of studies
 
 
 class HpoError(Exception):
@@ -42,10 +43,11 @@ class SettingError(HpoError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return `did you mean X?` with the nearest known name, or `allowed: A, B, C` if none is near."""
+    """Return `did you mean X?` with the nearest known name, or `allowed: A, B, C` if none is near, at most `MAX_ALLOWED`."""
     names = list(known)
     matches = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"did you mean {matches[0]}?" if matches else f"allowed: {', '.join(names)}"
+    more = f" and {len(names) - MAX_ALLOWED:,} more" if len(names) > MAX_ALLOWED else ""
+    return f"did you mean {matches[0]}?" if matches else f"allowed: {', '.join(names[:MAX_ALLOWED])}{more}"
 
 
 def printable(text: str) -> str:

@@ -228,7 +228,7 @@ def plan(space: str, overrides: Sequence[str], storage: str, data_dir: Path) -> 
         planned = plan_search(
             loaded, storage=storage, password=secret("PGPASSWORD"), data_dir=data_dir, listener=progress
         )
-    console.print(configuration_table(loaded, planned.states))
+    console.print(configuration_table(planned.space, planned.states, planned.outlooks))
     for line in plan_lines(loaded, planned.slots, planned.estimate, planned.device_seconds):
         console.print(line)
     if planned.estimate is not None:
@@ -265,6 +265,9 @@ def list_(storage: str, as_json: bool) -> int:
 
     It shows the state of each study, its number of trials, its best value, and the size of its checkpoints and logs
     in runs/checkpoints.
+
+    A study is finished when all trials of its grid or of budget.trials have ended. One that another limit of the budget
+    ended, such as time, patience or gpu_hours, is resumable: with a larger limit, `hpo run` resumes it.
 
     \b
     Example:  hpo list --json

@@ -10,7 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from hpo.search.slots import Slots
     from hpo.search.stop import Stop
     from hpo.search.warm_start import Found
+    from hpo.space.parameters import Params
     from storage.database import Database
     from storage.studies import Study
 
@@ -145,12 +146,12 @@ def run_search(
         if is_new_database(storage):
             cluster.start()
         from hpo.report.results import read_results
-        from hpo.search.continuation import plan_continuation
+        from hpo.search.continuation import open_continued, plan_continuation
         from hpo.search.retention import Retention
         from hpo.search.warm_start import find_trials
         from storage.database import open_database
         from storage.imports import SOURCES, set_points
-        from storage.studies import find_revision, open_study
+        from storage.studies import find_revision
 
         database = opened.enter_context(open_database(storage, password))
         study = find_revision(database, space.name, space.fingerprint)
@@ -163,12 +164,13 @@ def run_search(
         is_over = left == 0 or stopped is not None
         _note_changes(space, study, listener)
         if study is not None and is_over:
-            study = open_study(database, **space.study_options)  # stores a changed budget or `checkpoints.keep`
-            listener.study_opened(space, study.name, database.url, study.counts())
+            study, _ = open_continued(database, continuation, runs)  # stores a changed budget or `checkpoints.keep`
+            listener.study_opened(space, study.name, database.url, study.counts(), left)
             Retention(space, study, runs).run_ended()
         else:
             listener.preparing("reading earlier studies")
-            found = find_trials(space, study, database, password)  # a wrong name must not leave an empty study
+            # First: a wrong name must not leave an empty study.
+            found = find_trials(space, study, database, password, continuation.parents)
             cluster.start()
             provenance = {"command": command} | describe_environment()
             study, stopped = _search(
@@ -212,21 +214,23 @@ def _search(
 ) -> tuple[Study, Stop | None]:
     """Run the trials that are left. Slow imports happen here, while Ray starts in the background."""
     from hpo.other_databases import note_database
+    from hpo.search.continuation import open_continued
     from hpo.search.estimate import is_worth_measuring
     from hpo.search.slots import plan_slots
     from hpo.search.tune import run_trials
     from hpo.search.warm_start import take_over_trials
-    from storage.studies import open_study
 
-    space, estimate, images = continuation.space, None, None
+    estimate, images = None, None
     if probes is not None:
         provenance["data_sha256"], images = probes.describe_data()
     # Only now, so that a missing data set does not leave an empty study.
-    study = open_study(database, **space.study_options)
+    study, continuation = open_continued(database, continuation, runs_dir)
+    space = continuation.space
     note_database(runs_dir.checkpoints(study.unique_name), database)
-    _note_sources(take_over_trials(space, study, found, password), continuation, study.keys(), listener)
+    found = take_over_trials(space, study, found, password, continuation.parents)
+    _note_sources(found, continuation, study.keys(), listener)
     left = _trials_left(space, study)  # now: another study may have been deleted meanwhile, and this one is new
-    listener.study_opened(space, study.name, database.url, study.counts())
+    listener.study_opened(space, study.name, database.url, study.counts(), left)
     if left == 0:  # earlier studies had all results
         return study, None
     if space.budget.shows_device_time:
@@ -235,7 +239,8 @@ def _search(
     slots = plan_slots(space, left, *size)
     if probes is not None:
         if images is not None and is_worth_measuring(space, left, images):
-            estimate = _measure(space, slots, left, probes, images, size, listener)
+            begun = continuation.begun(study.ended_keys())
+            estimate = _measure(space, slots, left, probes, images, size, listener, begun)
         probes.close()  # frees its memory and CPU for the trials
     slots = slots if estimate is None else estimate.slots
     _keep_if_shared(mps, slots, listener)
@@ -266,8 +271,8 @@ def _note_sources(
 ) -> None:
     """Say what is taken over from earlier studies, and what is continued.
 
-    Of several revisions, some may have nothing that others do not have. Of one whose trials are continued, it is not said
-    that their results are left out.
+    Each source that the search space names is listed. Of several revisions, some may have nothing that others do not have.
+    Of one whose trials are continued, it is not said that their results are left out.
 
     Args:
         found: what is taken over.
@@ -371,6 +376,7 @@ def _measure(
     images: ImageCounts,
     size: tuple[float, float],
     listener: ProgressListener,
+    begun: Sequence[tuple[Params, int]],
 ) -> SearchEstimate | None:
     """Measure training steps; None if nothing is left to train, or the device is not on this machine."""
     from hpo.search.estimate import can_measure, estimate_search
@@ -378,7 +384,7 @@ def _measure(
     if left == 0 or not can_measure(slots):
         return None
     listener.preparing("measuring training steps")
-    return estimate_search(space, slots, left, probes, images, size)
+    return estimate_search(space, slots, left, probes, images, size, begun)
 
 
 @contextmanager
@@ -416,6 +422,8 @@ class PlannedSearch:
         states: {`Space.config_key`: state} of the configurations that storage holds.
         trials_left: how many trials have not ended; None if only time ends the search.
         device_seconds: what the study has used already.
+        outlooks: {`Space.config_key`: what becomes of it} of the configurations that are continued from an earlier revision,
+            or left as they are there.
     """
 
     space: Space
@@ -424,6 +432,7 @@ class PlannedSearch:
     states: Mapping[str, str]
     trials_left: int | None
     device_seconds: float
+    outlooks: Mapping[str, str] = field(default_factory=dict)
 
 
 def plan_search(
@@ -467,24 +476,28 @@ def plan_search(
         listener.note(note)
     with start_mps(is_wanted=may_share_gpu(space)) as mps, _start_probes(space, data, Path(runs_dir)) as probes:
         _note_failure(mps, listener)
-        space, states, left, used = _look_up(space, storage, password, RunsDir(Path(runs_dir)), listener)
+        continuation, states, left, used = _look_up(space, storage, password, RunsDir(Path(runs_dir)), listener)
+        space = continuation.space
         size, estimate = machine_size(), None
         slots = plan_slots(space, left, *size)
         if probes is not None:
             _, images = probes.describe_data()
-            estimate = _measure(space, slots, left, probes, images, size, listener)
+            ended = {key for key, state in states.items() if state in {"COMPLETE", "PRUNED", "FAIL"}}
+            begun = continuation.begun(ended)
+            estimate = _measure(space, slots, left, probes, images, size, listener, begun)
         slots = slots if estimate is None else estimate.slots
         _keep_if_shared(mps, slots, listener)
-    return PlannedSearch(space, slots, estimate, states, left, used)
+    return PlannedSearch(space, slots, estimate, states, left, used, continuation.outlooks)
 
 
 def _look_up(
     space: Space, storage: str, password: str | None, runs_dir: RunsDir, listener: ProgressListener
-) -> tuple[Space, dict[str, str], int | None, float]:
-    """Return a search, its stored states, how many trials have not ended, and its device time; see `PlannedSearch`."""
+) -> tuple[ContinuationPlan, dict[str, str], int | None, float]:
+    """Return what a search continues, and three parts of a `PlannedSearch`: states, trials left, device time."""
+    from hpo.search.continuation import ContinuationPlan, plan_continuation
+
     if is_new_database(storage) and not space.warm_start:
-        return space, {}, space.total_trials, 0.0
-    from hpo.search.continuation import plan_continuation
+        return ContinuationPlan(space), {}, space.total_trials, 0.0
     from hpo.search.warm_start import find_trials
     from storage.database import open_for_reading
     from storage.studies import find_revision
@@ -500,14 +513,14 @@ def _look_up(
             states = {space.config_key(trial.params): trial.state.name for trial in study.trained_trials()}
             left = _trials_left(space, study)
         if left != 0:
-            found = find_trials(space, study, database, password)
+            found = find_trials(space, study, database, password, continuation.parents)
             trials = [trial for each in found for trial in each.trials]
             reused = {trial.key: "COMPLETE" for trial in trials if trial.key is not None}
             if space.is_grid and left is not None:
                 left -= len(space.point_keys() & (reused.keys() - states.keys()))
             states = reused | states
             _note_sources(found, continuation, states.keys(), listener)
-        return space, states, left, 0.0 if study is None else study.device_seconds()
+        return continuation, states, left, 0.0 if study is None else study.device_seconds()
 
 
 def _trials_left(space: Space, study: Study) -> int | None:

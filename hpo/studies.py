@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from storage.database import Database
     from storage.studies import Study
 
+# A file name has at most 255, and folders have the name of the study, a random part, and the number of a revision or trial.
+MAX_NAME_BYTES = 200
+
 
 @contextmanager
 def opened_study(
@@ -305,8 +308,11 @@ def delete_study(
 
 
 def _check_name(name: str) -> None:
-    """Raise SettingError for a name that no search space has: the study could not be resumed."""
-    if not name.strip() or name != name.strip() or "@" in name or "/" in name or not name.isprintable():
+    """Raise SettingError for a name that no search space has: the study could not be resumed; or that is too long."""
+    if len(name.encode(errors="replace")) > MAX_NAME_BYTES:
+        raise SettingError(f"a study cannot be named {name[:40]!r}...: at most {MAX_NAME_BYTES} bytes are allowed")
+    is_strange = not name.strip() or name != name.strip() or not name.isprintable()
+    if is_strange or "@" in name or "/" in name or name in {".", ".."}:
         raise SettingError(
             f"a study cannot be named {name!r}: it has the name of a file in search_spaces/, without its ending and "
             "without @, the sign before the number of a revision"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from storage.database import Database
 from storage.errors import StorageError, name_strange_content, retry_while_down
 from storage.optuna_internals import renumber_parents
 from storage.ownership import new_token
-from storage.records import CONTINUED_FROM
+from storage.records import CONTINUED_FROM, COPIED_FROM, LEARNED_FROM, REUSED_FROM
 from storage.studies import BRACKETS, FILES, Study, deleted_studies, revisions_of, settings_of
 
 TRIALS_AT_ONCE = 200  # bounds the rows in memory: a trial may have hundreds of epochs and metrics
@@ -45,6 +45,7 @@ _OF_TRIAL = (
     tables.usage,
 )
 _UNFINISHED = {TrialState.RUNNING, TrialState.WAITING}
+_ENDED = {TrialState.COMPLETE, TrialState.PRUNED}  # for good
 
 Rows = list[dict[str, Any]]
 
@@ -175,6 +176,7 @@ class _Copying:
         self._reading = reading
         self._where = where
         self._target = target
+        self._ended: dict[int, int] = {}  # {trial_id: number} of trials that will not run again
 
     def check_source(self) -> None:
         """Raise StorageError if the study was deleted or renamed."""
@@ -205,7 +207,10 @@ class _Copying:
         for start in range(0, len(known), TRIALS_AT_ONCE):
             for table in _OF_TRIAL:
                 column = "trial_id" if "trial_id" in table.c else "trial"
-                rows = self._read(table, table.c[column].in_(known[start : start + TRIALS_AT_ONCE]))
+                some = known[start : start + TRIALS_AT_ONCE]
+                rows = self._read(table, table.c[column].in_(some))
+                if table is optuna_tables.trial_user_attributes:
+                    rows += self._origins(some, rows)
                 if table is tables.trials:
                     rows = [_without_owner(row, runs, is_unfinished=row["trial"] in unfinished) for row in rows]
                 if table is optuna_tables.trial_user_attributes:
@@ -231,6 +236,19 @@ class _Copying:
         own = parent | {"study": name, "id": identity, "files": f"{name}-{identity}"}
         return {**row, "value_json": json.dumps(own)}
 
+    def _origins(self, trial_ids: Sequence[int], attrs: Rows) -> Rows:
+        """Return which trials those of the copy are, as user attributes: a search that reads both learns from one.
+
+        Trials that were taken over, or copied before, say so already. A trial that has not ended is another one in the copy.
+        """
+        known = {row["trial_id"] for row in attrs if row["key"] in {LEARNED_FROM, REUSED_FROM, COPIED_FROM}}
+        source = {"study": self._source.name, "id": self._source.identity}
+        return [
+            {"trial_id": each, "key": COPIED_FROM, "value_json": json.dumps(source | {"trial": self._ended[each]})}
+            for each in trial_ids
+            if each in self._ended and each not in known
+        ]
+
     def _write_runs(self, connection: sa.Connection, study_id: int) -> dict[int, int]:
         """Insert the runs, all of which have ended; return {run: run of the copy}."""
         table, keys = tables.runs, {}
@@ -247,6 +265,7 @@ class _Copying:
         rows = self._read(table, table.c.study_id == self._source.study_id, keys=True)
         known = [row.pop("trial_id") for row in rows]
         unfinished = {each for each, row in zip(known, rows, strict=True) if row["state"] in _UNFINISHED}
+        self._ended = {each: row["number"] for each, row in zip(known, rows, strict=True) if row["state"] in _ENDED}
         for row in rows:
             row["study_id"] = study_id
             if row["state"] == TrialState.RUNNING:

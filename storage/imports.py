@@ -13,12 +13,12 @@ from typing import Any, Self
 
 import sqlalchemy as sa
 from optuna.distributions import BaseDistribution
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from storage import optuna_tables, records, tables
 from storage.errors import retry_while_down
 from storage.ownership import lock_study
-from storage.records import LEARNED_FROM, REUSED_FROM, Metrics, Params
+from storage.records import COPIED_FROM, LEARNED_FROM, REUSED_FROM, Metrics, Params
 from storage.studies import Study
 from storage.tables import LEARNED, POINT, REUSED
 
@@ -42,10 +42,19 @@ class Origin:
     @classmethod
     def of(cls, attrs: Mapping[str, Any]) -> Origin | None:
         """Return where a trial with these user attributes was taken over from; None if its own study trained it."""
-        for name in (REUSED_FROM, LEARNED_FROM):
-            value = attrs.get(name)
-            if isinstance(value, Mapping) and isinstance(value.get("trial"), int):
-                return cls(str(value.get("study")), str(value.get("id")), value["trial"])
+        return cls._read(attrs, REUSED_FROM) or cls._read(attrs, LEARNED_FROM)
+
+    @classmethod
+    def of_training(cls, study: Study, trial: FrozenTrial) -> Origin:
+        """Return which study trained a trial: another one if it was taken over, or came with a copy of that study."""
+        attrs = trial.user_attrs
+        return cls.of(attrs) or cls._read(attrs, COPIED_FROM) or cls(study.name, study.identity or "", trial.number)
+
+    @classmethod
+    def _read(cls, attrs: Mapping[str, Any], name: str) -> Origin | None:
+        value = attrs.get(name)
+        if isinstance(value, Mapping) and isinstance(value.get("trial"), int):
+            return cls(str(value.get("study")), str(value.get("id")), value["trial"])
         return None
 
 

@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 from storage import optuna_tables, tables
 from storage.errors import RETRY_SECONDS, retry_while_down
 from storage.pareto import Direction, find_front, rank_best
-from storage.records import attempt_columns, attempt_of, read_attempt, read_final_values
+from storage.records import CONTINUED_FROM, attempt_columns, attempt_of, read_attempt, read_final_values
 from storage.studies import Study
 
 MAX_NUMBERS = 1000  # in one query; with more, the caller gets all trials and picks
@@ -42,7 +42,8 @@ def count_since_best(study: Study, directions: Sequence[Direction]) -> SinceBest
     Pareto front. The last of these trials is on the front of all trials, too.
 
     Numbers give the order, not times: drivers store the times, and their clocks may differ. Failed trials do not count, nor
-    those that were taken over from earlier studies; the result of one may be the best.
+    those that were taken over from earlier studies, nor those that continue a trial of one: they come best first, so each
+    next one is likely to be worse. The result of one may be the best.
 
     Args:
         study: the study.
@@ -51,7 +52,7 @@ def count_since_best(study: Study, directions: Sequence[Direction]) -> SinceBest
     Raises:
         StorageError: the database cannot be used.
     """
-    trial, value = optuna_tables.trials, optuna_tables.trial_values
+    trial, value, attr = optuna_tables.trials, optuna_tables.trial_values, optuna_tables.trial_user_attributes
     own = sa.and_(trial.c.study_id == study.study_id, ~tables.is_imported(trial, tables.LEARNED))
     completed = (own, trial.c.state == TrialState.COMPLETE)
     best = (
@@ -70,7 +71,9 @@ def count_since_best(study: Study, directions: Sequence[Direction]) -> SinceBest
             number = _last_of_front(connection, completed, directions) if several else connection.scalar(best)
             if number is None:
                 return SinceBest(None, 0)
-            is_trained = ~sa.exists().where(tables.imports.c.trial == trial.c.trial_id)
+            is_continued = sa.exists().where(attr.c.trial_id == trial.c.trial_id, attr.c.key == CONTINUED_FROM)
+            is_imported = sa.exists().where(tables.imports.c.trial == trial.c.trial_id)
+            is_trained = ~sa.or_(is_imported, is_continued)
             later = sa.select(sa.func.count()).where(own, has_ended, is_trained, trial.c.number > number)
             has_earlier = sa.select(sa.exists().where(own, is_open, trial.c.number < number))
             return SinceBest(number, int(connection.scalar(later) or 0), bool(connection.scalar(has_earlier)))

@@ -33,6 +33,9 @@ FIRST_ATTEMPT = "1"
 LEARNED_FROM = "learned_from"
 REUSED_FROM = "reused_from"
 
+# User attribute of a trial that had ended when its study was copied, {study, trial, id} of the study that trained it:
+COPIED_FROM = "copied_from"
+
 # User attribute of a trial that continues a shorter one of an earlier study, see `storage.parents.Parent`:
 CONTINUED_FROM = "continued_from"
 

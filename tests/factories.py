@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from hpo.paths import RunsDir
-from hpo.search.continuation import plan_continuation
+from hpo.search.continuation import open_continued, plan_continuation
 from hpo.search.coordinator import TrialCoordinator
 from hpo.search.environment import check_trainable
 from hpo.search.listener import NullListener
@@ -190,8 +190,8 @@ def search_without_ray(
     listener = RecordingListener()
     before = find_revision(database, space.name, space.fingerprint)
     continuation = plan_continuation(space, before, database, RunsDir(folder))
+    study, continuation = open_continued(database, continuation, RunsDir(folder))
     space = continuation.space
-    study = open_study(database, **space.study_options)
     for note in continuation.notes(study.keys()):
         listener.note(note)
     with open_run(continuation, study, {}, CPU) as run:

@@ -192,6 +192,9 @@ def test_files_that_are_on_another_machine_are_said_to_be_missing(here: Path) ->
         (["toy", "new@2"], "a study cannot be named 'new@2': it has the name of a file in search_spaces/"),
         (["toy", "a/b"], "a study cannot be named 'a/b'"),
         (["toy", ""], "a study cannot be named ''"),
+        (["toy", ".."], "a study cannot be named '..'"),
+        (["toy", "."], "a study cannot be named '.'"),
+        (["toy", "é" * 101], "...: at most 200 bytes are allowed"),
         (["toy", "new", "--storage", "sqlite:///no.db"], "there is no database sqlite:///no.db yet"),
         (["toy", "new", "--to", "mysql://host/db"], "mysql"),
         (["toy", "new", "--to=postgresql://me:secret@host/db"], "every user of this machine can read a password"),
@@ -244,6 +247,7 @@ def test_a_revision_is_renamed_alone(here: Path) -> None:
         (["toy", "wide"], "has a study 'wide' already"),
         (["toy", "toy"], "the study has the name 'toy' already"),
         (["toy", "new@2"], "a study cannot be named 'new@2'"),
+        (["toy", "x" * 201], "...: at most 200 bytes are allowed"),
     ],
 )
 def test_rename_refuses_with_one_message(here: Path, hpo_here: HpoHere, arguments: list[str], message: str) -> None:

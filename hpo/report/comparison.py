@@ -125,11 +125,16 @@ def read_progress(study: Study) -> StudyProgress:
         len(results.trials) - len(results.trained),
         None if best is None else best.values[0],
         "" if best is None else results.label(best),
-        sum(epochs.get(trial.trial_id, 0) for trial in results.trained),
+        sum(_count_trained(trial, epochs.get(trial.trial_id, 0)) for trial in results.trained),
         sum(map(_device_seconds, results.trained)),
         list(_steps(results)),
         _settings(results),
     )
+
+
+def _count_trained(trial: TrialResult, epochs: int) -> int:
+    """Return how many of a trial's epochs its study trained: not those of a trial that it continues."""
+    return max(0, epochs - trial.continued_epochs)
 
 
 def _device_seconds(trial: TrialResult) -> float:

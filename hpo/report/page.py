@@ -9,6 +9,7 @@ import datetime
 import io
 import secrets
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,6 +97,7 @@ def _content(results: Results) -> dict[str, Any]:
     fixed = {name: _first(results, name) for name in results.param_names if name not in results.varying_params}
     columns = trial_columns(results)
     shown = results.ranked[:MAX_PAGE_ROWS]
+    continued = Counter(trial.continued_from.rpartition(" #")[0] for trial in results.trials if trial.continued_from)
     return {
         "name": results.name,
         "description": results.space.description if results.space else "",
@@ -112,7 +114,11 @@ def _content(results: Results) -> dict[str, Any]:
         "published": _published_rows(results, published),
         "published_images": describe_images(results.space) if results.space else "",
         "ancestors": compare_with_ancestors(results),
-        "sources": [(each, _reasons(each.refused)) for each in results.sources],
+        # Trials of this database alone are continued.
+        "sources": [
+            (each, _reasons(each.refused), 0 if each.storage else continued[each.study]) for each in results.sources
+        ],
+        "has_continued": bool(continued),
         "failed": [(trial, results.label(trial)) for trial in failed[:MAX_FAILURES]],
         "more_failed": max(0, len(failed) - MAX_FAILURES),
         "cost": _cost(results),

@@ -113,26 +113,35 @@ def speed_table(estimate: SearchEstimate, space: Space) -> Table:
     return table
 
 
-def configuration_table(space: Space, states: Mapping[str, str]) -> RenderableType:
+def configuration_table(
+    space: Space, states: Mapping[str, str], outlooks: Mapping[str, str] | None = None
+) -> RenderableType:
     """Return the number of configurations and how many of them storage holds; for a grid, also each one's state.
 
     Args:
         space: the search.
         states: {`Space.config_key`: state} of the stored configurations.
+        outlooks: see `PlannedSearch.outlooks`.
     """
-    total = space.total_trials
+    total, outlooks = space.total_trials, outlooks or {}
     counts = ", ".join(f"{n} {state}" for state, n in sorted(Counter(states.values()).items()))
     stored = f"storage has {counts}" if counts else "storage has none of them"
     if not space.is_grid:
         budget = f"{total} trials" if total is not None else "as many trials as the budget allows"
         return f"{budget}, drawn by {space.sampler.name}; {stored}."
     points = list(space.planned_points())
+    left = len(outlooks)
+    if outlooks:  # in the order of the grid, with those that are left as they are
+        planned = space.point_keys()
+        left = len(outlooks.keys() - planned)
+        points = [each for each in space.grid_points() if space.config_key(each) in planned | outlooks.keys()]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in [*space.parameters, "state"]:
         table.add_column(name, justify="left" if name == "state" else "right")
     for point in points[:MAX_ROWS]:
-        row = [str(point.get(name, "")) for name in space.parameters]
-        table.add_row(*row, states.get(space.config_key(point), "to be run"))
+        row, key = [str(point.get(name, "")) for name in space.parameters], space.config_key(point)
+        table.add_row(*row, states.get(key) or outlooks.get(key, "to be run"))
     if len(points) > MAX_ROWS:
         table.caption = f"and {len(points) - MAX_ROWS} more"
-    return Group(f"{len(points)} configurations; {stored}.", table)
+    beside = f", {left} of which {'is left as it is' if left == 1 else 'are left as they are'}" if left else ""
+    return Group(f"{len(points)} configurations{beside}; {stored}.", table)

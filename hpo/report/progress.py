@@ -121,20 +121,23 @@ class TerminalProgress:
                 self._status.start()
             self._status.update(what)
 
-    def study_opened(self, space: Space, study_name: str, storage_url: str, counts: Mapping[str, int]) -> None:
+    def study_opened(
+        self, space: Space, study_name: str, storage_url: str, counts: Mapping[str, int], left: int | None
+    ) -> None:
         """Print where results are stored, and the trials that storage holds already."""
         self._metrics = [each.metric for each in space.all_objectives]
         self._directions = space.directions
         self._better = max if space.direction == "maximize" else min
-        self._total = space.total_trials
         self._is_population = space.population is not None
+        # Not that of the space: the budget does not count results of earlier studies, which `counts` has.
+        self._total = None if left is None else self._count_ended(counts) + left
         self._budget = space.budget
         self._counts = Counter(counts)
         self._print(f"Storage: {storage_url}")
         if study_name != space.name:
             self._print(f"The space differs from that of study {space.name}: results go to the revision {study_name}.")
         states = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
-        if states and self._total is not None and self._count_ended(counts) >= self._total:
+        if states and left == 0:
             self._print(f"Nothing is left to do: storage holds {states}.")
         elif states:
             self._print(f"Resuming: storage holds {states}.")

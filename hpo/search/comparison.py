@@ -62,8 +62,7 @@ class Comparison:
         params = self._params_of(trial)
         translation = translate(self._space, params, defaults=self._defaults)
         state, values, is_exact = self._cut(trial, params)
-        own = self._earlier.identity or ""
-        origin = Origin.of(trial.user_attrs) or Origin(self._earlier.name, own, trial.number)
+        origin = Origin.of_training(self._earlier, trial)
         is_reused = is_exact and state == "COMPLETE" and self._is_trained_the_same_way(translation)
         sampler = self._space.sampler.name
         if not is_reused and sampler not in LEARN_FROM_OTHERS:

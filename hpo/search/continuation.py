@@ -5,54 +5,45 @@ Only completed trials are continued. A pruned one is not: its scheduler has judg
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import SpaceError
-from hpo.paths import SCRIPT_DIR, RunsDir
-from hpo.search.checkpoints import belongs_to, list_checkpoints, owner_key
-from hpo.search.comparison import Comparison
+from hpo.paths import RunsDir
+from hpo.search.candidates import Candidate, Outlook, find_candidates, rank_candidates, restore_candidate
 from hpo.space.model import Space
 from hpo.space.parameters import Params
 
 if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
-
     from storage.database import Database
-    from storage.parents import Parent
     from storage.studies import Study
 
 MAX_NAMED = 5  # trials in a note
-
-
-class Outlook(Enum):
-    """What becomes of a trial with fewer epochs."""
-
-    CONTINUED = "it starts from its parent's checkpoint"
-    GONE = "the checkpoint is gone: the configuration is trained from the start"
-    HORIZON = "its schedule depends on max_epochs: it cannot be continued"
+LEFT = "left as it is"  # what becomes of a configuration that this search does not train
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A completed trial of an earlier revision whose configuration this search trains for more epochs.
+class Decision:
+    """What is done with the trials of shorter revisions. The study stores it.
 
     Attributes:
-        params: the configuration, as one of this search.
-        key: of the configuration.
-        values: the objectives after its last epoch.
-        parent: the trial.
-        outlook: what becomes of it.
+        options: by which it was made: with others, it is made anew.
+        chosen: see `ContinuationPlan`; of a grid with a budget, also points beyond it.
+        left: see `ContinuationPlan`.
+        seen: what the study had stored when it was made.
     """
 
-    params: Params
-    key: str
-    values: tuple[float, ...]
-    parent: Parent
-    outlook: Outlook
+    options: Mapping[str, Any]
+    chosen: Sequence[Candidate]
+    left: Sequence[Candidate]
+    seen: Any = None
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """What the study stores."""
+        chosen, left = ([each.stored for each in found] for found in (self.chosen, self.left))
+        return {"options": dict(self.options), "chosen": chosen, "left": left}
 
 
 @dataclass(frozen=True)
@@ -63,11 +54,13 @@ class ContinuationPlan:
         space: the search, without the points of its grid that are left as they are.
         chosen: the trials that are continued, or whose configurations are trained from the start, best first.
         left: those whose configurations stay as they are, best first.
+        decision: what the study is to store of it; None for nothing.
     """
 
     space: Space
     chosen: Sequence[Candidate] = ()
     left: Sequence[Candidate] = ()
+    decision: Decision | None = None
 
     @property
     def attrs(self) -> dict[str, dict[str, Any]]:
@@ -76,6 +69,11 @@ class ContinuationPlan:
 
         continued = (each for each in self.chosen if each.outlook is Outlook.CONTINUED)
         return {each.key: {CONTINUED_FROM: each.parent.attribute} for each in continued}
+
+    @property
+    def parents(self) -> set[tuple[str, int]]:
+        """(`hpo:id` of the study, number) of the trials that are continued."""
+        return {(each.parent.identity, each.parent.number) for each in _with(self.chosen, Outlook.CONTINUED)}
 
     @property
     def sources(self) -> set[str]:
@@ -90,6 +88,22 @@ class ContinuationPlan:
         points = {self.space.config_key(point): point for point in self.space.planned_points()}
         continued = [points.pop(key) for each in self.chosen if (key := each.key) in points]
         return [*continued, *points.values()]
+
+    @property
+    def outlooks(self) -> dict[str, str]:
+        """{key of a configuration: what becomes of it}, of those that are continued or left as they are."""
+        continued = _with(self.chosen, Outlook.CONTINUED)
+        left = {each.key: LEFT for each in self.left} if self.space.is_grid else {}
+        return {each.key: f"continued from {each.parent}" for each in continued} | left
+
+    def begun(self, ended: Collection[str]) -> list[tuple[Params, int]]:
+        """Return (configuration, epoch) of the trials that start after an epoch of their parent.
+
+        Args:
+            ended: keys of the configurations that have ended: they are left out.
+        """
+        continued = _with(self.chosen, Outlook.CONTINUED)
+        return [(each.params, each.parent.epoch) for each in continued if each.key not in ended]
 
     def notes(self, known: Collection[str]) -> Iterator[str]:
         """Yield notes for the user.
@@ -126,8 +140,9 @@ def plan_continuation(
 ) -> ContinuationPlan:
     """Return what a search does with the completed trials of its other revisions that had fewer epochs.
 
-    A trial counts if this search would train its configuration in the same way: parameters, derived values, data, seeds and
-    trainable are the same, and so are the objectives, by which trials are ranked.
+    What the study has decided before stands, unless the options of `continue` have changed. A trial counts if this search
+    would train its configuration in the same way: parameters, derived values, data, seeds and trainable are the same, and
+    so are the objectives, by which trials are ranked.
 
     Args:
         space: the search.
@@ -138,29 +153,83 @@ def plan_continuation(
     Raises:
         StorageError: the database cannot be used.
     """
-    options = space.continuation
-    if database is None or not options.is_wanted or space.population is not None:
+    if database is None or not space.continuation.is_wanted or space.population is not None:
         return ContinuationPlan(space)
-    from storage.pareto import rank_best
+    from storage.continuations import CONTINUATION
+
+    stored = None if study is None else study.attrs.get(CONTINUATION)
+    decision = _read_decision(space, stored, runs_dir)
+    if decision is None or decision.options != _options_of(space):
+        decision = replace(_decide(space, study, database, runs_dir, decision), seen=stored)
+    return _follow(space, decision)
+
+
+def open_continued(
+    database: Database, continuation: ContinuationPlan, runs_dir: RunsDir
+) -> tuple[Study, ContinuationPlan]:
+    """Open the study of a search, and store which trials it continues.
+
+    Returns:
+        The study, and what it continues: another plan if another run has made one meanwhile.
+
+    Raises:
+        StorageError: the database cannot be used.
+    """
+    from storage.continuations import settle_continuation
+    from storage.studies import open_study
+
+    space, decision = continuation.space, continuation.decision
+    study = open_study(database, **space.study_options)
+    if decision is None or decision.stored == decision.seen:
+        return study, continuation
+    settled = settle_continuation(study, decision.seen, decision.stored)
+    made = None if settled == decision.stored else _read_decision(space, settled, runs_dir)
+    if made is None or made.options != decision.options:
+        return study, continuation
+    continuation = _follow(space, made)
+    return open_study(database, **continuation.space.study_options), continuation  # its number of trials is another one
+
+
+def _options_of(space: Space) -> dict[str, Any]:
+    return {**space.continuation.model_dump(mode="json"), "is_grid": space.is_grid}
+
+
+def _decide(
+    space: Space, study: Study | None, database: Database, runs_dir: RunsDir, before: Decision | None
+) -> Decision:
+    """Choose trials by the options of the search.
+
+    Args:
+        space: the search.
+        study: its study; None if it does not exist yet.
+        database: of the study.
+        runs_dir: where checkpoints are.
+        before: the decision by other options: its trials may be of studies that were renamed or deleted since.
+    """
     from storage.studies import other_revisions
 
-    best: dict[str, Candidate] = {}
-    for revision in other_revisions(database, space.name, study):
-        for candidate in _candidates(space, revision, runs_dir):
-            known = best.get(candidate.key)
-            best[candidate.key] = candidate if known is None else max(known, candidate, key=_usefulness)
-    candidates = list(best.values())
-    ranked = [candidates[i] for i in rank_best([each.values for each in candidates], space.directions)]
+    best = find_candidates(space, other_revisions(database, space.name, study), runs_dir)
+    for candidate in () if before is None else (*before.chosen, *before.left):
+        best.setdefault(candidate.key, candidate)
+    options = space.continuation
+    ranked = rank_candidates(list(best.values()), space.directions)
     wanted = ranked[: options.count(is_grid=space.is_grid)]
     chosen = [each for each in wanted if each.outlook is not Outlook.HORIZON or options.horizon == "restart"]
     keys = {each.key for each in chosen}
     left = [each for each in ranked if each.key not in keys]
-    if space.is_grid and left:
+    return Decision(_options_of(space), chosen, left if space.is_grid else _with(left, Outlook.HORIZON))
+
+
+def _follow(space: Space, decision: Decision) -> ContinuationPlan:
+    """Return what a search does by a decision. Its grid may be one with a budget."""
+    chosen, left = decision.chosen, decision.left
+    if space.is_grid:
         space = space.leaving_out({each.key for each in left})
     if space.is_grid and chosen and space.budget.trials is not None:
         planned = space.point_keys()
         chosen = [each for each in chosen if each.key in planned]
-    return ContinuationPlan(space, chosen, left if space.is_grid else _with(left, Outlook.HORIZON))
+    is_empty = decision.seen is None and not decision.chosen and not left
+    return ContinuationPlan(space, chosen, left, None if is_empty else decision)
 
 
 def lacks_points(study: Study, runs_dir: RunsDir) -> bool:
@@ -187,55 +256,20 @@ def lacks_points(study: Study, runs_dir: RunsDir) -> bool:
     return not plan_continuation(space, study, study.database, runs_dir).space.point_keys() <= ended
 
 
-def _usefulness(candidate: Candidate) -> tuple[bool, int]:
-    return candidate.outlook is Outlook.CONTINUED, candidate.parent.epoch
-
-
-def _candidates(space: Space, earlier: Study, runs_dir: RunsDir) -> Iterator[Candidate]:
-    from storage.imports import Origin
-
-    try:
-        before = Space.from_settings(earlier.settings)
-    except SpaceError:  # of another version; the note about earlier studies says so
-        return
-    is_shorter = before.max_epochs < space.max_epochs
-    if not is_shorter or before.all_objectives != space.all_objectives:
-        return
-    comparison = Comparison(space, before, earlier, frozenset())
-    for trial in earlier.trained_trials():
-        values = tuple(trial.values or ()) if trial.state.name == "COMPLETE" else ()
-        # A result that was taken over is that of another revision, which has the checkpoint.
-        if not values or not all(map(math.isfinite, values)) or Origin.of(trial.user_attrs) is not None:
-            continue
-        params = comparison.same_configuration(trial)
-        if params is not None:
-            parent = _parent(trial, before, earlier)
-            outlook = Outlook.CONTINUED if _has_checkpoint(space, parent, runs_dir) else Outlook.GONE
-            if comparison.depends_on_horizon(trial):
-                outlook = Outlook.HORIZON
-            yield Candidate(params, space.config_key(params), values, parent, outlook)
-
-
-def _parent(trial: FrozenTrial, before: Space, earlier: Study) -> Parent:
-    from storage.parents import Parent
-    from storage.records import attempt_of
-
-    return Parent(
-        # The first revision has this name as soon as there is a second one.
-        study=earlier.name if "@" in earlier.name else f"{earlier.name}@1",
-        number=trial.number,
-        identity=earlier.identity or "",
-        epoch=before.max_epochs,
-        files=earlier.unique_name,
-        key=owner_key(before.config_key(trial.params), attempt_of(trial.user_attrs)),
-    )
-
-
-def _has_checkpoint(space: Space, parent: Parent, runs_dir: RunsDir) -> bool:
-    folder = runs_dir.trial(parent.files, parent.number)
-    if not space.saves_checkpoints or not belongs_to(folder, parent.key) or not list_checkpoints(folder):
-        return False
-    return space.command is None or (folder / SCRIPT_DIR).is_dir()
+def _read_decision(space: Space, stored: Any, runs_dir: RunsDir) -> Decision | None:
+    """Return the decision that a study has stored; None if there is none, or if another program has changed it."""
+    if not isinstance(stored, Mapping) or not isinstance(stored.get("options"), Mapping):
+        return None
+    found: dict[str, list[Candidate]] = {}
+    for name in ("chosen", "left"):
+        entries = stored.get(name)
+        candidates = (
+            [restore_candidate(space, each, runs_dir) for each in entries] if isinstance(entries, list) else [None]
+        )
+        found[name] = [each for each in candidates if each is not None]
+        if len(found[name]) < len(candidates):
+            return None
+    return Decision(stored["options"], found["chosen"], found["left"], stored)
 
 
 def _with(candidates: Iterable[Candidate], outlook: Outlook) -> list[Candidate]:

@@ -11,7 +11,7 @@ import heapq
 import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,6 +88,7 @@ def estimate_search(
     probes: Probes,
     images: ImageCounts,
     size: tuple[float, float],
+    begun: Sequence[tuple[Params, int]] = (),
 ) -> SearchEstimate:
     """Measure the shapes of a space on this machine, choose how many trials run at a time, and add up their times.
 
@@ -102,6 +103,7 @@ def estimate_search(
         probes: the processes that measure.
         images: the sizes of the data set.
         size: cores and GPUs of the machine or cluster.
+        begun: (configuration, epoch) of the trials that start after an epoch of another trial. They run first.
 
     Raises:
         SettingError: a training step does not fit into the memory of the GPU, or a measuring process died.
@@ -111,10 +113,9 @@ def estimate_search(
     middle = list(shapes)[len(shapes) // 2]
 
     def add_up(slots: Slots, speeds: dict[str, Speed]) -> SearchEstimate:
-        points = _points(space, trials)
         lengths = [
-            _trial_seconds(space, speeds[_nearest_shape(point, shapes)], images, _count_views(space, point))
-            for point in points
+            _trial_seconds(space, speeds[_nearest_shape(point, shapes)], images, _count_views(space, point), epochs)
+            for point, epochs in _points(space, trials, begun)
         ]
         together = {slots.count: slots.count * speeds[middle].images_per_second}
         seconds = _makespan(lengths, slots.count) + probes.start_seconds
@@ -232,12 +233,18 @@ def _nearest_shape(point: Mapping[str, Any], shapes: Mapping[str, Params]) -> st
     return min(shapes, key=lambda name: distance(shapes[name]))
 
 
-def _points(space: Space, trials: int | None) -> Sequence[Mapping[str, Any]]:
-    """Return the configurations to run: the points of a grid, or the shapes in turn."""
+def _points(
+    space: Space, trials: int | None, begun: Sequence[tuple[Params, int]]
+) -> Iterator[tuple[Mapping[str, Any], int]]:
+    """Yield (configuration, epochs) of the trials to run: points of a grid, or the shapes in turn; one if unknown."""
+    first = begun[:trials] if trials is not None else ()
+    yield from ((point, space.max_epochs - epoch) for point, epoch in first)
+    left = 1 if trials is None else trials - len(first)
+    points: Iterator[Mapping[str, Any]] = itertools.cycle(_shapes(space).values())
     if space.is_grid:
-        return list(itertools.islice(space.grid_points(), trials))
-    shapes = list(_shapes(space).values())
-    return [shapes[i % len(shapes)] for i in range(trials or 1)]
+        keys = {space.config_key(point) for point, _ in first}
+        points = (each for each in space.planned_points() if not keys or space.config_key(each) not in keys)
+    yield from ((point, space.max_epochs) for point in itertools.islice(points, left))
 
 
 def _count_views(space: Space, point: Mapping[str, Any]) -> int:
@@ -245,17 +252,15 @@ def _count_views(space: Space, point: Mapping[str, Any]) -> int:
     return 2 if point.get("tta", not space.is_grid and ("tta", True) in space.examples()) else 1
 
 
-def _trial_seconds(space: Space, speed: Speed, images: ImageCounts, views: int = 1) -> float:
+def _trial_seconds(space: Space, speed: Speed, images: ImageCounts, views: int, epochs: int) -> float:
     train, validation, test = images[0], views * images[1], views * images[2]
     # Evaluation is a forward pass, a third of the arithmetic of a step. The test images are scored once.
     epoch = (train + validation / 3) / speed.images_per_second
-    work = space.max_epochs * epoch
+    work = epochs * epoch
     if space.checkpoint_every == "auto":
-        checkpoints = (
-            min(COST_SHARE * work, (space.max_epochs - 1) * speed.checkpoint_seconds) + speed.checkpoint_seconds
-        )
+        checkpoints = min(COST_SHARE * work, (epochs - 1) * speed.checkpoint_seconds) + speed.checkpoint_seconds
     else:
-        checkpoints = math.ceil(space.max_epochs / space.checkpoint_every) * speed.checkpoint_seconds
+        checkpoints = math.ceil(epochs / space.checkpoint_every) * speed.checkpoint_seconds
     return space.replicates * (work + test / 3 / speed.images_per_second + checkpoints)
 
 

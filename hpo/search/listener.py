@@ -20,7 +20,9 @@ class ProgressListener(Protocol):
     def preparing(self, what: str) -> None:
         """A slow step starts before trials run, such as measuring training steps."""
 
-    def study_opened(self, space: Space, study_name: str, storage_url: str, counts: Mapping[str, int]) -> None:
+    def study_opened(
+        self, space: Space, study_name: str, storage_url: str, counts: Mapping[str, int], left: int | None
+    ) -> None:
         """The study is open.
 
         Args:
@@ -28,6 +30,7 @@ class ProgressListener(Protocol):
             study_name: the study's name; `name@2` for a revision of a changed space.
             storage_url: without the password.
             counts: {state: trials} of what storage holds already.
+            left: how many trials have not ended; None where only time or money ends the search.
         """
 
     def search_planned(self, space: Space, slots: Slots, estimate: SearchEstimate | None) -> None:
@@ -58,7 +61,9 @@ class NullListener:
     def preparing(self, what: str) -> None:
         """Ignore it."""
 
-    def study_opened(self, space: Space, study_name: str, storage_url: str, counts: Mapping[str, int]) -> None:
+    def study_opened(
+        self, space: Space, study_name: str, storage_url: str, counts: Mapping[str, int], left: int | None
+    ) -> None:
         """Ignore it."""
 
     def search_planned(self, space: Space, slots: Slots, estimate: SearchEstimate | None) -> None:
@@ -96,10 +101,12 @@ class CombinedListener:
         for listener in self._listeners:
             listener.preparing(what)
 
-    def study_opened(self, space: Space, study_name: str, storage_url: str, counts: Mapping[str, int]) -> None:
+    def study_opened(
+        self, space: Space, study_name: str, storage_url: str, counts: Mapping[str, int], left: int | None
+    ) -> None:
         """Pass it on."""
         for listener in self._listeners:
-            listener.study_opened(space, study_name, storage_url, counts)
+            listener.study_opened(space, study_name, storage_url, counts, left)
 
     def search_planned(self, space: Space, slots: Slots, estimate: SearchEstimate | None) -> None:
         """Pass it on."""

@@ -6,10 +6,11 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
 
 from hpo.errors import SettingError, SpaceError, nearest
 from hpo.search.comparison import Comparison, RefusalError
@@ -35,16 +36,18 @@ class Found(TakenOver):
         trials: the trials, by number; empty if the study has taken over all of them before.
         problem: why the earlier study was not read; empty if it was. Then this is what was taken over before.
         known_to: `hpo:id` of the study that has what `trials` leaves out; None if it did not exist.
+        is_named: whether the search space names it; other revisions of the study are read without being named.
     """
 
     trials: Sequence[ImportedTrial] = ()
     problem: str = ""
     known_to: str | None = field(default=None, compare=False)
+    is_named: bool = field(default=False, compare=False)
 
     @property
     def is_worth_a_note(self) -> bool:
-        """Whether anything of it is taken over, or it could not be read."""
-        return bool(self.learned or self.reused or self.problem)
+        """Whether anything of it is taken over, it could not be read, or the search space names it."""
+        return bool(self.learned or self.reused or self.problem or self.is_named)
 
     def __str__(self) -> str:
         left_out = sum(self.refused.values())
@@ -67,7 +70,11 @@ def _count(number: int, what: str) -> str:
 
 
 def find_trials(
-    space: Space, study: Study | None, database: Database | None, password: str | None = None
+    space: Space,
+    study: Study | None,
+    database: Database | None,
+    password: str | None = None,
+    continued: Collection[tuple[str, int]] = (),
 ) -> list[Found]:
     """Return what a search takes over from the other revisions of its study, and from those of `warm_start`.
 
@@ -78,17 +85,22 @@ def find_trials(
         study: its study; None if it does not exist yet.
         database: of the study; None if it does not exist yet.
         password: the PostgreSQL password of other databases.
+        continued: (hpo:id, number) of earlier trials that the search continues: they do not count as left out.
 
     Raises:
         SettingError: an earlier study does not exist, hpo did not create it, or nothing of it fits.
         StorageError: a database cannot be used. Where the study has taken over trials from it before, `Found.problem` says
             so instead.
     """
-    return _Finder(space, study, database, password).find()
+    return _Finder(space, study, database, password, continued).find()
 
 
 def take_over_trials(
-    space: Space, study: Study, found: Sequence[Found], password: str | None = None
+    space: Space,
+    study: Study,
+    found: Sequence[Found],
+    password: str | None = None,
+    continued: Collection[tuple[str, int]] = (),
 ) -> Sequence[Found]:
     """Add the trials of earlier studies to a study: all that it does not have yet, or none. Idempotent.
 
@@ -97,6 +109,7 @@ def take_over_trials(
         study: its study.
         found: see `find_trials`.
         password: see `find_trials`.
+        continued: see `find_trials`.
 
     Returns:
         What was found; anew if it was found for another study, which was deleted meanwhile.
@@ -106,7 +119,7 @@ def take_over_trials(
         StorageError: the study was deleted, or a database cannot be used.
     """
     if any(each.known_to not in {None, study.identity} for each in found):
-        found = find_trials(space, study, study.database, password)
+        found = find_trials(space, study, study.database, password, continued)
     if found:
         trials = [trial for each in found for trial in each.trials]
         import_trials(study, trials, points=space.point_keys(), sources=found)
@@ -116,14 +129,23 @@ def take_over_trials(
 class _Finder:
     """Finds what a search takes over; see `find_trials`."""
 
-    def __init__(self, space: Space, study: Study | None, database: Database | None, password: str | None) -> None:
+    def __init__(
+        self,
+        space: Space,
+        study: Study | None,
+        database: Database | None,
+        password: str | None,
+        continued: Collection[tuple[str, int]],
+    ) -> None:
         self._space = space
         self._study = study
         self._database = database
         self._password = password
+        self._continued = continued
         self._before = _known_sources(study)
         self._known = read_known(study)
         self._identities = {None if study is None else study.identity}  # of studies that are not read any more
+        self._named: set[tuple[Origin, datetime | None]] = set()  # trials of the sources so far, and when they ended
 
     def find(self) -> list[Found]:
         from storage.studies import other_revisions
@@ -134,7 +156,7 @@ class _Finder:
         found: list[Found] = []
         for source in sources.values():
             with self._space.locating_errors("warm_start"):
-                found += self._from_source(source)
+                found += [dataclasses.replace(each, is_named=True) for each in self._from_source(source)]
         for revision in [] if self._database is None else other_revisions(self._database, name, self._study):
             if revision.identity not in self._identities:
                 # The first one has this name as soon as there is a second one.
@@ -173,7 +195,9 @@ class _Finder:
     def _from_study(self, earlier: Study, source: Source, where: str) -> Found:
         """Return what is taken over from a study. A large one is read only if something has changed since the last time."""
         options = self._space.model_dump(mode="json", include={"parameters", "sampler"}) | source.model_dump()
-        state = [earlier.identity, earlier.endings(), options]
+        state: list[Any] = [earlier.identity, earlier.endings(), options]
+        if continued := sorted(number for identity, number in self._continued if identity == earlier.identity):
+            state.append(continued)
         seen = hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode()).hexdigest()[:16]
         before = next((found for found in self._before if found.seen == seen), None)
         return before or dataclasses.replace(self._read(earlier, source), storage=where, seen=seen)
@@ -187,7 +211,7 @@ class _Finder:
             trial
             for trial in earlier.trained_trials()
             if trial.state.name in {"COMPLETE", "PRUNED"}
-            and (own is None or (origin := Origin.of(trial.user_attrs)) is None or origin.identity != own)
+            and (own is None or Origin.of_training(earlier, trial).identity != own)
         ]
         try:
             before = Space.from_settings(earlier.settings)
@@ -203,7 +227,8 @@ class _Finder:
             try:
                 taken[trial_id(trial)] = self._unless_superfluous(comparison.take_over(trial))
             except (RefusalError, TranslationError) as error:
-                refused[str(error)] += 1
+                if (earlier.identity, trial.number) not in self._continued:
+                    refused[str(error)] += 1
         reused = sum(trial.key is not None for trial in taken.values())
         found = comparison.complete(taken)
         return Found(earlier.reference, learned=len(taken) - reused, reused=reused, refused=refused, trials=found)
@@ -212,8 +237,13 @@ class _Finder:
         """Return the trial.
 
         Raises:
-            RefusalError: the study has the result of another training of the same configuration, or will have it.
+            RefusalError: the study has the result of another training of the same configuration, or will have it; or another
+                source has this very trial, as a copy of a study does.
         """
+        named = (dataclasses.replace(trial.origin, study=""), trial.completed)  # a copy may have another name for it
+        if named in self._named:
+            raise RefusalError("another source has the same trial")
+        self._named.add(named)
         if not self._known.has(trial):
             if self._known.has_configuration(trial):
                 raise RefusalError("this search has the configuration already")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from hpo.space.parameters import Choices, FloatRange, IntRange, Parameter
@@ -41,6 +41,7 @@ def choose_sampler(
     parameters: Mapping[str, Parameter],
     budget: Budget,
     scheduler: Scheduler,
+    count_points: Callable[[float], int | None],
     *,
     objectives: int = 1,
 ) -> SamplerChoice:
@@ -55,15 +56,16 @@ def choose_sampler(
         parameters: of the search, valid.
         budget: of the search.
         scheduler: of the search.
+        count_points: returns how many configurations the grid has; None if it has more than its argument.
         objectives: how many there are.
     """
     most = budget.trials if budget.trials is not None else SMALL_GRID if budget.ends_search else math.inf
     if scheduler.replaces_trials:
         reason = f"the members of a population ({scheduler.name}) start from independent draws"
         return SamplerChoice(RandomSampler(name="random", seed=auto.seed), reason)
-    points = _count_points(parameters)
-    if points < math.inf and points <= most:
-        return SamplerChoice(GridSampler(name="grid", seed=auto.seed), _say_grid(int(points), budget))
+    points = count_points(most)
+    if points is not None:
+        return SamplerChoice(GridSampler(name="grid", seed=auto.seed), _say_grid(points, budget))
     if budget.trials is not None and budget.trials > MAX_LEARNING_TRIALS:
         reason = f"with more than {MAX_LEARNING_TRIALS:,} trials, a draw must cost little"
         return SamplerChoice(RandomSampler(name="random", seed=auto.seed), reason)
@@ -74,12 +76,6 @@ def choose_sampler(
         reason = f"numbers only, at most {MAX_GP_TRIALS} trials, and none is stopped early"
         return SamplerChoice(GPSampler(name="gp", seed=auto.seed), reason)
     return SamplerChoice(TPESampler(name="tpe", seed=auto.seed), against_gp)
-
-
-def _count_points(parameters: Mapping[str, Parameter]) -> float:
-    """Return the number of configurations of a grid: an upper bound if some parameters depend on others."""
-    counts = [parameter.count for parameter in parameters.values()]
-    return math.inf if None in counts else math.prod(count or 1 for count in counts)
 
 
 def _say_grid(points: int, budget: Budget) -> str:
@@ -99,6 +95,8 @@ def _reason_against_gp(parameters: Mapping[str, Parameter], budget: Budget, sche
         return "no parameter is a range"
     if scheduler.stops_trials_early:
         return f"{scheduler.name} stops trials early, and tpe learns from them, too"
-    if budget.trials is None or budget.trials > MAX_GP_TRIALS:
-        return f"more than {MAX_GP_TRIALS} trials, or an unknown number"
+    if budget.trials is None:
+        return "it is not known how many trials there will be, and gp is for few"
+    if budget.trials > MAX_GP_TRIALS:
+        return f"{budget.trials:,} trials, and gp is for at most {MAX_GP_TRIALS}"
     return ""

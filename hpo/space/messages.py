@@ -5,6 +5,8 @@ Pydantic reports a problem by the location in the model and by its own error typ
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, get_args, get_origin
 
@@ -88,8 +90,28 @@ def explain(path: KeyPath, details: Sequence[dict[str, Any]], model: type[BaseMo
         yield path, "write a name, or a mapping with the key 'name'"
     elif kind == "string_pattern_mismatch" and path == ("trainable",):
         yield path, f"write module:function, got {_shorten(value)}"
+    elif kind == "model_type":
+        yield path, f"{_describe_mapping(_model_at(model, detail['loc']))}, got {_shorten(value)}"
+    elif kind == "list_type" and isinstance(value, str | int | float):
+        yield path, f"write a list: [{json.dumps(value) if _needs_quotes(value) else value}]"
+    elif kind == "literal_error" and len(details) == 1 and isinstance(value, str):
+        hint = nearest(value, re.findall(r"'([^']*)'", detail["ctx"]["expected"]))
+        yield path, _translate(details) + (f", {hint}" if hint.startswith("did you mean") else "")
     else:
         yield path, _translate(details)
+
+
+def _describe_mapping(section: type[BaseModel] | None) -> str:
+    """Return what to write for a section in place of a single value."""
+    example = getattr(section, "example", "")
+    if example or section is None:
+        return f"write {example or 'a mapping'}"
+    return f"write a mapping, whose keys are among {', '.join(fields_by_key(section))}"
+
+
+def _needs_quotes(value: object) -> bool:
+    """Return whether a value in a list in brackets is a text that YAML may read as something else without quotes."""
+    return isinstance(value, str) and re.fullmatch(r"[\w.@-]+", value) is None
 
 
 def _translate(details: Sequence[dict[str, Any]]) -> str:

@@ -13,7 +13,7 @@ import json
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -39,7 +39,7 @@ from hpo.space.parameters import (
     sample_params,
     sampling_order,
 )
-from hpo.space.rules import RANDOM_POINTS, ValidSections, check_rules
+from hpo.space.rules import RANDOM_POINTS, ValidSections, check_rules, count_grid
 from hpo.space.sections import (
     AutoSampler,
     Budget,
@@ -139,8 +139,10 @@ class Space(StrictModel):
     def _choose_sampler(self) -> Space:
         if not isinstance(self.sampler, AutoSampler):
             return self
+        count = partial(count_grid, self.parameters, self.constraints, self.derived, self.max_epochs)
+        objectives = len(self.all_objectives)
         choice = choose_sampler(
-            self.sampler, self.parameters, self.budget, self.scheduler, objectives=len(self.all_objectives)
+            self.sampler, self.parameters, self.budget, self.scheduler, count, objectives=objectives
         )
         chosen = self.model_copy(update={"sampler": choice.sampler})
         chosen._sampler_reason = choice.reason  # noqa: SLF001 # a space, too
@@ -474,10 +476,11 @@ def _choose_sampler(values: dict[str, Any], data: Mapping[str, Any]) -> None:
     """Replace `auto` by its choice, or leave the sampler out if something that it depends on is invalid."""
     if isinstance(values.get("sampler"), AutoSampler):
         auto, parameters = values.pop("sampler"), values.get("parameters", {})
-        needed = {"budget", "scheduler", "objectives"}
+        needed = {"budget", "scheduler", "objectives", "constraints", "derived", "max_epochs"}
         if needed <= values.keys() and parameters and len(parameters) == len(data["parameters"]):
+            points = partial(count_grid, parameters, values["constraints"], values["derived"], values["max_epochs"])
             count = len(values["objectives"] or [""])
-            chosen = choose_sampler(auto, parameters, values["budget"], values["scheduler"], objectives=count)
+            chosen = choose_sampler(auto, parameters, values["budget"], values["scheduler"], points, objectives=count)
             values["sampler"] = chosen.sampler
 
 

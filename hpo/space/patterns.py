@@ -24,6 +24,8 @@ class PatternError(ValueError):
 def compile_pattern(text: str) -> regex.Pattern[str]:
     """Compile a pattern.
 
+    Messages show it as it is in the file: `repr` would double each backslash.
+
     Raises:
         PatternError: it is not a valid pattern with one group.
     """
@@ -32,14 +34,14 @@ def compile_pattern(text: str) -> regex.Pattern[str]:
     if len(text) > MAX_LENGTH:
         raise PatternError(f"a pattern has at most {MAX_LENGTH} characters, this one has {len(text)}")
     if math.prod(max(1, int(count)) for count in re.findall(r"\{[\d,\s]*?(\d{1,9})\s*\}", text)) > MAX_REPEATS:
-        raise PatternError(f"{text!r} repeats too often: its counts in braces multiply to more than {MAX_REPEATS:,}")
+        raise PatternError(f"'{text}' repeats too often: its counts in braces multiply to more than {MAX_REPEATS:,}")
     try:
         pattern = regex.compile(text)
     except (regex.error, RecursionError, OverflowError, ValueError) as error:
-        raise PatternError(f"{text!r} is not a regular expression: {error}") from None
+        raise PatternError(f"'{text}' is not a regular expression: {error}") from None
     if pattern.groups != 1:
         raise PatternError(
-            f"{text!r} must have one group, parentheses around the number, and has {pattern.groups}; (?:...) is no group"
+            f"'{text}' must have one group, parentheses around the number, and has {pattern.groups}; (?:...) is no group"
         )
     return pattern
 

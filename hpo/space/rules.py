@@ -10,7 +10,7 @@ import itertools
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -117,6 +117,41 @@ def _grid_is_finite(sections: ValidSections) -> Iterator[Problem]:
             ("parameters",),
             f"this grid has more than {MAX_GRID_POINTS} configurations: give fewer values, or use sampler random or tpe",
         )
+
+
+def count_grid(
+    parameters: Mapping[str, Parameter],
+    constraints: Sequence[str],
+    derived: Mapping[str, str],
+    max_epochs: int,
+    most: float,
+) -> int | None:
+    """Return how many configurations a grid has; None if it has more than `most`, or infinitely many.
+
+    Points that break a constraint do not count. Where trying the points takes too long, so that `check_rules` refuses the
+    grid, or where the file is not valid, all combinations of values count.
+    """
+    counts = [parameter.count for parameter in parameters.values()]
+    if None in counts:
+        return None
+    combinations = math.prod(count or 1 for count in counts)
+    upper_bound = combinations if combinations <= most else None
+    try:
+        ordered = {name: parameters[name] for name in sampling_order(parameters)}
+        formulas = Formulas(constraints, derived, max_epochs)
+    except ValueError:  # a cycle, or no expression: reported by the rules
+        return upper_bound
+    is_conditional = any(parameter.when for parameter in parameters.values())
+    if formulas.size * combinations > MAX_WORK or (combinations > MAX_GRID_POINTS and not is_conditional):
+        return upper_bound
+    count = 0
+    for tried, point in enumerate(iterate_grid(ordered)):
+        if tried == MAX_GRID_POINTS:
+            return upper_bound
+        count += not formulas.violations(point)
+        if count > most:
+            return None
+    return count
 
 
 def _search_ends(sections: ValidSections) -> Iterator[Problem]:

@@ -270,6 +270,8 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class Cost(StrictModel):
     """What device time costs, in any currency."""
 
+    example: ClassVar[str] = "{gpu_hour: 2.5, limit: 20}"
+
     gpu_hour: Positive
     """The price of a device-hour: one GPU for an hour, or one trial on the CPU."""
     limit: Positive | None = None
@@ -278,6 +280,12 @@ class Cost(StrictModel):
     def of(self, device_seconds: float) -> float:
         """Return the price of device time."""
         return self.gpu_hour * device_seconds / 3600
+
+
+def _refuse_text(raw: object) -> object:
+    if not isinstance(raw, str):
+        return raw
+    raise ValueError(f"write a number of hours, such as 8 or 0.5, got {raw[:40]!r}")
 
 
 class Budget(StrictModel):
@@ -290,7 +298,7 @@ class Budget(StrictModel):
     patience: PositiveInt | None = None
     """Number of trials that end one after another without a better value; with several objectives, without a new trial on
     the Pareto front."""
-    gpu_hours: Positive | None = None
+    gpu_hours: Annotated[Positive | None, BeforeValidator(_refuse_text)] = None
     """Device-hours that the trials of the study use, summed over its runs: of GPUs, or of trials on the CPU."""
     cost: Cost | None = None
     """What device time costs, and what the study may cost."""

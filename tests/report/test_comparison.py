@@ -18,7 +18,9 @@ from hpo.report.results import read_results
 from storage import tables
 from storage.database import Database, open_database
 from storage.imports import ImportedTrial, Origin, TakenOver, import_trials
+from storage.optuna_tables import write_attrs
 from storage.ownership import ClaimedTrial
+from storage.parents import Parent
 from storage.run import Run
 from storage.studies import Study
 from tests.factories import finish_study
@@ -85,6 +87,15 @@ def test_the_best_so_far_over_trials_and_device_time(database: Database) -> None
     assert progress.steps == [Step(1, 10.0, 0.5), Step(2, 20.0, 0.7), Step(3, 30.0, 0.7)]
     assert (progress.trials, progress.reused, progress.epochs, progress.device_seconds) == (3, 0, 12, 30.0)
     assert (progress.best, progress.best_trial) == (0.7, "#1 batch_size 256")
+
+
+def test_epochs_of_a_trial_that_it_continues_are_not_counted(database: Database) -> None:
+    study = study_of(database, "a")
+    parent = Parent("a@1", 7, "0123456789ab", 3, "a-0123456789ab", "key")
+    with database.engine.begin() as connection:
+        write_attrs(connection, [(1, {"continued_from": parent.attribute})])
+    (progress,) = compare([study]).studies
+    assert (progress.epochs, progress.device_seconds) == (9, 30.0)
 
 
 def test_a_metric_that_is_minimized(database: Database) -> None:

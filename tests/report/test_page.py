@@ -27,6 +27,7 @@ from hpo.report.results import Results, read_results
 from hpo.search.warm_start import find_trials, take_over_trials
 from hpo.service import try_to_report
 from storage.database import Database, open_database
+from storage.imports import TakenOver
 from storage.optuna_tables import write_attrs
 from storage.parents import Parent
 from storage.run import Run
@@ -285,6 +286,8 @@ def test_a_trial_that_continues_another_one_is_marked(database: Database, tmp_pa
     with database.engine.begin() as connection:
         write_attrs(connection, [(1, {"continued_from": parent.attribute})])
         write_attrs(connection, [(2, {"continued_from": replace(parent, epoch=0).attribute})])
+    sources = [TakenOver("grid@1", refused={"other": 2}), TakenOver("grid@1", "sqlite:///other.db")]
+    study.optuna_study.set_user_attr("hpo:sources", [each.attribute for each in sources])
     results = read_results(study)
     assert [trial.continued_from for trial in results.trials] == ["grid@1 #7", "", ""], (
         "a parent may have had no checkpoint"
@@ -293,6 +296,10 @@ def test_a_trial_that_continues_another_one_is_marked(database: Database, tmp_pa
     for text in written(results, tmp_path):
         assert "continued from" in text
         assert "grid@1 #7" in text.replace("\\", "")
+        _, _, earlier = text.replace("\\", "").partition("Earlier studies")
+        words = " ".join(re.sub(r"<[^>]*>|\|", " ", earlier).split())
+        assert "grid@1 0 0 1 other (2) " in words, "reused, learned from, continued, left out"
+        assert "grid@1 in sqlite:///other.db 0 0 0 " in words
 
 
 def test_the_report_says_what_was_spent(database: Database, tmp_path: Path) -> None:

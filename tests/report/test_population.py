@@ -91,9 +91,9 @@ def test_the_live_table_counts_members(results: Results, tmp_path: Path) -> None
     space = population_space(tmp_path)
     console = Terminal(width=140, record=True)
     with TerminalProgress(console) as progress:
-        progress.study_opened(space, "toy", "sqlite:///hpo.db", counts)
+        progress.study_opened(space, "toy", "sqlite:///hpo.db", counts, 0)
         assert f"{counts['PRUNED']} replaced, 0 failed, 0 left" in progress._study_line()
-        progress.study_opened(space, "toy", "sqlite:///hpo.db", {"PRUNED": 5, "RUNNING": 4})
+        progress.study_opened(space, "toy", "sqlite:///hpo.db", {"PRUNED": 5, "RUNNING": 4}, 4)
         assert "0 done, 5 replaced, 0 failed, 4 left" in progress._study_line()
     text = console.export_text()
     assert "Nothing is left to do: storage holds 4 COMPLETE" in text

@@ -48,6 +48,9 @@ def metrics_of(value: float) -> dict[str, float]:
     return {"val_accuracy": value, "images_per_second": 1234.0, "epoch_seconds": EPOCH_SECONDS}
 
 
+ENDED = ("COMPLETE", "PRUNED", "FAIL")
+
+
 class Screen:
     """A console that writes to a string, and the progress of a search on it."""
 
@@ -77,7 +80,9 @@ class Screen:
         """Start a search, and forget what its start has printed."""
         with self.progress as progress:
             progress.search_starting(self.space)
-            progress.study_opened(self.space, "toy", "sqlite:///hpo.db", self.counts)
+            total = self.space.total_trials
+            left = None if total is None else total - sum(self.counts.get(each, 0) for each in ENDED)
+            progress.study_opened(self.space, "toy", "sqlite:///hpo.db", self.counts, left)
             progress.search_planned(self.space, self.slots, None)
             self.paper.seek(0)
             self.paper.truncate()
@@ -277,16 +282,17 @@ def test_a_slow_search_prints_each_epoch(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    ("study_name", "counts", "said"),
+    ("study_name", "counts", "left", "said"),
     [
-        ("toy", {}, []),
-        ("toy", {"COMPLETE": 1, "RUNNING": 1}, ["Resuming: storage holds 1 COMPLETE, 1 RUNNING."]),
-        ("toy", {"COMPLETE": 1, "FAIL": 1}, ["Nothing is left to do: storage holds 1 COMPLETE, 1 FAIL."]),
-        ("toy@2", {}, ["The space differs from that of study toy: results go to the revision toy@2."]),
+        ("toy", {}, 2, []),
+        ("toy", {"COMPLETE": 1, "RUNNING": 1}, 1, ["Resuming: storage holds 1 COMPLETE, 1 RUNNING."]),
+        ("toy", {"COMPLETE": 1, "FAIL": 1}, 0, ["Nothing is left to do: storage holds 1 COMPLETE, 1 FAIL."]),
+        ("toy", {"COMPLETE": 5}, 2, ["Resuming: storage holds 5 COMPLETE."]),  # results of earlier studies
+        ("toy@2", {}, 2, ["The space differs from that of study toy: results go to the revision toy@2."]),
     ],
 )
 def test_the_start_says_where_results_go_and_what_is_there(
-    study_name: str, counts: dict[str, int], said: list[str]
+    study_name: str, counts: dict[str, int], left: int, said: list[str]
 ) -> None:
     screen = Screen(terminal=False)
     space = space_of(total=2)
@@ -294,7 +300,7 @@ def test_the_start_says_where_results_go_and_what_is_there(
         progress.search_starting(space)
         assert screen.lines == ["toy: A toy"], "printed before anything slow is done"
         progress.preparing("measuring training steps")
-        progress.study_opened(space, study_name, "sqlite:///hpo.db", counts)
+        progress.study_opened(space, study_name, "sqlite:///hpo.db", counts, left)
         progress.search_planned(space, Slots(2, 1.0, 0.0), None)
     plan = ["2 trials at a time, 1 CPU thread each.", "Keeps the checkpoints of the best 3 trials."]
     assert screen.lines[1:] == ["Storage: sqlite:///hpo.db", *said, *plan]
@@ -398,11 +404,19 @@ def test_the_device_time_that_the_study_has_used_is_shown_if_the_budget_limits_o
     screen.space = screen.space.model_copy(update={"budget": Budget(gpu_hours=8, cost=Cost(gpu_hour=2.5))})
     with screen.progress as progress:
         progress.device_time_used(1800.0)
-        progress.study_opened(screen.space, "toy", "sqlite:///hpo.db", {})
+        progress.study_opened(screen.space, "toy", "sqlite:///hpo.db", {}, None)
         progress.search_planned(screen.space, screen.slots, None)
         progress.device_time_used(5400.0)
     assert "Used so far: 0.50 of 8 device-hours, cost 1.25." in screen.lines
     assert ", 1.50 of 8 device-hours, cost 3.75, " in screen.last_frame[-1]
+
+
+def test_results_of_earlier_studies_use_up_no_trials() -> None:
+    screen = Screen(terminal=True, total=2)
+    with screen.progress as progress:
+        progress.study_opened(screen.space, "toy", "sqlite:///hpo.db", {"COMPLETE": 5}, 2)
+        progress.search_planned(screen.space, screen.slots, None)
+    assert "5 done, 0 pruned, 0 failed, 2 left" in screen.last_frame[-1]
 
 
 def test_the_time_remaining_includes_the_trials_that_wait_for_a_slot() -> None:

@@ -17,6 +17,7 @@ from hpo.api import list_studies
 from hpo.paths import RunsDir
 from hpo.report.results import read_results
 from hpo.search import adoption
+from hpo.search.candidates import Outlook
 from hpo.search.checkpoints import (
     Checkpoint,
     TakenOverError,
@@ -26,7 +27,7 @@ from hpo.search.checkpoints import (
     read_checkpoint,
     save_checkpoint,
 )
-from hpo.search.continuation import ContinuationPlan, Outlook, plan_continuation
+from hpo.search.continuation import ContinuationPlan, plan_continuation
 from hpo.search.retention import Retention, trials_with_checkpoints
 from hpo.search.runs import open_run
 from hpo.search.worker import TrialSpec

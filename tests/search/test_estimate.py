@@ -65,6 +65,18 @@ def test_estimate_is_the_end_of_the_last_trial() -> None:
     assert list(found[1].speeds) == ["batch_size 64", "batch_size 256", "batch_size 512"]
 
 
+@pytest.mark.parametrize("overrides", [(), ("sampler=random", "budget={trials: 3}")])
+def test_a_continued_trial_counts_the_epochs_that_are_left(overrides: tuple[str, ...]) -> None:
+    begun: list[tuple[dict[str, Any], int]] = [({"batch_size": 256, "lr": 0.01}, 3)]
+    probes, slots = FakeProbes(lambda *_: 10.0), Slots(1, 1.0, 0.0)
+    space = documented_space(*overrides)
+    epoch, end = 1600 + 400 / 3, 500 / 3
+    made = estimate_search(space, slots, 3, probes, IMAGES, (1.0, 0.0), begun)
+    assert made.trial_seconds == pytest.approx(((2 + 5 + 5) * epoch + 3 * end) / 10)
+    last = estimate_search(space, slots, 1, probes, IMAGES, (1.0, 0.0), begun)
+    assert last.trial_seconds == pytest.approx((2 * epoch + end) / 10)
+
+
 def test_several_seeds_take_as_many_times_as_long_and_as_much_memory() -> None:
     slots, images = Slots(1, 16.0, 1.0), 5 * (1600 + 400 / 3) + 500 / 3
     space = documented_space("parameters.batch_size=64", "replicates=3")

@@ -17,7 +17,8 @@ from hpo.search.slots import Slots
 from hpo.search.warm_start import Found, find_trials, take_over_trials
 from hpo.space.model import Space, load_space
 from storage.database import Database
-from storage.studies import Study, open_study
+from storage.management import rename_study
+from storage.studies import Study, find_study, open_study
 from tests.factories import TOY, RecordingListener, finish_study, run_of, search_without_ray, toy_space, trial_states
 from tests.report.studies import epoch_metrics, grid_space
 
@@ -160,6 +161,12 @@ def test_the_best_by_fronts_are_continued(database: Database, tmp_path: Path, wa
     study, _ = search_without_ray(space, database, tmp_path)
     assert [trial.params["pair"] for trial in study.trials()] == expected
     assert study.trials()[0].values == [3.0, 3.0]
+    earlier = find_study(database, "toy@1")
+    assert earlier is not None
+    rename_study(earlier, "first")
+    again = plan_continuation(space, study, database, RunsDir(tmp_path))
+    stored = [(each.key, each.values) for each in (*again.chosen, *again.left)]
+    assert stored == [(each.key, each.values) for each in (*plan.chosen, *plan.left)]
 
 
 def test_trials_of_a_study_with_other_objectives_are_not_continued(database: Database, tmp_path: Path) -> None:

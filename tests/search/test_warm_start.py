@@ -17,12 +17,13 @@ from hpo.errors import SettingError
 from hpo.search.samplers import build_sampler
 from hpo.search.warm_start import Found, find_trials, take_over_trials
 from hpo.space.model import Space
+from storage.copying import copy_study
 from storage.database import Database, open_database
 from storage.errors import StorageError
 from storage.optuna_tables import write_attrs, write_values
 from storage.ownership import ClaimedTrial
 from storage.run import Run
-from storage.studies import Study, open_study
+from storage.studies import Study, find_study, open_study
 from tests.factories import finish_study, run_of, toy_space
 from tests.report.studies import epoch_metrics, finish_grid, grid_space, optuna_study
 
@@ -58,6 +59,12 @@ def source(**options: Any) -> dict[str, Any]:
 def found_in(database: Database, space: Space) -> Found:
     (found,) = find_trials(space, None, database)
     return found
+
+
+def find(database: Database, name: str) -> Study:
+    study = find_study(database, name)
+    assert study is not None
+    return study
 
 
 def params_of(found: Found) -> list[Any]:
@@ -446,6 +453,49 @@ def test_a_result_is_passed_on_with_the_study_that_trained_it(database: Database
 
 
 # --- other databases, wrong input ---------------------------------------------------------------------------------------
+
+
+def test_a_study_and_copies_of_it_are_learned_from_once(database: Database, tmp_path: Path) -> None:
+    earlier = finish_grid(database)
+    copy_study(earlier, database, "copy", "0123456789ab")
+    with open_database(f"sqlite:///{tmp_path}/other.db") as other:
+        copy_study(find(database, "copy"), other, "second", "ba9876543210")  # a copy of a copy
+    second = {"study": "second", "storage": f"sqlite:///{tmp_path}/other.db"}
+    same = "another source has the same trial"
+    for changes in ({}, {"seed": 1}):  # results that stand, and trials to learn from
+        space = larger(name=f"larger{len(changes)}", warm_start=["copy", second, "grid"], **changes)
+        study = open_study(database, **space.study_options)
+        assert [found.refused for found in take_over(space, study)] == [{}, {same: 3}, {same: 3}]
+        assert len(study.trials()) == 3
+        name = "learned_from" if changes else "reused_from"
+        origins = [trial.user_attrs[name] for trial in study.trials()]
+        assert origins == [{"study": "grid", "trial": number, "id": earlier.identity} for number in range(3)]
+        reversed_space = larger(name=space.name, warm_start=["grid", second, "copy"], **changes)
+        take_over(reversed_space, study)
+        assert len(study.trials()) == 3
+    (found,) = find_trials(grid_space(warm_start=["copy"]), earlier, database)
+    assert (found.trials, found.refused) == ([], {}), "they are its own"
+
+
+def test_what_a_copy_trained_itself_is_another_trial(database: Database) -> None:
+    space = grid_space()
+    study = open_study(database, **space.study_options)
+    for name in ("grid", "copy"):
+        with run_of(study, space) as run:
+            run.enqueue(space.grid_points(), space.distributions())
+            claim = run.claim()
+            assert claim is not None
+            for epoch, metrics in enumerate(epochs_of(claim), start=1):
+                run.report(claim, epoch, metrics, metrics["val_accuracy"])
+            run.complete(claim, 0.5)
+        if name == "grid":
+            copy_study(study, database, "copy", "0123456789ab")
+            study = find(database, "copy")
+    found = find_trials(larger(seed=1, warm_start=["grid", "copy"]), None, database)
+    assert [[(each.origin.study, each.origin.number) for each in one.trials] for one in found] == [
+        [("grid", 0)],
+        [("copy", 1)],
+    ]
 
 
 def test_an_earlier_study_may_be_in_another_database(database: Database, tmp_path: Path) -> None:

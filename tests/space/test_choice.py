@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 
 from hpo.space.choice import MAX_GP_TRIALS, MAX_LEARNING_TRIALS, SMALL_GRID
 from hpo.space.model import Space
+from hpo.space.rules import MAX_GRID_POINTS
 
 LR = {"type": "float", "low": 0.1, "high": 1.0}
 TWO = [{"metric": "accuracy", "direction": "maximize"}, {"metric": "seconds", "direction": "minimize"}]
 SIX = {"lr": [0.1, 0.2, 0.3], "batch_size": [64, 128]}
+OPTIMIZERS = {
+    "optimizer": ["adam", "sgd"],
+    "momentum": {"choices": [i / 10 for i in range(10)], "when": {"optimizer": "sgd"}},
+}
+SQUARE = {name: {"type": "int", "low": 1, "high": 6} for name in ("a", "b")}
 
 
 def space_of(parameters: dict[str, Any], **changes: Any) -> Space:
@@ -35,7 +42,7 @@ def space_of(parameters: dict[str, Any], **changes: Any) -> Space:
             {"n": {"type": "int", "low": 0, "high": SMALL_GRID}},
             {"budget": {"time": "1h"}},
             "tpe",
-            "more than 100 trials, or an unknown number",
+            "it is not known how many trials there will be, and gp is for few",
         ),
         (
             {"lr": LR, "layers": {"type": "int", "low": 1, "high": 3}, "momentum": 0.9},
@@ -47,8 +54,18 @@ def space_of(parameters: dict[str, Any], **changes: Any) -> Space:
             {"lr": LR},
             {"budget": {"trials": MAX_GP_TRIALS + 1}},
             "tpe",
-            "more than 100 trials, or an unknown number",
+            "101 trials, and gp is for at most 100",
         ),
+        (OPTIMIZERS, {"budget": {"trials": 11}}, "grid", "11 configurations, within the budget of 11 trials"),
+        (OPTIMIZERS, {"budget": {"trials": 10}}, "tpe", "momentum depends on another parameter"),
+        (
+            SQUARE,
+            {"budget": {"trials": 6}, "constraints": ["a == b"]},
+            "grid",
+            "6 configurations, within the budget of 6",
+        ),
+        (SQUARE, {"budget": {"trials": 5}, "constraints": ["a == b"]}, "gp", "numbers only, at most 100 trials"),
+        (SQUARE, {"constraints": ["a == b"]}, "grid", "6 configurations"),
         ({"lr": LR}, {"budget": {"trials": 9}, "scheduler": "asha"}, "tpe", "asha stops trials early, and tpe learns "),
         (
             {"kind": ["a", "b"], "lr": LR | {"when": {"kind": "a"}}},
@@ -75,6 +92,17 @@ def test_the_choice_and_its_reason(parameters: dict[str, Any], changes: dict[str
     assert space.sampler_reason.startswith(reason)
     named = space_of(parameters, **changes, sampler={"name": name})
     assert space.model_dump() == named.model_dump(), "in nothing else"
+
+
+def test_counting_the_points_takes_a_bounded_time() -> None:
+    """Of 10^10 combinations, the constraint leaves one."""
+    parameters = {f"p{i}": {"type": "int", "low": 1, "high": 10} for i in range(10)}
+    started = time.monotonic()
+    sums = " + ".join(parameters)
+    assert space_of(parameters, budget={"trials": 9}, constraints=[f"{sums} == 10"]).sampler.name == "gp"
+    conditional = {"kind": ["a", "b"]} | {name: each | {"when": {"kind": "a"}} for name, each in parameters.items()}
+    assert space_of(conditional, budget={"trials": MAX_GRID_POINTS + 1}).sampler.name == "random"
+    assert time.monotonic() - started < 5
 
 
 def test_auto_keeps_its_seed() -> None:

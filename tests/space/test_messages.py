@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from hpo.errors import MAX_ALLOWED, nearest
 from hpo.space.messages import MAX_VALUE_LENGTH
 from tests.space.conftest import CheckError, ErrorOf
 from tests.space.examples import HEAD, VALID
@@ -132,6 +133,23 @@ MISTAKES = {
         VALID + "budget: {»time: 4 hours}\n",
         ["budget.time: ", "90s, 30m, 4h or 1d12h"],
     ),
+    "a price alone": (VALID + "budget: {»cost: 20}\n", ["budget.cost: write {gpu_hour: 2.5, limit: 20}, got 20"]),
+    "a number for a section": (
+        VALID + "»budget: 20\n",
+        ["budget: write a mapping, whose keys are among trials, time, patience, gpu_hours, cost, got 20"],
+    ),
+    "a duration for hours": (VALID + "budget: {»gpu_hours: 8h}\n", ["gpu_hours: write a number of hours", "'8h'"]),
+    "a source that is no list": (VALID + "»warm_start: grid\n", ["warm_start: write a list: [grid]"]),
+    "a constraint that is no list": (VALID + "»constraints: lr < 1\n", ['constraints: write a list: ["lr < 1"]']),
+    "a difference that there is not": (
+        VALID + "warm_start: [{study: grid, despite: [»epochs]}]\n",
+        ["warm_start.0.despite.0: ", "'max_epochs'", "did you mean max_epochs?"],
+    ),
+    "an unknown direction": (VALID + "»direction: minimise\n", ["direction: ", "did you mean minimize?"]),
+    "a pattern with a backslash": (
+        HEAD + "  lr: 1\ncommand: python x.py {lr}\nmetric: loss\nreport:\n  »loss: 'a\\d+'\n",
+        [r"report.loss: 'a\d+' must have one group"],
+    ),
     "a name": ("»name: other\n" + VALID, ["name: ", "the name of its file", "'space'"]),
     "an indentation with tabs": ("sampler: grid\nparameters:\n»\tlr: 1\n", ["not YAML", "with spaces, not with tabs"]),
     "an open bracket": ("sampler: [grid\nmax_epochs»: 3\n", ["not YAML", "','", "']'"]),
@@ -171,3 +189,9 @@ def test_a_long_value_is_shortened(error_of: ErrorOf) -> None:
     error = error_of(f"sampler: grid\nmax_epochs: {'x' * 1000}\nparameters: {{lr: 1}}\n")
     assert error.endswith("x...")
     assert error.count("x") < MAX_VALUE_LENGTH + 10
+
+
+def test_names_that_are_allowed_are_listed_in_part() -> None:
+    names = [f"study{i}" for i in range(MAX_ALLOWED + 1)]
+    assert nearest("other", names).endswith(f"study{MAX_ALLOWED - 1} and 1 more")
+    assert nearest("other", names[:-1]).endswith(f"study{MAX_ALLOWED - 1}")

@@ -45,8 +45,14 @@ def found(database: Database, name: str) -> Study:
     return study
 
 
-def as_copied(rows: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return the content of `full_study` as a copy has it: nobody works on it."""
+def as_copied(rows: dict[str, Any], name: str, identity: str | None) -> dict[str, Any]:
+    """Return the content of `full_study` as a copy has it: nobody works on it, and each trial names that of the study."""
+    named = {row["trial_id"] for row in rows["trial_user_attributes"] if row["key"] in {"learned_from", "reused_from"}}
+    for row in rows["trials"]:
+        if row["state"].name in {"COMPLETE", "PRUNED"} and row["trial_id"] not in named:
+            origin = {"study": "s", "id": identity, "trial": row["number"]}
+            attr = {"trial_id": row["trial_id"], "key": "copied_from", "value_json": json.dumps(origin)}
+            rows["trial_user_attributes"].append(attr)
     for row in rows["trials"]:
         if row["state"].name == "RUNNING":
             row["state"] = type(row["state"]).WAITING
@@ -63,7 +69,7 @@ def as_copied(rows: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def check_copied(source: Database, target: Database, name: str) -> None:
-    expected, copied = as_copied(content(source, "s"), name), content(target, name)
+    expected, copied = as_copied(content(source, "s"), name, found(source, "s").identity), content(target, name)
     assert copied.keys() == expected.keys()
     for table, rows in expected.items():
         assert copied[table] == sorted(rows, key=repr), table

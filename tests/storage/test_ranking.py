@@ -13,7 +13,7 @@ from storage.database import Database
 from storage.imports import ImportedTrial, Origin, import_trials
 from storage.pareto import Direction
 from storage.ranking import EndedTrial, count_since_best, superfluous_trials
-from storage.records import attempt_of
+from storage.records import CONTINUED_FROM, attempt_of
 from storage.retry import retry_trials
 from storage.studies import Study, deleted_studies, study_names
 from storage.summaries import summarize
@@ -163,6 +163,18 @@ def test_trials_since_the_best_value_are_counted(database: Database, study: Stud
         assert run.is_patience_spent(1, directions)
         assert not run.is_patience_spent(2, directions)
     assert found == [0, 0, 0, 1, 1], "the first of equal values is the best; failures and earlier studies do not count"
+
+
+def test_trials_that_continue_others_do_not_use_up_patience(study: Study) -> None:
+    """They come best first."""
+    attrs = {config_key(point): {CONTINUED_FROM: {"study": "o"}} for point in POINTS[:3]}
+    with grid_run(study) as run:
+        run.enqueue(POINTS, GRID, attrs)
+        for value in (0.75, 0.5, 0.25):
+            run.complete(claim_one(run), value)
+        assert not run.is_patience_spent(1, MAXIMIZE)
+        run.complete(claim_one(run), 0.5)
+        assert run.is_patience_spent(1, MAXIMIZE), "the best value is that of the first one"
 
 
 def test_patience_notices_that_a_slow_trial_has_become_the_best(study: Study) -> None:

@@ -1,0 +1,172 @@
+"""Completed trials of shorter revisions of a study: what a search may continue, and which of them are the best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+from hpo.errors import SpaceError
+from hpo.paths import SCRIPT_DIR, RunsDir
+from hpo.search.checkpoints import belongs_to, list_checkpoints, owner_key
+from hpo.search.comparison import Comparison
+from hpo.space.model import Space
+from hpo.space.parameters import Params
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+    from storage.parents import Parent
+    from storage.pareto import Direction
+    from storage.studies import Study
+
+
+class Outlook(Enum):
+    """What becomes of a trial with fewer epochs."""
+
+    CONTINUED = "it starts from its parent's checkpoint"
+    GONE = "the checkpoint is gone: the configuration is trained from the start"
+    HORIZON = "its schedule depends on max_epochs: it cannot be continued"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A completed trial of an earlier revision whose configuration this search trains for more epochs.
+
+    Attributes:
+        params: the configuration, as one of this search.
+        key: of the configuration.
+        values: the objectives after its last epoch.
+        parent: the trial.
+        outlook: what becomes of it.
+        epochs: {epoch: objectives} as its study has them; empty for one that a decision names.
+    """
+
+    params: Params
+    key: str
+    values: tuple[float, ...]
+    parent: Parent
+    outlook: Outlook
+    epochs: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """What a study stores of it, see `restore_candidate`."""
+        is_left = self.outlook is Outlook.HORIZON
+        return {"params": self.params, "values": list(self.values), "horizon": is_left, "parent": self.parent.attribute}
+
+
+def find_candidates(space: Space, revisions: Iterable[Study], runs_dir: RunsDir) -> dict[str, Candidate]:
+    """Return {key of a configuration: its candidate}; of several trials, one with a checkpoint, and with the most epochs.
+
+    Raises:
+        StorageError: the database cannot be used.
+    """
+    found: dict[str, Candidate] = {}
+    for revision in revisions:
+        for candidate in _candidates(space, revision, runs_dir):
+            known = found.get(candidate.key)
+            found[candidate.key] = candidate if known is None else max(known, candidate, key=_usefulness)
+    return found
+
+
+def rank_candidates(candidates: Sequence[Candidate], directions: Sequence[Direction]) -> list[Candidate]:
+    """Return candidates by their values, best first: those after the largest epoch that all of them have.
+
+    Later values of trials with more epochs would be better for that alone. Without such an epoch, last values are compared.
+    """
+    from storage.pareto import rank_best
+
+    shared = set.intersection(*(set(each.epochs) for each in candidates)) if candidates else set()
+    epoch = max(shared, default=None)
+    worst = [-math.inf if direction == "maximize" else math.inf for direction in directions]
+
+    def comparable(candidate: Candidate) -> list[float]:
+        values = candidate.values if epoch is None else candidate.epochs[epoch]
+        return [value if math.isfinite(value) else last for value, last in zip(values, worst, strict=True)]
+
+    return [candidates[place] for place in rank_best([comparable(each) for each in candidates], directions)]
+
+
+def restore_candidate(space: Space, stored: Any, runs_dir: RunsDir) -> Candidate | None:
+    """Return what `Candidate.stored` describes; its checkpoint may be gone by now."""
+    from storage.parents import Parent
+
+    if not isinstance(stored, Mapping):
+        return None
+    params, values, parent = stored.get("params"), stored.get("values"), Parent.read(stored.get("parent"))
+    if parent is None or not isinstance(values, list) or not isinstance(params, dict):
+        return None
+    are_numbers = len(values) == len(space.directions) and all(isinstance(value, int | float) for value in values)
+    if not are_numbers or space.find_misfit(params):
+        return None
+    outlook = Outlook.CONTINUED if _has_checkpoint(space, parent, runs_dir) else Outlook.GONE
+    outlook = Outlook.HORIZON if stored.get("horizon") is True else outlook
+    return Candidate(params, space.config_key(params), tuple(values), parent, outlook)
+
+
+def _usefulness(candidate: Candidate) -> tuple[bool, int]:
+    return candidate.outlook is Outlook.CONTINUED, candidate.parent.epoch
+
+
+def _candidates(space: Space, earlier: Study, runs_dir: RunsDir) -> Iterator[Candidate]:
+    from storage.imports import Origin
+    from storage.optuna_internals import trial_id
+
+    try:
+        before = Space.from_settings(earlier.settings)
+    except SpaceError:  # of another version; the note about earlier studies says so
+        return
+    is_shorter = before.max_epochs < space.max_epochs
+    if not is_shorter or before.all_objectives != space.all_objectives:
+        return
+    comparison, trials = Comparison(space, before, earlier, frozenset()), earlier.trained_trials()
+    names = [each.metric for each in space.all_objectives]
+    # Optuna stores the first objective of each epoch, which is enough for one.
+    metrics = earlier.metrics_of([trial_id(each) for each in trials]) if len(names) > 1 else {}
+    for trial in trials:
+        values = tuple(trial.values or ()) if trial.state.name == "COMPLETE" else ()
+        # A result that was taken over is that of another revision, which has the checkpoint.
+        if not values or not all(map(math.isfinite, values)) or Origin.of(trial.user_attrs) is not None:
+            continue
+        params = comparison.same_configuration(trial)
+        if params is not None:
+            parent = _parent(trial, before, earlier)
+            outlook = Outlook.CONTINUED if _has_checkpoint(space, parent, runs_dir) else Outlook.GONE
+            if comparison.depends_on_horizon(trial):
+                outlook = Outlook.HORIZON
+            epochs: dict[int, tuple[float, ...]] = {
+                epoch: (value,) for epoch, value in trial.intermediate_values.items()
+            }
+            if metrics:
+                known = metrics[trial_id(trial)]
+                epochs = {
+                    epoch: tuple(found[name] for name in names)
+                    for epoch, found in known.items()
+                    if found.keys() >= set(names)
+                }
+            yield Candidate(params, space.config_key(params), values, parent, outlook, epochs)
+
+
+def _parent(trial: FrozenTrial, before: Space, earlier: Study) -> Parent:
+    from storage.parents import Parent
+    from storage.records import attempt_of
+
+    return Parent(
+        # The first revision has this name as soon as there is a second one.
+        study=earlier.name if "@" in earlier.name else f"{earlier.name}@1",
+        number=trial.number,
+        identity=earlier.identity or "",
+        epoch=before.max_epochs,
+        files=earlier.unique_name,
+        key=owner_key(before.config_key(trial.params), attempt_of(trial.user_attrs)),
+    )
+
+
+def _has_checkpoint(space: Space, parent: Parent, runs_dir: RunsDir) -> bool:
+    folder = runs_dir.trial(parent.files, parent.number)
+    if not space.saves_checkpoints or not belongs_to(folder, parent.key) or not list_checkpoints(folder):
+        return False
+    return space.command is None or (folder / SCRIPT_DIR).is_dir()
