@@ -367,6 +367,8 @@ def test_search_ends_when_every_configuration_was_tried(tmp_path: Path) -> None:
 def test_every_shipped_space_runs(tmp_path: Path, name: str) -> None:
     short = ["data.dataset=fashion_mnist_sample", "data.train_samples=64", "data.val_samples=20", "max_epochs=2"]
     space = shipped_space(name)
+    if "width" not in space.parameters:
+        short.append("parameters.width=0.25")
     if space.stops_trials_early:
         short.append("scheduler.grace_period=1")
     if not space.is_grid:

@@ -19,7 +19,7 @@ from tests.storage.simulator import Backend, open_backend, run_seed
 
 pytestmark = pytest.mark.slow
 
-SEEDS = {"sqlite": 250, "postgresql": 20}
+SEEDS = {"sqlite": 200, "postgresql": 20}
 SEEDS_OF_POPULATIONS = {"sqlite": 60, "postgresql": 5}
 SEEDS_OF_MUTANTS = 50  # each must be found within them
 
