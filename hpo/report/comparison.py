@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from hpo.report.curves import COLOURS, CurveFigure, Line
-from hpo.report.formatting import format_number, format_seconds, format_value, shorten
+from hpo.report.formatting import describe_seeds, format_number, format_seconds, format_value, shorten
 from hpo.report.results import Results, TrialResult, read_results
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def _settings(results: Results) -> dict[str, str]:
         "content of the data": " and ".join(sorted(each[:12] for each in hashes)) or "unknown",
         "trained by": space.trainable if space.command is None else str(space.command),
         "max_epochs": str(space.max_epochs),
-        "seed": str(space.seed),
+        "seed": describe_seeds(space).partition(" ")[2],
     }
 
 

@@ -57,6 +57,7 @@ class TrialResult:
             attempts. On the CPU, a trial holds one.
         trial_id: the key in the database, unique across its studies.
         completed: when it ended, in UTC without a time zone; None if it has not.
+        replicates: how many trainings it is, with one seed each.
     """
 
     number: int
@@ -72,6 +73,7 @@ class TrialResult:
     device_seconds: Mapping[str, float] = field(default_factory=dict)
     trial_id: int = 0
     completed: datetime | None = None
+    replicates: int = 1
 
     @property
     def has_ended(self) -> bool:
@@ -111,7 +113,7 @@ class TrialResult:
 
     def standard_error(self, metric: str) -> float | None:
         """The standard error of a metric's mean over several seeds, after the last epoch; None with a single seed."""
-        return self.last.get(metric + STDERR_SUFFIX)
+        return self.last.get(metric + STDERR_SUFFIX) if self.replicates > 1 else None
 
     def curve(self, metric: str) -> tuple[list[int], list[float]]:
         """Return the epochs that have a metric, and its values: two lists of the same length, empty if none has it."""
@@ -345,8 +347,9 @@ class Results:
                 repeated |= seen & values.keys()
                 seen |= values.keys()
             named |= seen
+        has_errors = self.space is not None and self.space.replicates > 1
         # After a single epoch no metric is repeated yet. Test scores are never repeated.
-        drawn = {name for name in repeated or named if not is_timing(name) and not is_error(name)}
+        drawn = {name for name in repeated or named if not is_timing(name) and not (has_errors and is_error(name))}
         drawn -= set() if repeated else {name for name in named if name.startswith("test_")}
         families: dict[str, list[str]] = {}
         for name in sorted(drawn, key=lambda name: (not name.startswith("val_"), name)):
@@ -443,6 +446,7 @@ def read_results(study: Study, *, epochs: bool = True) -> Results:
                 provenances[trial.number],
                 used.get(trial_id(trial), {}),
                 objectives[0][0],
+                1 if space is None else space.replicates,
             )
             for trial in trials
         ],
@@ -495,6 +499,7 @@ def _trial_result(
     provenance: Mapping[str, Any],
     device_seconds: Mapping[str, float],
     metric: str,
+    replicates: int,
 ) -> TrialResult:
     if epochs == {}:  # a trial that another program added through Optuna has intermediate values only
         epochs = {step: {metric: value} for step, value in sorted(trial.intermediate_values.items())}
@@ -513,6 +518,7 @@ def _trial_result(
         device_seconds,
         trial_id(trial),
         trial.datetime_complete,
+        replicates,
     )
 
 

@@ -129,7 +129,6 @@ class TrialCoordinator:
             derived = self._space.derive(claim.params)
             if derived:
                 self._run.record(claim, {"derived": derived})
-            timeout, replicates = self._space.trial_timeout, self._space.replicates
             return TrialSpec(
                 trainable=self._space.trainable,
                 command=self._space.command,
@@ -145,13 +144,13 @@ class TrialCoordinator:
                 checkpoint_every=None if self._space.checkpoint_every == "auto" else self._space.checkpoint_every,
                 device=self._slots.device,
                 threads=self._slots.threads,
-                timeout=None if timeout is None else timeout * replicates,
+                timeout=self._space.trial_timeout,
                 code_folder=str(Path.cwd()),
                 parent_folder=str(self._parent_folder(claim, parent)) if parent else "",
                 parent_key=parent.key if parent else "",
                 parent_epoch=parent.epoch if parent and scheduler.replaces_trials else 0,
                 interval=scheduler.interval if scheduler.replaces_trials else 0,
-                replicates=replicates,
+                replicates=self._space.replicates,
             )
         return None
 

@@ -13,6 +13,7 @@ import math
 import random
 import statistics
 import sys
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
@@ -23,8 +24,24 @@ from hpo.trainable import STDERR_SUFFIX, EpochReport, is_timing
 
 STATES = "replicates"  # the only key of a trial's state: a list with the state of each training
 SEEDS = "seeds"  # in the provenance of the last epoch: the metrics of each training
+SEED_NOTE = "in the training with seed "  # of an exception, followed by the seed
 
 StartTraining = Callable[[int, Mapping[str, Any] | None], Generator[Any, None, None]]
+
+
+class EndedEarlyError(Exception):
+    """One of the trainings has ended before its last epoch."""
+
+
+@dataclass(frozen=True)
+class MeanReport(EpochReport):
+    """The result of one epoch of all trainings.
+
+    Attributes:
+        seconds: for which they have trained in this epoch, all together, also before the trial was resumed.
+    """
+
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -47,13 +64,16 @@ class _Training:
         start: starts it, or continues it from a state.
         epoch: the last one that it has finished.
         metrics: of that epoch.
+        seconds: for which it trained in that epoch.
         state: returns the state after that epoch; None before the first.
+        report: of that epoch; None if it was read from a state.
     """
 
     seed: int
     start: StartTraining
     epoch: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
     state: Callable[[], Mapping[str, Any]] | None = None
     report: Any = None
     _epochs: Generator[Any, None, None] | None = None
@@ -65,18 +85,30 @@ class _Training:
         if saved is None or not saved["epoch"]:
             return cls(seed, start)
         state = saved["state"]
-        return cls(seed, start, saved["epoch"], dict(saved["metrics"]), lambda: state)
+        return cls(seed, start, saved["epoch"], dict(saved["metrics"]), saved["seconds"], lambda: state)
 
     def save(self) -> dict[str, Any]:
         """Return all that `resumed` needs."""
-        return {"epoch": self.epoch, "metrics": self.metrics, "state": None if self.state is None else self.state()}
+        return {"epoch": self.epoch, "metrics": self.metrics, "seconds": self.seconds, "state": self._read_state()}
 
-    def advance(self) -> bool:
-        """Train one epoch. Return False if the training has ended before it.
+    def _read_state(self) -> Mapping[str, Any] | None:
+        if self.state is None or self._random is None:
+            return None if self.state is None else self.state()
+        others = _RandomState.read()
+        self._random.restore()  # it may be part of the state
+        try:
+            return self.state()
+        finally:
+            others.restore()
+
+    def advance(self, max_epochs: int) -> None:
+        """Train one epoch.
 
         Raises:
+            EndedEarlyError: the training has ended before it.
             Exception: of the trainable, with a note that names the seed.
         """
+        started = time.perf_counter()
         try:
             with self._own_random_numbers():
                 if self._epochs is None:
@@ -85,13 +117,14 @@ class _Training:
         except ScriptError as error:
             raise ScriptError(f"seed {self.seed}: {error}") from None
         except Exception as error:
-            error.add_note(f"in the training with seed {self.seed}")
+            error.add_note(f"{SEED_NOTE}{self.seed}")
             raise
         if report is None:
-            return False
-        metrics = {str(name): float(value) for name, value in report.metrics.items()}
-        self.epoch, self.metrics, self.state, self.report = report.epoch, metrics, report.state, report
-        return True
+            raise EndedEarlyError(f"seed {self.seed}: the trainable ended after epoch {self.epoch} of {max_epochs}")
+        self.metrics = {str(name): float(value) for name, value in report.metrics.items()}
+        # A script may print more epochs than it was asked for: then this was its last one.
+        self.epoch, self.state, self.report = min(report.epoch, max_epochs), report.state, report
+        self.seconds = time.perf_counter() - started
 
     def close(self) -> None:
         """End the training."""
@@ -153,11 +186,12 @@ def train_replicates(
         state: of an earlier report or part, to continue from it.
 
     Yields:
-        An EpochReport for each epoch: the mean of each metric, and the standard error of the mean as NAME_stderr; timings
+        A MeanReport for each epoch: the mean of each metric, and the standard error of the mean as NAME_stderr; timings
         are means alone. The last one has the metrics of each training in its provenance. Before it, an EpochPart whenever a
         training has finished an epoch that another has not.
 
     Raises:
+        EndedEarlyError: a training ended before the last epoch.
         ValueError: the trainable reports a metric whose name ends in _stderr, or the state is not of these seeds.
     """
     saved = _saved_states(state, seeds)
@@ -173,8 +207,7 @@ def train_replicates(
         while reported < max_epochs:
             behind = _first_behind(trainings, reported)
             if behind is not None:
-                if not behind.advance():
-                    return
+                behind.advance(max_epochs)
                 if _first_behind(trainings, reported) is not None:
                     yield EpochPart(all_states)
                 continue
@@ -207,20 +240,38 @@ def _report(
     for report in reports:
         provenance |= getattr(report, "provenance", {})
     if is_last:
-        provenance[SEEDS] = [{"seed": each.seed, "metrics": _finite(each.metrics)} for each in trainings]
-    warnings = dict.fromkeys(getattr(report, "warning", "") for report in reports)
-    return EpochReport(
+        provenance |= list_seeds({STATES: [{"seed": each.seed, "metrics": each.metrics} for each in trainings]})
+    warnings = dict.fromkeys([*(getattr(report, "warning", "") for report in reports), *_differences(trainings)])
+    return MeanReport(
         epoch,
         summarize([training.metrics for training in trainings]),
         state,
         provenance=provenance,
         warning="; ".join(filter(None, warnings)),
         needs_new_process=any(getattr(report, "needs_new_process", False) for report in reports),
+        seconds=sum(training.seconds for training in trainings),
     )
 
 
-def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+def list_seeds(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the part of a trial's provenance that has the metrics of each training, from the state of all of them."""
+
+    def finite(metrics: Mapping[str, float]) -> dict[str, float]:
+        return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+    return {SEEDS: [{"seed": each["seed"], "metrics": finite(each["metrics"])} for each in state[STATES]]}
+
+
+def _differences(trainings: Sequence[_Training]) -> Iterator[str]:
+    """Say which training lacks a metric that others have, or has a value that is not finite."""
+    names = dict.fromkeys(name for training in trainings for name in training.metrics)
+    for training in trainings:
+        for name in names:
+            value = training.metrics.get(name)
+            if value is None:
+                yield f"seed {training.seed} reported no {name}, so it has no mean"
+            elif not math.isfinite(value):
+                yield f"seed {training.seed}: {name} is {value}"
 
 
 def summarize(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -228,6 +279,7 @@ def summarize(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
     Args:
         metrics: {name: value} of each training, at least two. With a value that is not finite, neither are the results.
+            The mean of `images_per_second` is that of all images over all of their `train_seconds`.
 
     Raises:
         ValueError: the name of a metric ends in _stderr.
@@ -239,7 +291,9 @@ def summarize(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
             continue
         if name.endswith(STDERR_SUFFIX):
             raise ValueError(f"with replicates, the name of a metric must not end in {STDERR_SUFFIX}, as {name!r} does")
-        summary[name] = sum(values) / len(values)
+        weights = [each.get("train_seconds", 1.0) if name == "images_per_second" else 1.0 for each in metrics]
+        total = sum(weights) or 1.0
+        summary[name] = sum(value * weight for value, weight in zip(values, weights, strict=True)) / total
         if not is_timing(name):
             is_finite = all(map(math.isfinite, values))
             summary[name + STDERR_SUFFIX] = _standard_error(values) if is_finite else math.nan

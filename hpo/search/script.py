@@ -106,11 +106,17 @@ def run_script(
             if epoch >= max_epochs:
                 last_epoch = ScriptEpoch(epoch, metrics)
             else:
-                if takes_turns:
-                    _signal_group(script, signal.SIGSTOP)
-                yield ScriptEpoch(epoch, metrics)
-                if takes_turns:
-                    _signal_group(script, signal.SIGCONT)
+                if not takes_turns:
+                    yield ScriptEpoch(epoch, metrics)
+                    continue
+                _signal_group(script, signal.SIGSTOP)
+                try:
+                    yield ScriptEpoch(epoch, metrics)
+                except GeneratorExit:
+                    # Asked to end, it could train and save one more epoch, which nobody would read.
+                    _signal_group(script, signal.SIGKILL)
+                    raise
+                _signal_group(script, signal.SIGCONT)
         else:
             failure = _wait(script)
             stderr_copier.join(STDERR_SECONDS)

@@ -18,13 +18,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from hpo.paths import HANG_FILE, LOG_FILE, SCRIPT_DIR, seed_log
 from hpo.search.adoption import Adopted, adopt_checkpoint
 from hpo.search.checkpoint_writer import CheckpointWriter
 from hpo.search.checkpoints import Checkpoint, TakenOverError, load_checkpoint, trim_checkpoints
-from hpo.search.replicates import EpochPart, train_replicates
+from hpo.search.replicates import SEED_NOTE, EndedEarlyError, EpochPart, list_seeds, train_replicates
 from hpo.search.script import ScriptError, run_script
 from hpo.space.command import CHECKPOINT_DIR, build_arguments, uses_checkpoint_dir
 from hpo.trainable import DEFAULT_TRAINABLE, FINAL_METRICS, STDERR_SUFFIX, load_trainable
@@ -140,21 +140,33 @@ class TrialPaused(Exception):  # noqa: N818 # not an error
     """Thrown into the generator of `run_trial`: the trial ends here, and its last epoch is saved."""
 
 
+_hang_file: IO[str] | None = None  # where the watchdog of this process leaves the tracebacks, while it watches
+
+
 @contextmanager
 def watchdog(spec: TrialSpec) -> Iterator[None]:
     """Kill this process if an epoch takes too long, and leave the traceback of every thread in the trial's folder."""
+    global _hang_file  # a process has one watchdog
     if spec.timeout is None:
         yield
         return
     folder = Path(spec.folder)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / HANG_FILE).open("w") as file:
-        # Runs in C, without the GIL: it also catches a hang inside a library.
-        faulthandler.dump_traceback_later(spec.timeout, exit=True, file=file)
+        _hang_file = file
+        _restart_watchdog(spec)
         try:
             yield
         finally:
             faulthandler.cancel_dump_traceback_later()
+            _hang_file = None
+
+
+def _restart_watchdog(spec: TrialSpec) -> None:
+    """Let the time of an epoch begin, if it is limited."""
+    if spec.timeout is not None and _hang_file is not None:
+        # Runs in C, without the GIL: it also catches a hang inside a library.
+        faulthandler.dump_traceback_later(spec.timeout, exit=True, file=_hang_file)
 
 
 def run_trial(spec: TrialSpec) -> Generator[TrialReport, None, str]:
@@ -176,7 +188,7 @@ def run_trial(spec: TrialSpec) -> Generator[TrialReport, None, str]:
             return ""
         except TakenOverError:
             last = TrialReport(is_taken_over=True)
-        except ScriptError as error:
+        except (ScriptError, EndedEarlyError) as error:
             last = TrialReport(failure=str(error))
         except Exception as error:  # noqa: BLE001 # any error of a trainable fails the trial, not the worker
             last = _describe_failure(error, spec)
@@ -246,6 +258,9 @@ def _report_epochs(spec: TrialSpec) -> Generator[TrialReport, None, str]:
     recorded: Mapping[str, Any] | None = None  # the provenance of the last report
     shown = ""  # the last warning of the trainable
     earlier = {epoch: metrics for epoch, metrics in history.items() if epoch < stored_epoch}
+    of_end: dict[str, Any] = {}  # what the provenance has after the last epoch
+    if checkpoint and spec.replicates > 1 and checkpoint.epoch == spec.max_epochs:
+        of_end = list_seeds(checkpoint.state)
     for epoch in sorted(history):
         # Including the last stored epoch: the driver may have died before it acted on it.
         if epoch >= stored_epoch:
@@ -255,7 +270,7 @@ def _report_epochs(spec: TrialSpec) -> Generator[TrialReport, None, str]:
                 is_recalled=True,
                 history=earlier,
                 continued_epoch=continued_epoch,
-                provenance=_news(device, recorded),
+                provenance=_news(device | (of_end if epoch == spec.max_epochs else {}), recorded),
             )
             earlier, continued_epoch, recorded = {}, None, device
     with closing(writer), closing(_start_epochs(spec, checkpoint)) as epochs:
@@ -264,6 +279,7 @@ def _report_epochs(spec: TrialSpec) -> Generator[TrialReport, None, str]:
             part_seconds = time.perf_counter() - started
             seconds += part_seconds
             if isinstance(finished, EpochPart):
+                _restart_watchdog(spec)
                 if keeps_checkpoints:
                     unsaved = writer.part_ended(history, finished.state, part_seconds)
                     if spec.command is not None:  # as after an epoch
@@ -274,7 +290,7 @@ def _report_epochs(spec: TrialSpec) -> Generator[TrialReport, None, str]:
             metrics = {_checked_name(name): float(value) for name, value in finished.metrics.items()}
             # Any object with an epoch, metrics and a state is a report.
             provenance = {**device, **_checked_provenance(getattr(finished, "provenance", {}))}
-            metrics["epoch_seconds"] = seconds
+            metrics["epoch_seconds"] = getattr(finished, "seconds", seconds)
             history[finished.epoch] = metrics
             if keeps_checkpoints:
                 unsaved = writer.epoch_ended(finished.epoch, history, finished.state, part_seconds)
@@ -374,6 +390,9 @@ def _describe_failure(error: Exception, spec: TrialSpec) -> TrialReport:
 
     is_short = is_out_of_memory(error)
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    for note in getattr(error, "__notes__", ()):
+        if note.startswith(SEED_NOTE):
+            text = f"seed {note.removeprefix(SEED_NOTE)}: {text}"
     return TrialReport(
         failure=_encodable(f"out of memory: {text}" if is_short else text),
         traceback=_encodable(traceback.format_exc()),

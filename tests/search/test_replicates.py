@@ -8,6 +8,7 @@ import random
 import statistics
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future
 from functools import partial
@@ -20,8 +21,8 @@ import torch
 
 from benchmarks.toy import Report, expected_value
 from hpo.search import checkpoint_writer
-from hpo.search.replicates import EpochPart, summarize, train_replicates
-from hpo.search.worker import TrialPaused, TrialReport, run_trial
+from hpo.search.replicates import EpochPart, MeanReport, summarize, train_replicates
+from hpo.search.worker import TrialPaused, TrialReport, run_trial, watchdog
 from hpo.trainable import EpochReport
 from storage.database import Database
 from tests.factories import search_without_ray, take_reports, toy_space, trial_spec
@@ -99,7 +100,7 @@ def test_trainings_take_turns_and_an_epoch_is_reported_when_all_have_finished_it
     recorder = Recorder()
     trainings = train_replicates(recorder, SEEDS, max_epochs=3)
     kinds = [type(next(trainings)) for _ in range(3)]
-    assert kinds == [EpochPart, EpochPart, EpochReport]
+    assert kinds == [EpochPart, EpochPart, MeanReport]
     assert recorder.events == [(5, 1), (6, 1), (7, 1)]
     rest = reports_of(trainings)
     assert [(each.epoch, each.metrics["value"]) for each in rest] == [(2, 12.0), (3, 18.0)]
@@ -148,6 +149,26 @@ def test_an_error_says_in_which_training_it_happened(tmp_path: Path) -> None:
     assert caught.value.__notes__ == ["in the training with seed 6"]
 
 
+def test_what_one_training_lacks_or_breaks_is_said() -> None:
+    def start(seed: int, _: object) -> Generator[EpochReport, None, None]:
+        metrics = {5: {"a": 1.0, "b": 1.0}, 6: {"a": 1.0}, 7: {"a": 1.0, "b": math.nan}}[seed]
+        yield EpochReport(1, metrics, dict)
+
+    (report,) = reports_of(train_replicates(start, SEEDS, max_epochs=1))
+    assert report.warning == "seed 6 reported no b, so it has no mean; seed 7: b is nan"
+
+
+def test_a_script_that_prints_more_epochs_has_ended_all_the_same() -> None:
+    recorder = Recorder({5: (1, 2), 6: (1, 4), 7: (1, 2)})
+    assert [each.epoch for each in reports_of(train_replicates(recorder, SEEDS, max_epochs=2))] == [1, 2]
+
+
+def test_images_per_second_are_those_of_all_trainings() -> None:
+    fast, slow = ({"images_per_second": speed, "train_seconds": 100 / speed} for speed in (100.0, 10.0))
+    found = summarize([fast, slow])
+    assert found["images_per_second"] * found["train_seconds"] == pytest.approx(100.0)
+
+
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
 
@@ -164,6 +185,32 @@ def test_a_trial_resumes_from_each_part_with_the_same_numbers(steps: int) -> Non
     assert [(each.epoch, each.metrics) for each in found] == [(each.epoch, each.metrics) for each in whole]
     assert found[-1].provenance == whole[-1].provenance
     assert set(first.events) & set(second.events) == set(), "no training repeats an epoch"
+
+
+def test_random_numbers_in_a_state_are_those_of_its_training() -> None:
+    """As a trainable that uses the global generator saves it, to resume with the same numbers."""
+
+    def start(seed: int, state: Mapping[str, Any] | None) -> Generator[EpochReport, None, None]:
+        torch.manual_seed(seed)
+        if state is not None:
+            torch.set_rng_state(state["rng"])
+        for epoch in range(1 + (state["epoch"] if state else 0), 4):
+            value = float(torch.rand(()))
+
+            def save(epoch: int = epoch) -> dict[str, Any]:
+                return {"epoch": epoch, "rng": torch.get_rng_state()}
+
+            yield EpochReport(epoch, {"value": value}, save)
+
+    whole = [each.metrics for each in reports_of(train_replicates(start, SEEDS, max_epochs=3))]
+    for steps in range(1, 9):
+        trainings = train_replicates(start, SEEDS, max_epochs=3)
+        before = [next(trainings) for _ in range(steps)]
+        state = before[-1].state()
+        after = reports_of(train_replicates(start, SEEDS, max_epochs=3, state=state))
+        assert [each.metrics for each in (*reports_of(iter(before)), *after)] == whole
+        rest = reports_of(trainings)
+        assert [each.metrics for each in (*reports_of(iter(before)), *rest)] == whole, "saving changes nothing"
 
 
 def test_a_checkpoint_of_other_seeds_is_refused() -> None:
@@ -223,6 +270,7 @@ def test_a_kill_in_the_middle_of_an_epoch_costs_the_training_that_was_under_way_
     trained = log.read_text().split()
     assert trained == ["0:1", "1:1", "2:1", "0:2", "1:2", "2:2", "2:2", "0:3", "1:3", "2:3", "0:4", "1:4", "2:4"]
     assert [each.metrics["value"] for each in reports] == [1.0, 2.0, 3.0, 4.0]
+    assert reports[1].metrics["epoch_seconds"] >= 0.15, "with those of the trainings that had finished before"
 
 
 def dying(
@@ -242,6 +290,7 @@ def dying(
         is_first = not log.exists() or event not in log.read_text().split()
         with log.open("a") as file:
             file.write(f"{event}\n")
+        time.sleep(0.05)
         if event == "2:2" and is_first:
             raise KeyboardInterrupt
         yield Report(epoch, {"value": float(epoch)}, {"epoch": epoch})
@@ -261,14 +310,31 @@ def test_a_paused_trial_has_saved_its_last_epoch(tmp_path: Path) -> None:
 def test_a_training_that_ends_early_fails_the_trial(tmp_path: Path) -> None:
     spec = trial_spec(tmp_path, replicates=2, trainable="benchmarks.toy:failing", params={"how": "end_early"})
     *_, last = run_trial(spec)
-    assert last.failure == "the trainable ended after epoch 1 of 4"
+    assert last.failure == "seed 0: the trainable ended after epoch 1 of 4"
 
 
 def test_a_failure_names_the_seed_in_its_traceback(tmp_path: Path) -> None:
     spec = trial_spec(tmp_path, replicates=2, trainable="benchmarks.toy:failing", params={"how": "raise"})
     *_, last = run_trial(spec)
-    assert last.failure == "ValueError: the trainable's own words"
-    assert "in the training with seed 0" in last.traceback
+    assert last.failure == "seed 0: ValueError: the trainable's own words"
+
+
+def test_the_last_epoch_is_recalled_with_the_metrics_of_each_training(tmp_path: Path) -> None:
+    spec = trial_spec(tmp_path, replicates=2)
+    *_, end = take_reports(spec, 4)
+    (recalled,) = take_reports(trial_spec(tmp_path, replicates=2, stored_epoch=4), 1)
+    assert end.provenance is not None
+    assert recalled.provenance is not None
+    assert recalled.provenance["seeds"] == end.provenance["seeds"]
+    assert [each["seed"] for each in recalled.provenance["seeds"]] == [0, 1]
+
+
+def test_the_time_of_a_trial_is_limited_for_each_training(tmp_path: Path) -> None:
+    spec = trial_spec(tmp_path, replicates=3, timeout=1.0, params={"x": 1, "epoch_seconds": 0.5})
+    reports = run_trial(spec)
+    with watchdog(spec):
+        assert next(reports).epoch == 1
+    reports.close()
 
 
 # --- in a search ------------------------------------------------------------------------------------------------------
@@ -352,3 +418,22 @@ def test_scripts_resume_each_from_its_own_files_and_no_epoch_is_lost(
     reports.close()  # the scripts are stopped in their second epoch
     found: list[TrialReport] = take_reports(script_spec(stored_epoch=1), 4)
     assert [(each.epoch, each.metrics["value"]) for each in found] == [(1, 1.5), (2, 2.5), (3, 3.5), (4, 4.5)]
+
+
+ENDS_IN_ORDER = """
+    import signal
+    is_asked = []
+    signal.signal(signal.SIGTERM, lambda *_: is_asked.append(True))
+"""
+
+
+@pytest.mark.slow
+def test_scripts_that_finish_an_epoch_when_they_are_asked_to_end_do_not_run_ahead(
+    script_spec: Callable[..., Any], tmp_path: Path
+) -> None:
+    script = textwrap.dedent(ENDS_IN_ORDER) + textwrap.dedent(SCRIPT) + "    if is_asked: raise SystemExit\n"
+    (tmp_path / "train.py").write_text(script)
+    reports = run_trial(script_spec())
+    assert next(reports).epoch == 1
+    reports.close()
+    assert [(tmp_path / f"trial/script/seed-{seed}/epoch").read_text() for seed in (0, 1)] == ["1", "1"]
