@@ -21,6 +21,7 @@ from tests.end_to_end.processes import (
 )
 
 EPOCH_SECONDS = 0.5
+LEAST_SECONDS = 0.9 * EPOCH_SECONDS  # the driver hears a moment later that a worker has started
 SOME_SECONDS = 4.0  # a third of what all trials take
 
 
@@ -49,7 +50,7 @@ def test_a_budget_of_device_time_survives_kill_9_and_is_shared_by_two_drivers(
     driver.kill()
     hold.unlink()
     used = dict(rows(database, "SELECT number, seconds FROM hpo_usage JOIN trials ON trial_id = trial"))
-    assert all(used[number] >= epoch * EPOCH_SECONDS for number, epoch in last_epochs(database).items())
+    assert all(used[number] >= epoch * LEAST_SECONDS for number, epoch in last_epochs(database).items())
 
     # Two drivers share the rest of a small budget, and stop after their epochs.
     limit = device_seconds(database) + SOME_SECONDS
@@ -75,5 +76,5 @@ def test_a_budget_of_device_time_survives_kill_9_and_is_shared_by_two_drivers(
     assert start_driver(path, *with_budget(3600.0)).wait() == 0
     check_chains(database)
     computed = len(log.read_text().splitlines())
-    assert device_seconds(database) >= computed * EPOCH_SECONDS, "epochs that the kill lost count, too"
+    assert device_seconds(database) >= computed * LEAST_SECONDS, "epochs that the kill lost count, too"
     assert rows(database, "SELECT count(*) FROM hpo_usage WHERE seconds = 0") == [(0,)]
