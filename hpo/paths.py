@@ -23,9 +23,7 @@ CONFIGURATION_FILE = "configuration.json"  # in a trial's folder: whose files th
 COPYING_FILE = "copying.json"  # in the folder of a study that is being copied: which study, to which database
 DATABASES_FILE = "databases.txt"  # in a study's folder: which databases have trained its trials, one a line
 DELETED_FILE = "deleted.txt"  # in a study's folder: the name under which `hpo delete` deletes it
-PARENT_SUFFIX = (
-    ".parent"  # after a trial's number: next to its folder, the files of the trial that it continues, in a copy
-)
+PARENT_SUFFIX = ".parent"  # after a trial's number, in a copy: the folder with the files of the trial that it continues
 SCRIPT_DIR = "script"  # in a trial's folder: {checkpoint_dir} of its script
 
 MAX_FOLDER_BYTES = 200  # of the name of a report's folder; file systems allow 255

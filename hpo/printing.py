@@ -36,12 +36,11 @@ def print_results(console: Console, results: Results) -> None:
     from hpo.report.tables import describe_schedule, describe_ties, device_time, failures, trial_table
 
     console.print(trial_table(results, console))
-    ties = describe_ties(results)
-    if ties and results.best is not None:
-        console.print(f"Trial {results.best.number} is the best, {ties}.", soft_wrap=True)
-    schedule = "" if results.best is None else describe_schedule(results, results.best)
-    if schedule and results.best is not None:
-        console.print(f"Trial {results.best.number}, the best one, has had {schedule}.", soft_wrap=True)
+    best = results.best
+    if best is not None and (ties := describe_ties(results)):
+        console.print(f"Trial {best.number} is the best, {ties}.", soft_wrap=True)
+    if best is not None and (schedule := describe_schedule(results, best)):
+        console.print(f"Trial {best.number}, the best one, has had {schedule}.", soft_wrap=True)
     for line in device_time(results):
         console.print(line, soft_wrap=True)
     for line in failures(results):

@@ -152,7 +152,7 @@ def _unfinished(connection: sa.Connection, study_id: int) -> list[Any]:
         )
         .join(ours, ours.c.trial == trial.c.trial_id, isouter=True)
         .join(owner, owner.c.run == ours.c.run, isouter=True)
-        .where(trial.c.study_id == study_id, trial.c.state.in_([TrialState.RUNNING, TrialState.WAITING]))
+        .where(trial.c.study_id == study_id, trial.c.state.in_(optuna_tables.UNFINISHED))
         .order_by(trial.c.number)
     )
     return list(connection.execute(query))

@@ -44,7 +44,6 @@ _OF_TRIAL = (
     tables.imports,
     tables.usage,
 )
-_UNFINISHED = {TrialState.RUNNING, TrialState.WAITING}
 _ENDED = {TrialState.COMPLETE, TrialState.PRUNED}  # for good
 
 Rows = list[dict[str, Any]]
@@ -264,7 +263,7 @@ class _Copying:
         table = optuna_tables.trials
         rows = self._read(table, table.c.study_id == self._source.study_id, keys=True)
         known = [row.pop("trial_id") for row in rows]
-        unfinished = {each for each, row in zip(known, rows, strict=True) if row["state"] in _UNFINISHED}
+        unfinished = {each for each, row in zip(known, rows, strict=True) if row["state"] in optuna_tables.UNFINISHED}
         self._ended = {each: row["number"] for each, row in zip(known, rows, strict=True) if row["state"] in _ENDED}
         for row in rows:
             row["study_id"] = study_id

@@ -32,6 +32,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from storage.optuna_internals import BEST_TRIALS, DRAFT_ID, RELATIVE_PARAMS
 from storage.optuna_tables import (
+    UNFINISHED,
     decode_intermediate_value,
     decode_value,
     intermediate_values,
@@ -46,7 +47,6 @@ from storage.studies import Study
 MIN_LIMIT = 10 * BEST_TRIALS  # a tenth of the finished trials count as the best, until these are BEST_TRIALS
 
 _ENDED = (TrialState.COMPLETE, TrialState.PRUNED)  # final: nothing changes the state or values of such a trial
-_UNFINISHED = (TrialState.RUNNING, TrialState.WAITING)
 # Draws that are shown as infeasible; at most half as many as finished trials, so that TPE does not learn from them alone.
 _REFUSED = 50
 _FIRSTS_SHARE = 4  # at most a quarter of the limit shows sets of parameters
@@ -258,7 +258,7 @@ def _freeze(
 
 def _read_unfinished(connection: sa.Connection, of_study: sa.ColumnElement[bool]) -> dict[int, FrozenTrial]:
     table, attribute = trial_table, trial_system_attributes
-    condition = sa.and_(of_study, table.c.state.in_(_UNFINISHED))
+    condition = sa.and_(of_study, table.c.state.in_(UNFINISHED))
     rows = connection.execute(sa.select(table.c.trial_id, table.c.number, table.c.state).where(condition)).all()
     if not rows:
         return {}

@@ -41,6 +41,7 @@ trial_system_attributes = _table(models.TrialSystemAttributeModel)
 intermediate_values = _table(models.TrialIntermediateValueModel)
 
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+UNFINISHED = (TrialState.RUNNING, TrialState.WAITING)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from storage.errors import RETRY_SECONDS, retry_while_down
 from storage.records import CONTINUED_FROM
 from storage.studies import Study
 
-_MAY_START = (TrialState.RUNNING, TrialState.WAITING, TrialState.FAIL)
+_MAY_START = (*optuna_tables.UNFINISHED, TrialState.FAIL)
 
 
 @dataclass(frozen=True)

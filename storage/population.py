@@ -71,7 +71,7 @@ class PopulationBased:
     """Replaces the worst members by copies of the best ones. A `storage.pruners.Pruner`.
 
     Values of the same epoch are compared: those of all lines that have reached it so far. If a trial is among the worst, it
-    ends, and its successor starts from the checkpoint of one of the best that still trains. Without such a one, it goes on.
+    ends, and its successor starts from the checkpoint of one of the best that still trains. If there is none, it continues.
 
     Args:
         maximize: whether larger values are better.
@@ -107,7 +107,7 @@ class PopulationBased:
         # A trial that has ended may lose its checkpoint any time. Locked, so that it does not end before the successor is
         # there, which protects the checkpoint.
         owners = ownership.owners(connection, better) if better else {}
-        training = [each for each in better if each in owners and owners[each].state in _UNFINISHED]
+        training = [each for each in better if each in owners and owners[each].state in optuna_tables.UNFINISHED]
         if not training:
             return False
         rng = random.Random(f"{self.seed}/{number}/{epoch}")
@@ -130,9 +130,6 @@ class PopulationBased:
 
     def prepare(self, connection: sa.Connection, study_id: int) -> None:
         """Do nothing: members are compared from now on."""
-
-
-_UNFINISHED = {TrialState.RUNNING, TrialState.WAITING}
 
 
 def _born(connection: sa.Connection, trial_id: int) -> int:

@@ -76,8 +76,8 @@ class TrialQueue:
         self._history = None if history_limit is None else History(study, history_limit)
         if self._history is not None:
             optuna_internals.show_trials(study.optuna_study, self._history.trials)
-        self._all_points: list[Params] = []
-        self._points: list[Params] = []  # those that no run is known to have claimed; the next one is last
+        self._all_points: list[tuple[str, Params]] = []  # each with its key
+        self._points: list[tuple[str, Params]] = []  # those that no run is known to have claimed; the next one is last
         self._distributions: Mapping[str, BaseDistribution] = {}
         self._attrs: Mapping[str, Mapping[str, Any]] = {}  # {key of a point: user attributes of its trial}
         self._planned: set[str] | None = None  # keys of all points of a grid
@@ -98,13 +98,13 @@ class TrialQueue:
         attrs: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         """Set the points that `claim` returns, in this order; see `storage.run.Run.enqueue`."""
-        self._all_points = list(points)
+        self._all_points = [(self._config_key(point), point) for point in points]
         self._points = self._all_points[::-1]
         self._compared_keys = None
         self._distributions = distributions
         self._attrs = attrs or {}
         if self._draw is None:
-            self._planned = {self._config_key(point) for point in self._all_points}
+            self._planned = {key for key, _ in self._all_points}
         self._known_keys = self._retry(lambda: records.read_keys(self._database, self._run.study_id))
 
     def claim(self, *, new: bool = True) -> ClaimedTrial | None:
@@ -228,8 +228,7 @@ class TrialQueue:
         """Create a trial for the next point that no run has claimed."""
         max_trials = None if self._draw is None else self._max_trials
         while self._points:
-            point = self._points[-1]
-            key = self._config_key(point)
+            key, point = self._points[-1]
             if key not in self._known_keys:
                 distributions = {name: self._distributions[name] for name in point}
                 configuration = Configuration(key, point, distributions, attrs=self._attrs.get(key, {}))
@@ -247,7 +246,7 @@ class TrialQueue:
     def _compare_points(self) -> None:
         """Queue the points again that the database lacks: an older copy may have been restored since they were claimed."""
         self._known_keys = self._retry(lambda: records.read_keys(self._database, self._run.study_id))
-        self._points = [each for each in self._all_points[::-1] if self._config_key(each) not in self._known_keys]
+        self._points = [each for each in self._all_points[::-1] if each[0] not in self._known_keys]
         self._compared_keys = len(self._known_keys)
 
     def _claim_drawn(self, token: int) -> ClaimedTrial | None:

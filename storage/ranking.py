@@ -63,7 +63,7 @@ def count_since_best(study: Study, directions: Sequence[Direction]) -> SinceBest
         .limit(1)
     )
     has_ended = trial.c.state.in_((TrialState.COMPLETE, TrialState.PRUNED))
-    is_open = trial.c.state.in_((TrialState.RUNNING, TrialState.WAITING))
+    is_open = trial.c.state.in_(optuna_tables.UNFINISHED)
 
     def read() -> SinceBest:
         with study.database.engine.connect() as connection:
@@ -95,7 +95,7 @@ def count_created_since(study: Study, best: int) -> float:
     """
     trial = optuna_tables.trials
     of_study = trial.c.study_id == study.study_id
-    is_open = trial.c.state.in_((TrialState.RUNNING, TrialState.WAITING))
+    is_open = trial.c.state.in_(optuna_tables.UNFINISHED)
     query = sa.select(
         sa.select(sa.func.max(trial.c.number)).where(of_study).scalar_subquery().label("last"),
         sa.exists().where(of_study, is_open, trial.c.number < best).label("has_earlier"),

@@ -343,7 +343,7 @@ def read_retried(connection: sa.Connection, study_id: int) -> set[int]:
 
 
 def read_wanted(connection: sa.Connection, study_id: int) -> set[int]:
-    """Return the ids of the WAITING trials of a study that a user wants, whatever is planned: enqueued, or retried."""
+    """Return the ids of the WAITING trials of a study that a user enqueued or retried: they run, planned or not."""
     trial, attr, system = (
         optuna_tables.trials,
         optuna_tables.trial_user_attributes,
@@ -368,7 +368,7 @@ def count_retried(database: Database, study_id: int | None = None) -> dict[int, 
     trial, attr = optuna_tables.trials, optuna_tables.trial_user_attributes
     is_retried = sa.and_(attr.c.trial_id == trial.c.trial_id, attr.c.key == RETRIED)
     query = sa.select(trial.c.study_id, sa.func.count().label("trials")).join(attr, is_retried)
-    query = query.where(trial.c.state.in_([TrialState.RUNNING, TrialState.WAITING]))
+    query = query.where(trial.c.state.in_(optuna_tables.UNFINISHED))
     if study_id is not None:
         query = query.where(trial.c.study_id == study_id)
     with database.engine.connect() as connection:

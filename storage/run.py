@@ -85,9 +85,8 @@ class Run:
         self._pruner = pruner
         self._takes_turns = takes_turns
         self._crashes: dict[int, int] = {}  # {token: crashes}
-        self._best_number: int | None = (
-            None  # of the best trial when trials were counted last, unless an earlier one ran
-        )
+        # Of the best trial when trials were counted last; None if an earlier one ran then, which may become the best.
+        self._best_number: int | None = None
         self._leaves_at: float | None = None  # by the monotonic clock
         self._lease = Lease(
             study.database,

@@ -143,5 +143,5 @@ def configuration_table(
         table.add_row(*row, states.get(key) or outlooks.get(key, "to be run"))
     if len(points) > MAX_ROWS:
         table.caption = f"and {len(points) - MAX_ROWS} more"
-    beside = f", {left} of which {'is left as it is' if left == 1 else 'are left as they are'}" if left else ""
-    return Group(f"{len(points)} configurations{beside}; {stored}.", table)
+    left_as_is = f", {left} of which {'is left as it is' if left == 1 else 'are left as they are'}" if left else ""
+    return Group(f"{len(points)} configurations{left_as_is}; {stored}.", table)

@@ -69,9 +69,8 @@ class Comparison:
             raise RefusalError(f"sampler {sampler} uses only results that stand")
         key = self._space.config_key(translation.params) if is_reused else None
         last = max(values)
-        if (
-            state == "PRUNED" and self._space.objectives is not None
-        ):  # Optuna's TPE ranks pruned trials by one objective
+        # Optuna's TPE ranks pruned trials by one objective.
+        if state == "PRUNED" and self._space.objectives is not None:
             raise RefusalError("it was stopped early, and a search with several objectives has no use for it")
         return ImportedTrial(
             origin,

@@ -92,8 +92,10 @@ class _Training:
         return {"epoch": self.epoch, "metrics": self.metrics, "seconds": self.seconds, "state": self._read_state()}
 
     def _read_state(self) -> Mapping[str, Any] | None:
-        if self.state is None or self._random is None:
-            return None if self.state is None else self.state()
+        if self.state is None:
+            return None
+        if self._random is None:  # it was read, and the training has not started
+            return self.state()
         others = _RandomState.read()
         self._random.restore()  # it may be part of the state
         try:
@@ -112,7 +114,7 @@ class _Training:
         try:
             with self._own_random_numbers():
                 if self._epochs is None:
-                    self._epochs = self.start(self.seed, None if self.state is None else self.state())
+                    self._epochs = self.start(self.seed, self._read_state())
                 report = next(self._epochs, None)
         except ScriptError as error:
             raise ScriptError(f"seed {self.seed}: {error}") from None
@@ -233,9 +235,8 @@ def _first_behind(trainings: Sequence[_Training], reported: int) -> _Training | 
 def _report(
     trainings: Sequence[_Training], epoch: int, state: Callable[[], dict[str, Any]], *, is_last: bool
 ) -> EpochReport:
-    reports = [
-        training.report for training in trainings if training.report is not None
-    ]  # others were read from a state
+    # Others were read from a state.
+    reports = [training.report for training in trainings if training.report is not None]
     provenance: dict[str, Any] = {}
     for report in reports:
         provenance |= getattr(report, "provenance", {})

@@ -20,7 +20,7 @@ KEPT_NUMBERS = {"imagenet": 94_000, "cifar": 917_000}
 WEIGHTS = 11_200_000
 # Those that change what a training step costs, in time or memory.
 SHAPE_PARAMS = ("batch_size", "stem", "width", "precision", "optimizer", "ema", "deterministic")
-# Those that cannot change when a training goes on from a checkpoint: they decide what its state holds, or which kernels run
+# Those that cannot change when a training resumes from a checkpoint: they decide what its state holds, or which kernels run
 CHECKPOINT_PARAMS = ("stem", "width", "optimizer", "ema", "precision", "deterministic")
 SIDE = 28  # pixels along a side of an image
 CHOICES = {"optimizer": OPTIMIZERS, "stem": STEMS, "precision": PRECISIONS, "schedule": SCHEDULES}
