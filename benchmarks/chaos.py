@@ -98,6 +98,7 @@ class Plan:
         lease_seconds: of the drivers.
         faults: in the order in which they start.
         checkpoint_every: `auto`, or epochs between two checkpoints.
+        mode: of asha and hyperband.
     """
 
     sampler: str
@@ -112,6 +113,7 @@ class Plan:
     lease_seconds: float
     faults: tuple[Fault, ...]
     checkpoint_every: int | str
+    mode: str
 
     @property
     def trials(self) -> int:
@@ -152,7 +154,7 @@ class Plan:
             x = {"type": "int", "low": 1, "high": self.points}
         scheduler: dict[str, Any] = {"name": self.scheduler}
         if self.scheduler in {"asha", "hyperband"}:
-            scheduler |= {"reduction_factor": self.reduction_factor}
+            scheduler |= {"reduction_factor": self.reduction_factor, "mode": self.mode}
         return {
             "sampler": {"name": "tpe", "n_startup_trials": 3} if self.sampler == "tpe" else self.sampler,
             "scheduler": scheduler,
@@ -217,6 +219,7 @@ def draw_plan(draw: random.Random, kinds: Sequence[str]) -> Plan:
         lease_seconds,
         tuple(planned),
         draw.choice(CHECKPOINT_EVERY),
+        draw.choice(["stop", "promote"]),
     )
 
 
@@ -655,8 +658,8 @@ def describe(result: dict[str, Any]) -> str:
             f"round {result['round']} (--storage {result['storage']} --seed {result['seed']} --first {result['round']} "
             f"--rounds 1): {verdict} in {result['seconds']} s",
             f"{plan['drivers']} drivers of {plan['slots']} slots, lease {plan['lease_seconds']:g} s; {plan['sampler']}, "
-            f"{plan['scheduler']}, {budget}, {plan['max_epochs']} epochs of {plan['epoch_seconds']:g} s, "
-            f"checkpoint_every {plan['checkpoint_every']}",
+            f"{plan['scheduler']}, mode {plan['mode']}, {budget}, {plan['max_epochs']} epochs of "
+            f"{plan['epoch_seconds']:g} s, checkpoint_every {plan['checkpoint_every']}",
             *[f"{event['at']:5.1f} s: {event['kind']}, {event['details']}" for event in result["events"]],
             f"{result['starts']} starts of drivers, {result['lost_trials']} trials lost to another driver, "
             f"{result['unsaved']} checkpoints not written",

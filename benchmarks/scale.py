@@ -37,6 +37,7 @@ def measure_here(url: str, sampler: str, scheduler: str, seed: int) -> dict[str,
     """
     from hpo.search.samplers import build_pruner, build_sampler, history_limit
     from storage.database import open_database
+    from storage.pruners import Decision
     from storage.run import Run
     from storage.studies import find_study
 
@@ -73,7 +74,7 @@ def measure_here(url: str, sampler: str, scheduler: str, seed: int) -> dict[str,
                 run.complete(claim, 0.5)
                 continue
             before = time.perf_counter()
-            if not run.decide(claim, 1, {"val_accuracy": 0.5}, 0.5):
+            if run.decide(claim, 1, {"val_accuracy": 0.5}, 0.5) is Decision.CONTINUE:
                 run.complete(claim, 0.5)
             decisions.append(time.perf_counter() - before)
     return {

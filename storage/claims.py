@@ -18,6 +18,7 @@ from storage import optuna_tables, ownership, records, tables, usage
 from storage.database import Database
 from storage.errors import StorageError
 from storage.ownership import ClaimedTrial, RunKey
+from storage.promotion import PromotingHalving, forget
 from storage.records import (
     CONTINUED_FROM,
     DUPLICATE,
@@ -41,6 +42,8 @@ class Scan:
         others_are_running: whether other living runs work on trials.
         failed: {number: reason} of trials that were taken from dead runs and not resumed, because they failed too often.
         keys: how many configurations the study has; 0 if a trial was claimed.
+        some_wait: whether trials wait at a rung, and may train on once others have trained.
+        stopped: {number: epoch} of trials that waited at a rung, and end now.
     """
 
     claim: ClaimedTrial | None
@@ -48,6 +51,8 @@ class Scan:
     others_are_running: bool = False
     failed: dict[int, str] = field(default_factory=dict)
     keys: int = 0
+    some_wait: bool = False
+    stopped: dict[int, int] = field(default_factory=dict)
 
 
 def claim_existing(
@@ -60,6 +65,8 @@ def claim_existing(
     max_trials: int | None = None,
     planned: Collection[str] | None = None,
     fewest_epochs_first: bool = False,
+    promotion: PromotingHalving | None = None,
+    is_last: bool = False,
 ) -> Scan:
     """Take over the trials of dead runs, and claim the WAITING trial that is nearest to a result.
 
@@ -76,6 +83,8 @@ def claim_existing(
             wants it: it was enqueued through Optuna, or retried.
         fewest_epochs_first: whether the trial with the fewest epochs is claimed: the members of a population advance
             together. Otherwise one that has epochs.
+        promotion: decides which of the trials that wait at a rung train on; None claims those, too, at any time.
+        is_last: whether the run creates no trial now. If no run has another trial then, those that still wait end.
 
     Raises:
         StorageError: the study was deleted.
@@ -108,11 +117,28 @@ def claim_existing(
         if planned is not None and any(row.key not in planned for row in resumable):
             wanted = records.read_wanted(connection, run.study_id)
             resumable = [row for row in resumable if row.key in planned or row.trial_id in wanted]
+        at_rungs: list[int] = []  # ids of those that wait there
+        idle = {row.trial_id for row in waiting} | {row.trial_id for row in rows if row.number in failed}
+        is_alone = is_last and all(row.trial_id in idle for row in rows)
+        if promotion is not None:
+            held = set(connection.scalars(promotion.waiting_ids(run.study_id)))
+            at_rungs = [row.trial_id for row in resumable if row.trial_id in held]
+            promoted = list(promotion.find_promoted(connection, run.study_id, is_last=is_alone)) if at_rungs else []
+            by_id = {row.trial_id: row for row in resumable}
+            resumable = [row for row in resumable if row.trial_id not in held]
+            resumable += [by_id[trial_id] for trial_id in promoted if trial_id in by_id]
         for row in resumable:
             if row.trial_id in freed or _still_waits(connection, row):
                 _own(connection, run, row.trial_id, token)
+                if promotion is not None:
+                    forget(connection, row.trial_id)
                 return Scan(_claimed_with(connection, token), partial_ids, bool(others), failed)
-        return Scan(None, partial_ids, bool(others), failed, records.count_keys(connection, run.study_id))
+        stopped = {}
+        if promotion is not None and is_alone:
+            stopped = promotion.end_waiting(connection, run, at_rungs)
+        keys = records.count_keys(connection, run.study_id)
+        some_wait = bool(at_rungs) and not is_alone
+        return Scan(None, partial_ids, bool(others), failed, keys, some_wait=some_wait, stopped=stopped)
 
 
 def _enter(connection: sa.Connection, database: Database, run: RunKey) -> Any:

@@ -8,7 +8,7 @@ shows it, of a study with more finished trials than its limit:
 - the first trial with each set of parameters: TPE joins parameters into groups by those sets;
 - an even sample of the rest. It depends on the numbers of the study's finished trials only, so every run of a study, also
   one that resumes, sees the same trials;
-- all unfinished trials.
+- all unfinished trials. Those that wait at a rung of successive halving are shown as pruned there, and count as finished.
 
 It also shows the last configurations that this run drew and refused, because they break a constraint, as infeasible trials:
 TPE moves away from them. They are in no database.
@@ -30,6 +30,7 @@ from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from storage import optuna_internals
 from storage.optuna_internals import BEST_TRIALS, DRAFT_ID, RELATIVE_PARAMS
 from storage.optuna_tables import (
     UNFINISHED,
@@ -42,6 +43,7 @@ from storage.optuna_tables import (
 )
 from storage.optuna_tables import trials as trial_table
 from storage.pareto import direction_of, fronts_of
+from storage.promotion import PromotingHalving
 from storage.studies import Study
 
 MIN_LIMIT = 10 * BEST_TRIALS  # a tenth of the finished trials count as the best, until these are BEST_TRIALS
@@ -88,16 +90,18 @@ class History:
         study: the study.
         limit: how many finished trials are shown at most; at least MIN_LIMIT. It should not be less than the
             `n_startup_trials` of the sampler, which would draw at random for ever.
+        promotion: lets trials wait at rungs; None if none does.
 
     Raises:
         ValueError: the limit is too low to show the trials that TPE counts as the best ones.
     """
 
-    def __init__(self, study: Study, limit: int) -> None:
+    def __init__(self, study: Study, limit: int, promotion: PromotingHalving | None = None) -> None:
         if limit < MIN_LIMIT:
             raise ValueError(f"a history shows at least {MIN_LIMIT} finished trials, not {limit}")
         self._study = study
         self._limit = limit
+        self._promotion = promotion
         self._shown: list[FrozenTrial] = []
         self._refused: deque[FrozenTrial] = deque(maxlen=_REFUSED)
         self._frozen: dict[int, FrozenTrial] = {}  # the finished ones of them
@@ -135,16 +139,19 @@ class History:
         """
         with self._study.database.engine.connect() as connection:
             unfinished = self._read_changes(connection)
-            chosen = self._choose()
-            missing = [trial for trial_id, trial in chosen.items() if trial_id not in self._frozen]
+            at_rungs = self._read_at_rungs(connection, unfinished)
+            chosen = self._choose([_as_ended(trial, self._study.optuna_study.direction) for trial in at_rungs.values()])
+            missing = [each for each in chosen.values() if each.trial_id not in self._frozen.keys() | at_rungs.keys()]
             params = _read_params(connection, trial_table.c.trial_id.in_([each.trial_id for each in missing]))
         for each in missing:
             self._frozen[each.trial_id] = _freeze(
                 each.trial_id, each.number, each.state, params.get(each.trial_id, {}), each.values, each.last_value
             )
-        self._frozen = {trial_id: self._frozen[trial_id] for trial_id in chosen}
-        refused = list(self._refused)[-(len(chosen) // 2) :] if len(chosen) > 1 else []
-        self._shown = sorted([*self._frozen.values(), *refused, *unfinished], key=lambda trial: trial.number)
+        self._frozen = {trial_id: self._frozen[trial_id] for trial_id in chosen.keys() - at_rungs.keys()}
+        shown = [*self._frozen.values(), *(at_rungs[trial_id] for trial_id in chosen.keys() & at_rungs.keys())]
+        shown += [trial for trial in unfinished if optuna_internals.trial_id(trial) not in at_rungs]
+        shown += list(self._refused)[-(len(chosen) // 2) :] if len(chosen) > 1 else []
+        self._shown = sorted(shown, key=lambda trial: trial.number)
 
     def _read_changes(self, connection: sa.Connection) -> list[FrozenTrial]:
         """Note the trials that ended since the last call; return the unfinished ones."""
@@ -183,11 +190,36 @@ class History:
             if trial.number < first.number:
                 self._firsts[trial.names] = trial
 
-    def _choose(self) -> dict[int, _Ended]:
-        """Return {trial_id: finished trial to show}."""
-        firsts = sorted(self._firsts.values(), key=lambda trial: trial.number)[: self._limit // _FIRSTS_SHARE]
+    def _read_at_rungs(self, connection: sa.Connection, unfinished: list[FrozenTrial]) -> dict[int, FrozenTrial]:
+        """Return {trial_id: trial} of those that wait at a rung, as pruned ones."""
+        if self._promotion is None:
+            return {}
+        reached = self._promotion.read_waiting(connection, self._study.study_id)
+        found = {}
+        for trial in unfinished:
+            trial_id = optuna_internals.trial_id(trial)
+            if trial.state == TrialState.WAITING and trial_id in reached:
+                found[trial_id] = _freeze(trial_id, trial.number, TrialState.PRUNED, {}, None, reached[trial_id])
+                found[trial_id].params, found[trial_id].distributions = trial.params, trial.distributions
+        return found
+
+    def _choose(self, at_rungs: list[_Ended]) -> dict[int, _Ended]:
+        """Return {trial_id: trial to show as finished}.
+
+        Args:
+            at_rungs: trials that wait at a rung.
+        """
+        best, sample, by_names = self._best, self._sample, list(self._firsts.values())
+        if at_rungs:  # there is one objective
+            best = sorted([*best, *at_rungs], key=lambda trial: trial.rank)[:BEST_TRIALS]
+            sample = sorted([*sample, *at_rungs], key=lambda trial: trial.priority)[: self._limit]
+            first: dict[str, _Ended] = {}
+            for trial in sorted([*by_names, *at_rungs], key=lambda trial: trial.number):
+                first.setdefault(trial.names, trial)
+            by_names = list(first.values())
+        firsts = sorted(by_names, key=lambda trial: trial.number)[: self._limit // _FIRSTS_SHARE]
         chosen: dict[int, _Ended] = {}
-        for trial in [*self._best, *firsts, *self._sample]:
+        for trial in [*best, *firsts, *sample]:
             if len(chosen) == self._limit:
                 break
             chosen[trial.trial_id] = trial
@@ -227,6 +259,26 @@ def _rank(
     for epoch, last in last_value.items():
         return 1, -epoch, math.inf if math.isnan(last) else sign * last, number
     return 1, 1, 0.0, number
+
+
+def _as_ended(trial: FrozenTrial, direction: StudyDirection) -> _Ended:
+    """Return the summary of a pruned trial."""
+    last_value = trial.intermediate_values
+    rank = _rank(trial.state, trial.number, None, last_value, direction)
+    return _Ended(
+        optuna_internals.trial_id(trial),
+        trial.number,
+        trial.state,
+        None,
+        last_value,
+        ",".join(trial.params),
+        rank,
+        _priority(trial.number),
+    )
+
+
+def _priority(number: int) -> int:
+    return number * _GOLDEN_RATIO % 2**64
 
 
 def _freeze(
@@ -301,9 +353,8 @@ def _read_ended(
         final = None if kind is None else decode_value(number_, kind)
         last_value = {} if epoch is None else {epoch: decode_intermediate_value(last, last_kind)}
         rank = _rank(state, number, final, last_value, directions[0])
-        priority = number * _GOLDEN_RATIO % 2**64
         values = None if final is None else (final, *others.get(trial_id, ()))
-        found.append(_Ended(trial_id, number, state, values, last_value, names_ or "", rank, priority))
+        found.append(_Ended(trial_id, number, state, values, last_value, names_ or "", rank, _priority(number)))
     return found
 
 

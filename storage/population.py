@@ -22,7 +22,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import TrialState
 
 from storage import optuna_tables, ownership, records, tables
-from storage.pruners import Question
+from storage.pruners import Decision, Question
 from storage.records import REPLACED_BY, REPLACED_POOL, REPLACES, Params
 
 POOL = "pbt"  # of `hpo_rungs`: how the members did after each interval
@@ -88,12 +88,12 @@ class PopulationBased:
     seed: int
     breed: Breed
 
-    def decide(self, connection: sa.Connection, question: Question) -> bool:
+    def decide(self, connection: sa.Connection, question: Question) -> Decision:
         """See `Pruner.decide`. A trial that ends has a successor, which is WAITING."""
         study_id, trial_id = question.study_id, question.trial_id
         number, epoch, value = question.number, question.epoch, question.value
         if epoch % self.interval or epoch < question.first_epoch or epoch <= _born(connection, trial_id):
-            return False
+            return Decision.CONTINUE
         rungs = tables.rungs
         rung = {"trial": trial_id, "epoch": epoch, "pool": POOL, "study": study_id, "value": value}
         optuna_tables.upsert(connection, rungs, ("trial", "epoch", "pool"), [rung])
@@ -102,14 +102,14 @@ class PopulationBased:
         best_first = sorted(rows, key=lambda row: (-row.value if self.maximize else row.value, row.trial))
         count = min(math.ceil(len(rows) * self.quantile), len(rows) // 2)
         if trial_id not in [row.trial for row in best_first[len(rows) - count :]]:
-            return False
+            return Decision.CONTINUE
         better = [row.trial for row in best_first[:count] if row.value != value]
         # A trial that has ended may lose its checkpoint any time. Locked, so that it does not end before the successor is
         # there, which protects the checkpoint.
         owners = ownership.owners(connection, better) if better else {}
         training = [each for each in better if each in owners and owners[each].state in optuna_tables.UNFINISHED]
         if not training:
-            return False
+            return Decision.CONTINUE
         rng = random.Random(f"{self.seed}/{number}/{epoch}")
         parent = _member(connection, rng.choice(training))
         replaces = {"trial": number, "epoch": epoch}
@@ -123,7 +123,7 @@ class PopulationBased:
         row = {"trial": child_id, "study": study_id, "key": child.key, "claimed_epoch": epoch}
         connection.execute(tables.trials.insert(), row)
         connection.execute(rungs.insert(), {**rung, "pool": REPLACED_POOL})
-        return True
+        return Decision.END
 
     def complete(self, connection: sa.Connection, study_id: int, trial_id: int) -> None:
         """Do nothing: after the last epoch, nobody is replaced."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import binascii
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,11 +44,19 @@ class Question:
     first_epoch: int = 1
 
 
+class Decision(Enum):
+    """What becomes of a trial after an epoch."""
+
+    CONTINUE = "it trains on"
+    END = "it is PRUNED"
+    WAIT = "its run is to give it back; it trains on when it is claimed again, see `storage.promotion`"
+
+
 class Pruner(Protocol):
     """Decides in the transaction that stores an epoch. The caller has locked the study."""
 
-    def decide(self, connection: sa.Connection, question: Question) -> bool:
-        """Return whether a trial ends after an epoch, in the transaction that has stored it."""
+    def decide(self, connection: sa.Connection, question: Question) -> Decision:
+        """Return what becomes of a trial after an epoch, in the transaction that has stored it."""
 
     def complete(self, connection: sa.Connection, study_id: int, trial_id: int) -> None:
         """Note that a trial reached its last epoch."""
@@ -98,36 +108,40 @@ class SuccessiveHalving:
         place = binascii.crc32(f"{self.study_name}_{number}".encode()) % sum(budgets)
         return next(bracket for bracket in range(self.brackets) if place < sum(budgets[: bracket + 1]))
 
-    def decide(self, connection: sa.Connection, question: Question) -> bool:
+    def decide(self, connection: sa.Connection, question: Question) -> Decision:
         """See `Pruner.decide`."""
-        study_id, trial_id, epoch = question.study_id, question.trial_id, question.epoch
-        if epoch < self.min_epochs:
-            return False
-        bracket = self.bracket(question.number)
-        pool = self._pool(bracket)
-        query = sa.select(rungs.c.epoch).where(rungs.c.trial == trial_id, rungs.c.pool == pool)
-        done = set(connection.scalars(query))
-        for rung in self._rungs(bracket, epoch):
-            if rung in done:
-                continue
-            # An earlier epoch was stored without a decision, such as by a run without this pruner.
-            at_rung = question.value if rung == epoch else _value_at(connection, trial_id, rung)
-            if at_rung is None:
-                continue
-            row = {"trial": trial_id, "epoch": rung, "pool": pool, "study": study_id, "value": at_rung}
-            connection.execute(rungs.insert(), row)
-            if rung < question.first_epoch:
-                continue
-            of_rung = sa.and_(rungs.c.study == study_id, rungs.c.pool == pool, rungs.c.epoch == rung)
+        for rung, value in self.reach(connection, question):
+            of_rung = self.at_rung(question.study_id, self.pool(self.bracket(question.number)), rung)
             count = connection.scalar(sa.select(sa.func.count()).where(of_rung)) or 0
             best_first = rungs.c.value.desc() if self.maximize else rungs.c.value
             # The worst value that stays. Skipping rows is faster than counting those with better values.
             staying = max(1, count // self.reduction_factor)
             query = sa.select(rungs.c.value).where(of_rung).order_by(best_first).offset(staying - 1).limit(1)
             cutoff = connection.execute(query).scalar_one()
-            if cutoff > at_rung if self.maximize else cutoff < at_rung:
-                return True
-        return False
+            if cutoff > value if self.maximize else cutoff < value:
+                return Decision.END
+        return Decision.CONTINUE
+
+    def reach(self, connection: sa.Connection, question: Question) -> Iterator[tuple[int, float]]:
+        """Note the rungs that a trial has reached; yield each that was not noted and is judged, with its value."""
+        study_id, trial_id, epoch = question.study_id, question.trial_id, question.epoch
+        if epoch < self.min_epochs:
+            return
+        bracket = self.bracket(question.number)
+        pool = self.pool(bracket)
+        query = sa.select(rungs.c.epoch).where(rungs.c.trial == trial_id, rungs.c.pool == pool)
+        done = set(connection.scalars(query))
+        for rung in self.rungs_until(bracket, epoch):
+            if rung in done:
+                continue
+            # An earlier epoch was stored without a decision, such as by a run without this pruner.
+            value = question.value if rung == epoch else _value_at(connection, trial_id, rung)
+            if value is None:
+                continue
+            row = {"trial": trial_id, "epoch": rung, "pool": pool, "study": study_id, "value": value}
+            connection.execute(rungs.insert(), row)
+            if rung >= question.first_epoch:
+                yield rung, value
 
     def complete(self, connection: sa.Connection, study_id: int, trial_id: int) -> None:
         """Do nothing: the last epoch is no rung."""
@@ -141,28 +155,34 @@ class SuccessiveHalving:
         is_known = sa.exists().where(
             rungs.c.trial == values.c.trial_id,
             rungs.c.epoch == values.c.step,
-            rungs.c.pool.in_([self._pool(bracket) for bracket in range(self.brackets)]),
+            rungs.c.pool.in_([self.pool(bracket) for bracket in range(self.brackets)]),
         )
         query = of_study.add_columns(values.c.step, values.c.intermediate_value, trial.c.number).where(
-            values.c.step.in_({rung for bracket in range(self.brackets) for rung in self._rungs(bracket, last)}),
+            values.c.step.in_({rung for bracket in range(self.brackets) for rung in self.rungs_until(bracket, last)}),
             values.c.intermediate_value.is_not(None),
             ~is_known,
         )
         rows = []
         for trial_id, epoch, value, number in connection.execute(query):
             bracket = self.bracket(number)
-            if epoch in self._rungs(bracket, epoch):
-                pool = self._pool(bracket)
+            if epoch in self.rungs_until(bracket, epoch):
+                pool = self.pool(bracket)
                 rows.append({"trial": trial_id, "epoch": epoch, "pool": pool, "study": study_id, "value": value})
         if rows:
             connection.execute(_insert_new(connection), rows)
 
-    def _pool(self, bracket: int) -> str:
+    def pool(self, bracket: int) -> str:
+        """Return the pool in which the values of a bracket's trials are."""
         if self.brackets == 1:
             return "asha"  # with any rungs: a value belongs to its epoch
         return f"hyperband/{self.min_epochs}/{self.reduction_factor}/{self.brackets}/{bracket}"
 
-    def _rungs(self, bracket: int, epoch: int) -> list[int]:
+    @staticmethod
+    def at_rung(study_id: int, pool: str, rung: int) -> sa.ColumnElement[bool]:
+        """Return the condition for the rows of a rung."""
+        return sa.and_(rungs.c.study == study_id, rungs.c.pool == pool, rungs.c.epoch == rung)
+
+    def rungs_until(self, bracket: int, epoch: int) -> list[int]:
         """Return the epochs of the rungs of a bracket, up to an epoch."""
         found = []
         rung = self.min_epochs * self.reduction_factor**bracket
@@ -188,8 +208,11 @@ class Median:
     min_epochs: int
     startup_trials: int = 5
 
-    def decide(self, connection: sa.Connection, question: Question) -> bool:
+    def decide(self, connection: sa.Connection, question: Question) -> Decision:
         """See `Pruner.decide`."""
+        return Decision.END if self._is_worse(connection, question) else Decision.CONTINUE
+
+    def _is_worse(self, connection: sa.Connection, question: Question) -> bool:
         study_id, trial_id, epoch = question.study_id, question.trial_id, question.epoch
         if epoch < self.min_epochs:
             return False

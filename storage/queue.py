@@ -17,6 +17,7 @@ from storage.errors import RETRY_SECONDS, name_strange_content, retry_while_down
 from storage.history import History
 from storage.lease import RENEWAL_SHARE, Lease, is_run_dead
 from storage.ownership import ClaimedTrial
+from storage.promotion import PromotingHalving
 from storage.records import Params
 from storage.studies import Study
 
@@ -45,6 +46,7 @@ class TrialQueue:
         max_trials: see `storage.run.Run`.
         history_limit: see `storage.run.Run`.
         takes_turns: see `storage.run.Run`.
+        promotion: decides which of the trials that wait at a rung train on; None if no trial waits at one.
         is_settled: returns whether a claim of this run is over, see `storage.writer.Writer.is_settled`.
 
     Attributes:
@@ -63,6 +65,7 @@ class TrialQueue:
         history_limit: int | None,
         is_settled: Callable[[int], bool],
         takes_turns: bool = False,
+        promotion: PromotingHalving | None = None,
     ) -> None:
         self.finished = False
         self.exhausted = ""
@@ -73,7 +76,9 @@ class TrialQueue:
         self._draw = draw
         self._max_trials = max_trials
         self._takes_turns = takes_turns
-        self._history = None if history_limit is None else History(study, history_limit)
+        self._promotion = promotion
+        self._stopped: dict[int, int] = {}
+        self._history = None if history_limit is None else History(study, history_limit, promotion)
         if self._history is not None:
             optuna_internals.show_trials(study.optuna_study, self._history.trials)
         self._all_points: list[tuple[str, Params]] = []  # each with its key
@@ -85,6 +90,7 @@ class TrialQueue:
         self._is_settled = is_settled
         self._tokens: set[int] = set()  # of the claims that this run works on
         self._others_are_running = False
+        self._some_wait = False
         self._keys = 0  # how many the study had at the last scan
         self._compared_keys: int | None = None  # how many it had when the points were compared with them
         # {run: (its last renewal, for how many seconds no later one was seen, when this run looked last)}
@@ -126,9 +132,9 @@ class TrialQueue:
         claim = claim or (self._claim_new(token) if new else None)
         while claim is None and new:
             # Last, so that `finished` is true: another run may have claimed the last trial meanwhile.
-            claim = self._claim_existing(token)
+            claim = self._claim_existing(token, is_last=True)
             if claim is not None or self._draw is not None or self._keys == self._compared_keys:
-                self.finished = claim is None and not self._others_are_running
+                self.finished = claim is None and not self._others_are_running and not self._some_wait
                 break
             self._compare_points()
             claim = self._claim_point(token)
@@ -142,10 +148,20 @@ class TrialQueue:
         self._tokens.discard(claim.token)
         self._next_scan = 0.0
 
+    def take_stopped(self) -> dict[int, int]:
+        """See `storage.run.Run.take_stopped`."""
+        stopped, self._stopped = self._stopped, {}
+        return stopped
+
     # --- existing trials
 
-    def _claim_existing(self, token: int) -> ClaimedTrial | None:
-        """Claim a trial that a run released, a dead run left, or another program enqueued."""
+    def _claim_existing(self, token: int, *, is_last: bool = False) -> ClaimedTrial | None:
+        """Claim a trial that a run released, a dead run left, or another program enqueued.
+
+        Args:
+            token: of the claim.
+            is_last: whether this run creates no trial now.
+        """
         scan = self._retry(
             lambda: claims.claim_existing(
                 self._database,
@@ -156,11 +172,15 @@ class TrialQueue:
                 max_trials=None if self._draw is None else self._max_trials,
                 planned=self._planned,
                 fewest_epochs_first=self._takes_turns,
+                promotion=self._promotion,
+                is_last=is_last,
             )
         )
         for number, reason in scan.failed.items():
             logger.warning("trial %d failed: %s", number, reason)
         self._others_are_running = scan.others_are_running
+        self._some_wait = scan.some_wait
+        self._stopped |= scan.stopped
         self._keys = scan.keys
         claim = scan.claim
         if claim is not None:

@@ -17,7 +17,7 @@ from storage import optuna_tables, ownership, records, tables, usage
 from storage.database import Database
 from storage.optuna_tables import StudyKey
 from storage.ownership import ClaimedTrial
-from storage.pruners import Pruner, Question
+from storage.pruners import Decision, Pruner, Question
 
 # --- report, prune, end -----------------------------------------------------------------------------------------------
 
@@ -63,10 +63,12 @@ class Written:
     Attributes:
         lost: tokens of claims that do not hold any more. Their updates were dropped.
         pruned: tokens of claims whose trials the pruner ended.
+        waiting: tokens of claims whose trials wait from now on, see `pruners.Decision`.
     """
 
     lost: set[int]
     pruned: set[int]
+    waiting: set[int] = field(default_factory=set)
 
 
 def write(
@@ -92,6 +94,7 @@ def write(
     """
     lost: set[int] = set()
     pruned: set[int] = set()
+    waiting: set[int] = set()
     batches: dict[int, list[TrialUpdate]] = {}
     with database.transaction() as connection:
         updates = list(updates)
@@ -134,15 +137,18 @@ def write(
                     update.value or 0.0,
                     update.first_epoch,
                 )
-                if pruner.decide(connection, question):
-                    optuna_tables.end(connection, claim.trial_id, TrialState.PRUNED, update.value)
-                    pruned.add(claim.token)
+                match pruner.decide(connection, question):
+                    case Decision.END:
+                        optuna_tables.end(connection, claim.trial_id, TrialState.PRUNED, update.value)
+                        pruned.add(claim.token)
+                    case Decision.WAIT:
+                        waiting.add(claim.token)
             if update.final_state is not None and claim.token not in pruned:
                 optuna_tables.end(connection, claim.trial_id, update.final_state, update.value, update.other_values)
                 if update.final_state == TrialState.COMPLETE and pruner is not None:
                     pruner.complete(connection, study.study_id, claim.trial_id)
         usage.store(connection, device_seconds)
-    return Written(lost, pruned)
+    return Written(lost, pruned, waiting)
 
 
 def _is_continued(batch: list[TrialUpdate], stored_epoch: int, stored_value: float | None) -> bool:

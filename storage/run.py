@@ -24,7 +24,8 @@ from storage.lease import LEASE_SECONDS, MAX_FAILURES, Lease
 from storage.ownership import ClaimedTrial
 from storage.pareto import Direction
 from storage.population import are_others_behind
-from storage.pruners import Pruner
+from storage.promotion import PromotingHalving
+from storage.pruners import Decision, Pruner
 from storage.queue import ConfigKey, Draw, TrialQueue
 from storage.ranking import count_created_since, count_since_best
 from storage.records import REPLACED_BY, Params
@@ -80,7 +81,8 @@ class Run:
         self._config_key = config_key
         self._draw = draw
         self._max_trials = max_trials
-        self._learns = learns
+        self._promotion = pruner if isinstance(pruner, PromotingHalving) else None
+        self._learns = learns or self._promotion is not None  # which trial trains on depends on results, too
         self._history_limit = history_limit
         self._pruner = pruner
         self._takes_turns = takes_turns
@@ -113,6 +115,7 @@ class Run:
             history_limit=self._history_limit,
             is_settled=self._writer.is_settled,
             takes_turns=self._takes_turns,
+            promotion=self._promotion,
         )
         try:
             if self._pruner is not None:
@@ -203,6 +206,13 @@ class Run:
         """Why `claim` draws no more trials although the budget allows it; empty while it does."""
         return self._queue.exhausted
 
+    def take_stopped(self) -> dict[int, int]:
+        """Return {number: epoch} of trials that waited at a rung, and that claims of this run have ended since then.
+
+        They are PRUNED: no other trial trains any more, and others are better.
+        """
+        return self._queue.take_stopped()
+
     def enqueue(
         self,
         points: Iterable[Params],
@@ -265,8 +275,8 @@ class Run:
         *,
         first_epoch: int = 1,
         again: bool = False,
-    ) -> bool:
-        """Store one finished epoch, and end the trial as PRUNED if the pruner stops it here: both, or neither.
+    ) -> Decision:
+        """Store one finished epoch, and what the pruner decides: both, or neither.
 
         An epoch that storage holds with the same value was decided when it was stored.
 
@@ -279,7 +289,7 @@ class Run:
             again: whether an epoch that was decided is decided once more, because others have reached it since.
 
         Returns:
-            Whether the trial has ended.
+            What becomes of the trial. One that is to wait must be given back with `release`.
 
         Raises:
             LostTrialError: the claim does not hold any more.
@@ -288,13 +298,13 @@ class Run:
         update = self._update(claim, epoch, metrics, value)
         self._writer.put(replace(update, decides=not is_decided, first_epoch=first_epoch))
         if is_decided:
-            return False
+            return Decision.CONTINUE
         self._writer.flush()
         self._writer.check(claim)
-        is_pruned = self._writer.is_pruned(claim)
-        if is_pruned:
+        decision = self._writer.decision(claim)
+        if decision is Decision.END:
             self.free_device(claim)
-        return is_pruned
+        return decision
 
     def replacement(self, claim: ClaimedTrial) -> int | None:
         """Return the number of the trial that has taken the place of one that `decide` has ended; None without one."""

@@ -16,7 +16,7 @@ from sqlalchemy.exc import DataError, IntegrityError, StatementError
 from storage import reporting, usage
 from storage.errors import RETRY_SECONDS, StorageError, UnavailableError, retry_while_down
 from storage.ownership import ClaimedTrial, LostTrialError
-from storage.pruners import Pruner
+from storage.pruners import Decision, Pruner
 from storage.reporting import TrialUpdate
 from storage.studies import Study
 from storage.usage import Meter
@@ -39,10 +39,11 @@ class Writer:
         self._meter = meter
         self._updates: list[TrialUpdate] = []
         self._updates_lock = threading.Lock()  # held for a moment
-        # Tokens of claims: those that do not hold any more, those of pruned trials, those of trials that this run has ended,
-        # those that it has tried to end and with which state.
+        # Tokens of claims: those that do not hold any more, those of pruned trials and of trials that wait, those of trials
+        # that this run has ended, those that it has tried to end and with which state.
         self._lost: set[int] = set()
         self._pruned: set[int] = set()
+        self._waiting: set[int] = set()
         self._ended: set[int] = set()
         self._ending: set[tuple[int, TrialState]] = set()
         self._write_lock = threading.Lock()  # held while the database is written to
@@ -65,9 +66,11 @@ class Writer:
         if claim.token in self._lost:
             raise LostTrialError(f"trial {claim.number} was taken over by another run, or ended by another program")
 
-    def is_pruned(self, claim: ClaimedTrial) -> bool:
-        """Return whether the pruner has ended a trial."""
-        return claim.token in self._pruned
+    def decision(self, claim: ClaimedTrial) -> Decision:
+        """Return what the pruner has decided about a trial."""
+        if claim.token in self._pruned:
+            return Decision.END
+        return Decision.WAIT if claim.token in self._waiting else Decision.CONTINUE
 
     def is_settled(self, token: int) -> bool:
         """Return whether the database has confirmed that a claim is over: its trial has ended, or another run has it."""
@@ -188,4 +191,5 @@ class Writer:
         self._meter.note_stored(readings)
         self._lost |= written.lost
         self._pruned |= written.pruned
+        self._waiting |= written.waiting
         self._ended |= {each.claim.token for each in updates if each.final_state is not None}

@@ -82,7 +82,9 @@ class TerminalProgress:
         self._budget: Budget | None = None
         self._device_seconds = 0.0
         self._slots = 1
+        self._waits_for_others = False  # whether trials stop for a while, and others train
         self._counts: Counter[str] = Counter()
+        self._waiting: set[int] = set()  # numbers of the trials that this run has given back
         self._running: dict[int, _Row] = {}
         self._best: tuple[float, int] | None = None
         self._started = time.monotonic()
@@ -129,6 +131,7 @@ class TerminalProgress:
         self._directions = space.directions
         self._better = max if space.direction == "maximize" else min
         self._is_population = space.population is not None
+        self._waits_for_others = self._is_population or space.scheduler.promotes_trials
         # Not that of the space: the budget does not count results of earlier studies, which `counts` has.
         self._total = None if left is None else self._count_ended(counts) + left
         self._budget = space.budget
@@ -163,6 +166,7 @@ class TerminalProgress:
     def trial_started(self, number: int, params: Mapping[str, Any], epoch: int, max_epochs: int) -> None:
         """Add a trial that starts, or resumes after `epoch`."""
         self._running[number] = _Row(params, epoch, max_epochs)
+        self._waiting.discard(number)
         verb = f"resumes after epoch {epoch}" if epoch else "starts"
         if self._console.is_terminal:
             if epoch:
@@ -195,10 +199,13 @@ class TerminalProgress:
         self._print(f"trial {number} epoch {epoch}/{row.max_epochs}: {values}{best}{speed}{left}{more}")
 
     def trial_ended(self, number: int, state: str, text: str) -> None:
-        """Remove a trial; print its state with its last value, or with the reason."""
-        row = self._running.pop(number)
-        self._trial_seconds.append(time.monotonic() - row.started)
+        """Remove a trial; print its state with its last value, or with the reason. One that did not run is counted only."""
+        row = self._running.pop(number, None)
         self._counts[state] += 1
+        (self._waiting.add if state == "WAITING" else self._waiting.discard)(number)
+        if row is None:
+            return
+        self._trial_seconds.append(time.monotonic() - row.started)
         style = {"FAIL": "red", "COMPLETE": "green"}.get(state, "yellow")
         value = self._describe(row.values) if row.values and not text else text
         if state == "COMPLETE" and len(self._metrics) > 1:
@@ -290,6 +297,8 @@ class TerminalProgress:
         parts = [f"{counts['COMPLETE']} done, {counts['PRUNED']} {pruned}, {counts['FAIL']} failed"]
         if self._total is not None:
             parts.append(f"{max(0, self._total - ended)} left")
+        if self._waiting:
+            parts.append(f"{len(self._waiting)} waiting")
         if self._best is not None:
             parts.append(f"best {self._best[0]:.4f} (trial {self._best[1]})")
         if self._front:
@@ -306,7 +315,7 @@ class TerminalProgress:
         """Estimate the time left from the running trials and from the duration of those that ended."""
         rows = list(self._running.values())  # a copy: the driver adds rows while the drawing thread is here
         known = [row.seconds_left for row in rows if row.seconds_left is not None]
-        if self._total is None or not known or self._is_population:  # its trials wait for each other
+        if self._total is None or not known or self._waits_for_others:  # its trials wait for each other
             return None
         waiting = max(0, self._total - ended - len(rows))
         typical = (

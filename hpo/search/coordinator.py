@@ -81,7 +81,7 @@ class TrialCoordinator:
         self._next_attempt = 0.0
         self._is_exhaustion_noted = False
         self._has_trained: set[str] = set()  # the machines on which this run has trained an epoch
-        self._paused: set[str] = set()  # those that wait for others from now on, see `_must_wait`
+        self._waits: dict[str, str] = {}  # {Tune's name of a trial that waits for others from now on: why}
         self._new_epochs: set[str] = set()  # the running trials that have trained one
         self._failures_in_a_row: Counter[str] = Counter()  # {machine: trials that failed without one}
         self.stopped: Stop | None = None
@@ -160,7 +160,7 @@ class TrialCoordinator:
         A program may have changed a trial that waits, or added one. What the database says must not reach a script or a
         trainable unless the search space allows it.
         """
-        while (claim := self._run.claim(new=new)) is not None:
+        while (claim := self._claim_once(new=new)) is not None:
             misfit = self._space.find_misfit(claim.params)
             if not misfit:
                 break
@@ -168,6 +168,17 @@ class TrialCoordinator:
             self._run.fail(claim, reason)
             self._listener.trial_started(claim.number, claim.params, claim.epoch, self._space.max_epochs)
             self._listener.trial_ended(claim.number, "FAIL", reason)
+        return claim
+
+    def _claim_once(self, *, new: bool) -> ClaimedTrial | None:
+        claim = self._run.claim(new=new)
+        stopped = self._run.take_stopped()
+        for number, epoch in stopped.items():
+            self._retention.trial_ended(number)
+            self._listener.trial_ended(number, "PRUNED", f"stopped by {self._space.scheduler.name} after epoch {epoch}")
+        if stopped:
+            trials = f"{len(stopped)} trials that waited end" if len(stopped) > 1 else "1 trial that waited ends"
+            self._listener.note(f"{trials}: others were better at the same epoch")
         return claim
 
     def _parent_of(self, claim: ClaimedTrial) -> Parent | None:
@@ -232,6 +243,8 @@ class TrialCoordinator:
         return Ending.KEEP
 
     def _on_epoch(self, tune_id: str, claim: ClaimedTrial, report: TrialReport) -> Ending | None:
+        from storage.pruners import Decision
+
         epoch, metrics = report.epoch, report.metrics
         for each in self._space.all_objectives:
             if each.metric not in metrics:
@@ -254,12 +267,12 @@ class TrialCoordinator:
         # What the parent trained is not judged: whoever continues a trial wants more of it.
         is_new = epoch > self._continued_epoch(tune_id)
         decides = self._space.stops_trials_early and not infinite and is_new and epoch < self._space.max_epochs
-        is_pruned = False
+        decision = Decision.CONTINUE
         if decides:
             first = self._continued_epoch(tune_id) + 1
             # A member of a population that has waited is compared with those that have caught up.
             again = report.is_recalled and self._space.population is not None
-            is_pruned = self._run.decide(claim, epoch, metrics, value, first_epoch=first, again=again)
+            decision = self._run.decide(claim, epoch, metrics, value, first_epoch=first, again=again)
         else:
             self._run.report(claim, epoch, metrics, value)
         # The checkpoint may hold an epoch that storage has, too: the driver died before it acted on it.
@@ -272,17 +285,20 @@ class TrialCoordinator:
             attrs = {name: metrics[name] for name in ("test_accuracy", "test_loss") if name in metrics}
             self._run.complete(claim, value, attrs, other_values=tuple(others))
             return self._end(tune_id, "COMPLETE", "")
-        if is_pruned and self._space.population is not None:
+        if decision is Decision.END and self._space.population is not None:
             replacement = self._run.replacement(claim)
             # Its checkpoints stay for now: trials may wait that start from them.
             return self._end(tune_id, "PRUNED", f"replaced by trial {replacement} after epoch {epoch}")
-        if is_pruned:
+        if decision is Decision.END:
             self._end(tune_id, "PRUNED", f"stopped by {self._space.scheduler.name} after epoch {epoch}")
             return Ending.SAVE_ONLY if self._space.checkpoints.count is None else Ending.DISCARD
         if self._is_over():
             return Ending.SAVE
+        if decision is Decision.WAIT:
+            self._waits[tune_id] = f"waits after epoch {epoch}: others are better so far"
+            return Ending.SAVE
         if not report.is_recalled and self._must_wait(epoch):
-            self._paused.add(tune_id)
+            self._waits[tune_id] = f"waits after epoch {epoch} until others have caught up"
             return Ending.SAVE
         return None
 
@@ -372,11 +388,8 @@ class TrialCoordinator:
         if claim is not None:
             with self._storage_errors_kept(tune_id):
                 self._run.release(claim)
-                epoch = self._epochs[tune_id]
-                text = f"interrupted after epoch {epoch}, resumable"
-                if tune_id in self._paused:
-                    text = f"waits after epoch {epoch} until others have caught up"
-                self._end(tune_id, "WAITING", text)
+                interrupted = f"interrupted after epoch {self._epochs[tune_id]}, resumable"
+                self._end(tune_id, "WAITING", self._waits.get(tune_id, interrupted))
 
     def _release_for_room(self, tune_id: str, reason: str) -> Ending:
         """Release a trial that found no room on the GPU next to others, and run fewer trials at a time from now on.
@@ -413,7 +426,7 @@ class TrialCoordinator:
         del self._epochs[tune_id], self._together[tune_id]
         self._parents.pop(tune_id, None)
         self._new_epochs.discard(tune_id)
-        self._paused.discard(tune_id)
+        self._waits.pop(tune_id, None)
         if state != "WAITING" and self._space.population is None:
             trim_checkpoints(self._folder(claim), claim.token)
         if state in {"COMPLETE", "PRUNED"}:

@@ -46,7 +46,10 @@ class ProgressListener(Protocol):
         """A trial finished an epoch. The database may not contain the epoch yet."""
 
     def trial_ended(self, number: int, state: str, text: str) -> None:
-        """A trial is COMPLETE, PRUNED or FAIL, or WAITING to be resumed; `text` is the reason."""
+        """A trial is COMPLETE, PRUNED or FAIL, or WAITING to be resumed; `text` is the reason.
+
+        It need not have started: one that waited may end.
+        """
 
     def note(self, text: str) -> None:
         """A remark for the user."""

@@ -88,14 +88,16 @@ def build_pruner(space: Space, study: Study) -> Pruner | None:
         space: the search.
         study: its study.
     """
+    from storage.promotion import PromotingHalving
     from storage.pruners import Median, SuccessiveHalving
 
     scheduler, maximize = space.scheduler, space.direction == "maximize"
+    halving = PromotingHalving if scheduler.promotes_trials else SuccessiveHalving
     match scheduler.name:
         case "asha":
-            return SuccessiveHalving(maximize, study.name, scheduler.grace_period, scheduler.reduction_factor)
+            return halving(maximize, study.name, scheduler.grace_period, scheduler.reduction_factor)
         case "hyperband":
-            return SuccessiveHalving.hyperband(
+            return halving.hyperband(
                 maximize=maximize,
                 study_name=study.bracket_name,
                 min_epochs=scheduler.grace_period,

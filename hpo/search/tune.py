@@ -101,12 +101,15 @@ class TrialWorker(tune.Trainable):
 class StudySearcher(Searcher):
     """Gives trials of the study to Tune."""
 
-    def __init__(self, coordinator: TrialCoordinator) -> None:
+    def __init__(self, coordinator: TrialCoordinator, scheduler: StudyScheduler) -> None:
         super().__init__()
         self._coordinator = coordinator
+        self._scheduler = scheduler
 
     def suggest(self, trial_id: str) -> Any:
         """Return the configuration of a Tune trial, None if there is none now, or Searcher.FINISHED."""
+        # The last trial may be the one that is being saved. Tune does not ask the scheduler while it has no trial.
+        self._scheduler.collect_saved()
         spec = self._coordinator.next_trial(trial_id)
         if spec is None:
             return Searcher.FINISHED if self._coordinator.is_done else None
@@ -268,7 +271,7 @@ def _run_tune(coordinator: TrialCoordinator, slots: Slots) -> None:
             TrialWorker,
             name="trials",
             storage_path=scratch,
-            search_alg=StudySearcher(coordinator),
+            search_alg=StudySearcher(coordinator, scheduler),
             scheduler=scheduler,
             num_samples=-1,
             # Claim no more trials than can run: other drivers cannot take a claimed trial.

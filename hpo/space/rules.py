@@ -206,6 +206,23 @@ def _scheduler_fits_max_epochs(sections: ValidSections) -> Iterator[Problem]:
         )
 
 
+def _promotion_fits_search(sections: ValidSections) -> Iterator[Problem]:
+    scheduler, command = sections["scheduler"], sections["command"]
+    if not scheduler.promotes_trials:
+        return
+    if command is not None and not uses_checkpoint_dir(command):
+        yield (
+            ("scheduler", "mode"),
+            f"a trial that is promoted trains on from its checkpoint, and this script saves none: use {{{CHECKPOINT_DIR}}} "
+            "in the command, or mode stop",
+        )
+    if sections["budget"].patience is not None:
+        text = (
+            f"with mode {scheduler.mode}, trials end only when the search does, so patience cannot end it: leave it out"
+        )
+        yield ("budget", "patience"), f"{text}, limit trials, time or gpu_hours, or use mode stop"
+
+
 def _population_fits_search(sections: ValidSections) -> Iterator[Problem]:
     scheduler, budget = sections["scheduler"], sections["budget"]
     if not scheduler.replaces_trials:
@@ -459,6 +476,7 @@ RULES: tuple[Rule, ...] = (
     _search_ends,
     _sampler_fits_parameters,
     _scheduler_fits_max_epochs,
+    _promotion_fits_search,
     _population_fits_search,
     _objectives_are_clear,
     _several_objectives_can_be_searched,

@@ -172,7 +172,7 @@ NamedSampler = Annotated[Sampler, BeforeValidator(_expand_name, json_schema_inpu
 # --- the scheduler ------------------------------------------------------------------------------------------------
 
 _SchedulerName = Literal["none", "asha", "hyperband", "median", "pbt"]
-_OF_PRUNERS = {"grace_period", "reduction_factor"}
+_OF_HALVING = {"grace_period", "reduction_factor", "mode"}
 _OF_PBT = {"population", "interval", "quantile", "resample", "factor", "explore"}
 MAX_POPULATION = 1000
 
@@ -186,6 +186,9 @@ class Scheduler(StrictModel):
     """Epochs before a trial may be stopped."""
     reduction_factor: Annotated[int, Field(ge=2)] = 3
     """asha and hyperband: 1 of `reduction_factor` trials continues, with `reduction_factor` times the epochs."""
+    mode: Literal["stop", "promote"] = "stop"
+    """asha and hyperband: what happens to the other trials. stop: they end. promote: they wait, and train on from their
+    checkpoint when they are among the best of all that came after them."""
     population: Annotated[int, Field(ge=2, le=MAX_POPULATION)] = 8
     """pbt: how many members the population has."""
     interval: PositiveInt = 5
@@ -207,6 +210,11 @@ class Scheduler(StrictModel):
         return self.name != "none"
 
     @property
+    def promotes_trials(self) -> bool:
+        """Whether trials wait that are not among the best, in place of ending."""
+        return self.mode == "promote"
+
+    @property
     def replaces_trials(self) -> bool:
         """Whether each trial that the scheduler stops is replaced by one that continues another trial."""
         return self.name == "pbt"
@@ -215,13 +223,13 @@ class Scheduler(StrictModel):
     def unused_options(self) -> set[str]:
         """The options that have no effect."""
         by_name = {
-            "asha": _OF_PRUNERS,
-            "hyperband": _OF_PRUNERS,
+            "asha": _OF_HALVING,
+            "hyperband": _OF_HALVING,
             "median": {"grace_period"},
-            "none": _OF_PRUNERS,
+            "none": _OF_HALVING,
             "pbt": _OF_PBT,
         }
-        return (_OF_PRUNERS | _OF_PBT) - by_name[self.name]
+        return (_OF_HALVING | _OF_PBT) - by_name[self.name]
 
 
 NamedScheduler = Annotated[Scheduler, BeforeValidator(_expand_name, json_schema_input_type=_SchedulerName | Scheduler)]

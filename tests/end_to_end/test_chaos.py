@@ -28,6 +28,7 @@ def test_a_short_chaos_leaves_the_study_whole(tmp_path: Path, postgres: Postgres
         lease_seconds=3.0,
         faults=(Fault("database", 0.5, False, 1.0, 0, 0.0), Fault("driver", 3.0, False, 0.0, 0, 0.0)),
         checkpoint_every=1,
+        mode="promote",
     )
     current = Round(tmp_path, postgres.create_database("short_chaos"), plan, postgres, "0")
     try:

@@ -33,7 +33,8 @@ from storage.database import Database, open_database
 from storage.errors import StorageError
 from storage.history import MIN_LIMIT
 from storage.optuna_internals import trial_id
-from storage.pruners import Median, SuccessiveHalving
+from storage.promotion import PromotingHalving
+from storage.pruners import Decision, Median, SuccessiveHalving
 from storage.studies import Study, find_study, open_study
 from tests.factories import ROOT, run_of, search_without_ray, shipped_space, toy_space
 
@@ -392,6 +393,10 @@ def test_pruners_use_the_options_of_the_scheduler(tmp_path: Path, database: Data
     assert asha == SuccessiveHalving(True, "toy", 2, 4)
     hyperband = pruner_of({"name": "hyperband", "grace_period": 1, "reduction_factor": 3})
     assert hyperband == SuccessiveHalving(True, "toy", 1, 3, brackets=4)
+    promoting = pruner_of({"name": "asha", "grace_period": 2, "reduction_factor": 4, "mode": "promote"})
+    assert promoting == PromotingHalving(True, "toy", 2, 4)
+    brackets = pruner_of({"name": "hyperband", "mode": "promote"})
+    assert brackets == PromotingHalving(True, "toy", 1, 3, brackets=4)
     assert pruner_of({"name": "median", "grace_period": 5}) == Median(True, 5)
     assert pruner_of({"name": "none"}) is None
 
@@ -437,7 +442,7 @@ def test_resumed_search_prunes_like_an_uninterrupted_one(study: Study, tmp_path:
                         if epoch == 8:
                             run.report(claim, epoch, {"value": value}, value)
                             run.complete(claim, value)
-                        elif run.decide(claim, epoch, {"value": value}, value):
+                        elif run.decide(claim, epoch, {"value": value}, value) is Decision.END:
                             break
                     left -= 1
         assert left == 0

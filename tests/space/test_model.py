@@ -25,7 +25,15 @@ def with_later_keys(settings: dict[str, Any]) -> dict[str, Any]:
     """Add the keys that version 0.1.0 did not have."""
     budget = settings["budget"] | {"patience": None, "cost": None}
     later = {"checkpoints": {"keep": "best 3"}, "continue": {"trials": None, "horizon": "restart"}, "report": {}}
-    scheduler = {"population": 8, "interval": 5, "quantile": 0.25, "resample": 0.25, "factor": 1.2, "explore": None}
+    scheduler = {
+        "mode": "stop",
+        "population": 8,
+        "interval": 5,
+        "quantile": 0.25,
+        "resample": 0.25,
+        "factor": 1.2,
+        "explore": None,
+    }
     return settings | later | {"budget": budget, "scheduler": settings["scheduler"] | scheduler}
 
 

@@ -20,6 +20,7 @@ parameters:
   momentum: {type: float, low: 0.0, high: 0.9}
   width: 1.0
 """
+PROMOTION = POPULATION.replace("name: pbt", "name: asha, mode: promote") + "budget: {time: 1h}\n"
 RULES = {
     "a grid over a continuous range": (
         HEAD + "  »lr: {type: float, low: 0, high: 1}\n",
@@ -288,6 +289,30 @@ RULES = {
     "seeds beyond the largest": (
         VALID + "replicates: 3\n»seed: 4294967294\n",
         ["seed: the last of 3 seeds is above 4294967295: lower it"],
+    ),
+    "promotion without patience": (
+        PROMOTION.replace("time: 1h", "»patience: 3"),
+        ["budget.patience: with mode promote, trials end only when the search does, so patience cannot end it"],
+    ),
+    "promotion of scripts without checkpoints": (
+        PROMOTION.replace("mode", "»mode") + "command: python train.py --lr {lr}\nmetric: acc\n",
+        [
+            "scheduler.mode: a trial that is promoted trains on from its checkpoint",
+            "use {checkpoint_dir} in the command",
+        ],
+    ),
+    "promotion by median": (
+        PROMOTION.replace("name: asha, mode", "name: median, »mode"),
+        ["scheduler.mode: median has no mode: leave it out"],
+    ),
+    "an unknown mode": (
+        PROMOTION.replace("mode: promote", "»mode: pause"),
+        ["scheduler.mode: ", "'stop' or 'promote', got 'pause'"],
+    ),
+    "promotion with several objectives": (
+        PROMOTION.replace("scheduler", "»scheduler")
+        + "objectives: [{metric: a, direction: maximize}, {metric: b, direction: minimize}]\n",
+        ["scheduler: asha stops a trial whose value is worse", "with 2 objectives there is no such order"],
     ),
     "a population of a grid": (
         "scheduler: {name: pbt}\nmax_epochs: 9\n»sampler: grid\nparameters: {lr: [0.1, 0.2]}\n",

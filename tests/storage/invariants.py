@@ -53,6 +53,8 @@ class Invariants:
         self._unaware_since: dict[tuple[int, int], float] = {}
         self._orphaned: set[tuple[int, int]] = set()  # (trial, run) of RUNNING trials whose run has ended
         self._rungs: set[tuple[int, int]] = set()
+        self._pruned: set[int] | None = set()  # at the last look; None if the database was replaced since
+        self._at_rungs: dict[int, int] = {}  # {trial_id: epoch} of those that waited at a rung at the last look
         self._knows_crashes = True
 
     def forget(self) -> None:
@@ -63,6 +65,8 @@ class Invariants:
         self._unaware_since.clear()
         self._orphaned.clear()
         self._rungs.clear()
+        self._pruned = None
+        self._at_rungs.clear()
         self._device_seconds.clear()
         self._knows_crashes = False
         for driver in self._simulation.drivers:
@@ -214,7 +218,8 @@ class Invariants:
             f"trial {trial_id} is {state} with {value}, its last epoch has {curve.get(last)}"
         )
         training = self.trained[value]  # type: ignore[index]
-        if not self._simulation.plan.is_deterministic:
+        # A trial that waited at a rung is ended by a run that need not have trained it.
+        if not self._simulation.plan.is_deterministic and not (self._promotes and state == "PRUNED"):
             assert training.claim.token == token, f"trial {trial_id} has the value of an attempt that does not own it"
         expected = {epoch: each for epoch, each in training.history.items() if epoch <= last}
         assert curve == expected, f"trial {trial_id} has the epochs {curve}, its last attempt trained {expected}"
@@ -270,6 +275,8 @@ class Invariants:
             "WHERE v.intermediate_value IS NULL OR v.intermediate_value <> r.value"
         )
         assert not differing, f"(trial, epoch, value at the rung, stored value) differ: {differing}"
+        if self._promotes:
+            self._check_promotions(trials)
         if self._simulation.plan.pruner != "asha":
             return
         rows = self._sql("SELECT trial, epoch, value FROM hpo_rungs WHERE pool = 'asha'")
@@ -286,6 +293,56 @@ class Invariants:
             assert trials[trial_id][2] == "PRUNED", (
                 f"trial {trial_id} lost at epoch {epoch} and is {trials[trial_id][2]}"
             )
+
+    @property
+    def _promotes(self) -> bool:
+        return self._simulation.plan.pruner == "promote"
+
+    def _check_promotions(self, trials: dict[int, tuple[Any, ...]]) -> None:
+        """Of those that reached a rung, only the best train on; the others wait, and end when nothing else is left."""
+        at_rungs = dict(self._sql("SELECT trial, epoch FROM hpo_rungs WHERE pool = 'asha/waiting'"))
+        rows = self._sql("SELECT trial, epoch, value FROM hpo_rungs WHERE pool = 'asha'")
+        ranked: dict[int, list[int]] = defaultdict(list)  # {rung: trials, the best first}
+        for trial_id, epoch, _ in sorted(rows, key=lambda row: (-row[2], row[0])):
+            ranked[epoch].append(trial_id)
+        states = {trial_id: row[2] for trial_id, row in trials.items()}
+        running = {trial_id for trial_id, state in states.items() if state == "RUNNING"}
+        is_complete = len(states) >= self._simulation.plan.trials
+
+        def is_among_best(trial_id: int, epoch: int) -> bool:
+            others = ranked[epoch]
+            is_last = is_complete and not running - {trial_id}
+            return trial_id in others[: max(len(others) // 2, int(is_last))]
+
+        new = [row for row in rows if (row[0], row[2]) not in self._rungs]
+        self._rungs |= {(row[0], row[2]) for row in rows}
+        for trial_id, epoch, _ in new if len(new) == 1 else ():
+            others = ranked[epoch]
+            (claimed,) = self._sql(f"SELECT claimed_epoch FROM hpo_trials WHERE trial = {trial_id}")[0]
+            waits = trial_id not in others[: len(others) // 2] and epoch > claimed
+            assert states[trial_id] != "RUNNING" or waits == (at_rungs.get(trial_id) == epoch), (
+                f"trial {trial_id} reached epoch {epoch} as {others.index(trial_id) + 1}. of {len(others)}, and "
+                f"{'waits' if trial_id in at_rungs else 'trains on'}"
+            )
+        for trial_id, epoch in self._at_rungs.items():
+            state = states.get(trial_id)
+            if trial_id in at_rungs or trial_id not in ranked[epoch]:  # it still waits, or its epochs were deleted
+                continue
+            if state == "RUNNING":
+                assert is_among_best(trial_id, epoch), (
+                    f"trial {trial_id} trains on after epoch {epoch}: {ranked[epoch]}"
+                )
+            elif state == "PRUNED":
+                assert is_complete, f"trial {trial_id} ended before all have started: {states}"
+                assert not running, f"trial {trial_id} ended while others train: {states}"
+                waiting = [(each, rung) for each, rung in self._at_rungs.items() if states.get(each) == "PRUNED"]
+                better = [each for each in waiting if is_among_best(*each)]
+                assert not better, f"(trial, epoch) {better} ended in place of training on"
+        pruned = {each for each, state in states.items() if state == "PRUNED"}
+        ended = pruned - (pruned if self._pruned is None else self._pruned)
+        self._pruned = pruned
+        assert ended <= self._at_rungs.keys(), f"trials {ended - self._at_rungs.keys()} ended, and did not wait"
+        self._at_rungs = at_rungs
 
     # --- at certain moments
 
@@ -329,6 +386,8 @@ class Invariants:
         assert states.total() == self._simulation.plan.trials + self._count_replaced(), (
             f"{states.total()} trials at the end"
         )
+        if self._promotes:
+            assert states["COMPLETE"] or states["FAIL"], "the best trial must train to its end"
 
     def _states(self) -> list[str]:
         return [row[0] for row in self._sql(f"SELECT CAST(state AS TEXT) FROM trials WHERE study_id IN ({OURS})")]

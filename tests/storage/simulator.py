@@ -48,7 +48,8 @@ from storage.database import Database, open_database
 from storage.errors import StorageError
 from storage.ownership import LostTrialError
 from storage.population import Child, Member, PopulationBased
-from storage.pruners import Median, Pruner, SuccessiveHalving
+from storage.promotion import PromotingHalving
+from storage.pruners import Decision, Median, Pruner, SuccessiveHalving
 from storage.records import CONTINUED_FROM
 from storage.retry import failed_trials, retry_trials
 from storage.run import Run
@@ -87,7 +88,7 @@ class Plan:
     Attributes:
         is_grid: whether the configurations are known before.
         trials: the number of configurations, and the budget.
-        pruner: asha, median or none; pbt in a simulation of populations.
+        pruner: asha, median or none; pbt or promote where they are simulated.
         is_deterministic: whether training an epoch again gives the same value.
         keeps_checkpoints: whether a trial resumes after its last epoch; otherwise from the first.
         drivers: how many drivers start.
@@ -238,6 +239,8 @@ class Driver:
             pruner = SuccessiveHalving(True, "s", 1, 2)
         elif plan.pruner == "median":
             pruner = Median(True, 1, startup_trials=1)
+        elif plan.pruner == "promote":
+            pruner = PromotingHalving(True, "s", 1, 2)
         elif plan.is_population:
             pruner = PopulationBased(True, 1, 0.5, 0, _breed)
         run = Run(
@@ -386,9 +389,12 @@ class Driver:
         sim.invariants.trained[value] = training
         if sim.plan.pruner != "none" and epoch < EPOCHS:
             first = sim.adopted.get(training.folder, 0) + 1
-            if run.decide(claim, epoch, {"m": value}, value, first_epoch=first):
+            decision = run.decide(claim, epoch, {"m": value}, value, first_epoch=first)
+            if decision is not Decision.CONTINUE:
                 self._forget(training)
                 sim.invariants.note_freed(claim)
+            if decision is Decision.WAIT:
+                run.release(claim)
             return
         run.report(claim, epoch, {"m": value}, value)
         if epoch == EPOCHS:
@@ -444,18 +450,18 @@ class Simulation:
         seed: decides everything.
         backend: the databases of the drivers, reused from seed to seed.
         kinds: of the faults.
-        is_population: whether the search is by population-based training, whatever the seed says.
+        pruner: replaces the one that the seed draws; pbt and promote are drawn by none.
     """
 
     def __init__(
-        self, seed: int, backend: Backend, kinds: tuple[str, ...] = FAULTS, *, is_population: bool = False
+        self, seed: int, backend: Backend, kinds: tuple[str, ...] = FAULTS, *, pruner: str | None = None
     ) -> None:
         self.scheduler = Scheduler(f"hpo/{seed}", backend.is_blocked, self._after_step)
         self.backend = backend
         self.databases = backend.databases
         self.plan = Plan.draw(self.scheduler, kinds)
-        if is_population:
-            self.plan = replace(self.plan, is_grid=False, pruner="pbt")
+        if pruner is not None:
+            self.plan = replace(self.plan, is_grid=self.plan.is_grid and pruner != "pbt", pruner=pruner)
         self.invariants = Invariants(self, backend.connect_plain())
         self.drivers: list[Driver] = []
         self.checkpoints: dict[str, tuple[int, str, dict[int, float]]] = {}  # {folder: (owner, attempt, history)}
@@ -868,11 +874,11 @@ def _adapt(value: Any) -> Any:
 
 @contextlib.contextmanager
 def simulated(
-    backend: Backend, seed: int, kinds: tuple[str, ...] = FAULTS, *, is_population: bool = False
+    backend: Backend, seed: int, kinds: tuple[str, ...] = FAULTS, *, pruner: str | None = None
 ) -> Iterator[Simulation]:
     """Replace time, threads, processes and machines in the storage code by those of a simulation."""
     backend.reset()
-    simulation = Simulation(seed, backend, kinds, is_population=is_population)
+    simulation = Simulation(seed, backend, kinds, pruner=pruner)
     backend.simulation = simulation
 
     def scheduler() -> Scheduler:
@@ -959,10 +965,10 @@ def simulated(
 
 
 def run_seed(
-    backend: Backend, seed: int, kinds: tuple[str, ...] = FAULTS, *, is_population: bool = False
+    backend: Backend, seed: int, kinds: tuple[str, ...] = FAULTS, *, pruner: str | None = None
 ) -> tuple[str, list[str]]:
     """Run a seed; return the first violation, empty if there is none, and the schedule."""
-    with simulated(backend, seed, kinds, is_population=is_population) as simulation:
+    with simulated(backend, seed, kinds, pruner=pruner) as simulation:
         try:
             simulation.run()
         except AssertionError as error:
@@ -995,12 +1001,12 @@ def open_backend(storage: str) -> Iterator[Backend]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run_range(job: tuple[str, int, int, tuple[str, ...], bool]) -> list[tuple[int, str]]:
-    storage, first, last, kinds, is_population = job
+def _run_range(job: tuple[str, int, int, tuple[str, ...], str | None]) -> list[tuple[int, str]]:
+    storage, first, last, kinds, pruner = job
     failures = []
     with open_backend(storage) as backend:
         for seed in range(first, last):
-            violation, _ = run_seed(backend, seed, kinds, is_population=is_population)
+            violation, _ = run_seed(backend, seed, kinds, pruner=pruner)
             if violation:
                 failures.append((seed, violation))
                 print(f"seed {seed}: {violation}", flush=True)
@@ -1015,19 +1021,21 @@ def main() -> None:
     parser.add_argument("--storage", choices=["sqlite", "postgresql"], default="sqlite")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=FAULTS)
-    parser.add_argument("--population", action="store_true", help="population-based training, in each seed")
+    parser.add_argument(
+        "--pruner", choices=["pbt", "promote"], help="population-based training or promotion, in each seed"
+    )
     options = parser.parse_args()
-    kinds, is_population = tuple(options.faults), options.population
+    kinds, pruner = tuple(options.faults), options.pruner
     if options.seed is not None:
         with open_backend(options.storage) as backend:
-            violation, log = run_seed(backend, options.seed, kinds, is_population=is_population)
+            violation, log = run_seed(backend, options.seed, kinds, pruner=pruner)
         print("\n".join(log))
         print(violation or "no violation")
         sys.exit(bool(violation))
     started = time.monotonic()
     first, last = options.seeds
     size = 250
-    jobs = [(options.storage, at, min(at + size, last), kinds, is_population) for at in range(first, last, size)]
+    jobs = [(options.storage, at, min(at + size, last), kinds, pruner) for at in range(first, last, size)]
     failures = 0
     with multiprocessing.get_context("spawn").Pool(options.jobs) as pool:
         for done, found in enumerate(pool.imap_unordered(_run_range, jobs), start=1):

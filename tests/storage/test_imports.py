@@ -17,7 +17,7 @@ from storage import imports, optuna_tables, records
 from storage.database import Database, open_database, open_for_reading
 from storage.history import MIN_LIMIT, History
 from storage.imports import ImportedTrial, Origin, TakenOver, import_trials, set_points
-from storage.pruners import Median, SuccessiveHalving
+from storage.pruners import Decision, Median, SuccessiveHalving
 from storage.ranking import superfluous_trials
 from storage.studies import Study, find_study
 from storage.summaries import summarize
@@ -241,8 +241,8 @@ def stopped(sampled: Study) -> Study:
 def test_pruners_compare_a_trial_with_those_of_its_own_study(stopped: Study, database: Database, pruner: Any) -> None:
     with sampled_run(stopped, max_trials=3, pruner=pruner) as run:
         claim = claim_one(run)
-        assert not run.decide(claim, 1, {"m": 0.1}, 0.1)
-        assert not run.decide(claim, 2, {"m": 0.1}, 0.1)
+        assert run.decide(claim, 1, {"m": 0.1}, 0.1) is Decision.CONTINUE
+        assert run.decide(claim, 2, {"m": 0.1}, 0.1) is Decision.CONTINUE
     assert all(row[0] == claim.trial_id for row in sql(database, "SELECT trial FROM hpo_rungs"))
     with database.engine.connect() as connection:
         assert records.count_budgeted(connection, stopped.study_id) == 1

@@ -16,6 +16,7 @@ from storage.database import Database, open_database
 from storage.ownership import ClaimedTrial
 from storage.parents import Parent, continued_trials
 from storage.population import Child, Member, PopulationBased
+from storage.pruners import Decision
 from storage.ranking import superfluous_trials
 from storage.records import CONTINUED_FROM, REPLACED_BY, REPLACES
 from storage.reporting import TrialUpdate
@@ -62,7 +63,7 @@ def run_of(study: Study, size: int = SIZE, **options: Any) -> Run:
 def train(run: Run, claim: ClaimedTrial, level: float, to: int = INTERVAL) -> bool:
     """Train a trial to an epoch; return whether it was replaced."""
     epochs = range(claim.epoch + 1, to + 1)
-    return any(run.decide(claim, epoch, {"m": level + epoch}, level + epoch) for epoch in epochs)
+    return any(run.decide(claim, epoch, {"m": level + epoch}, level + epoch) is Decision.END for epoch in epochs)
 
 
 def trials_of(study: Study) -> dict[int, Any]:
@@ -310,8 +311,10 @@ def test_a_member_can_be_compared_again_when_others_have_arrived(study: Study) -
         claim = claim_one(run)
         assert claim.number == worst.number
         value = 1.0 + INTERVAL
-        assert not run.decide(claim, INTERVAL, {"m": value}, value), "an epoch that is stored was decided"
-        assert run.decide(claim, INTERVAL, {"m": value}, value, again=True)
+        assert run.decide(claim, INTERVAL, {"m": value}, value) is Decision.CONTINUE, (
+            "an epoch that is stored was decided"
+        )
+        assert run.decide(claim, INTERVAL, {"m": value}, value, again=True) is Decision.END
         assert run.replacement(claim) == 2
-        assert not run.decide(best, INTERVAL, {"m": 11.0}, 11.0, again=True)
+        assert run.decide(best, INTERVAL, {"m": 11.0}, 11.0, again=True) is Decision.CONTINUE
     assert states(study) == ["PRUNED", "RUNNING", "WAITING"]

@@ -25,7 +25,7 @@ from storage.database import Database
 from storage.errors import StorageError
 from storage.lease import Lease
 from storage.ownership import ClaimedTrial, LostTrialError, RunKey
-from storage.pruners import SuccessiveHalving
+from storage.pruners import Decision, SuccessiveHalving
 from storage.reporting import TrialUpdate, Written
 from storage.retry import retry_trials
 from storage.studies import Study
@@ -237,8 +237,8 @@ def test_a_run_whose_every_answer_is_lost_stores_the_same(
     with grid_run(opened, pruner=SuccessiveHalving(True, opened.name, 1, 2)) as run:
         run.enqueue(POINTS[:3], GRID)
         claims = [claim_one(run) for _ in range(3)]
-        assert not run.decide(claims[0], 1, {"m": 0.5}, 0.5)
-        assert run.decide(claims[1], 1, {"m": 0.25}, 0.25)
+        assert run.decide(claims[0], 1, {"m": 0.5}, 0.5) is Decision.CONTINUE
+        assert run.decide(claims[1], 1, {"m": 0.25}, 0.25) is Decision.END
         run.report(claims[0], 2, {"m": 0.75}, 0.75)
         run.complete(claims[0], 0.75)
         assert run.record_crash(claims[2]) == 1
@@ -348,7 +348,7 @@ def test_a_decision_on_a_trial_that_another_program_ended_says_so(
 ) -> None:
     with grid_run(study, pruner=ASHA) as run:
         claim = claim_point(run)
-        assert not run.decide(claim, 1, {"m": 0.25}, 0.25)
+        assert run.decide(claim, 1, {"m": 0.25}, 0.25) is Decision.CONTINUE
         values = [0.5] if state == TrialState.COMPLETE else None
         database.optuna_storage.set_trial_state_values(claim.trial_id, state, values)
         before = dump(database)
@@ -614,13 +614,13 @@ def test_the_last_epoch_competes_with_the_value_of_its_new_attempt(study: Study,
     with grid_run(study, pruner=ASHA) as run:
         run.enqueue(POINTS, GRID)
         first = claim_one(run)
-        assert not run.decide(first, 1, {"m": 7 / 8, "extra": 1.0}, 7 / 8)
+        assert run.decide(first, 1, {"m": 7 / 8, "extra": 1.0}, 7 / 8) is Decision.CONTINUE
         run.release(first)  # its checkpoint is not written yet
         first, second = claim_one(run), claim_one(run)
-        assert run.decide(second, 1, {"m": 4 / 8}, 4 / 8), "until then, the stored value counts"
-        assert run.decide(first, 1, {"m": 1 / 8}, 1 / 8), "the other trial is better"
+        assert run.decide(second, 1, {"m": 4 / 8}, 4 / 8) is Decision.END, "until then, the stored value counts"
+        assert run.decide(first, 1, {"m": 1 / 8}, 1 / 8) is Decision.END, "the other trial is better"
         third = claim_one(run)
-        assert not run.decide(third, 1, {"m": 6 / 8}, 6 / 8), "the best of all"
+        assert run.decide(third, 1, {"m": 6 / 8}, 6 / 8) is Decision.CONTINUE, "the best of all"
         run.release(third)
     assert sorted(curves(database)[2]) == [(1, 1 / 8), (1, 4 / 8), (1, 6 / 8)]
     assert sql(database, "SELECT count(*) FROM hpo_metrics WHERE name = 'extra'") == [(0,)]
@@ -632,7 +632,7 @@ def test_an_epoch_that_another_run_stored_without_a_pruner_is_judged_by_its_own_
     with grid_run(study, pruner=ASHA) as run, grid_run(study) as other:
         run.enqueue(POINTS, GRID)
         other.enqueue(POINTS, GRID)
-        assert not run.decide(claim_one(run), 1, {"m": 0.5}, 0.5)
+        assert run.decide(claim_one(run), 1, {"m": 0.5}, 0.5) is Decision.CONTINUE
         claim = claim_one(other)
         for epoch, value in ((1, 0.25), (2, 0.75)):
             other.report(claim, epoch, {"m": value}, value)
@@ -640,7 +640,7 @@ def test_an_epoch_that_another_run_stored_without_a_pruner_is_judged_by_its_own_
         run._queue._next_scan = 0.0
         claim = claim_one(run)
         assert claim.epoch == 2
-        assert run.decide(claim, 3, {"m": 0.875}, 0.875), "it was worse at epoch 1"
+        assert run.decide(claim, 3, {"m": 0.875}, 0.875) is Decision.END, "it was worse at epoch 1"
     assert curves(database)[2] == [(1, 0.5), (1, 0.25)]
 
 
@@ -653,7 +653,7 @@ def test_epochs_with_the_same_values_are_kept(study: Study, database: Database) 
         run.release(claim)
         claim = claim_one(run)
         for epoch in (1, 2):
-            assert not run.decide(claim, epoch, {"m": 0.1 * epoch}, 0.1 * epoch)
+            assert run.decide(claim, epoch, {"m": 0.1 * epoch}, 0.1 * epoch) is Decision.CONTINUE
             run.flush()
             assert curves(database) == before
         assert claim.epoch == 3

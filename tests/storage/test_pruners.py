@@ -20,7 +20,7 @@ from storage.database import Database
 from storage.lease import Lease
 from storage.management import rename_study
 from storage.ownership import ClaimedTrial, RunKey
-from storage.pruners import Median, Pruner, SuccessiveHalving
+from storage.pruners import Decision, Median, Pruner, SuccessiveHalving
 from storage.reporting import TrialUpdate
 from storage.studies import Study, find_study, open_study
 from tests.storage.builders import GRID, POINTS, claim_one, claim_point, grid_run, sql
@@ -219,7 +219,7 @@ def test_halving_counts_the_trials_of_another_pruner(database: Database, kind: s
         (trial.number, epoch): value
         for trial in both.study.trials()
         for epoch, value in trial.intermediate_values.items()
-        if epoch in ours._rungs(ours.bracket(trial.number), EPOCHS)
+        if epoch in ours.rungs_until(ours.bracket(trial.number), EPOCHS)
     }
     assert found == wanted
     median, optuna_median = pair("median/1/1", "maximize")
@@ -236,13 +236,13 @@ def test_halving_does_not_judge_what_a_parent_has_trained(study: Study, database
         run.enqueue(POINTS, GRID)
         good, bad, worse = (claim_one(run) for _ in range(3))
         for epoch in (1, 2, 3, 4):
-            assert not run.decide(good, epoch, {"m": 0.5}, 0.5)
+            assert run.decide(good, epoch, {"m": 0.5}, 0.5) is Decision.CONTINUE
         for epoch in (1, 2):
             run.report(bad, epoch, {"m": 0.25}, 0.25)
-        assert not run.decide(bad, 3, {"m": 0.25}, 0.25, first_epoch=3)
+        assert run.decide(bad, 3, {"m": 0.25}, 0.25, first_epoch=3) is Decision.CONTINUE
         assert [row[1:] for row in rungs(database) if row[2] == 2] == [(1, 2, 0.25), (2, 2, 0.25)]
-        assert run.decide(bad, 4, {"m": 0.25}, 0.25, first_epoch=3), "the first rung of its own"
-        assert run.decide(worse, 1, {"m": 0.125}, 0.125)
+        assert run.decide(bad, 4, {"m": 0.25}, 0.25, first_epoch=3) is Decision.END, "the first rung of its own"
+        assert run.decide(worse, 1, {"m": 0.125}, 0.125) is Decision.END
 
 
 def test_brackets_stay_when_a_study_is_renamed_or_copied(study: Study, database: Database) -> None:

@@ -14,6 +14,8 @@ import sqlalchemy as sa
 
 from storage import claims, lease, optuna_tables, ownership, population, queue, records, reporting, retry, tables, usage
 from storage.population import PopulationBased
+from storage.promotion import PromotingHalving
+from storage.pruners import Decision
 from storage.writer import Writer
 from tests.storage.simulator import Backend, open_backend, run_seed
 
@@ -21,6 +23,7 @@ pytestmark = pytest.mark.slow
 
 SEEDS = {"sqlite": 200, "postgresql": 20}
 SEEDS_OF_POPULATIONS = {"sqlite": 60, "postgresql": 5}
+SEEDS_OF_PROMOTIONS = {"sqlite": 60, "postgresql": 5}
 SEEDS_OF_MUTANTS = 50  # each must be found within them
 
 
@@ -42,7 +45,15 @@ def test_no_seed_violates_an_invariant(storage: str) -> None:
 def test_no_seed_of_a_population_violates_an_invariant(storage: str) -> None:
     with open_backend(storage) as backend:
         for seed in range(SEEDS_OF_POPULATIONS[storage]):
-            violation, log = run_seed(backend, seed, is_population=True)
+            violation, log = run_seed(backend, seed, pruner="pbt")
+            assert not violation, "\n".join([f"seed {seed}", *log[-40:], violation])
+
+
+@pytest.mark.parametrize("storage", ["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
+def test_no_seed_of_promotions_violates_an_invariant(storage: str) -> None:
+    with open_backend(storage) as backend:
+        for seed in range(SEEDS_OF_PROMOTIONS[storage]):
+            violation, log = run_seed(backend, seed, pruner="promote")
             assert not violation, "\n".join([f"seed {seed}", *log[-40:], violation])
 
 
@@ -272,11 +283,11 @@ def successors_follow_later(patch: pytest.MonkeyPatch) -> None:
     """A trial ends in one transaction, and its successor would be created in another one."""
     decide = PopulationBased.decide
 
-    def decide_and_undo(self: PopulationBased, connection: Any, question: Any) -> bool:
+    def decide_and_undo(self: PopulationBased, connection: Any, question: Any) -> Decision:
         savepoint = connection.begin_nested()
-        is_replaced = decide(self, connection, question)
-        (savepoint.rollback if is_replaced else savepoint.commit)()
-        return is_replaced
+        decision = decide(self, connection, question)
+        (savepoint.rollback if decision is Decision.END else savepoint.commit)()
+        return decision
 
     patch.setattr(PopulationBased, "decide", decide_and_undo)
 
@@ -286,7 +297,67 @@ def test_a_broken_population_is_found(
     sqlite: Backend, monkeypatch: pytest.MonkeyPatch, mutant: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
     mutant(monkeypatch)
-    assert any(run_seed(sqlite, seed, ("kill",), is_population=True)[0] for seed in range(SEEDS_OF_MUTANTS))
+    assert any(run_seed(sqlite, seed, ("kill",), pruner="pbt")[0] for seed in range(SEEDS_OF_MUTANTS))
+
+
+def all_that_wait_train_on(patch: pytest.MonkeyPatch) -> None:
+    """A trial that waits at a rung is claimed as one that was interrupted."""
+    patch.setattr(
+        PromotingHalving, "waiting_ids", lambda self, study_id: sa.select(tables.trials.c.trial).where(sa.false())
+    )
+
+
+def those_that_wait_end_too_early(patch: pytest.MonkeyPatch) -> None:
+    """A run that has no new trial ends those that wait, while others train."""
+    claim = claims.claim_existing
+    end = PromotingHalving.end_waiting
+
+    def claim_and_end(database: Any, run: Any, token: int, **options: Any) -> claims.Scan:
+        scan = claim(database, run, token, **options)
+        promotion = options["promotion"]
+        if scan.claim is None and options["is_last"] and scan.some_wait:
+            with database.transaction() as connection:
+                end(promotion, connection, run, connection.scalars(promotion.waiting_ids(run.study_id)).all())
+        return scan
+
+    patch.setattr(claims, "claim_existing", claim_and_end)
+
+
+def the_best_do_not_train_on_at_the_end(patch: pytest.MonkeyPatch) -> None:
+    """A rung that too few trials reach would let none of them train to the end."""
+    find = PromotingHalving.find_promoted
+    patch.setattr(
+        PromotingHalving,
+        "find_promoted",
+        lambda self, connection, study_id, is_last: find(self, connection, study_id, is_last=False),
+    )
+
+
+def who_waits_is_known_to_the_driver_only(patch: pytest.MonkeyPatch) -> None:
+    """The decision that a trial waits is not stored with its epoch: a driver that dies takes it along."""
+    upsert = optuna_tables.upsert
+
+    def upsert_others(connection: Any, table: Any, key: Any, rows: Any) -> None:
+        if table is not tables.rungs:
+            upsert(connection, table, key, rows)
+
+    patch.setattr(optuna_tables, "upsert", upsert_others)
+
+
+@pytest.mark.parametrize(
+    "mutant",
+    [
+        all_that_wait_train_on,
+        those_that_wait_end_too_early,
+        the_best_do_not_train_on_at_the_end,
+        who_waits_is_known_to_the_driver_only,
+    ],
+)
+def test_a_broken_promotion_is_found(
+    sqlite: Backend, monkeypatch: pytest.MonkeyPatch, mutant: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    mutant(monkeypatch)
+    assert any(run_seed(sqlite, seed, ("kill",), pruner="promote")[0] for seed in range(SEEDS_OF_MUTANTS))
 
 
 @pytest.mark.parametrize(
