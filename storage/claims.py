@@ -93,15 +93,16 @@ def claim_existing(
         clock = _enter(connection, database, run)
         if claim := _claimed_with(connection, token):
             return Scan(claim)
-        rows = _unfinished(connection, run.study_id)
+        rows = _unfinished(connection, run.study_id, promotion)
         freed, failed = _take_over(connection, run, rows, clock, own_tokens, is_run_dead)
         waiting = [row for row in rows if row.trial_id in freed or row.state == TrialState.WAITING]
         ended_or_own = {row.trial_id for row in rows if row.number in failed or row.token in own_tokens}
         others = {row.trial_id for row in rows} - {row.trial_id for row in waiting} - ended_or_own
         partial_ids = [row.trial_id for row in waiting if row.key is None]
+        at_rungs = {} if promotion is None else promotion.read_waiting(connection, run.study_id)
         # First those that killed no worker or driver, then those with results.
         resumable = sorted(
-            (row for row in waiting if row.key is not None),
+            (row for row in waiting if row.key is not None and row.trial_id not in at_rungs),
             key=lambda row: (
                 freed.get(row.trial_id, row.crashes),
                 # `claimed_epoch` of a successor that was not claimed yet is the epoch after which it starts.
@@ -109,36 +110,50 @@ def claim_existing(
                 row.number,
             ),
         )
-        if resumable and max_trials is not None:
-            started = records.count_budgeted(connection, run.study_id) - len(resumable)
-            if started >= max_trials:
-                retried = records.read_retried(connection, run.study_id)
-                resumable = [row for row in resumable if row.trial_id in retried]
-        if planned is not None and any(row.key not in planned for row in resumable):
-            wanted = records.read_wanted(connection, run.study_id)
-            resumable = [row for row in resumable if row.key in planned or row.trial_id in wanted]
-        at_rungs: list[int] = []  # ids of those that wait there
-        idle = {row.trial_id for row in waiting} | {row.trial_id for row in rows if row.number in failed}
-        is_alone = is_last and all(row.trial_id in idle for row in rows)
-        if promotion is not None:
-            held = set(connection.scalars(promotion.waiting_ids(run.study_id)))
-            at_rungs = [row.trial_id for row in resumable if row.trial_id in held]
-            promoted = list(promotion.find_promoted(connection, run.study_id, is_last=is_alone)) if at_rungs else []
-            by_id = {row.trial_id: row for row in resumable}
-            resumable = [row for row in resumable if row.trial_id not in held]
-            resumable += [by_id[trial_id] for trial_id in promoted if trial_id in by_id]
+        keys = {row.trial_id: row.key for row in resumable} | {each: at_rungs[each].key for each in at_rungs}
+        allowed = _allowed(connection, run.study_id, keys, max_trials, planned)
         for row in resumable:
-            if row.trial_id in freed or _still_waits(connection, row):
+            if row.trial_id in allowed and (row.trial_id in freed or _still_waits(connection, row)):
                 _own(connection, run, row.trial_id, token)
-                if promotion is not None:
-                    forget(connection, row.trial_id)
                 return Scan(_claimed_with(connection, token), partial_ids, bool(others), failed)
-        stopped = {}
-        if promotion is not None and is_alone:
-            stopped = promotion.end_waiting(connection, run, at_rungs)
-        keys = records.count_keys(connection, run.study_id)
-        some_wait = bool(at_rungs) and not is_alone
-        return Scan(None, partial_ids, bool(others), failed, keys, some_wait=some_wait, stopped=stopped)
+        some_wait, stopped = False, {}
+        if promotion is not None and (held := at_rungs.keys() & allowed):
+            idle = {row.trial_id for row in waiting} | {row.trial_id for row in rows if row.number in failed}
+            is_alone = is_last and all(row.trial_id in idle for row in rows)
+            for trial_id in promotion.find_promoted(connection, run.study_id, is_last=is_alone):
+                if trial_id in held and ownership.owners(connection, [trial_id])[trial_id].state == TrialState.WAITING:
+                    _own(connection, run, trial_id, token)
+                    forget(connection, trial_id)
+                    return Scan(_claimed_with(connection, token), partial_ids, bool(others), failed)
+            some_wait = not is_alone
+            stopped = promotion.end_waiting(connection, run, sorted(held)) if is_alone else {}
+        count = records.count_keys(connection, run.study_id)
+        return Scan(None, partial_ids, bool(others), failed, count, some_wait=some_wait, stopped=stopped)
+
+
+def _allowed(
+    connection: sa.Connection,
+    study_id: int,
+    keys: Mapping[int, str],
+    max_trials: int | None,
+    planned: Collection[str] | None,
+) -> set[int]:
+    """Return which of the trials that wait may be claimed, see `claim_existing`.
+
+    Args:
+        connection: in the caller's transaction, which has locked the study.
+        study_id: the study.
+        keys: {trial_id: key} of all that wait.
+        max_trials: the budget of the study; None for no limit.
+        planned: keys of the points of a grid; None for a search that draws.
+    """
+    allowed = set(keys)
+    if keys and max_trials is not None and records.count_budgeted(connection, study_id) - len(keys) >= max_trials:
+        allowed = records.read_retried(connection, study_id)
+    if planned is not None and any(key not in planned for key in keys.values()):
+        wanted = records.read_wanted(connection, study_id)
+        allowed = {each for each in allowed if each in keys and (keys[each] in planned or each in wanted)}
+    return allowed
 
 
 def _enter(connection: sa.Connection, database: Database, run: RunKey) -> Any:
@@ -153,8 +168,11 @@ def _enter(connection: sa.Connection, database: Database, run: RunKey) -> Any:
     return clock
 
 
-def _unfinished(connection: sa.Connection, study_id: int) -> list[Any]:
-    """Return the RUNNING and WAITING trials of a study, each with its row in hpo_trials and its owner's in hpo_runs."""
+def _unfinished(connection: sa.Connection, study_id: int, promotion: PromotingHalving | None) -> list[Any]:
+    """Return the RUNNING and WAITING trials of a study, each with its row in hpo_trials and its owner's in hpo_runs.
+
+    Those that wait at a rung are left out.
+    """
     trial, ours, owner = optuna_tables.trials, tables.trials, tables.runs
     query = (
         sa.select(
@@ -181,6 +199,8 @@ def _unfinished(connection: sa.Connection, study_id: int) -> list[Any]:
         .where(trial.c.study_id == study_id, trial.c.state.in_(optuna_tables.UNFINISHED))
         .order_by(trial.c.number)
     )
+    if promotion is not None:
+        query = query.where(~promotion.waits(study_id))
     return list(connection.execute(query))
 
 

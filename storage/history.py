@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -30,7 +30,6 @@ from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from storage import optuna_internals
 from storage.optuna_internals import BEST_TRIALS, DRAFT_ID, RELATIVE_PARAMS
 from storage.optuna_tables import (
     UNFINISHED,
@@ -43,7 +42,7 @@ from storage.optuna_tables import (
 )
 from storage.optuna_tables import trials as trial_table
 from storage.pareto import direction_of, fronts_of
-from storage.promotion import PromotingHalving
+from storage.promotion import PromotingHalving, WaitingTrial
 from storage.studies import Study
 
 MIN_LIMIT = 10 * BEST_TRIALS  # a tenth of the finished trials count as the best, until these are BEST_TRIALS
@@ -51,6 +50,7 @@ MIN_LIMIT = 10 * BEST_TRIALS  # a tenth of the finished trials count as the best
 _ENDED = (TrialState.COMPLETE, TrialState.PRUNED)  # final: nothing changes the state or values of such a trial
 # Draws that are shown as infeasible; at most half as many as finished trials, so that TPE does not learn from them alone.
 _REFUSED = 50
+_IDS_AT_ONCE = 1000  # in one statement
 _FIRSTS_SHARE = 4  # at most a quarter of the limit shows sets of parameters
 
 # Multiples of the golden ratio, modulo 1, are spread evenly, and so are the numbers whose multiple is below a bound. No
@@ -104,11 +104,14 @@ class History:
         self._promotion = promotion
         self._shown: list[FrozenTrial] = []
         self._refused: deque[FrozenTrial] = deque(maxlen=_REFUSED)
-        self._frozen: dict[int, FrozenTrial] = {}  # the finished ones of them
+        self._frozen: dict[int, tuple[_Ended, FrozenTrial]] = {}  # the finished ones of them
+        self._at_rungs: list[_Ended] = []  # trials that wait at a rung, as pruned ones
+        self._names: dict[int, str] = {}  # {trial_id: names of the params} of all that have waited
         self._forget()
 
     def _forget(self) -> None:
         self._last_id = -1  # of the trials seen so far
+        self._seen: set[int] = set()  # ids of those that the last look has found
         self._unfinished: set[int] = set()  # ids of those seen unfinished
         self._ended = 0  # number of those seen finished
         self._best: list[_Ended] = []
@@ -138,20 +141,22 @@ class History:
         After the first call, this reads the unfinished trials and those that ended since.
         """
         with self._study.database.engine.connect() as connection:
+            # First: a trial that is claimed meanwhile is seen twice, never missed.
+            at_rungs = {} if self._promotion is None else self._promotion.read_waiting(connection, self._study.study_id)
             unfinished = self._read_changes(connection)
-            at_rungs = self._read_at_rungs(connection, unfinished)
-            chosen = self._choose([_as_ended(trial, self._study.optuna_study.direction) for trial in at_rungs.values()])
-            missing = [each for each in chosen.values() if each.trial_id not in self._frozen.keys() | at_rungs.keys()]
+            self._read_at_rungs(connection, {key: each for key, each in at_rungs.items() if key not in self._seen})
+            chosen = self._choose()
+            missing = [trial for trial_id, trial in chosen.items() if self._frozen.get(trial_id, (None,))[0] != trial]
             params = _read_params(connection, trial_table.c.trial_id.in_([each.trial_id for each in missing]))
         for each in missing:
-            self._frozen[each.trial_id] = _freeze(
+            frozen = _freeze(
                 each.trial_id, each.number, each.state, params.get(each.trial_id, {}), each.values, each.last_value
             )
-        self._frozen = {trial_id: self._frozen[trial_id] for trial_id in chosen.keys() - at_rungs.keys()}
-        shown = [*self._frozen.values(), *(at_rungs[trial_id] for trial_id in chosen.keys() & at_rungs.keys())]
-        shown += [trial for trial in unfinished if optuna_internals.trial_id(trial) not in at_rungs]
-        shown += list(self._refused)[-(len(chosen) // 2) :] if len(chosen) > 1 else []
-        self._shown = sorted(shown, key=lambda trial: trial.number)
+            self._frozen[each.trial_id] = each, frozen
+        self._frozen = {trial_id: self._frozen[trial_id] for trial_id in chosen}
+        shown = [frozen for _, frozen in self._frozen.values()]
+        refused = list(self._refused)[-(len(chosen) // 2) :] if len(chosen) > 1 else []
+        self._shown = sorted([*shown, *refused, *unfinished], key=lambda trial: trial.number)
 
     def _read_changes(self, connection: sa.Connection) -> list[FrozenTrial]:
         """Note the trials that ended since the last call; return the unfinished ones."""
@@ -160,7 +165,8 @@ class History:
         directions = self._study.optuna_study.directions
         # Other runs write between these statements. In this order, a trial that ends meanwhile is seen twice, never missed.
         total = connection.scalar(sa.select(sa.func.count()).where(of_study, table.c.state.in_(_ENDED))) or 0
-        unfinished = _read_unfinished(connection, of_study)
+        is_open = of_study if self._promotion is None else sa.and_(of_study, ~self._promotion.waits(study_id))
+        unfinished = _read_unfinished(connection, is_open)
         condition = of_study
         if self._ended:
             since = sa.or_(table.c.trial_id > self._last_id, table.c.trial_id.in_(self._unfinished - unfinished.keys()))
@@ -173,8 +179,10 @@ class History:
             self._forget()
             ended = _read_ended(connection, of_study, directions)
         self._add(ended, directions)
-        self._unfinished = unfinished.keys() - {trial.trial_id for trial in ended}
-        self._last_id = max([self._last_id, *unfinished, *(trial.trial_id for trial in ended)])
+        ended_ids = {trial.trial_id for trial in ended}
+        self._seen = unfinished.keys() | ended_ids
+        self._unfinished = unfinished.keys() - ended_ids
+        self._last_id = max([self._last_id, *self._seen])
         return [unfinished[trial_id] for trial_id in self._unfinished]
 
     def _add(self, ended: list[_Ended], directions: Sequence[StudyDirection]) -> None:
@@ -185,45 +193,44 @@ class History:
             self._completed += [trial for trial in ended if trial.values is not None]
             self._best = _best_fronts(self._completed, directions, self._limit // 2)
         self._sample = sorted([*self._sample, *ended], key=lambda trial: trial.priority)[: self._limit]
-        for trial in ended:
-            first = self._firsts.setdefault(trial.names, trial)
-            if trial.number < first.number:
-                self._firsts[trial.names] = trial
+        self._firsts = _first_of_each([*self._firsts.values(), *ended])
 
-    def _read_at_rungs(self, connection: sa.Connection, unfinished: list[FrozenTrial]) -> dict[int, FrozenTrial]:
-        """Return {trial_id: trial} of those that wait at a rung, as pruned ones."""
-        if self._promotion is None:
-            return {}
-        reached = self._promotion.read_waiting(connection, self._study.study_id)
-        found = {}
-        for trial in unfinished:
-            trial_id = optuna_internals.trial_id(trial)
-            if trial.state == TrialState.WAITING and trial_id in reached:
-                found[trial_id] = _freeze(trial_id, trial.number, TrialState.PRUNED, {}, None, reached[trial_id])
-                found[trial_id].params, found[trial_id].distributions = trial.params, trial.distributions
-        return found
+    def _read_at_rungs(self, connection: sa.Connection, waiting: Mapping[int, WaitingTrial]) -> None:
+        """Note the trials that wait at a rung as pruned ones."""
+        new = [trial_id for trial_id in waiting if trial_id not in self._names]
+        for start in range(0, len(new), _IDS_AT_ONCE):
+            self._names |= _read_names(connection, new[start : start + _IDS_AT_ONCE])
+        direction = self._study.optuna_study.directions[0]
+        self._at_rungs = []
+        for trial_id, (number, _, epoch, value) in waiting.items():
+            state, last_value, names = TrialState.PRUNED, {epoch: value}, self._names.get(trial_id, "")
+            rank = _rank(state, number, None, last_value, direction)
+            self._at_rungs.append(_Ended(trial_id, number, state, None, last_value, names, rank, _priority(number)))
 
-    def _choose(self, at_rungs: list[_Ended]) -> dict[int, _Ended]:
-        """Return {trial_id: trial to show as finished}.
-
-        Args:
-            at_rungs: trials that wait at a rung.
-        """
-        best, sample, by_names = self._best, self._sample, list(self._firsts.values())
-        if at_rungs:  # there is one objective
-            best = sorted([*best, *at_rungs], key=lambda trial: trial.rank)[:BEST_TRIALS]
-            sample = sorted([*sample, *at_rungs], key=lambda trial: trial.priority)[: self._limit]
-            first: dict[str, _Ended] = {}
-            for trial in sorted([*by_names, *at_rungs], key=lambda trial: trial.number):
-                first.setdefault(trial.names, trial)
-            by_names = list(first.values())
-        firsts = sorted(by_names, key=lambda trial: trial.number)[: self._limit // _FIRSTS_SHARE]
+    def _choose(self) -> dict[int, _Ended]:
+        """Return {trial_id: trial to show as finished}."""
+        best, sample, firsts = self._best, self._sample, self._firsts
+        if self._at_rungs:  # there is one objective
+            best = sorted([*best, *self._at_rungs], key=lambda trial: trial.rank)[:BEST_TRIALS]
+            sample = sorted([*sample, *self._at_rungs], key=lambda trial: trial.priority)[: self._limit]
+            firsts = _first_of_each([*firsts.values(), *self._at_rungs])
+        by_number = sorted(firsts.values(), key=lambda trial: trial.number)[: self._limit // _FIRSTS_SHARE]
         chosen: dict[int, _Ended] = {}
-        for trial in [*best, *firsts, *sample]:
+        for trial in [*best, *by_number, *sample]:
             if len(chosen) == self._limit:
                 break
             chosen[trial.trial_id] = trial
         return chosen
+
+
+def _first_of_each(trials: list[_Ended]) -> dict[str, _Ended]:
+    """Return {names of params: the first trial with these}."""
+    found: dict[str, _Ended] = {}
+    for trial in trials:
+        first = found.setdefault(trial.names, trial)
+        if trial.number < first.number:
+            found[trial.names] = trial
+    return found
 
 
 def _best_fronts(completed: list[_Ended], directions: Sequence[StudyDirection], most: int) -> list[_Ended]:
@@ -259,22 +266,6 @@ def _rank(
     for epoch, last in last_value.items():
         return 1, -epoch, math.inf if math.isnan(last) else sign * last, number
     return 1, 1, 0.0, number
-
-
-def _as_ended(trial: FrozenTrial, direction: StudyDirection) -> _Ended:
-    """Return the summary of a pruned trial."""
-    last_value = trial.intermediate_values
-    rank = _rank(trial.state, trial.number, None, last_value, direction)
-    return _Ended(
-        optuna_internals.trial_id(trial),
-        trial.number,
-        trial.state,
-        None,
-        last_value,
-        ",".join(trial.params),
-        rank,
-        _priority(trial.number),
-    )
 
 
 def _priority(number: int) -> int:
@@ -371,6 +362,14 @@ def _read_other_values(connection: sa.Connection, condition: sa.ColumnElement[bo
     for trial_id, stored, kind in connection.execute(query):
         found[trial_id] = (*found.get(trial_id, ()), decode_value(stored, kind))
     return found
+
+
+def _read_names(connection: sa.Connection, trial_ids: Sequence[int]) -> dict[int, str]:
+    """Return {trial_id: the names of its params}."""
+    param = trial_params
+    query = sa.select(param.c.trial_id, sa.func.aggregate_strings(param.c.param_name, ","))
+    query = query.where(param.c.trial_id.in_(trial_ids)).group_by(param.c.trial_id)
+    return {trial_id: names for trial_id, names in connection.execute(query)}  # noqa: C416 # rows are no pairs to mypy
 
 
 def _read_params(

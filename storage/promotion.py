@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from optuna.trial import TrialState
@@ -23,6 +23,22 @@ from storage.tables import rungs
 
 WAITING_POOL = "/waiting"  # the end of the pools whose rows say who waits
 TRIALS_AT_ONCE = 1000  # in one statement
+
+
+class WaitingTrial(NamedTuple):
+    """A trial that waits at a rung.
+
+    Attributes:
+        number: its number in the study.
+        key: of its configuration.
+        epoch: the rung.
+        value: the objective there.
+    """
+
+    number: int
+    key: str
+    epoch: int
+    value: float
 
 
 @dataclass(frozen=True)
@@ -68,14 +84,22 @@ class PromotingHalving(SuccessiveHalving):
         has_later = sa.exists().where(values.c.trial_id == rungs.c.trial, values.c.step > rungs.c.epoch)
         connection.execute(rungs.delete().where(self._waits(study_id), has_later))
 
-    def waiting_ids(self, study_id: int) -> sa.Select[Any]:
-        """Return the query of the ids of the trials that wait at a rung, or will when their run gives them back."""
-        return sa.select(rungs.c.trial).where(self._waits(study_id))
+    def waits(self, study_id: int) -> sa.ColumnElement[bool]:
+        """Return a condition of a query on Optuna's trials: that a trial waits at a rung."""
+        trial = optuna_tables.trials
+        at_rungs = sa.select(rungs.c.trial).where(self._waits(study_id))
+        return sa.and_(trial.c.state == TrialState.WAITING, trial.c.trial_id.in_(at_rungs))
 
-    def read_waiting(self, connection: sa.Connection, study_id: int) -> dict[int, dict[int, float]]:
-        """Return {trial_id: {epoch: value}} of these trials at the rung where they wait."""
-        query = sa.select(rungs.c.trial, rungs.c.epoch, rungs.c.value).where(self._waits(study_id))
-        return {trial_id: {epoch: value} for trial_id, epoch, value in connection.execute(query)}
+    def read_waiting(self, connection: sa.Connection, study_id: int) -> dict[int, WaitingTrial]:
+        """Return {trial_id: trial} of the trials that wait at a rung, without those that their run has not given back."""
+        trial, ours = optuna_tables.trials, tables.trials
+        query = (
+            sa.select(trial.c.trial_id, trial.c.number, ours.c.key, rungs.c.epoch, rungs.c.value)
+            .join(rungs, rungs.c.trial == trial.c.trial_id)
+            .join(ours, ours.c.trial == trial.c.trial_id)
+            .where(self._waits(study_id), trial.c.state == TrialState.WAITING)
+        )
+        return {trial_id: WaitingTrial(*row) for trial_id, *row in connection.execute(query)}
 
     def find_promoted(self, connection: sa.Connection, study_id: int, *, is_last: bool) -> Iterator[int]:
         """Yield the ids of the trials that wait, and may train on; those at the highest rungs first, the best first.

@@ -302,9 +302,8 @@ def test_a_broken_population_is_found(
 
 def all_that_wait_train_on(patch: pytest.MonkeyPatch) -> None:
     """A trial that waits at a rung is claimed as one that was interrupted."""
-    patch.setattr(
-        PromotingHalving, "waiting_ids", lambda self, study_id: sa.select(tables.trials.c.trial).where(sa.false())
-    )
+    patch.setattr(PromotingHalving, "waits", lambda self, study_id: sa.false())
+    patch.setattr(PromotingHalving, "read_waiting", lambda self, connection, study_id: {})
 
 
 def those_that_wait_end_too_early(patch: pytest.MonkeyPatch) -> None:
@@ -317,7 +316,7 @@ def those_that_wait_end_too_early(patch: pytest.MonkeyPatch) -> None:
         promotion = options["promotion"]
         if scan.claim is None and options["is_last"] and scan.some_wait:
             with database.transaction() as connection:
-                end(promotion, connection, run, connection.scalars(promotion.waiting_ids(run.study_id)).all())
+                end(promotion, connection, run, list(promotion.read_waiting(connection, run.study_id)))
         return scan
 
     patch.setattr(claims, "claim_existing", claim_and_end)
