@@ -285,7 +285,8 @@ class Invariants:
             by_epoch[epoch].append(value)
         new = [row for row in rows if (row[0], row[2]) not in self._rungs]
         self._rungs |= {(row[0], row[2]) for row in rows}
-        if len(new) != 1:
+        # A restored copy may lack decisions of living runs: the epochs are stored again, the rungs when a run starts.
+        if len(new) != 1 or self.replacements:
             return
         trial_id, epoch, value = new[0]
         ahead = sum(other > value for other in by_epoch[epoch])
@@ -316,7 +317,7 @@ class Invariants:
 
         new = [row for row in rows if (row[0], row[2]) not in self._rungs]
         self._rungs |= {(row[0], row[2]) for row in rows}
-        for trial_id, epoch, _ in new if len(new) == 1 else ():
+        for trial_id, epoch, _ in new if len(new) == 1 and not self.replacements else ():
             others = ranked[epoch]
             (claimed,) = self._sql(f"SELECT claimed_epoch FROM hpo_trials WHERE trial = {trial_id}")[0]
             waits = trial_id not in others[: len(others) // 2] and epoch > claimed
