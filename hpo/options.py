@@ -53,6 +53,30 @@ def data_option(verb: Callable[..., Any]) -> Callable[..., Any]:
     )(verb)
 
 
+def exit_option(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --exit-after, in seconds; None without it."""
+    return click.option(
+        "--exit-after",
+        metavar="DURATION",
+        callback=_read_duration,
+        help="Stop after this time, such as 3h30m, as Ctrl-C does: for queues that limit it.",
+    )(verb)
+
+
+def _read_duration(_context: click.Context, _parameter: click.Parameter, text: str | None) -> float | None:
+    from hpo.space.sections import parse_duration
+
+    if text is None:
+        return None
+    try:
+        seconds = parse_duration(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+    if not isinstance(seconds, float) or seconds <= 0:
+        raise click.BadParameter(f"{text} is no time at all")
+    return seconds
+
+
 def space_arguments(verb: Callable[..., Any]) -> Callable[..., Any]:
     """Add SPACE and --set."""
     verb = click.option(

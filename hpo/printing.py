@@ -62,6 +62,7 @@ def print_ending(console: Console, result: SearchResult, storage: str) -> None:
     if result.stopped is not None:
         remedy = {
             StopCause.INTERRUPTED: "The same command resumes it",
+            StopCause.EXIT_TIME: "The same command resumes it",
             StopCause.TIME_SPENT: "With a larger budget.time, the same command resumes it",
             StopCause.NO_IMPROVEMENT: "With a larger budget.patience, the same command resumes it",
             StopCause.GPU_HOURS_SPENT: "With a larger budget.gpu_hours, the same command resumes it",

@@ -25,7 +25,7 @@ import click
 
 from hpo import study_verbs, working_folder
 from hpo.errors import HpoError, SettingError, nearest, printable, was_interrupted
-from hpo.options import data_option, secret, space_arguments, storage_option
+from hpo.options import data_option, exit_option, secret, space_arguments, storage_option
 from hpo.paths import RunsDir
 from hpo.printing import hint, new_console, print_ending, print_report, print_results, say
 from hpo.search.stop import StopCause
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from hpo.api import SearchResult
     from hpo.report.results import Results
 
-STOP_CODES = {StopCause.INTERRUPTED: 130, StopCause.BROKEN: 2}
+STOP_CODES = {StopCause.INTERRUPTED: 130, StopCause.EXIT_TIME: 130, StopCause.BROKEN: 2}
 COMPLETE_VARIABLE = "_HPO_COMPLETE"  # how a shell asks click for completions
 
 
@@ -153,10 +153,17 @@ def cli() -> None:
 @space_arguments
 @storage_option
 @data_option
+@exit_option
 @click.option("--plan", "only_plan", is_flag=True, help="Run nothing; show the output of `hpo plan`.")
 @click.pass_context
 def run(
-    context: click.Context, space: str, overrides: Sequence[str], storage: str, data_dir: Path, only_plan: bool
+    context: click.Context,
+    space: str,
+    overrides: Sequence[str],
+    storage: str,
+    data_dir: Path,
+    exit_after: float | None,
+    only_plan: bool,
 ) -> int:
     """Run a search, or resume it.
 
@@ -166,7 +173,7 @@ def run(
     RAY_ADDRESS joins a running Ray cluster. PGPASSWORD is the password of a PostgreSQL URL without one.
 
     The exit code is 0 if a trial completed, 1 if none did, 2 if you must change something, such as code with which
-    all trials fail, and 130 if the search was stopped.
+    all trials fail, and 130 if the search was stopped, or --exit-after is over.
 
     \b
     Example:  hpo run grid --set max_epochs=2 --set parameters.lr=0.02
@@ -192,6 +199,7 @@ def run(
             password=secret("PGPASSWORD"),
             data_dir=data_dir,
             ray_address=os.environ.get("RAY_ADDRESS"),
+            exit_after=exit_after,
             listener=progress,
             on_results=show,
             command=context.obj,

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -96,6 +98,7 @@ def run_search(
     data_dir: Path | str = "data",
     runs_dir: Path | str = "runs",
     ray_address: str | None = None,
+    exit_after: float | None = None,
     listener: ProgressListener | None = None,
     on_results: Callable[[Results], None] | None = None,
     command: str = "",
@@ -109,6 +112,7 @@ def run_search(
         data_dir: where data sets are read from or downloaded to.
         runs_dir: where checkpoints, artifacts and reports are written.
         ray_address: a Ray cluster to join; None starts Ray on this machine, for this search only.
+        exit_after: seconds after which the search stops as after Ctrl-C, for queues that limit its time; None for no limit.
         listener: receives the events of the search.
         on_results: receives the results as soon as the last trial has ended, before the report is written.
         command: how the search was started, for the record.
@@ -122,6 +126,7 @@ def run_search(
         DataError: the data set is not there and cannot be downloaded.
         StorageError: the database cannot be used; trials in flight are resumable.
     """
+    exit_at = math.inf if exit_after is None else time.monotonic() + exit_after
     listener = listener or NullListener()
     listener.search_starting(space)  # before the imports that take seconds
     from hpo.search.cluster import RayCluster
@@ -185,6 +190,7 @@ def run_search(
                 data=data,
                 runs_dir=runs,
                 listener=listener,
+                exit_at=exit_at,
             )
             cluster.stop()  # Ray shuts down while the results are written
         results = read_results(study)
@@ -211,6 +217,7 @@ def _search(
     data: Mapping[str, Any],
     runs_dir: RunsDir,
     listener: ProgressListener,
+    exit_at: float,
 ) -> tuple[Study, Stop | None]:
     """Run the trials that are left. Slow imports happen here, while Ray starts in the background."""
     from hpo.other_databases import note_database
@@ -249,7 +256,14 @@ def _search(
     gc.freeze()  # excludes imported objects from the garbage collections of the search
     try:
         stopped = run_trials(
-            continuation, study, slots, provenance=provenance, data=data, runs_dir=runs_dir, listener=listener
+            continuation,
+            study,
+            slots,
+            provenance=provenance,
+            data=data,
+            runs_dir=runs_dir,
+            listener=listener,
+            exit_at=exit_at,
         )
     finally:
         gc.unfreeze()  # the caller's garbage must not live forever

@@ -32,12 +32,14 @@ from tests.factories import Finished, HpoHere, toy_space
 from tests.report.studies import finish_grid
 
 INTERRUPTED = Stop(StopCause.INTERRUPTED)
+OUT_OF_EXIT_TIME = Stop(StopCause.EXIT_TIME)
 OUT_OF_TIME = Stop(StopCause.TIME_SPENT)
 OUT_OF_GPU_HOURS = Stop(StopCause.GPU_HOURS_SPENT, "the trials have used 8.01 of 8 device-hours")
 OUT_OF_MONEY = Stop(StopCause.COST_SPENT, "the trials have cost 20.1 of 20")
 BROKEN = Stop(StopCause.BROKEN, "the last 4 trials on host failed before they trained an epoch")
 ENDINGS = {
     INTERRUPTED: "Stopped: interrupted. The same command resumes it.",
+    OUT_OF_EXIT_TIME: "Stopped: --exit-after is over. The same command resumes it.",
     OUT_OF_TIME: "Stopped: the time budget is spent. With a larger budget.time, the same command resumes it.",
     OUT_OF_GPU_HOURS: f"Stopped: {OUT_OF_GPU_HOURS}. With a larger budget.gpu_hours, the same command resumes it.",
     OUT_OF_MONEY: f"Stopped: {OUT_OF_MONEY}. With a larger budget.cost.limit, the same command resumes it.",
@@ -99,6 +101,7 @@ def fake_search(
         (["FAIL", "FAIL"], None, 1),
         (["PRUNED"], None, 1),
         (["COMPLETE", "WAITING"], INTERRUPTED, 130),
+        (["COMPLETE", "WAITING"], OUT_OF_EXIT_TIME, 130),
         (["COMPLETE", "WAITING"], OUT_OF_TIME, 0),
         (["PRUNED", "WAITING"], OUT_OF_TIME, 1),
         (["COMPLETE", "WAITING"], OUT_OF_GPU_HOURS, 0),
@@ -190,6 +193,8 @@ def test_an_error_to_which_ctrl_c_has_led_is_an_interruption(
         (["run"], "Missing argument 'SPACE'"),
         (["run", "grid", "--sett", "a=1"], "No such option"),
         (["replay", "grid", "first"], "'first' is not a valid integer"),
+        (["run", "grid", "--exit-after", "soon"], "write a duration like 90s, 30m, 4h or 1d12h, got 'soon'"),
+        (["run", "grid", "--exit-after", "0s"], "0s is no time at all"),
         (["dashboard", "--port", "http"], "'http' is not a valid integer"),
         (["completion", "tcsh"], "'tcsh' is not one of"),
     ],

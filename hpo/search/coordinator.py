@@ -77,7 +77,7 @@ class TrialCoordinator:
         self._parents: dict[str, Parent] = {}  # of the running trials that continue another one
         self._at_a_time = math.inf  # fewer than there are slots after a trial has found no room next to others
         self._together: dict[str, int] = {}  # the most trials that ran at the same time during a claim
-        self._deadline = math.inf
+        self._deadlines: dict[StopCause, float] = {}
         self._next_attempt = 0.0
         self._is_exhaustion_noted = False
         self._has_trained: set[str] = set()  # the machines on which this run has trained an epoch
@@ -87,9 +87,9 @@ class TrialCoordinator:
         self.stopped: Stop | None = None
         self.error: Exception | None = None
 
-    def set_deadline(self, deadline: float) -> None:
+    def set_deadline(self, deadline: float, cause: StopCause = StopCause.TIME_SPENT) -> None:
         """Stop claiming at this time of the monotonic clock; running trials are released after their epoch."""
-        self._deadline = deadline
+        self._deadlines[cause] = deadline
 
     def stop(self, cause: StopCause, details: str = "") -> None:
         """Claim no more trials, and release each running trial after its epoch. The first call says why."""
@@ -439,8 +439,9 @@ class TrialCoordinator:
         return self._runs_dir.trial(self._unique_name, claim.number)
 
     def _is_over(self) -> bool:
-        if time.monotonic() >= self._deadline:
-            self.stop(StopCause.TIME_SPENT)
+        for cause, deadline in sorted(self._deadlines.items(), key=lambda each: each[1]):
+            if time.monotonic() >= deadline:
+                self.stop(cause)
         if self.stopped is None and self._space.budget.shows_device_time:
             with self._storage_errors_kept():
                 used = self._run.device_seconds()

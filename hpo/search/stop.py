@@ -16,6 +16,7 @@ class StopCause(Enum):
     GPU_HOURS_SPENT = "budget.gpu_hours is spent"
     COST_SPENT = "budget.cost.limit is spent"
     INTERRUPTED = "interrupted"
+    EXIT_TIME = "--exit-after is over"
     BROKEN = "nothing can be trained"
     STORAGE_FAILED = "storage failed"
 

@@ -9,6 +9,7 @@ trial's parameters and folder, never the URL of the database.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import tempfile
@@ -222,6 +223,7 @@ def run_trials(
     data: Mapping[str, Any],
     runs_dir: RunsDir,
     listener: ProgressListener,
+    exit_at: float = math.inf,
 ) -> Stop | None:
     """Run the remaining trials of a study. Ray must be up.
 
@@ -233,6 +235,7 @@ def run_trials(
         data: what the trainable gets as `data`.
         runs_dir: where checkpoints are stored; every worker must reach it.
         listener: receives the events.
+        exit_at: when the search stops at the latest, by the monotonic clock.
 
     Returns:
         Why the search ended before its work was done; None if it was done.
@@ -246,6 +249,7 @@ def run_trials(
     space = continuation.space
     with open_run(continuation, study, provenance, Device(slots.device, slots.devices)) as run:
         coordinator = TrialCoordinator(space, run, slots, data=data, runs_dir=runs_dir, listener=listener)
+        coordinator.set_deadline(exit_at, StopCause.EXIT_TIME)
         if space.budget.time is not None:
             coordinator.set_deadline(time.monotonic() + space.budget.time - run.elapsed_seconds())
         try:

@@ -251,7 +251,12 @@ class Data(StrictModel):
 _DURATION = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", re.ASCII)
 
 
-def _parse_duration(raw: object) -> object:
+def parse_duration(raw: object) -> object:
+    """Return the seconds of a text such as `1h30m`; anything else unchanged.
+
+    Raises:
+        ValueError: the text is no duration.
+    """
     if not isinstance(raw, str):
         return raw
     match = _DURATION.fullmatch(raw)
@@ -265,7 +270,7 @@ Seconds = Annotated[
     float,
     Field(gt=0, allow_inf_nan=False),
     BeforeValidator(
-        _parse_duration,
+        parse_duration,
         json_schema_input_type=Annotated[float, Field(gt=0)]
         | Annotated[str, Field(pattern=r"^(?=.)(\d+d)?(\d+h)?(\d+m)?(\d+s)?$")],
     ),

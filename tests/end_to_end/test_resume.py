@@ -133,7 +133,7 @@ def test_a_study_survives_signals_kill_9_and_two_drivers(tmp_path: Path, start_d
 
 
 @pytest.mark.slow
-@pytest.mark.ray(starts=2)
+@pytest.mark.ray(starts=3)
 def test_ctrl_c_saves_epochs_that_no_checkpoint_was_due_for(
     tmp_path: Path, start_driver: Callable[..., Driver]
 ) -> None:
@@ -151,6 +151,9 @@ def test_ctrl_c_saves_epochs_that_no_checkpoint_was_due_for(
     assert driver.wait() == 130, driver.output
     saved = {path.name for path in (tmp_path / "runs/checkpoints").glob("*/*/epoch-*")}
     assert "epoch-000004.pt" in saved
+    hurried = start_driver(path, "--exit-after", "1s")  # it is over before Ray has started
+    assert hurried.wait() == 130, hurried.output
+    assert "Stopped: --exit-after is over. The same command resumes it." in hurried.output
     assert start_driver(path).wait() == 0
     lines = log.read_text().splitlines()
     assert len(lines) == len(set(lines)) == 2 * MAX_EPOCHS, "no epoch is trained twice"

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -139,17 +140,27 @@ def test_stop_releases_the_trial_after_its_epoch_and_claims_no_more(study: Study
     assert study.trials()[0].intermediate_values == {1: expected_value({"x": 1}, 0, 1)}
 
 
-def test_end_of_the_time_budget_releases_trials(study: Study, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("deadlines", "text"),
+    [
+        ({StopCause.TIME_SPENT: 0.0}, "the time budget is spent"),
+        ({StopCause.EXIT_TIME: 0.0}, "--exit-after is over"),
+        ({StopCause.TIME_SPENT: 1.0, StopCause.EXIT_TIME: 2.0}, "the time budget is spent"),
+        ({StopCause.TIME_SPENT: math.inf, StopCause.EXIT_TIME: 2.0}, "--exit-after is over"),
+    ],
+)
+def test_a_deadline_releases_trials(study: Study, tmp_path: Path, deadlines: dict[StopCause, float], text: str) -> None:
     space, listener = toy_space(tmp_path), RecordingListener()
     with run_of(study, space) as run:
         coordinator = coordinator_of(space, run, tmp_path, listener)
         spec = coordinator.next_trial("a")
         assert spec is not None
-        coordinator.set_deadline(0.0)
+        for cause, deadline in deadlines.items():
+            coordinator.set_deadline(deadline, cause)
         assert coordinator.on_report("a", take_reports(spec, 1)[0]) is Ending.SAVE
         coordinator.on_saved("a", "")
         assert trial_states(study) == ["WAITING"]
-    assert str(coordinator.stopped) == "the time budget is spent"
+    assert str(coordinator.stopped) == text
     assert trial_states(study) == ["WAITING"]
 
 
