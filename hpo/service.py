@@ -230,7 +230,8 @@ def _search(
     estimate, images = None, None
     if probes is not None:
         provenance["data_sha256"], images = probes.describe_data()
-    # Only now, so that a missing data set does not leave an empty study.
+    cluster.wait_for_answer()
+    # Only now, so that a missing data set, or a cluster that does not answer, does not leave an empty study.
     study, continuation = open_continued(database, continuation, runs_dir)
     space = continuation.space
     note_database(runs_dir.checkpoints(study.unique_name), database)

@@ -11,7 +11,6 @@ import logging
 import os
 import secrets
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -22,6 +21,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from hpo.errors import SettingError
+from hpo.search.ray_address import check_address, no_answer
 
 # Ray reads these when it is imported. Its uv hook would start every worker through `uv run`, its usage report needs a
 # network, and this process handles Ctrl-C itself.
@@ -44,7 +44,6 @@ os.environ.update(
 _LOCAL_VARIABLES = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
 _TOKEN, _TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
-CONNECT_SECONDS = 10.0  # how long a cluster may take to answer
 LEAVE_SECONDS = 60.0  # how long leaving waits for Ray to start and shut down
 INTERRUPT_SECONDS = 0.1  # until a signal that arrived in an import is sent again
 OBJECT_STORE_BYTES = 100 * 2**20  # reports are small; the workers read data sets from disk
@@ -60,6 +59,7 @@ class RayCluster:
     def __init__(self, address: str | None) -> None:
         self._address = address
         self._thread = threading.Thread(target=self._run_ray, name="hpo-ray", daemon=True)
+        self._has_answered = threading.Event()
         self._start_ended = threading.Event()
         self._must_stop = threading.Event()
         self._error: Exception | None = None
@@ -114,11 +114,21 @@ class RayCluster:
             gc.collect()
             self._must_stop.set()
 
+    def wait_for_answer(self) -> None:
+        """Wait until the cluster to join answers. `start` was called before.
+
+        Raises:
+            SettingError: see `ray_address.check_address`.
+        """
+        self._has_answered.wait()
+        if isinstance(self._error, SettingError):
+            raise self._error
+
     def size(self) -> tuple[float, float]:
         """Wait until Ray is up, and return the cores and the GPUs of the cluster.
 
         Raises:
-            SettingError: no cluster answers at the address.
+            SettingError: see `ray_address.check_address`.
             Exception: any other error of starting Ray, unchanged.
         """
         import ray
@@ -143,14 +153,17 @@ class RayCluster:
                     # Ray opens its folder to all users; nobody else may enter ours.
                     options |= {"address": "local", "include_dashboard": False, "_temp_dir": f"{scratch}/r"}
                     options["object_store_memory"] = OBJECT_STORE_BYTES
-                _check_answers(self._address)
+                if self._address is not None:
+                    check_address(self._address)
+                self._has_answered.set()
                 ray.init(logging_level=logging.CRITICAL, log_to_driver=False, **options)
                 if self._address is None:
                     _stop_autoscaler()
             except ConnectionError as error:
-                self._error = _no_answer(self._address, error)
+                self._error = no_answer(self._address, error)
             except Exception as error:  # noqa: BLE001 # raised again in the thread that waits for Ray
                 self._error = error
+            self._has_answered.set()
             self._start_ended.set()
             self._must_stop.wait()
             ray.shutdown()
@@ -216,23 +229,6 @@ def _without_driver_paths() -> Any:
     job: Any = ray.job_config.JobConfig()
     job._py_driver_sys_path = _NoPaths()  # noqa: SLF001
     return job
-
-
-def _check_answers(address: str | None) -> None:
-    """Raise SettingError if nothing listens at `host:port`: Ray would retry for many minutes."""
-    host, _, port = (address or "").rpartition(":")
-    if not host or "/" in host or not port.isdigit():
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise _no_answer(address, error) from None
-
-
-def _no_answer(address: str | None, error: Exception) -> SettingError:
-    return SettingError(
-        f"no Ray cluster answers at RAY_ADDRESS {address}: {error}. Start one with `ray start --head`, or unset RAY_ADDRESS"
-    )
 
 
 def _stop_autoscaler() -> None:

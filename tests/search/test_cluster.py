@@ -154,8 +154,9 @@ def test_an_address_where_nothing_listens_is_reported_at_once(fake_ray: FakeRay)
         port = server.getsockname()[1]
     with RayCluster(f"127.0.0.1:{port}") as cluster:
         cluster.start()
-        with pytest.raises(SettingError, match=f"RAY_ADDRESS 127.0.0.1:{port}: .*Connection refused. Start one"):
-            cluster.size()
+        for wait in (cluster.wait_for_answer, cluster.size):
+            with pytest.raises(SettingError, match=f"RAY_ADDRESS 127.0.0.1:{port}: .*Connection refused. Start one"):
+                wait()
     assert [name for name, _ in fake_ray.calls] == ["shutdown"]
 
 
