@@ -26,7 +26,7 @@ from hpo.space.continuation import Continuation, NamedContinuation
 from hpo.space.document import Document
 from hpo.space.expressions import Formulas
 from hpo.space.messages import Problem, explain, fields_by_key, group_by_key
-from hpo.space.objectives import MAX_OBJECTIVES, ListedObjective, Objective
+from hpo.space.objectives import MAX_OBJECTIVES, ListedObjective, MetricName, Objective
 from hpo.space.parameters import (
     FloatRange,
     IntRange,
@@ -78,7 +78,7 @@ class Space(StrictModel):
     report: Annotated[dict[str, str], Field(max_length=MAX_PARAMETERS, default_factory=dict)]
     """Patterns that read metrics from what the script prints, such as `accuracy: 'Accuracy: (\\d+/\\d+)'`. The group is the
     number, or a fraction. Without them, the script prints JSON."""
-    metric: str = "val_accuracy"
+    metric: MetricName = "val_accuracy"
     """The metric to optimize. The trainable must report it. With several objectives, that of the first one."""
     direction: Literal["maximize", "minimize"] = "maximize"
     """Whether a higher or a lower value of the metric is better."""

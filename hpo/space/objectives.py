@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from hpo.space.parameters import StrictModel
 
 MAX_OBJECTIVES = 4  # with more, few trials dominate others, and the hypervolumes that TPE computes take long
 
+MetricName = Annotated[str, Field(min_length=1)]
+
 
 class Objective(StrictModel):
     """One objective: a metric, and whether a higher or a lower value is better."""
 
-    metric: str
+    metric: MetricName
     """The name of the metric. The trainable must report it after each epoch."""
     # Without a default: a forgotten `minimize` would search for the slowest training.
     direction: Literal["maximize", "minimize"]
