@@ -53,6 +53,7 @@ MISTAKES = {
         ["max_epochs: ", "integer", "True"],
     ),
     "a number for a string": (VALID + "»description: 5\n", ["description: ", "string", "5"]),
+    "a metric without a name": (VALID + "»metric: ''\n", ["metric: string should have at least 1 character, got ''"]),
     "no epochs": ("sampler: grid\n»max_epochs: 0\nparameters: {lr: 1}\n", ["max_epochs: ", "greater than 0"]),
     "an unknown sampler": (
         "»sampler: grd\nmax_epochs: 2\nparameters: {lr: 1}\n",

@@ -238,7 +238,6 @@ RULES = {
         VALID + "»metric: val_loss\nobjectives: [{metric: val_loss, direction: minimize}]\n",
         ["metric: give either objectives or metric, not both"],
     ),
-    "a metric without a name": (VALID + "»metric: ''\n", ["metric: string should have at least 1 character, got ''"]),
     "a metric that is named twice": (
         VALID + "objectives: [{metric: a, direction: maximize}, {»metric: a, direction: minimize}]\n",
         ["objectives.1.metric: a is an objective already: name each metric once"],
