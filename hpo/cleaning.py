@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -137,7 +137,8 @@ def find_garbage(database: Database, runs_dir: RunsDir) -> Cleaning:
             if folder.name in studies:
                 garbage.append(Garbage(KILLED_COPY, folder, tuple(leftovers(folder))))
                 if folder.name not in running:
-                    garbage += _of_study(studies[folder.name], folder, problems, is_shared=bool(other))
+                    parents = children.get(identity, {})
+                    garbage += _of_study(studies[folder.name], folder, problems, parents, is_shared=bool(other))
             elif is_deleted and other:
                 shared[folder] = other
             elif is_deleted:
@@ -182,13 +183,16 @@ def delete_garbage(found: Cleaning) -> Cleaning:
 # --- what is garbage --------------------------------------------------------------------------------------------------
 
 
-def _of_study(study: Study, folder: Path, problems: list[str], *, is_shared: bool) -> Iterator[Garbage]:
+def _of_study(
+    study: Study, folder: Path, problems: list[str], needed: Collection[int], *, is_shared: bool
+) -> Iterator[Garbage]:
     """Yield what a study that is not running does not need of its folder.
 
     Args:
         study: the study.
         folder: of its checkpoints.
         problems: what cannot be read is added to it.
+        needed: numbers of its trials that others continue, perhaps from an earlier attempt.
         is_shared: whether another database may have it, too. What was set aside, or continued, may be of its trials.
     """
     with suppress(SpaceError):  # settings of another version
@@ -203,7 +207,7 @@ def _of_study(study: Study, folder: Path, problems: list[str], *, is_shared: boo
         yield Garbage(what, folder, tuple(files))
     trials = entries(folder, problems)
     inside = [path for trial in trials if trial.name.isdecimal() for path in entries(trial, problems)]
-    aside = [path for path in trials if _SET_ASIDE.fullmatch(path.name)]
+    aside = [path for path in trials if _SET_ASIDE.fullmatch(path.name) and int(path.stem) not in needed]
     aside += [path for path in inside if path.name.endswith(".other")]  # see `hpo.search.checkpoints.load_checkpoint`
     yield Garbage(
         "files of other configurations or earlier attempts, which were set aside",

@@ -112,7 +112,13 @@ def not_continued(folder: Path, children: Mapping[int, str]) -> tuple[list[Path]
         folder: of the study; it may be missing.
         children: {number of a trial: name of a study}, see `storage.parents.continued_trials`.
     """
-    needed = {path: name for number, name in children.items() if (path := folder / str(number)).is_dir()}
+    needed = {
+        path: name
+        for number, name in children.items()
+        # Its folder, and what later attempts have set aside, see `hpo.search.checkpoints.claim_folder`.
+        for path in (folder / str(number), *sorted(folder.glob(f"{number}.other-*")))
+        if path.is_dir()
+    }
     if not needed:
         return [folder] if folder.exists() else [], {}
     notes = {DATABASES_FILE, DELETED_FILE}  # what else is left needs them

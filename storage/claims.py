@@ -119,14 +119,17 @@ def claim_existing(
         some_wait, stopped = False, {}
         if promotion is not None and (held := at_rungs.keys() & allowed):
             idle = {row.trial_id for row in waiting} | {row.trial_id for row in rows if row.number in failed}
-            is_alone = is_last and all(row.trial_id in idle for row in rows)
-            for trial_id in promotion.find_promoted(connection, run.study_id, is_last=is_alone):
+            running = {row.number for row in rows if row.trial_id not in idle}
+            promoted = promotion.find_promoted(
+                connection, run.study_id, barred=at_rungs.keys() - held, running=running if is_last else None
+            )
+            for trial_id in promoted:
                 if trial_id in held and ownership.owners(connection, [trial_id])[trial_id].state == TrialState.WAITING:
                     _own(connection, run, trial_id, token)
-                    forget(connection, trial_id)
+                    forget(connection, [trial_id])
                     return Scan(_claimed_with(connection, token), partial_ids, bool(others), failed)
-            some_wait = not is_alone
-            stopped = promotion.end_waiting(connection, run, sorted(held)) if is_alone else {}
+            some_wait = not is_last or bool(running)
+            stopped = {} if some_wait else promotion.end_waiting(connection, run, sorted(held))
         count = records.count_keys(connection, run.study_id)
         return Scan(None, partial_ids, bool(others), failed, count, some_wait=some_wait, stopped=stopped)
 

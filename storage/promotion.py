@@ -9,7 +9,7 @@ Source: Li et al., A System for Massively Parallel Hyperparameter Tuning, MLSys 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -63,9 +63,9 @@ class PromotingHalving(SuccessiveHalving):
         if rung <= (connection.scalar(claimed) or 0):
             return Decision.CONTINUE
         pool = self.pool(bracket)
-        count = connection.scalar(sa.select(sa.func.count()).where(self.at_rung(study_id, pool, rung))) or 0
-        if trial_id in connection.scalars(self._best(study_id, pool, rung, count // self.reduction_factor)).all():
-            forget(connection, trial_id)
+        places = self._count(connection, study_id, pool, rung) // self.reduction_factor
+        if trial_id in connection.scalars(self._best(study_id, pool, rung).limit(places)).all():
+            forget(connection, [trial_id])
             return Decision.CONTINUE
         row = {
             "trial": trial_id,
@@ -78,11 +78,28 @@ class PromotingHalving(SuccessiveHalving):
         return Decision.WAIT
 
     def prepare(self, connection: sa.Connection, study_id: int) -> None:
-        """See `Pruner.prepare`. A trial that a run without this pruner has trained further does not wait any more."""
+        """See `Pruner.prepare`. What waits at a rung of other options, such as another grace period, waits where it is.
+
+        A trial that a run without this pruner has trained further does not wait any more.
+        """
         super().prepare(connection, study_id)
-        values = optuna_tables.intermediate_values
+        trial, values = optuna_tables.trials, optuna_tables.intermediate_values
+        waits = sa.and_(rungs.c.study == study_id, rungs.c.pool.endswith(WAITING_POOL))
         has_later = sa.exists().where(values.c.trial_id == rungs.c.trial, values.c.step > rungs.c.epoch)
-        connection.execute(rungs.delete().where(self._waits(study_id), has_later))
+        connection.execute(rungs.delete().where(waits, has_later))
+        query = (
+            sa.select(rungs.c.trial, rungs.c.epoch, rungs.c.value, trial.c.number)
+            .join(trial, trial.c.trial_id == rungs.c.trial)
+            .where(waits, rungs.c.pool.not_in(self._waiting_pools()))
+        )
+        rows = {}
+        for row in connection.execute(query).all():
+            pool = self.pool(self.bracket(row.number))
+            for each in (pool, pool + WAITING_POOL):
+                key = {"trial": row.trial, "epoch": row.epoch, "pool": each}
+                rows[tuple(key.values())] = key | {"study": study_id, "value": row.value}
+        optuna_tables.upsert(connection, rungs, ("trial", "epoch", "pool"), list(rows.values()))
+        connection.execute(rungs.delete().where(waits, rungs.c.pool.not_in(self._waiting_pools())))
 
     def waits(self, study_id: int) -> sa.ColumnElement[bool]:
         """Return a condition of a query on Optuna's trials: that a trial waits at a rung."""
@@ -101,26 +118,34 @@ class PromotingHalving(SuccessiveHalving):
         )
         return {trial_id: WaitingTrial(*row) for trial_id, *row in connection.execute(query)}
 
-    def find_promoted(self, connection: sa.Connection, study_id: int, *, is_last: bool) -> Iterator[int]:
+    def find_promoted(
+        self,
+        connection: sa.Connection,
+        study_id: int,
+        *,
+        barred: Collection[int] = (),
+        running: Collection[int] | None = None,
+    ) -> Iterator[int]:
         """Yield the ids of the trials that wait, and may train on; those at the highest rungs first, the best first.
 
         Args:
             connection: in the caller's transaction, which has locked the study.
             study_id: the study.
-            is_last: whether no other trial trains or will: then the best one at each rung may train on.
+            barred: ids of trials that wait, and that the caller may not claim: they take no place.
+            running: numbers of the trials that train, if there will be no others. Then the best one at each rung of a
+                bracket in which none trains may train on.
         """
-        query = sa.select(rungs.c.pool, rungs.c.epoch, sa.func.count()).where(rungs.c.study == study_id)
-        query = query.where(rungs.c.pool.in_([*self._pools(), *self._waiting_pools()]))
-        counts = {(pool, rung): count for pool, rung, count in connection.execute(query.group_by("pool", "epoch"))}
-        for pool, rung in sorted(counts, key=lambda place: (-place[1], place[0])):
-            if (pool + WAITING_POOL, rung) not in counts:
-                continue
-            places = max(counts[pool, rung] // self.reduction_factor, 1 if is_last else 0)
+        training = None if running is None else {self.bracket(number) for number in running}
+        query = sa.select(rungs.c.pool, rungs.c.epoch).where(self._waits(study_id)).distinct()
+        places = [(rung, bracket) for pool, rung in connection.execute(query) for bracket in self._brackets_of(pool)]
+        for rung, bracket in sorted(places, key=lambda place: (-place[0], place[1])):
+            pool = self.pool(bracket)
+            least = 0 if training is None or bracket in training else 1
+            count = self._count(connection, study_id, pool, rung, barred)
+            best = self._best(study_id, pool, rung, barred).limit(max(count // self.reduction_factor, least))
             waits = self.at_rung(study_id, pool + WAITING_POOL, rung)
-            best = self._best(study_id, pool, rung, places)
-            yield from connection.scalars(
-                self._best_first(sa.select(rungs.c.trial).where(waits, rungs.c.trial.in_(best)))
-            )
+            query = sa.select(rungs.c.trial).where(waits, rungs.c.trial.in_(best))
+            yield from connection.scalars(self._best_first(query)).all()
 
     def end_waiting(self, connection: sa.Connection, run: RunKey, trial_ids: Sequence[int]) -> dict[int, int]:
         """End trials that wait; return {number: the epoch after which it ended}.
@@ -136,30 +161,46 @@ class PromotingHalving(SuccessiveHalving):
             for trial_id, now in ownership.owners(connection, some).items():
                 if now.state != TrialState.WAITING:  # a program that uses Optuna has taken it, or ended it
                     continue
-                owner = {"run": run.run_id, "token": ownership.new_token()}
+                # The run that trained it last, with whose versions it can be replayed.
+                account = tables.usage
+                trained_by = sa.select(account.c.run).where(account.c.trial == trial_id, account.c.run.is_not(None))
+                last = connection.scalar(trained_by.order_by(account.c.run.desc()).limit(1))
+                owner = {"run": run.run_id if last is None else last, "token": ownership.new_token()}
                 connection.execute(tables.trials.update().where(tables.trials.c.trial == trial_id).values(owner))
                 optuna_tables.end(connection, trial_id, TrialState.PRUNED, now.last_value)
-                forget(connection, trial_id)
                 ended[optuna_tables.number_of(connection, trial_id)] = now.epoch
+            forget(connection, some)
         return ended
 
-    def _best(self, study_id: int, pool: str, rung: int, places: int) -> sa.Select[Any]:
-        """Return the query of the ids of the best trials at a rung; of equal values, the trial that was created first."""
-        return self._best_first(sa.select(rungs.c.trial).where(self.at_rung(study_id, pool, rung))).limit(places)
+    def _competes(self, study_id: int, pool: str, rung: int, barred: Collection[int]) -> sa.ColumnElement[bool]:
+        """Return the condition for the rows of a rung. A trial that failed takes no place: it will not train on."""
+        trial = optuna_tables.trials
+        has_failed = sa.exists().where(trial.c.trial_id == rungs.c.trial, trial.c.state == TrialState.FAIL)
+        return sa.and_(self.at_rung(study_id, pool, rung), ~has_failed, rungs.c.trial.not_in(barred))
+
+    def _count(
+        self, connection: sa.Connection, study_id: int, pool: str, rung: int, barred: Collection[int] = ()
+    ) -> int:
+        competes = self._competes(study_id, pool, rung, barred)
+        return connection.scalar(sa.select(sa.func.count()).where(competes)) or 0
+
+    def _best(self, study_id: int, pool: str, rung: int, barred: Collection[int] = ()) -> sa.Select[Any]:
+        """Return the query of the ids at a rung, the best first; of equal values, the trial that was created first."""
+        return self._best_first(sa.select(rungs.c.trial).where(self._competes(study_id, pool, rung, barred)))
 
     def _best_first(self, query: sa.Select[Any]) -> sa.Select[Any]:
         return query.order_by(rungs.c.value.desc() if self.maximize else rungs.c.value, rungs.c.trial)
 
-    def _pools(self) -> list[str]:
-        return [self.pool(bracket) for bracket in range(self.brackets)]
-
     def _waiting_pools(self) -> list[str]:
-        return [pool + WAITING_POOL for pool in self._pools()]
+        return [self.pool(bracket) + WAITING_POOL for bracket in range(self.brackets)]
+
+    def _brackets_of(self, waiting_pool: str) -> list[int]:
+        return [bracket for bracket, pool in enumerate(self._waiting_pools()) if pool == waiting_pool]
 
     def _waits(self, study_id: int) -> sa.ColumnElement[bool]:
         return sa.and_(rungs.c.study == study_id, rungs.c.pool.in_(self._waiting_pools()))
 
 
-def forget(connection: sa.Connection, trial_id: int) -> None:
-    """Note that a trial does not wait at a rung any more."""
-    connection.execute(rungs.delete().where(rungs.c.trial == trial_id, rungs.c.pool.endswith(WAITING_POOL)))
+def forget(connection: sa.Connection, trial_ids: Sequence[int]) -> None:
+    """Note that trials do not wait at a rung any more."""
+    connection.execute(rungs.delete().where(rungs.c.trial.in_(trial_ids), rungs.c.pool.endswith(WAITING_POOL)))

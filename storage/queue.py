@@ -132,12 +132,15 @@ class TrialQueue:
         claim = claim or (self._claim_new(token) if new else None)
         while claim is None and new:
             # Last, so that `finished` is true: another run may have claimed the last trial meanwhile.
-            claim = self._claim_existing(token, is_last=True)
-            if claim is not None or self._draw is not None or self._keys == self._compared_keys:
-                self.finished = claim is None and not self._others_are_running and not self._some_wait
-                break
-            self._compare_points()
-            claim = self._claim_point(token)
+            claim = self._claim_existing(token)
+            if claim is None and self._draw is None and self._keys != self._compared_keys:
+                self._compare_points()
+                claim = self._claim_point(token)
+                continue
+            if claim is None and self._some_wait:
+                claim = self._claim_existing(token, is_last=True)
+            self.finished = claim is None and not self._others_are_running and not self._some_wait
+            break
         if claim is not None:
             self._tokens.add(token)
         return claim

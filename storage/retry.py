@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 from optuna.trial import TrialState
 
-from storage import optuna_tables, ownership, records, tables
+from storage import optuna_tables, ownership, promotion, records, tables
 from storage.errors import retry_while_down
 from storage.studies import Study
 
@@ -53,6 +53,7 @@ def retry_trials(study: Study, numbers: Collection[int], *, resume: bool = False
                 optuna_tables.delete_attrs(connection, some, _OF_FAILURE)
                 of_trials = tables.trials.c.trial.in_(some)
                 connection.execute(tables.trials.update().where(of_trials).values(run=None, token=None, crashes=0))
+                promotion.forget(connection, some)
             optuna_tables.write_attrs(connection, [(trial_id, {records.RETRIED: True}) for trial_id in ids])
             for failure in [] if resume else failures:
                 optuna_tables.delete_values(connection, failure.trial_id, from_epoch=1)

@@ -84,7 +84,7 @@ class TerminalProgress:
         self._slots = 1
         self._waits_for_others = False  # whether trials stop for a while, and others train
         self._counts: Counter[str] = Counter()
-        self._waiting: set[int] = set()  # numbers of the trials that this run has given back
+        self._waiting = 0  # trials that any run has given back, as far as this one knows
         self._running: dict[int, _Row] = {}
         self._best: tuple[float, int] | None = None
         self._started = time.monotonic()
@@ -136,6 +136,7 @@ class TerminalProgress:
         self._total = None if left is None else self._count_ended(counts) + left
         self._budget = space.budget
         self._counts = Counter(counts)
+        self._waiting = counts.get("WAITING", 0)
         self._print(f"Storage: {storage_url}")
         if study_name != space.name:
             self._print(f"The space differs from that of study {space.name}: results go to the revision {study_name}.")
@@ -166,7 +167,7 @@ class TerminalProgress:
     def trial_started(self, number: int, params: Mapping[str, Any], epoch: int, max_epochs: int) -> None:
         """Add a trial that starts, or resumes after `epoch`."""
         self._running[number] = _Row(params, epoch, max_epochs)
-        self._waiting.discard(number)
+        self._waiting = max(0, self._waiting - bool(epoch))
         verb = f"resumes after epoch {epoch}" if epoch else "starts"
         if self._console.is_terminal:
             if epoch:
@@ -202,8 +203,9 @@ class TerminalProgress:
         """Remove a trial; print its state with its last value, or with the reason. One that did not run is counted only."""
         row = self._running.pop(number, None)
         self._counts[state] += 1
-        (self._waiting.add if state == "WAITING" else self._waiting.discard)(number)
+        self._waiting += state == "WAITING"
         if row is None:
+            self._waiting = max(0, self._waiting - 1)
             return
         self._trial_seconds.append(time.monotonic() - row.started)
         style = {"FAIL": "red", "COMPLETE": "green"}.get(state, "yellow")
@@ -298,7 +300,7 @@ class TerminalProgress:
         if self._total is not None:
             parts.append(f"{max(0, self._total - ended)} left")
         if self._waiting:
-            parts.append(f"{len(self._waiting)} waiting")
+            parts.append(f"{self._waiting} waiting")
         if self._best is not None:
             parts.append(f"best {self._best[0]:.4f} (trial {self._best[1]})")
         if self._front:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpo.paths import PARENT_SUFFIX, SCRIPT_DIR, RunsDir, sync_folder
-from hpo.search.checkpoints import Checkpoint, check_claim, read_checkpoint, save_checkpoint
+from hpo.search.checkpoints import Checkpoint, belongs_to, check_claim, read_checkpoint, save_checkpoint
 from hpo.search.script import ScriptError
 
 _PARTIAL = f"{SCRIPT_DIR}.partial-"  # a copy of a script's folder that is not complete; the token of its claim follows
@@ -78,6 +78,10 @@ def adopt_checkpoint(
         ScriptError: the files of the script could not be copied. Without them, it would train from its first epoch.
         OSError, MemoryError, RuntimeError: the checkpoint could not be read, and may be intact.
     """
+    if not belongs_to(parent, parent_key):
+        # A later attempt of the parent has set its files aside, see `claim_folder`.
+        aside = sorted(parent.parent.glob(f"{parent.name}.other-*"))
+        parent = next((each for each in aside if belongs_to(each, parent_key)), parent)
     found = read_checkpoint(parent, parent_key, epoch)
     if found is None or (is_script and not (parent / SCRIPT_DIR).is_dir()):
         return None

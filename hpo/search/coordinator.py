@@ -151,6 +151,7 @@ class TrialCoordinator:
                 parent_epoch=parent.epoch if parent and scheduler.replaces_trials else 0,
                 interval=scheduler.interval if scheduler.replaces_trials else 0,
                 replicates=self._space.replicates,
+                may_wait=scheduler.promotes_trials,
             )
         return None
 
@@ -296,7 +297,7 @@ class TrialCoordinator:
             return Ending.SAVE
         if decision is Decision.WAIT:
             self._waits[tune_id] = f"waits after epoch {epoch}: others are better so far"
-            return Ending.SAVE
+            return Ending.SAVE_ONLY
         if not report.is_recalled and self._must_wait(epoch):
             self._waits[tune_id] = f"waits after epoch {epoch} until others have caught up"
             return Ending.SAVE

@@ -59,6 +59,8 @@ class TrialSpec:
         interval: after multiples of so many epochs, other trials may start from this one's checkpoint. It is on the disk
             before the epoch is reported. 0 if none does.
         replicates: how many trainings the trial is, with seeds that count up; see `train_replicates`.
+        may_wait: whether the driver may end the trial after any epoch, and resume it later. A script is stopped until that
+            is decided: it must not train, and save, epochs that nobody has read.
     """
 
     trainable: str
@@ -82,6 +84,7 @@ class TrialSpec:
     parent_epoch: int = 0
     interval: int = 0
     replicates: int = 1
+    may_wait: bool = False
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,7 @@ def end_trial(reports: Generator[TrialReport, None, str], ending: Ending, spec: 
     warning = ""
     if ending.saves:
         try:
-            reports.throw(TrialPaused())
+            warning = reports.throw(TrialPaused()).failure  # of what failed while it was saved
         except StopIteration as end:
             warning = end.value or ""
         except TrialPaused:  # it has not started
@@ -444,7 +447,7 @@ def _start_training(spec: TrialSpec, seed: int, state: Mapping[str, Any] | None)
         threads=spec.threads,
         needs_epoch=needs_epoch,
         patterns=spec.patterns,
-        takes_turns=spec.replicates > 1,
+        takes_turns=spec.replicates > 1 or spec.may_wait,
     )
 
 

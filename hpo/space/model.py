@@ -287,7 +287,7 @@ class Space(StrictModel):
         """The identity of the search: results with the same fingerprint are comparable.
 
         It covers everything that changes the value of a configuration or the set of configurations. Budget, resources,
-        sampler and scheduler may change.
+        sampler and scheduler may change, but for pbt: the value of one of its trials is not that of its configuration alone.
         """
         identity = self.model_dump(
             include={"trainable", "metric", "direction", "max_epochs", "data", "parameters", "seed"}
@@ -297,7 +297,8 @@ class Space(StrictModel):
             if parameter.get("when", False) is None:
                 del parameter["when"]
         used = self._used({"constraints", "derived", "command", "report", "objectives"})
-        return _digest(identity | self.model_dump(include=used) | self._replicates)
+        population = {} if self.population is None else {"scheduler": self.scheduler.name}
+        return _digest(identity | self.model_dump(include=used) | self._replicates | population)
 
     def config_key(self, params: Mapping[str, Scalar]) -> str:
         """Return the identity of a configuration: trainings with the same key differ at most in the number of epochs."""

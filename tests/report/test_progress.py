@@ -396,6 +396,18 @@ def test_ended_trials_leave_the_table_and_are_counted_with_earlier_ones() -> Non
     assert any("trial 2 FAIL: out of memory" in line for line in screen.lines)
 
 
+def test_trials_that_wait_are_counted_also_those_of_earlier_runs() -> None:
+    screen = Screen(terminal=True, total=10, counts={"WAITING": 3})
+    with screen.searching() as progress:
+        progress.trial_started(7, PARAMS, epoch=0, max_epochs=9)
+        progress.trial_ended(7, "WAITING", "waits after epoch 1: others are better so far")
+        progress.trial_started(2, PARAMS, epoch=1, max_epochs=9)
+        progress.trial_ended(3, "PRUNED", "stopped by asha after epoch 1")
+    assert "0 done, 1 pruned, 0 failed" in screen.last_frame[-1]
+    assert "2 waiting" in screen.last_frame[-1]
+    assert not any("trial 3" in line for line in screen.lines), "a note says how many end that did not run"
+
+
 def test_the_device_time_that_the_study_has_used_is_shown_if_the_budget_limits_or_prices_it() -> None:
     screen = Screen(terminal=True)
     with screen.searching() as progress:

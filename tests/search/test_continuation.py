@@ -355,6 +355,16 @@ def test_the_checkpoint_of_another_configuration_is_not_continued(tmp_path: Path
     assert read_checkpoint(parent, "p") is not None
 
 
+def test_the_checkpoint_of_an_earlier_attempt_of_the_parent_is_continued(tmp_path: Path) -> None:
+    """`hpo retry` let the parent start again: its worker has set the files aside."""
+    parent = trained_parent(tmp_path)
+    take_reports(replace(trial_spec(tmp_path, key="p-2"), folder=str(parent)), 1)
+    assert parent.with_name("parent.other-1").is_dir()
+    spec = trial_spec(tmp_path, parent_folder=str(parent), parent_key="p")
+    (report,) = take_reports(spec, 1)
+    assert (report.epoch, report.continued_epoch) == (2, 2)
+
+
 def test_on_a_full_disk_the_training_goes_on_from_the_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parent = trained_parent(tmp_path)
 

@@ -31,6 +31,7 @@ from storage import run as run_module
 from storage import usage
 from storage.database import Database
 from storage.errors import StorageError
+from storage.pruners import Decision
 from storage.retry import retry_trials
 from storage.run import Run
 from storage.studies import Study, open_study
@@ -510,7 +511,7 @@ def test_a_pruned_trial_leaves_the_checkpoints_that_the_search_keeps(
         coordinator = coordinator_of(space, run, tmp_path, RecordingListener())
         spec = coordinator.next_trial("a")
         assert spec is not None
-        monkeypatch.setattr(run, "decide", lambda *_, **__: True)
+        monkeypatch.setattr(run, "decide", lambda *_, **__: Decision.END)
         assert coordinator.on_report("a", take_reports(spec, 1)[0]) is ending
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ import pytest
 from hpo.errors import TrainableError
 from hpo.search import script
 from hpo.search.script import ScriptEpoch, ScriptError, check_program, run_script
-from hpo.search.worker import TrialReport, run_trial
+from hpo.search.worker import Ending, TrialReport, end_trial, run_trial
 from hpo.space.model import load_space
 from storage.database import Database
-from tests.factories import ROOT, search_without_ray, trial_spec, wait_until
+from tests.factories import ROOT, search_without_ray, take_reports, trial_spec, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -350,3 +351,28 @@ def test_a_script_that_cannot_be_started_is_a_failed_trial(tmp_path: Path) -> No
     reports = run_command(tmp_path, "", command="no-such-program {lr}")
     assert len(reports) == 1
     assert "no-such-program" in reports[0].failure
+
+
+def test_a_script_that_may_wait_trains_no_epoch_that_nobody_reads(tmp_path: Path) -> None:
+    """It handles SIGTERM as many do: it finishes its epoch, and saves."""
+    (tmp_path / "train.py").write_text(
+        "import json, pathlib, signal, sys, time\n"
+        "folder, stops = pathlib.Path(sys.argv[1]), []\n"
+        "signal.signal(signal.SIGTERM, lambda *_: stops.append(1))\n"
+        "state = folder / 'state'\n"
+        "done = int(state.read_text()) if state.exists() else 0\n"
+        "for epoch in range(done + 1, 5):\n"
+        "    time.sleep(0.5)\n"
+        "    state.write_text(str(epoch))\n"
+        "    print(json.dumps({'epoch': epoch, 'value': epoch}), flush=True)\n"
+        "    if stops:\n"
+        "        break\n"
+    )
+    command = f"{sys.executable} {tmp_path}/train.py {{checkpoint_dir}}"
+    spec = trial_spec(tmp_path, command=command, params={}, data={"data_dir": "data"}, may_wait=True)
+    reports = run_trial(spec)
+    assert next(reports).epoch == 1
+    assert end_trial(reports, Ending.SAVE_ONLY, spec) == ""
+    assert (tmp_path / "trial/script/state").read_text() == "1"
+    resumed = take_reports(replace(spec, stored_epoch=1), 4)
+    assert [(each.epoch, each.is_recalled) for each in resumed] == [(1, True), (2, False), (3, False), (4, False)]

@@ -113,6 +113,18 @@ def test_a_paused_trial_says_that_its_last_epoch_could_not_be_saved(tmp_path: Pa
     assert end_trial(reports, Ending.SAVE, spec).startswith("no checkpoint after epoch 1: ")
 
 
+def test_a_paused_trial_whose_state_cannot_be_saved_says_so(tmp_path: Path) -> None:
+    (tmp_path / "odd.py").write_text(
+        "from types import SimpleNamespace\n"
+        "def train(params, *, data, seed, max_epochs, device, checkpoint=None):\n"
+        "    yield SimpleNamespace(epoch=1, metrics={'value': 1.0}, state=lambda: {'odd': object()})\n"
+    )
+    spec = trial_spec(tmp_path, trainable="odd:train", checkpoint_every=100)
+    reports = run_trial(spec)
+    assert next(reports).epoch == 1
+    assert "state['odd'] is a builtins.object" in end_trial(reports, Ending.SAVE, spec)
+
+
 def test_checkpoints_of_another_worker_are_not_discarded(tmp_path: Path) -> None:
     spec = trial_spec(tmp_path)
     reports = run_trial(spec)

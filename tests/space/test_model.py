@@ -233,6 +233,17 @@ def test_the_fingerprint_depends_on(load: Load, override: str) -> None:
     assert load(VALID, override).fingerprint != load(VALID).fingerprint
 
 
+def test_a_population_is_another_search_than_independent_trials(load: Load) -> None:
+    """The value of one of its trials is not that of its hyperparameters."""
+    sampled = (
+        "max_epochs: 9\nsampler: random\nbudget: {trials: 8}\nparameters: {lr: {type: float, low: 0.1, high: 1.0}}\n"
+    )
+    assert load(sampled, "scheduler=asha").fingerprint == load(sampled).fingerprint
+    population = load(sampled, "scheduler=pbt").fingerprint
+    assert population != load(sampled).fingerprint
+    assert load(sampled, "scheduler={name: pbt, population: 4}", "budget.trials=4").fingerprint == population
+
+
 def test_the_fingerprint_does_not_depend_on_spelling_and_order(load: Load) -> None:
     other = load("parameters: {lr: 1e-2, batch_size: [64, 0256]}\nmax_epochs: 2\nsampler: grid\n")
     assert other.fingerprint == load(VALID).fingerprint

@@ -303,10 +303,11 @@ class Invariants:
         """Of those that reached a rung, only the best train on; the others wait, and end when nothing else is left."""
         at_rungs = dict(self._sql("SELECT trial, epoch FROM hpo_rungs WHERE pool = 'asha/waiting'"))
         rows = self._sql("SELECT trial, epoch, value FROM hpo_rungs WHERE pool = 'asha'")
-        ranked: dict[int, list[int]] = defaultdict(list)  # {rung: trials, the best first}
-        for trial_id, epoch, _ in sorted(rows, key=lambda row: (-row[2], row[0])):
-            ranked[epoch].append(trial_id)
         states = {trial_id: row[2] for trial_id, row in trials.items()}
+        ranked: dict[int, list[int]] = defaultdict(list)  # {rung: trials that have not failed, the best first}
+        for trial_id, epoch, _ in sorted(rows, key=lambda row: (-row[2], row[0])):
+            if states.get(trial_id) != "FAIL":
+                ranked[epoch].append(trial_id)
         running = {trial_id for trial_id, state in states.items() if state == "RUNNING"}
         is_complete = len(states) >= self._simulation.plan.trials
 
@@ -319,6 +320,8 @@ class Invariants:
         self._rungs |= {(row[0], row[2]) for row in rows}
         for trial_id, epoch, _ in new if len(new) == 1 and not self.replacements else ():
             others = ranked[epoch]
+            if states[trial_id] == "FAIL":
+                continue
             (claimed,) = self._sql(f"SELECT claimed_epoch FROM hpo_trials WHERE trial = {trial_id}")[0]
             waits = trial_id not in others[: len(others) // 2] and epoch > claimed
             assert states[trial_id] != "RUNNING" or waits == (at_rungs.get(trial_id) == epoch), (
@@ -388,7 +391,7 @@ class Invariants:
             f"{states.total()} trials at the end"
         )
         if self._promotes:
-            assert states["COMPLETE"] or states["FAIL"], "the best trial must train to its end"
+            assert states["COMPLETE"] or set(states) == {"FAIL"}, f"the best trial must train to its end: {states}"
 
     def _states(self) -> list[str]:
         return [row[0] for row in self._sql(f"SELECT CAST(state AS TEXT) FROM trials WHERE study_id IN ({OURS})")]

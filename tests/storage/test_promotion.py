@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from optuna.distributions import CategoricalDistribution
@@ -13,6 +15,7 @@ from storage.history import MIN_LIMIT, History
 from storage.ownership import ClaimedTrial
 from storage.promotion import PromotingHalving
 from storage.pruners import Decision, SuccessiveHalving
+from storage.retry import retry_trials
 from storage.run import Run
 from storage.studies import Study
 from tests.storage.builders import claim_one, grid_run, kill, open_s, sql
@@ -267,3 +270,99 @@ def test_a_history_shows_no_more_trials_that_wait_than_its_limit(study: Study, r
     assert len([trial for trial in shown if trial.state in {TrialState.PRUNED, TrialState.COMPLETE}]) == limit
     best = max(trial.number for trial in study.trials())
     assert best in {trial.number for trial in shown}
+
+
+def test_a_trial_that_failed_takes_no_place(run: Run, study: Study) -> None:
+    """Large learning rates do best at first, and fail later."""
+    plan(run, 9)
+    values = {number: 0.9 - number / 100 for number in range(9)}
+    while (claim := run.claim()) is not None:
+        if claim.number < 3 and claim.epoch == 1:
+            run.fail(claim, "loss is nan after epoch 2")
+        else:
+            train(run, claim, values[claim.number])
+    assert run.finished
+    ended = states(study)
+    assert [ended[number] for number in range(4)] == [*[("FAIL", 1)] * 3, ("COMPLETE", 9)]
+
+
+def test_a_point_that_is_planned_no_more_takes_no_place(study: Study) -> None:
+    with grid_run(study, pruner=ASHA) as run:
+        plan(run, 3)
+        for value in (0.1, 0.2, 0.9):
+            train(run, claim_one(run), value)
+    with grid_run(study, pruner=ASHA) as run:
+        plan(run, 2)
+        while (claim := run.claim()) is not None:
+            train(run, claim, 0.2)
+        assert run.finished
+    assert states(study) == {0: ("PRUNED", 1), 1: ("COMPLETE", 9), 2: ("WAITING", 3)}
+
+
+def test_at_the_end_the_brackets_train_side_by_side(study: Study) -> None:
+    pruner = PromotingHalving.hyperband(maximize=True, study_name="s", min_epochs=1, max_epochs=9, reduction_factor=3)
+    count = 6
+    with grid_run(study, pruner=pruner) as run:
+        plan(run, count)
+        started, at_a_time = 0, []
+        while (claim := run.claim()) is not None:
+            started += claim.epoch == 0
+            if started < count or claim.epoch == 0:
+                train(run, claim, -claim.number / 100)
+            else:
+                at_a_time.append(claim)
+        brackets = [pruner.bracket(claim.number) for claim in at_a_time]
+        assert len(brackets) == len(set(brackets)) > 1
+        assert not run.finished
+        for claim in at_a_time:
+            train(run, claim, -claim.number / 100)
+        while (claim := run.claim()) is not None:
+            train(run, claim, -claim.number / 100)
+        assert run.finished
+
+
+@pytest.mark.parametrize("later", [{"min_epochs": 2}, {"reduction_factor": 2}, {"brackets": 2}])
+def test_trials_that_wait_do_so_under_other_options(study: Study, later: dict[str, Any]) -> None:
+    with grid_run(study, pruner=ASHA) as run:
+        plan(run, 6)
+        for value in (0.1, 0.2):
+            assert train(run, claim_one(run), value) is Decision.WAIT
+    with grid_run(study, pruner=replace(ASHA, **later)) as run:
+        plan(run, 6)
+        claim = claim_one(run)
+        assert claim.number in ({2} if later != {"reduction_factor": 2} else {1}), "a new one, or the best of two"
+
+
+def test_a_trial_that_ends_at_its_rung_is_of_the_run_that_trained_it(database: Database) -> None:
+    study = open_s(database)
+    with grid_run(study, pruner=ASHA) as first:
+        plan(first, 2)
+        for value in (0.1, 0.2):
+            train(first, claim_one(first), value)
+    with grid_run(study, pruner=ASHA) as second:
+        plan(second, 2)
+        while (claim := second.claim()) is not None:
+            train(second, claim, 0.2)
+        assert states(study)[0] == ("PRUNED", 1)
+        assert sql(database, "SELECT run FROM hpo_trials ORDER BY trial") == [(first.run_id,), (second.run_id,)]
+
+
+def test_a_retried_trial_does_not_wait_where_it_waited_before(study: Study) -> None:
+    with grid_run(study, pruner=ASHA) as run:
+        plan(run, 1)
+        assert train(run, claim_one(run), 0.5) is Decision.WAIT
+    with grid_run(study) as run:  # without promotion
+        plan(run, 1)
+        run.fail(claim_one(run), "no room")
+    retry_trials(study, [0], resume=True)
+    with grid_run(study, pruner=ASHA) as run:
+        plan(run, 3)
+        assert (claim_one(run).number, study.trials()[0].state.name) == (0, "RUNNING")
+
+
+def test_an_enqueued_trial_starts_before_the_best_one_is_forced_on(study: Study, run: Run) -> None:
+    plan(run, 1)
+    assert train(run, claim_one(run), 0.5) is Decision.WAIT
+    study.optuna_study.enqueue_trial({"x": 7})
+    claim = claim_one(run)
+    assert (claim.params, claim.epoch) == ({"x": 7}, 0)

@@ -328,7 +328,7 @@ def the_best_do_not_train_on_at_the_end(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(
         PromotingHalving,
         "find_promoted",
-        lambda self, connection, study_id, is_last: find(self, connection, study_id, is_last=False),
+        lambda self, connection, study_id, barred, running: find(self, connection, study_id, barred=barred),
     )
 
 
