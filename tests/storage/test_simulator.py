@@ -21,9 +21,11 @@ from tests.storage.simulator import Backend, open_backend, run_seed
 
 pytestmark = pytest.mark.slow
 
-SEEDS = {"sqlite": 200, "postgresql": 20}
-SEEDS_OF_POPULATIONS = {"sqlite": 60, "postgresql": 5}
-SEEDS_OF_PROMOTIONS = {"sqlite": 60, "postgresql": 5}
+SEEDS = {  # {pruner, None for the one that the seed draws: {storage: number of seeds}}
+    None: {"sqlite": 200, "postgresql": 20},
+    "pbt": {"sqlite": 60, "postgresql": 5},
+    "promote": {"sqlite": 60, "postgresql": 5},
+}
 SEEDS_OF_MUTANTS = 50  # each must be found within them
 
 
@@ -33,27 +35,12 @@ def sqlite() -> Iterator[Backend]:
         yield backend
 
 
+@pytest.mark.parametrize("pruner", SEEDS)
 @pytest.mark.parametrize("storage", ["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
-def test_no_seed_violates_an_invariant(storage: str) -> None:
+def test_no_seed_violates_an_invariant(storage: str, pruner: str | None) -> None:
     with open_backend(storage) as backend:
-        for seed in range(SEEDS[storage]):
-            violation, log = run_seed(backend, seed)
-            assert not violation, "\n".join([f"seed {seed}", *log[-40:], violation])
-
-
-@pytest.mark.parametrize("storage", ["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
-def test_no_seed_of_a_population_violates_an_invariant(storage: str) -> None:
-    with open_backend(storage) as backend:
-        for seed in range(SEEDS_OF_POPULATIONS[storage]):
-            violation, log = run_seed(backend, seed, pruner="pbt")
-            assert not violation, "\n".join([f"seed {seed}", *log[-40:], violation])
-
-
-@pytest.mark.parametrize("storage", ["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
-def test_no_seed_of_promotions_violates_an_invariant(storage: str) -> None:
-    with open_backend(storage) as backend:
-        for seed in range(SEEDS_OF_PROMOTIONS[storage]):
-            violation, log = run_seed(backend, seed, pruner="promote")
+        for seed in range(SEEDS[pruner][storage]):
+            violation, log = run_seed(backend, seed, pruner=pruner)
             assert not violation, "\n".join([f"seed {seed}", *log[-40:], violation])
 
 
