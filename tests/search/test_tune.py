@@ -81,7 +81,7 @@ class FakeController:
 @pytest.mark.slow
 def test_the_configuration_of_a_trial_is_its_whole_spec(tune: ModuleType, coordinator: Mock, tmp_path: Path) -> None:
     spec = coordinator.next_trial.return_value = trial_spec(tmp_path)
-    suggested = tune.StudySearcher(coordinator).suggest("a")
+    suggested = tune.StudySearcher(coordinator, Mock()).suggest("a")
     coordinator.next_trial.assert_called_once_with("a")
     assert list(suggested) == ["spec"]
     assert TrialSpec(**suggested["spec"]) == spec
@@ -94,7 +94,10 @@ def test_without_a_trial_tune_asks_again_until_the_coordinator_is_done(
 ) -> None:
     coordinator.next_trial.return_value = None
     coordinator.is_done = is_done
-    assert tune.StudySearcher(coordinator).suggest("a") == answer
+    scheduler = Mock()
+    assert tune.StudySearcher(coordinator, scheduler).suggest("a") == answer
+    # Without a trial, Tune does not ask the scheduler: nobody else would release the last one, once it is saved.
+    scheduler.collect_saved.assert_called_once_with()
 
 
 @pytest.mark.slow
