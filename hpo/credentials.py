@@ -35,7 +35,7 @@ def take_from_environment(names: Iterable[str]) -> dict[str, str]:
     """Return the values of environment variables, and remove them.
 
     A program that is started later does not inherit them. Linux shows the environment that a process was started with in
-    /proc/PID/environ, whatever the process does with its variables, so the values are overwritten in memory, too.
+    /proc/PID/environ, even after the process has deleted the variable, so the values are overwritten in memory, too.
 
     Args:
         names: of the variables. Those that are not set, or empty, are left out.

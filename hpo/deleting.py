@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from hpo.folders import count_bytes, delete_path, entries
 from hpo.other_databases import OtherDatabases
 from hpo.paths import DATABASES_FILE, DELETED_FILE, RunsDir, study_id_of, write_atomically
+from hpo.search.checkpoints import list_set_aside
 
 if TYPE_CHECKING:
     from storage.database import Database
@@ -115,8 +116,7 @@ def not_continued(folder: Path, children: Mapping[int, str]) -> tuple[list[Path]
     needed = {
         path: name
         for number, name in children.items()
-        # Its folder, and what later attempts have set aside, see `hpo.search.checkpoints.claim_folder`.
-        for path in (folder / str(number), *sorted(folder.glob(f"{number}.other-*")))
+        for path in (folder / str(number), *list_set_aside(folder / str(number)))
         if path.is_dir()
     }
     if not needed:

@@ -118,7 +118,7 @@ def _has_password(word: str) -> bool:
 
     try:
         return contains_password(word)
-    except StorageError:  # whatever it is, what stands before an @ may be a password
+    except StorageError:  # even in text that is no URL, what stands before an @ may be a password
         return "@" in word
 
 

@@ -197,7 +197,7 @@ def open_existing(url: str, password: str | None = None, *, may_migrate: bool = 
 
 
 def identify(database: Database) -> str:
-    """Return what tells a database from every other one, whatever its URL is.
+    """Return what identifies a database, even if it has several URLs.
 
     It is the path of a SQLite file. Of a PostgreSQL database, it is a URL: of the server's number, the database's, and the
     schema; or the database's own URL, without the password, if the role or the server may not read these.

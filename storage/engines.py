@@ -76,7 +76,7 @@ def engine_options(url: sa.URL) -> dict[str, Any]:
     given = {name: value for name, value in connect_args.items() if name not in url.query}
     return {
         "pool_pre_ping": True,
-        # Whatever the database's default is: a transaction that waited for a lock must see what the one before it committed.
+        # Not the default of the database: a transaction that waited for a lock must see what the one before it committed.
         "isolation_level": "READ COMMITTED",
         "connect_args": given | {"client_encoding": "utf8"},
     }

@@ -27,8 +27,8 @@ RENEWAL_SHARE = 1 / 6  # of a lease: between two renewals
 # A run that starts just after an outage must not take the trials of living runs.
 STARTUP_SHARE = 1 / 3
 CLOCK_SECONDS = 1.0  # by which a lease may have been renewed after the database's time was read
-# The runs of this process that go on, as (run, started): two databases may have runs with the same key. A run that has ended
-# here may be open in the database, which was away when it ended. It is told from others by this set.
+# The living runs of this process, as (run, started): two databases may have runs with the same key. A run that has ended
+# here may be open in the database, which was away when it ended. This set distinguishes it from others.
 live_runs: set[tuple[int, float]] = set()
 SECONDS_1970 = 1e9  # version 1 of our tables stored the start of a process in seconds since 1970, far above any uptime
 

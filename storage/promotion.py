@@ -46,8 +46,8 @@ class PromotingHalving(SuccessiveHalving):
     """Successive halving that lets trials wait in place of ending them. A `storage.pruners.Pruner`.
 
     A trial trains on from a rung if it is among the best 1 of `reduction_factor` of all that have reached the rung, at the
-    time when it reaches it, or later, when more have done so. Once no other trial can train, and the search gets no new
-    ones, the best at each rung trains on in any case; when that is done, those that still wait end.
+    time when it reaches it, or later, when more have done so. Once the search gets no new trials, and none of a bracket
+    trains, the best one at each of its rungs trains on in any case. When no trial trains at all, those that wait end.
     """
 
     def decide(self, connection: sa.Connection, question: Question) -> Decision:
@@ -189,7 +189,7 @@ class PromotingHalving(SuccessiveHalving):
         return self._best_first(sa.select(rungs.c.trial).where(self._competes(study_id, pool, rung, barred)))
 
     def _best_first(self, query: sa.Select[Any]) -> sa.Select[Any]:
-        return query.order_by(rungs.c.value.desc() if self.maximize else rungs.c.value, rungs.c.trial)
+        return query.order_by(self.best_first, rungs.c.trial)
 
     def _waiting_pools(self) -> list[str]:
         return [self.pool(bracket) + WAITING_POOL for bracket in range(self.brackets)]

@@ -113,10 +113,9 @@ class SuccessiveHalving:
         for rung, value in self.reach(connection, question):
             of_rung = self.at_rung(question.study_id, self.pool(self.bracket(question.number)), rung)
             count = connection.scalar(sa.select(sa.func.count()).where(of_rung)) or 0
-            best_first = rungs.c.value.desc() if self.maximize else rungs.c.value
             # The worst value that stays. Skipping rows is faster than counting those with better values.
             staying = max(1, count // self.reduction_factor)
-            query = sa.select(rungs.c.value).where(of_rung).order_by(best_first).offset(staying - 1).limit(1)
+            query = sa.select(rungs.c.value).where(of_rung).order_by(self.best_first).offset(staying - 1).limit(1)
             cutoff = connection.execute(query).scalar_one()
             if cutoff > value if self.maximize else cutoff < value:
                 return Decision.END
@@ -181,6 +180,11 @@ class SuccessiveHalving:
     def at_rung(study_id: int, pool: str, rung: int) -> sa.ColumnElement[bool]:
         """Return the condition for the rows of a rung."""
         return sa.and_(rungs.c.study == study_id, rungs.c.pool == pool, rungs.c.epoch == rung)
+
+    @property
+    def best_first(self) -> sa.ColumnElement[float]:
+        """The order of the rows of a rung."""
+        return rungs.c.value.desc() if self.maximize else rungs.c.value
 
     def rungs_until(self, bracket: int, epoch: int) -> list[int]:
         """Return the epochs of the rungs of a bracket, up to an epoch."""

@@ -207,7 +207,7 @@ class Run:
         return self._queue.exhausted
 
     def take_stopped(self) -> dict[int, int]:
-        """Return {number: epoch} of trials that waited at a rung, and that claims of this run have ended since then.
+        """Return {number: epoch} of trials that waited at a rung, and that claims of this run have ended; each once.
 
         They are PRUNED: no other trial trains any more, and others are better.
         """

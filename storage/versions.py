@@ -106,7 +106,7 @@ def refuse_views(connection: sa.Connection, safe_url: str) -> None:
     if connection.dialect.name == "sqlite":
         query = "SELECT name FROM sqlite_master WHERE type = 'view' OR type = 'table' AND rootpage = 0"  # 0: virtual
         found = set(connection.exec_driver_sql(query).scalars())
-        # What SQLite takes it for, whatever type the file gives. Before version 3.37, SQLite returns nothing.
+        # What SQLite takes it for; the file may name another type. Before version 3.37, SQLite returns nothing.
         found |= {row.name for row in connection.exec_driver_sql("PRAGMA table_list") if row.type != "table"}
         found = {name.lower() for name in found}
     else:

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpo.paths import PARENT_SUFFIX, SCRIPT_DIR, RunsDir, sync_folder
-from hpo.search.checkpoints import Checkpoint, belongs_to, check_claim, read_checkpoint, save_checkpoint
+from hpo.search.checkpoints import (
+    Checkpoint,
+    belongs_to,
+    check_claim,
+    list_set_aside,
+    read_checkpoint,
+    save_checkpoint,
+)
 from hpo.search.script import ScriptError
 
 _PARTIAL = f"{SCRIPT_DIR}.partial-"  # a copy of a script's folder that is not complete; the token of its claim follows
@@ -79,9 +86,8 @@ def adopt_checkpoint(
         OSError, MemoryError, RuntimeError: the checkpoint could not be read, and may be intact.
     """
     if not belongs_to(parent, parent_key):
-        # A later attempt of the parent has set its files aside, see `claim_folder`.
-        aside = sorted(parent.parent.glob(f"{parent.name}.other-*"))
-        parent = next((each for each in aside if belongs_to(each, parent_key)), parent)
+        # A later attempt of the parent may have set its files aside.
+        parent = next((each for each in list_set_aside(parent) if belongs_to(each, parent_key)), parent)
     found = read_checkpoint(parent, parent_key, epoch)
     if found is None or (is_script and not (parent / SCRIPT_DIR).is_dir()):
         return None

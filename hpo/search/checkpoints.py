@@ -102,6 +102,11 @@ def claim_folder(folder: Path, key: str, token: int = 0) -> str:
     return warning
 
 
+def list_set_aside(folder: Path) -> list[Path]:
+    """Return the folders to which `claim_folder` has renamed earlier ones of a trial, if it has."""
+    return sorted(folder.parent.glob(f"{folder.name}.other-*"))
+
+
 def belongs_to(folder: Path, key: str) -> bool:
     """Return whether a trial's folder is that of a configuration. Folders of older versions do not say whose they are."""
     return _owner(folder)[0] in {None, key}
