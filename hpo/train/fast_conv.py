@@ -6,10 +6,11 @@ product reaches 70). Three exact changes help:
 
 - Where each output pixel meets the whole image, the convolution is a linear layer: one matrix product.
 - The weight gradient is one matrix product over the patches, and so is the output. The gradient of the images is one matrix
-  product for each tap. Output and gradient of the images are faster so with 1x1 kernels only.
+  product for each tap. With AVX2, output and gradient of the images are faster so with 1x1 kernels only.
 - Taps that never meet an image are cut off.
 
-What is faster depends on the instruction set: `LIMITS` was measured, with `python -m benchmarks.train_speed convolutions`.
+With AVX512, oneDNN computes the products in fp32, see `matmul`. What is faster depends on the instruction set: `LIMITS` was
+measured, with `python -m benchmarks.train_speed convolutions`.
 
 The results differ from oneDNN's in rounding only, with one exception: on AMX, oneDNN (torch 2.15) does not initialize the
 weight gradient of taps that only meet padding if the image is 1x1 and the stride above 1. Here it is 0. No convolution of
@@ -77,9 +78,10 @@ LIMITS: Mapping[tuple[torch.dtype, str], Mapping[int, Limits]] = {
         1: Limits(forward=4, images_gradient=4, weight_gradient=4),
         3: Limits(weight_gradient=4, linear=2),
     },
-    # Not measured. On these maps a linear layer needs at most 4/9 of the multiplications, on every instruction set; the rest
-    # stays torch's.
-    (torch.float32, "AVX512"): {3: Limits(linear=2)},
+    (torch.float32, "AVX512"): {
+        1: Limits(forward=2, images_gradient=14, weight_gradient=1),
+        3: Limits(forward=2, weight_gradient=2, linear=2),
+    },
 }
 LIMITS_OF_BF16 = Limits(weight_gradient=4)  # measured with AVX512-BF16; from 7 on, oneDNN's gradient is as fast
 
@@ -155,7 +157,7 @@ class _LinearConv(torch.autograd.Function):
         matrix = rows[0] if len(rows) == 1 else torch.cat(rows)  # (O*O*D, H*H*C)
         ctx.save_for_backward(inputs, matrix)
         ctx.geometry, ctx.size, ctx.taps_shape = geometry, size, taps.shape
-        return _as_maps((inputs @ matrix.t()).view(-1, out, out, d))
+        return _as_maps(matmul(inputs, matrix.t()).view(-1, out, out, d))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
@@ -164,9 +166,9 @@ class _LinearConv(torch.autograd.Function):
         outputs = in_memory_order(gradient).reshape(len(gradient), -1)  # (N, O*O*D)
         images_gradient = weight_gradient = None
         if ctx.needs_input_grad[0]:
-            images_gradient = _as_maps((outputs @ matrix).view(-1, size, size, c))
+            images_gradient = _as_maps(matmul(outputs, matrix).view(-1, size, size, c))
         if ctx.needs_input_grad[1]:
-            by_window = (outputs.t() @ inputs).view(-1, d, size, size, c)
+            by_window = matmul(outputs.t(), inputs).view(-1, d, size, size, c)
             weight_gradient = gradient.new_zeros(ctx.taps_shape, dtype=torch.float32)
             for window, part in zip(geometry.windows, by_window, strict=True):
                 weight_gradient[:, *window] += part
@@ -192,7 +194,7 @@ class _PatchConv(torch.autograd.Function):
         ctx.kernel, ctx.taps, ctx.geometry, ctx.choice = kernel, taps, geometry, choice
         if not choice.forward:
             return torch.conv2d(images, weight, None, stride, geometry.padding)
-        outputs = _patches(images, geometry) @ in_memory_order(weight).reshape(len(weight), -1).t()
+        outputs = matmul(_patches(images, geometry), in_memory_order(weight).reshape(len(weight), -1).t())
         return _as_maps(outputs.view(len(images), geometry.out, geometry.out, -1))
 
     @staticmethod
@@ -212,10 +214,35 @@ class _PatchConv(torch.autograd.Function):
             images_gradient = _images_gradient(outputs, images, weight, geometry)
         if needed[1] and choice.weight_gradient:
             d, c, k, _ = weight.shape
-            weight_gradient = _as_maps((outputs.t() @ _patches(images, geometry)).view(d, k, k, c))
+            weight_gradient = _as_maps(matmul(outputs.t(), _patches(images, geometry)).view(d, k, k, c))
         if weight_gradient is not None:
             weight_gradient = _with_all_taps(weight_gradient.float(), ctx.taps, ctx.kernel)
         return images_gradient, weight_gradient, None, None, None
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Return the matrix product, computed by the library that is faster on this CPU.
+
+    Torch computes fp32 products by MKL, which does not use AVX512 on an AMD CPU: oneDNN is twice as fast there. In bf16,
+    torch uses oneDNN itself.
+    """
+    if a.dtype is torch.float32 and _has_onednn_linear():
+        linear = torch.ops.mkldnn._linear_pointwise  # noqa: SLF001 (the operation has no public name)
+        product: Tensor = linear(_dense(a), _dense(b).t(), None, "none", [], "")
+        return product
+    return a @ b
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """Return a matrix without gaps between its rows or columns: oneDNN takes 400 times as long with gaps."""
+    return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
+
+
+@cache
+def _has_onednn_linear() -> bool:
+    """Whether fp32 products are computed by oneDNN: with AVX512, in builds of torch that have it."""
+    is_built = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return is_built and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def _patches(images: Tensor, geometry: Geometry) -> Tensor:
@@ -236,7 +263,7 @@ def _images_gradient(outputs: Tensor, images: Tensor, weight: Tensor, geometry: 
     padded = outputs.new_zeros(n, size + 2 * p, size + 2 * p, c)
     for y, x in product(range(k), range(k)):
         met = padded[:, y : y + stride * out : stride, x : x + stride * out : stride][:, :out, :out]
-        met += (outputs @ weight[:, :, y, x]).view(n, out, out, c)
+        met += matmul(outputs, weight[:, :, y, x]).view(n, out, out, c)
     return _as_maps(padded[:, p : p + size, p : p + size])
 
 

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpo.train.data import Images
-from hpo.train.fast_conv import Choice, Geometry, _FastConv2d, choose, convolve, use_fast_convolutions
+from hpo.train.fast_conv import (
+    Choice,
+    Geometry,
+    _FastConv2d,
+    _has_onednn_linear,
+    choose,
+    convolve,
+    matmul,
+    use_fast_convolutions,
+)
 from hpo.train.learner import Learner
 from hpo.train.network import build_model
 from hpo.train.params import STEMS, TrainParams
@@ -158,8 +167,8 @@ def test_gradients_that_nothing_needs_are_not_computed() -> None:
         # The first convolution, layer 1, then layers 2 to 4: a 1x1 and a 3x3 kernel of stride 2, three 3x3 kernels.
         ("imagenet", torch.float32, "AVX2", "- - - - - fiw w w w w fiw w l l l fiw l l l l"),
         ("cifar", torch.float32, "AVX2", "- - - - - - - - - - - - - - - fiw w w w w"),
-        ("imagenet", torch.float32, "AVX512", "- - - - - - - - - - - - l l l - l l l l"),
-        ("cifar", torch.float32, "AVX512", " ".join("-" * 20)),
+        ("imagenet", torch.float32, "AVX512", "- - - - - i - - - - fi fw l l l fiw l l l l"),
+        ("cifar", torch.float32, "AVX512", "- - - - - i - - - - i - - - - i - - - -"),
         ("imagenet", torch.float32, "DEFAULT", " ".join("-" * 20)),
         ("imagenet", torch.bfloat16, "AVX512", "- - - - - w w w w w w w w w w w w w w w"),
         ("cifar", torch.bfloat16, "AVX512", "- - - - - - - - - - - - - - - w w w w w"),
@@ -186,6 +195,44 @@ def test_a_convolution_asks_for_the_choice_of_its_precision_and_cpu(monkeypatch:
         conv(torch.rand(2, 1, 7, 7))
     conv(torch.rand(2, 1, 7, 9))  # not square: torch's
     assert asked == [(Geometry(3, 2, 1, 7), dtype, "NEW") for dtype in (torch.float32, torch.bfloat16)]
+
+
+class RecordedLinear(TorchDispatchMode):
+    """Records the matrices that oneDNN's linear layer gets."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[Tensor] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        if function is torch.ops.mkldnn._linear_pointwise.default:
+            self.found += arguments[:2]
+        return function(*arguments, **(options or {}))
+
+
+def test_onednn_gets_no_matrix_with_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    # With gaps, a step of the network takes ten times as long.
+    monkeypatch.setattr("hpo.train.fast_conv._has_onednn_linear", lambda: True)
+    with RecordedLinear() as recorded:
+        for geometry in set(geometries_of("imagenet")):
+            choice = LINEAR if geometry.is_linear else CHOICES[-1]
+            images = torch.rand(4, 16, geometry.size, geometry.size, requires_grad=True)
+            weight = torch.rand(16, 16, geometry.kernel, geometry.kernel, requires_grad=True)
+            convolve(images, weight, geometry, torch.float32, choice).sum().backward()
+    assert len(recorded.found) > 2 * 3 * 10  # two matrices a product, three products a geometry, more with taps
+    assert all(matrix.is_contiguous() or matrix.t().is_contiguous() for matrix in recorded.found)
+
+
+def test_fp32_products_are_onednns_with_avx512_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = torch.rand(8, 4), torch.rand(4, 6)
+    for capability, expected in (("AVX2", 0), ("DEFAULT", 0), ("AVX512", 2)):
+        _has_onednn_linear.cache_clear()
+        with monkeypatch.context() as patch, RecordedLinear() as recorded:
+            patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+            assert torch.allclose(matmul(a, b), a @ b)
+            matmul(a.bfloat16(), b.bfloat16())
+        assert len(recorded.found) == expected, capability
+    _has_onednn_linear.cache_clear()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
