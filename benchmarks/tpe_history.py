@@ -38,7 +38,8 @@ from optuna.samplers import TPESampler
 from scipy import stats
 
 from benchmarks.report import fill
-from benchmarks.worth.tables import LCBENCH_EPOCHS, LCBENCH_PARAMETERS, Array, LCBenchSurrogate, space_of
+from benchmarks.worth.tables import LCBENCH_EPOCHS, LCBENCH_PARAMETERS, LCBenchSurrogate
+from benchmarks.worth.task import Array, space_of
 from hpo.search.samplers import TPE_HISTORY, build_sampler
 from hpo.space.model import Space
 from storage import optuna_internals, optuna_tables

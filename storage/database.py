@@ -30,6 +30,7 @@ from storage.errors import (
     retry_while_down,
     translate_errors,
 )
+from storage.mounts import network_file_system
 from storage.tables import metadata, schema
 from storage.urls import parse_url
 from storage.versions import read_versions, refuse_views, schema_lock
@@ -102,11 +103,12 @@ def open_database(url: str, password: str | None = None, *, create: bool = True)
 
     Raises:
         StorageError: the URL is wrong; the database is down or forbids access; another program, a newer version
-            of hpo or another version of Optuna created its tables.
+            of hpo or another version of Optuna created its tables; a SQLite file is on a network file system.
     """
     parsed, safe_url = parse_url(url, password)
     with translate_errors(safe_url):
         if parsed.get_backend_name() == "sqlite":
+            _refuse_network(Path(str(parsed.database)), safe_url)
             _check_file(Path(str(parsed.database)), safe_url, may_be_missing=create, is_written=True)
             _create_folder(parsed, safe_url)
         options = engine_options(parsed)
@@ -290,6 +292,15 @@ def _create_optuna_storage(
     configure(storage.engine, is_written=is_written)
     storage.engine.dispose()  # connections opened so far were not configured
     return storage
+
+
+def _refuse_network(path: Path, safe_url: str) -> None:
+    """Raise StorageError for a file on a network file system: machines would not see each other's locks and WAL."""
+    if kind := network_file_system(path):
+        raise StorageError(
+            f"{safe_url} is on a network file system ({kind}), on which SQLite may lose or damage results. Name a file on a "
+            "local disk with --storage or HPO_STORAGE, or a PostgreSQL database for several machines"
+        )
 
 
 def _create_folder(url: sa.URL, safe_url: str) -> None:

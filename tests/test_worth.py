@@ -12,7 +12,7 @@ from benchmarks.worth.contestants import CONTESTANTS, contestants_of
 from benchmarks.worth.figures import Run, regrets
 from benchmarks.worth.service import SOURCE, open_service
 from benchmarks.worth.simulation import Trajectory, Trial, simulate
-from benchmarks.worth.tables import Curve
+from benchmarks.worth.task import Curve
 
 
 class Slopes:

@@ -18,7 +18,8 @@ import numpy as np
 from benchmarks.worth.contestants import CONTESTANTS
 from benchmarks.worth.figures import BUDGETS, Run
 from benchmarks.worth.simulation import simulate
-from benchmarks.worth.tables import Task, TaskTables, space_of
+from benchmarks.worth.tables import TaskTables
+from benchmarks.worth.task import Task, space_of
 from hpo.space.parameters import sample_params
 
 FULL_TRAININGS = 200  # random configurations whose mean device time is that of a full training

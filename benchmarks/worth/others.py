@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.worth.simulation import METRIC, Search, Trial
-from benchmarks.worth.tables import Task, space_of
+from benchmarks.worth.task import Task, space_of
 
 EPOCH = "training_iteration"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.worth.simulation import METRIC, Search, Trial, simulate
-from benchmarks.worth.tables import Task
+from benchmarks.worth.task import Task
 from hpo.paths import RunsDir
 from hpo.search.continuation import ContinuationPlan
 from hpo.search.coordinator import TrialCoordinator

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from benchmarks.worth.tables import Curve, Task
+from benchmarks.worth.task import Curve, Task
 
 METRIC = "value"  # the name of the objective in every search
 

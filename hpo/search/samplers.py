@@ -92,20 +92,21 @@ def build_pruner(space: Space, study: Study) -> Pruner | None:
     from storage.pruners import Median, SuccessiveHalving
 
     scheduler, maximize = space.scheduler, space.direction == "maximize"
+    min_epochs = scheduler.min_epochs(space.max_epochs)
     halving = PromotingHalving if scheduler.promotes_trials else SuccessiveHalving
     match scheduler.name:
         case "asha":
-            return halving(maximize, study.name, scheduler.grace_period, scheduler.reduction_factor)
+            return halving(maximize, study.name, min_epochs, scheduler.reduction_factor)
         case "hyperband":
             return halving.hyperband(
                 maximize=maximize,
                 study_name=study.bracket_name,
-                min_epochs=scheduler.grace_period,
+                min_epochs=min_epochs,
                 max_epochs=space.max_epochs,
                 reduction_factor=scheduler.reduction_factor,
             )
         case "median":
-            return Median(maximize, scheduler.grace_period)
+            return Median(maximize, min_epochs)
         case "pbt":
             return build_population(space, study)
         case "none":
@@ -128,7 +129,7 @@ def build_optuna_pruner(space: Space, study: Study) -> BasePruner:
     if space.scheduler.name != "hyperband":
         return pruners.NopPruner()
     pruner = pruners.HyperbandPruner(
-        min_resource=space.scheduler.grace_period,
+        min_resource=space.scheduler.min_epochs(space.max_epochs),
         max_resource=space.max_epochs,
         reduction_factor=space.scheduler.reduction_factor,
     )

@@ -198,7 +198,7 @@ def _scheduler_fits_max_epochs(sections: ValidSections) -> Iterator[Problem]:
                 f"scheduler {scheduler.name} never compares members: interval {scheduler.interval} must be below max_epochs "
                 f"{max_epochs}",
             )
-    elif scheduler.stops_trials_early and scheduler.grace_period >= max_epochs:
+    elif scheduler.stops_trials_early and scheduler.min_epochs(max_epochs) >= max_epochs:
         yield (
             ("scheduler", "grace_period"),
             f"scheduler {scheduler.name} never stops a trial: grace_period {scheduler.grace_period} must be below "

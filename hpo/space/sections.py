@@ -182,8 +182,8 @@ class Scheduler(StrictModel):
 
     name: _SchedulerName = "none"
     """none, asha (successive halving), hyperband, median or pbt (population-based training)."""
-    grace_period: PositiveInt = 1
-    """Epochs before a trial may be stopped."""
+    grace_period: Literal["auto"] | PositiveInt = "auto"
+    """Epochs before a trial may be stopped. auto: max_epochs / reduction_factor**2, rounded up."""
     reduction_factor: Annotated[int, Field(ge=2)] = 3
     """asha and hyperband: 1 of `reduction_factor` trials continues, with `reduction_factor` times the epochs."""
     mode: Literal["stop", "promote"] = "stop"
@@ -203,6 +203,14 @@ class Scheduler(StrictModel):
     explore: Annotated[list[str], Field(min_length=1)] | None = None
     """pbt: the hyperparameters that change while a member trains. null: with the built-in training, all that may; else all
     int and float ranges."""
+
+    def min_epochs(self, max_epochs: int) -> int:
+        """Return the epochs before a trial may be stopped.
+
+        By default, trials are compared twice before their last epoch. More comparisons stop good trials that start slowly:
+        measured by `benchmarks.worth`.
+        """
+        return math.ceil(max_epochs / self.reduction_factor**2) if self.grace_period == "auto" else self.grace_period
 
     @property
     def stops_trials_early(self) -> bool:

@@ -395,10 +395,24 @@ def test_pruners_use_the_options_of_the_scheduler(tmp_path: Path, database: Data
     assert hyperband == SuccessiveHalving(True, "toy", 1, 3, brackets=4)
     promoting = pruner_of({"name": "asha", "grace_period": 2, "reduction_factor": 4, "mode": "promote"})
     assert promoting == PromotingHalving(True, "toy", 2, 4)
-    brackets = pruner_of({"name": "hyperband", "mode": "promote"})
+    brackets = pruner_of({"name": "hyperband", "grace_period": 1, "mode": "promote"})
     assert brackets == PromotingHalving(True, "toy", 1, 3, brackets=4)
     assert pruner_of({"name": "median", "grace_period": 5}) == Median(True, 5)
     assert pruner_of({"name": "none"}) is None
+
+
+@pytest.mark.parametrize(
+    ("max_epochs", "reduction_factor", "expected"),
+    [(2, 3, 1), (9, 3, 1), (10, 3, 2), (27, 3, 3), (50, 3, 6), (50, 4, 4)],
+)
+def test_by_default_trials_are_compared_twice_before_the_last_epoch(
+    tmp_path: Path, database: Database, max_epochs: int, reduction_factor: int, expected: int
+) -> None:
+    scheduler = {"name": "asha", "reduction_factor": reduction_factor}
+    space = toy_space(tmp_path, scheduler=scheduler, max_epochs=max_epochs)
+    pruner = build_pruner(space, open_study(database, **space.study_options))
+    assert pruner == SuccessiveHalving(True, "toy", expected, reduction_factor)
+    assert Space.from_settings(space.study_options["settings"]).scheduler == space.scheduler
 
 
 def test_a_database_that_goes_away_does_not_end_a_search_by_hyperband(
