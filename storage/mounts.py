@@ -7,11 +7,11 @@ from pathlib import Path
 import psutil
 
 # As the operating system names them. Those that other things than a network use too, such as 9p, are not here.
-NETWORK_FILE_SYSTEMS = frozenset(
-    "afpfs afs beegfs ceph cephfs cifs fhgfs fuse.beegfs fuse.ceph fuse.ceph-fuse fuse.cephfs fuse.gcsfuse fuse.glusterfs "
-    "fuse.goofys fuse.juicefs fuse.mount-s3 fuse.rclone fuse.s3fs fuse.sshfs glusterfs gpfs lustre nfs nfs4 orangefs panfs "
-    "pvfs2 smb3 smbfs webdav".split()
-)
+NETWORK_FILE_SYSTEMS = {
+    "afpfs", "afs", "beegfs", "ceph", "cephfs", "cifs", "fhgfs", "fuse.beegfs", "fuse.ceph", "fuse.ceph-fuse", "fuse.cephfs",
+    "fuse.gcsfuse", "fuse.glusterfs", "fuse.goofys", "fuse.juicefs", "fuse.mount-s3", "fuse.rclone", "fuse.s3fs",
+    "fuse.sshfs", "glusterfs", "gpfs", "lustre", "nfs", "nfs4", "orangefs", "panfs", "pvfs2", "smb3", "smbfs", "webdav",
+}  # fmt: skip
 
 
 def network_file_system(path: Path) -> str:
@@ -21,9 +21,8 @@ def network_file_system(path: Path) -> str:
         path: the file. It need not exist. Links are followed.
     """
     whole = path.resolve()
-    kinds = {
-        Path(mount.mountpoint): mount.fstype for mount in psutil.disk_partitions(all=True)
-    }  # of two, the later is on top
+    # Of two on the same folder, the later one hides the other.
+    kinds = {Path(mount.mountpoint): mount.fstype for mount in psutil.disk_partitions(all=True)}
     nearest = next((folder for folder in (whole, *whole.parents) if folder in kinds), None)
     kind = "" if nearest is None else kinds[nearest].lower()
     return kind if kind in NETWORK_FILE_SYSTEMS else ""
