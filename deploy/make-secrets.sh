@@ -11,4 +11,5 @@ for role in owner runner dashboard; do
   create "${role}_url" "postgresql://hpo_$role:$(password)@database:5432/hpo"
 done
 create dashboard_password "$(password)"
+create ray_token "$(password)$(password)"
 echo "The password of the dashboard, for any user name: $(cat secrets/dashboard_password)"

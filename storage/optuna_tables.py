@@ -11,6 +11,7 @@ import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -70,9 +71,18 @@ def upsert(connection: sa.Connection, table: sa.Table, key: tuple[str, ...], row
     """
     if not rows:
         return
-    insert = (sqlite if connection.dialect.name == "sqlite" else postgresql).insert(table)
-    updated = {name: insert.excluded[name] for name in rows[0] if name not in key}
-    connection.execute(insert.on_conflict_do_update(index_elements=list(key), set_=updated), rows)
+    connection.execute(_upsert(connection.dialect.name, table, key, tuple(rows[0])), rows)
+
+
+# Statements of every epoch are built once: that takes SQLAlchemy longer than to execute them.
+
+
+@cache
+def _upsert(dialect: str, table: sa.Table, key: tuple[str, ...], columns: tuple[str, ...]) -> sa.Insert:
+    insert = (sqlite if dialect == "sqlite" else postgresql).insert(table)
+    updated = {name: insert.excluded[name] for name in columns if name not in key}
+    statement: sa.Insert = insert.on_conflict_do_update(index_elements=list(key), set_=updated)
+    return statement
 
 
 # --- studies ----------------------------------------------------------------------------------------------------------
@@ -109,14 +119,21 @@ def lock_study(connection: sa.Connection, study: StudyKey) -> bool:
 
     SQLite has one writer at a time in any case: the transaction must be one of `Database.transaction`.
     """
+    identity = None if study.identity is None else json.dumps(study.identity)
+    asked = {"asked_id": study.study_id, "asked_name": study.name, "asked_identity": identity}
+    return connection.scalar(_lock_study(), asked) is not None
+
+
+@cache
+def _lock_study() -> sa.Select[int]:
     attr = study_user_attributes
     identity = sa.select(attr.c.value_json).where(attr.c.study_id == studies.c.study_id, attr.c.key == "hpo:id")
     is_it = sa.and_(
-        studies.c.study_id == study.study_id,
-        studies.c.study_name == study.name,
-        identity.scalar_subquery().is_not_distinct_from(None if study.identity is None else json.dumps(study.identity)),
+        studies.c.study_id == sa.bindparam("asked_id"),
+        studies.c.study_name == sa.bindparam("asked_name"),
+        identity.scalar_subquery().is_not_distinct_from(sa.bindparam("asked_identity", type_=sa.Text)),
     )
-    return connection.scalar(sa.select(studies.c.study_id).where(is_it).with_for_update(key_share=True)) is not None
+    return sa.select(studies.c.study_id).where(is_it).with_for_update(key_share=True)
 
 
 def write_study_attrs(connection: sa.Connection, study_id: int, attrs: Mapping[str, Any]) -> None:

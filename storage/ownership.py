@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -168,22 +169,29 @@ class Owner:
 
 def owners(connection: sa.Connection, trial_ids: Collection[int]) -> dict[int, Owner]:
     """Return {trial_id: its owner}. No other transaction changes them until this one ends."""
-    trial, ours = optuna_tables.trials, tables.trials
-    query = (
-        sa.select(ours.c.trial, ours.c.token, trial.c.state)
-        .select_from(trial)  # first: who deletes a trial in Optuna locks its row before the trigger locks ours
-        .join(ours, ours.c.trial == trial.c.trial_id)
-        .where(trial.c.trial_id.in_(trial_ids))
-        .order_by(trial.c.trial_id)
-        .with_for_update()
-    )
-    locked = {row.trial: row for row in connection.execute(query)}
+    lock, read = _owners()
+    locked = {row.trial: row for row in connection.execute(lock, {"asked": list(trial_ids)})}
     # In a second statement: on PostgreSQL, a statement that waits for a lock sees the epochs as they were before it waited.
-    stored = sa.select(trial.c.trial_id, last_epoch(), _last_value()).where(trial.c.trial_id.in_(list(locked)))
-    epochs = {row.trial_id: row for row in connection.execute(stored)} if locked else {}
+    epochs = {row.trial_id: row for row in connection.execute(read, {"asked": list(locked)})} if locked else {}
     return {
         each: Owner(row.token, row.state, epochs[each].epoch, epochs[each].last_value) for each, row in locked.items()
     }
+
+
+@cache
+def _owners() -> tuple[sa.Select[Any], sa.Select[Any]]:
+    """Return the statements that lock trials and read their last epochs, built once: every epoch executes them."""
+    trial, ours = optuna_tables.trials, tables.trials
+    is_asked = trial.c.trial_id.in_(sa.bindparam("asked", expanding=True))
+    lock = (
+        sa.select(ours.c.trial, ours.c.token, trial.c.state)
+        .select_from(trial)  # first: who deletes a trial in Optuna locks its row before the trigger locks ours
+        .join(ours, ours.c.trial == trial.c.trial_id)
+        .where(is_asked)
+        .order_by(trial.c.trial_id)
+        .with_for_update()
+    )
+    return lock, sa.select(trial.c.trial_id, last_epoch(), _last_value()).where(is_asked)
 
 
 def last_epoch() -> sa.Label[int]:

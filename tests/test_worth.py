@@ -104,6 +104,16 @@ def test_a_warm_start_learns_from_a_grid_that_was_run_before() -> None:
     assert trial.params != other.params, "the grid's two trials end the start at random"
 
 
+def test_what_the_service_recommends_stops_trials_early_where_there_are_epochs() -> None:
+    with CONTESTANTS["auto"].open(Slopes(), 0, 2) as search:
+        found = simulate(search, Slopes(), workers=2, device_seconds=800.0)
+    assert found.epochs < 3 * found.trials
+    task = Slopes()
+    task.max_epochs = 1
+    with CONTESTANTS["auto"].open(task, 0, 1) as search:
+        assert search.next_trial() is not None
+
+
 def test_a_contestant_without_epochs_or_grid_is_left_out() -> None:
     task = Slopes()
     assert contestants_of(task, list(CONTESTANTS)) == list(CONTESTANTS)

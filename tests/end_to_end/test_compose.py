@@ -7,22 +7,28 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import psycopg
 import pytest
 from ruamel.yaml import YAML
 
 from benchmarks.postgres import Postgres
 from storage.database import open_database
-from tests.factories import ROOT, TOY
+from tests.factories import ROOT, TOY, wait_until
+
+RAY_SERVICES = ("head", "worker", "gpu-worker", "search")
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,8 @@ def command_of(compose: Compose, name: str) -> list[str]:
     image_entrypoint = json.loads(re.findall(r"^ENTRYPOINT (.*)$", dockerfile, re.MULTILINE)[-1])
     service = compose.services[name]
     command = service.get("entrypoint", image_entrypoint) + service["command"]
-    assert command[0] == "hpo"
+    if command[0] != "hpo":
+        return [each.replace("$$", "$") for each in command]
     return [sys.executable, "-m", *command]
 
 
@@ -116,8 +123,11 @@ def test_the_file_conforms_to_the_compose_schema() -> None:
 
 
 def test_no_password_is_in_the_file_and_no_port_is_published_beyond_this_machine(compose: Compose) -> None:
-    for service in compose.services.values():
+    for name, service in compose.services.items():
         variables = service["environment"]
+        if name in RAY_SERVICES:
+            assert variables["RAY_AUTH_MODE"] == "token"
+            assert "ports" not in service
         assert [name for name in variables if "PASSWORD" in name and not name.endswith("_FILE")] == []
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
     assert "ports" not in compose.services["database"]
@@ -143,13 +153,18 @@ def test_services_are_hardened_and_only_the_front_is_reached(compose: Compose) -
         "migrate": {"database"},
         "dashboard": {"database", "front"},
         "hpo": {"database", "front"},
+        "head": {"ray"},
+        "worker": {"ray"},
+        "gpu-worker": {"ray"},
+        "search": {"database", "ray"},
     }
     assert compose.file["networks"]["database"] == {"internal": True}
 
 
 def test_data_survives_in_volumes_and_the_dashboard_reads_the_artifacts_of_the_searches(compose: Compose) -> None:
     assert "database:/var/lib/postgresql" in compose.services["database"]["volumes"]
-    assert "runs:/app/runs" in compose.services["hpo"]["volumes"]
+    for name in ("hpo", "search", "worker", "gpu-worker"):
+        assert {"runs:/app/runs", "data:/app/data"} <= set(compose.services[name]["volumes"]), name
     assert "runs:/app/runs" in compose.services["dashboard"]["volumes"]
 
 
@@ -288,6 +303,92 @@ def test_a_search_stores_its_trials_in_postgresql_and_the_dashboard_serves_them(
     finally:
         dashboard.terminate()
         dashboard.communicate()
+
+
+class Nodes:
+    """Containers of Ray, as processes on this machine: one temporary folder, in which all of them are found at the end."""
+
+    def __init__(self, compose: Compose, server: Postgres, folder: Path) -> None:
+        self.compose, self.server, self.folder = compose, server, folder
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.session = tempfile.mkdtemp(prefix="hpo-ray-")  # short: Ray's sockets are there
+        with socket.create_server(("127.0.0.1", 0)) as found:
+            self.port = found.getsockname()[1]
+
+    def start(self, name: str, number: int = 0, arguments: list[str] | None = None) -> subprocess.Popen[bytes]:
+        service = self.compose.services[name]
+        environment = environment_of(self.compose, name, self.server, self.folder / f"{name}-{number}")
+        environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+        command = command_of(self.compose, name)
+        if arguments is not None:
+            command = command[: -len(service["command"])] + arguments
+        command = [self._on_loopback(each) for each in command]
+        if command[0] == "ray":
+            command += [f"--temp-dir={self.session}"] if "--head" in command else ["--num-cpus=1", "--num-gpus=0"]
+        with self.log(name, number).open("w") as log:
+            process = subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env={key: self._on_loopback(value) for key, value in environment.items()},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        self.processes.append(process)
+        return process
+
+    def log(self, name: str, number: int = 0) -> Path:
+        return self.folder / f"{name}-{number}.log"
+
+    def _on_loopback(self, text: str) -> str:
+        return text.replace("head:6379", f"127.0.0.1:{self.port}").replace("--port=6379", f"--port={self.port}")
+
+    def count(self) -> int:
+        """How many nodes there are, asked with the token of the head; 0 if it does not answer."""
+        environment = os.environ | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.folder / "head-0" / "ray_token"),
+        }
+        status = subprocess.run(
+            [str(Path(sys.executable).with_name("ray")), "status", f"--address=127.0.0.1:{self.port}"],
+            env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        return len(re.findall(r"^ *1 node_", status.stdout, re.MULTILINE))
+
+    def stop(self) -> None:
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if self.session in " ".join(process.cmdline()) or str(self.port) in " ".join(process.cmdline()):
+                    process.kill()
+        for started in self.processes:
+            started.wait()
+        shutil.rmtree(self.session, ignore_errors=True)
+
+
+@pytest.mark.slow
+@pytest.mark.postgres
+@pytest.mark.ray
+def test_a_search_trains_on_the_workers_of_a_ray_cluster(compose: Compose, server: Postgres, tmp_path: Path) -> None:
+    open_database(url_of(compose, "owner", server)).close()
+    (tmp_path / "search_spaces").mkdir()
+    (tmp_path / "search_spaces" / "clustered.yaml").write_text(json.dumps(TOY))
+    nodes = Nodes(compose, server, tmp_path)
+    try:
+        nodes.start("head")
+        wait_until(lambda: nodes.count() == 1)
+        for number in range(2):  # one by one: nodes with one address may choose the same ports
+            nodes.start("worker", number)
+            wait_until(lambda number=number: nodes.count() == number + 2, 120)  # type: ignore[misc]
+        search = nodes.start("search", arguments=["clustered"])
+        assert search.wait(timeout=240) == 0, nodes.log("search").read_text()
+        with psycopg.connect(server.url("hpo")) as connection:
+            found = connection.execute(
+                "SELECT state, count(*) FROM trials JOIN studies USING (study_id) "
+                "WHERE study_name = 'clustered' GROUP BY state"
+            ).fetchall()
+        assert found == [("COMPLETE", 2)]
+        assert "2 trials at a time" in nodes.log("search").read_text()
+    finally:
+        nodes.stop()
 
 
 def _get_json(url: str, password: str) -> Any:
