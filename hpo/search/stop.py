@@ -21,6 +21,13 @@ class StopCause(Enum):
     STORAGE_FAILED = "storage failed"
 
 
+EXIT_CODES = {
+    StopCause.INTERRUPTED: 130,
+    StopCause.EXIT_TIME: 130,
+    StopCause.BROKEN: 2,
+}  # of others, see `SearchResult`
+
+
 @dataclass(frozen=True)
 class Stop:
     """The end of a search whose work is not done. The same search again resumes it.
