@@ -111,13 +111,10 @@ def read_recipient(overrides: Sequence[str]) -> str | None:
     Raises:
         SettingError: it is neither a command nor a URL.
     """
-    from hpo.space.recipient import check_recipient
+    from hpo.space.recipient import require_recipient
 
     recipient = None if any(each.startswith(_ON_FINISH) for each in overrides) else secret("HPO_ON_FINISH")
-    try:
-        check_recipient(recipient)
-    except ValueError as error:
-        raise SettingError(f"HPO_ON_FINISH: {error}") from None
+    require_recipient(recipient, "HPO_ON_FINISH")
     return recipient
 
 

@@ -22,6 +22,7 @@ from hpo.paths import DEFAULT_STORAGE, RunsDir, is_new_database
 from hpo.search.environment import check_trainable, describe_environment, note_horizon
 from hpo.search.listener import CombinedListener, NullListener, ProgressListener
 from hpo.space.model import Space
+from hpo.space.recipient import Recipient, require_recipient
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from hpo.search.stop import Stop
     from hpo.search.warm_start import Found
     from hpo.space.parameters import Params
-    from hpo.space.recipient import Recipient
     from storage.database import Database
     from storage.studies import Study
 
@@ -134,11 +134,12 @@ def run_search(
         The results, where the report is, and why the search ended.
 
     Raises:
-        SettingError: a folder, a resource or the Ray address cannot be used.
+        SettingError: a folder, a resource, `on_finish` or the Ray address cannot be used.
         TrainableError: the trainable cannot be imported, or cannot take the space's parameters.
         DataError: the data set is not there and cannot be downloaded.
         StorageError: the database cannot be used; trials in flight are resumable.
     """
+    require_recipient(on_finish, "on_finish")
     listener = listener or NullListener()
     with Announcer(on_finish or space.on_finish, space, storage, listener) as announcer:
         return _run_search(

@@ -170,6 +170,12 @@ def test_a_search_announces_that_it_cannot_start(tmp_path: Path, told: list[dict
     assert [ending["cause"] for ending in told] == [str(caught.value)]
 
 
+def test_a_recipient_that_cannot_be_told_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="on_finish: a URL of file:// gets no POST"):
+        run_search(toy_space(tmp_path), runs_dir=tmp_path / "runs", on_finish="file:///secret")
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("error", "problem"),
     [(None, "status 500"), (KeyboardInterrupt(), "interrupted"), (LookupError("secret"), "LookupError")],

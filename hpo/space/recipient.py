@@ -7,6 +7,8 @@ import shlex
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
+from hpo.errors import SettingError
+
 Recipient = str | list[str]  # a command or a URL; a command as its arguments
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -37,6 +39,19 @@ def check_recipient(value: Any) -> Any:
     elif value is not None:
         raise ValueError(_ALLOWED)
     return value
+
+
+def require_recipient(value: Any, name: str) -> None:
+    """Raise SettingError if a value that is not from a file is no recipient.
+
+    Args:
+        value: the value; None is allowed.
+        name: of what has it, for the message.
+    """
+    try:
+        check_recipient(value)
+    except ValueError as error:
+        raise SettingError(f"{name}: {error}") from None
 
 
 def arguments_of(recipient: Recipient) -> list[str]:
