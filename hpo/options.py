@@ -15,9 +15,9 @@ from hpo.credentials import take_secrets
 from hpo.errors import SettingError
 from hpo.paths import DEFAULT_STORAGE
 
+_ON_FINISH = "on_finish="  # how --set begins that overrides it
 # In `click.Context.meta`:
 _SECRETS = "hpo.options.secrets"  # {variable: value}
-_ON_FINISH = "on_finish="  # in --set
 _STORAGE_OPTION = "hpo.options.storage"  # whether the command needs --storage to find the same storage again
 
 

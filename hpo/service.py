@@ -21,6 +21,7 @@ from hpo.errors import HpoError, SpaceError
 from hpo.paths import DEFAULT_STORAGE, RunsDir, is_new_database
 from hpo.search.environment import check_trainable, describe_environment, note_horizon
 from hpo.search.listener import CombinedListener, NullListener, ProgressListener
+from hpo.search.stop import EXIT_CODES, Stop
 from hpo.space.model import Space
 from hpo.space.recipient import Recipient, require_recipient
 
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from hpo.search.mps import Mps
     from hpo.search.probes import ImageCounts, Probes
     from hpo.search.slots import Slots
-    from hpo.search.stop import Stop
     from hpo.search.warm_start import Found
     from hpo.space.parameters import Params
     from storage.database import Database
@@ -71,8 +71,6 @@ class SearchResult:
     @property
     def exit_code(self) -> int:
         """The exit code of `hpo run`: 0 if a trial completed, 1 if none did, 2 if nothing can be trained, 130 if stopped."""
-        from hpo.search.stop import EXIT_CODES
-
         if self.stopped is not None and self.stopped.cause in EXIT_CODES:
             return EXIT_CODES[self.stopped.cause]
         return 0 if self.results.counts["COMPLETE"] else 1

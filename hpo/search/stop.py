@@ -21,11 +21,8 @@ class StopCause(Enum):
     STORAGE_FAILED = "storage failed"
 
 
-EXIT_CODES = {
-    StopCause.INTERRUPTED: 130,
-    StopCause.EXIT_TIME: 130,
-    StopCause.BROKEN: 2,
-}  # of others, see `SearchResult`
+# Of the command line. After another stop, the exit code is that of a search that has finished.
+EXIT_CODES = {StopCause.INTERRUPTED: 130, StopCause.EXIT_TIME: 130, StopCause.BROKEN: 2}
 
 
 @dataclass(frozen=True)

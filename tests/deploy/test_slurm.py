@@ -139,10 +139,13 @@ def test_two_tasks_of_an_array_share_a_search(submitted: Path, postgres: Postgre
     (submitted / "search_spaces").mkdir()
     parameters = {"x": [1, 2, 3, 4], "epoch_seconds": 0.3}
     (submitted / "search_spaces/toy.yaml").write_text(json.dumps(TOY | {"parameters": parameters}))
+    told = submitted / "told.json"
     tasks = [
         subprocess.Popen(
             ["bash", str(submitted / "deploy/slurm/array.sh"), "toy"],
-            env=variables_of(submitted, limit=3600, SLURM_ARRAY_TASK_ID=str(task)),
+            env=variables_of(
+                submitted, limit=3600, SLURM_ARRAY_TASK_ID=str(task), HPO_ON_FINISH=f"sh -c 'cat >> {told}'"
+            ),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -153,3 +156,4 @@ def test_two_tasks_of_an_array_share_a_search(submitted: Path, postgres: Postgre
     assert [task.returncode for task in tasks] == [0, 0], printed
     assert rows(url, "SELECT state::text, count(*) FROM trials GROUP BY state") == [("COMPLETE", 4)]
     assert rows(url, "SELECT count(*), count(DISTINCT run) FROM hpo_trials") == [(4, 2)]
+    assert json.loads(told.read_text())["state"] == "finished", "told once"
