@@ -9,7 +9,13 @@ from pathlib import Path
 
 from hpo.errors import SettingError
 
-SECRET_VARIABLES = ("PGPASSWORD", "HPO_STORAGE", "HPO_DASHBOARD_PASSWORD", "HPO_DASHBOARD_READER_PASSWORD")
+SECRET_VARIABLES = (
+    "PGPASSWORD",
+    "HPO_STORAGE",
+    "HPO_DASHBOARD_PASSWORD",
+    "HPO_DASHBOARD_READER_PASSWORD",
+    "HPO_ON_FINISH",
+)
 
 
 def take_secrets() -> dict[str, str]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Iterable
 
 # All but tab and line feed, which only move on. C1 holds another escape; the rest is not visible, ends a line, or reverses
@@ -64,3 +65,17 @@ def was_interrupted(error: BaseException) -> bool:
     while context is not None and not isinstance(context, KeyboardInterrupt):
         context = context.__context__
     return context is not None
+
+
+def is_fixable(error: BaseException) -> bool:
+    """Return whether the user can fix the cause of an error, which its message says: `HpoError` or `StorageError`."""
+    # The module is imported late. If it was never imported, this cannot be a StorageError.
+    module = sys.modules.get("storage.errors")
+    return isinstance(error, HpoError) or (module is not None and isinstance(error, module.StorageError))
+
+
+def exit_code_of(error: BaseException) -> int:
+    """Return the exit code of a command that an exception ends."""
+    if isinstance(error, KeyboardInterrupt) or was_interrupted(error):
+        return 130
+    return 2 if is_fixable(error) else 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from hpo.credentials import take_secrets
 from hpo.errors import SettingError
 from hpo.paths import DEFAULT_STORAGE
 
+_ON_FINISH = "on_finish="  # how --set begins that overrides it
 # In `click.Context.meta`:
 _SECRETS = "hpo.options.secrets"  # {variable: value}
 _STORAGE_OPTION = "hpo.options.storage"  # whether the command needs --storage to find the same storage again
@@ -84,9 +85,37 @@ def space_arguments(verb: Callable[..., Any]) -> Callable[..., Any]:
         "overrides",
         metavar="KEY=VALUE",
         multiple=True,
+        callback=_check_overrides,
         help="Override a key of the file, such as max_epochs=1 or parameters.lr=0.02. Repeatable.",
     )(verb)
     return click.argument("space", metavar="SPACE", shell_complete=_complete_space)(verb)
+
+
+def _check_overrides(_context: click.Context, _parameter: click.Parameter, overrides: Sequence[str]) -> Sequence[str]:
+    """Return what --set overrides.
+
+    Raises:
+        SettingError: the command line contains a URL of on_finish. The command line is recorded, too.
+    """
+    if any(each.startswith(_ON_FINISH) and "://" in each for each in overrides):
+        raise SettingError(
+            "every user of this machine can read the URL of on_finish on the command line, and it may contain a secret: put "
+            "it in the file of the search space, in HPO_ON_FINISH, or in a file that HPO_ON_FINISH_FILE names"
+        )
+    return overrides
+
+
+def read_recipient(overrides: Sequence[str]) -> str | None:
+    """Return HPO_ON_FINISH, which replaces on_finish of the file; None if it is not set, or --set is to override it.
+
+    Raises:
+        SettingError: it is neither a command nor a URL.
+    """
+    from hpo.space.recipient import require_recipient
+
+    recipient = None if any(each.startswith(_ON_FINISH) for each in overrides) else secret("HPO_ON_FINISH")
+    require_recipient(recipient, "HPO_ON_FINISH")
+    return recipient
 
 
 def _read_storage(context: click.Context, parameter: click.Parameter, url: str) -> str:

@@ -24,17 +24,14 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 import click
 
 from hpo import study_verbs, working_folder
-from hpo.errors import HpoError, SettingError, nearest, printable, was_interrupted
-from hpo.options import data_option, exit_option, secret, space_arguments, storage_option
+from hpo.errors import SettingError, exit_code_of, is_fixable, nearest, printable
+from hpo.options import data_option, exit_option, read_recipient, secret, space_arguments, storage_option
 from hpo.paths import RunsDir
 from hpo.printing import hint, new_console, print_ending, print_report, print_results, say
-from hpo.search.stop import StopCause
 
 if TYPE_CHECKING:
-    from hpo.api import SearchResult
     from hpo.report.results import Results
 
-STOP_CODES = {StopCause.INTERRUPTED: 130, StopCause.EXIT_TIME: 130, StopCause.BROKEN: 2}
 COMPLETE_VARIABLE = "_HPO_COMPLETE"  # how a shell asks click for completions
 
 
@@ -67,14 +64,12 @@ def _run(prefix: Sequence[str]) -> NoReturn:
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
     except Exception as error:  # noqa: BLE001 # printed here, while control characters are left out
-        interrupted = was_interrupted(error)
-        if isinstance(error, HpoError) or _is_storage_error(error):
+        code = exit_code_of(error)
+        if is_fixable(error):
             say(f"hpo: {error}", to=sys.stderr)
-            sys.exit(130 if interrupted else 2)
-        if interrupted:
-            sys.exit(130)
-        traceback.print_exc()
-        sys.exit(1)
+        elif code != 130:
+            traceback.print_exc()
+        sys.exit(code)
 
 
 class _Stderr(io.TextIOBase):
@@ -103,12 +98,6 @@ class _Stderr(io.TextIOBase):
     def write(self, text: str) -> int:
         self._stream.write(printable(text))
         return len(text)
-
-
-def _is_storage_error(error: Exception) -> bool:
-    # The module is imported late. If it was never imported, this cannot be a StorageError.
-    module = sys.modules.get("storage.errors")
-    return module is not None and isinstance(error, module.StorageError)
 
 
 def _keep_files_private() -> None:
@@ -170,7 +159,8 @@ def run(
     SPACE is the name of a file in search_spaces/ without its ending, or a path to a YAML file. The same
     command again resumes the search. Ctrl-C finishes the epochs in flight; a second Ctrl-C stops at once.
 
-    RAY_ADDRESS joins a running Ray cluster. PGPASSWORD is the password of a PostgreSQL URL without one.
+    RAY_ADDRESS joins a running Ray cluster. PGPASSWORD is the password of a PostgreSQL URL without one. HPO_ON_FINISH
+    is a command, or a URL that gets a POST of JSON, when the search ends: in place of on_finish of the file.
 
     The exit code is 0 if a trial completed, 1 if none did, 2 if you must change something, such as code with which
     all trials fail, and 130 if the search was stopped, or --exit-after is over.
@@ -200,6 +190,7 @@ def run(
             data_dir=data_dir,
             ray_address=os.environ.get("RAY_ADDRESS"),
             exit_after=exit_after,
+            on_finish=read_recipient(overrides),
             listener=progress,
             on_results=show,
             command=context.obj,
@@ -207,7 +198,7 @@ def run(
     print_ending(console, result, storage)
     if "torch" not in sys.modules:  # torch's extensions would report what is left at exit as leaks
         gc.freeze()  # skips the garbage collection at exit, which takes 0.6 s after a search
-    return _exit_code(result)
+    return result.exit_code
 
 
 @cli.command()
@@ -506,12 +497,6 @@ def completion(shell: str) -> int:
     assert kind is not None
     print(kind(cli, {}, "hpo", COMPLETE_VARIABLE).source())
     return 0
-
-
-def _exit_code(result: SearchResult) -> int:
-    if result.stopped is not None and result.stopped.cause in STOP_CODES:
-        return STOP_CODES[result.stopped.cause]
-    return 0 if result.results.counts["COMPLETE"] else 1
 
 
 if __name__ == "__main__":

@@ -16,11 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hpo.announcement import Announcer
 from hpo.errors import HpoError, SpaceError
 from hpo.paths import DEFAULT_STORAGE, RunsDir, is_new_database
 from hpo.search.environment import check_trainable, describe_environment, note_horizon
 from hpo.search.listener import CombinedListener, NullListener, ProgressListener
+from hpo.search.stop import EXIT_CODES, Stop
 from hpo.space.model import Space
+from hpo.space.recipient import Recipient, require_recipient
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,7 +35,6 @@ if TYPE_CHECKING:
     from hpo.search.mps import Mps
     from hpo.search.probes import ImageCounts, Probes
     from hpo.search.slots import Slots
-    from hpo.search.stop import Stop
     from hpo.search.warm_start import Found
     from hpo.space.parameters import Params
     from storage.database import Database
@@ -67,6 +69,13 @@ class SearchResult:
         return self.stopped is not None and self.stopped.is_interruption
 
     @property
+    def exit_code(self) -> int:
+        """The exit code of `hpo run`: 0 if a trial completed, 1 if none did, 2 if nothing can be trained, 130 if stopped."""
+        if self.stopped is not None and self.stopped.cause in EXIT_CODES:
+            return EXIT_CODES[self.stopped.cause]
+        return 0 if self.results.counts["COMPLETE"] else 1
+
+    @property
     def trials(self) -> list[TrialResult]:
         """All trials, by number."""
         return self.results.trials
@@ -99,6 +108,7 @@ def run_search(
     runs_dir: Path | str = "runs",
     ray_address: str | None = None,
     exit_after: float | None = None,
+    on_finish: Recipient | None = None,
     listener: ProgressListener | None = None,
     on_results: Callable[[Results], None] | None = None,
     command: str = "",
@@ -113,6 +123,7 @@ def run_search(
         runs_dir: where checkpoints, artifacts and reports are written.
         ray_address: a Ray cluster to join; None starts Ray on this machine, for this search only.
         exit_after: seconds after which the search stops as after Ctrl-C, for queues that limit its time; None for no limit.
+        on_finish: who is told how the search has ended, in place of `on_finish` of the space: a command or a URL.
         listener: receives the events of the search.
         on_results: receives the results as soon as the last trial has ended, before the report is written.
         command: how the search was started, for the record.
@@ -121,13 +132,43 @@ def run_search(
         The results, where the report is, and why the search ended.
 
     Raises:
-        SettingError: a folder, a resource or the Ray address cannot be used.
+        SettingError: a folder, a resource, `on_finish` or the Ray address cannot be used.
         TrainableError: the trainable cannot be imported, or cannot take the space's parameters.
         DataError: the data set is not there and cannot be downloaded.
         StorageError: the database cannot be used; trials in flight are resumable.
     """
-    exit_at = math.inf if exit_after is None else time.monotonic() + exit_after
+    require_recipient(on_finish, "on_finish")
     listener = listener or NullListener()
+    with Announcer(on_finish or space.on_finish, space, storage, listener) as announcer:
+        return _run_search(
+            space,
+            announcer,
+            storage=storage,
+            password=password,
+            data_dir=data_dir,
+            runs_dir=runs_dir,
+            ray_address=ray_address,
+            exit_at=math.inf if exit_after is None else time.monotonic() + exit_after,
+            listener=CombinedListener(listener, announcer),
+            on_results=on_results,
+            command=command,
+        )
+
+
+def _run_search(
+    space: Space,
+    announcer: Announcer,
+    *,
+    storage: str,
+    password: str | None,
+    data_dir: Path | str,
+    runs_dir: Path | str,
+    ray_address: str | None,
+    exit_at: float,
+    listener: ProgressListener,
+    on_results: Callable[[Results], None] | None,
+    command: str,
+) -> SearchResult:
     listener.search_starting(space)  # before the imports that take seconds
     from hpo.search.cluster import RayCluster
     from hpo.search.mps import start_mps
@@ -197,11 +238,13 @@ def run_search(
         if on_results is not None:
             on_results(results)
         report = try_to_report(results, runs, listener)
+        result = SearchResult(results, report, stopped)
         if not is_over:
             from hpo.dashboard.publishing import publish
 
             publish(study, runs, always=True)
-        return SearchResult(results, report, stopped)
+            announcer.search_ended(results, stopped, result.exit_code, report)
+        return result
 
 
 def _search(

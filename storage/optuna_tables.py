@@ -148,6 +148,13 @@ def insert_study_attrs(connection: sa.Connection, study_id: int, attrs: Mapping[
     connection.execute(study_user_attributes.insert(), rows)
 
 
+def read_study_system_attr(connection: sa.Connection, study_id: int, key: str) -> Any:
+    """Return a system attribute of a study; None if it has none."""
+    attr = study_system_attributes
+    value = connection.scalar(sa.select(attr.c.value_json).where(attr.c.study_id == study_id, attr.c.key == key))
+    return None if value is None else json.loads(value)
+
+
 def write_study_system_attrs(connection: sa.Connection, study_id: int, attrs: Mapping[str, Any]) -> None:
     """Set system attributes of a study."""
     rows = [{"study_id": study_id, "key": key, "value_json": json.dumps(value)} for key, value in attrs.items()]

@@ -228,6 +228,25 @@ class Study:
 
         retry_while_down(self.database, write)
 
+    def is_first(self, key: str, value: str) -> bool:
+        """Set a system attribute. Return whether it was another one: of several callers with a value, one is the first.
+
+        Raises:
+            StorageError: the study was deleted, or the database cannot be used (after retries).
+        """
+        caller = uuid.uuid4().hex  # so that a repetition after a lost answer is not the second
+
+        def write() -> bool:
+            with self.database.transaction() as connection:
+                lock_study(connection, self.database, self.key)
+                known = optuna_tables.read_study_system_attr(connection, self.study_id, key)
+                if isinstance(known, list) and known[:1] == [value]:
+                    return known[1:] == [caller]
+                optuna_tables.write_study_system_attrs(connection, self.study_id, {key: [value, caller]})
+                return True
+
+        return retry_while_down(self.database, write)
+
     @property
     def is_ours(self) -> bool:
         """Whether hpo created the study, not another program that uses Optuna."""

@@ -138,6 +138,7 @@ def hpo_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         "HPO_STORAGE_FILE",
         "HPO_DASHBOARD_READER_PASSWORD",
         "HPO_DATA_DIR",
+        "HPO_ON_FINISH",
         "HPO_DASHBOARD_PASSWORD",
         "PGPASSWORD",
         "RAY_ADDRESS",

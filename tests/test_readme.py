@@ -28,7 +28,8 @@ from tests.factories import ROOT, search_without_ray
 # Pages whose examples are checked here. search_spaces/README.md and storage/README.md have tests in their packages.
 PAGES = ("README.md", "hpo/README.md", "CONTRIBUTING.md")
 TEXTS = {page: (ROOT / page).read_text() for page in PAGES}
-ALL_PAGES = [*PAGES, "CHANGELOG.md", "benchmarks/README.md", "search_spaces/README.md", "storage/README.md"]
+OTHERS = ("CHANGELOG.md", "benchmarks/README.md", "deploy/README.md", "search_spaces/README.md", "storage/README.md")
+ALL_PAGES = [*PAGES, *OTHERS]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # Modules of this repository that are started as programs, with the verb that some of them are short for.
 VERB_OF_MODULE = {"hpo.run": "run", "hpo.report": "report", "hpo.dashboard": "dashboard"}

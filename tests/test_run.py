@@ -273,6 +273,29 @@ def test_storage_and_data_come_from_options_or_variables(
     ]
 
 
+def test_on_finish_comes_from_the_environment_unless_it_is_overridden(
+    tmp_path: Path, hpo_here: HpoHere, fake_search: Callable[..., Any]
+) -> None:
+    received = fake_search(["COMPLETE"])
+    url = "https://hooks.example/secret"
+    hpo_here(tmp_path, "run", "toy.yaml", HPO_ON_FINISH=url)
+    hpo_here(tmp_path, "run", "toy.yaml", "--set", "on_finish=null", HPO_ON_FINISH=url)
+    assert [options["on_finish"] for options in received] == [url, None]
+    assert not [name for name, value in os.environ.items() if "secret" in value]
+    assert hpo_here(tmp_path, "run", "toy.yaml", HPO_ON_FINISH="file:///secret").stderr.startswith(
+        "hpo: HPO_ON_FINISH: a URL of file:// gets no POST: write a command"
+    )
+
+
+def test_a_url_of_on_finish_on_the_command_line_is_refused(tmp_path: Path, hpo_here: HpoHere) -> None:
+    for value in ("https://hooks.example/secret", "[curl, https://hooks.example/secret]"):
+        finished = hpo_here(tmp_path, "run", "toy.yaml", "--set", f"on_finish={value}")
+        assert finished.returncode == 2
+        assert "put it in the file of the search space, in HPO_ON_FINISH" in finished.stderr
+        assert "secret:" in finished.stderr
+        assert "/secret" not in finished.stderr
+
+
 def test_the_typed_command_is_recorded(tmp_path: Path, hpo_here: HpoHere, fake_search: Callable[..., Any]) -> None:
     received = fake_search(["COMPLETE"])
     hpo_here(tmp_path, "run", "toy.yaml", "--set", "parameters.x=[1, 2]")

@@ -153,6 +153,9 @@ class RayCluster:
                     # Ray opens its folder to all users; nobody else may enter ours.
                     options |= {"address": "local", "include_dashboard": False, "_temp_dir": f"{scratch}/r"}
                     options["object_store_memory"] = OBJECT_STORE_BYTES
+                    cores = len(os.sched_getaffinity(0))
+                    if cores != os.cpu_count():  # Ray counts those, too, that Slurm or taskset keeps from this process
+                        options["num_cpus"] = cores
                 if self._address is not None:
                     check_address(self._address)
                 self._has_answered.set()

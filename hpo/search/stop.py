@@ -21,6 +21,10 @@ class StopCause(Enum):
     STORAGE_FAILED = "storage failed"
 
 
+# Of the command line. After another stop, the exit code is that of a search that has finished.
+EXIT_CODES = {StopCause.INTERRUPTED: 130, StopCause.EXIT_TIME: 130, StopCause.BROKEN: 2}
+
+
 @dataclass(frozen=True)
 class Stop:
     """The end of a search whose work is not done. The same search again resumes it.

@@ -17,7 +17,7 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, PrivateAttr, TypeAdapter, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, PrivateAttr, TypeAdapter, ValidationError, model_validator
 
 from hpo.errors import HpoError, SettingError, SpaceError, nearest
 from hpo.space.choice import choose_sampler
@@ -39,6 +39,7 @@ from hpo.space.parameters import (
     sample_params,
     sampling_order,
 )
+from hpo.space.recipient import Recipient, check_recipient
 from hpo.space.rules import RANDOM_POINTS, ValidSections, check_rules, count_grid
 from hpo.space.sections import (
     AutoSampler,
@@ -110,6 +111,9 @@ class Space(StrictModel):
     """The resources of one trial."""
     replicates: Annotated[int, Field(ge=1, le=MAX_REPLICATES)] = 1
     """Trainings of each configuration, with seeds that count up from `seed`. They are one trial: its value is their mean."""
+    on_finish: Annotated[Recipient | None, BeforeValidator(check_recipient), Field(exclude=True, repr=False)] = None
+    """Who is told how the search has ended: a command, as a text or as a list of its arguments, or a URL that gets a POST of
+    JSON. It is not stored with the study: a URL may contain a secret."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     """How often a trial is retried after its worker crashed."""
     trial_timeout: Seconds | None = None

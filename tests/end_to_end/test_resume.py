@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -151,9 +152,20 @@ def test_ctrl_c_saves_epochs_that_no_checkpoint_was_due_for(
     assert driver.wait() == 130, driver.output
     saved = {path.name for path in (tmp_path / "runs/checkpoints").glob("*/*/epoch-*")}
     assert "epoch-000004.pt" in saved
-    hurried = start_driver(path, "--exit-after", "1s")  # it is over before Ray has started
+    told = tmp_path / "told.jsonl"
+    variables = {"HPO_ON_FINISH": f"sh -c '(cat; echo) >> {told}; exit 3'"}
+    hurried = start_driver(path, "--exit-after", "1s", **variables)  # it is over before Ray has started
     assert hurried.wait() == 130, hurried.output
     assert "Stopped: --exit-after is over. The same command resumes it." in hurried.output
-    assert start_driver(path).wait() == 0
+    for _ in range(2):  # the second one finds nothing to do, and tells nobody
+        last = start_driver(path, **variables)
+        assert last.wait() == 0, last.output
+    endings = [json.loads(line) for line in told.read_text().splitlines()]
+    assert [(each["study"], each["state"], each["exit_code"]) for each in endings] == [
+        ("chains", "stopped", 130),
+        ("chains", "finished", 0),
+    ]
+    assert (endings[1]["study_state"], endings[1]["trials"]) == ("finished", {"COMPLETE": 2})
+    assert "on_finish: sh: exit code 3. The search itself is not affected" in hurried.output
     lines = log.read_text().splitlines()
     assert len(lines) == len(set(lines)) == 2 * MAX_EPOCHS, "no epoch is trained twice"

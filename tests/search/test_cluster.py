@@ -40,6 +40,7 @@ class FakeRay(SimpleNamespace):
 
     def init(self, **options: Any) -> None:
         self.calls.append(("init", options["address"]))
+        self.num_cpus = options.get("num_cpus")
         options["job_config"]._py_driver_sys_path.extend(["/the/working/folder"])
         assert options["job_config"]._py_driver_sys_path == []
         self.environment = dict(os.environ)
@@ -106,6 +107,20 @@ def test_a_ray_of_our_own_is_private_and_a_joined_one_is_as_it_is(
         assert os.environ["RAY_AUTH_MODE"] == "disabled"
         assert os.environ["RAY_AUTH_TOKEN"] == "the user's"
         assert {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_TOKEN_PATH"}.isdisjoint(os.environ)
+
+
+@pytest.mark.parametrize(("allowed", "address", "told"), [(2, None, 2), (6, None, None), (2, "localhost:1", None)])
+def test_a_ray_of_our_own_has_the_cores_that_this_process_may_use(
+    fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch, allowed: int, address: str | None, told: int | None
+) -> None:
+    """A queue such as Slurm gives a job some of the cores of a machine."""
+    monkeypatch.setattr("hpo.search.cluster.check_address", lambda _: None)
+    monkeypatch.setattr("hpo.search.cluster.os.sched_getaffinity", lambda _: set(range(allowed)))
+    monkeypatch.setattr("hpo.search.cluster.os.cpu_count", lambda: 6)
+    with RayCluster(address) as cluster:
+        cluster.start()
+        cluster.size()
+    assert fake_ray.num_cpus == told
 
 
 def test_leaving_the_context_stops_the_cluster_even_after_an_error(fake_ray: FakeRay) -> None:

@@ -203,6 +203,7 @@ def test_an_unknown_name_in_a_folder_without_search_spaces(tmp_path: Path, monke
         "resources.cpu=2",
         "resources.gpu=0.5",
         "max_failures=0",
+        "on_finish=echo done",
         "sampler=random",
     ],
 )
@@ -355,6 +356,14 @@ def test_settings_from_version_0_1_0_become_a_space_with_the_same_identity(name:
     check_round_trip(space)
 
 
+def test_on_finish_is_neither_stored_nor_shown(load: Load) -> None:
+    """A URL may contain a secret."""
+    space = load(VALID, "on_finish=https://hooks.example/token")
+    assert space.on_finish == "https://hooks.example/token"
+    assert "token" not in f"{space.study_options}{space!r}"
+    check_round_trip(space)
+
+
 def test_one_objective_is_the_same_as_metric_and_direction(load: Load) -> None:
     space = load(VALID + "objectives: [{metric: val_loss, direction: minimize}]\n")
     other = load(VALID + "metric: val_loss\ndirection: minimize\n")
@@ -389,7 +398,11 @@ def test_settings_become_an_equal_space(load: Load, text: str) -> None:
 
 @pytest.mark.parametrize(
     "key",
-    [key for key, field in fields_by_key(Space).items() if not field.is_required() and key != "trainable"],
+    [
+        key
+        for key, field in fields_by_key(Space).items()
+        if not (field.is_required() or field.exclude) and key != "trainable"
+    ],
 )
 def test_a_key_that_the_settings_lack_has_its_default(load: Load, key: str) -> None:
     space = load(VALID)

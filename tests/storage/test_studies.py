@@ -282,11 +282,26 @@ def replace_study(database: Database) -> Study:
     return open_study(database, "other", direction="minimize", fingerprint="g", settings={"metric": "loss"})
 
 
+def test_one_caller_is_the_first_with_a_value(study: Study) -> None:
+    assert [study.is_first("k", value) for value in ("a", "a", "b", "b", "a")] == [True, False, True, False, True]
+
+
+def test_the_first_caller_is_the_first_after_a_lost_answer(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    def twice(_: object, operation: Callable[[], bool]) -> bool:
+        operation()
+        return operation()
+
+    monkeypatch.setattr("storage.studies.retry_while_down", twice)
+    assert study.is_first("k", "a")
+    assert not study.is_first("k", "a")
+
+
 def test_nothing_is_written_to_the_study_that_has_the_id_of_a_deleted_one(study: Study, database: Database) -> None:
     other = replace_study(database)
     operations: list[Callable[[], Any]] = [
         lambda: grid_run(study).__enter__(),
         lambda: study.set_system_attrs({"hpo:published": 7}),
+        lambda: study.is_first("hpo:announced", "the end"),
         lambda: retry_trials(study, [0]),
     ]
     before = other.attrs, other.system_attrs()
