@@ -153,7 +153,7 @@ class RayCluster:
                     # Ray opens its folder to all users; nobody else may enter ours.
                     options |= {"address": "local", "include_dashboard": False, "_temp_dir": f"{scratch}/r"}
                     options["object_store_memory"] = OBJECT_STORE_BYTES
-                    cores = len(os.sched_getaffinity(0))
+                    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
                     if cores != os.cpu_count():  # Ray counts those, too, that Slurm or taskset keeps from this process
                         options["num_cpus"] = cores
                 if self._address is not None:
