@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.worth.contestants import CONTESTANTS, contestants_of
-from benchmarks.worth.figures import Run, regrets
+from benchmarks.worth.figures import Run, _mark, regrets
 from benchmarks.worth.service import SOURCE, open_service
 from benchmarks.worth.simulation import Trajectory, Trial, simulate
 from benchmarks.worth.task import Curve
@@ -129,3 +129,13 @@ def test_regret_is_the_distance_to_the_best_known_value(trainings: float, expect
     ]
     found = regrets(runs, {"t": 1.0}, trainings)
     assert found == {("t", "a"): expected}, "by seed; without a value, that of the worst one"
+
+
+@pytest.mark.parametrize(("worse", "better", "expected"), [(7, 0, "*"), (0, 7, "!"), (3, 3, " "), (2, 0, " ")])
+def test_a_mark_says_who_is_worse_on_the_tasks_that_differ(worse: int, better: int, expected: str) -> None:
+    """Also if most tasks do not differ: the median of the differences is 0 then."""
+    differences = [0.1 * (i + 1) for i in range(worse)] + [-0.1 * (i + 1) for i in range(better)] + [0.0] * 12
+    found = {(f"t/{i}", "reference"): [1.0] for i in range(len(differences))}
+    found |= {(f"t/{i}", "other"): [1.0 + difference] for i, difference in enumerate(differences)}
+    tasks = [f"t/{i}" for i in range(len(differences))]
+    assert _mark(found, "other", "reference", tasks) == expected
