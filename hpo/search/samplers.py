@@ -42,7 +42,9 @@ def build_sampler(space: Space, run_id: int) -> BaseSampler:
                     options = {"group": True} | options
                 return samplers.TPESampler(seed=seed, **options)
             case "gp":
-                return samplers.GPSampler(seed=seed, warn_independent_sampling=False, **options)
+                from hpo.search.gp_sampler import ExtrapolatingGPSampler
+
+                return ExtrapolatingGPSampler(seed=seed, warn_independent_sampling=False, **options)
             case "cmaes":
                 from hpo.search.cmaes_sampler import StoredCmaEsSampler
 

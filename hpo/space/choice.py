@@ -19,7 +19,7 @@ from hpo.space.sections import (
 )
 
 SMALL_GRID = 100  # configurations that are tried one after another, if only time or money ends the search
-MAX_GP_TRIALS = 100  # the cost of a draw grows with the third power of their number
+MAX_GP_TRIALS = 250  # the sampler sees at most so many, see `hpo.search.gp_sampler`
 MAX_LEARNING_TRIALS = 20_000  # with more, a draw at random is cheaper than what it could learn
 
 
@@ -47,9 +47,8 @@ def choose_sampler(
 ) -> SamplerChoice:
     """Return the sampler for a search that leaves it to `auto`.
 
-    A population starts at random. A small grid is searched completely. A Gaussian process is for few and expensive trials
-    of numbers: it learns from completed trials only, so not with a scheduler that stops most of them. TPE is for all else,
-    and for several objectives, as in Optuna.
+    A population starts at random. A small grid is searched completely. A Gaussian process is for numbers, if there are not
+    very many trials: measured by `benchmarks.worth`. TPE is for all else, and for several objectives, as in Optuna.
 
     Args:
         auto: its seed is kept.
@@ -73,7 +72,8 @@ def choose_sampler(
         return SamplerChoice(TPESampler(name="tpe", seed=auto.seed), f"there are {objectives} objectives")
     against_gp = _reason_against_gp(parameters, budget, scheduler)
     if not against_gp:
-        reason = f"numbers only, at most {MAX_GP_TRIALS} trials, and none is stopped early"
+        many = "" if budget.trials is None else f", and at most {MAX_GP_TRIALS} trials"
+        reason = f"numbers only{many}"
         return SamplerChoice(GPSampler(name="gp", seed=auto.seed), reason)
     return SamplerChoice(TPESampler(name="tpe", seed=auto.seed), against_gp)
 
@@ -93,10 +93,8 @@ def _reason_against_gp(parameters: Mapping[str, Parameter], budget: Budget, sche
         return f"{choices[0]} is a choice, not a range"
     if not any(isinstance(each, IntRange | FloatRange) and each.low < each.high for each in parameters.values()):
         return "no parameter is a range"
-    if scheduler.stops_trials_early:
-        return f"{scheduler.name} stops trials early, and tpe learns from them, too"
-    if budget.trials is None:
-        return "it is not known how many trials there will be, and gp is for few"
-    if budget.trials > MAX_GP_TRIALS:
+    if scheduler.promotes_trials:
+        return f"trials of {scheduler.name} wait, and gp learns from those only that have ended"
+    if budget.trials is not None and budget.trials > MAX_GP_TRIALS:
         return f"{budget.trials:,} trials, and gp is for at most {MAX_GP_TRIALS}"
     return ""
