@@ -26,6 +26,7 @@ from hpo.paths import RunsDir, atomic_file
 SCHEMES = ("s3", "gs")
 PART_BYTES = 8 * 2**20  # so much of a file is in memory; S3 takes parts of 5 MiB and more
 CONNECT_SECONDS = 5.0
+IDLE_SECONDS = 30.0  # without a byte; by default 3, which is short for a service that puts a large object together
 _NOISE = re.compile(r" \(Request ID: .*?\)|^When .*?: (?=AWS Error)|; Details: .*$")
 _REFUSED = (
     "ACCESS_DENIED",
@@ -225,6 +226,7 @@ def _open_s3(bucket: str, endpoint: str, region: str) -> Any:
         endpoint_override=parts.netloc or None,
         region=region,
         connect_timeout=CONNECT_SECONDS,
+        request_timeout=IDLE_SECONDS,
         background_writes=False,  # else all parts of a file that the network is too slow for are in memory
         allow_delayed_open=True,  # a small file is one request
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1),

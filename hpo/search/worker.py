@@ -360,7 +360,7 @@ def _fetch(spec: TrialSpec, bucket: BucketTrial, newest: tuple[int, int]) -> str
     except OSError as error:
         if not is_complete:
             raise
-        return f"it starts from what its folder has: {error}"
+        return f"it starts without what the bucket may have: {error}"
     return ""
 
 

@@ -182,7 +182,7 @@ def test_a_trial_that_has_all_it_needs_starts_while_the_bucket_is_away(trial: Bu
     report = next(run_trial(trial_spec(tmp_path, bucket=trial.url)))
 
     assert report.epoch == 1
-    assert report.warning.startswith("it starts from what its folder has: the checkpoints in the bucket cannot be read")
+    assert report.warning.startswith("it starts without what the bucket may have: the checkpoints in the bucket cannot")
 
 
 @pytest.mark.usefixtures("away")
