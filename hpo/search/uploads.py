@@ -11,6 +11,7 @@ from __future__ import annotations
 import platform
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from hpo.bucket import describe
@@ -30,13 +31,23 @@ class Uploader:
         token: of the claim of the trial.
         claimed_milliseconds: when that was made.
         interval: see `save_checkpoint`. Those after its multiples are uploaded, too.
+        on_progress: is called while `wait` waits, after each part: the trial does not hang.
     """
 
-    def __init__(self, trial: BucketTrial, token: int, claimed_milliseconds: int, *, interval: int = 0) -> None:
+    def __init__(
+        self,
+        trial: BucketTrial,
+        token: int,
+        claimed_milliseconds: int,
+        *,
+        interval: int = 0,
+        on_progress: Callable[[], None] = lambda: None,
+    ) -> None:
         self._trial = trial
         self._service = "/".join(trial.url.split("/")[:3])
         self._claim = token, claimed_milliseconds
         self._interval = interval
+        self._on_progress = on_progress
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         # Guarded by `_changed`:
@@ -95,6 +106,7 @@ class Uploader:
                 if left <= 0:
                     break
                 self._changed.wait(left)
+                self._on_progress()
             self._raise_if_lost()
             if not self._pending:
                 return ""

@@ -243,7 +243,7 @@ def _report_epochs(spec: TrialSpec) -> Generator[TrialReport, None, str]:
 
     folder = Path(spec.folder)
     torch.set_num_threads(spec.threads)
-    bucket, claimed = BucketTrial(spec.bucket, spec.key) if spec.bucket else None, spec.claimed_milliseconds
+    bucket = BucketTrial(spec.bucket, spec.key) if spec.bucket else None
     writer = CheckpointWriter(
         folder,
         spec.key,
@@ -251,8 +251,8 @@ def _report_epochs(spec: TrialSpec) -> Generator[TrialReport, None, str]:
         every=spec.checkpoint_every,
         last_epoch=spec.max_epochs,
         interval=spec.interval,
-        claimed_milliseconds=claimed,
-        uploader=None if bucket is None else Uploader(bucket, spec.token, claimed, interval=spec.interval),
+        claimed_milliseconds=spec.claimed_milliseconds,
+        uploader=None if bucket is None else _uploader(spec, bucket),
     )
     newest = newest_of(folder, spec.key)
     warning = writer.claim()
@@ -338,6 +338,11 @@ def _report_epochs(spec: TrialSpec) -> Generator[TrialReport, None, str]:
             seconds, started = 0.0, time.perf_counter()
     yield TrialReport(failure=f"the trainable ended after epoch {max(history, default=0)} of {spec.max_epochs}")
     return ""
+
+
+def _uploader(spec: TrialSpec, bucket: BucketTrial) -> Uploader:
+    restart = partial(_restart_watchdog, spec)
+    return Uploader(bucket, spec.token, spec.claimed_milliseconds, interval=spec.interval, on_progress=restart)
 
 
 def _fetch(spec: TrialSpec, bucket: BucketTrial, newest: tuple[int, int]) -> str:
