@@ -71,7 +71,7 @@ def not_needed(study: Study, url: str, needed: Collection[int], *, is_shared: bo
     return [each for each in garbage if each.objects]
 
 
-def of_deleted(url: str, continued: Mapping[int, str]) -> BucketFiles:
+def of_deleted(url: str, continued: Mapping[int, str], what: str = "of a deleted study") -> BucketFiles:
     """Return what can be deleted of a deleted study; see `hpo.deleting.not_continued`.
 
     Raises:
@@ -79,7 +79,15 @@ def of_deleted(url: str, continued: Mapping[int, str]) -> BucketFiles:
     """
     found = Bucket(url).list_objects()
     kept = {str(number) for number in continued}
-    return BucketFiles("of a deleted study", url, tuple(each for each in found if each.name.split("/")[0] not in kept))
+    return BucketFiles(what, url, tuple(each for each in found if each.name.split("/")[0] not in kept))
+
+
+def delete_objects(runs_dir: RunsDir, unique_name: str) -> None:
+    """Delete what a copy that nobody continues has in the bucket, as far as possible."""
+    if runs_dir.bucket_url:
+        bucket = Bucket(runs_dir.bucket_study(unique_name))
+        with suppress(OSError):
+            bucket.delete_with_folder([each.name for each in bucket.list_objects()])
 
 
 def copy_objects(runs_dir: RunsDir, unique_name: str, new_unique_name: str) -> None:

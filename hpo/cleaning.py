@@ -169,7 +169,9 @@ def find_garbage(database: Database, runs_dir: RunsDir) -> Cleaning:
     found = _measured([each for each in garbage if each.paths])
     if runs_dir.bucket_url:
         try:
-            for files in _in_bucket(database, runs_dir, studies, others, children, running):
+            for files in _in_bucket(
+                database, runs_dir, studies, others, children, running, {folder.name for folder in abandoned}
+            ):
                 names = tuple(each.name for each in files.objects)
                 found.append(Garbage(files.what, files.url, (), files.size, names))
         except OSError as error:
@@ -248,6 +250,7 @@ def _in_bucket(
     others: OtherDatabases,
     children: Mapping[str, Mapping[int, str]],
     running: Collection[str],
+    abandoned: Collection[str],
 ) -> Iterator[BucketFiles]:
     """Yield what no search needs in the bucket. What the database does not know is kept: others may use the bucket."""
     from storage.studies import deleted_studies
@@ -262,8 +265,8 @@ def _in_bucket(
         name = by_folder.get(folder)
         if name is not None and name not in running:
             yield from not_needed(studies[name], url, needed, is_shared=bool(other))
-        elif name is None and identity in deleted and not other:
-            files = of_deleted(url, needed)
+        elif name is None and (identity in deleted or folder in abandoned) and not other:
+            files = of_deleted(url, needed, "of a deleted study" if identity in deleted else KILLED_COPY)
             if files.objects:
                 yield files
 

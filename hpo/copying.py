@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpo.bucket import describe
-from hpo.bucket_files import copy_objects
+from hpo.bucket_files import copy_objects, delete_objects
 from hpo.dashboard.copying import DashboardCopy
 from hpo.errors import SettingError
 from hpo.other_databases import note_database
@@ -89,6 +89,7 @@ def copy_with_files(study: Study, target: Database, name: str, runs_dir: RunsDir
                 )
             except NameTakenError:
                 shutil.rmtree(folder, ignore_errors=True)  # no command continues it
+                delete_objects(runs_dir, unique_name)
                 raise
     except OSError as error:
         raise SettingError(

@@ -9,16 +9,20 @@ from typing import Any
 import pytest
 
 from benchmarks.toy import expected_value
+from hpo import copying
 from hpo.api import clean_runs, copy_study, delete_study
 from hpo.bucket import Bucket, locate
 from hpo.errors import SettingError
+from hpo.paths import RunsDir
 from hpo.search import coordinator
 from hpo.search.bucket_checkpoints import BucketStudy
+from hpo.search.coordinator import TrialCoordinator
 from hpo.search.retention import trials_with_checkpoints
-from hpo.space.model import Space
+from hpo.search.slots import Slots
+from hpo.space.model import Space, load_space
 from storage.database import Database
-from storage.studies import Study, find_study
-from tests.factories import HpoHere, search_without_ray, toy_space
+from storage.studies import Study, find_study, open_study
+from tests.factories import HpoHere, RecordingListener, run_of, search_without_ray, toy_space
 from tests.s3 import S3Server
 
 pytestmark = pytest.mark.slow
@@ -170,6 +174,45 @@ def test_a_copy_has_the_checkpoints_that_only_the_bucket_has(
     copied = find_study(database, "new")
     assert copied is not None
     assert held(copied, bucket_url) == held(study, bucket_url) != {}
+
+
+def test_clean_deletes_what_a_copy_that_was_killed_has_in_the_bucket(
+    database: Database, tmp_path: Path, bucket_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, _ = search_without_ray(space_of(tmp_path), database, tmp_path, bucket_url=bucket_url)
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(copying, "note_database", die)
+        with pytest.raises(KeyboardInterrupt):
+            copy_study("toy", "new", **where(database, tmp_path, bucket_url))
+    assert len(Bucket(bucket_url).list_folders()) == 2
+
+    clean_runs(**where(database, tmp_path, bucket_url), delete=True)
+
+    assert Bucket(bucket_url).list_folders() == [study.unique_name]
+
+
+def test_nothing_of_a_script_is_uploaded(database: Database, tmp_path: Path) -> None:
+    file = tmp_path / "script.yaml"
+    file.write_text(
+        "{command: 'true {x} {checkpoint_dir}', metric: m, sampler: grid, max_epochs: 1, parameters: {x: [1]}}"
+    )
+    space = load_space(str(file))
+    with run_of(open_study(database, **space.study_options), space) as run:
+        run.enqueue(space.grid_points(), space.distributions())
+        spec = TrialCoordinator(
+            space,
+            run,
+            Slots(1, 1.0, 0.0),
+            data={},
+            runs_dir=RunsDir(tmp_path, bucket_url="s3://bucket"),
+            listener=RecordingListener(),
+        ).next_trial("t")
+    assert spec is not None
+    assert spec.bucket == ""
 
 
 def test_a_missing_bucket_stops_the_command_before_anything_is_stored_or_trained(
