@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hpo.bucket import locate
 from hpo.errors import SettingError
 from hpo.paths import DEFAULT_STORAGE, RunsDir
 from hpo.search.environment import describe_environment
@@ -64,7 +65,11 @@ __all__ = [
 
 
 def list_studies(
-    *, storage: str = DEFAULT_STORAGE, password: str | None = None, runs_dir: Path | str = "runs"
+    *,
+    storage: str = DEFAULT_STORAGE,
+    password: str | None = None,
+    runs_dir: Path | str = "runs",
+    checkpoints: Path | str | None = None,
 ) -> list[Summary]:
     """Return a summary of each study in a database, oldest first, without reading its trials.
 
@@ -72,6 +77,7 @@ def list_studies(
         storage: the database. It is only read: neither created, nor migrated, nor changed.
         password: the PostgreSQL password, used if the URL has none.
         runs_dir: the folder with the checkpoints, for the size of each study's files.
+        checkpoints: the folder with the checkpoints, if it is another one. The size is that on this machine.
 
     Returns:
         One summary per study.
@@ -86,7 +92,7 @@ def list_studies(
     from storage.studies import find_study
     from storage.summaries import summarize
 
-    runs = RunsDir(Path(runs_dir))
+    runs = replace(locate(runs_dir, checkpoints), bucket_url="")
     with open_for_reading(storage, password) or nullcontext() as database:
         summaries = [] if database is None else summarize(database)
         for index, each in enumerate(summaries):
@@ -120,6 +126,7 @@ def clean_runs(
     storage: str = DEFAULT_STORAGE,
     password: str | None = None,
     runs_dir: Path | str = "runs",
+    checkpoints: Path | str | None = None,
     delete: bool = False,
 ) -> Cleaning:
     """Find files that no search needs any more: checkpoints, files of deleted studies, damaged files, leftovers.
@@ -128,19 +135,21 @@ def clean_runs(
         storage: the database; it is not created. Files of studies that it does not know are kept.
         password: the PostgreSQL password, used if the URL has none.
         runs_dir: the folder to clean.
+        checkpoints: where checkpoints are: a folder, or a URL in a bucket, see `hpo.bucket.locate`; None for `runs_dir`.
         delete: whether to delete them.
 
     Returns:
         What can be deleted, or was; what is kept, and why.
 
     Raises:
+        SettingError: the URL of the bucket cannot be used.
         StorageError: there is no such database, or it cannot be used.
     """
     from hpo.cleaning import delete_garbage, find_garbage
     from storage.database import open_existing
 
     with open_existing(storage, password) as database:
-        found = find_garbage(database, RunsDir(Path(runs_dir)))
+        found = find_garbage(database, locate(runs_dir, checkpoints))
     return delete_garbage(found) if delete else found
 
 
@@ -269,6 +278,7 @@ def export_model(
     password: str | None = None,
     data_dir: Path | str = "data",
     runs_dir: Path | str = "runs",
+    checkpoints: Path | str | None = None,
     output: Path | None = None,
 ) -> ExportedModel:
     """Write a trial's model as files that load without this project.
@@ -280,6 +290,7 @@ def export_model(
         password: the PostgreSQL password, used if the URL has none.
         data_dir: where the data sets are stored: the model is scored again.
         runs_dir: where the checkpoints are stored.
+        checkpoints: where checkpoints are: a folder, or a URL in a bucket, see `hpo.bucket.locate`; None for `runs_dir`.
         output: the folder to write; None for one under `runs_dir`. An earlier export there is replaced.
 
     Returns:
@@ -298,7 +309,7 @@ def export_model(
         return exporting.export_model(
             opened,
             number,
-            runs_dir=RunsDir(Path(runs_dir).resolve()),
+            runs_dir=locate(Path(runs_dir).resolve(), checkpoints),
             data_dir=Path(data_dir).resolve(),
             output=output,
             versions=describe_environment(),
@@ -317,6 +328,7 @@ def serve_dashboard(
     certfile: Path | None = None,
     keyfile: Path | None = None,
     runs_dir: Path | str = "runs",
+    checkpoints: Path | str | None = None,
 ) -> None:
     """Serve optuna-dashboard until interrupted.
 
@@ -332,6 +344,7 @@ def serve_dashboard(
         certfile: a certificate for HTTPS, in PEM format; None serves plain HTTP.
         keyfile: its private key, in PEM format; None if `certfile` contains it.
         runs_dir: where artifacts and checkpoints are stored.
+        checkpoints: the folder with the checkpoints, if it is another one. Those in a bucket are not offered.
 
     Raises:
         SettingError: other machines can reach the address and there is no password, the address cannot be listened on, or
@@ -345,5 +358,5 @@ def serve_dashboard(
     certificate = None if certfile is None else Certificate(certfile, keyfile)
     access = Access(dashboard_password, reader_password, read_only=read_only)
     with open_database(storage, password) as database:
-        runs = RunsDir(Path(runs_dir)).make()
+        runs = locate(runs_dir, checkpoints).make()
         serve(database, host, port, access=access, runs_dir=runs, certificate=certificate)

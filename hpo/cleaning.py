@@ -12,7 +12,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from hpo.bucket import Bucket, describe
+from hpo.bucket_files import BucketFiles, not_needed, of_deleted
 from hpo.deleting import artifacts_of, not_continued
 from hpo.errors import SpaceError
 from hpo.folders import count_bytes, delete_path, entries, errors_noted, statuses
@@ -50,13 +52,15 @@ class Garbage:
         what: the reason, such as `damaged checkpoints`.
         folder: contains all of them.
         paths: the files and folders.
+        objects: or their names in a bucket, below its URL; `folder` is a text then.
         disk_bytes: what their deletion frees. A file that also has a name elsewhere frees nothing.
     """
 
     what: str
-    folder: Path
+    folder: Path | str
     paths: tuple[Path, ...]
     disk_bytes: int = 0
+    objects: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ def find_garbage(database: Database, runs_dir: RunsDir) -> Cleaning:
 
     problems: list[str] = []
     # First the folders, then the studies: a study that is created meanwhile has no folder here.
-    folders = entries(runs_dir.root / "checkpoints", problems)
+    folders = entries(runs_dir.all_checkpoints, problems)
     artifacts = entries(runs_dir.artifacts, problems)
     own_name = identify(database)
     abandoned: set[Path] = set()
@@ -163,6 +167,15 @@ def find_garbage(database: Database, runs_dir: RunsDir) -> Cleaning:
     for folder in entries(runs_dir.reports, problems):
         garbage.append(Garbage("unfinished files", folder, tuple(_drafts(entries(folder, problems), _is_old))))
     found = _measured([each for each in garbage if each.paths])
+    if runs_dir.bucket_url:
+        try:
+            for files in _in_bucket(
+                database, runs_dir, studies, others, children, running, {folder.name for folder in abandoned}
+            ):
+                names = tuple(each.name for each in files.objects)
+                found.append(Garbage(files.what, files.url, (), files.size, names))
+        except OSError as error:
+            problems.append(f"cannot read {runs_dir.bucket_url}: {describe(error)}")
     return Cleaning(found, unknown, shared, continued, sorted(running.values()), problems)
 
 
@@ -175,6 +188,11 @@ def delete_garbage(found: Cleaning) -> Cleaning:
     done, problems = [], list(found.problems)
     for each in found.garbage:
         errors = [problem for path in each.paths if (problem := delete_path(path))]
+        if each.objects:
+            try:
+                Bucket(str(each.folder)).delete_with_folder(each.objects)
+            except OSError as error:
+                errors.append(f"cannot delete objects in {each.folder}: {describe(error)}")
         problems += errors
         done.append(replace(each, disk_bytes=0) if errors else each)
     return replace(found, garbage=done, problems=problems)
@@ -223,6 +241,34 @@ def _of_study(
         yield Garbage("of trials that were continued", folder, tuple(ended))
     yield Garbage("damaged checkpoints", folder, tuple(path for path in inside if path.name.endswith(".damaged")))
     yield Garbage("unfinished files", folder, tuple(_drafts(inside, _is_abandoned)))
+
+
+def _in_bucket(
+    database: Database,
+    runs_dir: RunsDir,
+    studies: Mapping[str, Study],
+    others: OtherDatabases,
+    children: Mapping[str, Mapping[int, str]],
+    running: Collection[str],
+    abandoned: Collection[str],
+) -> Iterator[BucketFiles]:
+    """Yield what no search needs in the bucket. What the database does not know is kept: others may use the bucket."""
+    from storage.studies import deleted_studies
+
+    identities = {study_id_of(name) for name in studies}
+    deleted = deleted_studies(database) - identities
+    folders = Bucket(runs_dir.bucket_url).list_folders()
+    by_folder = {runs_dir.checkpoints(name).name: name for name in studies}
+    for folder in folders:
+        url, identity = f"{runs_dir.bucket_url}/{folder}", study_id_of(folder)
+        needed, other = children.get(identity, {}), others.find(runs_dir.checkpoints(folder))
+        name = by_folder.get(folder)
+        if name is not None and name not in running:
+            yield from not_needed(studies[name], url, needed, is_shared=bool(other))
+        elif name is None and (identity in deleted or folder in abandoned) and not other:
+            files = of_deleted(url, needed, "of a deleted study" if identity in deleted else KILLED_COPY)
+            if files.objects:
+                yield files
 
 
 def _leftovers(paths: Sequence[Path]) -> Iterator[Path]:

@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hpo.bucket import describe
+from hpo.bucket_files import copy_objects, delete_objects
 from hpo.dashboard.copying import DashboardCopy
 from hpo.errors import SettingError
 from hpo.other_databases import note_database
@@ -63,6 +65,7 @@ def copy_with_files(study: Study, target: Database, name: str, runs_dir: RunsDir
             unique_name = f"{name}-{identity}"
             folder = runs_dir.checkpoints(unique_name)
             copy_files(source, folder)
+            copy_objects(runs_dir, study.unique_name, unique_name)
             is_other = identify(target) != identify(study.database)
             if is_other:
                 copy_parents(study, runs_dir, folder)
@@ -71,6 +74,7 @@ def copy_with_files(study: Study, target: Database, name: str, runs_dir: RunsDir
 
             def copy_again() -> None:  # a running search has written and deleted checkpoints meanwhile
                 copy_files(source, folder)
+                copy_objects(runs_dir, study.unique_name, unique_name)
                 if is_other:
                     copy_parents(study, runs_dir, folder)
 
@@ -85,11 +89,12 @@ def copy_with_files(study: Study, target: Database, name: str, runs_dir: RunsDir
                 )
             except NameTakenError:
                 shutil.rmtree(folder, ignore_errors=True)  # no command continues it
+                delete_objects(runs_dir, unique_name)
                 raise
     except OSError as error:
         raise SettingError(
-            f"cannot copy the files of {study.name} in {runs_dir.root}: {error.strerror or error}. Nothing of the copy is "
-            "visible. After you have fixed the cause, the same command goes on"
+            f"cannot copy the files of {study.name} in {runs_dir.root}: {error.strerror or describe(error)}. Nothing of "
+            "the copy is visible. After you have fixed the cause, the same command goes on"
         ) from None
     return shown.missing
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hpo.bucket import Bucket, describe
+from hpo.bucket_files import BucketFiles, of_deleted
 from hpo.folders import count_bytes, delete_path, entries
 from hpo.other_databases import OtherDatabases
 from hpo.paths import DATABASES_FILE, DELETED_FILE, RunsDir, study_id_of, write_atomically
@@ -30,20 +32,32 @@ class DeletedFiles:
         name: of the study.
         paths: what can be deleted.
         kept: what must stay, and why.
+        in_bucket: what can be deleted in the bucket; None without one.
     """
 
     name: str
     paths: Sequence[Path]
     kept: Sequence[str]
+    in_bucket: BucketFiles | None = None
 
     @property
     def disk_bytes(self) -> int:
         """The size of what can be deleted."""
-        return sum(map(count_bytes, self.paths))
+        return sum(map(count_bytes, self.paths)) + (self.in_bucket.size if self.in_bucket is not None else 0)
 
     def delete(self) -> list[str]:
         """Delete them; return what is left, and why."""
-        return [*self.kept, *(problem for path in self.paths if (problem := delete_path(path)))]
+        problems = [*self.kept, *(problem for path in self.paths if (problem := delete_path(path)))]
+        if self.in_bucket is not None:
+            try:
+                Bucket(self.in_bucket.url).delete_with_folder([each.name for each in self.in_bucket.objects])
+            except OSError as error:
+                problems.append(_in_bucket(self.in_bucket.url, error))
+        return problems
+
+
+def _in_bucket(url: str, error: OSError) -> str:
+    return f"cannot delete {url}: {describe(error)}; `hpo clean` deletes it when the bucket answers"
 
 
 def note_name(folder: Path, name: str) -> None:
@@ -73,7 +87,7 @@ def find_deleted(database: Database, name: str, runs_dir: RunsDir) -> list[Delet
     """
     from storage.studies import deleted_studies
 
-    names = {folder: _name_of(folder) for folder in entries(runs_dir.root / "checkpoints", [])}
+    names = {folder: _name_of(folder) for folder in entries(runs_dir.all_checkpoints, [])}
     folders = [folder for folder, known in names.items() if _is_named(known, name)]
     deleted = deleted_studies(database) if folders else set()
     return [files_of(database, each, names[each], runs_dir) for each in folders if study_id_of(each.name) in deleted]
@@ -97,13 +111,21 @@ def files_of(database: Database, folder: Path, name: str, runs_dir: RunsDir) -> 
     if other := OtherDatabases(database, runs_dir.root).find(folder):
         return DeletedFiles(name, [], [f"kept: {folder}, of a study that {other} has, too, or may have"])
     identity, problems = study_id_of(folder.name), list[str]()
-    paths, needed = not_continued(folder, continued_trials(database).get(identity, {}))
+    children = continued_trials(database).get(identity, {})
+    paths, needed = not_continued(folder, children)
     kept = [
         f"kept: {path}, from which a trial of {child} may still start; `hpo clean` deletes it when none does any more"
         for path, child in needed.items()
     ]
     paths += artifacts_of(identity, entries(runs_dir.artifacts, problems))
-    return DeletedFiles(name, paths, [*kept, *problems])
+    in_bucket = None
+    if runs_dir.bucket_url:
+        url = f"{runs_dir.bucket_url}/{folder.name}"
+        try:
+            in_bucket = of_deleted(url, children)
+        except OSError as error:
+            problems.append(_in_bucket(url, error))
+    return DeletedFiles(name, paths, [*kept, *problems], in_bucket)
 
 
 def not_continued(folder: Path, children: Mapping[int, str]) -> tuple[list[Path], dict[Path, str]]:

@@ -54,6 +54,25 @@ def data_option(verb: Callable[..., Any]) -> Callable[..., Any]:
     )(verb)
 
 
+def checkpoints_option(verb: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --checkpoints."""
+    return click.option(
+        "--checkpoints",
+        metavar="URL",
+        envvar="HPO_CHECKPOINTS",
+        show_envvar=True,
+        help="Where checkpoints are: a folder, or s3://BUCKET/FOLDER or gs://BUCKET/FOLDER, to which they are "
+        "uploaded.  [default: runs/checkpoints]",
+    )(verb)
+
+
+def given_checkpoints() -> list[str]:
+    """Return --checkpoints as it was given on the command line: what a command that the user can copy needs."""
+    context = click.get_current_context()
+    is_given = context.get_parameter_source("checkpoints") is ParameterSource.COMMANDLINE
+    return ["--checkpoints", context.params["checkpoints"]] if is_given else []
+
+
 def exit_option(verb: Callable[..., Any]) -> Callable[..., Any]:
     """Add --exit-after, in seconds; None without it."""
     return click.option(

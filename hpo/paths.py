@@ -47,9 +47,13 @@ class RunsDir:
 
     Attributes:
         root: usually `runs`, in the folder that the command runs in.
+        checkpoint_root: the folder with the checkpoints of all studies; None for one in `root`.
+        bucket_url: where in a bucket checkpoints are stored, too; empty for nowhere. See `hpo.bucket.locate`.
     """
 
     root: Path = Path("runs")
+    checkpoint_root: Path | None = None
+    bucket_url: str = ""
 
     @property
     def default_storage(self) -> str:
@@ -66,17 +70,30 @@ class RunsDir:
         """The reports of all studies."""
         return self.root / "reports"
 
+    @property
+    def all_checkpoints(self) -> Path:
+        """The checkpoints of all studies."""
+        return self.root / "checkpoints" if self.checkpoint_root is None else self.checkpoint_root
+
     def checkpoints(self, unique_name: str) -> Path:
         """Return the folder of a study's checkpoints.
 
         Args:
             unique_name: `Study.unique_name`, which is unique across databases.
         """
-        return self.root / "checkpoints" / _folder_name(unique_name)
+        return self.all_checkpoints / _folder_name(unique_name)
 
     def trial(self, unique_name: str, number: int) -> Path:
         """Return the folder of one trial: its checkpoints, its log, its hang traceback."""
         return self.checkpoints(unique_name) / str(int(number))  # SQLite may hold a text there
+
+    def bucket_study(self, unique_name: str) -> str:
+        """Return the URL of a study's checkpoints in the bucket; empty without a bucket."""
+        return f"{self.bucket_url}/{_folder_name(unique_name)}" if self.bucket_url else ""
+
+    def bucket_trial(self, unique_name: str, number: int) -> str:
+        """Return the URL of a trial's checkpoints in the bucket; empty without a bucket."""
+        return f"{self.bucket_study(unique_name)}/{int(number)}" if self.bucket_url else ""
 
     def report(self, study_name: str) -> Path:
         """Return the folder of a study's report. A study of another program may have any name, even one with slashes."""
@@ -91,22 +108,29 @@ class RunsDir:
         return self.root / "exports" / _folder_name(f"{study_name}-{int(number)}")
 
     def make(self) -> RunsDir:
-        """Create the folder and check that it can be written to; return it with an absolute path.
+        """Create the folders and check that they can be written to; return them with absolute paths.
 
         Raises:
-            SettingError: it cannot be created or written to.
+            SettingError: one cannot be created or written to.
         """
-        try:
-            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)  # private, unless it exists
-            probe = self.root / f".writable-{os.getpid()}-{secrets.token_hex(4)}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise SettingError(
-                f"cannot write to {self.root.absolute()}: {error.strerror}. A search writes all of its files there: "
-                "make the folder writable, or start from another folder"
-            ) from None
-        return RunsDir(self.root.resolve())
+        _make(
+            self.root, "A search writes all of its files there: make the folder writable, or start from another folder"
+        )
+        checkpoints = self.checkpoint_root
+        if checkpoints is not None:
+            _make(checkpoints, "--checkpoints names it: make it writable, or name another folder, or a bucket")
+            checkpoints = checkpoints.resolve()
+        return RunsDir(self.root.resolve(), checkpoints, self.bucket_url)
+
+
+def _make(folder: Path, advice: str) -> None:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # private, unless it exists
+        probe = folder / f".writable-{os.getpid()}-{secrets.token_hex(4)}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise SettingError(f"cannot write to {folder.absolute()}: {error.strerror}. {advice}") from None
 
 
 def _page_folder(name: str) -> str:

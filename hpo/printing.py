@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from hpo.errors import printable
-from hpo.options import needs_storage_option
+from hpo.options import given_checkpoints, needs_storage_option
 from hpo.search.stop import StopCause
 
 if TYPE_CHECKING:
@@ -82,4 +82,6 @@ def hint(verb: str, *words: str, storage: str) -> str:
     """Return a command that the user can copy and run. It contains no password."""
     from hpo.report.formatting import format_command
 
-    return format_command(verb, *words, *(["--storage", storage] if needs_storage_option() else []))
+    return format_command(
+        verb, *words, *(["--storage", storage] if needs_storage_option() else []), *given_checkpoints()
+    )

@@ -25,7 +25,15 @@ import click
 
 from hpo import study_verbs, working_folder
 from hpo.errors import SettingError, exit_code_of, is_fixable, nearest, printable
-from hpo.options import data_option, exit_option, read_recipient, secret, space_arguments, storage_option
+from hpo.options import (
+    checkpoints_option,
+    data_option,
+    exit_option,
+    read_recipient,
+    secret,
+    space_arguments,
+    storage_option,
+)
 from hpo.paths import RunsDir
 from hpo.printing import hint, new_console, print_ending, print_report, print_results, say
 
@@ -141,6 +149,7 @@ def cli() -> None:
 @cli.command()
 @space_arguments
 @storage_option
+@checkpoints_option
 @data_option
 @exit_option
 @click.option("--plan", "only_plan", is_flag=True, help="Run nothing; show the output of `hpo plan`.")
@@ -150,6 +159,7 @@ def run(
     space: str,
     overrides: Sequence[str],
     storage: str,
+    checkpoints: str | None,
     data_dir: Path,
     exit_after: float | None,
     only_plan: bool,
@@ -169,7 +179,11 @@ def run(
     Example:  hpo run grid --set max_epochs=2 --set parameters.lr=0.02
     """
     if only_plan:
-        return int(context.invoke(plan, space=space, overrides=overrides, storage=storage, data_dir=data_dir))
+        return int(
+            context.invoke(
+                plan, space=space, overrides=overrides, storage=storage, checkpoints=checkpoints, data_dir=data_dir
+            )
+        )
     from hpo.space.model import load_space
 
     loaded = load_space(space, overrides)
@@ -188,6 +202,7 @@ def run(
             storage=storage,
             password=secret("PGPASSWORD"),
             data_dir=data_dir,
+            checkpoints=checkpoints,
             ray_address=os.environ.get("RAY_ADDRESS"),
             exit_after=exit_after,
             on_finish=read_recipient(overrides),
@@ -204,8 +219,9 @@ def run(
 @cli.command()
 @space_arguments
 @storage_option
+@checkpoints_option
 @data_option
-def plan(space: str, overrides: Sequence[str], storage: str, data_dir: Path) -> int:
+def plan(space: str, overrides: Sequence[str], storage: str, checkpoints: str | None, data_dir: Path) -> int:
     """Show the trials, time and memory that a search needs.
 
     Some training steps are measured on this machine. The trainable is imported, so that its parameters can be checked.
@@ -225,7 +241,12 @@ def plan(space: str, overrides: Sequence[str], storage: str, data_dir: Path) -> 
     with TerminalProgress(console) as progress:
         progress.search_starting(loaded)
         planned = plan_search(
-            loaded, storage=storage, password=secret("PGPASSWORD"), data_dir=data_dir, listener=progress
+            loaded,
+            storage=storage,
+            password=secret("PGPASSWORD"),
+            data_dir=data_dir,
+            checkpoints=checkpoints,
+            listener=progress,
         )
     console.print(configuration_table(planned.space, planned.states, planned.outlooks))
     for line in plan_lines(loaded, planned.slots, planned.estimate, planned.device_seconds):
@@ -258,8 +279,9 @@ def report(study: str, storage: str) -> int:
 
 @cli.command("list")
 @storage_option
+@checkpoints_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def list_(storage: str, as_json: bool) -> int:
+def list_(storage: str, checkpoints: str | None, as_json: bool) -> int:
     """List the studies of a database.
 
     It shows the state of each study, its number of trials, its best value, and the size of its checkpoints and logs
@@ -273,7 +295,7 @@ def list_(storage: str, as_json: bool) -> int:
     """
     from hpo.api import list_studies
 
-    summaries = list_studies(storage=storage, password=secret("PGPASSWORD"))
+    summaries = list_studies(storage=storage, password=secret("PGPASSWORD"), checkpoints=checkpoints)
     if as_json:
         print(json.dumps([vars(summary) for summary in summaries], indent=2))
     elif summaries:
@@ -345,8 +367,11 @@ def replay(study: str, number: int, yes: bool, storage: str, data_dir: Path) -> 
 )
 @click.option("--output", type=click.Path(path_type=Path), metavar="DIR", help="By default, runs/exports/STUDY-NUMBER.")
 @storage_option
+@checkpoints_option
 @data_option
-def export(study: str, trial: int | None, output: Path | None, storage: str, data_dir: Path) -> int:
+def export(
+    study: str, trial: int | None, output: Path | None, storage: str, checkpoints: str | None, data_dir: Path
+) -> int:
     """Write the best model as files that load without hpo.
 
     The files are a torch.export program, safetensors, a script that classifies an image, and a model card.
@@ -357,7 +382,9 @@ def export(study: str, trial: int | None, output: Path | None, storage: str, dat
     from hpo.api import export_model
 
     password = secret("PGPASSWORD")
-    exported = export_model(study, trial, storage=storage, password=password, data_dir=data_dir, output=output)
+    exported = export_model(
+        study, trial, storage=storage, password=password, data_dir=data_dir, checkpoints=checkpoints, output=output
+    )
     for remark in exported.remarks:
         say(f"note: {remark}")
     folder = exported.folder
@@ -385,8 +412,9 @@ def migrate(storage: str) -> int:
 
 @cli.command()
 @storage_option
+@checkpoints_option
 @click.option("--yes", is_flag=True, help="Delete the files.")
-def clean(storage: str, yes: bool) -> int:
+def clean(storage: str, checkpoints: str | None, yes: bool) -> int:
     """List files that no search needs, or delete them.
 
     In runs/, these are checkpoints that `checkpoints.keep` of the search space does not keep, files and artifacts of deleted
@@ -404,7 +432,7 @@ def clean(storage: str, yes: bool) -> int:
     from hpo.report.formatting import format_bytes
     from storage.urls import without_password
 
-    cleaning = clean_runs(storage=storage, password=secret("PGPASSWORD"), delete=yes)
+    cleaning = clean_runs(storage=storage, password=secret("PGPASSWORD"), checkpoints=checkpoints, delete=yes)
     for each in cleaning.garbage:
         say(f"{format_bytes(each.disk_bytes):>8}  {each.folder}: {each.what}")
     for folder, size in cleaning.unknown.items():
@@ -427,6 +455,7 @@ def clean(storage: str, yes: bool) -> int:
 
 @cli.command()
 @storage_option
+@checkpoints_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option("--port", type=int, default=8080, show_default=True, help="The port to listen on; 0 takes a free one.")
 @click.option("--read-only", is_flag=True, help="Let nobody change anything.")
@@ -434,7 +463,15 @@ def clean(storage: str, yes: bool) -> int:
     "--certfile", type=click.Path(path_type=Path), metavar="FILE", help="Serve HTTPS with this PEM certificate."
 )
 @click.option("--keyfile", type=click.Path(path_type=Path), metavar="FILE", help="Its key, if it is in another file.")
-def dashboard(storage: str, host: str, port: int, read_only: bool, certfile: Path | None, keyfile: Path | None) -> int:
+def dashboard(
+    storage: str,
+    checkpoints: str | None,
+    host: str,
+    port: int,
+    read_only: bool,
+    certfile: Path | None,
+    keyfile: Path | None,
+) -> int:
     """Serve optuna-dashboard until Ctrl-C.
 
     Open the link that it prints: it contains a token, which a cookie then remembers. With a password in the environment
@@ -451,6 +488,7 @@ def dashboard(storage: str, host: str, port: int, read_only: bool, certfile: Pat
     serve_dashboard(
         storage=storage,
         password=secret("PGPASSWORD"),
+        checkpoints=checkpoints,
         host=host,
         port=port,
         dashboard_password=secret("HPO_DASHBOARD_PASSWORD"),

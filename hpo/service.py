@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.announcement import Announcer
+from hpo.bucket import Bucket, locate
 from hpo.errors import HpoError, SpaceError
 from hpo.paths import DEFAULT_STORAGE, RunsDir, is_new_database
 from hpo.search.environment import check_trainable, describe_environment, note_horizon
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
     from hpo.space.parameters import Params
     from storage.database import Database
     from storage.studies import Study
+
+
+UPLOAD_SECONDS = 60.0  # how long a search that has ended waits for a bucket that lacks some of its checkpoints
 
 
 # --- search -----------------------------------------------------------------------------------------------------------
@@ -106,6 +110,7 @@ def run_search(
     password: str | None = None,
     data_dir: Path | str = "data",
     runs_dir: Path | str = "runs",
+    checkpoints: Path | str | None = None,
     ray_address: str | None = None,
     exit_after: float | None = None,
     on_finish: Recipient | None = None,
@@ -121,6 +126,7 @@ def run_search(
         password: the PostgreSQL password, used if the URL has none.
         data_dir: where data sets are read from or downloaded to.
         runs_dir: where checkpoints, artifacts and reports are written.
+        checkpoints: where checkpoints are: a folder, or a URL in a bucket, see `hpo.bucket.locate`; None for `runs_dir`.
         ray_address: a Ray cluster to join; None starts Ray on this machine, for this search only.
         exit_after: seconds after which the search stops as after Ctrl-C, for queues that limit its time; None for no limit.
         on_finish: who is told how the search has ended, in place of `on_finish` of the space: a command or a URL.
@@ -132,7 +138,7 @@ def run_search(
         The results, where the report is, and why the search ended.
 
     Raises:
-        SettingError: a folder, a resource, `on_finish` or the Ray address cannot be used.
+        SettingError: a folder, the bucket, a resource, `on_finish` or the Ray address cannot be used.
         TrainableError: the trainable cannot be imported, or cannot take the space's parameters.
         DataError: the data set is not there and cannot be downloaded.
         StorageError: the database cannot be used; trials in flight are resumable.
@@ -147,6 +153,7 @@ def run_search(
             password=password,
             data_dir=data_dir,
             runs_dir=runs_dir,
+            checkpoints=checkpoints,
             ray_address=ray_address,
             exit_at=math.inf if exit_after is None else time.monotonic() + exit_after,
             listener=CombinedListener(listener, announcer),
@@ -163,6 +170,7 @@ def _run_search(
     password: str | None,
     data_dir: Path | str,
     runs_dir: Path | str,
+    checkpoints: Path | str | None,
     ray_address: str | None,
     exit_at: float,
     listener: ProgressListener,
@@ -174,7 +182,7 @@ def _run_search(
     from hpo.search.mps import start_mps
     from hpo.search.slots import may_share_gpu
 
-    runs, data = RunsDir(Path(runs_dir)).make(), space.trainable_data(Path(data_dir).resolve())
+    runs, data = _find_files(space, runs_dir, checkpoints, listener), space.trainable_data(Path(data_dir).resolve())
     check_trainable(space)
     if (note := note_horizon(space)) is not None:
         listener.note(note)
@@ -213,6 +221,7 @@ def _run_search(
             study, _ = open_continued(database, continuation, runs)  # stores a changed budget or `checkpoints.keep`
             listener.study_opened(space, study.name, database.url, study.counts(), left)
             Retention(space, study, runs).run_ended()
+            _upload_left(space, study, runs, listener, is_hurried=True)
         else:
             listener.preparing("reading earlier studies")
             # First: a wrong name must not leave an empty study.
@@ -233,6 +242,8 @@ def _run_search(
                 listener=listener,
                 exit_at=exit_at,
             )
+            is_hurried = stopped is not None and stopped.is_interruption
+            _upload_left(space, study, runs, listener, is_hurried=is_hurried)
             cluster.stop()  # Ray shuts down while the results are written
         results = read_results(study)
         if on_results is not None:
@@ -245,6 +256,30 @@ def _run_search(
             publish(study, runs, always=True)
             announcer.search_ended(results, stopped, result.exit_code, report)
         return result
+
+
+def _find_files(
+    space: Space, runs_dir: Path | str, checkpoints: Path | str | None, listener: ProgressListener
+) -> RunsDir:
+    """Return the folders of a search, and check that it can write to them, and to the bucket."""
+    runs = locate(runs_dir, checkpoints).make()
+    if runs.bucket_url:
+        Bucket(runs.bucket_url).check()
+        if space.command is not None:
+            listener.note("what a script saves stays on its machine: nothing of this search is uploaded")
+    return runs
+
+
+def _upload_left(space: Space, study: Study, runs: RunsDir, listener: ProgressListener, *, is_hurried: bool) -> None:
+    """Upload the checkpoints on this machine that the bucket lacks, or say why they are not there."""
+    from hpo.search.bucket_checkpoints import BucketStudy, upload_left
+
+    if runs.bucket_url and space.command is None:
+        seconds = 0.0 if is_hurried else UPLOAD_SECONDS
+        interval = space.scheduler.interval if space.population is not None else 0
+        folder, bucket = runs.checkpoints(study.unique_name), BucketStudy(runs.bucket_study(study.unique_name))
+        for note in upload_left(folder, bucket, interval=interval, wait_seconds=seconds):
+            listener.note(note)
 
 
 def _search(
@@ -500,6 +535,7 @@ def plan_search(
     password: str | None = None,
     data_dir: Path | str = "data",
     runs_dir: Path | str = "runs",
+    checkpoints: Path | str | None = None,
     listener: ProgressListener | None = None,
 ) -> PlannedSearch:
     """Measure training steps on this machine and estimate the time and memory of a search.
@@ -512,6 +548,7 @@ def plan_search(
         password: the PostgreSQL password, used if the URL has none.
         data_dir: where data sets are read from or downloaded to.
         runs_dir: where a search would write checkpoints: the disk's speed is part of the estimate.
+        checkpoints: where checkpoints are: a folder, or a URL in a bucket, see `hpo.bucket.locate`; None for `runs_dir`.
         listener: receives an event before each slow step.
 
     Returns:
@@ -534,7 +571,7 @@ def plan_search(
         listener.note(note)
     with start_mps(is_wanted=may_share_gpu(space)) as mps, _start_probes(space, data, Path(runs_dir)) as probes:
         _note_failure(mps, listener)
-        continuation, states, left, used = _look_up(space, storage, password, RunsDir(Path(runs_dir)), listener)
+        continuation, states, left, used = _look_up(space, storage, password, locate(runs_dir, checkpoints), listener)
         space = continuation.space
         size, estimate = machine_size(), None
         slots = plan_slots(space, left, *size)

@@ -91,7 +91,7 @@ def leftovers(folder: Path) -> list[Path]:
 
 def _find(order: CopyOrder, runs_dir: RunsDir) -> Iterator[str]:
     """Yield the `hpo:id` of each copy of this kind that was killed."""
-    for marker in sorted((runs_dir.root / "checkpoints").glob(f"*/{COPYING_FILE}")):
+    for marker in sorted(runs_dir.all_checkpoints.glob(f"*/{COPYING_FILE}")):
         identity = study_id_of(marker.parent.name)
         if _read(marker.parent) == order and marker.parent == runs_dir.checkpoints(f"{order.name}-{identity}"):
             yield identity

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hpo.bucket import Bucket, describe, locate
 from hpo.errors import SettingError, nearest
 from hpo.paths import DEFAULT_STORAGE, RunsDir
 
@@ -150,6 +151,7 @@ def copy_study(
     storage: str = DEFAULT_STORAGE,
     password: str | None = None,
     runs_dir: Path | str = "runs",
+    checkpoints: Path | str | None = None,
 ) -> CopiedStudy:
     """Copy a study with its metrics, provenance, checkpoints, logs and artifacts: all of it, or nothing.
 
@@ -164,6 +166,7 @@ def copy_study(
         storage: the database of the study. It is only read, not even migrated, unless the copy is stored there.
         password: the PostgreSQL password, used for URLs without one.
         runs_dir: the folder with the files of the study, and of the copy.
+        checkpoints: where checkpoints are: a folder, or a URL in a bucket, see `hpo.bucket.locate`; None for `runs_dir`.
 
     Raises:
         SettingError: there is no such study, hpo did not create it, the name cannot be used, or a file cannot be copied.
@@ -181,7 +184,7 @@ def copy_study(
         with opened as target:
             if target is not source.database and identify(target) == identify(source.database):
                 source = find_study(target, study)  # another URL of the same database
-            runs = RunsDir(Path(runs_dir)).make()
+            runs = locate(runs_dir, checkpoints).make()
             missing = copy_with_files(source, target, new_name, runs)
             copied = find_study(target, new_name)
             folder = runs.checkpoints(source.unique_name)
@@ -230,7 +233,7 @@ class DeletedStudy:
         storage: the URL of its database, without a password.
         has_rows: whether its rows are in the database. They are not if its deletion was killed.
         counts: {state: number of trials}.
-        disk_bytes: the size of its checkpoints and logs.
+        disk_bytes: the size of its checkpoints and logs, with those in the bucket.
         problems: which files could not be deleted, and why; or why they are kept.
         remaining: without rows: what names another study that this name means now, and that is not deleted; else empty.
     """
@@ -251,6 +254,7 @@ def delete_study(
     storage: str = DEFAULT_STORAGE,
     password: str | None = None,
     runs_dir: Path | str = "runs",
+    checkpoints: Path | str | None = None,
 ) -> DeletedStudy | None:
     """Delete a study: first its rows, all or none, then its checkpoints, logs and artifacts. Reports and exports stay.
 
@@ -264,12 +268,13 @@ def delete_study(
         storage: the database; it is not created.
         password: the PostgreSQL password, used if the URL has none.
         runs_dir: the folder with the files of the study.
+        checkpoints: where checkpoints are: a folder, or a URL in a bucket, see `hpo.bucket.locate`; None for `runs_dir`.
 
     Returns:
         What was deleted; None if it was not confirmed.
 
     Raises:
-        SettingError: there is no such study, or hpo did not create it.
+        SettingError: there is no such study, hpo did not create it, or the bucket cannot be read.
         StorageError: a run works on the study, or the database cannot be used.
     """
     from hpo.deleting import files_of, find_deleted, forget_name, note_name
@@ -277,7 +282,7 @@ def delete_study(
     from storage import management, studies
     from storage.database import open_database
 
-    runs = RunsDir(Path(runs_dir))
+    runs = locate(runs_dir, checkpoints)
     with open_database(storage, password, create=False) as database:
         left, known = find_deleted(database, study, runs), studies.find_study(database, study)
         if known is not None:  # what must stay is no reason to keep this one
@@ -293,7 +298,8 @@ def delete_study(
                 opened, "hpo does not know its files: delete it in the dashboard, or with `optuna.delete_study`"
             )
             folder = runs.checkpoints(opened.unique_name)
-            found = DeletedStudy(opened.reference, database.url, True, dict(opened.counts()), count_bytes(folder), [])
+            disk_bytes = count_bytes(folder) + _bytes_in_bucket(runs, opened.unique_name)
+            found = DeletedStudy(opened.reference, database.url, True, dict(opened.counts()), disk_bytes, [])
         if not confirm(found):
             return None
         if not left:
@@ -305,6 +311,15 @@ def delete_study(
                 raise
             left = [files_of(database, folder, opened.name, runs)]
         return replace(found, problems=[problem for each in left for problem in each.delete()])
+
+
+def _bytes_in_bucket(runs: RunsDir, unique_name: str) -> int:
+    """Return the size of a study's checkpoints in the bucket; 0 without one."""
+    url = runs.bucket_study(unique_name)
+    try:
+        return sum(each.size for each in Bucket(url).list_objects()) if url else 0
+    except OSError as error:
+        raise SettingError(f"nothing is deleted: {url} cannot be read: {describe(error)}") from None
 
 
 def _check_name(name: str) -> None:

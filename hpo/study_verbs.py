@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from hpo.errors import SettingError
-from hpo.options import secret, storage_option
+from hpo.options import checkpoints_option, secret, storage_option
 from hpo.printing import hint, new_console, relative, say
 
 if TYPE_CHECKING:
@@ -63,7 +63,8 @@ def compare(studies: Sequence[str], others: Sequence[tuple[str, str]], as_json: 
 @click.argument("new_name", metavar="NEW")
 @click.option("--to", metavar="URL", help="The database of the copy; by default, that of the study.")
 @storage_option
-def copy(study: str, new_name: str, to: str | None, storage: str) -> int:
+@checkpoints_option
+def copy(study: str, new_name: str, to: str | None, storage: str, checkpoints: str | None) -> int:
     """Copy a study, in its database or to another one.
 
     The copy has all of it: metrics, provenance, checkpoints, logs, artifacts. It is complete or does not exist: a command
@@ -82,7 +83,7 @@ def copy(study: str, new_name: str, to: str | None, storage: str) -> int:
     from hpo.api import copy_study
     from hpo.report.formatting import format_bytes
 
-    copied = copy_study(study, new_name, to=to, storage=storage, password=secret("PGPASSWORD"))
+    copied = copy_study(study, new_name, to=to, storage=storage, password=secret("PGPASSWORD"), checkpoints=checkpoints)
     for remark in copied.remarks:
         say(f"note: {remark}")
     say(f"{copied.source} is copied to {copied.name} in {copied.storage}")
@@ -115,7 +116,8 @@ def rename(study: str, new_name: str, storage: str) -> int:
 @click.argument("study")
 @click.option("--yes", is_flag=True, help="Delete it without asking.")
 @storage_option
-def delete(study: str, yes: bool, storage: str) -> int:
+@checkpoints_option
+def delete(study: str, yes: bool, storage: str, checkpoints: str | None) -> int:
     """Delete a study with its checkpoints, logs and artifacts, after a question.
 
     Its reports and exports stay, and so do the trials that other studies have taken over. A study that is running is
@@ -149,7 +151,9 @@ def delete(study: str, yes: bool, storage: str) -> int:
             raise SettingError(f"nothing is deleted: nobody can answer here. This deletes it: {command}")
         return click.confirm("Delete it? It cannot be undone", default=False)
 
-    deleted = delete_study(study, confirm=confirm, storage=storage, password=secret("PGPASSWORD"))
+    deleted = delete_study(
+        study, confirm=confirm, storage=storage, password=secret("PGPASSWORD"), checkpoints=checkpoints
+    )
     if deleted is None:
         say("Nothing is deleted.")
         return 0

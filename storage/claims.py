@@ -91,7 +91,7 @@ def claim_existing(
     """
     with database.transaction() as connection:
         clock = _enter(connection, database, run)
-        if claim := _claimed_with(connection, token):
+        if claim := _claimed_with(connection, token, clock):
             return Scan(claim)
         rows = _unfinished(connection, run.study_id, promotion)
         freed, failed = _take_over(connection, run, rows, clock, own_tokens, is_run_dead)
@@ -115,7 +115,7 @@ def claim_existing(
         for row in resumable:
             if row.trial_id in allowed and (row.trial_id in freed or _still_waits(connection, row)):
                 _own(connection, run, row.trial_id, token)
-                return Scan(_claimed_with(connection, token), partial_ids, bool(others), failed)
+                return Scan(_claimed_with(connection, token, clock), partial_ids, bool(others), failed)
         some_wait, stopped = False, {}
         if promotion is not None and (held := at_rungs.keys() & allowed):
             idle = {row.trial_id for row in waiting} | {row.trial_id for row in rows if row.number in failed}
@@ -127,7 +127,7 @@ def claim_existing(
                 if trial_id in held and ownership.owners(connection, [trial_id])[trial_id].state == TrialState.WAITING:
                     _own(connection, run, trial_id, token)
                     forget(connection, [trial_id])
-                    return Scan(_claimed_with(connection, token), partial_ids, bool(others), failed)
+                    return Scan(_claimed_with(connection, token, clock), partial_ids, bool(others), failed)
             some_wait = not is_last or bool(running)
             stopped = {} if some_wait else promotion.end_waiting(connection, run, sorted(held))
         count = records.count_keys(connection, run.study_id)
@@ -278,7 +278,7 @@ def _open_account(connection: sa.Connection, run: RunKey, trial_id: int, token: 
     usage.insert(connection, (trial_id, token), study_id=run.study_id, run_id=run.run_id, device=run.device)
 
 
-def _claimed_with(connection: sa.Connection, token: int) -> ClaimedTrial | None:
+def _claimed_with(connection: sa.Connection, token: int, clock: Any) -> ClaimedTrial | None:
     trial, ours = optuna_tables.trials, tables.trials
     query = (
         sa.select(trial.c.trial_id, trial.c.number, ours.c.crashes)
@@ -299,7 +299,13 @@ def _claimed_with(connection: sa.Connection, token: int) -> ClaimedTrial | None:
         token,
         attrs.get(CONTINUED_FROM),
         attrs.get(REPLACES),
+        _milliseconds(clock),
     )
+
+
+def _milliseconds(clock: Any) -> int:
+    """Return the database's time, from the answer of `_enter`."""
+    return int(clock.now * 1000)
 
 
 # --- new trials -------------------------------------------------------------------------------------------------------
@@ -350,8 +356,8 @@ def register(
         StorageError: the study was deleted.
     """
     with database.transaction() as connection:
-        _enter(connection, database, run)
-        if claim := _claimed_with(connection, token):
+        clock = _enter(connection, database, run)
+        if claim := _claimed_with(connection, token, clock):
             return claim
         trial_id = configuration.trial_id
         if trial_id is not None and not _is_partial(connection, trial_id):
@@ -376,7 +382,10 @@ def register(
         connection.execute(tables.trials.insert(), row)
         _open_account(connection, run, trial_id, token)
         parent = configuration.attrs.get(CONTINUED_FROM)
-        return ClaimedTrial(trial_id, number, configuration.params, {}, 0, FIRST_ATTEMPT, token, parent)
+        claimed = _milliseconds(clock)
+        return ClaimedTrial(
+            trial_id, number, configuration.params, {}, 0, FIRST_ATTEMPT, token, parent, claimed_milliseconds=claimed
+        )
 
 
 def refuse(database: Database, run: RunKey, trial_id: int, constraint: str) -> None:

@@ -71,6 +71,7 @@ class ClaimedTrial:
         token: of this claim.
         continued_from: its user attribute with this name, not checked: any program may change it; None without one.
         replaces: the same.
+        claimed_milliseconds: when it was claimed, by the database's clock: of two claims of a trial, the later one holds.
     """
 
     trial_id: int
@@ -82,6 +83,7 @@ class ClaimedTrial:
     token: int
     continued_from: Any = None
     replaces: Any = None
+    claimed_milliseconds: int = 0
 
     @property
     def epoch(self) -> int:

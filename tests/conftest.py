@@ -8,6 +8,7 @@ tests needs it, its own PostgreSQL server, which a test may stop and start.
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import shutil
 import sys
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from benchmarks.postgres import Postgres
     from storage.database import Database
     from tests.factories import HpoHere
+    from tests.s3 import S3Server
 
 _numbers = itertools.count()
 
@@ -57,6 +59,25 @@ def postgres() -> Iterator[Postgres]:
     yield server
     server.stop()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """A running S3 server. A test that stops it must start it again."""
+    from tests.s3 import S3Server
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = S3Server()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def bucket_url(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of an empty folder in a new bucket, whose server this process finds."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3_server.create_bucket()
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=[pytest.mark.postgres, pytest.mark.slow])])
@@ -136,6 +157,7 @@ def hpo_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     variables = (
         "HPO_STORAGE",
         "HPO_STORAGE_FILE",
+        "HPO_CHECKPOINTS",
         "HPO_DASHBOARD_READER_PASSWORD",
         "HPO_DATA_DIR",
         "HPO_ON_FINISH",

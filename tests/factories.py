@@ -183,14 +183,14 @@ def finish_study(
 
 
 def search_without_ray(
-    space: Space, database: Database, folder: Path, *, at_a_time: int = 1
+    space: Space, database: Database, folder: Path, *, at_a_time: int = 1, bucket_url: str = ""
 ) -> tuple[Study, RecordingListener]:
     """Run a search to its end in this process: one epoch of each running trial in turn."""
     check_trainable(space)
-    listener = RecordingListener()
+    listener, runs_dir = RecordingListener(), RunsDir(folder, bucket_url=bucket_url)
     before = find_revision(database, space.name, space.fingerprint)
-    continuation = plan_continuation(space, before, database, RunsDir(folder))
-    study, continuation = open_continued(database, continuation, RunsDir(folder))
+    continuation = plan_continuation(space, before, database, runs_dir)
+    study, continuation = open_continued(database, continuation, runs_dir)
     space = continuation.space
     for note in continuation.notes(study.keys()):
         listener.note(note)
@@ -200,7 +200,7 @@ def search_without_ray(
             run,
             Slots(at_a_time, 1.0, 0.0),
             data=space.trainable_data(folder),
-            runs_dir=RunsDir(folder),
+            runs_dir=runs_dir,
             listener=listener,
         )
         running: dict[str, Any] = {}

@@ -35,6 +35,7 @@ from hpo.export.scoring import (
     score_as_trained,
 )
 from hpo.paths import RunsDir
+from hpo.search.bucket_checkpoints import BucketTrial, fetch_newest, newest_of
 from hpo.search.checkpoints import Checkpoint, belongs_to, load_checkpoint
 from hpo.search.population import owner_of
 from hpo.search.replicates import STATES
@@ -104,7 +105,9 @@ def export_model(
     provenance = study.provenance(trial.number)
     folder = runs_dir.trial(study.unique_name, trial.number)
     key = owner_of(space, trial.params, trial.user_attrs)
-    checkpoint = _load_checkpoint(folder, trial, key, space.checkpoints, provenance)
+    url = runs_dir.bucket_trial(study.unique_name, trial.number)
+    bucket = BucketTrial(url, key) if url else None
+    checkpoint = _load_checkpoint(folder, trial, key, space.checkpoints, provenance, bucket)
     params = read_params({**trial.params, **trial.user_attrs.get("derived", {})})
     state, own_metrics = _first_training(checkpoint) if space.replicates > 1 else (checkpoint.state, None)
     weights = state["model"]
@@ -223,7 +226,12 @@ def _refuse_reused(trial: FrozenTrial) -> None:
 
 
 def _load_checkpoint(
-    folder: Path, trial: FrozenTrial, key: str, kept: Checkpoints, provenance: Mapping[str, Any]
+    folder: Path,
+    trial: FrozenTrial,
+    key: str,
+    kept: Checkpoints,
+    provenance: Mapping[str, Any],
+    bucket: BucketTrial | None,
 ) -> Checkpoint:
     if not belongs_to(folder, key):
         raise SettingError(
@@ -231,6 +239,8 @@ def _load_checkpoint(
             "copy of the database. Use the database that they belong to"
         )
     try:
+        if bucket is not None:
+            fetch_newest(folder, bucket, newest_of(folder, key))
         checkpoint = load_checkpoint(folder, key)
     except (OSError, MemoryError, RuntimeError) as error:
         raise SettingError(f"cannot read the checkpoint of trial {trial.number} in {folder}: {error}") from None
@@ -245,7 +255,7 @@ def _load_checkpoint(
         raise SettingError(
             f"there is no checkpoint of trial {trial.number} in {folder}. It was trained on "
             f"{provenance.get('machine', 'another machine')}: export it there, in the folder that the search was started "
-            "in, or copy that folder here"
+            "in, or copy that folder here. If its checkpoints are elsewhere, name that with --checkpoints or HPO_CHECKPOINTS"
         )
     return checkpoint
 

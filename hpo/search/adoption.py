@@ -9,16 +9,19 @@ import errno
 import os
 import shutil
 from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpo.paths import PARENT_SUFFIX, SCRIPT_DIR, RunsDir, sync_folder
+from hpo.search.bucket_checkpoints import BucketTrial, nearest_file
 from hpo.search.checkpoints import (
     Checkpoint,
     belongs_to,
     check_claim,
     list_set_aside,
     read_checkpoint,
+    read_first,
     save_checkpoint,
 )
 from hpo.search.script import ScriptError
@@ -63,6 +66,7 @@ def adopt_checkpoint(
     left_out: Collection[str] = (),
     epoch: int = 0,
     interval: int = 0,
+    bucket: BucketTrial | None = None,
 ) -> Adopted | None:
     """Save a checkpoint of a trial, by default its last, as one of the trial that continues it. Repeating it is harmless.
 
@@ -76,6 +80,7 @@ def adopt_checkpoint(
         left_out: names of metrics that belong to the end of the parent, and are not those of an epoch.
         epoch: see `read_checkpoint`. The parent may go on training.
         interval: see `save_checkpoint`.
+        bucket: the trial that is continued, in a bucket; its checkpoint may be there only. None without one.
 
     Returns:
         The checkpoint; None if the parent has none any more.
@@ -88,7 +93,10 @@ def adopt_checkpoint(
     if not belongs_to(parent, parent_key):
         # A later attempt of the parent may have set its files aside.
         parent = next((each for each in list_set_aside(parent) if belongs_to(each, parent_key)), parent)
-    found = read_checkpoint(parent, parent_key, epoch)
+    nearest = nullcontext() if bucket is None else nearest_file(folder, parent, bucket, epoch)
+    with nearest as file:
+        found = None if file is None else read_first([file], parent_key)
+    found = found or read_checkpoint(parent, parent_key, epoch)
     if found is None or (is_script and not (parent / SCRIPT_DIR).is_dir()):
         return None
     history = {

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from hpo.errors import SpaceError
+from hpo.bucket import describe
+from hpo.errors import SettingError, SpaceError
 from hpo.paths import SCRIPT_DIR, RunsDir
+from hpo.search.bucket_checkpoints import BucketStudy
 from hpo.search.checkpoints import belongs_to, list_checkpoints, owner_key
 from hpo.search.comparison import Comparison
 from hpo.space.model import Space
@@ -65,8 +67,9 @@ def find_candidates(space: Space, revisions: Iterable[Study], runs_dir: RunsDir)
         StorageError: the database cannot be used.
     """
     found: dict[str, Candidate] = {}
+    index = CheckpointIndex(space, runs_dir)
     for revision in revisions:
-        for candidate in _candidates(space, revision, runs_dir):
+        for candidate in _candidates(space, revision, index):
             known = found.get(candidate.key)
             found[candidate.key] = candidate if known is None else max(known, candidate, key=_usefulness)
     return found
@@ -90,7 +93,43 @@ def rank_candidates(candidates: Sequence[Candidate], directions: Sequence[Direct
     return [candidates[place] for place in rank_best([comparable(each) for each in candidates], directions)]
 
 
-def restore_candidate(space: Space, stored: Any, runs_dir: RunsDir) -> Candidate | None:
+class CheckpointIndex:
+    """Which trials have a checkpoint that this search can start from. The bucket is listed once per study.
+
+    Args:
+        space: the search.
+        runs_dir: where checkpoints are.
+    """
+
+    def __init__(self, space: Space, runs_dir: RunsDir) -> None:
+        self._space = space
+        self._runs_dir = runs_dir
+        self._known: dict[str, Container[tuple[int, str]]] = {}  # {URL of a study: what it has in the bucket}
+
+    def has(self, parent: Parent) -> bool:
+        """Return whether a trial has a checkpoint.
+
+        Raises:
+            SettingError: the bucket cannot be read.
+        """
+        space, runs_dir = self._space, self._runs_dir
+        folder = runs_dir.trial(parent.files, parent.number)
+        if not space.saves_checkpoints:
+            return False
+        if belongs_to(folder, parent.key) and list_checkpoints(folder):
+            return space.command is None or (folder / SCRIPT_DIR).is_dir()
+        url = runs_dir.bucket_study(parent.files)
+        if space.command is not None or not url:
+            return False
+        if url not in self._known:
+            try:
+                self._known[url] = BucketStudy(url).read()
+            except OSError as error:
+                raise SettingError(f"--checkpoints: {url} cannot be read: {describe(error)}") from None
+        return (parent.number, parent.key) in self._known[url]
+
+
+def restore_candidate(space: Space, stored: Any, index: CheckpointIndex) -> Candidate | None:
     """Return what `Candidate.stored` describes; its checkpoint may be gone by now."""
     from storage.parents import Parent
 
@@ -102,7 +141,7 @@ def restore_candidate(space: Space, stored: Any, runs_dir: RunsDir) -> Candidate
     are_numbers = len(values) == len(space.directions) and all(isinstance(value, int | float) for value in values)
     if not are_numbers or space.find_misfit(params):
         return None
-    outlook = Outlook.CONTINUED if _has_checkpoint(space, parent, runs_dir) else Outlook.GONE
+    outlook = Outlook.CONTINUED if index.has(parent) else Outlook.GONE
     outlook = Outlook.HORIZON if stored.get("horizon") is True else outlook
     return Candidate(params, space.config_key(params), tuple(values), parent, outlook)
 
@@ -111,7 +150,7 @@ def _usefulness(candidate: Candidate) -> tuple[bool, int]:
     return candidate.outlook is Outlook.CONTINUED, candidate.parent.epoch
 
 
-def _candidates(space: Space, earlier: Study, runs_dir: RunsDir) -> Iterator[Candidate]:
+def _candidates(space: Space, earlier: Study, index: CheckpointIndex) -> Iterator[Candidate]:
     from storage.imports import Origin
     from storage.optuna_internals import trial_id
 
@@ -134,7 +173,7 @@ def _candidates(space: Space, earlier: Study, runs_dir: RunsDir) -> Iterator[Can
         params = comparison.same_configuration(trial)
         if params is not None:
             parent = _parent(trial, before, earlier)
-            outlook = Outlook.CONTINUED if _has_checkpoint(space, parent, runs_dir) else Outlook.GONE
+            outlook = Outlook.CONTINUED if index.has(parent) else Outlook.GONE
             if comparison.depends_on_horizon(trial):
                 outlook = Outlook.HORIZON
             epochs: dict[int, tuple[float, ...]] = {
@@ -163,10 +202,3 @@ def _parent(trial: FrozenTrial, before: Space, earlier: Study) -> Parent:
         files=earlier.unique_name,
         key=owner_key(before.config_key(trial.params), attempt_of(trial.user_attrs)),
     )
-
-
-def _has_checkpoint(space: Space, parent: Parent, runs_dir: RunsDir) -> bool:
-    folder = runs_dir.trial(parent.files, parent.number)
-    if not space.saves_checkpoints or not belongs_to(folder, parent.key) or not list_checkpoints(folder):
-        return False
-    return space.command is None or (folder / SCRIPT_DIR).is_dir()

@@ -2,7 +2,8 @@
 
     epoch ends -> the state is copied -> the next epoch trains, while a thread writes the copy to the disk
 
-Copying takes a tenth of the time of writing. At most one checkpoint is being written: memory holds one copy.
+Copying takes a tenth of the time of writing. At most one checkpoint is being written: memory holds one copy. If there is a
+bucket, another thread uploads what is written, see `uploads`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpo.search.checkpoints import Checkpoint, belongs_to, check_plain, claim_folder, save_checkpoint
+from hpo.search.checkpoints import (
+    Checkpoint,
+    belongs_to,
+    check_plain,
+    checkpoint_file,
+    claim_folder,
+    save_checkpoint,
+)
+from hpo.search.uploads import Uploader
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,10 +84,22 @@ class CheckpointWriter:
         every: epochs between two checkpoints; None for automatic ones.
         last_epoch: the trial's last epoch. Its checkpoint is complete when `epoch_ended` returns.
         interval: see `save_checkpoint`. Those after its multiples are complete when `epoch_ended` returns. 0 for none.
+        claimed_milliseconds: when the trial was claimed.
+        uploader: uploads them; None without a bucket. What is complete when a method returns is uploaded by then, too,
+            or the method returns a warning.
     """
 
     def __init__(
-        self, folder: Path, key: str, token: int, *, every: int | None, last_epoch: int, interval: int = 0
+        self,
+        folder: Path,
+        key: str,
+        token: int,
+        *,
+        every: int | None,
+        last_epoch: int,
+        interval: int = 0,
+        claimed_milliseconds: int = 0,
+        uploader: Uploader | None = None,
     ) -> None:
         self._folder = folder
         self._key = key
@@ -87,6 +108,8 @@ class CheckpointWriter:
         self._every = every
         self._last_epoch = last_epoch
         self._interval = interval
+        self._claimed_milliseconds = claimed_milliseconds
+        self._uploader = uploader
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hpo-checkpoint")
         self._save: _Save | None = None  # the one that is being written
         self._ended: _Epoch | None = None  # the last one
@@ -105,7 +128,7 @@ class CheckpointWriter:
             OSError: the folder of another configuration cannot be renamed.
         """
         try:
-            warning = claim_folder(self._folder, self._key, self._token)
+            warning = claim_folder(self._folder, self._key, self._token, self._claimed_milliseconds)
         except OSError:
             if not belongs_to(self._folder, self._key):
                 raise
@@ -139,7 +162,8 @@ class CheckpointWriter:
         self._work_seconds += seconds
         if epoch >= self._last_epoch or (self._interval and epoch % self._interval == 0):
             return self.save_now()
-        return self._save_if_due(self._ended)
+        warning = self._save_if_due(self._ended)
+        return warning if self._uploader is None else _join(warning, self._uploader.take_note())
 
     def part_ended(
         self, history: Mapping[int, Mapping[str, float]], state: Callable[[], dict[str, Any]], seconds: float
@@ -170,8 +194,14 @@ class CheckpointWriter:
     def save_now(self) -> str:
         """Save the state after the last finished epoch, if it is not saved, and return when it is on the disk.
 
+        If there is a bucket, it is there, too, or a warning says why not.
+
         Returns, Raises: see `epoch_ended`.
         """
+        warning = self._save_rest()
+        return warning if self._uploader is None else _join(warning, self._uploader.wait())
+
+    def _save_rest(self) -> str:
         warning = self._collect(wait=True)
         if self._ended is None or self._saved == self._ended.position:
             return warning
@@ -182,10 +212,17 @@ class CheckpointWriter:
         self._saved = self._ended.position
         return warning
 
+    def abandon_uploads(self) -> None:
+        """Upload no more: the driver has ended the trial, and decides what becomes of its checkpoints."""
+        if self._uploader is not None:
+            self._uploader.close(is_waited_for=False)
+
     def close(self) -> None:
-        """Wait for the checkpoint that is being written, and end the thread."""
+        """Wait for the checkpoint that is being written, or uploaded, and end the threads."""
         self._pool.shutdown()
         self._copies.clear()
+        if self._uploader is not None:
+            self._uploader.close(is_waited_for=True)
 
     def _is_due(self, ended: _Epoch) -> bool:
         if self._every is not None:
@@ -213,9 +250,11 @@ class CheckpointWriter:
 
     def _write(self, checkpoint: Checkpoint) -> None:
         if not self._is_claimed:  # the worker that had it before is gone, or finds out now
-            claim_folder(self._folder, self._key, self._token)
+            claim_folder(self._folder, self._key, self._token, self._claimed_milliseconds)
             self._is_claimed = True
         save_checkpoint(self._folder, checkpoint, self._token, interval=self._interval)
+        if self._uploader is not None:
+            self._uploader.offer(checkpoint_file(self._folder, checkpoint.epoch))
 
     def _collect(self, *, wait: bool) -> str:
         """Take the result of the thread, if there is one. Return a warning, see `epoch_ended`."""

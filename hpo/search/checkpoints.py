@@ -12,10 +12,11 @@ import itertools
 import json
 import pickle
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, NamedTuple
 
 from hpo.paths import CONFIGURATION_FILE, atomic_file
 
@@ -66,7 +67,7 @@ class TakenOverError(Exception):
     """Another worker has claimed the trial's folder. This one must not write to it any more."""
 
 
-def claim_folder(folder: Path, key: str, token: int = 0) -> str:
+def claim_folder(folder: Path, key: str, token: int = 0, claimed_milliseconds: int = 0) -> str:
     """Make a folder that of a configuration and of one worker.
 
     Files of another configuration are never taken for its own: folders are named after trial numbers, and a database that
@@ -77,6 +78,7 @@ def claim_folder(folder: Path, key: str, token: int = 0) -> str:
         folder: the trial's folder. It is created, or kept if it is that of the same configuration, else renamed first.
         key: see `owner_key`.
         token: of the claim of the trial.
+        claimed_milliseconds: when that was made, by the database's clock.
 
     Returns:
         A warning if files of another configuration were renamed; else empty.
@@ -84,8 +86,8 @@ def claim_folder(folder: Path, key: str, token: int = 0) -> str:
     Raises:
         OSError: a folder of another configuration cannot be renamed, or the claim cannot be written (disk full).
     """
-    owner, claimed = _owner(folder)
-    warning = ""
+    before = read_claim(folder)
+    owner, warning = before.key, ""
     if owner not in {None, key}:
         aside = next(
             path
@@ -95,10 +97,11 @@ def claim_folder(folder: Path, key: str, token: int = 0) -> str:
         folder.rename(aside)
         if str(owner).partition("-")[0] != key.partition("-")[0]:  # else of an earlier attempt
             warning = f"the files in {folder} were of another configuration; they are now in {aside.name}"
-    if (owner, claimed) != (key, token):
+    if before != (key, token, claimed_milliseconds):
         folder.mkdir(parents=True, exist_ok=True)
+        content = {"key": key, "token": token, "claimed": claimed_milliseconds}
         with atomic_file(folder / CONFIGURATION_FILE, sync=True) as file:
-            file.write(json.dumps({"key": key, "token": token}).encode())
+            file.write(json.dumps(content).encode())
     return warning
 
 
@@ -109,16 +112,30 @@ def list_set_aside(folder: Path) -> list[Path]:
 
 def belongs_to(folder: Path, key: str) -> bool:
     """Return whether a trial's folder is that of a configuration. Folders of older versions do not say whose they are."""
-    return _owner(folder)[0] in {None, key}
+    return read_claim(folder).key in {None, key}
 
 
-def _owner(folder: Path) -> tuple[str | None, int]:
-    """Return the key of the configuration that a folder belongs to, and the token of the claim; None, 0 if unknown."""
+class FolderClaim(NamedTuple):
+    """Who has claimed a trial's folder last.
+
+    Attributes:
+        key: whose it is, see `owner_key`; None if it does not say.
+        token: of the claim.
+        claimed_milliseconds: when the claim was made, by the database's clock; 0 if unknown.
+    """
+
+    key: str | None = None
+    token: int = 0
+    claimed_milliseconds: int = 0
+
+
+def read_claim(folder: Path) -> FolderClaim:
+    """Return who has claimed a trial's folder."""
     # Earlier versions did not flush the file to the disk: after a power cut it may be empty.
     with contextlib.suppress(FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         content = json.loads((folder / CONFIGURATION_FILE).read_bytes())
-        return str(content["key"]), int(content.get("token", 0))
-    return None, 0
+        return FolderClaim(str(content["key"]), int(content.get("token", 0)), int(content.get("claimed", 0)))
+    return FolderClaim()
 
 
 def check_claim(folder: Path, token: int) -> None:
@@ -128,8 +145,8 @@ def check_claim(folder: Path, token: int) -> None:
         folder: the trial's folder.
         token: of the claim of the trial, see `claim_folder`.
     """
-    owner, claimed = _owner(folder)
-    if owner is not None and claimed != token:
+    claim = read_claim(folder)
+    if claim.key is not None and claim.token != token:
         raise TakenOverError(f"another worker trains this trial in {folder}")
 
 
@@ -153,12 +170,12 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, token: int = 0, *, int
     check_plain(checkpoint.state)
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with atomic_file(folder / f"epoch-{checkpoint.epoch:06d}.pt", sync=True) as file:
+        with atomic_file(checkpoint_file(folder, checkpoint.epoch), sync=True) as file:
             torch.save(vars(checkpoint), file)
     except RuntimeError as error:  # torch's writer wraps the operating system's error
         raise OSError(str(error).splitlines()[0]) from error
     found = list_checkpoints(folder)
-    shared = [path for path in found if interval and _epoch_of(path) % interval == 0]
+    shared = [path for path in found if interval and epoch_of(path) % interval == 0]
     for old in found[KEPT_CHECKPOINTS:]:
         if old not in shared[:KEPT_CHECKPOINTS]:
             old.unlink(missing_ok=True)
@@ -208,10 +225,23 @@ def read_checkpoint(folder: Path, key: str, epoch: int = 0) -> Checkpoint | None
     Raises:
         OSError, MemoryError, RuntimeError: no checkpoint could be read, and at least one may be intact.
     """
-    passing: Exception | None = None
     paths = list_checkpoints(folder)
-    if epoch:
-        paths.sort(key=lambda path: (_epoch_of(path) < epoch, abs(_epoch_of(path) - epoch)))
+    return read_first(sorted(paths, key=lambda path: distance(epoch_of(path), epoch)), key)
+
+
+def distance(found: int, epoch: int) -> tuple[bool, int]:
+    """Return by what `read_checkpoint` chooses: the smallest is the best."""
+    return (found < epoch, abs(found - epoch)) if epoch else (False, -found)
+
+
+def read_first(paths: Iterable[Path], key: str) -> Checkpoint | None:
+    """Return the first checkpoint that can be read; see `read_checkpoint`.
+
+    Args:
+        paths: the files.
+        key: whose checkpoint it must be, see `owner_key`.
+    """
+    passing: Exception | None = None
     for path in paths:
         try:
             checkpoint = _read(path)
@@ -256,7 +286,7 @@ def trim_checkpoints(folder: Path, token: int, keep: int = 1) -> None:
         keep: how many stay.
     """
     with contextlib.suppress(OSError):
-        if _owner(folder)[1] == token:
+        if read_claim(folder).token == token:
             for old in list_checkpoints(folder)[keep:]:
                 old.unlink(missing_ok=True)
 
@@ -266,7 +296,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("epoch-*.pt"), reverse=True)
 
 
-def _epoch_of(path: Path) -> int:
+def checkpoint_file(folder: Path, epoch: int) -> Path:
+    """Return the file of the checkpoint after an epoch."""
+    return folder / f"epoch-{epoch:06d}.pt"
+
+
+def epoch_of(path: Path) -> int:
     """Return the epoch of a checkpoint, by its name; 0 for a name that hpo does not give."""
     digits = path.stem.removeprefix("epoch-")
     return int(digits) if digits.isdecimal() else 0

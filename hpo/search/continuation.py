@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.errors import SpaceError
 from hpo.paths import RunsDir
-from hpo.search.candidates import Candidate, Outlook, find_candidates, rank_candidates, restore_candidate
+from hpo.search.candidates import (
+    Candidate,
+    CheckpointIndex,
+    Outlook,
+    find_candidates,
+    rank_candidates,
+    restore_candidate,
+)
 from hpo.space.model import Space
 from hpo.space.parameters import Params
 
@@ -261,10 +268,11 @@ def _read_decision(space: Space, stored: Any, runs_dir: RunsDir) -> Decision | N
     if not isinstance(stored, Mapping) or not isinstance(stored.get("options"), Mapping):
         return None
     found: dict[str, list[Candidate]] = {}
+    index = CheckpointIndex(space, runs_dir)
     for name in ("chosen", "left"):
         entries = stored.get(name)
         candidates = (
-            [restore_candidate(space, each, runs_dir) for each in entries] if isinstance(entries, list) else [None]
+            [restore_candidate(space, each, index) for each in entries] if isinstance(entries, list) else [None]
         )
         found[name] = [each for each in candidates if each is not None]
         if len(found[name]) < len(candidates):

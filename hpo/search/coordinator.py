@@ -152,6 +152,9 @@ class TrialCoordinator:
                 interval=scheduler.interval if scheduler.replaces_trials else 0,
                 replicates=self._space.replicates,
                 may_wait=scheduler.promotes_trials,
+                claimed_milliseconds=claim.claimed_milliseconds,
+                bucket=self._bucket_of(self._unique_name, claim.number),
+                parent_bucket=self._bucket_of(parent.files, parent.number) if parent else "",
             )
         return None
 
@@ -191,6 +194,10 @@ class TrialCoordinator:
 
     def _parent_folder(self, claim: ClaimedTrial, parent: Parent) -> Path:
         return parent_folder(self._runs_dir, self._folder(claim), parent.files, parent.number)
+
+    def _bucket_of(self, files: str, number: int) -> str:
+        """Return where in the bucket a trial is. The files of a script stay on its machine, and so do its checkpoints."""
+        return "" if self._space.command is not None else self._runs_dir.bucket_trial(files, number)
 
     def _continued_epoch(self, tune_id: str) -> int:
         """Return the last epoch that a trial has from its parent; 0 for none."""

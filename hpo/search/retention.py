@@ -11,12 +11,14 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpo.paths import CONFIGURATION_FILE, SCRIPT_DIR, RunsDir
+from hpo.search.bucket_checkpoints import BucketStudy
 from hpo.search.checkpoints import belongs_to, list_checkpoints, owner_key
 from hpo.space.model import Space
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:  # workers import this module too, and need no database
     from storage.ranking import EndedTrial
     from storage.studies import Study
 
+LAST_SECONDS = 10.0  # how long a run that ends waits until the bucket has deleted what it shall
 IDLE_SHARE = 50  # asking the database takes at most 1/50 of the time
 
 
@@ -35,13 +38,17 @@ class Retention:
     Args:
         space: the search.
         study: its study.
-        runs_dir: where its checkpoints are.
+        runs_dir: where its checkpoints are: the folder, and the bucket if there is one.
     """
 
     def __init__(self, space: Space, study: Study, runs_dir: RunsDir) -> None:
         self._space = space
         self._study = study
         self._folder = runs_dir.checkpoints(study.unique_name)
+        bucket = runs_dir.bucket_study(study.unique_name)
+        self._bucket = BucketStudy(bucket) if bucket else None
+        self._deletions: list[Future[None]] = []
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hpo-retention")
         self._ended: set[int] = set()  # numbers of trials of this driver that may have checkpoints
         self._next_time = 0.0
 
@@ -59,10 +66,15 @@ class Retention:
     def run_ended(self) -> None:
         """Delete what is superfluous of any driver, such as one that was killed."""
         with suppress(OSError):
-            numbers = trials_with_checkpoints(self._folder)
+            numbers = set(trials_with_checkpoints(self._folder))
+            if self._bucket is not None:
+                with suppress(OSError):
+                    numbers |= {number for number, _ in self._bucket.read()}
             self._delete(numbers)
             if self._space.population is not None:
                 self._trim(numbers)
+        wait(self._deletions, LAST_SECONDS)
+        self._pool.shutdown(wait=False, cancel_futures=True)  # the next run deletes what the bucket did not answer to
 
     def _trim(self, numbers: Collection[int]) -> None:
         """Delete all but the newest checkpoint of members of a population that have ended, and from which none starts."""
@@ -75,8 +87,12 @@ class Retention:
             needed = found.get(str(self._study.identity), {})
             for trial in ended:
                 folder = self._folder / str(trial.number)
-                if trial.number not in needed and is_of(folder, trial):
+                if trial.number in needed:
+                    continue
+                if is_of(folder, trial):
                     delete_files(list_checkpoints(folder)[1:])
+                if self._bucket is not None:
+                    self._in_bucket(self._bucket.trial(trial.number, owner_key(trial.key, trial.attempt)).trim)
 
     def _delete(self, numbers: Collection[int]) -> set[int]:
         """Delete what is superfluous of these trials; return those that need not be looked at again."""
@@ -91,7 +107,14 @@ class Retention:
                     if (folder / CONFIGURATION_FILE).is_file() and is_of(folder, trial):
                         delete_files(checkpoint_files(folder))
                     done.add(trial.number)
+                if self._bucket is not None:
+                    self._in_bucket(self._bucket.trial(trial.number, owner_key(trial.key, trial.attempt)).delete)
         return done
+
+    def _in_bucket(self, delete: Callable[[], None]) -> None:
+        """Delete something on a thread: the bucket may not answer."""
+        self._deletions = [each for each in self._deletions if not each.done()]
+        self._deletions.append(self._pool.submit(delete))
 
 
 def superfluous_trials(

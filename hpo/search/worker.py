@@ -22,10 +22,12 @@ from typing import IO, Any
 
 from hpo.paths import HANG_FILE, LOG_FILE, SCRIPT_DIR, seed_log
 from hpo.search.adoption import Adopted, adopt_checkpoint
+from hpo.search.bucket_checkpoints import FETCH_SECONDS, BucketTrial, fetch_newest, newest_of
 from hpo.search.checkpoint_writer import CheckpointWriter
 from hpo.search.checkpoints import Checkpoint, TakenOverError, load_checkpoint, trim_checkpoints
 from hpo.search.replicates import SEED_NOTE, EndedEarlyError, EpochPart, list_seeds, train_replicates
 from hpo.search.script import ScriptError, run_script
+from hpo.search.uploads import Uploader
 from hpo.space.command import CHECKPOINT_DIR, build_arguments, uses_checkpoint_dir
 from hpo.trainable import DEFAULT_TRAINABLE, FINAL_METRICS, STDERR_SUFFIX, load_trainable
 
@@ -61,6 +63,9 @@ class TrialSpec:
         replicates: how many trainings the trial is, with seeds that count up; see `train_replicates`.
         may_wait: whether the driver may end the trial after any epoch, and resume it later. A script is stopped until that
             is decided: it must not train, and save, epochs that nobody has read.
+        claimed_milliseconds: when the trial was claimed, by the database's clock.
+        bucket: the URL of the trial in a bucket, where its checkpoints are, too; empty without one.
+        parent_bucket: that of the trial that this one continues.
     """
 
     trainable: str
@@ -85,6 +90,9 @@ class TrialSpec:
     interval: int = 0
     replicates: int = 1
     may_wait: bool = False
+    claimed_milliseconds: int = 0
+    bucket: str = ""
+    parent_bucket: str = ""
 
 
 @dataclass(frozen=True)
@@ -235,6 +243,7 @@ def _report_epochs(spec: TrialSpec) -> Generator[TrialReport, None, str]:
 
     folder = Path(spec.folder)
     torch.set_num_threads(spec.threads)
+    bucket = BucketTrial(spec.bucket, spec.key) if spec.bucket else None
     writer = CheckpointWriter(
         folder,
         spec.key,
@@ -242,8 +251,13 @@ def _report_epochs(spec: TrialSpec) -> Generator[TrialReport, None, str]:
         every=spec.checkpoint_every,
         last_epoch=spec.max_epochs,
         interval=spec.interval,
+        claimed_milliseconds=spec.claimed_milliseconds,
+        uploader=None if bucket is None else _uploader(spec, bucket),
     )
+    newest = newest_of(folder, spec.key)
     warning = writer.claim()
+    if bucket is not None:
+        warning = warning or _fetch(spec, bucket, newest)
     # A script that keeps no checkpoints starts from its first epoch and reports all of them again.
     keeps_checkpoints = spec.command is None or uses_checkpoint_dir(spec.command)
     checkpoint = load_checkpoint(folder, spec.key) if keeps_checkpoints else None
@@ -317,9 +331,41 @@ def _report_epochs(spec: TrialSpec) -> Generator[TrialReport, None, str]:
                 yield report
             except TrialPaused:
                 return writer.save_now() if keeps_checkpoints else ""
+            except GeneratorExit:
+                writer.abandon_uploads()
+                raise
             earlier, continued_epoch, warning, recorded = {}, None, "", provenance
             seconds, started = 0.0, time.perf_counter()
     yield TrialReport(failure=f"the trainable ended after epoch {max(history, default=0)} of {spec.max_epochs}")
+    return ""
+
+
+def _uploader(spec: TrialSpec, bucket: BucketTrial) -> Uploader:
+    restart = partial(_restart_watchdog, spec)
+    return Uploader(bucket, spec.token, spec.claimed_milliseconds, interval=spec.interval, on_progress=restart)
+
+
+def _fetch(spec: TrialSpec, bucket: BucketTrial, newest: tuple[int, int]) -> str:
+    """Fetch the trial's newest checkpoint, if it is in the bucket.
+
+    Args:
+        spec: of the trial.
+        bucket: its checkpoints.
+        newest: what its folder had before it was claimed.
+
+    Returns:
+        A warning if the bucket cannot be read, and the trial can do without.
+
+    Raises:
+        OSError: it cannot be read, and without, epochs would be trained again.
+    """
+    is_complete = newest[1] >= spec.stored_epoch  # nothing is lost, even if the bucket has more
+    try:
+        fetch_newest(Path(spec.folder), bucket, newest, wait_seconds=0.0 if is_complete else FETCH_SECONDS)
+    except OSError as error:
+        if not is_complete:
+            raise
+        return f"it starts without what the bucket may have: {error}"
     return ""
 
 
@@ -336,6 +382,7 @@ def _adopt(spec: TrialSpec) -> Adopted | None:
         left_out=(*FINAL_METRICS, *(name + STDERR_SUFFIX for name in FINAL_METRICS)) if is_default else (),
         epoch=spec.parent_epoch,
         interval=spec.interval,
+        bucket=BucketTrial(spec.parent_bucket, spec.parent_key) if spec.parent_bucket else None,
     )
 
 

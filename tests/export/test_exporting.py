@@ -27,6 +27,7 @@ from hpo.export.exporting import FILES, ExportedModel, export_model
 from hpo.export.program import Classifier
 from hpo.paths import RunsDir
 from hpo.run import cli
+from hpo.search.bucket_checkpoints import BucketStudy, upload_left
 from hpo.search.checkpoints import claim_folder, load_checkpoint
 from hpo.search.worker import run_trial
 from hpo.space.model import Space
@@ -329,6 +330,22 @@ def test_the_checkpoint_of_another_configuration_is_not_exported(study: Study, t
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_a_checkpoint_that_only_the_bucket_has_is_exported(
+    study: Study, tmp_path: Path, bucket_url: str, without_program: None
+) -> None:
+    folder = RunsDir(tmp_path).checkpoints(study.unique_name)
+    in_bucket = BucketStudy(f"{bucket_url}/{study.unique_name}")
+    assert upload_left(folder, in_bucket, interval=0, wait_seconds=0.0) == []
+    shutil.rmtree(folder)
+    runs_dir = RunsDir(tmp_path, bucket_url=bucket_url)
+
+    exported = export_model(study, None, runs_dir=runs_dir, data_dir=tmp_path, output=None, versions=VERSIONS)
+
+    assert exported.remarks == []
+    assert (exported.folder / "model.safetensors").exists()
+
+
 def test_a_checkpoint_that_was_not_kept_is_an_error_that_says_so(study: Study, tmp_path: Path) -> None:
     key = grid_space(tmp_path).config_key(study.trials()[1].params)
     claim_folder(RunsDir(tmp_path).trial(study.unique_name, 1), key)

@@ -203,6 +203,7 @@ def test_a_trial_taken_over_can_be_claimed_again_by_its_first_owner(
         run.release(claim_one(run))
         claim = claim_one(far)
         assert claim.number == stale.number
+        assert 0 < stale.claimed_milliseconds < claim.claimed_milliseconds, "names of objects in a bucket have it"
         far.report(stale, 1, {"m": 0.5}, 0.5)
         far.flush()
         with pytest.raises(LostTrialError):

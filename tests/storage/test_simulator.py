@@ -152,8 +152,8 @@ def repeated_claims_are_new(patch: pytest.MonkeyPatch) -> None:
     find = claims._claimed_with
     known: set[int] = set()
 
-    def forget_the_first(connection: Any, token: int) -> Any:
-        found = find(connection, token)
+    def forget_the_first(connection: Any, token: int, clock: Any) -> Any:
+        found = find(connection, token, clock)
         first = token not in known and found is not None
         known.add(token)
         return found if first else None
