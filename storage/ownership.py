@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -71,7 +71,8 @@ class ClaimedTrial:
         token: of this claim.
         continued_from: its user attribute with this name, not checked: any program may change it; None without one.
         replaces: the same.
-        claimed_milliseconds: when it was claimed, by the database's clock: of two claims of a trial, the later one holds.
+        claimed_milliseconds: when it was claimed, by the database's clock: of two claims of a trial, the later one holds. A
+            claim that is repeated, because its answer was lost, gets a later time, and is equal.
     """
 
     trial_id: int
@@ -83,7 +84,7 @@ class ClaimedTrial:
     token: int
     continued_from: Any = None
     replaces: Any = None
-    claimed_milliseconds: int = 0
+    claimed_milliseconds: int = field(default=0, compare=False)
 
     @property
     def epoch(self) -> int:
