@@ -32,10 +32,10 @@ class Announcer(NullListener):
     It is a listener, from which it knows the study.
 
     Args:
-        recipient: who is told; None for nobody.
+        recipient: who is notified; None for nobody.
         space: the search.
         storage: the URL of the database.
-        listener: receives a note if the recipient was not told.
+        listener: receives a note if the recipient was not notified.
     """
 
     def __init__(self, recipient: Recipient | None, space: Space, storage: str, listener: ProgressListener) -> None:
@@ -80,7 +80,7 @@ class Announcer(NullListener):
             problem = "" if ending is None else deliver(recipient, ending)
         except KeyboardInterrupt:
             problem = "interrupted"
-        except Exception as error:  # noqa: BLE001 # the search has ended as it has, whatever goes wrong here
+        except Exception as error:  # noqa: BLE001 # an error here does not change how the search has ended
             problem = type(error).__name__
         if problem:
             text = f"on_finish: {show_recipient(recipient)}: {printable(problem)}. The search itself is not affected"
@@ -88,7 +88,7 @@ class Announcer(NullListener):
 
 
 def describe_end(results: Results, stopped: Stop | None, exit_code: int, report: Path | None) -> dict[str, Any]:
-    """Return what the recipient of `on_finish` is told about a search that has ended with results.
+    """Return what the recipient of `on_finish` gets about a search that has ended with results.
 
     Args:
         results: every trial of the study.
@@ -111,7 +111,7 @@ def describe_end(results: Results, stopped: Stop | None, exit_code: int, report:
 
 
 def describe_error(name: str, storage: str, error: BaseException) -> dict[str, Any]:
-    """Return what the recipient of `on_finish` is told about a search that an exception ended. Its trials are not read.
+    """Return what the recipient of `on_finish` gets about a search that an exception ended. Its trials are not read.
 
     Args:
         name: of the study, as far as it is known.
@@ -187,5 +187,5 @@ def is_to_be_announced(results: Results, stopped: Stop | None) -> bool:
 
     try:
         return results.study.is_first(ANNOUNCED, end)
-    except StorageError:  # told twice is better than not at all
+    except StorageError:  # notified twice is better than not at all
         return True

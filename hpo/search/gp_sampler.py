@@ -17,11 +17,11 @@ from optuna.samplers import GPSampler
 from optuna.search_space import IntersectionSearchSpace
 from optuna.trial import FrozenTrial, TrialState
 
+from hpo.space.choice import MAX_GP_TRIALS
+
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.distributions import BaseDistribution
-
-MAX_TRIALS = 250  # that the process sees: its cost grows with the third power of their number
 
 
 class ExtrapolatingGPSampler(GPSampler):
@@ -59,7 +59,7 @@ class _ExtrapolatedStudy:
         return extrapolate(trials) if TrialState.COMPLETE in states else trials
 
 
-def extrapolate(trials: Sequence[FrozenTrial], most: int = MAX_TRIALS) -> list[FrozenTrial]:
+def extrapolate(trials: Sequence[FrozenTrial], most: int = MAX_GP_TRIALS) -> list[FrozenTrial]:
     """Return trials in which stopped ones have completed, with an extrapolated value.
 
     Args:

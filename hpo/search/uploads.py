@@ -24,7 +24,7 @@ _away_since: dict[str, float] = {}  # {URL of a bucket: since when it fails}, of
 
 
 class Uploader:
-    """Uploads the checkpoints of one claim of a trial, on a thread of its own.
+    """Uploads the checkpoints of one claim of a trial, on its own thread.
 
     Args:
         trial: where they go.

@@ -254,9 +254,9 @@ def _report_epochs(spec: TrialSpec) -> Generator[TrialReport, None, str]:
         claimed_milliseconds=spec.claimed_milliseconds,
         uploader=None if bucket is None else _uploader(spec, bucket),
     )
-    newest = newest_of(folder, spec.key)
+    newest = None if bucket is None else newest_of(folder, spec.key)  # before the folder is claimed
     warning = writer.claim()
-    if bucket is not None:
+    if bucket is not None and newest is not None:
         warning = warning or _fetch(spec, bucket, newest)
     # A script that keeps no checkpoints starts from its first epoch and reports all of them again.
     keeps_checkpoints = spec.command is None or uses_checkpoint_dir(spec.command)

@@ -19,7 +19,7 @@ from hpo.space.sections import (
 )
 
 SMALL_GRID = 100  # configurations that are tried one after another, if only time or money ends the search
-MAX_GP_TRIALS = 250  # the sampler sees at most so many, see `hpo.search.gp_sampler`
+MAX_GP_TRIALS = 250  # that the sampler sees, see `hpo.search.gp_sampler`: its cost grows with the third power of them
 MAX_LEARNING_TRIALS = 20_000  # with more, a draw at random is cheaper than what it could learn
 
 

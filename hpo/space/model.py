@@ -112,8 +112,8 @@ class Space(StrictModel):
     replicates: Annotated[int, Field(ge=1, le=MAX_REPLICATES)] = 1
     """Trainings of each configuration, with seeds that count up from `seed`. They are one trial: its value is their mean."""
     on_finish: Annotated[Recipient | None, BeforeValidator(check_recipient), Field(exclude=True, repr=False)] = None
-    """Who is told how the search has ended: a command, as a text or as a list of its arguments, or a URL that gets a POST of
-    JSON. It is not stored with the study: a URL may contain a secret."""
+    """Who is notified when the search has ended: a command, as a text or as a list of its arguments, or a URL that gets a
+    POST of JSON. It is not stored with the study: a URL may contain a secret."""
     max_failures: Annotated[int, Field(ge=0)] = 2
     """How often a trial is retried after its worker crashed."""
     trial_timeout: Seconds | None = None
