@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from hpo.search.estimate import SearchEstimate
     from hpo.search.mps import Mps
     from hpo.search.probes import ImageCounts, Probes
-    from hpo.search.slots import Slots
+    from hpo.search.slots import Node, Slots
     from hpo.search.warm_start import Found
     from hpo.space.parameters import Params
     from storage.database import Database
@@ -321,12 +321,12 @@ def _search(
         return study, None
     if space.budget.shows_device_time:
         listener.device_time_used(study.device_seconds())
-    size = cluster.size()
-    slots = plan_slots(space, left, *size)
+    nodes = cluster.nodes()
+    slots = plan_slots(space, left, nodes, may_grow=cluster.is_shared)
     if probes is not None:
         if images is not None and is_worth_measuring(space, left, images):
             begun = continuation.begun(study.ended_keys())
-            estimate = _measure(space, slots, left, probes, images, size, listener, begun)
+            estimate = _measure(space, slots, left, probes, images, nodes, listener, begun)
         probes.close()  # frees its memory and CPU for the trials
     slots = slots if estimate is None else estimate.slots
     _keep_if_shared(mps, slots, listener)
@@ -336,6 +336,7 @@ def _search(
     try:
         stopped = run_trials(
             continuation,
+            cluster,
             study,
             slots,
             provenance=provenance,
@@ -467,17 +468,17 @@ def _measure(
     left: int | None,
     probes: Probes,
     images: ImageCounts,
-    size: tuple[float, float],
+    nodes: Sequence[Node],
     listener: ProgressListener,
     begun: Sequence[tuple[Params, int]],
 ) -> SearchEstimate | None:
     """Measure training steps; None if nothing is left to train, or the device is not on this machine."""
     from hpo.search.estimate import can_measure, estimate_search
 
-    if left == 0 or not can_measure(slots):
+    if left == 0 or slots.count == 0 or not can_measure(slots):
         return None
     listener.preparing("measuring training steps")
-    return estimate_search(space, slots, left, probes, images, size, begun)
+    return estimate_search(space, slots, left, probes, images, nodes, begun)
 
 
 @contextmanager
@@ -560,7 +561,7 @@ def plan_search(
         DataError: the data set is not there and cannot be downloaded.
         StorageError: the database exists, or should, and cannot be used.
     """
-    from hpo.search.estimate import machine_size
+    from hpo.search.estimate import this_machine
     from hpo.search.mps import start_mps
     from hpo.search.slots import may_share_gpu, plan_slots
 
@@ -573,13 +574,13 @@ def plan_search(
         _note_failure(mps, listener)
         continuation, states, left, used = _look_up(space, storage, password, locate(runs_dir, checkpoints), listener)
         space = continuation.space
-        size, estimate = machine_size(), None
-        slots = plan_slots(space, left, *size)
+        nodes, estimate = [this_machine()], None
+        slots = plan_slots(space, left, nodes)
         if probes is not None:
             _, images = probes.describe_data()
             ended = {key for key, state in states.items() if state in {"COMPLETE", "PRUNED", "FAIL"}}
             begun = continuation.begun(ended)
-            estimate = _measure(space, slots, left, probes, images, size, listener, begun)
+            estimate = _measure(space, slots, left, probes, images, nodes, listener, begun)
         slots = slots if estimate is None else estimate.slots
         _keep_if_shared(mps, slots, listener)
     return PlannedSearch(space, slots, estimate, states, left, used, continuation.outlooks)

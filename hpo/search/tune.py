@@ -1,4 +1,4 @@
-"""Ray Tune runs the trials of a study. Only this module and `cluster` import ray.
+"""Ray Tune runs the trials of a study. Only this module, `membership` and `cluster` import ray.
 
     Tune asks StudySearcher for a trial -> TrialCoordinator claims it in storage -> a TrialWorker runs it, one epoch per call
     -> StudyScheduler gives each TrialReport to the coordinator, which stores it and decides whether the trial ends
@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import hpo.search.cluster  # noqa: F401 # first: it sets the environment that ray reads when it is imported
+from hpo.search.cluster import RayCluster  # first: it sets the environment that ray reads when it is imported
 
 # isort: split
 import ray
@@ -32,9 +32,10 @@ from ray.tune.search import Searcher
 from hpo.paths import LOST_FILE, RunsDir
 from hpo.search.coordinator import TrialCoordinator
 from hpo.search.listener import ProgressListener
+from hpo.search.membership import POLL_SECONDS, Membership
 from hpo.search.runs import open_run
 from hpo.search.slots import Slots
-from hpo.search.stop import Stop, StopCause
+from hpo.search.stop import EXIT_CODES, Stop, StopCause
 from hpo.search.worker import Ending, TrialReport, TrialSpec, end_trial, run_trial, watchdog
 from hpo.trainable import load_trainable
 
@@ -50,6 +51,11 @@ SAVE_SECONDS = 120.0  # how long a search that stops waits for its last checkpoi
 
 class TrialWorker(tune.Trainable):
     """A Ray actor that runs one trial after another. Torch is imported once per worker, not once per trial."""
+
+    @classmethod
+    def default_resource_request(cls, config: dict[str, Any]) -> tune.PlacementGroupFactory:
+        """Return what the trial gets of a node."""
+        return tune.PlacementGroupFactory([config["bundle"]])
 
     def setup(self, config: dict[str, Any]) -> None:
         """Take the first trial. Errors are not raised here, because Tune would not report the trial."""
@@ -111,10 +117,11 @@ class StudySearcher(Searcher):
         """Return the configuration of a Tune trial, None if there is none now, or Searcher.FINISHED."""
         # The last trial may be the one that is being saved. Tune does not ask the scheduler while it has no trial.
         self._scheduler.collect_saved()
+        self._scheduler.follow_cluster()
         spec = self._coordinator.next_trial(trial_id)
         if spec is None:
             return Searcher.FINISHED if self._coordinator.is_done else None
-        return {"spec": vars(spec)}
+        return {"spec": vars(spec), "bundle": self._coordinator.bundle(trial_id)}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Do nothing: StudyScheduler has passed it on."""
@@ -129,19 +136,30 @@ class StudySearcher(Searcher):
 class StudyScheduler(FIFOScheduler):
     """Passes what workers report to the coordinator, and its decisions to Tune."""
 
-    def __init__(self, coordinator: TrialCoordinator) -> None:
+    def __init__(self, coordinator: TrialCoordinator, membership: Membership) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._coordinator = coordinator
+        self._membership = membership
         self._saving: dict[str, Any] = {}  # {Tune's id: reference to the answer of `TrialWorker.end`}
+        self._nodes: dict[str, str] = {}  # {Tune's id: the node on which it runs, or ran last}
+        self._is_pending = False
+        self._followed_at = -math.inf
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Set how often Tune may restart a trial: crashes in earlier runs count too."""
         if trial.num_failures == 0:
             trial.max_failures = self._coordinator.retries_left(trial.trial_id)
 
+    def on_trial_start(self, trial: Any) -> None:
+        """Note where a trial runs. Its device time counts from now on."""
+        self._nodes[trial.trial_id] = self._membership.node_of(trial.temporary_state.ray_actor)
+        self._coordinator.on_started(trial.trial_id)
+
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Store an epoch and decide whether the trial ends."""
         ending = self._coordinator.on_report(trial.trial_id, result["report"])
+        if ending is None and self._nodes.get(trial.trial_id) in self._membership.draining():
+            ending = self._coordinator.leave_node(trial.trial_id)
         if ending is None:
             return str(TrialScheduler.CONTINUE)
         worker = trial.temporary_state.ray_actor
@@ -177,31 +195,50 @@ class StudyScheduler(FIFOScheduler):
             # that it has just set to restart. Nothing of it has run, so this is no failure: it is claimed again.
             self._coordinator.release(trial.trial_id)
             return
+        if self._membership.has_left(self._nodes.get(trial.trial_id, "")):
+            # No fault of the trial, so it is not counted. Tune counts it, unless the node was drained.
+            is_retried = trial.should_recover()
+            trial.max_failures += 1
+            self._coordinator.on_node_lost(trial.trial_id, is_retried=is_retried)
+            return
         details = ""
         with suppress(OSError):
             details = Path(trial.error_file).read_text().rpartition("Failure # ")[2]
         self._coordinator.on_crash(trial.trial_id, details, is_retried=trial.should_recover())
 
     def choose_trial_to_run(self, tune_controller: Any, **_: Any) -> Any:
-        """Release the trials whose workers have not started yet, if the search is stopping, and those that have stopped."""
+        """Release trials that have stopped, and those that wait for a worker which they should not, or cannot, get."""
         self.collect_saved()
-        if self._coordinator.stopped:
-            for trial in list(tune_controller.get_trials()):
-                if trial.status == trial.PENDING:
-                    self._coordinator.release(trial.trial_id)
-                    tune_controller.stop_trial(trial)
+        pending = [trial for trial in tune_controller.get_trials() if trial.status == trial.PENDING]
+        for trial in pending:
+            if self._coordinator.stopped or self._coordinator.is_surplus(trial.trial_id):
+                self._coordinator.release(trial.trial_id)
+                tune_controller.stop_trial(trial)
+        if self._membership.draining():
+            # Workers that wait for a trial hold their node. Tune has no public function that ends them.
+            tune_controller._cleanup_cached_actors(force_all=True)  # noqa: SLF001
+        self._is_pending = bool(pending)
+        self.follow_cluster()
         return super().choose_trial_to_run(tune_controller)
+
+    def follow_cluster(self) -> None:
+        """Tell the user how many trials can run, and the cluster how many more could, from time to time."""
+        if time.monotonic() - self._followed_at >= POLL_SECONDS:
+            self._followed_at = time.monotonic()
+            wanted = self._coordinator.follow_cluster()
+            # A trial that waits for a node asks for one itself. It would wait behind what is asked for here.
+            self._membership.ask_for(0 if self._is_pending else wanted)
 
 
 class StartListener(tune.Callback):
-    """Tells the coordinator when a worker starts to run a trial: until then, it may wait for the cluster."""
+    """Notes when a worker starts to run a trial: until then, it may wait for the cluster."""
 
-    def __init__(self, coordinator: TrialCoordinator) -> None:
-        self._coordinator = coordinator
+    def __init__(self, scheduler: StudyScheduler) -> None:
+        self._scheduler = scheduler
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
         """Pass it on."""
-        self._coordinator.on_started(trial.trial_id)
+        self._scheduler.on_trial_start(trial)
 
 
 class SilentReporter(TrialProgressCallback):
@@ -216,6 +253,7 @@ class SilentReporter(TrialProgressCallback):
 
 def run_trials(
     continuation: ContinuationPlan,
+    cluster: RayCluster,
     study: Study,
     slots: Slots,
     *,
@@ -225,12 +263,13 @@ def run_trials(
     listener: ProgressListener,
     exit_at: float = math.inf,
 ) -> Stop | None:
-    """Run the remaining trials of a study. Ray must be up.
+    """Run the remaining trials of a study.
 
     Args:
         continuation: the search, and which trials of earlier revisions it continues.
+        cluster: Ray, which is up.
         study: where results are stored.
-        slots: how many trials run at a time, and what each gets.
+        slots: how many trials run at a time, and what each gets. In a cluster, as many run as its nodes have room for.
         provenance: versions and command of this run, for the record.
         data: what the trainable gets as `data`.
         runs_dir: where checkpoints are stored; every worker must reach it.
@@ -244,17 +283,18 @@ def run_trials(
         StorageError: the database cannot be used (after retries); the trials in flight are resumable.
         KeyboardInterrupt: Ctrl-C or SIGTERM stopped the search, and the database cannot be used.
     """
-    from storage.usage import Device
-
     space = continuation.space
-    with open_run(continuation, study, provenance, Device(slots.device, slots.devices)) as run:
-        coordinator = TrialCoordinator(space, run, slots, data=data, runs_dir=runs_dir, listener=listener)
+    with open_run(continuation, study, provenance) as run:
+        membership = Membership(slots, is_fixed=not cluster.is_shared)
+        coordinator = TrialCoordinator(
+            space, run, slots, data=data, runs_dir=runs_dir, listener=listener, room=membership.room
+        )
         coordinator.set_deadline(exit_at, StopCause.EXIT_TIME)
         if space.budget.time is not None:
             coordinator.set_deadline(time.monotonic() + space.budget.time - run.elapsed_seconds())
         try:
-            with _signals_stop(coordinator, listener):
-                _run_tune(coordinator, slots)
+            with _signals_stop(coordinator, listener), cluster.watched(lambda: _give_up(coordinator, listener)):
+                _run_tune(coordinator, membership)
         except KeyboardInterrupt:
             coordinator.stop(StopCause.INTERRUPTED)
         finally:
@@ -268,8 +308,17 @@ def run_trials(
         return coordinator.stopped
 
 
-def _run_tune(coordinator: TrialCoordinator, slots: Slots) -> None:
-    scheduler = StudyScheduler(coordinator)
+def _give_up(coordinator: TrialCoordinator, listener: ProgressListener) -> int:
+    """Release the trials because Ray has died; return the exit code."""
+    was_stopping = coordinator.is_interrupted
+    coordinator.stop(StopCause.INTERRUPTED)
+    coordinator.release_all()
+    listener.note("Ray's processes have ended, and so has the search. It is resumable: the same command continues it")
+    return EXIT_CODES[StopCause.INTERRUPTED] if was_stopping else 1
+
+
+def _run_tune(coordinator: TrialCoordinator, membership: Membership) -> None:
+    scheduler = StudyScheduler(coordinator, membership)
     with tempfile.TemporaryDirectory(prefix="hpo-ray-") as scratch:
         tune.run(
             TrialWorker,
@@ -278,12 +327,9 @@ def _run_tune(coordinator: TrialCoordinator, slots: Slots) -> None:
             search_alg=StudySearcher(coordinator, scheduler),
             scheduler=scheduler,
             num_samples=-1,
-            # Claim no more trials than can run: other drivers cannot take a claimed trial.
-            max_concurrent_trials=slots.count,
-            resources_per_trial={"cpu": slots.cpu, "gpu": slots.gpu},
             reuse_actors=True,
             raise_on_failed_trial=False,
-            callbacks=[SilentReporter(), StartListener(coordinator)],
+            callbacks=[SilentReporter(), StartListener(scheduler)],
             verbose=0,
         )
     scheduler.collect_saved(SAVE_SECONDS)

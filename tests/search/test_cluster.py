@@ -6,6 +6,7 @@ import importlib
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -17,6 +18,7 @@ import pytest
 
 from hpo.errors import SettingError
 from hpo.search.cluster import RayCluster
+from hpo.search.slots import Node
 from tests.factories import wait_until
 
 
@@ -28,10 +30,20 @@ class FakeRay(SimpleNamespace):
         self.calls: list[tuple[str, Any]] = []
         self.threads: set[threading.Thread] = set()
         self._error = error
-        node = SimpleNamespace(kill_monitor=lambda check_alive: self.calls.append(("kill_monitor", None)))
+        self.dead: list[str] = []  # of Ray's processes
+        node = SimpleNamespace(
+            kill_monitor=lambda check_alive: self.calls.append(("kill_monitor", None)),
+            dead_processes=lambda: self.dead,
+        )
         self.environment: dict[str, str] = {}  # of Ray's processes
         constants = SimpleNamespace(ENABLE_RAY_CLUSTER=True)
-        self._private = SimpleNamespace(worker=SimpleNamespace(_global_node=node), ray_constants=constants)
+        state = SimpleNamespace(state=SimpleNamespace(get_draining_nodes=lambda: {"b": 0}))
+        self._private = SimpleNamespace(
+            worker=SimpleNamespace(_global_node=node),
+            ray_constants=constants,
+            state=state,
+            services=SimpleNamespace(ConsolePopen=subprocess.Popen),
+        )
         loader = SimpleNamespace(instance=lambda: SimpleNamespace(reset_cache=lambda: None))
         self._raylet = SimpleNamespace(
             Config=SimpleNamespace(initialize=lambda _: None), AuthenticationTokenLoader=loader
@@ -48,8 +60,11 @@ class FakeRay(SimpleNamespace):
         if self._error is not None:
             raise self._error
 
-    def cluster_resources(self) -> dict[str, float]:
-        return {"CPU": 6.0, "memory": 1e9}
+    def nodes(self) -> list[dict[str, Any]]:
+        place = {"NodeManagerAddress": "10.0.0.1", "NodeManagerPort": 7}
+        alive = {"NodeID": "a", "Alive": True, "Resources": {"CPU": 6.0, "memory": 1e9}} | place
+        leaving = {"NodeID": "b", "Alive": True, "Resources": {"CPU": 4.0}} | place
+        return [alive, leaving, {"NodeID": "c", "Alive": False, "Resources": {}}]
 
     def shutdown(self) -> None:
         self.calls.append(("shutdown", None))
@@ -76,7 +91,7 @@ def test_a_cluster_is_started_once_and_stopped_once_by_the_same_thread(
     with RayCluster(address) as cluster:
         for _ in range(2):
             cluster.start()
-        assert cluster.size() == (6.0, 0.0)
+        assert cluster.nodes() == [Node(6.0, id="a", address=("10.0.0.1", 7))]
         assert fake_ray.calls == start_calls
         for _ in range(2):
             cluster.stop()
@@ -94,7 +109,7 @@ def test_a_ray_of_our_own_is_private_and_a_joined_one_is_as_it_is(
     for address, mode, loopback in ((None, "token", "0"), ("auto", "disabled", None)):
         with RayCluster(address) as cluster:
             cluster.start()
-            cluster.size()
+            cluster.nodes()
             assert fake_ray.environment["RAY_AUTH_MODE"] == mode
             assert fake_ray.environment.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") == loopback
             assert fake_ray.environment.get("RAY_AUTH_TOKEN") == (None if address is None else "the user's")
@@ -119,8 +134,45 @@ def test_a_ray_of_our_own_has_the_cores_that_this_process_may_use(
     monkeypatch.setattr("hpo.search.cluster.os.cpu_count", lambda: 6)
     with RayCluster(address) as cluster:
         cluster.start()
-        cluster.size()
+        cluster.nodes()
     assert fake_ray.num_cpus == told
+
+
+@pytest.mark.parametrize("address", [None, "auto"])
+def test_when_ray_dies_the_process_ends_after_what_must_be_done_before(
+    fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch, address: str | None
+) -> None:
+    ended: list[int] = []
+    for name in ("WATCH_SECONDS", "GRACE_SECONDS"):
+        monkeypatch.setattr(f"hpo.search.cluster.{name}", 0.01)
+    monkeypatch.setattr("hpo.search.cluster.os._exit", ended.append)
+    with RayCluster(address) as cluster:
+        cluster.start()
+        cluster.nodes()
+        fake_ray.dead = ["gcs_server"]
+        time.sleep(0.1)
+        assert ended == [], "no search runs"
+        with cluster.watched(lambda: 130):
+            if address is None:
+                wait_until(lambda: ended == [130])
+            else:
+                time.sleep(0.1)  # its processes belong to its owner
+    assert ended == ([130] if address is None else [])
+
+
+def test_a_search_that_ends_by_itself_after_ray_has_died_is_left_alone(
+    fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr("hpo.search.cluster.WATCH_SECONDS", 0.01)
+    monkeypatch.setattr("hpo.search.cluster.os._exit", ended.append)
+    with RayCluster(None) as cluster:
+        cluster.start()
+        cluster.nodes()
+        with cluster.watched(lambda: 130):
+            fake_ray.dead = ["raylet"]
+            time.sleep(0.1)
+    assert (ended, fake_ray.calls[-1]) == ([], ("shutdown", None))
 
 
 def test_leaving_the_context_stops_the_cluster_even_after_an_error(fake_ray: FakeRay) -> None:
@@ -159,7 +211,7 @@ def test_an_error_of_ray_is_raised_where_the_size_is_needed(
     with RayCluster("auto") as cluster:
         cluster.start()
         with pytest.raises(kind) as caught:
-            cluster.size()
+            cluster.nodes()
     assert str(caught.value) == message
     assert [name for name, _ in fake.calls] == ["init", "shutdown"]
 
@@ -169,7 +221,7 @@ def test_an_address_where_nothing_listens_is_reported_at_once(fake_ray: FakeRay)
         port = server.getsockname()[1]
     with RayCluster(f"127.0.0.1:{port}") as cluster:
         cluster.start()
-        for wait in (cluster.wait_for_answer, cluster.size):
+        for wait in (cluster.wait_for_answer, cluster.nodes):
             with pytest.raises(SettingError, match=f"RAY_ADDRESS 127.0.0.1:{port}: .*Connection refused. Start one"):
                 wait()
     assert [name for name, _ in fake_ray.calls] == ["shutdown"]
@@ -251,6 +303,7 @@ def test_an_import_is_finished_before_the_interrupt(
 SEARCHING = """
 import signal
 from hpo.search.cluster import RayCluster
+from hpo.search.slots import Node
 try:
     with RayCluster(None):
         signal.raise_signal(signal.SIGTERM)

@@ -485,7 +485,7 @@ def test_workers_of_ray_inherit_the_environment(fake: FakeMps) -> None:
 
     with start_mps(is_wanted=True), RayCluster(None) as cluster:
         cluster.start()
-        cluster.size()
+        cluster.nodes()
 
         @ray.remote
         def environment() -> str | None:

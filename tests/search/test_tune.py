@@ -50,6 +50,19 @@ def coordinator() -> Mock:
     """A coordinator that has the methods of the real one, and does nothing."""
     fake: Mock = create_autospec(TrialCoordinator, instance=True)
     fake.stopped = None
+    fake.is_surplus.return_value = False
+    fake.follow_cluster.return_value = 0
+    return fake
+
+
+@pytest.fixture
+def membership() -> Mock:
+    """A cluster whose nodes stay."""
+    from hpo.search.membership import Membership
+
+    fake: Mock = create_autospec(Membership, instance=True)
+    fake.draining.return_value = {}
+    fake.has_left.return_value = False
     return fake
 
 
@@ -69,9 +82,13 @@ class FakeController:
     def __init__(self, *trials: FakeTrial) -> None:
         self._trials = trials
         self.stopped: list[str] = []
+        self.evictions = 0
 
     def get_trials(self) -> tuple[FakeTrial, ...]:
         return self._trials
+
+    def _cleanup_cached_actors(self, *, force_all: bool) -> None:
+        self.evictions += force_all
 
     def stop_trial(self, trial: FakeTrial) -> None:
         trial.status = "TERMINATED"
@@ -83,7 +100,8 @@ def test_the_configuration_of_a_trial_is_its_whole_spec(tune: ModuleType, coordi
     spec = coordinator.next_trial.return_value = trial_spec(tmp_path)
     suggested = tune.StudySearcher(coordinator, Mock()).suggest("a")
     coordinator.next_trial.assert_called_once_with("a")
-    assert list(suggested) == ["spec"]
+    assert list(suggested) == ["spec", "bundle"]
+    assert suggested["bundle"] is coordinator.bundle.return_value
     assert TrialSpec(**suggested["spec"]) == spec
 
 
@@ -101,9 +119,11 @@ def test_without_a_trial_tune_asks_again_until_the_coordinator_is_done(
 
 
 @pytest.mark.slow
-def test_a_trial_may_be_restarted_as_often_as_the_coordinator_says(tune: ModuleType, coordinator: Mock) -> None:
+def test_a_trial_may_be_restarted_as_often_as_the_coordinator_says(
+    tune: ModuleType, coordinator: Mock, membership: Mock
+) -> None:
     coordinator.retries_left.return_value = 2
-    scheduler = tune.StudyScheduler(coordinator)
+    scheduler = tune.StudyScheduler(coordinator, membership)
     new, restarted = FakeTrial(), FakeTrial(num_failures=1, max_failures=3)
     for trial in (new, restarted):
         scheduler.on_trial_add(None, trial)
@@ -114,13 +134,13 @@ def test_a_trial_may_be_restarted_as_often_as_the_coordinator_says(tune: ModuleT
 @pytest.mark.parametrize("ending", [None, *Ending])
 @pytest.mark.parametrize("has_actor", [True, False])
 def test_a_report_goes_to_the_coordinator_and_what_an_ended_trial_runs_is_stopped(
-    tune: ModuleType, coordinator: Mock, ending: Ending | None, has_actor: bool
+    tune: ModuleType, coordinator: Mock, membership: Mock, ending: Ending | None, has_actor: bool
 ) -> None:
     coordinator.on_report.return_value = ending
     actor = Mock() if has_actor else None
     report = TrialReport(epoch=1, metrics={"value": 0.5})
     trial = FakeTrial(temporary_state=SimpleNamespace(ray_actor=actor))
-    decision = tune.StudyScheduler(coordinator).on_trial_result(None, trial, {"report": report})
+    decision = tune.StudyScheduler(coordinator, membership).on_trial_result(None, trial, {"report": report})
     assert decision == ("CONTINUE" if ending is None else "STOP")
     coordinator.on_report.assert_called_once_with("a", report)
     if actor is not None:
@@ -148,11 +168,11 @@ class FakeRay:
 
 @pytest.mark.slow
 def test_a_stopped_trial_is_released_when_its_last_epoch_is_saved(
-    tune: ModuleType, coordinator: Mock, monkeypatch: pytest.MonkeyPatch
+    tune: ModuleType, coordinator: Mock, membership: Mock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray = FakeRay()
     monkeypatch.setattr(tune, "ray", ray)
-    scheduler, controller = tune.StudyScheduler(coordinator), FakeController()
+    scheduler, controller = tune.StudyScheduler(coordinator, membership), FakeController()
     coordinator.on_report.return_value = Ending.SAVE
     for name in "abc":
         actor = Mock()
@@ -181,39 +201,140 @@ def test_a_stopped_trial_is_released_when_its_last_epoch_is_saved(
     [(None, ""), ("Failure # 1 (at 10:00)\nfirst\nFailure # 2 (at 11:00)\nlast\n", "2 (at 11:00)\nlast\n")],
 )
 def test_the_death_of_a_worker_is_reported_with_rays_last_account(
-    tune: ModuleType, coordinator: Mock, tmp_path: Path, content: str | None, details: str, is_retried: bool
+    tune: ModuleType,
+    coordinator: Mock,
+    membership: Mock,
+    tmp_path: Path,
+    content: str | None,
+    details: str,
+    is_retried: bool,
 ) -> None:
     file = tmp_path / "error.txt"
     if content is not None:
         file.write_text(content)
     trial = FakeTrial(error_file=str(file), should_recover=lambda: is_retried)
-    tune.StudyScheduler(coordinator).on_trial_error(None, trial)
+    tune.StudyScheduler(coordinator, membership).on_trial_error(None, trial)
     coordinator.on_crash.assert_called_once_with("a", details, is_retried=is_retried)
 
 
 @pytest.mark.slow
-def test_a_trial_whose_worker_died_before_it_started_is_released(tune: ModuleType, coordinator: Mock) -> None:
-    tune.StudyScheduler(coordinator).on_trial_error(None, FakeTrial(status="PENDING"))
+def test_a_trial_whose_worker_died_before_it_started_is_released(
+    tune: ModuleType, coordinator: Mock, membership: Mock
+) -> None:
+    tune.StudyScheduler(coordinator, membership).on_trial_error(None, FakeTrial(status="PENDING"))
     coordinator.release.assert_called_once_with("a")
     coordinator.on_crash.assert_not_called()
 
 
 @pytest.mark.slow
-def test_a_trial_holds_its_device_from_when_its_worker_has_started(tune: ModuleType, coordinator: Mock) -> None:
-    tune.StartListener(coordinator).on_trial_start(iteration=1, trials=[], trial=FakeTrial(trial_id="a"))
+def test_a_trial_holds_its_device_from_when_its_worker_has_started(
+    tune: ModuleType, coordinator: Mock, membership: Mock
+) -> None:
+    scheduler = tune.StudyScheduler(coordinator, membership)
+    tune.StartListener(scheduler).on_trial_start(iteration=1, trials=[], trial=FakeTrial(trial_id="a"))
     coordinator.on_started.assert_called_once_with("a")
 
 
 @pytest.mark.slow
-def test_a_search_that_stops_releases_the_trials_that_have_not_started(tune: ModuleType, coordinator: Mock) -> None:
+def test_a_search_that_stops_releases_the_trials_that_have_not_started(
+    tune: ModuleType, coordinator: Mock, membership: Mock
+) -> None:
     running, waiting = FakeTrial(trial_id="a"), FakeTrial(trial_id="b", status="PENDING")
-    controller, scheduler = FakeController(running, waiting), tune.StudyScheduler(coordinator)
+    controller, scheduler = FakeController(running, waiting), tune.StudyScheduler(coordinator, membership)
     assert scheduler.choose_trial_to_run(controller) is waiting
     assert controller.stopped == []
     coordinator.stopped = Stop(StopCause.INTERRUPTED)
     assert scheduler.choose_trial_to_run(controller) is None
     assert controller.stopped == ["b"]
     coordinator.release.assert_called_once_with("b")
+
+
+# --- a cluster that changes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_trial_on_a_drained_node_ends_after_its_epoch_and_idle_workers_leave(
+    tune: ModuleType, coordinator: Mock, membership: Mock
+) -> None:
+    membership.node_of.side_effect = lambda actor: actor.node
+    membership.draining.return_value = {"leaves": 20.0}
+    coordinator.on_report.return_value = None
+    coordinator.leave_node.return_value = Ending.SAVE
+    scheduler, controller = tune.StudyScheduler(coordinator, membership), FakeController()
+    decisions = {}
+    for name in ("stays", "leaves"):
+        trial = FakeTrial(trial_id=name, temporary_state=SimpleNamespace(ray_actor=Mock(node=name)))
+        scheduler.on_trial_start(trial)
+        decisions[name] = scheduler.on_trial_result(None, trial, {"report": TrialReport(epoch=1)})
+    assert decisions == {"stays": "CONTINUE", "leaves": "STOP"}
+    coordinator.leave_node.assert_called_once_with("leaves")
+    membership.draining.return_value = {}
+    scheduler.collect_saved = Mock()
+    scheduler.choose_trial_to_run(controller)
+    assert controller.evictions == 0
+    membership.draining.return_value = {"leaves": 20.0}
+    scheduler.choose_trial_to_run(controller)
+    assert controller.evictions == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_retried", [True, False])
+def test_a_node_that_has_left_is_no_failure_of_its_trial(
+    tune: ModuleType, coordinator: Mock, membership: Mock, is_retried: bool
+) -> None:
+    membership.node_of.return_value = "n"
+    membership.has_left.side_effect = lambda node: node == "n"
+    trial = FakeTrial(max_failures=2, should_recover=lambda: is_retried)
+    scheduler = tune.StudyScheduler(coordinator, membership)
+    scheduler.on_trial_start(trial)
+    scheduler.on_trial_error(None, trial)
+    coordinator.on_node_lost.assert_called_once_with("a", is_retried=is_retried)
+    coordinator.on_crash.assert_not_called()
+    assert trial.max_failures == 3, "Tune has counted a failure"
+
+
+@pytest.mark.slow
+def test_a_trial_for_which_there_is_no_room_any_more_is_released(
+    tune: ModuleType, coordinator: Mock, membership: Mock
+) -> None:
+    trials = [FakeTrial(trial_id=name, status="PENDING") for name in "ab"]
+    coordinator.is_surplus.side_effect = lambda name: name == "a"
+    controller, scheduler = FakeController(*trials), tune.StudyScheduler(coordinator, membership)
+    assert scheduler.choose_trial_to_run(controller) is trials[1]
+    coordinator.release.assert_called_once_with("a")
+    assert controller.stopped == ["a"]
+
+
+@pytest.mark.slow
+def test_places_are_asked_for_unless_a_trial_waits_for_one(
+    tune: ModuleType, coordinator: Mock, membership: Mock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: now))
+    coordinator.follow_cluster.return_value = 5
+    trial, scheduler = FakeTrial(status="RUNNING"), tune.StudyScheduler(coordinator, membership)
+    controller = FakeController(trial)
+    scheduler.choose_trial_to_run(controller)
+    membership.ask_for.assert_called_once_with(5)
+    trial.status = "PENDING"
+    scheduler.choose_trial_to_run(controller)
+    assert membership.ask_for.call_count == 1, "not more often than the nodes are read"
+    now += 10
+    scheduler.choose_trial_to_run(controller)
+    assert membership.ask_for.call_args_list[1:] == [call(0)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("was_stopping", "code"), [(True, 130), (False, 1)])
+def test_when_ray_has_died_trials_are_released_and_the_user_is_notified(
+    tune: ModuleType, coordinator: Mock, was_stopping: bool, code: int
+) -> None:
+    coordinator.is_interrupted = was_stopping
+    listener = Mock()
+    assert tune._give_up(coordinator, listener) == code
+    coordinator.stop.assert_called_once_with(StopCause.INTERRUPTED)
+    coordinator.release_all.assert_called_once_with()
+    assert "resumable" in listener.note.call_args.args[0]
 
 
 # --- the worker ---------------------------------------------------------------------------------------------------------
@@ -238,6 +359,14 @@ def worker_of(tune: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         return worker
 
     return build
+
+
+@pytest.mark.slow
+def test_a_worker_gets_its_bundle_of_a_node(tune: ModuleType) -> None:
+    requested = tune.TrialWorker.default_resource_request(
+        {"spec": {}, "bundle": {"CPU": 2.0, "accelerator_type:T4": 0.001}}
+    )
+    assert requested.bundles == [{"CPU": 2.0, "accelerator_type:T4": 0.001}]
 
 
 @pytest.mark.slow
