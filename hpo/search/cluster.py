@@ -7,6 +7,7 @@ with the thread that started them (PR_SET_PDEATHSIG), so none of them outlives a
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import os
 import secrets
@@ -14,14 +15,17 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpo.errors import SettingError
 from hpo.search.ray_address import check_address, no_answer
+
+if TYPE_CHECKING:
+    from hpo.search.nodes import Nodes
 
 # Ray reads these when it is imported. Its uv hook would start every worker through `uv run`, its usage report needs a
 # network, and this process handles Ctrl-C itself.
@@ -54,10 +58,12 @@ class RayCluster:
 
     Args:
         address: of the cluster to join; None starts Ray on this machine.
+        code: a zip file, see `code_package.pack`, that each node unpacks for the workers of this search; None for none.
     """
 
-    def __init__(self, address: str | None) -> None:
+    def __init__(self, address: str | None, code: bytes | None = None) -> None:
         self._address = address
+        self._code = code
         self._thread = threading.Thread(target=self._run_ray, name="hpo-ray", daemon=True)
         self._has_answered = threading.Event()
         self._start_ended = threading.Event()
@@ -139,6 +145,28 @@ class RayCluster:
         resources = ray.cluster_resources()
         return resources.get("CPU", 1.0), resources.get("GPU", 0.0)
 
+    def check_nodes(self, note: Callable[[str], None]) -> Nodes | None:
+        """Wait until Ray is up, and check that each node can run trials. `start` was called before.
+
+        Args:
+            note: receives what is to be said of nodes that join later.
+
+        Returns:
+            The nodes; None if Ray was started here, and there is nothing to check.
+
+        Raises:
+            SettingError: see `Nodes.check_all` and `ray_address.check_address`.
+            Exception: any other error of starting Ray, unchanged.
+        """
+        if self._address is None:
+            return None
+        self.size()
+        from hpo.search.nodes import Nodes
+
+        nodes = Nodes(note)
+        nodes.check_all()
+        return nodes
+
     def _run_ray(self) -> None:
         import ray
 
@@ -158,6 +186,10 @@ class RayCluster:
                         options["num_cpus"] = cores
                 if self._address is not None:
                     check_address(self._address)
+                    if self._code is not None and not _has_working_dir():
+                        package = Path(scratch) / "code.zip"
+                        package.write_bytes(self._code)
+                        options["runtime_env"] = {"working_dir": str(package)}
                 self._has_answered.set()
                 ray.init(logging_level=logging.CRITICAL, log_to_driver=False, **options)
                 if self._address is None:
@@ -165,7 +197,7 @@ class RayCluster:
             except ConnectionError as error:
                 self._error = no_answer(self._address, error)
             except Exception as error:  # noqa: BLE001 # raised again in the thread that waits for Ray
-                self._error = error
+                self._error = _explain(error)
             self._has_answered.set()
             self._start_ended.set()
             self._must_stop.wait()
@@ -213,6 +245,22 @@ def _private_if_local(address: str | None, folder: Path) -> Iterator[None]:
             os.environ.update({} if value is None else {name: value})
         private._private.ray_constants.ENABLE_RAY_CLUSTER = True  # noqa: SLF001
         read_environment()
+
+
+def _explain(error: Exception) -> Exception:
+    """Return what the user can change about an error of joining a cluster; the error itself if that is unknown."""
+    if "Version mismatch" in str(error):
+        lines = " ".join(str(error).split())
+        return SettingError(f"{lines}. Install the cluster's versions of Ray and Python here, or this machine's there")
+    if "Failed to upload" in str(error):
+        return SettingError(f"the code of the search cannot be sent to the Ray cluster: {error}")
+    return error
+
+
+def _has_working_dir() -> bool:
+    """Return whether this process is a Ray job that brought a folder with it, by `ray job submit --working-dir`."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return bool((job.get("runtime_env") or {}).get("working_dir"))
 
 
 class _NoPaths(list[str]):

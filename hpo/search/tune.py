@@ -1,4 +1,4 @@
-"""Ray Tune runs the trials of a study. Only this module and `cluster` import ray.
+"""Ray Tune runs the trials of a study. Only this module, `cluster` and `nodes` import ray.
 
     Tune asks StudySearcher for a trial -> TrialCoordinator claims it in storage -> a TrialWorker runs it, one epoch per call
     -> StudyScheduler gives each TrialReport to the coordinator, which stores it and decides whether the trial ends
@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +31,14 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from hpo.paths import LOST_FILE, RunsDir
+from hpo.search.code_package import CODE_DIR
 from hpo.search.coordinator import TrialCoordinator
 from hpo.search.listener import ProgressListener
+from hpo.search.nodes import Nodes, compare_here, node_id
 from hpo.search.runs import open_run
 from hpo.search.slots import Slots
 from hpo.search.stop import Stop, StopCause
+from hpo.search.versions import describe_versions
 from hpo.search.worker import Ending, TrialReport, TrialSpec, end_trial, run_trial, watchdog
 from hpo.trainable import load_trainable
 
@@ -51,11 +55,21 @@ SAVE_SECONDS = 120.0  # how long a search that stops waits for its last checkpoi
 class TrialWorker(tune.Trainable):
     """A Ray actor that runs one trial after another. Torch is imported once per worker, not once per trial."""
 
+    _home: Path | None = None  # where Ray started this process; a trainable may go elsewhere
+
     def setup(self, config: dict[str, Any]) -> None:
         """Take the first trial. Errors are not raised here, because Tune would not report the trial."""
         self._spec = TrialSpec(**config["spec"])
         self._reports: Generator[TrialReport, None, str] | None = None
         self._needs_new_process = False
+        self._refusal = ""  # why no trial of this search must run on this node
+        if "versions" in config:  # of a driver that may be on another machine
+            self._home = self._home or Path.cwd()
+            sent = self._home / CODE_DIR
+            self._spec = replace(self._spec, code_folder=str(sent if sent.is_dir() else self._home))
+            self._refusal = compare_here(config["versions"])
+        if self._refusal:
+            return
         # Import slow modules here, outside the timed epochs. If an import fails, `step` raises the error and reports it.
         with suppress(Exception):
             import torch  # noqa: F401
@@ -83,6 +97,8 @@ class TrialWorker(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Run one epoch. A process that can no longer use its GPU ends: the trial is retried in another."""
+        if self._refusal:
+            return {"refusal": self._refusal, "node": node_id()}
         if self._reports is None:
             self._reports = run_trial(self._spec)
         with watchdog(self._spec):
@@ -114,7 +130,7 @@ class StudySearcher(Searcher):
         spec = self._coordinator.next_trial(trial_id)
         if spec is None:
             return Searcher.FINISHED if self._coordinator.is_done else None
-        return {"spec": vars(spec)}
+        return {"spec": vars(spec)} | ({"versions": describe_versions()} if self._scheduler.nodes else {})
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Do nothing: StudyScheduler has passed it on."""
@@ -127,10 +143,16 @@ class StudySearcher(Searcher):
 
 
 class StudyScheduler(FIFOScheduler):
-    """Passes what workers report to the coordinator, and its decisions to Tune."""
+    """Passes what workers report to the coordinator, and its decisions to Tune.
 
-    def __init__(self, coordinator: TrialCoordinator) -> None:
+    Args:
+        coordinator: decides what becomes of a trial.
+        nodes: of a cluster that was joined; None if Ray was started here.
+    """
+
+    def __init__(self, coordinator: TrialCoordinator, nodes: Nodes | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.nodes = nodes
         self._coordinator = coordinator
         self._saving: dict[str, Any] = {}  # {Tune's id: reference to the answer of `TrialWorker.end`}
 
@@ -138,9 +160,15 @@ class StudyScheduler(FIFOScheduler):
         """Set how often Tune may restart a trial: crashes in earlier runs count too."""
         if trial.num_failures == 0:
             trial.max_failures = self._coordinator.retries_left(trial.trial_id)
+        if self.nodes is not None and self.nodes.has_refused:
+            trial.update_resources(self.nodes.without_refused(trial.placement_group_factory))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Store an epoch and decide whether the trial ends."""
+        if self.nodes is not None and "refusal" in result:
+            self.nodes.refuse(result["node"], result["refusal"])
+            self._coordinator.release(trial.trial_id)
+            return str(TrialScheduler.STOP)
         ending = self._coordinator.on_report(trial.trial_id, result["report"])
         if ending is None:
             return str(TrialScheduler.CONTINUE)
@@ -180,11 +208,19 @@ class StudyScheduler(FIFOScheduler):
         details = ""
         with suppress(OSError):
             details = Path(trial.error_file).read_text().rpartition("Failure # ")[2]
+        if self.nodes is not None and self.nodes.is_at_fault(details, trial.placement_group_factory):
+            if trial.should_recover():
+                trial.run_metadata.num_failures -= 1  # Tune starts it elsewhere, see `on_trial_add`
+            else:
+                self._coordinator.release(trial.trial_id)
+            return
         self._coordinator.on_crash(trial.trial_id, details, is_retried=trial.should_recover())
 
     def choose_trial_to_run(self, tune_controller: Any, **_: Any) -> Any:
         """Release the trials whose workers have not started yet, if the search is stopping, and those that have stopped."""
         self.collect_saved()
+        if self.nodes is not None:
+            self.nodes.poll()
         if self._coordinator.stopped:
             for trial in list(tune_controller.get_trials()):
                 if trial.status == trial.PENDING:
@@ -224,6 +260,7 @@ def run_trials(
     runs_dir: RunsDir,
     listener: ProgressListener,
     exit_at: float = math.inf,
+    nodes: Nodes | None = None,
 ) -> Stop | None:
     """Run the remaining trials of a study. Ray must be up.
 
@@ -236,6 +273,7 @@ def run_trials(
         runs_dir: where checkpoints are stored; every worker must reach it.
         listener: receives the events.
         exit_at: when the search stops at the latest, by the monotonic clock.
+        nodes: of a cluster that was joined; None if Ray was started here.
 
     Returns:
         Why the search ended before its work was done; None if it was done.
@@ -254,7 +292,7 @@ def run_trials(
             coordinator.set_deadline(time.monotonic() + space.budget.time - run.elapsed_seconds())
         try:
             with _signals_stop(coordinator, listener):
-                _run_tune(coordinator, slots)
+                _run_tune(coordinator, slots, nodes)
         except KeyboardInterrupt:
             coordinator.stop(StopCause.INTERRUPTED)
         finally:
@@ -268,8 +306,8 @@ def run_trials(
         return coordinator.stopped
 
 
-def _run_tune(coordinator: TrialCoordinator, slots: Slots) -> None:
-    scheduler = StudyScheduler(coordinator)
+def _run_tune(coordinator: TrialCoordinator, slots: Slots, nodes: Nodes | None) -> None:
+    scheduler = StudyScheduler(coordinator, nodes)
     with tempfile.TemporaryDirectory(prefix="hpo-ray-") as scratch:
         tune.run(
             TrialWorker,

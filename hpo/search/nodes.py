@@ -1,0 +1,172 @@
+"""The nodes of a Ray cluster that was joined: whether each can run trials of this search. Those that cannot get none."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ray
+from ray.tune import PlacementGroupFactory
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from hpo.errors import SettingError
+from hpo.search.versions import REMEDY, describe_versions, list_differences
+
+ANSWER_SECONDS = 120.0  # how long a node may take to start a worker and answer, before the search starts
+LATE_SECONDS = 20.0  # the same, after a worker could not start
+POLL_SECONDS = 2.0  # between looks at which nodes there are
+NODE_LABEL = "ray.io/node-id"  # which Ray gives each node
+_NOT_CREATED = "creation task"  # in Ray's report of an actor that could not be created
+
+
+class Nodes:
+    """Asks each node of the cluster once for its versions. Those that differ run no trials of this search.
+
+    Before a search, a node that differs is an error. One that joins later is asked, too. Until it has answered, Ray may
+    place a trial there: its worker compares the versions itself and hands the trial back.
+
+    Args:
+        note: is called once for each node that joined later and is refused.
+    """
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self._note = note
+        self._names: dict[str, str] = {}  # {id: name for the user} of the nodes that were asked
+        self._refused: dict[str, str] = {}  # {id: why}
+        self._asked: dict[Any, str] = {}  # {reference to an answer: id}
+        self._next_poll = 0.0
+
+    @property
+    def has_refused(self) -> bool:
+        """Whether a node runs no trials of this search."""
+        return bool(self._refused)
+
+    def check_all(self) -> None:
+        """Ask all nodes, and wait for their answers.
+
+        Raises:
+            SettingError: a node cannot run trials of this search.
+        """
+        self._ask_new()
+        for node, reason in self._collect(ANSWER_SECONDS).items():
+            self._refused[node] = reason
+        if self._refused:
+            listed = "\n".join(f"  node {self._names[node]}: {reason}" for node, reason in self._refused.items())
+            count = f"{len(self._refused)} of {len(self._names)} nodes"
+            raise SettingError(f"{count} of the Ray cluster cannot run trials of this search:\n{listed}\n{REMEDY}")
+
+    def poll(self) -> None:
+        """Ask the nodes that have joined, and refuse those that have answered and differ. Does not wait."""
+        if time.monotonic() < self._next_poll:
+            return
+        self._next_poll = time.monotonic() + POLL_SECONDS
+        self._ask_new()
+        for node, reason in self._collect(0.0).items():
+            self.refuse(node, reason)
+
+    def refuse(self, node: str, reason: str) -> None:
+        """Place no trials on a node from now on.
+
+        Args:
+            node: its id.
+            reason: how it differs.
+        """
+        if node not in self._refused:
+            self._refused[node] = reason
+            name = self._names.get(node, node[:8])
+            self._note(f"node {name} runs no trials of this search: {reason}. {REMEDY}")
+
+    def is_at_fault(self, details: str, request: Any) -> bool:
+        """Return whether a worker could not start because of its node: that is no failure of the trial.
+
+        Waits a few seconds for nodes that have not answered yet.
+
+        Args:
+            details: Ray's report.
+            request: with which the trial was placed.
+        """
+        if _NOT_CREATED not in details:
+            return False
+        self._ask_new()
+        for node, reason in self._collect(LATE_SECONDS).items():
+            self.refuse(node, reason)
+        return bool(self.without_refused(request) != request)
+
+    def without_refused(self, request: Any) -> Any:
+        """Return a trial's request for resources that no refused node fulfils.
+
+        Args:
+            request: a PlacementGroupFactory. It may be one that this method returned.
+        """
+        if not self._refused:
+            return request
+        selector = {NODE_LABEL: f"!in({','.join(sorted(self._refused))})"}
+        bundles = request.bundles
+        return PlacementGroupFactory(
+            bundles, strategy=request.strategy, bundle_label_selector=[dict(selector) for _ in bundles]
+        )
+
+    def _ask_new(self) -> None:
+        for node in ray.nodes():
+            identity, resources = node["NodeID"], node["Resources"]
+            # Such as the container of the driver, which is only a door to the cluster.
+            runs_trials = resources.get("CPU", 0) or resources.get("GPU", 0)
+            if node["Alive"] and runs_trials and identity not in self._names:
+                self._names[identity] = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}, {identity[:8]})"
+                there = NodeAffinitySchedulingStrategy(identity, soft=False)
+                ask: Any = ray.remote(_question())
+                asked = ask.options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote()
+                self._asked[asked] = identity
+
+    def _collect(self, timeout_seconds: float) -> dict[str, str]:
+        """Return {id: how it differs} of the nodes that have answered now and differ."""
+        differing: dict[str, str] = {}
+        if not self._asked:
+            return differing
+        answers, _ = ray.wait(list(self._asked), num_returns=len(self._asked), timeout=timeout_seconds)
+        for answer in answers:
+            node = self._asked.pop(answer)
+            try:
+                reason = list_differences(describe_versions(), ray.get(answer))
+            except ray.exceptions.RuntimeEnvSetupError as error:
+                reason = f"it has not received the code of the search: {_last_line(error)}"
+            except ray.exceptions.RayTaskError as error:
+                reason = f"it has not said its versions: {_last_line(error)}"
+            except ray.exceptions.RayError:  # it has left, or no worker could start: the worker of a trial asks again
+                continue
+            if reason:
+                differing[node] = reason
+        return differing
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def compare_here(versions: Mapping[str, str]) -> str:
+    """Return how this machine, which runs a worker, differs from the driver's; empty if it does not.
+
+    Args:
+        versions: of the driver's machine.
+    """
+    return list_differences(versions, describe_versions())
+
+
+def node_id() -> str:
+    """Return the id of the node that this worker runs on."""
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def _question() -> Callable[[], dict[str, str]]:
+    """Return a function that runs on a node without hpo: of a nested function, Ray sends the code, of others the name."""
+
+    def answer() -> dict[str, str]:
+        try:
+            from hpo.search.versions import describe_versions
+        except ImportError as error:
+            return {"hpo": "" if error.name == "hpo" else "of another version"}
+        return describe_versions()
+
+    return answer
