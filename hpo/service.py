@@ -323,7 +323,7 @@ def _search(
     if probes is not None:
         provenance["data_sha256"], images = probes.describe_data()
     cluster.wait_for_answer()
-    nodes = cluster.check_nodes(listener.note)
+    nodes = cluster.check_nodes(runs_dir.all_checkpoints, listener.note)
     # Only now, so that a missing data set, or a cluster that cannot be used, does not leave an empty study.
     study, continuation = open_continued(database, continuation, runs_dir)
     space = continuation.space

@@ -145,10 +145,11 @@ class RayCluster:
         resources = ray.cluster_resources()
         return resources.get("CPU", 1.0), resources.get("GPU", 0.0)
 
-    def check_nodes(self, note: Callable[[str], None]) -> Nodes | None:
+    def check_nodes(self, folder: Path, note: Callable[[str], None]) -> Nodes | None:
         """Wait until Ray is up, and check that each node can run trials. `start` was called before.
 
         Args:
+            folder: for the checkpoints of all studies.
             note: receives what is to be said of nodes that join later.
 
         Returns:
@@ -163,7 +164,7 @@ class RayCluster:
         self.size()
         from hpo.search.nodes import Nodes
 
-        nodes = Nodes(note)
+        nodes = Nodes(folder, note)
         nodes.check_all()
         return nodes
 

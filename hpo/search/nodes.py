@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -11,7 +12,7 @@ from ray.tune import PlacementGroupFactory
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hpo.errors import SettingError
-from hpo.search.versions import REMEDY, describe_versions, list_differences
+from hpo.search.versions import Problem, describe_versions
 
 ANSWER_SECONDS = 120.0  # how long a node may take to start a worker and answer, before the search starts
 LATE_SECONDS = 20.0  # the same, after a worker could not start
@@ -21,19 +22,21 @@ _NOT_CREATED = "creation task"  # in Ray's report of an actor that could not be 
 
 
 class Nodes:
-    """Asks each node of the cluster once for its versions. Those that differ run no trials of this search.
+    """Asks each node of the cluster once whether it can run trials of this search, see `find_problem`.
 
-    Before a search, a node that differs is an error. One that joins later is asked, too. Until it has answered, Ray may
-    place a trial there: its worker compares the versions itself and hands the trial back.
+    Before a search, a node that cannot is an error. One that joins later is asked, too. Until it has answered, Ray may place
+    a trial there: its worker asks the same and hands the trial back.
 
     Args:
+        folder: for the checkpoints of all studies.
         note: is called once for each node that joined later and is refused.
     """
 
-    def __init__(self, note: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, note: Callable[[str], None]) -> None:
+        self._folder = folder
         self._note = note
         self._names: dict[str, str] = {}  # {id: name for the user} of the nodes that were asked
-        self._refused: dict[str, str] = {}  # {id: why}
+        self._refused: dict[str, Problem] = {}
         self._asked: dict[Any, str] = {}  # {reference to an answer: id}
         self._next_poll = 0.0
 
@@ -49,33 +52,34 @@ class Nodes:
             SettingError: a node cannot run trials of this search.
         """
         self._ask_new()
-        for node, reason in self._collect(ANSWER_SECONDS).items():
-            self._refused[node] = reason
+        self._refused = self._collect(ANSWER_SECONDS)
         if self._refused:
-            listed = "\n".join(f"  node {self._names[node]}: {reason}" for node, reason in self._refused.items())
+            listed = [f"  node {self._names[node]}: {each.reason}" for node, each in self._refused.items()]
+            remedies = dict.fromkeys(each.remedy for each in self._refused.values())
             count = f"{len(self._refused)} of {len(self._names)} nodes"
-            raise SettingError(f"{count} of the Ray cluster cannot run trials of this search:\n{listed}\n{REMEDY}")
+            lines = [f"{count} of the Ray cluster cannot run trials of this search:", *listed, *remedies]
+            raise SettingError("\n".join(lines))
 
     def poll(self) -> None:
-        """Ask the nodes that have joined, and refuse those that have answered and differ. Does not wait."""
+        """Ask the nodes that have joined, and refuse those that have answered that they cannot. Does not wait."""
         if time.monotonic() < self._next_poll:
             return
         self._next_poll = time.monotonic() + POLL_SECONDS
         self._ask_new()
-        for node, reason in self._collect(0.0).items():
-            self.refuse(node, reason)
+        for node, problem in self._collect(0.0).items():
+            self.refuse(node, problem)
 
-    def refuse(self, node: str, reason: str) -> None:
+    def refuse(self, node: str, problem: Problem) -> None:
         """Place no trials on a node from now on.
 
         Args:
             node: its id.
-            reason: how it differs.
+            problem: why it cannot run them.
         """
         if node not in self._refused:
-            self._refused[node] = reason
+            self._refused[node] = problem
             name = self._names.get(node, node[:8])
-            self._note(f"node {name} runs no trials of this search: {reason}. {REMEDY}")
+            self._note(f"node {name} runs no trials of this search: {problem.reason}. {problem.remedy}")
 
     def is_at_fault(self, details: str, request: Any) -> bool:
         """Return whether a worker could not start because of its node: that is no failure of the trial.
@@ -89,8 +93,8 @@ class Nodes:
         if _NOT_CREATED not in details:
             return False
         self._ask_new()
-        for node, reason in self._collect(LATE_SECONDS).items():
-            self.refuse(node, reason)
+        for node, problem in self._collect(LATE_SECONDS).items():
+            self.refuse(node, problem)
         return bool(self.without_refused(request) != request)
 
     def without_refused(self, request: Any) -> Any:
@@ -115,29 +119,30 @@ class Nodes:
             if node["Alive"] and runs_trials and identity not in self._names:
                 self._names[identity] = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}, {identity[:8]})"
                 there = NodeAffinitySchedulingStrategy(identity, soft=False)
-                ask: Any = ray.remote(_question())
+                ask: Any = ray.remote(_question(describe_versions(), str(self._folder)))
                 asked = ask.options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote()
                 self._asked[asked] = identity
 
-    def _collect(self, timeout_seconds: float) -> dict[str, str]:
-        """Return {id: how it differs} of the nodes that have answered now and differ."""
-        differing: dict[str, str] = {}
+    def _collect(self, timeout_seconds: float) -> dict[str, Problem]:
+        """Return what the nodes that have answered now have said, without those that have no problem."""
+        problems: dict[str, Problem] = {}
         if not self._asked:
-            return differing
+            return problems
         answers, _ = ray.wait(list(self._asked), num_returns=len(self._asked), timeout=timeout_seconds)
         for answer in answers:
             node = self._asked.pop(answer)
             try:
-                reason = list_differences(describe_versions(), ray.get(answer))
+                said = ray.get(answer)
             except ray.exceptions.RuntimeEnvSetupError as error:
-                reason = f"it has not received the code of the search: {_last_line(error)}"
+                problems[node] = Problem(f"it has not received the code of the search: {_last_line(error)}")
             except ray.exceptions.RayTaskError as error:
-                reason = f"it has not said its versions: {_last_line(error)}"
+                problems[node] = Problem(f"it has not said its versions: {_last_line(error)}")
             except ray.exceptions.RayError:  # it has left, or no worker could start: the worker of a trial asks again
-                continue
-            if reason:
-                differing[node] = reason
-        return differing
+                pass
+            else:
+                if said is not None:
+                    problems[node] = Problem(*said)
+        return problems
 
 
 def _last_line(error: Exception) -> str:
@@ -145,28 +150,23 @@ def _last_line(error: Exception) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def compare_here(versions: Mapping[str, str]) -> str:
-    """Return how this machine, which runs a worker, differs from the driver's; empty if it does not.
-
-    Args:
-        versions: of the driver's machine.
-    """
-    return list_differences(versions, describe_versions())
-
-
 def node_id() -> str:
     """Return the id of the node that this worker runs on."""
     return str(ray.get_runtime_context().get_node_id())
 
 
-def _question() -> Callable[[], dict[str, str]]:
-    """Return a function that runs on a node without hpo: of a nested function, Ray sends the code, of others the name."""
+def _question(versions: Mapping[str, str], folder: str) -> Callable[[], tuple[str, ...] | None]:
+    """Return a function that a node can run without hpo: of a nested function, Ray sends the code, of others the name.
 
-    def answer() -> dict[str, str]:
+    It returns None, or what a `Problem` is made of.
+    """
+
+    def answer() -> tuple[str, ...] | None:
         try:
-            from hpo.search.versions import describe_versions
+            from hpo.search.versions import find_problem
         except ImportError as error:
-            return {"hpo": "" if error.name == "hpo" else "of another version"}
-        return describe_versions()
+            return ("hpo is not installed" if error.name == "hpo" else "hpo is of another version",)
+        problem = find_problem(versions, folder)
+        return None if problem is None else (problem.reason, problem.remedy)
 
     return answer

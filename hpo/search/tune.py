@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -34,11 +35,11 @@ from hpo.paths import LOST_FILE, RunsDir
 from hpo.search.code_package import CODE_DIR
 from hpo.search.coordinator import TrialCoordinator
 from hpo.search.listener import ProgressListener
-from hpo.search.nodes import Nodes, compare_here, node_id
+from hpo.search.nodes import Nodes, node_id
 from hpo.search.runs import open_run
 from hpo.search.slots import Slots
 from hpo.search.stop import Stop, StopCause
-from hpo.search.versions import describe_versions
+from hpo.search.versions import Problem, describe_versions, find_problem
 from hpo.search.worker import Ending, TrialReport, TrialSpec, end_trial, run_trial, watchdog
 from hpo.trainable import load_trainable
 
@@ -62,13 +63,12 @@ class TrialWorker(tune.Trainable):
         self._spec = TrialSpec(**config["spec"])
         self._reports: Generator[TrialReport, None, str] | None = None
         self._needs_new_process = False
-        self._refusal = ""  # why no trial of this search must run on this node
+        self._problem: Problem | None = None  # why no trial of this search must run on this node
         if "versions" in config:  # of a driver that may be on another machine
             self._home = self._home or Path.cwd()
-            sent = self._home / CODE_DIR
-            self._spec = replace(self._spec, code_folder=str(sent if sent.is_dir() else self._home))
-            self._refusal = compare_here(config["versions"])
-        if self._refusal:
+            self._spec = replace(self._spec, code_folder=_enter_code(self._home))
+            self._problem = find_problem(config["versions"], self._spec.folder)
+        if self._problem is not None:
             return
         # Import slow modules here, outside the timed epochs. If an import fails, `step` raises the error and reports it.
         with suppress(Exception):
@@ -97,8 +97,8 @@ class TrialWorker(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Run one epoch. A process that can no longer use its GPU ends: the trial is retried in another."""
-        if self._refusal:
-            return {"refusal": self._refusal, "node": node_id()}
+        if self._problem is not None:
+            return {"problem": self._problem, "node": node_id()}
         if self._reports is None:
             self._reports = run_trial(self._spec)
         with watchdog(self._spec):
@@ -110,6 +110,20 @@ class TrialWorker(tune.Trainable):
             os._exit(1)
         self._needs_new_process = self._needs_new_process or report.needs_new_process
         return {"report": report}
+
+
+def _enter_code(home: Path) -> str:
+    """Go to the code that was sent to this node, and return its folder: as on the driver's machine, a trial runs there.
+
+    Args:
+        home: where Ray started this process: the folder with the code, or that of `ray start` if nothing was sent.
+    """
+    sent = home / CODE_DIR
+    if not sent.is_dir():
+        return str(home)
+    os.chdir(sent)
+    sys.path[:] = [path for path in sys.path if path != str(home)]  # see `code_package`
+    return str(sent)
 
 
 # --- in the driver ----------------------------------------------------------------------------------------------------
@@ -165,8 +179,8 @@ class StudyScheduler(FIFOScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """Store an epoch and decide whether the trial ends."""
-        if self.nodes is not None and "refusal" in result:
-            self.nodes.refuse(result["node"], result["refusal"])
+        if self.nodes is not None and "problem" in result:
+            self.nodes.refuse(result["node"], result["problem"])
             self._coordinator.release(trial.trial_id)
             return str(TrialScheduler.STOP)
         ending = self._coordinator.on_report(trial.trial_id, result["report"])

@@ -1,20 +1,56 @@
-"""Whether another machine has the packages of this one, as far as trials depend on them. Does not import ray."""
+"""Whether a machine can run the trials of a driver on another one: its packages, its disk. Does not import ray."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import platform
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 from hpo.paths import PACKAGE_DIR
 
-REMEDY = (
-    "Install there what this machine has, such as with the same image, or with `uv sync` from the same checkout, and start "
-    "Ray there again"
-)
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a machine cannot run the trials of a search.
+
+    Attributes:
+        reason: in one line.
+        remedy: a sentence without its full stop.
+    """
+
+    reason: str
+    remedy: str = (
+        "Install there what this machine has, such as with the same image, or with `uv sync` from the same checkout, and "
+        "start Ray there again"
+    )
+
+
+def find_problem(versions: Mapping[str, str], folder: str) -> Problem | None:
+    """Return why this machine cannot run trials of a driver; None if it can.
+
+    Args:
+        versions: of the driver's machine, see `describe_versions`.
+        folder: for checkpoints and logs. It is created.
+    """
+    differences = list_differences(versions, describe_versions())
+    if differences:
+        return Problem(differences)
+    try:
+        Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        return Problem(
+            f"it cannot write to {folder}: {error.strerror}",
+            "Start the search from a folder that each node can create, or name such a folder with --checkpoints",
+        )
+    return None
 
 
 @cache

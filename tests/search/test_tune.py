@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from hpo.search.coordinator import TrialCoordinator
 from hpo.search.stop import Stop, StopCause
+from hpo.search.versions import Problem, describe_versions
 from hpo.search.worker import Ending, TrialReport, TrialSpec
 from tests.factories import trial_spec
 
@@ -81,7 +83,7 @@ class FakeController:
 @pytest.mark.slow
 def test_the_configuration_of_a_trial_is_its_whole_spec(tune: ModuleType, coordinator: Mock, tmp_path: Path) -> None:
     spec = coordinator.next_trial.return_value = trial_spec(tmp_path)
-    suggested = tune.StudySearcher(coordinator, Mock()).suggest("a")
+    suggested = tune.StudySearcher(coordinator, Mock(nodes=None)).suggest("a")
     coordinator.next_trial.assert_called_once_with("a")
     assert list(suggested) == ["spec"]
     assert TrialSpec(**suggested["spec"]) == spec
@@ -264,3 +266,128 @@ def test_a_worker_whose_process_must_not_run_another_trial_takes_none(
     else:
         assert worker.reset_config(config)
         assert worker.step()["report"].epoch == 1
+
+
+# --- a cluster of other machines --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nodes() -> Mock:
+    """Nodes of which none is refused."""
+    from hpo.search.nodes import Nodes
+
+    fake: Mock = create_autospec(Nodes, instance=True, has_refused=False)
+    fake.is_at_fault.return_value = False
+    return fake
+
+
+@pytest.mark.slow
+def test_a_trial_on_another_machine_gets_the_versions_of_this_one(
+    tune: ModuleType, coordinator: Mock, nodes: Mock, tmp_path: Path
+) -> None:
+    coordinator.next_trial.return_value = trial_spec(tmp_path)
+    suggested = tune.StudySearcher(coordinator, Mock(nodes=nodes)).suggest("a")
+    assert suggested["versions"] == describe_versions()
+
+
+@pytest.fixture
+def worker(tune: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A worker of a cluster, which Ray has started in `tmp_path`."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.chdir(tmp_path)
+    return tune.TrialWorker.__new__(tune.TrialWorker)
+
+
+@pytest.mark.slow
+def test_a_trial_runs_in_the_code_that_was_sent_which_is_last_on_the_path(
+    tune: ModuleType, worker: Any, tmp_path: Path
+) -> None:
+    sent = tmp_path / tune.CODE_DIR
+    sent.mkdir()
+    (sent / "sent_in_a_test.py").write_text("def train(params, *, data, seed, max_epochs, device, checkpoint): yield\n")
+    (sent / "pandas.py").write_text("raise RuntimeError('a file must not replace a package')")
+    spec = trial_spec(tmp_path, trainable="sent_in_a_test:train", code_folder="/of/the/driver")
+    config = {"spec": vars(spec), "versions": describe_versions()}
+    for _ in range(2):
+        worker.setup(config)
+        assert worker._spec.code_folder == os.getcwd() == str(sent)  # noqa: PTH109
+        assert sys.path[-1] == str(sent)
+        assert str(tmp_path) not in sys.path
+        assert "sent_in_a_test" in sys.modules
+        os.chdir("/")  # as a trainable may do
+    del sys.modules["sent_in_a_test"]
+
+
+@pytest.mark.slow
+def test_without_code_a_trial_runs_where_the_worker_was_started(worker: Any, tmp_path: Path) -> None:
+    spec = trial_spec(tmp_path, code_folder="/of/the/driver")
+    worker.setup({"spec": vars(spec), "versions": describe_versions()})
+    assert worker._spec.code_folder == str(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_worker_on_a_machine_with_other_versions_trains_nothing(
+    tune: ModuleType, worker: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "node_id", lambda: "node-b")
+    monkeypatch.setattr(tune, "run_trial", Mock(side_effect=AssertionError("it must not train")))
+    worker.setup({"spec": vars(trial_spec(tmp_path)), "versions": describe_versions() | {"torch": "0.1"}})
+    answer = worker.step()
+    assert answer["problem"].reason.startswith("torch is ")
+    assert answer["node"] == "node-b"
+    assert worker.end(Ending.SAVE) == ""
+
+
+@pytest.mark.slow
+def test_a_trial_that_a_worker_hands_back_is_released_and_its_node_gets_no_more(
+    tune: ModuleType, coordinator: Mock, nodes: Mock
+) -> None:
+    scheduler, problem = tune.StudyScheduler(coordinator, nodes), Problem("torch is 0.1 and 2.0 here")
+    decision = scheduler.on_trial_result(None, FakeTrial(), {"problem": problem, "node": "node-b"})
+    assert decision == "STOP"
+    nodes.refuse.assert_called_once_with("node-b", problem)
+    coordinator.release.assert_called_once_with("a")
+    coordinator.on_report.assert_not_called()
+
+
+@pytest.mark.slow
+def test_a_trial_asks_for_nodes_that_are_not_refused(tune: ModuleType, coordinator: Mock, nodes: Mock) -> None:
+    coordinator.retries_left.return_value = 0
+    scheduler, update = tune.StudyScheduler(coordinator, nodes), Mock()
+    trial = FakeTrial(placement_group_factory="request", update_resources=update)
+    scheduler.on_trial_add(None, trial)
+    update.assert_not_called()
+    nodes.has_refused = True
+    nodes.without_refused.return_value = "elsewhere"
+    scheduler.on_trial_add(None, trial)
+    nodes.without_refused.assert_called_once_with("request")
+    update.assert_called_once_with("elsewhere")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_retried", [True, False])
+def test_a_node_that_could_not_start_a_worker_counts_no_failure(
+    tune: ModuleType, coordinator: Mock, nodes: Mock, tmp_path: Path, is_retried: bool
+) -> None:
+    (tmp_path / "error").write_text("Failure # 1 at noon\nsomething\nFailure # 2 at one\nno module named hpo")
+    nodes.is_at_fault.return_value = True
+    metadata = SimpleNamespace(num_failures=1)
+    trial = FakeTrial(
+        error_file=str(tmp_path / "error"),
+        placement_group_factory="request",
+        run_metadata=metadata,
+        should_recover=lambda: is_retried,
+    )
+    tune.StudyScheduler(coordinator, nodes).on_trial_error(None, trial)
+    nodes.is_at_fault.assert_called_once_with("2 at one\nno module named hpo", "request")
+    coordinator.on_crash.assert_not_called()
+    assert metadata.num_failures == (0 if is_retried else 1)
+    assert coordinator.release.call_args_list == ([] if is_retried else [call("a")])
+
+
+@pytest.mark.slow
+def test_the_scheduler_looks_for_nodes_that_join(tune: ModuleType, coordinator: Mock, nodes: Mock) -> None:
+    controller = Mock()
+    controller.get_trials.return_value = []
+    tune.StudyScheduler(coordinator, nodes).choose_trial_to_run(controller)
+    nodes.poll.assert_called_once_with()
