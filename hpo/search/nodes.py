@@ -18,7 +18,8 @@ ANSWER_SECONDS = 120.0  # how long a node may take to start a worker and answer,
 LATE_SECONDS = 20.0  # the same, after a worker could not start
 POLL_SECONDS = 2.0  # between looks at which nodes there are
 NODE_LABEL = "ray.io/node-id"  # which Ray gives each node
-_NOT_CREATED = "creation task"  # in Ray's report of an actor that could not be created
+# In Ray's report of an actor that could not be created.
+_NOT_CREATED = ("creation task", "Failed to set up runtime environment")
 
 
 class Nodes:
@@ -90,7 +91,7 @@ class Nodes:
             details: Ray's report.
             request: with which the trial was placed.
         """
-        if _NOT_CREATED not in details:
+        if not any(text in details for text in _NOT_CREATED):
             return False
         self._ask_new()
         for node, problem in self._collect(LATE_SECONDS).items():

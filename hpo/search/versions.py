@@ -42,7 +42,7 @@ def find_problem(versions: Mapping[str, str], folder: str) -> Problem | None:
     if differences:
         return Problem(differences)
     try:
-        Path(folder).mkdir(mode=0o700, parents=True, exist_ok=True)
+        Path(folder).mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
