@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.announcement import Announcer
 from hpo.bucket import Bucket, locate
+from hpo.credentials import secret_files
 from hpo.errors import HpoError, SpaceError
 from hpo.paths import DEFAULT_STORAGE, RunsDir, is_new_database
 from hpo.search.environment import check_trainable, describe_environment, note_horizon
@@ -187,9 +188,10 @@ def _run_search(
     if (note := note_horizon(space)) is not None:
         listener.note(note)
     is_mps_wanted = ray_address is None and may_share_gpu(space)
+    code = None if ray_address is None else _pack_code(space, storage, runs, data)
     with (
         start_mps(is_wanted=is_mps_wanted) as mps,  # first: Ray's workers and the probes inherit its environment
-        RayCluster(ray_address) as cluster,
+        RayCluster(ray_address, code) as cluster,
         _start_probes(space, data, runs.root) as probes,
         _warnings_noted(listener),
         ExitStack() as opened,
@@ -270,6 +272,18 @@ def _find_files(
     return runs
 
 
+def _pack_code(space: Space, storage: str, runs: RunsDir, data: Mapping[str, Any]) -> bytes | None:
+    """Return the code that the nodes of a cluster need; None if they have it, because hpo is installed there."""
+    from hpo.search.code_package import pack
+
+    if space.is_default_trainable:
+        return None
+    left_out = [runs.root, runs.all_checkpoints, Path(data["data_dir"]), *secret_files()]
+    if storage.startswith("sqlite"):
+        left_out.append(Path(storage.partition(":///")[2].partition("?")[0]))
+    return pack(Path.cwd(), left_out)
+
+
 def _upload_left(space: Space, study: Study, runs: RunsDir, listener: ProgressListener, *, is_hurried: bool) -> None:
     """Upload the checkpoints on this machine that the bucket lacks, or say why they are not there."""
     from hpo.search.bucket_checkpoints import BucketStudy, upload_left
@@ -309,7 +323,8 @@ def _search(
     if probes is not None:
         provenance["data_sha256"], images = probes.describe_data()
     cluster.wait_for_answer()
-    # Only now, so that a missing data set, or a cluster that does not answer, does not leave an empty study.
+    cluster.check_nodes(runs_dir.all_checkpoints, listener.note)
+    # Only now, so that a missing data set, or a cluster that cannot be used, does not leave an empty study.
     study, continuation = open_continued(database, continuation, runs_dir)
     space = continuation.space
     note_database(runs_dir.checkpoints(study.unique_name), database)

@@ -7,6 +7,7 @@ with the thread that started them (PR_SET_PDEATHSIG), so none of them outlives a
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import os
 import secrets
@@ -20,11 +21,14 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpo.errors import SettingError
 from hpo.search.ray_address import check_address, no_answer
 from hpo.search.slots import KIND_PREFIX, Node
+
+if TYPE_CHECKING:
+    from hpo.search.node_checks import NodeChecks
 
 # Ray reads these when it is imported. Its uv hook would start every worker through `uv run`, its usage report needs a
 # network, and this process handles Ctrl-C itself.
@@ -59,15 +63,18 @@ class RayCluster:
 
     Args:
         address: of the cluster to join; None starts Ray on this machine.
+        code: a zip file, see `code_package.pack`, that each node unpacks for the workers of this search; None for none.
     """
 
-    def __init__(self, address: str | None) -> None:
+    def __init__(self, address: str | None, code: bytes | None = None) -> None:
         self._address = address
+        self._code = code
         self._thread = threading.Thread(target=self._run_ray, name="hpo-ray", daemon=True)
         self._has_answered = threading.Event()
         self._start_ended = threading.Event()
         self._must_stop = threading.Event()
         self._error: Exception | None = None
+        self.checks: NodeChecks | None = None
         self._on_death: Callable[[], int] | None = None
         self._handlers_before: dict[int, Any] = {}
         self._imports_before = 0  # of a caller that runs a search while it is imported
@@ -173,6 +180,25 @@ class RayCluster:
                 return not self._must_stop.wait(GRACE_SECONDS)
         return False
 
+    def check_nodes(self, folder: Path, note: Callable[[str], None]) -> None:
+        """Wait until Ray is up, and check that each node can run trials, unless Ray was started here.
+
+        Args:
+            folder: for the checkpoints of all studies.
+            note: receives what is to be said of nodes that join later.
+
+        Raises:
+            SettingError: see `NodeChecks.check_all` and `ray_address.check_address`.
+            Exception: any other error of starting Ray, unchanged.
+        """
+        if self._address is None:
+            return
+        self.nodes()
+        from hpo.search.node_checks import NodeChecks
+
+        self.checks = NodeChecks(folder, note)
+        self.checks.check_all()
+
     def _run_ray(self) -> None:
         import ray
 
@@ -192,6 +218,10 @@ class RayCluster:
                         options["num_cpus"] = cores
                 if self._address is not None:
                     check_address(self._address)
+                    if self._code is not None and not _has_working_dir():
+                        package = Path(scratch) / "code.zip"
+                        package.write_bytes(self._code)
+                        options["runtime_env"] = {"working_dir": str(package)}
                 self._has_answered.set()
                 ray.init(logging_level=logging.CRITICAL, log_to_driver=False, **options)
                 if self._address is None:
@@ -199,7 +229,7 @@ class RayCluster:
             except ConnectionError as error:
                 self._error = no_answer(self._address, error)
             except Exception as error:  # noqa: BLE001 # raised again in the thread that waits for Ray
-                self._error = error
+                self._error = _explain(error)
             self._has_answered.set()
             self._start_ended.set()
             code = self._on_death() if self._has_died() and self._on_death is not None else None
@@ -280,6 +310,22 @@ def _private_if_local(address: str | None, folder: Path) -> Iterator[None]:
         private._private.ray_constants.ENABLE_RAY_CLUSTER = True  # noqa: SLF001
         private._private.services.ConsolePopen = popen  # noqa: SLF001
         read_environment()
+
+
+def _explain(error: Exception) -> Exception:
+    """Return what the user can change about an error of joining a cluster; the error itself if that is unknown."""
+    if "Version mismatch" in str(error):
+        lines = " ".join(str(error).split())
+        return SettingError(f"{lines}. Install the cluster's versions of Ray and Python here, or this machine's there")
+    if "Failed to upload" in str(error):
+        return SettingError(f"the code of the search cannot be sent to the Ray cluster: {error}")
+    return error
+
+
+def _has_working_dir() -> bool:
+    """Return whether this process is a Ray job that brought a folder with it, by `ray job submit --working-dir`."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return bool((job.get("runtime_env") or {}).get("working_dir"))
 
 
 class _NoPaths(list[str]):

@@ -17,6 +17,7 @@ from hpo.search.cluster import read_nodes  # first: it sets the environment that
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
+from hpo.search.node_checks import NodeChecks
 from hpo.search.slots import MAX_WANTED, Node, Slots
 
 CONNECT_SECONDS = 2.0  # within which a raylet answers
@@ -28,19 +29,19 @@ class Membership:
 
     Args:
         slots: what each trial gets.
-        is_fixed: whether the nodes stay as they are, as those of a Ray that was started for this search.
+        checks: of the nodes of a cluster that was joined; None if Ray was started for this search, and stays as it is.
     """
 
-    def __init__(self, slots: Slots, *, is_fixed: bool) -> None:
+    def __init__(self, slots: Slots, checks: NodeChecks | None) -> None:
         self._slots = slots
-        self._is_fixed = is_fixed
+        self._checks = checks
         self._read_at = -float("inf")
         self._nodes: list[Node] = []
         self._draining: dict[str, float] = {}
         self._wanted: list[PlacementGroup] = []
 
     def _refresh(self) -> None:
-        if not self._is_fixed and time.monotonic() - self._read_at >= POLL_SECONDS:
+        if self._checks is not None and time.monotonic() - self._read_at >= POLL_SECONDS:
             # A head node that is being restarted gives no answer. What was known stays then.
             with suppress(ray.exceptions.RayError, RuntimeError, ConnectionError):
                 self._nodes, self._draining = read_nodes()
@@ -48,10 +49,10 @@ class Membership:
 
     def room(self) -> dict[str, int]:
         """Return {kind of GPU: how many trials run at a time}, see `Slots.room`."""
-        if self._is_fixed:
+        if self._checks is None:
             return {"": self._slots.count}
         self._refresh()
-        return self._slots.room(self._nodes)
+        return self._slots.room(node for node in self._nodes if node.id not in self._checks.refused)
 
     def draining(self) -> dict[str, float]:
         """Return {id: seconds left} of the nodes that are drained."""
@@ -64,7 +65,7 @@ class Membership:
         Ray notices within 15 s that a machine was switched off, but at once that a worker on it is gone. So its raylet is
         asked.
         """
-        if self._is_fixed or not node_id:
+        if self._checks is None or not node_id:
             return False
         self._read_at = -float("inf")
         self._refresh()
@@ -79,7 +80,7 @@ class Membership:
 
     def node_of(self, actor: Any) -> str:
         """Return Ray's id of the node of an actor that has started; empty where nodes stay."""
-        if self._is_fixed:
+        if self._checks is None:
             return ""
         # No public function asks for one actor without Ray's dashboard; pyproject.toml bounds the version of Ray.
         state: Any = ray._private.state.state  # noqa: SLF001
@@ -93,7 +94,7 @@ class Membership:
         Args:
             count: how many places; 0 withdraws what was asked for.
         """
-        if self._is_fixed:
+        if self._checks is None:
             return
         kept: list[PlacementGroup] = []
         for group in self._wanted:
@@ -102,5 +103,9 @@ class Membership:
             else:
                 remove_placement_group(group)
         bundle = {"CPU": self._slots.cpu} | ({"GPU": self._slots.gpu} if self._slots.gpu else {})
-        kept += [placement_group([bundle]) for _ in range(min(count, MAX_WANTED) - len(kept))]
+        selector = self._checks.selector
+        labels = None if selector is None else [selector]
+        kept += [
+            placement_group([bundle], bundle_label_selector=labels) for _ in range(min(count, MAX_WANTED) - len(kept))
+        ]
         self._wanted = kept

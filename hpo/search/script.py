@@ -66,6 +66,7 @@ def run_script(
     needs_epoch: bool,
     patterns: Mapping[str, str] | None = None,
     takes_turns: bool = False,
+    folder: Path | None = None,
 ) -> Generator[ScriptEpoch, None, None]:
     """Start a script and yield a ScriptEpoch for each line of JSON that has numbers.
 
@@ -87,7 +88,10 @@ def run_script(
     """
     parse = OutputReader(patterns).read if patterns else _parse_metrics
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as log_file, _started(arguments, log, threads) as (script, stderr_copier):
+    with (
+        log.open("a", encoding="utf-8") as log_file,
+        _started(arguments, log, threads, folder) as (script, stderr_copier),
+    ):
         epoch = 0
         last_epoch: ScriptEpoch | None = None
         assert script.stdout is not None
@@ -155,7 +159,7 @@ def _take_epoch(metrics: dict[str, float], previous: int, *, needs_epoch: bool) 
 
 @contextlib.contextmanager
 def _started(
-    arguments: Sequence[str], log: Path, threads: int
+    arguments: Sequence[str], log: Path, threads: int, folder: Path | None
 ) -> Iterator[tuple[subprocess.Popen[str], threading.Thread]]:
     """Run a script in a separate process group. It ends with the `with` block or with this process.
 
@@ -170,6 +174,7 @@ def _started(
         encoding="utf-8",
         errors="replace",
         start_new_session=True,
+        cwd=folder,
         # Unbuffered, so that an epoch arrives when it is printed.
         env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(threads)},
     )

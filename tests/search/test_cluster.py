@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import signal
 import socket
@@ -53,6 +54,8 @@ class FakeRay(SimpleNamespace):
     def init(self, **options: Any) -> None:
         self.calls.append(("init", options["address"]))
         self.num_cpus = options.get("num_cpus")
+        working_dir = options.get("runtime_env", {}).get("working_dir")
+        self.sent = None if working_dir is None else (Path(working_dir).suffix, Path(working_dir).read_bytes())
         options["job_config"]._py_driver_sys_path.extend(["/the/working/folder"])
         assert options["job_config"]._py_driver_sys_path == []
         self.environment = dict(os.environ)
@@ -175,6 +178,45 @@ def test_a_search_that_ends_by_itself_after_ray_has_died_is_left_alone(
     assert (ended, fake_ray.calls[-1]) == ([], ("shutdown", None))
 
 
+@pytest.mark.parametrize(
+    ("address", "job", "is_sent"),
+    [
+        ("auto", None, True),
+        ("auto", {"runtime_env": {"env_vars": {"A": "b"}}}, True),
+        ("auto", {"runtime_env": None}, True),
+        ("auto", {"runtime_env": {"working_dir": "gcs://x.zip"}}, False),  # `ray job submit --working-dir`
+        (None, None, False),
+    ],
+)
+def test_code_is_sent_to_a_cluster_that_has_not_got_it(
+    fake_ray: FakeRay,
+    monkeypatch: pytest.MonkeyPatch,
+    address: str | None,
+    job: dict[str, Any] | None,
+    is_sent: bool,
+) -> None:
+    if job is not None:
+        monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+    with RayCluster(address, b"a zip file") as cluster:
+        cluster.start()
+        cluster.nodes()
+    assert fake_ray.sent == ((".zip", b"a zip file") if is_sent else None)
+
+
+def test_without_code_nothing_is_sent(fake_ray: FakeRay) -> None:
+    with RayCluster("auto") as cluster:
+        cluster.start()
+        cluster.nodes()
+    assert fake_ray.sent is None
+
+
+def test_a_ray_of_our_own_has_no_nodes_to_check(fake_ray: FakeRay, tmp_path: Path) -> None:
+    with RayCluster(None) as cluster:
+        cluster.start()
+        cluster.check_nodes(tmp_path, lambda _: None)
+        assert cluster.checks is None
+
+
 def test_leaving_the_context_stops_the_cluster_even_after_an_error(fake_ray: FakeRay) -> None:
     def fail() -> None:
         with RayCluster(None) as cluster:
@@ -201,6 +243,18 @@ def test_a_cluster_that_was_never_started_needs_no_ray(fake_ray: FakeRay) -> Non
             "no Ray cluster answers at RAY_ADDRESS auto: timed out. Start one with `ray start --head`, or unset RAY_ADDRESS",
         ),
         (ValueError("no such option"), ValueError, "no such option"),
+        (
+            RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.9.0\n"),
+            SettingError,
+            "Version mismatch: The cluster was started with: Ray: 2.9.0. Install the cluster's versions of Ray and Python "
+            "here, or this machine's there",
+        ),
+        (
+            Exception("Failed to upload package code.zip to the Ray cluster: no room"),
+            SettingError,
+            "the code of the search cannot be sent to the Ray cluster: Failed to upload package code.zip to the Ray "
+            "cluster: no room",
+        ),
     ],
 )
 def test_an_error_of_ray_is_raised_where_the_size_is_needed(

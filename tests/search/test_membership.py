@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -31,6 +32,7 @@ class FakeCluster:
         self.error: Exception | None = None
         self.groups: dict[int, str] = {}  # {number: state}
         self.bundles: list[dict[str, float]] = []
+        self.selectors: list[Any] = []
         self.now = 100.0
 
     def read_nodes(self) -> tuple[list[Node], dict[str, float]]:
@@ -38,8 +40,9 @@ class FakeCluster:
             raise self.error
         return [node for node in self.nodes if node.id not in self.draining], dict(self.draining)
 
-    def placement_group(self, bundles: list[dict[str, float]]) -> int:
+    def placement_group(self, bundles: list[dict[str, float]], *, bundle_label_selector: Any) -> int:
         self.bundles += bundles
+        self.selectors.append(bundle_label_selector)
         number = len(self.bundles)
         self.groups[number] = "PENDING"
         return number
@@ -62,7 +65,7 @@ def cluster(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> FakeCluster:
 def test_room_is_read_from_time_to_time_and_kept_while_the_head_does_not_answer(
     module: ModuleType, cluster: FakeCluster
 ) -> None:
-    members = module.Membership(Slots(1, 1.0, 0.0), is_fixed=False)
+    members = module.Membership(Slots(1, 1.0, 0.0), Mock(refused=(), selector=None))
     assert members.room() == {"": 6}
     cluster.nodes.append(Node(1, id="c"))
     assert members.room() == {"": 6}, "it was read just now"
@@ -78,7 +81,7 @@ def test_room_is_read_from_time_to_time_and_kept_while_the_head_does_not_answer(
 
 def test_a_ray_of_our_own_stays_as_it_is(module: ModuleType, cluster: FakeCluster) -> None:
     cluster.error = AssertionError("it must not be asked")
-    members = module.Membership(Slots(3, 1.0, 0.0), is_fixed=True)
+    members = module.Membership(Slots(3, 1.0, 0.0), None)
     members.ask_for(4)
     assert (members.room(), members.draining(), members.has_left("a")) == ({"": 3}, {}, False)
     assert members.node_of(None) == ""
@@ -99,12 +102,12 @@ def test_a_node_has_left_if_it_is_gone_or_drained_or_does_not_answer(
         silent = closed.getsockname()
     cluster.nodes = [Node(1, id=name, address=raylet) for name in "ab"] + [Node(1, id="c", address=silent)]
     cluster.draining = {"b": 10.0}
-    members = module.Membership(Slots(1, 1.0, 0.0), is_fixed=False)
+    members = module.Membership(Slots(1, 1.0, 0.0), Mock(refused=(), selector=None))
     assert [members.has_left(name) for name in ("a", "b", "c", "d", "")] == [False, True, True, True, False]
 
 
 def test_places_are_asked_for_until_there_is_room_for_them(module: ModuleType, cluster: FakeCluster) -> None:
-    members = module.Membership(Slots(0, 2.0, 0.5), is_fixed=False)
+    members = module.Membership(Slots(0, 2.0, 0.5), Mock(refused=(), selector=None))
     for _ in range(2):
         members.ask_for(3)
     assert cluster.bundles == [{"CPU": 2.0, "GPU": 0.5}] * 3
@@ -118,7 +121,7 @@ def test_places_are_asked_for_until_there_is_room_for_them(module: ModuleType, c
 
 
 def test_without_gpus_none_are_asked_for(module: ModuleType, cluster: FakeCluster) -> None:
-    module.Membership(Slots(0, 1.0, 0.0), is_fixed=False).ask_for(1)
+    module.Membership(Slots(0, 1.0, 0.0), Mock(refused=(), selector=None)).ask_for(1)
     assert cluster.bundles == [{"CPU": 1.0}]
 
 
@@ -127,4 +130,11 @@ def test_the_node_of_a_worker_is_read_from_rays_table(module: ModuleType, monkey
     state: Any = SimpleNamespace(actor_table=table.get)
     monkeypatch.setattr(module.ray._private.state, "state", state)
     actor = SimpleNamespace(_actor_id=SimpleNamespace(hex=lambda: "ab"))
-    assert module.Membership(Slots(0, 1.0, 0.0), is_fixed=False).node_of(actor) == "n"
+    assert module.Membership(Slots(0, 1.0, 0.0), Mock(refused=(), selector=None)).node_of(actor) == "n"
+
+
+def test_a_refused_node_has_no_room_and_is_not_asked_for(module: ModuleType, cluster: FakeCluster) -> None:
+    members = module.Membership(Slots(1, 1.0, 0.0), Mock(refused={"b"}, selector={"ray.io/node-id": "!in(b)"}))
+    assert members.room() == {"": 2}
+    members.ask_for(1)
+    assert cluster.selectors == [[{"ray.io/node-id": "!in(b)"}]]
