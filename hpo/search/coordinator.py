@@ -19,7 +19,7 @@ from hpo.search.listener import ProgressListener
 from hpo.search.places import Places
 from hpo.search.population import trial_key
 from hpo.search.retention import Retention
-from hpo.search.slots import MAX_WANTED, Slots
+from hpo.search.slots import MAX_WANTED, Room, Slots
 from hpo.search.stop import Stop, StopCause, find_spent
 from hpo.search.worker import Ending, TrialReport, TrialSpec
 from hpo.space.model import Space
@@ -49,7 +49,7 @@ class TrialCoordinator:
         data: what the trainable gets as `data`.
         runs_dir: where checkpoints are stored.
         listener: receives the events.
-        room: returns {kind of GPU: how many trials run at a time} now, see `Slots.room`; None for `slots.count` always.
+        room: returns {kind of GPU: the room for trials} now, see `Slots.room`; None for `slots.count` always.
 
     Attributes:
         stopped: why no new trial is claimed; None while trials are claimed.
@@ -65,7 +65,7 @@ class TrialCoordinator:
         data: Mapping[str, Any],
         runs_dir: RunsDir,
         listener: ProgressListener,
-        room: Callable[[], Mapping[str, int]] | None = None,
+        room: Callable[[], Mapping[str, Room]] | None = None,
     ) -> None:
         self._space = space
         self._run = run
@@ -112,10 +112,15 @@ class TrialCoordinator:
         """
         if self._is_over() or time.monotonic() < self._next_attempt or len(self._claims) >= self._at_a_time:
             return None
-        kind = self._places.find_free()
-        if kind is None:
+        slots = self._places.take(tune_id)
+        if slots is None:
             return None
-        slots = self._places.slots(kind)
+        spec = self._claim_spec(tune_id, slots)
+        if spec is None:
+            self._places.leave(tune_id)
+        return spec
+
+    def _claim_spec(self, tune_id: str, slots: Slots) -> TrialSpec | None:
         with self._storage_errors_kept():
             is_spent = self._is_patience_spent()
             claim = self._claim(slots, new=not is_spent)
@@ -130,7 +135,6 @@ class TrialCoordinator:
                     self.stop(StopCause.NO_IMPROVEMENT, f"{patience} trials in a row have not found {found}")
                 return None
             self._claims[tune_id] = claim
-            self._places.take(tune_id, kind)
             self._epochs[tune_id] = claim.epoch
             self._together = {each: max(self._together.get(each, 0), len(self._claims)) for each in self._claims}
             scheduler = self._space.scheduler

@@ -18,7 +18,7 @@ from typing import Any
 from hpo.errors import SettingError, TrainableError
 from hpo.search.checkpoint_writer import COST_SHARE
 from hpo.search.probes import ImageCounts, Probes, Speed
-from hpo.search.slots import Node, Slots, share_cores
+from hpo.search.slots import CONTEXT_BYTES, Node, Slots, share_cores
 from hpo.space.model import Space
 from hpo.space.parameters import Params
 from hpo.train.params import CIFAR_STEM_COST, KEPT_NUMBERS, SHAPE_PARAMS, WEIGHTS, TrainParams
@@ -28,7 +28,6 @@ MAX_TRIALS_PER_GPU = 8
 WORTH_SECONDS = 60.0  # seconds; shorter searches are not optimized
 GROWTH = 1.05  # more trials side by side must raise the throughput by this factor
 GPU_MARGIN = 1.25  # on the measured peak: allocators fragment
-CONTEXT_BYTES = 2**30  # upper bound of CUDA's own GPU memory per process
 SHORT_SEARCH_IMAGES = 60_000  # image passes; below this, measuring takes longer than it saves
 
 
@@ -143,6 +142,9 @@ def estimate_search(
             best = add_up(candidate, speeds)
         elif slots.device == "cuda":
             break
+    if best.slots.device == "cuda" and space.resources.gpu == "auto":
+        most = max(speed.memory_bytes for speed in best.speeds.values())
+        best = replace(best, slots=replace(best.slots, trial_bytes=int(space.replicates * GPU_MARGIN * most)))
     return replace(best, tried=tried)
 
 
@@ -190,7 +192,7 @@ def _candidates(space: Space, slots: Slots, trials: int | None, nodes: Sequence[
         fewer = {1, slots.count // 2} - {0, slots.count} if is_free else set()
         divided = [share_cores(nodes, 0.0, count) for count in sorted(fewer, reverse=True)]
         # With a machine's cores for each trial, a cluster has room for one on each machine.
-        rooms = [min(sum(each.room(nodes).values()), trials or math.inf) for each in divided]
+        rooms = [min(each.room(nodes)[""].count, trials or math.inf) for each in divided]
         return [replace(each, count=int(room)) for each, room in zip(divided, rooms, strict=True)]
     if space.resources.gpu != "auto":
         return []

@@ -18,7 +18,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
 from hpo.search.node_checks import NodeChecks
-from hpo.search.slots import MAX_WANTED, Node, Slots
+from hpo.search.slots import MAX_WANTED, Node, Room, Slots
 
 CONNECT_SECONDS = 2.0  # within which a raylet answers
 POLL_SECONDS = 1.0  # between two readings of the nodes
@@ -47,12 +47,12 @@ class Membership:
                 self._nodes, self._draining = read_nodes()
             self._read_at = time.monotonic()
 
-    def room(self) -> dict[str, int]:
-        """Return {kind of GPU: how many trials run at a time}, see `Slots.room`."""
+    def room(self) -> dict[str, Room]:
+        """Return {kind of GPU: the room for trials}, see `Slots.room`."""
         if self._checks is None:
-            return {"": self._slots.count}
+            return {"": Room(self._slots.count, self._slots.gpu)}
         self._refresh()
-        return self._slots.room(node for node in self._nodes if node.id not in self._checks.refused)
+        return self._slots.room(self._checks.usable(self._nodes))
 
     def draining(self) -> dict[str, float]:
         """Return {id: seconds left} of the nodes that are drained."""

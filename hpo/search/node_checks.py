@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ray.tune import PlacementGroupFactory
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hpo.errors import SettingError
+from hpo.search.slots import Node
 from hpo.search.versions import Problem, describe_versions
 
 ANSWER_SECONDS = 120.0  # how long a node may take to start a worker and answer, before the search starts
@@ -38,6 +40,7 @@ class NodeChecks:
         self._note = note
         self._names: dict[str, str] = {}  # {id: name for the user} of the nodes that were asked
         self._refused: dict[str, Problem] = {}
+        self._gpu_bytes: dict[str, int] = {}
         self._asked: dict[Any, str] = {}  # {reference to an answer: id}
         self._next_poll = 0.0
 
@@ -50,6 +53,12 @@ class NodeChecks:
     def selector(self) -> dict[str, str] | None:
         """Which nodes may run trials, by Ray's labels; None for all."""
         return {NODE_LABEL: f"!in({','.join(sorted(self._refused))})"} if self._refused else None
+
+    def usable(self, nodes: Iterable[Node]) -> list[Node]:
+        """Return those of some nodes that are not refused, with the memory of their GPUs where they have said it."""
+        return [
+            replace(node, gpu_bytes=self._gpu_bytes.get(node.id, 0)) for node in nodes if node.id not in self._refused
+        ]
 
     def check_all(self) -> None:
         """Ask all nodes, and wait for their answers.
@@ -146,8 +155,9 @@ class NodeChecks:
             except ray.exceptions.RayError:  # it has left, or no worker could start: the worker of a trial asks again
                 pass
             else:
-                if said is not None:
-                    problems[node] = Problem(*said)
+                self._gpu_bytes[node] = said.get("gpu_bytes", 0)
+                if "problem" in said:
+                    problems[node] = Problem(*said["problem"])
         return problems
 
 
@@ -161,18 +171,19 @@ def node_id() -> str:
     return str(ray.get_runtime_context().get_node_id())
 
 
-def _question(versions: Mapping[str, str], folder: str) -> Callable[[], tuple[str, ...] | None]:
+def _question(versions: Mapping[str, str], folder: str) -> Callable[[], dict[str, Any]]:
     """Return a function that a node can run without hpo: of a nested function, Ray sends the code, of others the name.
 
-    It returns None, or what a `Problem` is made of.
+    It returns {"problem": what a `Problem` is made of}, if there is one, and {"gpu_bytes": memory of the smallest GPU}.
     """
 
-    def answer() -> tuple[str, ...] | None:
+    def answer() -> dict[str, Any]:
         try:
-            from hpo.search.versions import find_problem
+            from hpo.search.versions import find_problem, smallest_gpu_bytes
         except ImportError as error:
-            return ("hpo is not installed" if error.name == "hpo" else "hpo is of another version",)
+            return {"problem": ("hpo is not installed" if error.name == "hpo" else "hpo is of another version",)}
         problem = find_problem(versions, folder)
-        return None if problem is None else (problem.reason, problem.remedy)
+        found = {} if problem is None else {"problem": (problem.reason, problem.remedy)}
+        return found | {"gpu_bytes": smallest_gpu_bytes()}
 
     return answer

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from hpo.errors import SettingError
 from hpo.space.model import Space
 
+CONTEXT_BYTES = 2**30  # upper bound of CUDA's own GPU memory per process
 MAX_WANTED = 16  # places that a search asks a cluster for at a time; when nodes have joined, it asks for more
 KIND_PREFIX = "accelerator_type:"  # of the resource with which Ray names the kind of a node's GPUs
 
@@ -20,6 +22,7 @@ class Node:
         cores: that Ray may use.
         gpus: that Ray may use.
         gpu_kind: what Ray calls its GPUs, such as H100; empty without any.
+        gpu_bytes: memory of its smallest GPU; 0 if unknown.
         id: Ray's id of it.
         address: host and port at which Ray's own process on it, the raylet, listens.
     """
@@ -27,6 +30,7 @@ class Node:
     cores: float
     gpus: float = 0.0
     gpu_kind: str = ""
+    gpu_bytes: int = 0
     id: str = ""
     address: tuple[str, int] = ("", 0)
 
@@ -41,6 +45,19 @@ class Node:
 
 
 @dataclass(frozen=True)
+class Room:
+    """The room for trials on nodes with one kind of GPU.
+
+    Attributes:
+        count: how many trials run at a time.
+        gpu: GPUs of each.
+    """
+
+    count: int
+    gpu: float
+
+
+@dataclass(frozen=True)
 class Slots:
     """The places in which trials run.
 
@@ -48,13 +65,14 @@ class Slots:
         count: how many trials run at a time. In a cluster, this changes with its nodes, see `room`.
         cpu: cores of each.
         gpu: GPUs of each; a fraction shares one GPU.
-        gpu_by_kind: {kind of GPU: GPUs of a trial there}, where it differs from `gpu`.
+        trial_bytes: the GPU memory that each needs, without CUDA's own; 0 if unknown. A GPU with less memory than the one
+            for which `gpu` was chosen is shared by fewer trials.
     """
 
     count: int
     cpu: float
     gpu: float
-    gpu_by_kind: Mapping[str, float] = field(default_factory=dict)
+    trial_bytes: int = 0
 
     @property
     def threads(self) -> int:
@@ -81,19 +99,24 @@ class Slots:
         """Whether several trials use one GPU."""
         return self.gpu > 0 and self.trials_per_device > 1
 
-    def on_kind(self, kind: str) -> Slots:
-        """Return what a trial gets on nodes with one kind of GPU."""
-        return replace(self, gpu=self.gpu_by_kind.get(kind, self.gpu), gpu_by_kind={})
+    def gpu_on(self, node: Node) -> float:
+        """Return the GPUs of a trial on a node; infinite if it does not fit into the memory of one."""
+        if not self.trials_share_gpu or not self.trial_bytes or not node.gpu_bytes:
+            return self.gpu
+        fitting = min(self.trials_per_device, (node.gpu_bytes + CONTEXT_BYTES) // (self.trial_bytes + CONTEXT_BYTES))
+        return 1 / fitting if fitting else math.inf
 
-    def room(self, nodes: Iterable[Node]) -> dict[str, int]:
-        """Return {kind of GPU: how many trials run at a time} on some nodes.
-
-        Where all trials get the same, one kind, which is empty, stands for all nodes.
-        """
-        found: dict[str, int] = {}
-        for node in nodes:
-            kind = node.gpu_kind if self.gpu_by_kind else ""
-            found[kind] = found.get(kind, 0) + node.room(self.cpu, self.on_kind(kind).gpu)
+    def room(self, nodes: Sequence[Node]) -> dict[str, Room]:
+        """Return {kind of GPU: the room} on some nodes. Where trials get the same of all nodes, the kind is empty."""
+        shares = {self.gpu_on(node) for node in nodes if node.gpus} or {self.gpu}
+        if len(shares) == 1:
+            gpu = shares.pop()
+            return {"": Room(sum(node.room(self.cpu, gpu) for node in nodes), gpu)}
+        found: dict[str, Room] = {}
+        for kind in sorted({node.gpu_kind for node in nodes if node.gpus}):
+            alike = [node for node in nodes if node.gpu_kind == kind and node.gpus]
+            gpu = max(self.gpu_on(node) for node in alike)
+            found[kind] = Room(sum(node.room(self.cpu, gpu) for node in alike), gpu)
         return found
 
 

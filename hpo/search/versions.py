@@ -1,4 +1,4 @@
-"""Whether a machine can run the trials of a driver on another one: its packages, its disk. Does not import ray."""
+"""Whether a machine can run the trials of a driver on another one: its packages, its disk, its GPUs. Does not import ray."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import platform
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -13,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 
 from hpo.paths import PACKAGE_DIR
+
+SMI_SECONDS = 20.0  # how long nvidia-smi may take: it loads the driver, if nothing else has
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,16 @@ def find_problem(versions: Mapping[str, str], folder: str) -> Problem | None:
             "Start the search from a folder that each node can create, or name such a folder with --checkpoints",
         )
     return None
+
+
+def smallest_gpu_bytes() -> int:
+    """Return the memory of the smallest GPU of this machine; 0 without one, or if nobody says."""
+    ask = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]  # MiB
+    try:
+        answer = subprocess.run(ask, capture_output=True, text=True, timeout=SMI_SECONDS, check=True).stdout
+        return min(int(line) for line in answer.split()) * 2**20
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return 0
 
 
 @cache

@@ -23,7 +23,7 @@ from benchmarks.toy import expected_value
 from hpo.paths import LOST_FILE, RunsDir
 from hpo.search.checkpoints import load_checkpoint
 from hpo.search.coordinator import TrialCoordinator
-from hpo.search.slots import MAX_WANTED, Slots
+from hpo.search.slots import MAX_WANTED, Room, Slots
 from hpo.search.stop import StopCause
 from hpo.search.worker import Ending, TrialReport, TrialSpec, end_trial, run_trial
 from hpo.space.model import Space
@@ -55,7 +55,7 @@ def coordinator_of(
     folder: Path,
     listener: RecordingListener,
     slots: Slots = TWO_SLOTS,
-    room: Callable[[], Mapping[str, int]] | None = None,
+    room: Callable[[], Mapping[str, Room]] | None = None,
 ) -> TrialCoordinator:
     run.enqueue(space.grid_points(), space.distributions())
     return TrialCoordinator(space, run, slots, data={}, runs_dir=RunsDir(folder), listener=listener, room=room)
@@ -676,17 +676,17 @@ def test_what_a_program_wrote_into_a_trial_that_waits_is_not_run(
 
 def test_as_many_trials_are_claimed_as_there_is_room_for_now(study: Study, tmp_path: Path) -> None:
     space, listener = toy_space(tmp_path, parameters={"x": [1, 2, 3, 4, 5]}), RecordingListener()
-    room = {"": 0}
+    room = {"": Room(0, 0.0)}
     with run_of(study, space) as run:
         coordinator = coordinator_of(space, run, tmp_path, listener, room=lambda: room)
         assert coordinator.next_trial("a") is None
         assert not coordinator.is_done
         assert coordinator.follow_cluster() == 5, "the cluster is asked for all of them"
-        room = {"": 2}
+        room = {"": Room(2, 0.0)}
         assert coordinator.follow_cluster() == 0, "two have room, and are not claimed yet"
         assert [coordinator.next_trial(name) is not None for name in "abc"] == [True, True, False]
         assert coordinator.follow_cluster() == 3
-        room = {"": 1}
+        room = {"": Room(1, 0.0)}
         assert coordinator.is_surplus("a")
         coordinator.release("a")
         assert not coordinator.is_surplus("b")
@@ -750,9 +750,9 @@ def test_a_lost_node_counts_neither_as_a_crash_nor_as_device_time(
 
 def test_a_trial_holds_what_its_kind_of_gpu_gives_it(study: Study, tmp_path: Path) -> None:
     space = toy_space(tmp_path, parameters={"x": [1, 2, 3]})
-    slots = Slots(0, 1.0, 0.25, {"T4": 1.0})
+    room = {"T4": Room(1, 1.0), "H100": Room(1, 0.25)}
     with run_of(study, space) as run:
-        coordinator = coordinator_of(space, run, tmp_path, RecordingListener(), slots, lambda: {"T4": 1, "H100": 1})
+        coordinator = coordinator_of(space, run, tmp_path, RecordingListener(), Slots(0, 1.0, 0.25), lambda: room)
         assert [coordinator.next_trial(name) is not None for name in "abc"] == [True, True, False]
         assert [coordinator.bundle(name)["GPU"] for name in "ab"] == [1.0, 0.25]
     held = "SELECT number, device, devices FROM hpo_usage JOIN trials ON trial_id = trial ORDER BY number"

@@ -27,6 +27,9 @@ def documented_space(*overrides: str) -> Space:
     )
 
 
+TRIAL_BYTES = 1_250_000_000  # of `FakeProbes`, with a margin
+
+
 class FakeProbes(Probes):
     """A device of known speed and memory, measured without processes.
 
@@ -156,7 +159,7 @@ def test_gpu_is_packed_while_memory_suffices_and_throughput_grows(
 ) -> None:
     probes = FakeProbes(speed, device_bytes=device_bytes)
     made = estimate_search(documented_space(), Slots(1, 16.0, 1.0), 30, probes, IMAGES, [Node(16.0, 1.0)])
-    assert made.slots == Slots(count, float(16 // count), 1 / count)
+    assert made.slots == Slots(count, float(16 // count), 1 / count, TRIAL_BYTES)
     assert list(made.tried) == tried
     assert made.gpu_hours == pytest.approx(made.trial_seconds / count / 3600)
 
@@ -164,7 +167,7 @@ def test_gpu_is_packed_while_memory_suffices_and_throughput_grows(
 def test_two_gpus_are_packed_alike_and_a_given_share_is_kept() -> None:
     probes = FakeProbes(lambda _, slots: 10.0)
     made = estimate_search(documented_space(), Slots(2, 8.0, 1.0), 6, probes, IMAGES, [Node(16.0, 2.0)])
-    assert made.slots == Slots(6, 2.0, 1 / 3), "six trials: three a GPU"
+    assert made.slots == Slots(6, 2.0, 1 / 3, TRIAL_BYTES), "six trials: three a GPU"
     kept = estimate_search(
         documented_space("resources.gpu=0.5"), Slots(4, 4.0, 0.5), 30, probes, IMAGES, [Node(16.0, 2.0)]
     )

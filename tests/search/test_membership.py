@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from hpo.search.slots import MAX_WANTED, Node, Slots
+from hpo.search.slots import MAX_WANTED, Node, Room, Slots
 
 pytestmark = pytest.mark.slow  # importing ray takes seconds
 
@@ -51,6 +51,12 @@ class FakeCluster:
         return {"state": self.groups[group]}
 
 
+def checks_of(refused: str = "") -> Mock:
+    """Checks that have refused one node, or none."""
+    selector = {"ray.io/node-id": f"!in({refused})"} if refused else None
+    return Mock(selector=selector, usable=lambda nodes: [node for node in nodes if node.id != refused])
+
+
 @pytest.fixture
 def cluster(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> FakeCluster:
     fake = FakeCluster()
@@ -65,25 +71,25 @@ def cluster(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> FakeCluster:
 def test_room_is_read_from_time_to_time_and_kept_while_the_head_does_not_answer(
     module: ModuleType, cluster: FakeCluster
 ) -> None:
-    members = module.Membership(Slots(1, 1.0, 0.0), Mock(refused=(), selector=None))
-    assert members.room() == {"": 6}
+    members = module.Membership(Slots(1, 1.0, 0.0), checks_of())
+    assert members.room() == {"": Room(6, 0.0)}
     cluster.nodes.append(Node(1, id="c"))
-    assert members.room() == {"": 6}, "it was read just now"
+    assert members.room() == {"": Room(6, 0.0)}, "it was read just now"
     cluster.now += module.POLL_SECONDS
-    assert members.room() == {"": 7}
+    assert members.room() == {"": Room(7, 0.0)}
     cluster.error = ConnectionError("no head")
     cluster.now += module.POLL_SECONDS
-    assert members.room() == {"": 7}
+    assert members.room() == {"": Room(7, 0.0)}
     cluster.error, cluster.draining = None, {"b": 25.0}
     cluster.now += module.POLL_SECONDS
-    assert (members.room(), members.draining()) == ({"": 3}, {"b": 25.0})
+    assert (members.room(), members.draining()) == ({"": Room(3, 0.0)}, {"b": 25.0})
 
 
 def test_a_ray_of_our_own_stays_as_it_is(module: ModuleType, cluster: FakeCluster) -> None:
     cluster.error = AssertionError("it must not be asked")
     members = module.Membership(Slots(3, 1.0, 0.0), None)
     members.ask_for(4)
-    assert (members.room(), members.draining(), members.has_left("a")) == ({"": 3}, {}, False)
+    assert (members.room(), members.draining(), members.has_left("a")) == ({"": Room(3, 0.0)}, {}, False)
     assert members.node_of(None) == ""
     assert cluster.bundles == []
 
@@ -102,12 +108,12 @@ def test_a_node_has_left_if_it_is_gone_or_drained_or_does_not_answer(
         silent = closed.getsockname()
     cluster.nodes = [Node(1, id=name, address=raylet) for name in "ab"] + [Node(1, id="c", address=silent)]
     cluster.draining = {"b": 10.0}
-    members = module.Membership(Slots(1, 1.0, 0.0), Mock(refused=(), selector=None))
+    members = module.Membership(Slots(1, 1.0, 0.0), checks_of())
     assert [members.has_left(name) for name in ("a", "b", "c", "d", "")] == [False, True, True, True, False]
 
 
 def test_places_are_asked_for_until_there_is_room_for_them(module: ModuleType, cluster: FakeCluster) -> None:
-    members = module.Membership(Slots(0, 2.0, 0.5), Mock(refused=(), selector=None))
+    members = module.Membership(Slots(0, 2.0, 0.5), checks_of())
     for _ in range(2):
         members.ask_for(3)
     assert cluster.bundles == [{"CPU": 2.0, "GPU": 0.5}] * 3
@@ -121,7 +127,7 @@ def test_places_are_asked_for_until_there_is_room_for_them(module: ModuleType, c
 
 
 def test_without_gpus_none_are_asked_for(module: ModuleType, cluster: FakeCluster) -> None:
-    module.Membership(Slots(0, 1.0, 0.0), Mock(refused=(), selector=None)).ask_for(1)
+    module.Membership(Slots(0, 1.0, 0.0), checks_of()).ask_for(1)
     assert cluster.bundles == [{"CPU": 1.0}]
 
 
@@ -130,11 +136,11 @@ def test_the_node_of_a_worker_is_read_from_rays_table(module: ModuleType, monkey
     state: Any = SimpleNamespace(actor_table=table.get)
     monkeypatch.setattr(module.ray._private.state, "state", state)
     actor = SimpleNamespace(_actor_id=SimpleNamespace(hex=lambda: "ab"))
-    assert module.Membership(Slots(0, 1.0, 0.0), Mock(refused=(), selector=None)).node_of(actor) == "n"
+    assert module.Membership(Slots(0, 1.0, 0.0), checks_of()).node_of(actor) == "n"
 
 
 def test_a_refused_node_has_no_room_and_is_not_asked_for(module: ModuleType, cluster: FakeCluster) -> None:
-    members = module.Membership(Slots(1, 1.0, 0.0), Mock(refused={"b"}, selector={"ray.io/node-id": "!in(b)"}))
-    assert members.room() == {"": 2}
+    members = module.Membership(Slots(1, 1.0, 0.0), checks_of("b"))
+    assert members.room() == {"": Room(2, 0.0)}
     members.ask_for(1)
     assert cluster.selectors == [[{"ray.io/node-id": "!in(b)"}]]

@@ -420,7 +420,7 @@ def plan(fake: FakeMps, monkeypatch: pytest.MonkeyPatch, slots: Slots) -> tuple[
         seen.append(PIPE_VARIABLE in os.environ)
         return SearchEstimate(slots, {}, {}, 3, 1.0, 1.0)
 
-    monkeypatch.setattr("hpo.search.estimate.machine_size", lambda: (16.0, 1.0))
+    monkeypatch.setattr("hpo.search.estimate.this_machine", lambda: Node(16.0, 1.0))
     monkeypatch.setattr("hpo.search.estimate.can_measure", lambda _: True)
     monkeypatch.setattr("hpo.search.estimate.estimate_search", measured)
     monkeypatch.setattr("hpo.search.probes.Probes.describe_data", lambda _: ("", (1, 1, 1)))

@@ -17,6 +17,7 @@ from ray.tune import PlacementGroupFactory
 from hpo.errors import SettingError
 from hpo.search import node_checks as module
 from hpo.search.node_checks import NODE_LABEL, NodeChecks
+from hpo.search.slots import Node
 from hpo.search.versions import Problem, describe_versions
 
 pytestmark = pytest.mark.slow  # imports ray
@@ -71,7 +72,7 @@ class FakeRay:
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     fake = FakeRay()
     fake.alive = {"a": {"CPU": 1.0}}
-    fake.answers = {"a": None}
+    fake.answers = {"a": {"gpu_bytes": 0}}
     monkeypatch.setattr(module, "ray", fake)
     monkeypatch.setattr(module, "NodeAffinitySchedulingStrategy", lambda node_id, soft: SimpleNamespace(**locals()))
     monkeypatch.setattr(module, "POLL_SECONDS", 0.0)
@@ -90,20 +91,22 @@ def nodes(fake: FakeRay, notes: list[str], tmp_path: Path) -> NodeChecks:
 
 def test_each_node_is_asked_once_and_those_that_run_no_trials_are_not(nodes: NodeChecks, fake: FakeRay) -> None:
     fake.alive |= {"gpu": {"GPU": 1.0}, "door": {"memory": 1e9}}
-    fake.answers["gpu"] = None
+    fake.answers["gpu"] = {"gpu_bytes": 80}
     nodes.check_all()
     nodes.poll()
     assert fake.asked == ["a", "gpu"]
     assert not nodes.refused
     assert nodes.without_refused(ONE_CORE) is ONE_CORE
+    known = [Node(1, id="a"), Node(1, 1, id="gpu"), Node(1, id="joined just now")]
+    assert nodes.usable(known) == [known[0], Node(1, 1, gpu_bytes=80, id="gpu"), known[2]]
 
 
 def test_nodes_that_cannot_run_trials_are_one_error_before_a_search(nodes: NodeChecks, fake: FakeRay) -> None:
     fake.alive |= {"b": {"CPU": 1.0}, "c": {"CPU": 1.0}, "d": {"CPU": 1.0}}
     fake.answers |= {
-        "b": ("torch is 1.0 and 2.0 here",),
-        "c": ("hpo is not installed",),
-        "d": ("it cannot write to /home/a: Permission denied", "Start elsewhere"),
+        "b": {"problem": ("torch is 1.0 and 2.0 here",)},
+        "c": {"problem": ("hpo is not installed",)},
+        "d": {"problem": ("it cannot write to /home/a: Permission denied", "Start elsewhere")},
     }
     with pytest.raises(SettingError) as caught:
         nodes.check_all()
@@ -145,7 +148,7 @@ def test_a_node_that_joins_later_is_asked_and_refused_with_one_note(
     for _ in range(2):
         nodes.poll()
     assert (fake.asked, notes) == (["a", "b"], [])
-    fake.answers["b"] = ("hpo is not installed",)
+    fake.answers["b"] = {"problem": ("hpo is not installed",)}
     for _ in range(2):
         nodes.poll()
     nodes.refuse("b", Problem("a worker says so, too"))
@@ -160,6 +163,7 @@ def test_trials_are_placed_on_other_nodes(nodes: NodeChecks) -> None:
     nodes.refuse("a", Problem("x"))
     placed = nodes.without_refused(request)
     assert placed.bundles == request.bundles
+    assert [node.id for node in nodes.usable([Node(1, id=name) for name in "abc"])] == ["c"]
     assert placed._bound.arguments["bundle_label_selector"] == [{NODE_LABEL: "!in(a,b)"}]
     assert nodes.without_refused(placed) == placed
     assert placed != request, "Tune gives a trial only the actors with its own request"
@@ -171,7 +175,7 @@ def test_a_worker_that_could_not_start_is_the_fault_of_a_node_once(
     nodes.check_all()
     assert not nodes.is_at_fault(NO_CREATION, ONE_CORE), "all nodes are fine"
     fake.alive["b"] = {"CPU": 1.0}
-    fake.answers["b"] = ("hpo is not installed",)
+    fake.answers["b"] = {"problem": ("hpo is not installed",)}
     assert not nodes.is_at_fault("the worker died", ONE_CORE)
     assert nodes.is_at_fault(NO_CREATION, ONE_CORE)
     assert len(notes) == 1
@@ -185,7 +189,7 @@ def answer_of(fake: FakeRay, nodes: NodeChecks) -> Any:
 
 
 def test_a_node_with_the_same_versions_has_no_problem(nodes: NodeChecks, fake: FakeRay) -> None:
-    assert answer_of(fake, nodes) is None
+    assert answer_of(fake, nodes) == {"gpu_bytes": 0}
 
 
 def test_a_node_with_other_versions_answers_with_the_difference(
@@ -193,7 +197,7 @@ def test_a_node_with_other_versions_answers_with_the_difference(
 ) -> None:
     nodes.check_all()
     monkeypatch.setattr("hpo.search.versions.describe_versions", lambda: describe_versions() | {"torch": "0.1"})
-    reason, remedy = cloudpickle.loads(cloudpickle.dumps(fake.question))()
+    reason, remedy = cloudpickle.loads(cloudpickle.dumps(fake.question))()["problem"]
     assert reason == f"torch is 0.1 and {describe_versions()['torch']} here"
     assert remedy == Problem("").remedy
 
@@ -216,4 +220,4 @@ def test_a_node_without_hpo_can_answer(
         return original(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", find)
-    assert cloudpickle.loads(sent)() == (reason,)
+    assert cloudpickle.loads(sent)() == {"problem": (reason,)}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from hpo.errors import SettingError
-from hpo.search.slots import Node, Slots, plan_slots
+from hpo.search.slots import Node, Room, Slots, plan_slots
 from tests.factories import shipped_space
 
 
@@ -66,12 +68,26 @@ def test_a_cluster_is_divided_by_its_machines(
     assert plan_slots(shipped_space("quick", f"resources={resources}"), trials, nodes, may_grow=True) == expected
 
 
-def test_room_follows_the_nodes_and_what_a_trial_gets_follows_the_kind_of_gpu() -> None:
+GIB = 2**30
+
+
+def test_room_follows_the_nodes() -> None:
     nodes = [Node(8, 2, "H100"), Node(8, 2, "T4"), Node(8, 1, "T4"), Node(8)]
-    assert Slots(1, 2.0, 0.0).room(nodes) == {"": 16}
-    assert Slots(1, 1.0, 0.5).room(nodes) == {"": 10}
-    by_kind = Slots(1, 1.0, 0.25, {"T4": 1.0})
-    assert by_kind.room(nodes) == {"H100": 8, "T4": 3, "": 0}
-    assert by_kind.on_kind("T4") == Slots(1, 1.0, 1.0)
-    assert by_kind.on_kind("H100") == Slots(1, 1.0, 0.25)
-    assert by_kind.room([]) == {}
+    assert Slots(1, 2.0, 0.0).room(nodes) == {"": Room(16, 0.0)}
+    assert Slots(1, 1.0, 0.5).room(nodes) == {"": Room(10, 0.5)}
+    assert Slots(1, 1.0, 0.5).room([]) == {"": Room(0, 0.5)}
+
+
+def test_a_gpu_with_less_memory_is_shared_by_fewer_trials() -> None:
+    large, small = Node(8, 2, "H100", 80 * GIB), Node(8, 1, "T4", 15 * GIB)
+    for trial_gib, expected in (
+        (6, {"H100": Room(8, 0.25), "T4": Room(2, 0.5)}),
+        (2, {"": Room(12, 0.25)}),
+        (12, {"H100": Room(8, 0.25), "T4": Room(1, 1.0)}),
+        (16, {"H100": Room(8, 0.25), "T4": Room(0, math.inf)}),
+    ):
+        slots = Slots(1, 1.0, 0.25, trial_gib * GIB)
+        assert slots.room([large, small, Node(8)]) == expected, trial_gib
+    unknown = Node(8, 1, "A10")
+    assert Slots(1, 1.0, 0.25, 12 * GIB).room([small, unknown]) == {"A10": Room(4, 0.25), "T4": Room(1, 1.0)}
+    assert Slots(1, 1.0, 1.0, 16 * GIB).room([large, small]) == {"": Room(3, 1.0)}, "no trial shares a GPU"

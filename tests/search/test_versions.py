@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hpo.search.versions import describe_versions, find_problem, hash_source, list_differences
+from hpo.search.versions import describe_versions, find_problem, hash_source, list_differences, smallest_gpu_bytes
 from tests.factories import ROOT
 
 
@@ -86,3 +86,19 @@ def test_other_versions_are_a_problem_before_the_disk_is_touched(tmp_path: Path)
     assert problem.reason == f"torch is {describe_versions()['torch']} and 0.1 here"
     assert "uv sync" in problem.remedy
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("prints", "gib"),
+    [("echo 81559; echo 15360", 15), ("echo '[N/A]'", 0), ("exit 9", 0), ("", 0), (None, 0)],
+    ids=["two GPUs", "unknown", "no driver", "no GPU", "no nvidia-smi"],
+)
+def test_the_smallest_gpu_is_asked_of_nvidia_smi(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prints: str | None, gib: int
+) -> None:
+    if prints is not None:
+        program = tmp_path / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\n{prints}\n")
+        program.chmod(0o700)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert smallest_gpu_bytes() == gib * 2**30
