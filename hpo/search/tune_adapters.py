@@ -126,12 +126,9 @@ class StudyScheduler(FIFOScheduler):
             # that it has just set to restart. Nothing of it has run, so this is no failure: it is claimed again.
             self._coordinator.release(trial.trial_id)
             return
-        if self._membership.has_left(self._nodes.get(trial.trial_id, "")):
-            # No fault of the trial, so it is not counted. Tune counts it, unless the node was drained.
-            is_retried = trial.should_recover()
-            trial.max_failures += 1
-            self._coordinator.on_node_lost(trial.trial_id, is_retried=is_retried)
-            return
+        node = self._nodes.pop(
+            trial.trial_id, ""
+        )  # none if its worker could not start, even if it ran elsewhere before
         details = ""
         with suppress(OSError):
             details = Path(trial.error_file).read_text().rpartition("Failure # ")[2]
@@ -140,6 +137,12 @@ class StudyScheduler(FIFOScheduler):
                 trial.run_metadata.num_failures -= 1  # Tune starts it elsewhere, see `on_trial_add`
             else:
                 self._coordinator.release(trial.trial_id)
+            return
+        if self._membership.has_left(node):
+            # No fault of the trial, so it is not counted. Tune counts it, unless the node was drained.
+            is_retried = trial.should_recover()
+            trial.max_failures += 1
+            self._coordinator.on_node_lost(trial.trial_id, is_retried=is_retried)
             return
         self._coordinator.on_crash(trial.trial_id, details, is_retried=trial.should_recover())
 

@@ -260,6 +260,20 @@ def test_a_node_that_has_left_is_no_failure_of_its_trial(
     assert trial.max_failures == 3, "Tune has counted a failure"
 
 
+def test_a_worker_that_cannot_start_after_a_node_has_left_counts_as_a_failure(
+    tune: ModuleType, coordinator: Mock, membership: Mock
+) -> None:
+    membership.node_of.return_value = "n"
+    membership.has_left.side_effect = lambda node: node == "n"
+    trial = FakeTrial(max_failures=2, should_recover=lambda: True)
+    scheduler = tune.StudyScheduler(coordinator, membership)
+    scheduler.on_trial_start(trial)
+    for _ in range(2):
+        scheduler.on_trial_error(None, trial)
+    coordinator.on_node_lost.assert_called_once_with("a", is_retried=True)
+    coordinator.on_crash.assert_called_once_with("a", "", is_retried=True)
+
+
 def test_a_trial_for_which_there_is_no_room_any_more_is_released(
     tune: ModuleType, coordinator: Mock, membership: Mock
 ) -> None:
