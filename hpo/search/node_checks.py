@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,13 +77,17 @@ class NodeChecks:
             raise SettingError("\n".join(lines))
 
     def poll(self) -> None:
-        """Ask the nodes that have joined, and refuse those that have answered that they cannot. Does not wait."""
+        """Ask the nodes that have joined, and refuse those that have answered that they cannot. Does not wait.
+
+        A head node that is being restarted gives no answer: they are asked later.
+        """
         if time.monotonic() < self._next_poll:
             return
         self._next_poll = time.monotonic() + POLL_SECONDS
-        self._ask_new()
-        for node, problem in self._collect(0.0).items():
-            self.refuse(node, problem)
+        with suppress(ray.exceptions.RayError, RuntimeError, ConnectionError):
+            self._ask_new()
+            for node, problem in self._collect(0.0).items():
+                self.refuse(node, problem)
 
     def refuse(self, node: str, problem: Problem) -> None:
         """Place no trials on a node from now on.
@@ -132,11 +137,11 @@ class NodeChecks:
             # Such as the container of the driver, which is only a door to the cluster.
             runs_trials = resources.get("CPU", 0) or resources.get("GPU", 0)
             if node["Alive"] and runs_trials and identity not in self._names:
-                self._names[identity] = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}, {identity[:8]})"
                 there = NodeAffinitySchedulingStrategy(identity, soft=False)
                 ask: Any = ray.remote(_question(describe_versions(), str(self._folder)))
                 asked = ask.options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote()
                 self._asked[asked] = identity
+                self._names[identity] = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}, {identity[:8]})"
 
     def _collect(self, timeout_seconds: float) -> dict[str, Problem]:
         """Return what the nodes that have answered now have said, without those that have no problem."""

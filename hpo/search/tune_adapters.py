@@ -21,6 +21,8 @@ from hpo.search.coordinator import TrialCoordinator
 from hpo.search.node_checks import NodeChecks
 from hpo.search.versions import describe_versions
 
+NODE_DIED = "its node has died"  # in Ray's report of an actor, also of one that was starting
+
 
 class StudySearcher(Searcher):
     """Gives trials of the study to Tune."""
@@ -126,12 +128,8 @@ class StudyScheduler(FIFOScheduler):
             # that it has just set to restart. Nothing of it has run, so this is no failure: it is claimed again.
             self._coordinator.release(trial.trial_id)
             return
-        if self._membership.has_left(self._nodes.get(trial.trial_id, "")):
-            # No fault of the trial, so it is not counted. Tune counts it, unless the node was drained.
-            is_retried = trial.should_recover()
-            trial.max_failures += 1
-            self._coordinator.on_node_lost(trial.trial_id, is_retried=is_retried)
-            return
+        # Empty if its worker could not start, even if it ran elsewhere before.
+        node = self._nodes.pop(trial.trial_id, "")
         details = ""
         with suppress(OSError):
             details = Path(trial.error_file).read_text().rpartition("Failure # ")[2]
@@ -140,6 +138,12 @@ class StudyScheduler(FIFOScheduler):
                 trial.run_metadata.num_failures -= 1  # Tune starts it elsewhere, see `on_trial_add`
             else:
                 self._coordinator.release(trial.trial_id)
+            return
+        if self._membership.has_left(node) or NODE_DIED in details:
+            # No fault of the trial, so it is not counted. Tune counts it, unless the node was drained.
+            is_retried = trial.should_recover()
+            trial.max_failures += 1
+            self._coordinator.on_node_lost(trial.trial_id, is_retried=is_retried)
             return
         self._coordinator.on_crash(trial.trial_id, details, is_retried=trial.should_recover())
 

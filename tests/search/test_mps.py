@@ -23,7 +23,7 @@ from hpo.search.estimate import SearchEstimate
 from hpo.search.listener import NullListener
 from hpo.search.mps import PIPE_VARIABLE, make_contexts, start_mps
 from hpo.search.probes import Probes
-from hpo.search.slots import Slots, may_share_gpu
+from hpo.search.slots import Node, Slots, may_share_gpu
 from tests.factories import ROOT, is_running, shipped_space, toy_space, wait_until
 
 pytestmark = pytest.mark.slow  # each test starts processes

@@ -157,6 +157,21 @@ def test_a_node_that_joins_later_is_asked_and_refused_with_one_note(
     ]
 
 
+def test_nodes_are_asked_later_while_the_head_does_not_answer(
+    nodes: NodeChecks, fake: FakeRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise ConnectionError("no head")
+
+    nodes.check_all()
+    fake.alive["b"] = {"CPU": 1.0}
+    with monkeypatch.context() as patch:
+        patch.setattr(fake, "nodes", fail)
+        nodes.poll()
+    nodes.poll()
+    assert fake.asked == ["a", "b"]
+
+
 def test_trials_are_placed_on_other_nodes(nodes: NodeChecks) -> None:
     request = PlacementGroupFactory([{"CPU": 2.0, "GPU": 0.5}])
     nodes.refuse("b", Problem("x"))

@@ -245,6 +245,17 @@ def test_a_trial_on_a_drained_node_ends_after_its_epoch_and_idle_workers_leave(
     assert controller.evictions == 1
 
 
+def test_a_node_that_dies_while_a_worker_starts_is_no_failure_either(
+    tune: ModuleType, coordinator: Mock, membership: Mock, tmp_path: Path
+) -> None:
+    file = tmp_path / "error.txt"
+    file.write_text("Failure # 1 (at noon)\nThe actor died because its node has died. Node Id: ab\n")
+    trial = FakeTrial(error_file=str(file), should_recover=lambda: True)
+    tune.StudyScheduler(coordinator, membership).on_trial_error(None, trial)
+    coordinator.on_node_lost.assert_called_once_with("a", is_retried=True)
+    coordinator.on_crash.assert_not_called()
+
+
 @pytest.mark.parametrize("is_retried", [True, False])
 def test_a_node_that_has_left_is_no_failure_of_its_trial(
     tune: ModuleType, coordinator: Mock, membership: Mock, is_retried: bool
@@ -258,6 +269,20 @@ def test_a_node_that_has_left_is_no_failure_of_its_trial(
     coordinator.on_node_lost.assert_called_once_with("a", is_retried=is_retried)
     coordinator.on_crash.assert_not_called()
     assert trial.max_failures == 3, "Tune has counted a failure"
+
+
+def test_a_worker_that_cannot_start_after_a_node_has_left_counts_as_a_failure(
+    tune: ModuleType, coordinator: Mock, membership: Mock
+) -> None:
+    membership.node_of.return_value = "n"
+    membership.has_left.side_effect = lambda node: node == "n"
+    trial = FakeTrial(max_failures=2, should_recover=lambda: True)
+    scheduler = tune.StudyScheduler(coordinator, membership)
+    scheduler.on_trial_start(trial)
+    for _ in range(2):
+        scheduler.on_trial_error(None, trial)
+    coordinator.on_node_lost.assert_called_once_with("a", is_retried=True)
+    coordinator.on_crash.assert_called_once_with("a", "", is_retried=True)
 
 
 def test_a_trial_for_which_there_is_no_room_any_more_is_released(
