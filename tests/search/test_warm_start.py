@@ -196,6 +196,14 @@ def test_values_that_cannot_be_compared_are_taken_only_if_the_file_says_so(
     ]
 
 
+def test_no_metric_stands_in_for_one_of_the_other_direction(database: Database) -> None:
+    finish_grid(database)
+    found = found_in(database, larger(metric="f1_loss", direction="minimize", **source(despite=["metric"])))
+    reason = "it has no f1_loss, and val_accuracy, to maximize, cannot stand in for a metric to minimize"
+    assert not found.trials, "the sampler would take the worst one for the best"
+    assert found.refused == {reason: 3}
+
+
 def test_another_metric_is_read_from_what_was_reported(database: Database) -> None:
     finish_grid(database)
     found = found_in(database, larger(metric="val_loss", direction="minimize"))
