@@ -16,6 +16,7 @@ from hpo.paths import RunsDir
 from storage.database import Database
 from storage.imports import ImportedTrial, Origin, import_trials
 from storage.optuna_internals import study_id
+from storage.pareto import Direction
 from storage.run import Run
 from storage.studies import Study, open_study
 from tests.dashboard.builders import request, serving
@@ -23,7 +24,7 @@ from tests.dashboard.builders import request, serving
 LEARNED = "grid #3: no result of this study, its sampler alone learns from it"
 
 
-def study_that_learned(database: Database, *directions: str) -> Study:
+def study_that_learned(database: Database, *directions: Direction) -> Study:
     """A study with trials 0 and 1, from which it learns alone, and its own trials 2 and 3; 0 is better than all others."""
     distributions = {"lr": FloatDistribution(0.0, 1.0)}
     settings: dict[str, Any] = {"name": "search"}
@@ -65,7 +66,7 @@ def details(database: Database, runs_dir: RunsDir, study: Study) -> dict[str, An
 @pytest.mark.slow
 @pytest.mark.parametrize("directions", [("maximize",), ("maximize", "minimize")])
 def test_trials_to_learn_from_are_never_the_best(
-    database: Database, tmp_path: Path, directions: tuple[str, ...]
+    database: Database, tmp_path: Path, directions: tuple[Direction, ...]
 ) -> None:
     study = study_that_learned(database, *directions)
     found = details(database, RunsDir(tmp_path), study)
