@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from hpo.errors import SettingError, SpaceError, nearest
+from hpo.errors import SettingError, SpaceError
 from hpo.search.comparison import Comparison, RefusalError
+from hpo.search.missing_source import missing_source
 from hpo.space.model import Space
 from hpo.space.sections import Source
 from hpo.space.translation import TranslationError
@@ -61,7 +62,8 @@ class Found(TakenOver):
             more = len(reasons) - MAX_REASONS
             listed = "; ".join(reasons[:MAX_REASONS] + ([f"and {_count(more, 'other reason')}"] if more > 0 else []))
             parts.append(f"leaves out {_count(left_out, 'trial')}: {listed}")
-        text = f"warm start from {self.study}: {', '.join(parts) or 'it has no results yet'}"
+        where = f" in {self.storage}" if self.storage else ""  # several databases may have a study of this name
+        text = f"warm start from {self.study}{where}: {', '.join(parts) or 'it has no results yet'}"
         return f"{text}. Nothing new is taken over, because it cannot be read: {self.problem}" if self.problem else text
 
 
@@ -174,7 +176,7 @@ class _Finder:
                 if earlier is None and known is not None:  # it was deleted; its trials stay
                     return [known]
                 if earlier is None:
-                    raise _unknown(source, self._database)
+                    raise missing_source(self._space, source, self._database)
                 if earlier.identity in self._identities:
                     return []
                 self._identities.add(earlier.identity)
@@ -183,8 +185,10 @@ class _Finder:
                     self._check_names(earlier, source)
                 return [found]
         except StorageError as error:
-            if source.storage is None or known is None:
+            if source.storage is None:
                 raise
+            if known is None:
+                raise type(error)(f"warm_start: {source.study} cannot be read: {error}") from None
             return [dataclasses.replace(known, problem=str(error))]
 
     def _check_names(self, earlier: Study, source: Source) -> None:
@@ -279,18 +283,6 @@ def _open(source: Source, database: Database | None, password: str | None) -> It
     finally:
         if source.storage is not None and opened is not None:
             opened.close()
-
-
-def _unknown(source: Source, database: Database | None) -> SettingError:
-    if source.storage is not None:
-        return SettingError(f"warm_start: there is no study {source.study!r} in its storage")
-    if database is None:
-        return SettingError(f"warm_start: there is no study {source.study!r}: the database does not exist yet")
-    from storage.studies import study_names
-
-    known = study_names(database)
-    hint = nearest(source.study, known) if known else "it has none"
-    return SettingError(f"warm_start: there is no study {source.study!r} in {database.url}: {hint}")
 
 
 def _known_sources(study: Study | None) -> list[Found]:
