@@ -109,6 +109,21 @@ def test_a_search_reads_the_output_of_such_a_script(tmp_path: Path, database: Da
     assert load_space(str(path)).config_key({"lr": 1}) != space.config_key({"lr": 1}), "it measures something else"
 
 
+def test_patterns_read_what_a_script_logs_in_the_order_of_its_output(start: Start, log: Path) -> None:
+    code = """
+import logging
+logging.basicConfig(level=logging.INFO)  # it writes to stderr
+for epoch in range(1, 4):
+    logging.info("Train Epoch: %d", epoch)
+    print(f"Accuracy: {epoch}/10")
+"""
+    patterns = {"epoch": r"Train Epoch: (\d+)", "accuracy": r"Accuracy: (\d+/\d+)"}
+    epochs = [(epoch.epoch, epoch.metrics) for epoch in start(code, patterns=patterns)]
+    assert epochs == [(1, {"accuracy": 0.1}), (2, {"accuracy": 0.2}), (3, {"accuracy": 0.3})]
+    lines = [line for epoch in (1, 2, 3) for line in (f"INFO:root:Train Epoch: {epoch}", f"Accuracy: {epoch}/10")]
+    assert log.read_text().splitlines() == lines
+
+
 def test_with_patterns_json_is_text_like_any_other(start: Start) -> None:
     with pytest.raises(ScriptError, match="the script ended after epoch 0 of 3"):
         list(start(PRINT_EPOCHS.format(epochs=3), patterns=MNIST))
