@@ -19,6 +19,7 @@ from hpo.report.formatting import (
     format_device_time,
     format_mean,
     format_number,
+    format_params,
     format_seconds,
     format_value,
 )
@@ -34,6 +35,8 @@ SOURCES = ("reused from", "continued from")  # columns that say which trial of a
 MAX_PARTS = 20  # of a schedule of hyperparameters
 MAX_TIES = 10  # that are named
 MAX_PARAMS = 8  # with more parameters, only those that vary get a column
+MAX_NARROW_PARAMS = 4  # with more that vary, they share a column where the table would be too wide
+ALL_PARAMS = "parameters"  # the heading of that column
 
 Column = tuple[str, Callable[[TrialResult], str]]
 
@@ -41,8 +44,8 @@ Column = tuple[str, Callable[[TrialResult], str]]
 def trial_table(results: Results, console: Console) -> Table:
     """Return the trials of a study as a table for `console`, best first, at most `MAX_TABLE_ROWS`; see `trial_columns`.
 
-    In a narrow console, headings are folded and then the least important columns left out, so that no number is cut. The
-    caption names these columns.
+    In a narrow console, headings are folded, then many parameters share a column, and then the least important columns are
+    left out, so that no number is cut. The caption names these columns.
     """
     unlimited = console.options.update(max_width=sys.maxsize)
     for table in _layouts(results):
@@ -58,11 +61,24 @@ def _layouts(results: Results) -> Iterator[Table]:
     yield _build_trial_table(results, columns, fold=True)
     fixed = [name for name in results.param_names if name not in results.varying_params]
     left_out: list[str] = []
+    if len(results.varying_params) > MAX_NARROW_PARAMS:
+        columns = _join_params(results, columns)
+        left_out = [name for name in fixed if len(results.param_names) <= MAX_PARAMS]
+        yield _build_trial_table(results, columns, left_out, fold=True)
     for name in [*fixed, "images/s", "seconds", *SOURCES, f"last {results.metric}", "test_accuracy", "epochs"]:
         if any(name == heading for heading, _ in columns):
             columns = [column for column in columns if column[0] != name]
             left_out.append(name)
             yield _build_trial_table(results, columns, left_out, fold=True)
+
+
+def _join_params(results: Results, columns: Sequence[Column]) -> list[Column]:
+    """Return columns with one for all parameters that vary, in place of one for each: they would be a few letters wide."""
+
+    def describe(trial: TrialResult) -> str:
+        return format_params({name: trial.params[name] for name in results.varying_params if name in trial.params})
+
+    return [*(column for column in columns if column[0] not in results.param_names), (ALL_PARAMS, describe)]
 
 
 def _build_trial_table(
@@ -76,12 +92,13 @@ def _build_trial_table(
         caption_justify="left",
         pad_edge=False,
     )
-    for name, _ in columns:
-        heading = name.replace(" ", "\n")
-        if fold:
-            heading = heading.replace("_", "_\n")
-        left = "left" if name in {"state", "front"} else "right"
-        table.add_column(heading, justify=left, vertical="bottom", overflow="fold")  # type: ignore[arg-type]
+    headings = [name.replace(" ", "\n").replace("_", "_\n" if fold else "_") for name, _ in columns]
+    lines = max(heading.count("\n") for heading in headings)
+    for (name, _), heading in zip(columns, headings, strict=True):
+        # Headings stand at the bottom, and cells at the top: one with all parameters may have several lines.
+        text = "\n" * (lines - heading.count("\n")) + heading
+        left = "left" if name in {"state", "front", ALL_PARAMS} else "right"
+        table.add_column(text, justify=left, overflow="fold")  # type: ignore[arg-type]
     for trial in results.ranked[:MAX_TABLE_ROWS]:
         table.add_row(*(cell(trial) for _, cell in columns))
     captions = []
