@@ -113,14 +113,16 @@ def _build_trial_table(
 def trial_columns(results: Results) -> list[Column]:
     """Return the columns of a table of trials, each a (heading, function from a trial to its text) pair.
 
-    The columns are: number, parameters, state, epochs, the last and the best value of the objective (if there are several,
-    whether the trial is on the Pareto front, and the last value of each), test accuracy, seconds, and images per second
-    where the trainable reports them. Where results of an earlier study stand, a column says which trial they are from; where
-    trials continue others, which ones.
+    The columns are: number, parameters (more than `MAX_PARAMS` come last), state, epochs, the last and the best value of the
+    objective (if there are several, whether the trial is on the Pareto front, and the last value of each), test accuracy,
+    seconds, and images per second where the trainable reports them. Where results of an earlier study stand, a column says
+    which trial they are from; where trials continue others, which ones.
     """
     params = results.param_names if len(results.param_names) <= MAX_PARAMS else results.varying_params
+    param_columns: list[Column] = [(name, _param_of(name)) for name in params]
+    last_columns = param_columns if len(params) > MAX_PARAMS else []  # with results behind them, nobody would see these
     columns: list[Column] = [("trial", lambda trial: str(trial.number))]
-    columns += [(name, _param_of(name)) for name in params]
+    columns += [] if last_columns else param_columns
     columns += [("state", lambda trial: trial.state), ("epochs", lambda trial: str(trial.last_epoch or ""))]
     if any(trial.reused_from for trial in results.trials):
         columns.append((SOURCES[0], lambda trial: trial.reused_from))
@@ -139,7 +141,7 @@ def trial_columns(results: Results) -> list[Column]:
     columns.append(("seconds", lambda trial: f"{trial.seconds:,.1f}" if trial.seconds else ""))
     if any(trial.images_per_second for trial in results.trials):
         columns.append(("images/s", lambda trial: f"{trial.images_per_second:,.0f}" if trial.images_per_second else ""))
-    return columns
+    return [*columns, *last_columns]
 
 
 def _param_of(name: str) -> Callable[[TrialResult], str]:

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from hpo.report.results import Results, read_results
-from hpo.report.tables import describe_ties, device_time, failures, trial_table
+from hpo.report.tables import describe_ties, device_time, failures, trial_columns, trial_table
 from hpo.report.terminal import Terminal
 from hpo.run import cli
 from storage.database import Database
@@ -67,6 +67,10 @@ def test_many_parameters_share_a_column_where_they_have_no_room(database: Databa
     assert "too narrow" not in text
     wide = shown(results, 300)
     assert len(re.findall(r"parameter_", wide)) == len(names), "a column for each"
+    assert [name for name, _ in trial_columns(results)] == [
+        *("trial", "state", "epochs", "last val_accuracy", "best val_accuracy", "seconds"),
+        *names,
+    ], "results are seen without scrolling"
 
 
 def test_with_several_seeds_values_have_their_errors_and_ties_are_named(database: Database) -> None:
