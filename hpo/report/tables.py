@@ -221,7 +221,8 @@ def describe_schedule(results: Results, trial: TrialResult) -> str:
         params = ", ".join(f"{name} {format_value(each.params[name])}" for name in names if name in each.params)
         start = each.continued_epochs + 1
         if start <= last:
-            parts.append(f"{params or 'the same'} in epochs {start} to {last} (#{each.number})")
+            epochs = f"epoch {last}" if start == last else f"epochs {start} to {last}"
+            parts.append(f"{params or 'the same'} in {epochs} (#{each.number})")
     more = "..., " if len(line) > MAX_PARTS else ""
     return f"{more}{'; '.join(parts)}"
 

@@ -151,8 +151,9 @@ def _take_epoch(metrics: dict[str, float], previous: int, *, needs_epoch: bool) 
             raise ScriptError(f"with {{{CHECKPOINT_DIR}}}, each line of metrics must have an epoch")
         return previous + 1
     if not epoch.is_integer() or epoch <= previous:
+        remedy = "" if needs_epoch or previous else "; if it reports none, they are counted"
         raise ScriptError(
-            f"epochs must count up from 1, but the script reported epoch {epoch:g} after epoch {previous}"
+            f"epochs must count up from 1, but the script reported epoch {epoch:g} after epoch {previous}{remedy}"
         )
     return int(epoch)
 
