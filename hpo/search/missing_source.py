@@ -20,12 +20,12 @@ def missing_source(space: Space, source: Source, database: Database | None) -> S
     Args:
         space: the search.
         source: of the search.
-        database: of the search; None if it does not exist yet.
+        database: of the source; None if it does not exist yet, or has no tables.
     """
     name = source.study
-    if source.storage is not None:
-        return SettingError(f"warm_start: there is no study {name!r} in its storage")
-    if database is None:
+    if database is None and source.storage is not None:
+        text = f"warm_start: there is no study {name!r} in its storage, which is empty"
+    elif database is None:
         text = f"warm_start: there is no study {name!r}: the database does not exist yet"
     else:
         from storage.studies import study_names
@@ -33,7 +33,7 @@ def missing_source(space: Space, source: Source, database: Database | None) -> S
         known = study_names(database)
         hint = nearest(name, known) if known else "it has none"
         text = f"warm_start: there is no study {name!r} in {database.url}: {hint}"
-    return SettingError(text + _remedy(space, name))
+    return SettingError(text if source.storage is not None else text + _remedy(space, name))
 
 
 def _remedy(space: Space, name: str) -> str:

@@ -172,11 +172,11 @@ class _Finder:
         where = _where(source)
         known = _known_source(self._before, source, where)
         try:
-            with _open(source, self._database, self._password) as earlier:
+            with _open(source, self._database, self._password) as (database, earlier):
                 if earlier is None and known is not None:  # it was deleted; its trials stay
                     return [known]
                 if earlier is None:
-                    raise missing_source(self._space, source, self._database)
+                    raise missing_source(self._space, source, database)
                 if earlier.identity in self._identities:
                     return []
                 self._identities.add(earlier.identity)
@@ -261,14 +261,20 @@ def _where(source: Source) -> str:
 
     if source.storage is None:
         return ""
-    if contains_password(source.storage):
+    try:
+        has_password, url = contains_password(source.storage), without_password(source.storage)
+    except StorageError as error:
+        raise type(error)(f"warm_start: {source.study} cannot be read: {error}") from None
+    if has_password:
         raise SettingError("warm_start: leave the password out of the file, and put it in PGPASSWORD or ~/.pgpass")
-    return without_password(source.storage)
+    return url
 
 
 @contextmanager
-def _open(source: Source, database: Database | None, password: str | None) -> Iterator[Study | None]:
-    """Open the database of an earlier study; yield the study, None without one."""
+def _open(
+    source: Source, database: Database | None, password: str | None
+) -> Iterator[tuple[Database | None, Study | None]]:
+    """Open the database of an earlier study; yield it, None without tables, and the study, None without one."""
     from storage.database import open_for_reading
     from storage.studies import find_study
 
@@ -279,7 +285,7 @@ def _open(source: Source, database: Database | None, password: str | None) -> It
             raise SettingError(
                 f"warm_start: another program created the study {source.study!r} in {study.database.url}"
             )
-        yield study
+        yield opened, study
     finally:
         if source.storage is not None and opened is not None:
             opened.close()

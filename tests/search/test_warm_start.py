@@ -650,6 +650,23 @@ def test_a_cycle_of_studies_of_which_none_exists_is_named(database: Database, tm
     assert find_trials(spaces[3], None, database) == []
 
 
+def test_a_source_that_another_database_lacks_comes_with_the_studies_that_it_has(
+    database: Database, tmp_path: Path
+) -> None:
+    url = f"sqlite:///{tmp_path}/other.db"
+    with open_database(url) as other:
+        finish_grid(other)
+    with pytest.raises(SettingError, match=f"there is no study 'small' in {url}: allowed: grid$"):
+        find_trials(larger(warm_start=[{"study": "small", "storage": url}]), None, database)
+    (tmp_path / "empty.db").touch()
+    with pytest.raises(SettingError, match="there is no study 'small' in its storage, which is empty"):
+        find_trials(
+            larger(warm_start=[{"study": "small", "storage": f"sqlite:///{tmp_path}/empty.db"}]), None, database
+        )
+    with pytest.raises(StorageError, match="warm_start: small cannot be read: mysql is not supported"):
+        find_trials(larger(warm_start=[{"study": "small", "storage": "mysql://host/hpo"}]), None, database)
+
+
 def test_studies_of_the_same_name_in_two_databases_are_told_apart(database: Database, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/other.db"
     finish_grid(database)
