@@ -72,8 +72,9 @@ def run_hpo(trials: int, folder: Path, mark: Mark) -> None:
         study = open_study(database, **space.study_options)
         run_trials(
             ContinuationPlan(space),
+            cluster,
             study,
-            plan_slots(space, None, *cluster.size()),
+            plan_slots(space, None, cluster.nodes()),
             provenance={},
             data=space.trainable_data(folder),
             runs_dir=RunsDir(folder),

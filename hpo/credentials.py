@@ -17,6 +17,16 @@ SECRET_VARIABLES = (
     "HPO_ON_FINISH",
 )
 
+# Of libraries: they name a file with a password, a token or a key.
+_FILE_VARIABLES = (
+    "PGPASSFILE",
+    "PGSSLKEY",
+    "RAY_AUTH_TOKEN_PATH",
+    "AWS_SHARED_CREDENTIALS_FILE",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "GOOGLE_APPLICATION_CREDENTIALS",
+)
+
 
 def take_secrets() -> dict[str, str]:
     """Return {variable: value} of passwords. Ray's processes and scripts do not inherit them.
@@ -35,6 +45,12 @@ def take_secrets() -> dict[str, str]:
         if file:
             secrets[name] = read_secret_file(file, variable)
     return secrets
+
+
+def secret_files() -> list[Path]:
+    """Return the files with passwords, tokens and keys that environment variables name."""
+    names = (*(f"{name}_FILE" for name in SECRET_VARIABLES), *_FILE_VARIABLES)
+    return [Path(path) for name in names if (path := os.environ.get(name))]
 
 
 def take_from_environment(names: Iterable[str]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.announcement import Announcer
 from hpo.bucket import Bucket, locate
+from hpo.credentials import secret_files
 from hpo.errors import HpoError, SpaceError
 from hpo.paths import DEFAULT_STORAGE, RunsDir, is_new_database
 from hpo.search.environment import check_trainable, describe_environment, note_horizon
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from hpo.search.estimate import SearchEstimate
     from hpo.search.mps import Mps
     from hpo.search.probes import ImageCounts, Probes
-    from hpo.search.slots import Slots
+    from hpo.search.slots import Node, Slots
     from hpo.search.warm_start import Found
     from hpo.space.parameters import Params
     from storage.database import Database
@@ -187,9 +188,10 @@ def _run_search(
     if (note := note_horizon(space)) is not None:
         listener.note(note)
     is_mps_wanted = ray_address is None and may_share_gpu(space)
+    code = None if ray_address is None else _pack_code(space, storage, runs, data)
     with (
         start_mps(is_wanted=is_mps_wanted) as mps,  # first: Ray's workers and the probes inherit its environment
-        RayCluster(ray_address) as cluster,
+        RayCluster(ray_address, code) as cluster,
         _start_probes(space, data, runs.root) as probes,
         _warnings_noted(listener),
         ExitStack() as opened,
@@ -270,6 +272,18 @@ def _find_files(
     return runs
 
 
+def _pack_code(space: Space, storage: str, runs: RunsDir, data: Mapping[str, Any]) -> bytes | None:
+    """Return the code that the nodes of a cluster need; None if they have it, because hpo is installed there."""
+    from hpo.search.code_package import pack
+
+    if space.is_default_trainable:
+        return None
+    left_out = [runs.root, runs.all_checkpoints, Path(data["data_dir"]), *secret_files()]
+    if storage.startswith("sqlite"):
+        left_out.append(Path(storage.partition(":///")[2].partition("?")[0]))
+    return pack(Path.cwd(), left_out)
+
+
 def _upload_left(space: Space, study: Study, runs: RunsDir, listener: ProgressListener, *, is_hurried: bool) -> None:
     """Upload the checkpoints on this machine that the bucket lacks, or say why they are not there."""
     from hpo.search.bucket_checkpoints import BucketStudy, upload_left
@@ -309,7 +323,8 @@ def _search(
     if probes is not None:
         provenance["data_sha256"], images = probes.describe_data()
     cluster.wait_for_answer()
-    # Only now, so that a missing data set, or a cluster that does not answer, does not leave an empty study.
+    cluster.check_nodes(runs_dir.all_checkpoints, listener.note)
+    # Only now, so that a missing data set, or a cluster that cannot be used, does not leave an empty study.
     study, continuation = open_continued(database, continuation, runs_dir)
     space = continuation.space
     note_database(runs_dir.checkpoints(study.unique_name), database)
@@ -321,12 +336,12 @@ def _search(
         return study, None
     if space.budget.shows_device_time:
         listener.device_time_used(study.device_seconds())
-    size = cluster.size()
-    slots = plan_slots(space, left, *size)
+    nodes = cluster.nodes()
+    slots = plan_slots(space, left, nodes, may_grow=cluster.is_shared)
     if probes is not None:
         if images is not None and is_worth_measuring(space, left, images):
             begun = continuation.begun(study.ended_keys())
-            estimate = _measure(space, slots, left, probes, images, size, listener, begun)
+            estimate = _measure(space, slots, left, probes, images, nodes, listener, begun)
         probes.close()  # frees its memory and CPU for the trials
     slots = slots if estimate is None else estimate.slots
     _keep_if_shared(mps, slots, listener)
@@ -336,6 +351,7 @@ def _search(
     try:
         stopped = run_trials(
             continuation,
+            cluster,
             study,
             slots,
             provenance=provenance,
@@ -467,17 +483,17 @@ def _measure(
     left: int | None,
     probes: Probes,
     images: ImageCounts,
-    size: tuple[float, float],
+    nodes: Sequence[Node],
     listener: ProgressListener,
     begun: Sequence[tuple[Params, int]],
 ) -> SearchEstimate | None:
     """Measure training steps; None if nothing is left to train, or the device is not on this machine."""
     from hpo.search.estimate import can_measure, estimate_search
 
-    if left == 0 or not can_measure(slots):
+    if left == 0 or slots.count == 0 or not can_measure(slots):
         return None
     listener.preparing("measuring training steps")
-    return estimate_search(space, slots, left, probes, images, size, begun)
+    return estimate_search(space, slots, left, probes, images, nodes, begun)
 
 
 @contextmanager
@@ -560,7 +576,7 @@ def plan_search(
         DataError: the data set is not there and cannot be downloaded.
         StorageError: the database exists, or should, and cannot be used.
     """
-    from hpo.search.estimate import machine_size
+    from hpo.search.estimate import this_machine
     from hpo.search.mps import start_mps
     from hpo.search.slots import may_share_gpu, plan_slots
 
@@ -573,13 +589,13 @@ def plan_search(
         _note_failure(mps, listener)
         continuation, states, left, used = _look_up(space, storage, password, locate(runs_dir, checkpoints), listener)
         space = continuation.space
-        size, estimate = machine_size(), None
-        slots = plan_slots(space, left, *size)
+        nodes, estimate = [this_machine()], None
+        slots = plan_slots(space, left, nodes)
         if probes is not None:
             _, images = probes.describe_data()
             ended = {key for key, state in states.items() if state in {"COMPLETE", "PRUNED", "FAIL"}}
             begun = continuation.begun(ended)
-            estimate = _measure(space, slots, left, probes, images, size, listener, begun)
+            estimate = _measure(space, slots, left, probes, images, nodes, listener, begun)
         slots = slots if estimate is None else estimate.slots
         _keep_if_shared(mps, slots, listener)
     return PlannedSearch(space, slots, estimate, states, left, used, continuation.outlooks)

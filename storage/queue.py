@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import optuna
@@ -20,6 +21,7 @@ from storage.ownership import ClaimedTrial
 from storage.promotion import PromotingHalving
 from storage.records import Params
 from storage.studies import Study
+from storage.usage import Device
 
 SILENT_SHARE = 1 / 3  # of a lease: how long a run on another machine must be silent before its trials are taken
 SCAN_SECONDS = 1.0  # between scans for trials that other runs left
@@ -112,6 +114,15 @@ class TrialQueue:
         if self._draw is None:
             self._planned = {key for key, _ in self._all_points}
         self._known_keys = self._retry(lambda: records.read_keys(self._database, self._run.study_id))
+
+    @property
+    def device(self) -> Device:
+        """What the next trial holds while a worker runs it."""
+        return self._run.device
+
+    @device.setter
+    def device(self, device: Device) -> None:
+        self._run = replace(self._run, device=device)
 
     def claim(self, *, new: bool = True) -> ClaimedTrial | None:
         """Claim a trial; return None if there is none now.

@@ -32,7 +32,7 @@ from storage.records import REPLACED_BY, Params
 from storage.reporting import TrialUpdate
 from storage.studies import Study, without_garbage_collection
 from storage.summaries import elapsed_seconds
-from storage.usage import CPU, Device, Meter, read_device_seconds
+from storage.usage import CPU, Account, Device, Meter, read_device_seconds
 from storage.writer import Writer
 
 EXIT_SECONDS = 20.0  # how long leaving a run waits for the database, all operations together
@@ -99,6 +99,7 @@ class Run:
             device=device,
         )
         self._meter = Meter()
+        self._devices: dict[Account, float] = {}  # how many devices each claim holds
         self._others_seconds, self._others_read_at = 0.0, -math.inf  # device-seconds; by the monotonic clock
         self._writer: Writer
         self._queue: TrialQueue
@@ -231,14 +232,23 @@ class Run:
         """
         self._queue.enqueue(points, distributions, attrs)
 
-    def claim(self, *, new: bool = True) -> ClaimedTrial | None:
+    def claim(self, *, new: bool = True, device: Device | None = None) -> ClaimedTrial | None:
         """Return a trial to work on: an interrupted one, an enqueued one or a new one; None if there is none now.
 
         After None, `finished` says whether there will ever be one.
 
         Args:
             new: whether a trial may be created. Otherwise only those that wait are claimed, and `finished` stays as it is.
+            device: what the trial holds while a worker runs it; None for what the last one holds.
         """
+        if device is not None:
+            self._queue.device = device
+        claim = self._claim(new=new)
+        if claim is not None:
+            self._devices[claim.account] = self._queue.device.count
+        return claim
+
+    def _claim(self, *, new: bool) -> ClaimedTrial | None:
         if self._learns:
             self._writer.flush()
         with self._writer.paused(), without_garbage_collection():
@@ -392,7 +402,7 @@ class Run:
 
     def hold_device(self, claim: ClaimedTrial) -> None:
         """Count device time for a trial from now on: a worker runs it. Idempotent."""
-        self._meter.start(claim.account)
+        self._meter.start(claim.account, self._devices[claim.account])
 
     def free_device(self, claim: ClaimedTrial) -> None:
         """Count no device time for a trial from now on: no worker runs it. Ending or releasing a trial does so, too."""
@@ -409,7 +419,7 @@ class Run:
                 self.database, lambda: read_device_seconds(self.database, study_id, without_run=self.run_id)
             )
             self._others_seconds, self._others_read_at = found.get(study_id, 0.0), now
-        return self._others_seconds + self._meter.total_seconds * self._lease.key.device.count
+        return self._others_seconds + self._meter.device_seconds
 
     def is_patience_spent(self, patience: int, directions: Sequence[Direction]) -> bool:
         """Return whether so many trials have ended without a better value, see `ranking.count_since_best`."""

@@ -44,12 +44,14 @@ class Meter:
         self._seconds: dict[Account, float] = {}  # of periods that have ended
         self._since: dict[Account, float] = {}  # of those that hold a device now
         self._unstored: set[Account] = set()  # those that have stopped since their last reading was stored
-        self._total = 0.0  # of `_seconds`
+        self._devices: dict[Account, float] = {}  # how many devices each claim holds
+        self._total = 0.0  # device-seconds of `_seconds`
         self._stored_at = time.monotonic()
 
-    def start(self, account: Account) -> None:
-        """The claim holds a device from now on. Nothing changes if it does already."""
+    def start(self, account: Account, devices: float = 1.0) -> None:
+        """The claim holds so many devices from now on. Nothing changes if it does already."""
         with self._lock:
+            self._devices[account] = devices
             self._since.setdefault(account, time.monotonic())
             self._unstored.discard(account)  # it is stored with those that hold a device
 
@@ -69,15 +71,15 @@ class Meter:
         if since is not None:
             seconds = time.monotonic() - since
             self._seconds[account] = self._seconds.get(account, 0.0) + seconds
-            self._total += seconds
+            self._total += seconds * self._devices[account]
             self._unstored.add(account)
 
     @property
-    def total_seconds(self) -> float:
-        """The seconds of all claims so far."""
+    def device_seconds(self) -> float:
+        """The device-seconds of all claims so far."""
         with self._lock:
             now = time.monotonic()
-            return self._total + sum(now - since for since in self._since.values())
+            return self._total + sum((now - since) * self._devices[account] for account, since in self._since.items())
 
     @property
     def is_due(self) -> bool:

@@ -24,7 +24,6 @@ from storage.database import Database
 from storage.ownership import ClaimedTrial
 from storage.run import Run
 from storage.studies import Study, find_revision, open_study
-from storage.usage import CPU
 
 ROOT = Path(__file__).parent.parent
 
@@ -140,13 +139,16 @@ class RecordingListener(NullListener):
     def device_time_used(self, seconds: float) -> None:
         self.events.append(("used", seconds))
 
+    def slots_changed(self, count: int, before: int) -> None:
+        self.events.append(("slots", count, before))
+
     def note(self, text: str) -> None:
         self.events.append(("note", text))
 
 
 def run_of(study: Study, space: Space) -> Run:
     """Build a driver's run on a study, as `run_trials` does."""
-    return build_run(space, study, {}, CPU)
+    return build_run(space, study, {})
 
 
 def finish_study(
@@ -194,7 +196,7 @@ def search_without_ray(
     space = continuation.space
     for note in continuation.notes(study.keys()):
         listener.note(note)
-    with open_run(continuation, study, {}, CPU) as run:
+    with open_run(continuation, study, {}) as run:
         coordinator = TrialCoordinator(
             space,
             run,

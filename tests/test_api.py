@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import optuna
 import psutil
@@ -64,6 +66,25 @@ def test_each_function_documents_its_arguments(name: str) -> None:
     documented = re.findall(r"^    (\w+): ", re.split(r"\n(?=\w)", arguments)[0], re.MULTILINE)
     assert documented == list(inspect.signature(function).parameters)
     assert inspect.signature(function).return_annotation is not inspect.Signature.empty
+
+
+# --- a cluster --------------------------------------------------------------------------------------------------------
+
+
+def test_only_what_a_search_needs_is_sent_to_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = ("mine.py", "url", "results", "runs/hpo", "checkpoints/1", "sets/raw")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    monkeypatch.setenv("HPO_STORAGE_FILE", "url")
+    runs, data = RunsDir(tmp_path / "runs", tmp_path / "checkpoints"), {"data_dir": "sets"}
+    package = service._pack_code(toy_space(tmp_path), "sqlite:///results", runs, data)
+    assert package is not None
+    with ZipFile(io.BytesIO(package)) as opened:
+        found = {name.partition("/")[2] for name in opened.namelist()}
+    assert found == {"", "mine.py", "toy.yaml"}
+    assert service._pack_code(shipped_space("grid"), "sqlite:///results", runs, data) is None, "hpo is installed there"
 
 
 # --- what hpo does not write ------------------------------------------------------------------------------------------

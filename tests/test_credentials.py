@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hpo.credentials import take_from_environment
+from hpo.credentials import secret_files, take_from_environment
 
 
 def test_values_are_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,6 +17,13 @@ def test_values_are_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("A_SECRET", "AN_EMPTY_ONE", "ONE_THAT_IS_NOT_SET")
     assert take_from_environment(names) == {"A_SECRET": "hunter2 Ă"}
     assert take_from_environment(names) == {}
+
+
+def test_files_with_secrets_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HPO_STORAGE_FILE", "RAY_AUTH_TOKEN_PATH", "PGPASSFILE"):
+        monkeypatch.setenv(name, f"/secret/{name}")
+    found = {str(path) for path in secret_files()}
+    assert {"/secret/HPO_STORAGE_FILE", "/secret/RAY_AUTH_TOKEN_PATH", "/secret/PGPASSFILE"} <= found
 
 
 @pytest.mark.slow

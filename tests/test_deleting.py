@@ -23,7 +23,6 @@ from storage.database import Database, open_database
 from storage.errors import StorageError
 from storage.retry import retry_trials
 from storage.studies import Study, find_study, open_study, study_names
-from storage.usage import CPU
 from tests.factories import HpoHere, search_without_ray, toy_space
 
 
@@ -127,7 +126,7 @@ def test_a_study_that_was_created_after_it_is_deleted_by_the_next_call(
 def test_a_refused_deletion_leaves_no_note(database: Database, delete: Deletions, folders: dict[str, Path]) -> None:
     study = found(database, "toy@2")
     continuation = plan_continuation(space_of(delete.runs.root, 4), study, database, delete.runs)
-    with open_run(continuation, study, {}, CPU), pytest.raises(StorageError, match="'toy@2' is running"):
+    with open_run(continuation, study, {}), pytest.raises(StorageError, match="'toy@2' is running"):
         delete("toy@2")
     assert not (folders["toy@2"] / DELETED_FILE).exists()
 
@@ -154,7 +153,7 @@ def family(database: Database, runs: RunsDir) -> Family:
     parent, _ = search_without_ray(space_of(runs.root, 3), database, runs.root)
     continuation = plan_continuation(space_of(runs.root, 5), None, database, runs)
     child = open_study(database, **continuation.space.study_options)
-    with open_run(continuation, child, {}, CPU) as run:
+    with open_run(continuation, child, {}) as run:
         claims = {claim.params["x"]: claim for claim in (run.claim(), run.claim()) if claim is not None}
         run.complete(claims[1], 0.5)
         run.fail(claims[2], "a bug")  # `hpo retry` starts from its parent again

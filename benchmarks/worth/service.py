@@ -22,7 +22,6 @@ from hpo.search.worker import TrialReport
 from hpo.space.model import Space
 from storage.database import Database, open_database
 from storage.studies import open_study
-from storage.usage import CPU
 
 SOURCE = "grid"  # the study of a warm start
 MANY_TRIALS = 1_000_000  # device time ends a search
@@ -98,6 +97,6 @@ def _search(
     if found:
         take_over_trials(space, study, found)
     runs_dir = RunsDir(Path(str(database.file)).parent / "runs").make()
-    with open_run(ContinuationPlan(space), study, {}, CPU) as run:
+    with open_run(ContinuationPlan(space), study, {}) as run:
         slots = Slots(workers, cpu=1.0, gpu=0.0)
         yield ServiceSearch(TrialCoordinator(space, run, slots, data={}, runs_dir=runs_dir, listener=NullListener()))

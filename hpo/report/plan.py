@@ -55,6 +55,9 @@ def plan_lines(space: Space, slots: Slots, estimate: SearchEstimate | None, devi
 def describe_slots(slots: Slots, estimate: SearchEstimate | None) -> str:
     """Return how trials share the machine, and the throughput of every way that was measured."""
     share = f"{slots.gpu:.3g} GPU" if slots.gpu else f"{slots.threads} CPU thread{'s' if slots.threads > 1 else ''}"
+    if slots.count == 0:
+        gpus = f" and {slots.gpu:.3g} GPU" if slots.gpu else ""
+        return f"No machine of the cluster has {slots.cpu:g} CPU{gpus} for a trial: waiting for one to join."
     text = f"{slots.count} {'trial' if slots.count == 1 else 'trials'} at a time, {share} each"
     if estimate is not None and len(estimate.tried) > 1:
         tried = ", ".join(f"{speed:,.0f} with {count}" for count, speed in estimate.tried.items())

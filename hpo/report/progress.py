@@ -155,6 +155,15 @@ class TerminalProgress:
         if self._console.is_terminal:
             self._live.start()
 
+    def slots_changed(self, count: int, before: int) -> None:
+        """Print how many trials can run at a time."""
+        self._slots = count
+        if count == 0:
+            self.note("no machine of the cluster has room for a trial: waiting for one to join")
+        else:
+            trials = "1 trial" if count == 1 else f"{count} trials"
+            self.note(f"the cluster has room for {trials} at a time now, before for {before}")
+
     def device_time_used(self, seconds: float) -> None:
         """Show what the study has used."""
         self._device_seconds = seconds

@@ -7,6 +7,7 @@ with the thread that started them (PR_SET_PDEATHSIG), so none of them outlives a
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import os
 import secrets
@@ -14,14 +15,20 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hpo.errors import SettingError
 from hpo.search.ray_address import check_address, no_answer
+from hpo.search.slots import KIND_PREFIX, Node
+
+if TYPE_CHECKING:
+    from hpo.search.node_checks import NodeChecks
 
 # Ray reads these when it is imported. Its uv hook would start every worker through `uv run`, its usage report needs a
 # network, and this process handles Ctrl-C itself.
@@ -44,6 +51,8 @@ os.environ.update(
 _LOCAL_VARIABLES = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
 _TOKEN, _TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
+WATCH_SECONDS = 0.5  # between two looks at the processes of a Ray that was started here
+GRACE_SECONDS = 2.0  # in which a search may end by itself after Ray has died
 LEAVE_SECONDS = 60.0  # how long leaving waits for Ray to start and shut down
 INTERRUPT_SECONDS = 0.1  # until a signal that arrived in an import is sent again
 OBJECT_STORE_BYTES = 100 * 2**20  # reports are small; the workers read data sets from disk
@@ -54,15 +63,19 @@ class RayCluster:
 
     Args:
         address: of the cluster to join; None starts Ray on this machine.
+        code: a zip file, see `code_package.pack`, that each node unpacks for the workers of this search; None for none.
     """
 
-    def __init__(self, address: str | None) -> None:
+    def __init__(self, address: str | None, code: bytes | None = None) -> None:
         self._address = address
+        self._code = code
         self._thread = threading.Thread(target=self._run_ray, name="hpo-ray", daemon=True)
         self._has_answered = threading.Event()
         self._start_ended = threading.Event()
         self._must_stop = threading.Event()
         self._error: Exception | None = None
+        self.checks: NodeChecks | None = None
+        self._on_death: Callable[[], int] | None = None
         self._handlers_before: dict[int, Any] = {}
         self._imports_before = 0  # of a caller that runs a search while it is imported
 
@@ -124,20 +137,67 @@ class RayCluster:
         if isinstance(self._error, SettingError):
             raise self._error
 
-    def size(self) -> tuple[float, float]:
-        """Wait until Ray is up, and return the cores and the GPUs of the cluster.
+    def nodes(self) -> list[Node]:
+        """Wait until Ray is up, and return its machines.
 
         Raises:
             SettingError: see `ray_address.check_address`.
             Exception: any other error of starting Ray, unchanged.
         """
-        import ray
-
         self._start_ended.wait()
         if self._error is not None:
             raise self._error
-        resources = ray.cluster_resources()
-        return resources.get("CPU", 1.0), resources.get("GPU", 0.0)
+        return read_nodes()[0]
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether Ray was joined: its machines may come and go."""
+        return self._address is not None
+
+    @contextmanager
+    def watched(self, on_death: Callable[[], int]) -> Iterator[None]:
+        """Watch the processes of a Ray that was started here.
+
+        If one dies, the thread that runs the search waits for it in Ray's C++ code, which ends the process after a minute.
+        So another thread saves what can be saved, and ends the process at once.
+
+        Args:
+            on_death: does what has to be done before, in the other thread; returns the exit code.
+        """
+        self._on_death = on_death
+        try:
+            yield
+        finally:
+            self._on_death = None
+
+    def _has_died(self) -> bool:
+        """Wait until Ray is to be stopped, and return False; return True if it dies before, and the search does not end."""
+        import ray
+
+        node: Any = None if self._address is not None else ray._private.worker._global_node  # noqa: SLF001
+        while not self._must_stop.wait(WATCH_SECONDS):
+            if self._on_death is not None and node is not None and node.dead_processes():
+                return not self._must_stop.wait(GRACE_SECONDS)
+        return False
+
+    def check_nodes(self, folder: Path, note: Callable[[str], None]) -> None:
+        """Wait until Ray is up, and check that each node can run trials, unless Ray was started here.
+
+        Args:
+            folder: for the checkpoints of all studies.
+            note: receives what is to be said of nodes that join later.
+
+        Raises:
+            SettingError: see `NodeChecks.check_all` and `ray_address.check_address`.
+            Exception: any other error of starting Ray, unchanged.
+        """
+        if self._address is None:
+            return
+        self.nodes()
+        from hpo.search.node_checks import NodeChecks
+
+        self.checks = NodeChecks(folder, note)
+        self.checks.check_all()
 
     def _run_ray(self) -> None:
         import ray
@@ -158,6 +218,10 @@ class RayCluster:
                         options["num_cpus"] = cores
                 if self._address is not None:
                     check_address(self._address)
+                    if self._code is not None and not _has_working_dir():
+                        package = Path(scratch) / "code.zip"
+                        package.write_bytes(self._code)
+                        options["runtime_env"] = {"working_dir": str(package)}
                 self._has_answered.set()
                 ray.init(logging_level=logging.CRITICAL, log_to_driver=False, **options)
                 if self._address is None:
@@ -165,11 +229,39 @@ class RayCluster:
             except ConnectionError as error:
                 self._error = no_answer(self._address, error)
             except Exception as error:  # noqa: BLE001 # raised again in the thread that waits for Ray
-                self._error = error
+                self._error = _explain(error)
             self._has_answered.set()
             self._start_ended.set()
-            self._must_stop.wait()
-            ray.shutdown()
+            code = self._on_death() if self._has_died() and self._on_death is not None else None
+            if code is None:
+                ray.shutdown()
+        if code is not None:
+            os._exit(code)  # Ray's other processes end with this one
+
+
+def read_nodes() -> tuple[list[Node], dict[str, float]]:
+    """Return the nodes on which trials may start, and {id: seconds left} of those that are drained. Ray must be up."""
+    import ray
+
+    state: Any = ray._private.state.state  # noqa: SLF001 # no public function lists drained nodes; pyproject.toml bounds ray
+    draining = {id: deadline / 1000 - time.time() for id, deadline in state.get_draining_nodes().items()}
+    nodes = [
+        Node(
+            cores=each["Resources"].get("CPU", 0.0),
+            gpus=each["Resources"].get("GPU", 0.0),
+            gpu_kind=_gpu_kind(each["Resources"]),
+            id=each["NodeID"],
+            address=(each["NodeManagerAddress"], each["NodeManagerPort"]),
+        )
+        for each in ray.nodes()
+        if each["Alive"] and each["NodeID"] not in draining
+    ]
+    return nodes, draining
+
+
+def _gpu_kind(resources: Mapping[str, float]) -> str:
+    kinds = sorted(name.removeprefix(KIND_PREFIX) for name in resources if name.startswith(KIND_PREFIX))
+    return kinds[0] if kinds and resources.get("GPU") else ""
 
 
 def _ignore(_number: int, _frame: FrameType | None) -> None:
@@ -178,10 +270,11 @@ def _ignore(_number: int, _frame: FrameType | None) -> None:
 
 @contextmanager
 def _private_if_local(address: str | None, folder: Path) -> Iterator[None]:
-    """Set what keeps other machines and users out of a Ray that is started here.
+    """Set what keeps other machines, users and signals out of a Ray that is started here.
 
-    Ray's processes read it from the environment. This process may have imported ray before, hence the private names;
-    pyproject.toml bounds the version of Ray.
+    A queue or a shell may send SIGTERM to the process group of this process. Ray would die before the trials are saved, so
+    its processes get other groups. Linux ends them with their driver in any case. They read the rest from the environment.
+    This process may have imported ray before, hence the private names; pyproject.toml bounds the version of Ray.
 
     Args:
         address: of the cluster to join; None for a Ray that is started here.
@@ -197,6 +290,7 @@ def _private_if_local(address: str | None, folder: Path) -> Iterator[None]:
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
     before = {name: os.environ.pop(name, None) for name in (*_LOCAL_VARIABLES, _TOKEN, _TOKEN_PATH)}
+    popen = private._private.services.ConsolePopen  # noqa: SLF001
 
     def read_environment() -> None:
         private._raylet.Config.initialize("")  # noqa: SLF001
@@ -205,6 +299,8 @@ def _private_if_local(address: str | None, folder: Path) -> Iterator[None]:
     try:
         os.environ.update(_LOCAL_VARIABLES, **{_TOKEN_PATH: str(token)})
         private._private.ray_constants.ENABLE_RAY_CLUSTER = False  # noqa: SLF001
+        if sys.platform == "linux":
+            private._private.services.ConsolePopen = partial(popen, process_group=0)  # noqa: SLF001
         read_environment()
         yield
     finally:
@@ -212,7 +308,24 @@ def _private_if_local(address: str | None, folder: Path) -> Iterator[None]:
             os.environ.pop(name, None)
             os.environ.update({} if value is None else {name: value})
         private._private.ray_constants.ENABLE_RAY_CLUSTER = True  # noqa: SLF001
+        private._private.services.ConsolePopen = popen  # noqa: SLF001
         read_environment()
+
+
+def _explain(error: Exception) -> Exception:
+    """Return what the user can change about an error of joining a cluster; the error itself if that is unknown."""
+    if "Version mismatch" in str(error):
+        lines = " ".join(str(error).split())
+        return SettingError(f"{lines}. Install the cluster's versions of Ray and Python here, or this machine's there")
+    if "Failed to upload" in str(error):
+        return SettingError(f"the code of the search cannot be sent to the Ray cluster: {error}")
+    return error
+
+
+def _has_working_dir() -> bool:
+    """Return whether this process is a Ray job that brought a folder with it, by `ray job submit --working-dir`."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return bool((job.get("runtime_env") or {}).get("working_dir"))
 
 
 class _NoPaths(list[str]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +16,10 @@ from hpo.paths import HANG_FILE, LOST_FILE, RunsDir
 from hpo.search.adoption import parent_folder
 from hpo.search.checkpoints import owner_key, trim_checkpoints
 from hpo.search.listener import ProgressListener
+from hpo.search.places import Places
 from hpo.search.population import trial_key
 from hpo.search.retention import Retention
-from hpo.search.slots import Slots
+from hpo.search.slots import MAX_WANTED, Slots
 from hpo.search.stop import Stop, StopCause, find_spent
 from hpo.search.worker import Ending, TrialReport, TrialSpec
 from hpo.space.model import Space
@@ -48,6 +49,7 @@ class TrialCoordinator:
         data: what the trainable gets as `data`.
         runs_dir: where checkpoints are stored.
         listener: receives the events.
+        room: returns {kind of GPU: how many trials run at a time} now, see `Slots.room`; None for `slots.count` always.
 
     Attributes:
         stopped: why no new trial is claimed; None while trials are claimed.
@@ -63,10 +65,12 @@ class TrialCoordinator:
         data: Mapping[str, Any],
         runs_dir: RunsDir,
         listener: ProgressListener,
+        room: Callable[[], Mapping[str, int]] | None = None,
     ) -> None:
         self._space = space
         self._run = run
-        self._slots = slots
+        self._places = Places(slots, room)
+        self._shown_count = self._places.count  # as the listener knows it
         self._data = dict(data)
         self._runs_dir = runs_dir
         self._unique_name = run.study.unique_name
@@ -75,6 +79,7 @@ class TrialCoordinator:
         self._claims: dict[str, ClaimedTrial] = {}
         self._epochs: dict[str, int] = {}
         self._parents: dict[str, Parent] = {}  # of the running trials that continue another one
+        self._ended = run.study.count_ended_keys()  # trials that need not run any more
         self._at_a_time = math.inf  # fewer than there are slots after a trial has found no room next to others
         self._together: dict[str, int] = {}  # the most trials that ran at the same time during a claim
         self._deadlines: dict[StopCause, float] = {}
@@ -101,12 +106,19 @@ class TrialCoordinator:
         return self.stopped is not None and self.stopped.is_interruption
 
     def next_trial(self, tune_id: str) -> TrialSpec | None:
-        """Claim a trial. Return None if no trial is available now. `is_done` says whether one may come later."""
+        """Claim a trial. Return None if no trial is available now. `is_done` says whether one may come later.
+
+        No more trials are claimed than can run: other drivers cannot take a claimed trial.
+        """
         if self._is_over() or time.monotonic() < self._next_attempt or len(self._claims) >= self._at_a_time:
             return None
+        kind = self._places.find_free()
+        if kind is None:
+            return None
+        slots = self._places.slots(kind)
         with self._storage_errors_kept():
             is_spent = self._is_patience_spent()
-            claim = self._claim(new=not is_spent)
+            claim = self._claim(slots, new=not is_spent)
             if self._run.exhausted and not self._is_exhaustion_noted:
                 self._is_exhaustion_noted = True
                 self._listener.note(f"no new trials: {self._run.exhausted}")
@@ -118,6 +130,7 @@ class TrialCoordinator:
                     self.stop(StopCause.NO_IMPROVEMENT, f"{patience} trials in a row have not found {found}")
                 return None
             self._claims[tune_id] = claim
+            self._places.take(tune_id, kind)
             self._epochs[tune_id] = claim.epoch
             self._together = {each: max(self._together.get(each, 0), len(self._claims)) for each in self._claims}
             scheduler = self._space.scheduler
@@ -142,8 +155,8 @@ class TrialCoordinator:
                 stored_epoch=claim.epoch,
                 folder=str(self._folder(claim)),
                 checkpoint_every=None if self._space.checkpoint_every == "auto" else self._space.checkpoint_every,
-                device=self._slots.device,
-                threads=self._slots.threads,
+                device=slots.device,
+                threads=slots.threads,
                 timeout=self._space.trial_timeout,
                 code_folder=str(Path.cwd()),
                 parent_folder=str(self._parent_folder(claim, parent)) if parent else "",
@@ -158,13 +171,32 @@ class TrialCoordinator:
             )
         return None
 
-    def _claim(self, *, new: bool) -> ClaimedTrial | None:
+    def bundle(self, tune_id: str) -> dict[str, float]:
+        """Return what a trial gets, see `Places.bundle`."""
+        return self._places.bundle(tune_id)
+
+    def is_surplus(self, tune_id: str) -> bool:
+        """Return whether there is no room for a trial any more, because nodes have left."""
+        return self._places.is_surplus(tune_id)
+
+    def follow_cluster(self) -> int:
+        """Notify the listener if the number of trials at a time has changed; return how many more would run at once."""
+        count = self._places.count
+        if count != self._shown_count:
+            self._listener.slots_changed(count, self._shown_count)
+            self._shown_count = count
+        if self.stopped is not None or self._run.finished or self._places.taken < count:
+            return 0
+        total = self._space.total_trials
+        return MAX_WANTED if total is None else max(0, total - self._ended - self._places.taken)
+
+    def _claim(self, slots: Slots, *, new: bool) -> ClaimedTrial | None:
         """Claim a trial whose configuration the search has; one that waits, unless a new one is allowed.
 
         A program may have changed a trial that waits, or added one. What the database says must not reach a script or a
         trainable unless the search space allows it.
         """
-        while (claim := self._claim_once(new=new)) is not None:
+        while (claim := self._claim_once(slots, new=new)) is not None:
             misfit = self._space.find_misfit(claim.params)
             if not misfit:
                 break
@@ -174,8 +206,10 @@ class TrialCoordinator:
             self._listener.trial_ended(claim.number, "FAIL", reason)
         return claim
 
-    def _claim_once(self, *, new: bool) -> ClaimedTrial | None:
-        claim = self._run.claim(new=new)
+    def _claim_once(self, slots: Slots, *, new: bool) -> ClaimedTrial | None:
+        from storage.usage import Device
+
+        claim = self._run.claim(new=new, device=Device(slots.device, slots.devices))
         stopped = self._run.take_stopped()
         for number, epoch in stopped.items():
             self._retention.trial_ended(number)
@@ -233,14 +267,15 @@ class TrialCoordinator:
 
         with self._storage_errors_kept(tune_id):
             if report.provenance is not None:
-                self._run.record(claim, {}, {**report.provenance, "gpu": self._slots.gpu})
+                self._run.record(claim, {}, {**report.provenance, "gpu": self._places.slots_of(tune_id).gpu})
             if report.warning:
                 self._listener.note(f"trial {claim.number}: {report.warning}")
             if report.is_taken_over:
                 # By a run that claimed the trial. If this claim is the later one, the trial must be claimed again.
                 self._run.release(claim)
                 raise LostTrialError(f"trial {claim.number} was taken over by another run")
-            if report.is_out_of_memory and self._slots.trials_share_gpu and self._together[tune_id] > 1:
+            shares_gpu = self._places.slots_of(tune_id).trials_share_gpu
+            if report.is_out_of_memory and shares_gpu and self._together[tune_id] > 1:
                 return self._release_for_room(tune_id, report.failure)
             if report.failure:
                 return self._fail(tune_id, report.failure, report.traceback, report.node)
@@ -315,7 +350,7 @@ class TrialCoordinator:
         population = self._space.population
         if population is None or epoch % self._space.scheduler.interval:
             return False
-        is_full = len(self._claims) >= min(self._slots.count, self._at_a_time)
+        is_full = len(self._claims) >= min(self._places.count, self._at_a_time)
         return is_full and self._run.are_others_behind(epoch, population)
 
     def _note_parent(self, tune_id: str, claim: ClaimedTrial, epoch: int | None) -> None:
@@ -356,6 +391,34 @@ class TrialCoordinator:
                 self._listener.note(f"trial {claim.number}: {reason}; it restarts from its last checkpoint")
             else:
                 self._fail(tune_id, f"{reason} (max_failures {self._space.max_failures})", details)
+
+    def on_node_lost(self, tune_id: str, *, is_retried: bool) -> None:
+        """A worker has died with its node, or its node is about to leave.
+
+        Args:
+            tune_id: Tune's name of the trial.
+            is_retried: whether Tune starts the trial again. Otherwise it is released.
+        """
+        claim = self._claims.get(tune_id)
+        if claim is None:
+            return
+        with self._storage_errors_kept(tune_id):
+            self._run.free_device(claim)
+            text = "its machine has left the cluster"
+            if is_retried:
+                self._listener.note(f"trial {claim.number}: {text}; it restarts from its last checkpoint")
+            else:
+                self._waits[tune_id] = f"{text}, resumable"
+                self.release(tune_id)
+
+    def leave_node(self, tune_id: str) -> Ending | None:
+        """End a trial after its epoch, because its node is drained: it is saved, and resumed on another one."""
+        if tune_id not in self._claims:
+            return None
+        self._waits[tune_id] = (
+            f"its machine will leave the cluster, saved after epoch {self._epochs[tune_id]}, resumable"
+        )
+        return Ending.SAVE
 
     def release_all(self) -> None:
         """Store everything reported so far, release the trials that have not ended, and delete superfluous checkpoints.
@@ -422,7 +485,7 @@ class TrialCoordinator:
 
     def _break_circuit(self, node: str) -> None:
         """Stop the search if a machine, or the code on it, cannot train."""
-        failures, limit = self._failures_in_a_row[node], max(MIN_FAILURES_IN_A_ROW, 2 * self._slots.count)
+        failures, limit = self._failures_in_a_row[node], max(MIN_FAILURES_IN_A_ROW, 2 * self._places.count)
         if node in self._has_trained:
             limit *= 2
         if failures >= limit:
@@ -432,11 +495,13 @@ class TrialCoordinator:
     def _end(self, tune_id: str, state: str, text: str) -> Ending:
         claim = self._claims.pop(tune_id)
         del self._epochs[tune_id], self._together[tune_id]
+        self._places.leave(tune_id)
         self._parents.pop(tune_id, None)
         self._new_epochs.discard(tune_id)
         self._waits.pop(tune_id, None)
         if state != "WAITING" and self._space.population is None:
             trim_checkpoints(self._folder(claim), claim.token)
+        self._ended += state != "WAITING"
         if state in {"COMPLETE", "PRUNED"}:
             self._retention.trial_ended(claim.number)
         self._next_attempt = 0.0
@@ -495,6 +560,7 @@ class TrialCoordinator:
                 if (claim := self._claims.pop(tune_id, None)) is not None:
                     self._run.free_device(claim)
                 self._together.pop(tune_id, None)
+                self._places.leave(tune_id)
                 self._parents.pop(tune_id, None)
                 self._new_epochs.discard(tune_id)
                 self._next_attempt = 0.0

@@ -18,7 +18,7 @@ from typing import Any
 from hpo.errors import SettingError, TrainableError
 from hpo.search.checkpoint_writer import COST_SHARE
 from hpo.search.probes import ImageCounts, Probes, Speed
-from hpo.search.slots import Slots
+from hpo.search.slots import Node, Slots, share_cores
 from hpo.space.model import Space
 from hpo.space.parameters import Params
 from hpo.train.params import CIFAR_STEM_COST, KEPT_NUMBERS, SHAPE_PARAMS, WEIGHTS, TrainParams
@@ -87,7 +87,7 @@ def estimate_search(
     trials: int | None,
     probes: Probes,
     images: ImageCounts,
-    size: tuple[float, float],
+    nodes: Sequence[Node],
     begun: Sequence[tuple[Params, int]] = (),
 ) -> SearchEstimate:
     """Measure the shapes of a space on this machine, choose how many trials run at a time, and add up their times.
@@ -102,7 +102,7 @@ def estimate_search(
         trials: how many trials there are to run; None if unknown.
         probes: the processes that measure.
         images: the sizes of the data set.
-        size: cores and GPUs of the machine or cluster.
+        nodes: the machines of the search.
         begun: (configuration, epoch) of the trials that start after an epoch of another trial. They run first.
 
     Raises:
@@ -111,6 +111,10 @@ def estimate_search(
     """
     shapes = _shapes(space)
     middle = list(shapes)[len(shapes) // 2]
+
+    def side_by_side(slots: Slots) -> Slots:
+        """Return those of one machine: its trials compete, not those of others."""
+        return replace(slots, count=min(slots.count, max(node.room(slots.cpu, slots.gpu) for node in nodes)))
 
     def add_up(slots: Slots, speeds: dict[str, Speed]) -> SearchEstimate:
         lengths = [
@@ -121,18 +125,19 @@ def estimate_search(
         seconds = _makespan(lengths, slots.count) + probes.start_seconds
         return SearchEstimate(slots, speeds, together, trials, seconds, sum(lengths))
 
-    measured = {name: _require(probes.measure(shape, slots), name, space, slots) for name, shape in shapes.items()}
+    alone = side_by_side(slots)
+    measured = {name: _require(probes.measure(shape, alone), name, space, slots) for name, shape in shapes.items()}
     first = best = add_up(slots, measured)
     if first.seconds < WORTH_SECONDS:
         return first
     tried = dict(first.tried)
-    for candidate in _candidates(space, slots, trials, *size):
-        speeds = _measure_together(probes, {middle: shapes[middle]}, candidate, space.replicates)
+    for candidate in _candidates(space, slots, trials, nodes):
+        speeds = _measure_together(probes, {middle: shapes[middle]}, side_by_side(candidate), space.replicates)
         if not speeds:
             break
         tried[candidate.count] = candidate.count * speeds[middle].images_per_second
         if tried[candidate.count] >= GROWTH * tried[best.slots.count]:
-            speeds = _measure_together(probes, shapes, candidate, space.replicates)
+            speeds = _measure_together(probes, shapes, side_by_side(candidate), space.replicates)
             if not speeds:
                 break
             best = add_up(candidate, speeds)
@@ -178,19 +183,25 @@ def _fits(speed: Speed, slots: Slots, replicates: int = 1) -> bool:
     return slots.device == "cpu" or count * replicates * GPU_MARGIN * speed.memory_bytes + contexts <= speed.free_bytes
 
 
-def _candidates(space: Space, slots: Slots, trials: int | None, cores: float, gpus: float) -> list[Slots]:
-    """Return the other divisions of the machine that are worth measuring."""
+def _candidates(space: Space, slots: Slots, trials: int | None, nodes: Sequence[Node]) -> list[Slots]:
+    """Return the other divisions of the machines that are worth measuring."""
     if slots.device == "cpu":
         is_free = space.resources.cpu == "auto"
         fewer = {1, slots.count // 2} - {0, slots.count} if is_free else set()
-        return [Slots(count, float(max(1, cores // count)), 0.0) for count in sorted(fewer, reverse=True)]
+        divided = [share_cores(nodes, 0.0, count) for count in sorted(fewer, reverse=True)]
+        # With a machine's cores for each trial, a cluster has room for one on each machine.
+        rooms = [min(sum(each.room(nodes).values()), trials or math.inf) for each in divided]
+        return [replace(each, count=int(room)) for each, room in zip(divided, rooms, strict=True)]
     if space.resources.gpu != "auto":
         return []
+    cores, gpus = (sum(getattr(node, name) for node in nodes if node.gpus) for name in ("cores", "gpus"))
     most = min(MAX_TRIALS_PER_GPU, int(cores // gpus), math.ceil(trials / gpus) if trials else MAX_TRIALS_PER_GPU)
     shares = [(int(k * gpus), 1 / k) for k in range(2, most + 1)]
     if space.resources.cpu == "auto":
-        return [Slots(count, float(max(1, cores // count)), gpu) for count, gpu in shares]
-    return [Slots(count, slots.cpu, gpu) for count, gpu in shares if count * slots.cpu <= cores]
+        return [share_cores(nodes, gpu, count) for count, gpu in shares]
+    return [
+        Slots(count, slots.cpu, gpu) for count, gpu in shares if sum(n.room(slots.cpu, gpu) for n in nodes) >= count
+    ]
 
 
 def _shapes(space: Space) -> dict[str, Params]:
@@ -272,11 +283,11 @@ def _makespan(lengths: Sequence[float], slots: int) -> float:
     return max(ends)
 
 
-def machine_size() -> tuple[float, float]:
-    """Return the cores and the GPUs of this machine."""
+def this_machine() -> Node:
+    """Return this machine."""
     import torch
 
-    return float(len(os.sched_getaffinity(0))), float(torch.cuda.device_count())
+    return Node(float(len(os.sched_getaffinity(0))), float(torch.cuda.device_count()))
 
 
 def can_measure(slots: Slots) -> bool:

@@ -36,6 +36,9 @@ class ProgressListener(Protocol):
     def search_planned(self, space: Space, slots: Slots, estimate: SearchEstimate | None) -> None:
         """The number of trials at a time is decided; `estimate` is None where nothing was measured."""
 
+    def slots_changed(self, count: int, before: int) -> None:
+        """The cluster has room for so many trials at a time now: nodes have joined or left."""
+
     def device_time_used(self, seconds: float) -> None:
         """The study has used so many device-seconds, over all of its runs. Only where the budget limits or prices them."""
 
@@ -70,6 +73,9 @@ class NullListener:
         """Ignore it."""
 
     def search_planned(self, space: Space, slots: Slots, estimate: SearchEstimate | None) -> None:
+        """Ignore it."""
+
+    def slots_changed(self, count: int, before: int) -> None:
         """Ignore it."""
 
     def device_time_used(self, seconds: float) -> None:
@@ -115,6 +121,11 @@ class CombinedListener:
         """Pass it on."""
         for listener in self._listeners:
             listener.search_planned(space, slots, estimate)
+
+    def slots_changed(self, count: int, before: int) -> None:
+        """Pass it on."""
+        for listener in self._listeners:
+            listener.slots_changed(count, before)
 
     def device_time_used(self, seconds: float) -> None:
         """Pass it on."""

@@ -38,7 +38,7 @@ def check_address(address: str) -> None:
         raise no_answer(address, error) from None
     try:
         asked = subprocess.run(
-            [sys.executable, "-c", _ASK, address],
+            [sys.executable, "-P", "-c", _ASK, address],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -13,34 +13,30 @@ if TYPE_CHECKING:
     from hpo.space.model import Space
     from storage.run import Run
     from storage.studies import Study
-    from storage.usage import Device
 
 
 @contextmanager
-def open_run(
-    continuation: ContinuationPlan, study: Study, provenance: Mapping[str, Any], device: Device
-) -> Iterator[Run]:
+def open_run(continuation: ContinuationPlan, study: Study, provenance: Mapping[str, Any]) -> Iterator[Run]:
     """Start a run that claims trials by the space's sampler and ends them by its scheduler.
 
     Args:
         continuation: the search, and which trials of earlier revisions it continues.
         study: its study.
         provenance: versions and command of the run, for the record.
-        device: what each trial holds while a worker runs it.
 
     Raises:
         StorageError: the database cannot be used (after retries).
     """
     space = continuation.space
     study.optuna_study.pruner = build_optuna_pruner(space, study)
-    with build_run(space, study, provenance, device) as run:
+    with build_run(space, study, provenance) as run:
         run.enqueue(continuation.first_points(), space.distributions(), continuation.attrs)
         if not space.is_grid:
             study.optuna_study.sampler = build_sampler(space, run.run_id)
         yield run
 
 
-def build_run(space: Space, study: Study, provenance: Mapping[str, Any], device: Device) -> Run:
+def build_run(space: Space, study: Study, provenance: Mapping[str, Any]) -> Run:
     """Return a run with the settings of a space, which has not started; see `open_run`."""
     from storage.run import Run
 
@@ -54,6 +50,5 @@ def build_run(space: Space, study: Study, provenance: Mapping[str, Any], device:
         history_limit=history_limit(space),
         pruner=build_pruner(space, study),
         max_failures=space.max_failures,
-        device=device,
         takes_turns=space.population is not None,
     )

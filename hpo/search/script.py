@@ -66,6 +66,7 @@ def run_script(
     needs_epoch: bool,
     patterns: Mapping[str, str] | None = None,
     takes_turns: bool = False,
+    folder: Path | None = None,
 ) -> Generator[ScriptEpoch, None, None]:
     """Start a script and yield a ScriptEpoch for each line of JSON that has numbers.
 
@@ -89,7 +90,7 @@ def run_script(
     log.parent.mkdir(parents=True, exist_ok=True)
     with (
         log.open("a", encoding="utf-8") as log_file,
-        _started(arguments, log, threads, merges_stderr=bool(patterns)) as (script, stderr_copier),
+        _started(arguments, log, threads, folder, merges_stderr=bool(patterns)) as (script, stderr_copier),
     ):
         epoch = 0
         last_epoch: ScriptEpoch | None = None
@@ -160,7 +161,7 @@ def _take_epoch(metrics: dict[str, float], previous: int, *, needs_epoch: bool) 
 
 @contextlib.contextmanager
 def _started(
-    arguments: Sequence[str], log: Path, threads: int, *, merges_stderr: bool
+    arguments: Sequence[str], log: Path, threads: int, folder: Path | None, *, merges_stderr: bool
 ) -> Iterator[tuple[subprocess.Popen[str], threading.Thread | None]]:
     """Run a script in a separate process group. It ends with the `with` block or with this process.
 
@@ -168,6 +169,7 @@ def _started(
         arguments: see `run_script`.
         log: see `run_script`.
         threads: see `run_script`.
+        folder: see `run_script`.
         merges_stderr: whether stdout has the lines of stderr, too, in the order in which they were written.
 
     Yields:
@@ -181,6 +183,7 @@ def _started(
         encoding="utf-8",
         errors="replace",
         start_new_session=True,
+        cwd=folder,
         # Unbuffered, so that an epoch arrives when it is printed.
         env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": str(threads)},
     )

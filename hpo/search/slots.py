@@ -2,11 +2,42 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from hpo.errors import SettingError
 from hpo.space.model import Space
+
+MAX_WANTED = 16  # places that a search asks a cluster for at a time; when nodes have joined, it asks for more
+KIND_PREFIX = "accelerator_type:"  # of the resource with which Ray names the kind of a node's GPUs
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine on which trials can run.
+
+    Attributes:
+        cores: that Ray may use.
+        gpus: that Ray may use.
+        gpu_kind: what Ray calls its GPUs, such as H100; empty without any.
+        id: Ray's id of it.
+        address: host and port at which Ray's own process on it, the raylet, listens.
+    """
+
+    cores: float
+    gpus: float = 0.0
+    gpu_kind: str = ""
+    id: str = ""
+    address: tuple[str, int] = ("", 0)
+
+    def room(self, cpu: float, gpu: float) -> int:
+        """Return how many trials with so many cores and GPUs run on it at a time."""
+        by_cpu = self.cores // cpu
+        if gpu == 0:
+            return int(by_cpu)
+        # A trial with a fraction of a GPU uses one GPU only: 0.15 on 8 GPUs gives 8 x 6 trials.
+        by_gpu = self.gpus * (1 / gpu // 1) if gpu < 1 else self.gpus // gpu
+        return int(min(by_cpu, by_gpu))
 
 
 @dataclass(frozen=True)
@@ -14,14 +45,16 @@ class Slots:
     """The places in which trials run.
 
     Attributes:
-        count: how many trials run at a time.
+        count: how many trials run at a time. In a cluster, this changes with its nodes, see `room`.
         cpu: cores of each.
         gpu: GPUs of each; a fraction shares one GPU.
+        gpu_by_kind: {kind of GPU: GPUs of a trial there}, where it differs from `gpu`.
     """
 
     count: int
     cpu: float
     gpu: float
+    gpu_by_kind: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def threads(self) -> int:
@@ -48,6 +81,21 @@ class Slots:
         """Whether several trials use one GPU."""
         return self.gpu > 0 and self.trials_per_device > 1
 
+    def on_kind(self, kind: str) -> Slots:
+        """Return what a trial gets on nodes with one kind of GPU."""
+        return replace(self, gpu=self.gpu_by_kind.get(kind, self.gpu), gpu_by_kind={})
+
+    def room(self, nodes: Iterable[Node]) -> dict[str, int]:
+        """Return {kind of GPU: how many trials run at a time} on some nodes.
+
+        Where all trials get the same, one kind, which is empty, stands for all nodes.
+        """
+        found: dict[str, int] = {}
+        for node in nodes:
+            kind = node.gpu_kind if self.gpu_by_kind else ""
+            found[kind] = found.get(kind, 0) + node.room(self.cpu, self.on_kind(kind).gpu)
+        return found
+
 
 def may_share_gpu(space: Space) -> bool:
     """Return whether a search may run several trials on one GPU, if there is one.
@@ -60,29 +108,49 @@ def may_share_gpu(space: Space) -> bool:
     return space.is_default_trainable if gpu == "auto" else 0 < gpu <= 0.5
 
 
-def plan_slots(space: Space, trials: int | None, cores: float, gpus: float) -> Slots:
+def plan_slots(space: Space, trials: int | None, nodes: Sequence[Node], *, may_grow: bool = False) -> Slots:
     """Divide a machine or a cluster among trials, without measuring.
 
     Args:
         space: its `resources` are used as given; `auto` is one GPU per trial where there are GPUs, else an equal share of
             the cores, at least one.
         trials: how many trials there are to run; None if unknown.
-        cores: cores of the whole cluster.
-        gpus: GPUs of the whole cluster.
+        nodes: the machines.
+        may_grow: whether other nodes may join: a trial that has no room yet waits for one.
 
     Raises:
-        SettingError: a trial asks for more than the cluster has.
+        SettingError: a trial asks for more than any machine has, and none may join.
     """
-    gpu = (1.0 if gpus else 0.0) if space.resources.gpu == "auto" else space.resources.gpu
-    if gpu > gpus:
+    gpu, cpu = space.resources.gpu, space.resources.cpu
+    if gpu == "auto":
+        gpu = 1.0 if any(node.gpus for node in nodes) else 0.0
+    most_gpus, most_cores = (max((getattr(node, name) for node in nodes), default=0.0) for name in ("gpus", "cores"))
+    if gpu > most_gpus and not may_grow:
         raise SettingError(
-            f"resources.gpu is {gpu:g}, but there {'is' if gpus == 1 else 'are'} {gpus:g} here: lower it, or leave it auto"
+            f"resources.gpu is {gpu:g}, but there {'is' if most_gpus == 1 else 'are'} {most_gpus:g} here: "
+            "lower it, or leave it auto"
         )
-    # A trial with a fraction of a GPU uses one GPU only: 0.15 on 8 GPUs gives 8 x 6 trials.
-    by_gpu = math.inf if gpu == 0 else (gpus * (1 / gpu // 1) if gpu < 1 else gpus // gpu)
-    if space.resources.cpu == "auto":
-        count = max(1, int(min(by_gpu, cores, trials or math.inf)))
-        return Slots(count, float(max(1, cores // count)), gpu)
-    if space.resources.cpu > cores:
-        raise SettingError(f"resources.cpu is {space.resources.cpu:g}, but there are {cores:g} cores here")
-    return Slots(int(min(by_gpu, cores // space.resources.cpu)), space.resources.cpu, gpu)
+    if cpu == "auto":
+        return share_cores(nodes, gpu, trials)
+    if cpu > most_cores and not may_grow:
+        raise SettingError(f"resources.cpu is {cpu:g}, but there are {most_cores:g} cores here")
+    return Slots(sum(node.room(cpu, gpu) for node in nodes), cpu, gpu)
+
+
+def share_cores(nodes: Sequence[Node], gpu: float, trials: int | None) -> Slots:
+    """Give each trial as many cores as possible while as many trials as possible run at a time.
+
+    Args:
+        nodes: the machines.
+        gpu: GPUs of each trial.
+        trials: how many trials need to run at a time; None for as many as possible.
+    """
+
+    def count(cpu: float) -> int:
+        return sum(node.room(cpu, gpu) for node in nodes)
+
+    wanted = count(1.0) if trials is None else min(count(1.0), trials)
+    most = int(max((node.cores for node in nodes), default=1.0))
+    # The first of which there is room for as many: the search is short, as a machine has few hundred cores.
+    cpu = next((float(cpu) for cpu in range(most, 1, -1) if count(cpu) >= wanted), 1.0)
+    return Slots(wanted, cpu, gpu)

@@ -54,7 +54,8 @@ class TrialSpec:
         device: `cpu` or `cuda`.
         threads: the threads that torch uses.
         timeout: seconds without an epoch after which the worker counts as hung; None for no limit.
-        code_folder: the folder in which the search was started: the trainable may be there.
+        code_folder: the folder in which the search was started, or what was sent of it to this machine. The trainable may be
+            there, and a script runs there.
         parent_folder: the folder of the trial that this one continues; empty if it starts from its first epoch.
         parent_key: whose that folder must be.
         parent_epoch: from the checkpoint after which epoch it starts, see `read_checkpoint`; 0 for the last.
@@ -495,6 +496,7 @@ def _start_training(spec: TrialSpec, seed: int, state: Mapping[str, Any] | None)
         needs_epoch=needs_epoch,
         patterns=spec.patterns,
         takes_turns=spec.replicates > 1 or spec.may_wait,
+        folder=Path(spec.code_folder),
     )
 
 

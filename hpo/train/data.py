@@ -1,7 +1,8 @@
 """Data sets as tensors on the device: whole, in memory, and always split in the same way.
 
-A process reads a data set once and keeps it; there are no DataLoader workers. The split into training and validation
-images depends only on their two numbers, so every trial of every search has the same one.
+A process reads a data set once and keeps it; there are no DataLoader workers. On a CPU, the images are mapped from their
+files, and the parts of the split are positions in them: all trials on a machine share one copy in memory. The split into
+training and validation images depends only on their two numbers, so every trial of every search has the same one.
 """
 
 from __future__ import annotations
@@ -25,32 +26,50 @@ class Images:
     """Images and their labels.
 
     Attributes:
-        images: uint8 of shape (N, 28, 28).
+        pixels: uint8 of shape (M, 28, 28). Those of a file may be mapped from it, see `map_idx`, and must not be changed.
         labels: int64 of shape (N,), classes 0 to 9.
+        positions: of the N images in `pixels`, int64 of shape (N,); None if they are all of them, in their order.
     """
 
-    images: Tensor
+    pixels: Tensor
     labels: Tensor
+    positions: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def device(self) -> torch.device:
-        """The device of both tensors."""
+        """The device of the tensors."""
         return self.labels.device
 
+    @property
+    def images(self) -> Tensor:
+        """The images, uint8 of shape (N, 28, 28): a copy, if they have positions."""
+        return self.pixels if self.positions is None else self.pixels[self.positions]
+
     def to(self, device: str) -> Images:
-        """Return the same images on a device."""
+        """Return the same images on a device; on another one, without the images that have no position."""
+        if torch.device(device) == self.device:
+            return self
         return Images(self.images.to(device), self.labels.to(device))
 
     def take(self, indices: Tensor) -> Images:
         """Return the images at some positions, in that order."""
-        return Images(self.images[indices], self.labels[indices])
+        where = indices if self.positions is None else self.positions[indices]
+        return Images(self.pixels[where], self.labels[indices])
+
+    def select(self, indices: Tensor) -> Images:
+        """Return the same as `take`, without a copy of the images."""
+        where = indices if self.positions is None else self.positions[indices]
+        return Images(self.pixels, self.labels[indices], where)
 
     def split(self, size: int) -> list[Images]:
         """Return the images in batches of a size, the last one smaller if necessary."""
-        return [Images(*parts) for parts in zip(self.images.split(size), self.labels.split(size), strict=True)]
+        labels = self.labels.split(size)
+        if self.positions is not None:
+            return [Images(self.pixels, *parts) for parts in zip(labels, self.positions.split(size), strict=True)]
+        return [Images(*parts) for parts in zip(self.pixels.split(size), labels, strict=True)]
 
     def as_input(self) -> Tensor:
         """Return the network's input: float of shape (N, 1, 28, 28) in [0, 1], in channels-last memory format."""
@@ -112,7 +131,7 @@ def load(
         )
     order = stratified_order(train.labels)
     end = None if train_samples is None else val_samples + train_samples
-    whole = Dataset(train.take(order[val_samples:end]), train.take(order[:val_samples]), test)
+    whole = Dataset(train.select(order[val_samples:end]), train.select(order[:val_samples]), test)
     return whole.to(device)
 
 

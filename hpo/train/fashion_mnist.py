@@ -1,4 +1,4 @@
-"""Fashion-MNIST on disk: reads the idx files of the sample that is part of the package, and of the full data set."""
+"""Fashion-MNIST on disk: reads the idx files of the sample that is part of the package, maps those of the full data set."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import math
+import mmap
 import shutil
 import struct
 import tempfile
@@ -35,6 +36,7 @@ SHA256 = {
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
+Content = bytearray | mmap.mmap  # of a file; torch takes memory that can be written to
 Part = tuple[Tensor, Tensor]  # images, uint8 of shape (N, 28, 28), and labels, int64 of shape (N,)
 
 _UINT8 = 0x08  # the code of the element type in the idx format
@@ -43,11 +45,13 @@ _UINT8 = 0x08  # the code of the element type in the idx format
 def read_sample() -> tuple[Part, Part]:
     """Return 2,000 training and 500 test images, which are part of the package."""
     files = [gzip.decompress((SAMPLE_DIR / f"{name}.gz").read_bytes()) for name in FILES]
-    return _decode(*files)
+    return _decode(*map(bytearray, files))
 
 
 def read_fashion_mnist(data_dir: Path) -> tuple[Part, Part]:
     """Return the 60,000 training and 10,000 test images. Files that are missing are downloaded.
+
+    The images are mapped from the files, see `map_file`.
 
     Args:
         data_dir: the files are in FashionMNIST/raw below it, where torchvision puts them.
@@ -58,11 +62,11 @@ def read_fashion_mnist(data_dir: Path) -> tuple[Part, Part]:
     raw = data_dir / "FashionMNIST" / "raw"
     paths = [raw / name for name in FILES]
     with contextlib.suppress(OSError, ValueError):
-        return _decode(*(path.read_bytes() for path in paths))
+        return _decode(*map(map_file, paths))
     try:
         # Missing or damaged, or another process is unpacking them at this moment.
         _download(data_dir, paths)
-        return _decode(*(path.read_bytes() for path in paths))
+        return _decode(*map(map_file, paths))
     except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
         if all(path.exists() for path in paths):
             raise DataError(
@@ -109,7 +113,26 @@ def _download(data_dir: Path, paths: list[Path]) -> None:
                 (raw / path.name).replace(path)
 
 
-def _decode(train_images: bytes, train_labels: bytes, test_images: bytes, test_labels: bytes) -> tuple[Part, Part]:
+def map_file(path: Path) -> Content:
+    """Return a file as memory that all processes share which map it, until one writes to it: then it has a copy of the page.
+
+    Where the file system cannot map files, this process gets a copy. The file must not be changed while it is mapped.
+    Nothing here does: `_download` only adds files.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is empty.
+    """
+    with path.open("rb") as file:
+        try:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except OSError:
+            return bytearray(file.read())
+
+
+def _decode(
+    train_images: Content, train_labels: Content, test_images: Content, test_labels: Content
+) -> tuple[Part, Part]:
     """Return the training and the test images.
 
     Raises:
@@ -125,8 +148,8 @@ def _decode(train_images: bytes, train_labels: bytes, test_images: bytes, test_l
     return train, test
 
 
-def decode_idx(content: bytes, *, dimensions: int) -> Tensor:
-    """Return the array of an idx file, uint8.
+def decode_idx(content: Content, *, dimensions: int) -> Tensor:
+    """Return the array of an idx file, uint8, in the same memory.
 
     The format: two zero bytes, the element type, the number of dimensions, each size as a big-endian int32, the elements.
 
@@ -137,10 +160,10 @@ def decode_idx(content: bytes, *, dimensions: int) -> Tensor:
     if len(content) < header or content[:4] != bytes([0, 0, _UINT8, dimensions]):
         raise ValueError(f"not an idx file of uint8 with {dimensions} dimensions")
     shape = struct.unpack(f">{dimensions}i", content[4:header])
-    elements = content[header:]
-    if min(shape) < 1 or len(elements) != math.prod(shape):
-        raise ValueError(f"{len(elements)} bytes for an array of shape {shape}")
-    return torch.frombuffer(bytearray(elements), dtype=torch.uint8).reshape(shape)
+    count = len(content) - header
+    if min(shape) < 1 or count != math.prod(shape):
+        raise ValueError(f"{count} bytes for an array of shape {shape}")
+    return torch.frombuffer(content, dtype=torch.uint8, offset=header).reshape(shape)
 
 
 def _first_line(error: BaseException) -> str:

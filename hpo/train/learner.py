@@ -140,7 +140,7 @@ class Learner:
         """Take one step on the images at some positions, int64 of shape (B,)."""
         batch = self._images.take(indices)
         if self._augmentation is not None:
-            batch = replace(batch, images=self._augmentation.apply(batch.images, indices))
+            batch = replace(batch, pixels=self._augmentation.apply(batch.pixels, indices))
         with autocast(self._device, self._precision):
             logits = self.model(batch.as_input())
             loss = F.cross_entropy(logits, batch.labels, label_smoothing=self._params.label_smoothing)

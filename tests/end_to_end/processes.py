@@ -125,6 +125,16 @@ class Driver:
         """Send SIGTERM to the driver only, as a service manager does."""
         self._process.terminate()
 
+    def terminate_group(self) -> None:
+        """Send SIGTERM to its process group, as a shell or a queue may do."""
+        os.killpg(self.pid, signal.SIGTERM)
+
+    def terminate_all(self) -> None:
+        """Send SIGTERM to all of its processes, Ray's too, as `scancel` does."""
+        for process in [*self.children(), psutil.Process(self.pid)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+
     def kill(self) -> None:
         """Send SIGKILL to the driver only."""
         self._process.kill()

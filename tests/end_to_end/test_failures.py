@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.processes import hpo, rows, write_space
+from tests.end_to_end.processes import Driver, chains, check_chains, count_epochs, count_states, hpo, rows, write_space
 
 TIMEOUT_SECONDS = 3
 
@@ -140,3 +141,20 @@ def test_a_process_that_lost_its_gpu_or_a_graph_runs_no_other_trial(tmp_path: Pa
     reason = "the GPU could not be used any more, worker ended: RuntimeError: CUDA error: an illegal memory access"
     assert f"trial 0: {reason} was encountered; it restarts from its last checkpoint" in finished.stdout
     assert "trial 1: no graph" in finished.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_signal_to_all_processes_ends_a_search_in_seconds_and_nothing_is_lost(tmp_path: Path) -> None:
+    """Ray dies of it. Its C++ code would end the process after a minute, with an exit code that queues do not retry."""
+    path, database = chains(tmp_path, epoch_seconds=0.5), tmp_path / "runs/hpo.db"
+    driver = Driver(tmp_path, 0, path)
+    driver.wait_until(lambda: count_epochs(database) >= 2)
+    driver.terminate_all()
+    started = time.monotonic()
+    assert driver.wait() == 130, driver.output
+    assert time.monotonic() - started < 30
+    assert "Ray's processes have ended" in driver.output
+    assert set(count_states(database)) <= {"WAITING", "COMPLETE"}
+    assert hpo(tmp_path, "run", path).returncode == 0
+    check_chains(database)

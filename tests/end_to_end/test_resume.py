@@ -63,7 +63,7 @@ def test_a_study_survives_signals_kill_9_and_two_drivers(tmp_path: Path, start_d
     assert not any("/autoscaler/" in command for command in commands), "ray.shutdown would wait a second for it"
     check_private(driver)
     assert not (tmp_path / "home/.ray").exists(), "others may be able to read what Ray writes there"
-    driver.terminate()
+    driver.terminate_group()
     driver.wait_until(lambda: "Ctrl-C again" in driver.output)
     assert driver.is_running, "the first signal waits for the epoch in flight"
     driver.terminate()

@@ -74,6 +74,8 @@ def test_a_sampled_search_is_described_by_its_budget(budget: dict[str, object], 
     ("slots", "text"),
     [
         (Slots(1, 1.0, 0.0), "1 trial at a time, 1 CPU thread each."),
+        (Slots(0, 2.0, 0.0), "No machine of the cluster has 2 CPU for a trial: waiting for one to join."),
+        (Slots(0, 1.0, 0.5), "No machine of the cluster has 1 CPU and 0.5 GPU for a trial: waiting for one to join."),
         (Slots(2, 4.0, 0.0), "2 trials at a time, 4 CPU threads each."),
         (Slots(3, 1.0, 0.25), "3 trials at a time, 0.25 GPU each."),
     ],

@@ -464,3 +464,18 @@ def test_without_a_total_or_an_epoch_there_is_no_estimate(total: int | None, epo
         for epoch in range(1, epochs + 1):
             progress.epoch_ended(0, epoch, metrics_of(0.5))
     assert screen.seconds_remaining is None
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [
+        (0, "no machine of the cluster has room for a trial: waiting for one to join"),
+        (1, "the cluster has room for 1 trial at a time now, before for 4"),
+        (8, "the cluster has room for 8 trials at a time now, before for 4"),
+    ],
+)
+def test_a_cluster_that_changes_is_said(count: int, said: str) -> None:
+    screen = Screen(terminal=False, slots=4)
+    with screen.searching() as progress:
+        progress.slots_changed(count, 4)
+    assert screen.lines == [said]

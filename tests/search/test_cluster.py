@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -17,6 +19,7 @@ import pytest
 
 from hpo.errors import SettingError
 from hpo.search.cluster import RayCluster
+from hpo.search.slots import Node
 from tests.factories import wait_until
 
 
@@ -28,10 +31,20 @@ class FakeRay(SimpleNamespace):
         self.calls: list[tuple[str, Any]] = []
         self.threads: set[threading.Thread] = set()
         self._error = error
-        node = SimpleNamespace(kill_monitor=lambda check_alive: self.calls.append(("kill_monitor", None)))
+        self.dead: list[str] = []  # of Ray's processes
+        node = SimpleNamespace(
+            kill_monitor=lambda check_alive: self.calls.append(("kill_monitor", None)),
+            dead_processes=lambda: self.dead,
+        )
         self.environment: dict[str, str] = {}  # of Ray's processes
         constants = SimpleNamespace(ENABLE_RAY_CLUSTER=True)
-        self._private = SimpleNamespace(worker=SimpleNamespace(_global_node=node), ray_constants=constants)
+        state = SimpleNamespace(state=SimpleNamespace(get_draining_nodes=lambda: {"b": 0}))
+        self._private = SimpleNamespace(
+            worker=SimpleNamespace(_global_node=node),
+            ray_constants=constants,
+            state=state,
+            services=SimpleNamespace(ConsolePopen=subprocess.Popen),
+        )
         loader = SimpleNamespace(instance=lambda: SimpleNamespace(reset_cache=lambda: None))
         self._raylet = SimpleNamespace(
             Config=SimpleNamespace(initialize=lambda _: None), AuthenticationTokenLoader=loader
@@ -41,6 +54,8 @@ class FakeRay(SimpleNamespace):
     def init(self, **options: Any) -> None:
         self.calls.append(("init", options["address"]))
         self.num_cpus = options.get("num_cpus")
+        working_dir = options.get("runtime_env", {}).get("working_dir")
+        self.sent = None if working_dir is None else (Path(working_dir).suffix, Path(working_dir).read_bytes())
         options["job_config"]._py_driver_sys_path.extend(["/the/working/folder"])
         assert options["job_config"]._py_driver_sys_path == []
         self.environment = dict(os.environ)
@@ -48,8 +63,11 @@ class FakeRay(SimpleNamespace):
         if self._error is not None:
             raise self._error
 
-    def cluster_resources(self) -> dict[str, float]:
-        return {"CPU": 6.0, "memory": 1e9}
+    def nodes(self) -> list[dict[str, Any]]:
+        place = {"NodeManagerAddress": "10.0.0.1", "NodeManagerPort": 7}
+        alive = {"NodeID": "a", "Alive": True, "Resources": {"CPU": 6.0, "memory": 1e9}} | place
+        leaving = {"NodeID": "b", "Alive": True, "Resources": {"CPU": 4.0}} | place
+        return [alive, leaving, {"NodeID": "c", "Alive": False, "Resources": {}}]
 
     def shutdown(self) -> None:
         self.calls.append(("shutdown", None))
@@ -76,7 +94,7 @@ def test_a_cluster_is_started_once_and_stopped_once_by_the_same_thread(
     with RayCluster(address) as cluster:
         for _ in range(2):
             cluster.start()
-        assert cluster.size() == (6.0, 0.0)
+        assert cluster.nodes() == [Node(6.0, id="a", address=("10.0.0.1", 7))]
         assert fake_ray.calls == start_calls
         for _ in range(2):
             cluster.stop()
@@ -94,7 +112,7 @@ def test_a_ray_of_our_own_is_private_and_a_joined_one_is_as_it_is(
     for address, mode, loopback in ((None, "token", "0"), ("auto", "disabled", None)):
         with RayCluster(address) as cluster:
             cluster.start()
-            cluster.size()
+            cluster.nodes()
             assert fake_ray.environment["RAY_AUTH_MODE"] == mode
             assert fake_ray.environment.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") == loopback
             assert fake_ray.environment.get("RAY_AUTH_TOKEN") == (None if address is None else "the user's")
@@ -119,8 +137,84 @@ def test_a_ray_of_our_own_has_the_cores_that_this_process_may_use(
     monkeypatch.setattr("hpo.search.cluster.os.cpu_count", lambda: 6)
     with RayCluster(address) as cluster:
         cluster.start()
-        cluster.size()
+        cluster.nodes()
     assert fake_ray.num_cpus == told
+
+
+@pytest.mark.parametrize("address", [None, "auto"])
+def test_when_ray_dies_the_process_ends_after_what_must_be_done_before(
+    fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch, address: str | None
+) -> None:
+    ended: list[int] = []
+    for name in ("WATCH_SECONDS", "GRACE_SECONDS"):
+        monkeypatch.setattr(f"hpo.search.cluster.{name}", 0.01)
+    monkeypatch.setattr("hpo.search.cluster.os._exit", ended.append)
+    with RayCluster(address) as cluster:
+        cluster.start()
+        cluster.nodes()
+        fake_ray.dead = ["gcs_server"]
+        time.sleep(0.1)
+        assert ended == [], "no search runs"
+        with cluster.watched(lambda: 130):
+            if address is None:
+                wait_until(lambda: ended == [130])
+            else:
+                time.sleep(0.1)  # its processes belong to its owner
+    assert ended == ([130] if address is None else [])
+
+
+def test_a_search_that_ends_by_itself_after_ray_has_died_is_left_alone(
+    fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr("hpo.search.cluster.WATCH_SECONDS", 0.01)
+    monkeypatch.setattr("hpo.search.cluster.os._exit", ended.append)
+    with RayCluster(None) as cluster:
+        cluster.start()
+        cluster.nodes()
+        with cluster.watched(lambda: 130):
+            fake_ray.dead = ["raylet"]
+            time.sleep(0.1)
+    assert (ended, fake_ray.calls[-1]) == ([], ("shutdown", None))
+
+
+@pytest.mark.parametrize(
+    ("address", "job", "is_sent"),
+    [
+        ("auto", None, True),
+        ("auto", {"runtime_env": {"env_vars": {"A": "b"}}}, True),
+        ("auto", {"runtime_env": None}, True),
+        ("auto", {"runtime_env": {"working_dir": "gcs://x.zip"}}, False),  # `ray job submit --working-dir`
+        (None, None, False),
+    ],
+)
+def test_code_is_sent_to_a_cluster_that_has_not_got_it(
+    fake_ray: FakeRay,
+    monkeypatch: pytest.MonkeyPatch,
+    address: str | None,
+    job: dict[str, Any] | None,
+    is_sent: bool,
+) -> None:
+    if job is not None:
+        monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+    with RayCluster(address, b"a zip file") as cluster:
+        cluster.start()
+        cluster.nodes()
+    assert fake_ray.sent == ((".zip", b"a zip file") if is_sent else None)
+
+
+def test_without_code_nothing_is_sent(fake_ray: FakeRay) -> None:
+    with RayCluster("auto") as cluster:
+        cluster.start()
+        cluster.nodes()
+    assert fake_ray.sent is None
+
+
+def test_a_ray_of_our_own_has_no_nodes_to_check(fake_ray: FakeRay, tmp_path: Path) -> None:
+    with RayCluster(None) as cluster:
+        cluster.start()
+        cluster.check_nodes(tmp_path, lambda _: None)
+        assert cluster.checks is None
 
 
 def test_leaving_the_context_stops_the_cluster_even_after_an_error(fake_ray: FakeRay) -> None:
@@ -149,6 +243,18 @@ def test_a_cluster_that_was_never_started_needs_no_ray(fake_ray: FakeRay) -> Non
             "no Ray cluster answers at RAY_ADDRESS auto: timed out. Start one with `ray start --head`, or unset RAY_ADDRESS",
         ),
         (ValueError("no such option"), ValueError, "no such option"),
+        (
+            RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.9.0\n"),
+            SettingError,
+            "Version mismatch: The cluster was started with: Ray: 2.9.0. Install the cluster's versions of Ray and Python "
+            "here, or this machine's there",
+        ),
+        (
+            Exception("Failed to upload package code.zip to the Ray cluster: no room"),
+            SettingError,
+            "the code of the search cannot be sent to the Ray cluster: Failed to upload package code.zip to the Ray "
+            "cluster: no room",
+        ),
     ],
 )
 def test_an_error_of_ray_is_raised_where_the_size_is_needed(
@@ -159,7 +265,7 @@ def test_an_error_of_ray_is_raised_where_the_size_is_needed(
     with RayCluster("auto") as cluster:
         cluster.start()
         with pytest.raises(kind) as caught:
-            cluster.size()
+            cluster.nodes()
     assert str(caught.value) == message
     assert [name for name, _ in fake.calls] == ["init", "shutdown"]
 
@@ -169,7 +275,7 @@ def test_an_address_where_nothing_listens_is_reported_at_once(fake_ray: FakeRay)
         port = server.getsockname()[1]
     with RayCluster(f"127.0.0.1:{port}") as cluster:
         cluster.start()
-        for wait in (cluster.wait_for_answer, cluster.size):
+        for wait in (cluster.wait_for_answer, cluster.nodes):
             with pytest.raises(SettingError, match=f"RAY_ADDRESS 127.0.0.1:{port}: .*Connection refused. Start one"):
                 wait()
     assert [name for name, _ in fake_ray.calls] == ["shutdown"]
@@ -251,6 +357,7 @@ def test_an_import_is_finished_before_the_interrupt(
 SEARCHING = """
 import signal
 from hpo.search.cluster import RayCluster
+from hpo.search.slots import Node
 try:
     with RayCluster(None):
         signal.raise_signal(signal.SIGTERM)

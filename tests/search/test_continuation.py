@@ -39,7 +39,6 @@ from storage.parents import Parent
 from storage.records import CONTINUED_FROM
 from storage.retry import retry_trials
 from storage.studies import Study, open_study
-from storage.usage import CPU
 from tests.factories import (
     RecordingListener,
     finish_study,
@@ -309,7 +308,7 @@ def test_a_trial_keeps_its_checkpoint_while_another_one_continues_it(database: D
     keeps_none = short_space(tmp_path, checkpoints={"keep": "none"})
     continuation = plan(database, long_space(tmp_path), tmp_path)
     study = _open(database, continuation)
-    with open_run(continuation, study, {}, CPU) as run:
+    with open_run(continuation, study, {}) as run:
         claim = run.claim()
         assert claim is not None
         parent = Parent.read(claim.continued_from)
@@ -329,7 +328,7 @@ def test_a_trial_that_was_killed_goes_on_from_its_own_checkpoint(database: Datab
     earlier, _ = search_without_ray(short_space(tmp_path), database, tmp_path)
     continuation = plan(database, long_space(tmp_path), tmp_path)
     study = _open(database, continuation)
-    with open_run(continuation, study, {}, CPU) as run:  # created and owned, and nothing else
+    with open_run(continuation, study, {}) as run:  # created and owned, and nothing else
         assert run.claim() is not None
     study, _ = search_without_ray(long_space(tmp_path, "none"), database, tmp_path)
     assert len(parents(study)) == 1, "storage knows the parent, whatever the file says now"
@@ -341,7 +340,7 @@ def test_a_trial_that_is_retried_starts_from_its_parent_again(database: Database
     search_without_ray(short_space(tmp_path), database, tmp_path)
     continuation = plan(database, long_space(tmp_path), tmp_path)
     study = _open(database, continuation)
-    with open_run(continuation, study, {}, CPU) as run:
+    with open_run(continuation, study, {}) as run:
         claim = run.claim()
         assert claim is not None
         run.fail(claim, "its reason")
@@ -631,7 +630,7 @@ def test_a_grid_is_finished_when_its_own_points_have_ended(
     study = open_study(database, **space.study_options)
     for x in enqueued:
         study.optuna_study.enqueue_trial({"x": x})
-    with open_run(plan(database, space, tmp_path), study, {}, CPU) as run:
+    with open_run(plan(database, space, tmp_path), study, {}) as run:
         for _ in enqueued:
             claim = run.claim()
             assert claim is not None

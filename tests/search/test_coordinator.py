@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from benchmarks.toy import expected_value
 from hpo.paths import LOST_FILE, RunsDir
 from hpo.search.checkpoints import load_checkpoint
 from hpo.search.coordinator import TrialCoordinator
-from hpo.search.slots import Slots
+from hpo.search.slots import MAX_WANTED, Slots
 from hpo.search.stop import StopCause
 from hpo.search.worker import Ending, TrialReport, TrialSpec, end_trial, run_trial
 from hpo.space.model import Space
@@ -44,16 +44,21 @@ from tests.factories import (
     toy_space,
     trial_states,
 )
-from tests.storage.builders import locked
+from tests.storage.builders import locked, sql
 
-ONE_SLOT = Slots(1, 1.0, 0.0)
+TWO_SLOTS = Slots(2, 1.0, 0.0)
 
 
 def coordinator_of(
-    space: Space, run: Run, folder: Path, listener: RecordingListener, slots: Slots = ONE_SLOT
+    space: Space,
+    run: Run,
+    folder: Path,
+    listener: RecordingListener,
+    slots: Slots = TWO_SLOTS,
+    room: Callable[[], Mapping[str, int]] | None = None,
 ) -> TrialCoordinator:
     run.enqueue(space.grid_points(), space.distributions())
-    return TrialCoordinator(space, run, slots, data={}, runs_dir=RunsDir(folder), listener=listener)
+    return TrialCoordinator(space, run, slots, data={}, runs_dir=RunsDir(folder), listener=listener, room=room)
 
 
 def test_last_epoch_that_was_stored_before_a_crash_still_completes_the_trial(study: Study, tmp_path: Path) -> None:
@@ -344,6 +349,7 @@ def test_after_an_epoch_more_trials_may_fail_in_a_row(study: Study, tmp_path: Pa
             spec = coordinator.next_trial(tune_id)
             assert spec is not None
             assert not coordinator.on_report(tune_id, take_reports(spec, 1)[0])
+            coordinator.release(tune_id)
             assert fail_until_stopped(coordinator, most=7) == 7, "each new epoch starts the count again"
         assert fail_until_stopped(coordinator) == 1
         assert str(coordinator.stopped).startswith("nothing can be trained: the last 8 trials")
@@ -371,6 +377,7 @@ def test_a_machine_that_cannot_train_is_found_among_others(study: Study, tmp_pat
             ):
                 assert coordinator.next_trial(tune_id) is not None
                 coordinator.on_report(tune_id, report)
+                coordinator.release(tune_id)
         assert str(coordinator.stopped).endswith("the last 4 trials on broken failed before they trained an epoch")
 
 
@@ -485,7 +492,7 @@ def test_with_the_database_away_leaving_waits_for_it_once(
 
     space = toy_space(tmp_path, parameters={"x": [1, 2, 3]})
     with run_of(study, space) as run:
-        coordinator = coordinator_of(space, run, tmp_path, RecordingListener())
+        coordinator = coordinator_of(space, run, tmp_path, RecordingListener(), Slots(3, 1.0, 0.0))
         for tune_id in "abc":
             assert coordinator.next_trial(tune_id) is not None
         with monkeypatch.context() as patch:
@@ -662,3 +669,91 @@ def test_what_a_program_wrote_into_a_trial_that_waits_is_not_run(
     assert study.metrics()[failed[0].number] == {}
     events = [event[0] for event in listener.events if event[1] == failed[0].number]
     assert events == ["started", "FAIL"], "what prints the progress knows those that have started"
+
+
+# --- a cluster that changes ---------------------------------------------------------------------------------------------
+
+
+def test_as_many_trials_are_claimed_as_there_is_room_for_now(study: Study, tmp_path: Path) -> None:
+    space, listener = toy_space(tmp_path, parameters={"x": [1, 2, 3, 4, 5]}), RecordingListener()
+    room = {"": 0}
+    with run_of(study, space) as run:
+        coordinator = coordinator_of(space, run, tmp_path, listener, room=lambda: room)
+        assert coordinator.next_trial("a") is None
+        assert not coordinator.is_done
+        assert coordinator.follow_cluster() == 5, "the cluster is asked for all of them"
+        room = {"": 2}
+        assert coordinator.follow_cluster() == 0, "two have room, and are not claimed yet"
+        assert [coordinator.next_trial(name) is not None for name in "abc"] == [True, True, False]
+        assert coordinator.follow_cluster() == 3
+        room = {"": 1}
+        assert coordinator.is_surplus("a")
+        coordinator.release("a")
+        assert not coordinator.is_surplus("b")
+        assert coordinator.follow_cluster() == 4
+        assert coordinator.next_trial("d") is None
+        coordinator.stop(StopCause.INTERRUPTED)
+        assert coordinator.follow_cluster() == 0
+    assert [event for event in listener.events if event[0] == "slots"] == [("slots", 2, 0), ("slots", 1, 2)]
+
+
+def test_a_search_without_an_end_asks_for_a_few_places_at_a_time(study: Study, tmp_path: Path) -> None:
+    space = toy_space(
+        tmp_path, sampler="random", parameters={"x": {"type": "int", "low": 1, "high": 9}}, budget={"time": "1h"}
+    )
+    with run_of(study, space) as run:
+        coordinator = TrialCoordinator(
+            space, run, TWO_SLOTS, data={}, runs_dir=RunsDir(tmp_path), listener=RecordingListener(), room=dict
+        )
+        assert coordinator.follow_cluster() == MAX_WANTED
+
+
+def test_a_trial_leaves_a_node_that_is_drained_and_is_resumed(study: Study, tmp_path: Path) -> None:
+    space, listener = toy_space(tmp_path), RecordingListener()
+    with run_of(study, space) as run:
+        coordinator = coordinator_of(space, run, tmp_path, listener)
+        spec = coordinator.next_trial("a")
+        assert spec is not None
+        assert not coordinator.on_report("a", take_reports(spec, 1)[0])
+        assert coordinator.leave_node("a") is Ending.SAVE
+        assert coordinator.leave_node("unknown") is None
+        coordinator.on_saved("a", "")
+        again = coordinator.next_trial("b")
+        assert again is not None
+        assert again.stored_epoch == 1
+    waits = "its machine will leave the cluster, saved after epoch 1, resumable"
+    assert listener.events[2:4] == [("WAITING", 0, waits), ("started", 0, 1)]
+
+
+@pytest.mark.parametrize("is_retried", [True, False])
+def test_a_lost_node_counts_neither_as_a_crash_nor_as_device_time(
+    study: Study, tmp_path: Path, is_retried: bool
+) -> None:
+    space, listener = toy_space(tmp_path, max_failures=0), RecordingListener()
+    with run_of(study, space) as run:
+        coordinator = coordinator_of(space, run, tmp_path, listener)
+        assert coordinator.next_trial("a") is not None
+        coordinator.on_started("a")
+        coordinator.on_node_lost("a", is_retried=is_retried)
+        used = run.device_seconds()
+        coordinator.on_node_lost("unknown", is_retried=True)
+        coordinator.release_all()
+        assert run.device_seconds() == used
+    expected = (
+        ("note", "trial 0: its machine has left the cluster; it restarts from its last checkpoint")
+        if is_retried
+        else ("WAITING", 0, "its machine has left the cluster, resumable")
+    )
+    assert listener.events[1] == expected
+    assert trial_states(study) == ["WAITING"]
+
+
+def test_a_trial_holds_what_its_kind_of_gpu_gives_it(study: Study, tmp_path: Path) -> None:
+    space = toy_space(tmp_path, parameters={"x": [1, 2, 3]})
+    slots = Slots(0, 1.0, 0.25, {"T4": 1.0})
+    with run_of(study, space) as run:
+        coordinator = coordinator_of(space, run, tmp_path, RecordingListener(), slots, lambda: {"T4": 1, "H100": 1})
+        assert [coordinator.next_trial(name) is not None for name in "abc"] == [True, True, False]
+        assert [coordinator.bundle(name)["GPU"] for name in "ab"] == [1.0, 0.25]
+    held = "SELECT number, device, devices FROM hpo_usage JOIN trials ON trial_id = trial ORDER BY number"
+    assert sql(study.database, held) == [(0, "cuda", 1.0), (1, "cuda", 0.25)]

@@ -12,7 +12,7 @@ from hpo.errors import SettingError, TrainableError
 from hpo.search import estimate
 from hpo.search.estimate import estimate_search, is_worth_measuring
 from hpo.search.probes import Probes, Speed
-from hpo.search.slots import Slots
+from hpo.search.slots import Node, Slots
 from hpo.space.model import Space
 from storage.errors import StorageError
 from tests.factories import RecordingListener, shipped_space
@@ -51,7 +51,7 @@ def test_estimate_is_the_end_of_the_last_trial() -> None:
     probes = FakeProbes(lambda shape, _: 1000.0 / shape["batch_size"])
     found = {
         count: estimate_search(
-            documented_space("resources={cpu: 1}"), Slots(count, 1.0, 0.0), 3, probes, IMAGES, (2.0, 0.0)
+            documented_space("resources={cpu: 1}"), Slots(count, 1.0, 0.0), 3, probes, IMAGES, [Node(2.0, 0.0)]
         )
         for count in (1, 2, 3)
     }
@@ -71,24 +71,24 @@ def test_a_continued_trial_counts_the_epochs_that_are_left(overrides: tuple[str,
     probes, slots = FakeProbes(lambda *_: 10.0), Slots(1, 1.0, 0.0)
     space = documented_space(*overrides)
     epoch, end = 1600 + 400 / 3, 500 / 3
-    made = estimate_search(space, slots, 3, probes, IMAGES, (1.0, 0.0), begun)
+    made = estimate_search(space, slots, 3, probes, IMAGES, [Node(1.0, 0.0)], begun)
     assert made.trial_seconds == pytest.approx(((2 + 5 + 5) * epoch + 3 * end) / 10)
-    last = estimate_search(space, slots, 1, probes, IMAGES, (1.0, 0.0), begun)
+    last = estimate_search(space, slots, 1, probes, IMAGES, [Node(1.0, 0.0)], begun)
     assert last.trial_seconds == pytest.approx((2 * epoch + end) / 10)
 
 
 def test_several_seeds_take_as_many_times_as_long_and_as_much_memory() -> None:
     slots, images = Slots(1, 16.0, 1.0), 5 * (1600 + 400 / 3) + 500 / 3
     space = documented_space("parameters.batch_size=64", "replicates=3")
-    made = estimate_search(space, slots, 2, FakeProbes(lambda *_: 10.0), IMAGES, (16.0, 1.0))
+    made = estimate_search(space, slots, 2, FakeProbes(lambda *_: 10.0), IMAGES, [Node(16.0, 1.0)])
     assert made.trial_seconds == pytest.approx(3 * images / 10)
     # Memory for two trials of three trainings with the margin and a second context; a third would have room for one each.
     probes = FakeProbes(lambda *_: 10.0, device_bytes=int(7.5 * 10**9 + 2**30))
-    assert estimate_search(space, slots, 30, probes, IMAGES, (16.0, 1.0)).slots.count == 2
+    assert estimate_search(space, slots, 30, probes, IMAGES, [Node(16.0, 1.0)]).slots.count == 2
     with pytest.raises(
         SettingError, match=r"batch_size 64 does not fit .* 3 times, 0\.9 GiB each of 3\.4 GiB: lower it or"
     ):
-        estimate_search(space, slots, 2, FakeProbes(lambda *_: 10.0, int(3.7 * 10**9)), IMAGES, (16.0, 1.0))
+        estimate_search(space, slots, 2, FakeProbes(lambda *_: 10.0, int(3.7 * 10**9)), IMAGES, [Node(16.0, 1.0)])
 
 
 def test_unmeasured_batch_size_counts_as_the_nearest_one() -> None:
@@ -101,7 +101,7 @@ def test_unmeasured_batch_size_counts_as_the_nearest_one() -> None:
         len(sizes),
         probes,
         IMAGES,
-        (1.0, 0.0),
+        [Node(1.0)],
     )
     assert len(probes.asked) == len(made.speeds) <= estimate.MAX_SHAPES
     assert set(made.speeds) == {f"batch_size {size}" for size in nearest}
@@ -118,7 +118,7 @@ def test_each_width_is_measured_and_an_unmeasured_one_counts_as_the_nearest() ->
         len(widths),
         probes,
         IMAGES,
-        (1.0, 0.0),
+        [Node(1.0)],
     )
     assert [shape["width"] for shape, _ in probes.asked] == [0.5, 1, 2, 4, 5]
     images = 5 * (1600 + 400 / 3) + 500 / 3
@@ -129,7 +129,7 @@ def test_each_width_is_measured_and_an_unmeasured_one_counts_as_the_nearest() ->
 def test_what_a_recipe_adds_to_a_step_is_measured(name: str) -> None:
     probes = FakeProbes(lambda *_: 10.0)
     space = documented_space("parameters.batch_size=64", f"parameters.{name}=0.5", "parameters.flip=true")
-    estimate_search(space, Slots(1, 1.0, 0.0), 1, probes, IMAGES, (1.0, 0.0))
+    estimate_search(space, Slots(1, 1.0, 0.0), 1, probes, IMAGES, [Node(1.0, 0.0)])
     assert probes.asked[0][0] == {"batch_size": 64, name: 0.5}
 
 
@@ -155,7 +155,7 @@ def test_gpu_is_packed_while_memory_suffices_and_throughput_grows(
     speed: Any, device_bytes: int, count: int, tried: list[int]
 ) -> None:
     probes = FakeProbes(speed, device_bytes=device_bytes)
-    made = estimate_search(documented_space(), Slots(1, 16.0, 1.0), 30, probes, IMAGES, (16.0, 1.0))
+    made = estimate_search(documented_space(), Slots(1, 16.0, 1.0), 30, probes, IMAGES, [Node(16.0, 1.0)])
     assert made.slots == Slots(count, float(16 // count), 1 / count)
     assert list(made.tried) == tried
     assert made.gpu_hours == pytest.approx(made.trial_seconds / count / 3600)
@@ -163,9 +163,11 @@ def test_gpu_is_packed_while_memory_suffices_and_throughput_grows(
 
 def test_two_gpus_are_packed_alike_and_a_given_share_is_kept() -> None:
     probes = FakeProbes(lambda _, slots: 10.0)
-    made = estimate_search(documented_space(), Slots(2, 8.0, 1.0), 6, probes, IMAGES, (16.0, 2.0))
+    made = estimate_search(documented_space(), Slots(2, 8.0, 1.0), 6, probes, IMAGES, [Node(16.0, 2.0)])
     assert made.slots == Slots(6, 2.0, 1 / 3), "six trials: three a GPU"
-    kept = estimate_search(documented_space("resources.gpu=0.5"), Slots(4, 4.0, 0.5), 30, probes, IMAGES, (16.0, 2.0))
+    kept = estimate_search(
+        documented_space("resources.gpu=0.5"), Slots(4, 4.0, 0.5), 30, probes, IMAGES, [Node(16.0, 2.0)]
+    )
     assert kept.slots == Slots(4, 4.0, 0.5)
     assert {slots.trials_per_device for _, slots in probes.asked} == {1, 2, 3}
 
@@ -179,9 +181,11 @@ def test_two_gpus_are_packed_alike_and_a_given_share_is_kept() -> None:
 )
 def test_cpu_gets_trials_or_threads_by_throughput(speed: Any, expected: Slots) -> None:
     probes = FakeProbes(speed)
-    made = estimate_search(documented_space(), Slots(8, 1.0, 0.0), 30, probes, IMAGES, (8.0, 0.0))
+    made = estimate_search(documented_space(), Slots(8, 1.0, 0.0), 30, probes, IMAGES, [Node(8.0, 0.0)])
     assert made.slots == expected
-    given = estimate_search(documented_space("resources={cpu: 1}"), Slots(8, 1.0, 0.0), 30, probes, IMAGES, (8.0, 0.0))
+    given = estimate_search(
+        documented_space("resources={cpu: 1}"), Slots(8, 1.0, 0.0), 30, probes, IMAGES, [Node(8.0, 0.0)]
+    )
     assert given.slots == Slots(8, 1.0, 0.0), "a given number is kept"
 
 
@@ -192,10 +196,10 @@ def test_a_failure_next_to_other_trials_keeps_the_last_way_that_worked(error: Ex
             raise error
         return 10.0
 
-    made = estimate_search(documented_space(), Slots(1, 16.0, 1.0), 30, FakeProbes(speed), IMAGES, (16.0, 1.0))
+    made = estimate_search(documented_space(), Slots(1, 16.0, 1.0), 30, FakeProbes(speed), IMAGES, [Node(16.0, 1.0)])
     assert made.slots.count == 2
     with pytest.raises(type(error)):
-        estimate_search(documented_space(), Slots(3, 5.0, 1.0), 30, FakeProbes(speed), IMAGES, (16.0, 3.0))
+        estimate_search(documented_space(), Slots(3, 5.0, 1.0), 30, FakeProbes(speed), IMAGES, [Node(16.0, 3.0)])
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -211,7 +215,7 @@ def test_the_shape_that_needs_most_memory_is_always_measured(order: int) -> None
 def test_shape_that_does_not_fit_is_named() -> None:
     probes = FakeProbes(lambda *_: None)
     with pytest.raises(SettingError, match="batch_size 64 does not fit"):
-        estimate_search(documented_space(), Slots(1, 1.0, 0.0), 3, probes, IMAGES, (1.0, 0.0))
+        estimate_search(documented_space(), Slots(1, 1.0, 0.0), 3, probes, IMAGES, [Node(1.0, 0.0)])
 
 
 @pytest.mark.parametrize(
@@ -270,7 +274,7 @@ def test_the_widest_network_with_an_average_is_measured_in_a_large_space() -> No
 def test_mirrored_images_are_scored_too(overrides: list[str], passes: list[int]) -> None:
     space = documented_space("parameters.batch_size=64", *overrides)
     probes = FakeProbes(lambda *_: 10.0)
-    made = estimate_search(space, Slots(1, 1.0, 0.0), len(passes), probes, IMAGES, (1.0, 0.0))
+    made = estimate_search(space, Slots(1, 1.0, 0.0), len(passes), probes, IMAGES, [Node(1.0, 0.0)])
     assert made.trial_seconds == pytest.approx(sum(5 * (1600 + n * 400 / 3) + n * 500 / 3 for n in passes) / 10)
 
 

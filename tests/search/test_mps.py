@@ -464,7 +464,7 @@ def test_ray_starts_under_mps_and_mps_ends_with_a_search_that_fails(
     seen: list[bool] = []
 
     class FailingCluster:
-        def __init__(self, address: str | None) -> None:
+        def __init__(self, *_: object) -> None:
             seen.append(PIPE_VARIABLE in os.environ)
             raise KeyboardInterrupt
 
@@ -485,7 +485,7 @@ def test_workers_of_ray_inherit_the_environment(fake: FakeMps) -> None:
 
     with start_mps(is_wanted=True), RayCluster(None) as cluster:
         cluster.start()
-        cluster.size()
+        cluster.nodes()
 
         @ray.remote
         def environment() -> str | None:

@@ -48,6 +48,15 @@ def test_a_cluster_that_answers_is_fine(address: str, monkeypatch: pytest.Monkey
     check_address(address)
 
 
+def test_a_file_in_the_working_folder_replaces_no_package(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "yaml.py").write_text("raise RuntimeError('replaced')")
+    monkeypatch.setattr(ray_address, "_ASK", "import yaml")
+    monkeypatch.chdir(tmp_path)
+    check_address(address)
+
+
 @pytest.mark.parametrize("address", ["auto", "local", "a-name"])
 def test_what_only_ray_knows_is_left_to_ray(address: str, client_writes: Callable[[str], None]) -> None:
     client_writes("it must not be asked")

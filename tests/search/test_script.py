@@ -65,6 +65,15 @@ def test_a_missing_program_is_an_error_before_anything_starts() -> None:
         check_program("pyhton train.py")
 
 
+def test_a_script_runs_in_its_folder(log: Path, tmp_path: Path) -> None:
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "run.sh").write_text("""#!/bin/sh\necho "{\\"value\\": $(cat number)}"\n""")
+    (tmp_path / "code" / "run.sh").chmod(0o700)
+    (tmp_path / "code" / "number").write_text("7")
+    epochs = run_script(["./run.sh"], log=log, max_epochs=1, threads=1, needs_epoch=False, folder=tmp_path / "code")
+    assert [epoch.metrics for epoch in epochs] == [{"value": 7.0}]
+
+
 # --- patterns ---------------------------------------------------------------------------------------------------------
 
 # Prints what the MNIST example of PyTorch prints.

@@ -61,10 +61,10 @@ def test_a_meter_adds_up_the_periods_of_a_claim(clock: Clock) -> None:
     meter.start(A)
     clock.now += 1
     assert meter.read() == {A: 6.0, B: 14.0}
-    assert meter.total_seconds == 20.0
+    assert meter.device_seconds == 20.0
     meter.stop_all()
     clock.now += 100
-    assert (meter.read(), meter.total_seconds) == ({A: 6.0, B: 14.0}, 20.0)
+    assert (meter.read(), meter.device_seconds) == ({A: 6.0, B: 14.0}, 20.0)
 
 
 def test_a_reading_counts_as_stored_only_if_nothing_followed_it(clock: Clock) -> None:
@@ -80,7 +80,7 @@ def test_a_reading_counts_as_stored_only_if_nothing_followed_it(clock: Clock) ->
     meter.note_stored(meter.read())
     assert not meter.is_due
     assert meter.read() == {}
-    assert meter.total_seconds == 3.0
+    assert meter.device_seconds == 3.0
 
 
 def test_while_nothing_is_reported_a_reading_is_due_every_ten_seconds(clock: Clock) -> None:

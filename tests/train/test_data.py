@@ -178,6 +178,40 @@ def test_an_unknown_data_set_is_an_error_with_the_nearest_name() -> None:
         load(dataset="cifar10")
 
 
+# --- positions in mapped images -----------------------------------------------------------------------------------
+
+
+def test_the_parts_of_the_split_share_the_images_of_the_file() -> None:
+    dataset = load_sample()
+    assert dataset.train.pixels.data_ptr() == dataset.validation.pixels.data_ptr()
+    assert len(dataset.train.pixels) == 2000
+
+
+def test_selected_images_are_the_same_as_those_that_are_taken() -> None:
+    pixels = torch.arange(6, dtype=torch.uint8)[:, None, None].expand(-1, 28, 28)
+    images = Images(pixels, torch.arange(6))
+    indices = torch.tensor([4, 0, 5, 1, 2])
+    taken, selected = images.take(indices), images.select(indices)
+    assert taken.positions is None
+    assert selected.pixels is images.pixels
+    again = torch.tensor([3, 1])
+    for one, other in (
+        (taken, selected),
+        (taken.take(again), selected.take(again)),
+        (taken.take(again), selected.select(again)),
+        *zip(taken.split(2), selected.split(2), strict=True),
+        (taken.to("meta"), selected.to("meta")),
+    ):
+        assert len(one) == len(other)
+        assert one.images.shape == other.images.shape
+        if one.device.type == "cpu":
+            assert torch.equal(one.images, other.images)
+            assert torch.equal(one.labels, other.labels)
+            assert torch.equal(one.as_input(), other.as_input())
+    assert selected.to("cpu") is selected, "on a CPU, nothing is copied"
+    assert selected.to("meta").positions is None, "a GPU gets the images, in their order"
+
+
 # --- the hash -----------------------------------------------------------------------------------------------------
 
 

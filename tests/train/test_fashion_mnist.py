@@ -7,6 +7,8 @@ import gzip
 import hashlib
 import http.server
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,8 +50,8 @@ def assert_is_sample(data_dir: Path) -> None:
         assert all(torch.equal(tensor, other) for tensor, other in zip(found, expected, strict=True))
 
 
-def idx(*header: int, elements: int) -> bytes:
-    return bytes(header) + bytes(range(elements))
+def idx(*header: int, elements: int) -> bytearray:
+    return bytearray(bytes(header) + bytes(range(elements)))
 
 
 # --- idx files ----------------------------------------------------------------------------------------------------
@@ -63,8 +65,8 @@ def test_an_idx_file_becomes_a_tensor_of_its_shape() -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        b"",
-        b"<html>please log in</html>",
+        bytearray(b""),
+        bytearray(b"<html>please log in</html>"),
         idx(0, 0, 8, 1, 0, 0, 0, elements=0),  # a truncated header
         idx(0, 0, 8, 1, 0, 0, 0, 5, elements=4),
         idx(0, 0, 8, 1, 0, 0, 0, 5, elements=6),
@@ -72,7 +74,7 @@ def test_an_idx_file_becomes_a_tensor_of_its_shape() -> None:
         idx(0, 0, 8, 2, 0, 0, 0, 5, 0, 0, 0, 1, elements=5),
     ],
 )
-def test_content_that_is_not_an_idx_file_of_the_right_shape_is_an_error(content: bytes) -> None:
+def test_content_that_is_not_an_idx_file_of_the_right_shape_is_an_error(content: bytearray) -> None:
     with pytest.raises(ValueError, match=r"idx file|bytes for an array"):
         decode_idx(content, dimensions=1)
 
@@ -110,6 +112,55 @@ def test_a_file_that_another_process_is_unpacking_is_read_when_it_is_complete(
     (folder / FILES[3]).write_bytes(whole[:100])
     # The lock is free when the other process has finished.
     monkeypatch.setattr(fashion_mnist, "_download", lambda *arguments: (folder / FILES[3]).write_bytes(whole))
+    assert_is_sample(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_images_are_mapped_from_their_files_and_changing_them_changes_no_file(tmp_path: Path) -> None:
+    folder = unpack_sample(tmp_path)
+    for name in FILES:
+        (folder / name).chmod(0o400)
+    before = {name: (folder / name).read_bytes() for name in FILES}
+    (images, _), _ = read_fashion_mnist(tmp_path)
+    assert f"{folder / FILES[0]}\n" in Path("/proc/self/maps").read_text()
+    images += 1
+    assert {name: (folder / name).read_bytes() for name in FILES} == before
+    assert_is_sample(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc")
+@pytest.mark.slow
+def test_processes_share_the_memory_of_the_images(tmp_path: Path) -> None:
+    folder = unpack_sample(tmp_path)
+    code = (
+        "import re, sys; from pathlib import Path; from hpo.train.data import load\n"
+        f"data = load(data_dir={str(tmp_path)!r}, val_samples=400)\n"
+        "[part.images.sum() for part in (data.train, data.validation, data.test)]\n"
+        "print('ready', flush=True); sys.stdin.readline()\n"
+        f"found = re.search(re.escape({str(folder / FILES[0])!r}) + '.*?(?=VmFlags)', "
+        "Path('/proc/self/smaps').read_text(), re.DOTALL).group()\n"
+        "print(*re.findall(r'(?:Rss|Private_Clean|Private_Dirty): +(.+) kB', found))"
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes[:1]:
+        resident, *private = map(int, process.communicate("\n", timeout=60)[0].split())
+        assert resident > 1500, "2,000 images of 784 bytes"
+        assert private == [0, 0]
+    processes[1].communicate("\n", timeout=60)
+
+
+def test_files_that_cannot_be_mapped_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("this file system maps no files")
+
+    unpack_sample(tmp_path)
+    monkeypatch.setattr("hpo.train.fashion_mnist.mmap.mmap", refuse)
     assert_is_sample(tmp_path)
 
 

@@ -1,0 +1,111 @@
+"""The nodes of a Ray cluster as they join, leave and are drained, and what a search asks the cluster for.
+
+A node is drained when its machine will be taken away: by `ray drain-node`, a notice of the cloud, or SIGTERM to
+`ray start --block`. Ray places nothing on it any more, and ends it when it is idle or at its deadline.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from contextlib import suppress
+from typing import Any
+
+from hpo.search.cluster import read_nodes  # first: it sets the environment that ray reads when it is imported
+
+# isort: split
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+
+from hpo.search.node_checks import NodeChecks
+from hpo.search.slots import MAX_WANTED, Node, Slots
+
+CONNECT_SECONDS = 2.0  # within which a raylet answers
+POLL_SECONDS = 1.0  # between two readings of the nodes
+
+
+class Membership:
+    """The places for trials in a cluster that may change.
+
+    Args:
+        slots: what each trial gets.
+        checks: of the nodes of a cluster that was joined; None if Ray was started for this search, and stays as it is.
+    """
+
+    def __init__(self, slots: Slots, checks: NodeChecks | None) -> None:
+        self._slots = slots
+        self._checks = checks
+        self._read_at = -float("inf")
+        self._nodes: list[Node] = []
+        self._draining: dict[str, float] = {}
+        self._wanted: list[PlacementGroup] = []
+
+    def _refresh(self) -> None:
+        if self._checks is not None and time.monotonic() - self._read_at >= POLL_SECONDS:
+            # A head node that is being restarted gives no answer. What was known stays then.
+            with suppress(ray.exceptions.RayError, RuntimeError, ConnectionError):
+                self._nodes, self._draining = read_nodes()
+            self._read_at = time.monotonic()
+
+    def room(self) -> dict[str, int]:
+        """Return {kind of GPU: how many trials run at a time}, see `Slots.room`."""
+        if self._checks is None:
+            return {"": self._slots.count}
+        self._refresh()
+        return self._slots.room(node for node in self._nodes if node.id not in self._checks.refused)
+
+    def draining(self) -> dict[str, float]:
+        """Return {id: seconds left} of the nodes that are drained."""
+        self._refresh()
+        return self._draining
+
+    def has_left(self, node_id: str) -> bool:
+        """Return whether a node is not there any more, or is drained.
+
+        Ray notices within 15 s that a machine was switched off, but at once that a worker on it is gone. So its raylet is
+        asked.
+        """
+        if self._checks is None or not node_id:
+            return False
+        self._read_at = -float("inf")
+        self._refresh()
+        node = next((node for node in self._nodes if node.id == node_id), None)
+        if node is None:
+            return True
+        try:
+            socket.create_connection(node.address, CONNECT_SECONDS).close()
+        except OSError:
+            return True
+        return False
+
+    def node_of(self, actor: Any) -> str:
+        """Return Ray's id of the node of an actor that has started; empty where nodes stay."""
+        if self._checks is None:
+            return ""
+        # No public function asks for one actor without Ray's dashboard; pyproject.toml bounds the version of Ray.
+        state: Any = ray._private.state.state  # noqa: SLF001
+        return str(state.actor_table(actor._actor_id.hex())["Address"]["NodeID"])  # noqa: SLF001
+
+    def ask_for(self, count: int) -> None:
+        """Ask the cluster for places beyond those that there are, so that its autoscaler, if it has one, adds nodes.
+
+        A place is a placement group that waits. As soon as there is room for it, it is removed: a trial takes the room.
+
+        Args:
+            count: how many places; 0 withdraws what was asked for.
+        """
+        if self._checks is None:
+            return
+        kept: list[PlacementGroup] = []
+        for group in self._wanted:
+            if len(kept) < count and placement_group_table(group)["state"] == "PENDING":
+                kept.append(group)
+            else:
+                remove_placement_group(group)
+        bundle = {"CPU": self._slots.cpu} | ({"GPU": self._slots.gpu} if self._slots.gpu else {})
+        selector = self._checks.selector
+        labels = None if selector is None else [selector]
+        kept += [
+            placement_group([bundle], bundle_label_selector=labels) for _ in range(min(count, MAX_WANTED) - len(kept))
+        ]
+        self._wanted = kept

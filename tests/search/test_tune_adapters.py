@@ -1,0 +1,362 @@
+"""What passes between Ray Tune and the coordinator, without starting Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest.mock import Mock, call, create_autospec
+
+import pytest
+
+from hpo.search.coordinator import TrialCoordinator
+from hpo.search.stop import Stop, StopCause
+from hpo.search.versions import Problem, describe_versions
+from hpo.search.worker import Ending, TrialReport, TrialSpec
+from tests.factories import trial_spec
+
+pytestmark = pytest.mark.slow  # importing ray takes seconds
+
+
+@pytest.fixture(scope="module")
+def tune() -> ModuleType:
+    """The module under test. It imports ray."""
+    from hpo.search import tune_adapters
+
+    return tune_adapters
+
+
+@pytest.fixture
+def coordinator() -> Mock:
+    """A coordinator that has the methods of the real one, and does nothing."""
+    fake: Mock = create_autospec(TrialCoordinator, instance=True)
+    fake.stopped = None
+    fake.is_surplus.return_value = False
+    fake.follow_cluster.return_value = 0
+    return fake
+
+
+@pytest.fixture
+def membership() -> Mock:
+    """A cluster whose nodes stay."""
+    from hpo.search.membership import Membership
+
+    fake: Mock = create_autospec(Membership, instance=True)
+    fake.draining.return_value = {}
+    fake.has_left.return_value = False
+    return fake
+
+
+class FakeTrial(SimpleNamespace):
+    """A trial of Tune's, with the parts that StudyScheduler uses."""
+
+    PENDING = "PENDING"
+
+    def __init__(self, **changes: Any) -> None:
+        given = {"trial_id": "a", "status": "RUNNING", "num_failures": 0, "max_failures": 0, "error_file": "none"}
+        super().__init__(**(given | {"temporary_state": SimpleNamespace(ray_actor=None)} | changes))
+
+
+class FakeController:
+    """Tune's controller, which keeps the trials that it stops."""
+
+    def __init__(self, *trials: FakeTrial) -> None:
+        self._trials = trials
+        self.stopped: list[str] = []
+        self.evictions = 0
+
+    def get_trials(self) -> tuple[FakeTrial, ...]:
+        return self._trials
+
+    def _cleanup_cached_actors(self, *, force_all: bool) -> None:
+        self.evictions += force_all
+
+    def stop_trial(self, trial: FakeTrial) -> None:
+        trial.status = "TERMINATED"
+        self.stopped.append(trial.trial_id)
+
+
+def test_the_configuration_of_a_trial_is_its_whole_spec(tune: ModuleType, coordinator: Mock, tmp_path: Path) -> None:
+    spec = coordinator.next_trial.return_value = trial_spec(tmp_path)
+    suggested = tune.StudySearcher(coordinator, Mock(checks=None)).suggest("a")
+    coordinator.next_trial.assert_called_once_with("a")
+    assert list(suggested) == ["spec", "bundle"]
+    assert suggested["bundle"] is coordinator.bundle.return_value
+    assert TrialSpec(**suggested["spec"]) == spec
+
+
+@pytest.mark.parametrize(("is_done", "answer"), [(False, None), (True, "FINISHED")])
+def test_without_a_trial_tune_asks_again_until_the_coordinator_is_done(
+    tune: ModuleType, coordinator: Mock, is_done: bool, answer: str | None
+) -> None:
+    coordinator.next_trial.return_value = None
+    coordinator.is_done = is_done
+    scheduler = Mock()
+    assert tune.StudySearcher(coordinator, scheduler).suggest("a") == answer
+    # Without a trial, Tune does not ask the scheduler: nobody else would release the last one, once it is saved.
+    scheduler.collect_saved.assert_called_once_with()
+
+
+def test_a_trial_may_be_restarted_as_often_as_the_coordinator_says(
+    tune: ModuleType, coordinator: Mock, membership: Mock
+) -> None:
+    coordinator.retries_left.return_value = 2
+    scheduler = tune.StudyScheduler(coordinator, membership)
+    new, restarted = FakeTrial(), FakeTrial(num_failures=1, max_failures=3)
+    for trial in (new, restarted):
+        scheduler.on_trial_add(None, trial)
+    assert (new.max_failures, restarted.max_failures) == (2, 3), "Tune adds a restarted trial again"
+
+
+@pytest.mark.parametrize("ending", [None, *Ending])
+@pytest.mark.parametrize("has_actor", [True, False])
+def test_a_report_goes_to_the_coordinator_and_what_an_ended_trial_runs_is_stopped(
+    tune: ModuleType, coordinator: Mock, membership: Mock, ending: Ending | None, has_actor: bool
+) -> None:
+    coordinator.on_report.return_value = ending
+    actor = Mock() if has_actor else None
+    report = TrialReport(epoch=1, metrics={"value": 0.5})
+    trial = FakeTrial(temporary_state=SimpleNamespace(ray_actor=actor))
+    decision = tune.StudyScheduler(coordinator, membership).on_trial_result(None, trial, {"report": report})
+    assert decision == ("CONTINUE" if ending is None else "STOP")
+    coordinator.on_report.assert_called_once_with("a", report)
+    if actor is not None:
+        assert actor.end.remote.call_args_list == ([] if ending is None else [call(ending)])
+
+
+class FakeRay:
+    """Answers of workers that arrive when a test says so."""
+
+    exceptions = SimpleNamespace(RayError=RuntimeError)
+
+    def __init__(self) -> None:
+        self.answers: dict[str, str | Exception] = {}
+
+    def wait(self, references: list[str], *, num_returns: int, timeout: float) -> tuple[list[str], list[str]]:
+        assert num_returns == len(references)
+        return [each for each in references if each in self.answers], []
+
+    def get(self, reference: str) -> str:
+        answer = self.answers[reference]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def test_a_stopped_trial_is_released_when_its_last_epoch_is_saved(
+    tune: ModuleType, coordinator: Mock, membership: Mock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = FakeRay()
+    monkeypatch.setattr(tune, "ray", ray)
+    scheduler, controller = tune.StudyScheduler(coordinator, membership), FakeController()
+    coordinator.on_report.return_value = Ending.SAVE
+    for name in "abc":
+        actor = Mock()
+        actor.end.remote.return_value = f"answer {name}"
+        trial = FakeTrial(trial_id=name, temporary_state=SimpleNamespace(ray_actor=actor))
+        scheduler.on_trial_result(None, trial, {"report": TrialReport(epoch=1)})
+    scheduler.choose_trial_to_run(controller)
+    coordinator.on_saved.assert_not_called()
+    ray.answers["answer b"] = "no checkpoint after epoch 1: disk full"
+    ray.answers["answer c"] = RuntimeError("The actor died.\nIts stack")
+    scheduler.choose_trial_to_run(controller)
+    ray.answers["answer a"] = ""
+    scheduler.collect_saved(10.0)
+    scheduler.collect_saved(10.0)
+    assert coordinator.on_saved.call_args_list == [
+        call("b", "no checkpoint after epoch 1: disk full"),
+        call("c", "its last epoch was not saved: The actor died."),
+        call("a", ""),
+    ]
+
+
+@pytest.mark.parametrize("is_retried", [True, False])
+@pytest.mark.parametrize(
+    ("content", "details"),
+    [(None, ""), ("Failure # 1 (at 10:00)\nfirst\nFailure # 2 (at 11:00)\nlast\n", "2 (at 11:00)\nlast\n")],
+)
+def test_the_death_of_a_worker_is_reported_with_rays_last_account(
+    tune: ModuleType,
+    coordinator: Mock,
+    membership: Mock,
+    tmp_path: Path,
+    content: str | None,
+    details: str,
+    is_retried: bool,
+) -> None:
+    file = tmp_path / "error.txt"
+    if content is not None:
+        file.write_text(content)
+    trial = FakeTrial(error_file=str(file), should_recover=lambda: is_retried)
+    tune.StudyScheduler(coordinator, membership).on_trial_error(None, trial)
+    coordinator.on_crash.assert_called_once_with("a", details, is_retried=is_retried)
+
+
+def test_a_trial_whose_worker_died_before_it_started_is_released(
+    tune: ModuleType, coordinator: Mock, membership: Mock
+) -> None:
+    tune.StudyScheduler(coordinator, membership).on_trial_error(None, FakeTrial(status="PENDING"))
+    coordinator.release.assert_called_once_with("a")
+    coordinator.on_crash.assert_not_called()
+
+
+def test_a_trial_holds_its_device_from_when_its_worker_has_started(
+    tune: ModuleType, coordinator: Mock, membership: Mock
+) -> None:
+    scheduler = tune.StudyScheduler(coordinator, membership)
+    tune.StartListener(scheduler).on_trial_start(iteration=1, trials=[], trial=FakeTrial(trial_id="a"))
+    coordinator.on_started.assert_called_once_with("a")
+
+
+def test_a_search_that_stops_releases_the_trials_that_have_not_started(
+    tune: ModuleType, coordinator: Mock, membership: Mock
+) -> None:
+    running, waiting = FakeTrial(trial_id="a"), FakeTrial(trial_id="b", status="PENDING")
+    controller, scheduler = FakeController(running, waiting), tune.StudyScheduler(coordinator, membership)
+    assert scheduler.choose_trial_to_run(controller) is waiting
+    assert controller.stopped == []
+    coordinator.stopped = Stop(StopCause.INTERRUPTED)
+    assert scheduler.choose_trial_to_run(controller) is None
+    assert controller.stopped == ["b"]
+    coordinator.release.assert_called_once_with("b")
+
+
+def test_a_trial_on_a_drained_node_ends_after_its_epoch_and_idle_workers_leave(
+    tune: ModuleType, coordinator: Mock, membership: Mock
+) -> None:
+    membership.node_of.side_effect = lambda actor: actor.node
+    membership.draining.return_value = {"leaves": 20.0}
+    coordinator.on_report.return_value = None
+    coordinator.leave_node.return_value = Ending.SAVE
+    scheduler, controller = tune.StudyScheduler(coordinator, membership), FakeController()
+    decisions = {}
+    for name in ("stays", "leaves"):
+        trial = FakeTrial(trial_id=name, temporary_state=SimpleNamespace(ray_actor=Mock(node=name)))
+        scheduler.on_trial_start(trial)
+        decisions[name] = scheduler.on_trial_result(None, trial, {"report": TrialReport(epoch=1)})
+    assert decisions == {"stays": "CONTINUE", "leaves": "STOP"}
+    coordinator.leave_node.assert_called_once_with("leaves")
+    membership.draining.return_value = {}
+    scheduler.collect_saved = Mock()
+    scheduler.choose_trial_to_run(controller)
+    assert controller.evictions == 0
+    membership.draining.return_value = {"leaves": 20.0}
+    scheduler.choose_trial_to_run(controller)
+    assert controller.evictions == 1
+
+
+@pytest.mark.parametrize("is_retried", [True, False])
+def test_a_node_that_has_left_is_no_failure_of_its_trial(
+    tune: ModuleType, coordinator: Mock, membership: Mock, is_retried: bool
+) -> None:
+    membership.node_of.return_value = "n"
+    membership.has_left.side_effect = lambda node: node == "n"
+    trial = FakeTrial(max_failures=2, should_recover=lambda: is_retried)
+    scheduler = tune.StudyScheduler(coordinator, membership)
+    scheduler.on_trial_start(trial)
+    scheduler.on_trial_error(None, trial)
+    coordinator.on_node_lost.assert_called_once_with("a", is_retried=is_retried)
+    coordinator.on_crash.assert_not_called()
+    assert trial.max_failures == 3, "Tune has counted a failure"
+
+
+def test_a_trial_for_which_there_is_no_room_any_more_is_released(
+    tune: ModuleType, coordinator: Mock, membership: Mock
+) -> None:
+    trials = [FakeTrial(trial_id=name, status="PENDING") for name in "ab"]
+    coordinator.is_surplus.side_effect = lambda name: name == "a"
+    controller, scheduler = FakeController(*trials), tune.StudyScheduler(coordinator, membership)
+    assert scheduler.choose_trial_to_run(controller) is trials[1]
+    coordinator.release.assert_called_once_with("a")
+    assert controller.stopped == ["a"]
+
+
+def test_places_are_asked_for_unless_a_trial_waits_for_one(
+    tune: ModuleType, coordinator: Mock, membership: Mock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: now))
+    coordinator.follow_cluster.return_value = 5
+    trial, scheduler = FakeTrial(status="RUNNING"), tune.StudyScheduler(coordinator, membership)
+    controller = FakeController(trial)
+    scheduler.choose_trial_to_run(controller)
+    membership.ask_for.assert_called_once_with(5)
+    trial.status = "PENDING"
+    scheduler.choose_trial_to_run(controller)
+    assert membership.ask_for.call_count == 1, "not more often than the nodes are read"
+    now += 10
+    scheduler.choose_trial_to_run(controller)
+    assert membership.ask_for.call_args_list[1:] == [call(0)]
+
+
+@pytest.fixture
+def checks() -> Mock:
+    """Checks of nodes of which none is refused."""
+    from hpo.search.node_checks import NodeChecks
+
+    fake: Mock = create_autospec(NodeChecks, instance=True, refused=set())
+    fake.is_at_fault.return_value = False
+    return fake
+
+
+def test_a_trial_on_another_machine_gets_the_versions_of_this_one(
+    tune: ModuleType, coordinator: Mock, checks: Mock, tmp_path: Path
+) -> None:
+    coordinator.next_trial.return_value = trial_spec(tmp_path)
+    suggested = tune.StudySearcher(coordinator, Mock(checks=checks)).suggest("a")
+    assert suggested["versions"] == describe_versions()
+
+
+def test_a_trial_that_a_worker_hands_back_is_released_and_its_node_gets_no_more(
+    tune: ModuleType, coordinator: Mock, membership: Mock, checks: Mock
+) -> None:
+    scheduler, problem = tune.StudyScheduler(coordinator, membership, checks), Problem("torch is 0.1 and 2.0 here")
+    decision = scheduler.on_trial_result(None, FakeTrial(), {"problem": problem, "node": "node-b"})
+    assert decision == "STOP"
+    checks.refuse.assert_called_once_with("node-b", problem)
+    coordinator.release.assert_called_once_with("a")
+    coordinator.on_report.assert_not_called()
+
+
+def test_a_trial_asks_for_nodes_that_are_not_refused(
+    tune: ModuleType, coordinator: Mock, membership: Mock, checks: Mock
+) -> None:
+    coordinator.retries_left.return_value = 0
+    scheduler, update = tune.StudyScheduler(coordinator, membership, checks), Mock()
+    trial = FakeTrial(placement_group_factory="request", update_resources=update)
+    scheduler.on_trial_add(None, trial)
+    update.assert_not_called()
+    checks.refused = {"node-b"}
+    checks.without_refused.return_value = "elsewhere"
+    scheduler.on_trial_add(None, trial)
+    checks.without_refused.assert_called_once_with("request")
+    update.assert_called_once_with("elsewhere")
+
+
+@pytest.mark.parametrize("is_retried", [True, False])
+def test_a_node_that_could_not_start_a_worker_counts_no_failure(
+    tune: ModuleType, coordinator: Mock, membership: Mock, checks: Mock, tmp_path: Path, is_retried: bool
+) -> None:
+    (tmp_path / "error").write_text("Failure # 1 at noon\nsomething\nFailure # 2 at one\nno module named hpo")
+    checks.is_at_fault.return_value = True
+    metadata = SimpleNamespace(num_failures=1)
+    trial = FakeTrial(
+        error_file=str(tmp_path / "error"),
+        placement_group_factory="request",
+        run_metadata=metadata,
+        should_recover=lambda: is_retried,
+    )
+    tune.StudyScheduler(coordinator, membership, checks).on_trial_error(None, trial)
+    checks.is_at_fault.assert_called_once_with("2 at one\nno module named hpo", "request")
+    coordinator.on_crash.assert_not_called()
+    assert metadata.num_failures == (0 if is_retried else 1)
+    assert coordinator.release.call_args_list == ([] if is_retried else [call("a")])
+
+
+def test_the_scheduler_looks_for_nodes_that_join(
+    tune: ModuleType, coordinator: Mock, membership: Mock, checks: Mock
+) -> None:
+    controller = Mock()
+    controller.get_trials.return_value = []
+    tune.StudyScheduler(coordinator, membership, checks).choose_trial_to_run(controller)
+    checks.poll.assert_called_once_with()
