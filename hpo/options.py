@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,9 @@ from hpo.errors import SettingError
 from hpo.paths import DEFAULT_STORAGE
 
 _ON_FINISH = "on_finish="  # how --set begins that overrides it
+_WARM_START = "warm_start"  # how --set begins that may name databases
+_URL = re.compile(r"[\w+.-]+://[^\s'\",\]}]*")
+_REVISION = re.compile(r"[\w.-]+@[0-9]+\b(?![.:/@])")  # the name of a study: its @ is not one of a URL
 # In `click.Context.meta`:
 _SECRETS = "hpo.options.secrets"  # {variable: value}
 _STORAGE_OPTION = "hpo.options.storage"  # whether the command needs --storage to find the same storage again
@@ -161,6 +165,10 @@ def _read_storage(context: click.Context, parameter: click.Parameter, url: str) 
 def _has_password(word: str) -> bool:
     if "://" not in word or not ("@" in word or "?" in word):
         return False
+    if word.startswith(_WARM_START):  # YAML with URLs in it
+        urls = _URL.findall(word)
+        rest = _REVISION.sub("", _URL.sub("", word))
+        return "@" in rest or "password=" in word or any(_has_password(url) for url in urls)
     from storage.errors import StorageError
     from storage.urls import contains_password
 

@@ -120,6 +120,34 @@ class DraftStorage(_CachedStorage):
             super().set_trial_system_attr(trial_id, key, value)
 
 
+class ShownStorage(_CachedStorage):
+    """Optuna's storage, for programs that display it: trials are as a function shows them. The database stays as it is.
+
+    Args:
+        backend: the database. Finished trials are kept in memory.
+        show: returns a trial as it is to be shown. It must not change its argument.
+    """
+
+    def __init__(self, backend: RDBStorage, show: Callable[[FrozenTrial], FrozenTrial]) -> None:
+        super().__init__(backend)
+        self._show = show
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        """Return a trial as it is shown."""
+        return self._show(super().get_trial(trial_id))
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        """Return the trials of a study as they are shown, those that are shown in these states."""
+        shown = [self._show(trial) for trial in super().get_all_trials(study_id, deepcopy)]
+        return [trial for trial in shown if states is None or trial.state in states]
+
+    def get_best_trial(self, study_id: int) -> FrozenTrial:
+        """Return the best one of the trials that are shown as completed."""
+        return BaseStorage.get_best_trial(self, study_id)  # that of the cache asks the database
+
+
 def draft_trial(
     study: optuna.Study, number: int, partial: FrozenTrial | None = None
 ) -> tuple[optuna.Trial, FrozenTrial]:

@@ -339,6 +339,33 @@ def test_a_password_on_the_command_line_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{study: grid, storage: 'postgresql://me:secret@host/db'}",
+        "{study: grid, storage: postgresql://me:12,secret@host/db}",
+        "{study: grid, storage: postgresql://host/db?user=me&password=secret}",
+        "{study: grid@2, storage: postgresql://me:secret@host/db}",
+    ],
+)
+def test_a_password_in_an_override_is_refused(tmp_path: Path, hpo_here: HpoHere, source: str) -> None:
+    finished = hpo_here(tmp_path, "run", "toy.yaml", "--set", f"warm_start=[{source}]")
+    assert finished.returncode == 2
+    assert "PGPASSWORD or ~/.pgpass" in finished.stderr
+    assert "secret" not in finished.stderr
+
+
+@pytest.mark.parametrize("storage", ["postgresql://me@host:5432/db", "'postgresql://me@host/db?sslmode=require'"])
+def test_an_override_may_name_a_database_without_a_password(
+    tmp_path: Path, hpo_here: HpoHere, fake_search: Callable[..., Any], storage: str
+) -> None:
+    received = fake_search(["COMPLETE"])
+    sources = f"warm_start=[{{study: grid@2, storage: {storage}}}, other@1]"
+    finished = hpo_here(tmp_path, "run", "toy.yaml", "--set", sources, HPO_STORAGE="sqlite:///x.db")
+    assert finished.returncode == 0, finished.stderr
+    assert len(received) == 1
+
+
 def test_the_storage_may_be_named_by_a_file(tmp_path: Path, hpo_here: HpoHere, fake_search: Callable[..., Any]) -> None:
     received = fake_search(["COMPLETE"])
     file = tmp_path / "url.txt"

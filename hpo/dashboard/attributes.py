@@ -24,6 +24,9 @@ MAX_ATTR_CHARS = 2045  # a longer text is split: the column of some databases is
 DELETED = json.dumps(None)  # an artifact's metadata after the artifact has been deleted
 MIME_TYPES = {".png": "image/png", ".txt": "text/plain"}
 
+# System attributes of a trial that breaks a constraint: plots draw it in grey, and leave it out of the best value.
+DRAWN_IN_GREY = {"constraints": [1.0]}
+
 # What hpo publishes besides logs (`hpo.paths.LOG_FILE`), see `derived_name`:
 CHECKPOINT = "checkpoint"  # of the best trial; the name of its file changes
 CURVES = "curves.png"

@@ -122,7 +122,7 @@ def _publish_best_checkpoint(
         for newest in list_checkpoints(folder)[:1]:
             artifact = _artifact(study, attributes, newest.name, best.trial_id, role=CHECKPOINT)
             _publish_file(artifact, attributes, runs_dir, partial(link_or_copy, newest))
-        if space is not None and is_deleted(folder):
+        if space is not None and space.saves_checkpoints and is_deleted(folder):
             logger.warning(
                 "the dashboard of %s has no checkpoint of the best trial: checkpoints.keep is %s",
                 study.name,

@@ -162,20 +162,28 @@ def _first_training(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, f
 
 
 def _choose_trial(study: Study, number: int | None) -> FrozenTrial:
+    if number is None:
+        return _best_trial(study)
     trials = study.trials()
     complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
-    if not complete:
-        raise SettingError(f"study {study.name} has no COMPLETE trial to export; start one with `hpo run`")
-    if number is None:
-        if len(study.optuna_study.directions) == 1:
-            return study.optuna_study.best_trial
-        raise SettingError(_list_front(study))
     for trial in complete:
         if trial.number == number:
             return trial
     state = next((f"is {trial.state.name}" for trial in trials if trial.number == number), "does not exist")
     shown = ", ".join(str(trial.number) for trial in complete[:20]) + (", ..." if len(complete) > 20 else "")
-    raise SettingError(f"trial {number} of study {study.name} {state}; these are COMPLETE: {shown}")
+    raise SettingError(f"trial {number} of study {study.name} {state}; these are COMPLETE: {shown or 'none'}")
+
+
+def _best_trial(study: Study) -> FrozenTrial:
+    # Optuna's best trial may be one of an earlier study from which the sampler alone learns: that is no result.
+    complete = [trial for trial in study.trained_trials() if trial.state.name == "COMPLETE"]
+    if not complete:
+        raise SettingError(f"study {study.name} has no COMPLETE trial to export; start one with `hpo run`")
+    directions = [direction_of(each) for each in study.optuna_study.directions]
+    if len(directions) > 1:
+        raise SettingError(_list_front(study))
+    (best,) = rank_best([trial.values for trial in complete], directions, 1)
+    return complete[best]
 
 
 def _list_front(study: Study) -> str:

@@ -19,6 +19,7 @@ from hpo.report.formatting import (
     format_device_time,
     format_mean,
     format_number,
+    format_params,
     format_seconds,
     format_value,
 )
@@ -34,6 +35,8 @@ SOURCES = ("reused from", "continued from")  # columns that say which trial of a
 MAX_PARTS = 20  # of a schedule of hyperparameters
 MAX_TIES = 10  # that are named
 MAX_PARAMS = 8  # with more parameters, only those that vary get a column
+MAX_NARROW_PARAMS = 4  # with more that vary, they share a column where the table would be too wide
+ALL_PARAMS = "parameters"  # the heading of that column
 
 Column = tuple[str, Callable[[TrialResult], str]]
 
@@ -41,8 +44,8 @@ Column = tuple[str, Callable[[TrialResult], str]]
 def trial_table(results: Results, console: Console) -> Table:
     """Return the trials of a study as a table for `console`, best first, at most `MAX_TABLE_ROWS`; see `trial_columns`.
 
-    In a narrow console, headings are folded and then the least important columns left out, so that no number is cut. The
-    caption names these columns.
+    In a narrow console, headings are folded, then many parameters share a column, and then the least important columns are
+    left out, so that no number is cut. The caption names these columns.
     """
     unlimited = console.options.update(max_width=sys.maxsize)
     for table in _layouts(results):
@@ -58,11 +61,24 @@ def _layouts(results: Results) -> Iterator[Table]:
     yield _build_trial_table(results, columns, fold=True)
     fixed = [name for name in results.param_names if name not in results.varying_params]
     left_out: list[str] = []
+    if len(results.varying_params) > MAX_NARROW_PARAMS:
+        columns = _join_params(results, columns)
+        left_out = [name for name in fixed if len(results.param_names) <= MAX_PARAMS]
+        yield _build_trial_table(results, columns, left_out, fold=True)
     for name in [*fixed, "images/s", "seconds", *SOURCES, f"last {results.metric}", "test_accuracy", "epochs"]:
         if any(name == heading for heading, _ in columns):
             columns = [column for column in columns if column[0] != name]
             left_out.append(name)
             yield _build_trial_table(results, columns, left_out, fold=True)
+
+
+def _join_params(results: Results, columns: Sequence[Column]) -> list[Column]:
+    """Return columns with one for all parameters that vary, in place of one for each: they would be a few letters wide."""
+
+    def describe(trial: TrialResult) -> str:
+        return format_params({name: trial.params[name] for name in results.varying_params if name in trial.params})
+
+    return [*(column for column in columns if column[0] not in results.param_names), (ALL_PARAMS, describe)]
 
 
 def _build_trial_table(
@@ -76,12 +92,13 @@ def _build_trial_table(
         caption_justify="left",
         pad_edge=False,
     )
-    for name, _ in columns:
-        heading = name.replace(" ", "\n")
-        if fold:
-            heading = heading.replace("_", "_\n")
-        left = "left" if name in {"state", "front"} else "right"
-        table.add_column(heading, justify=left, vertical="bottom", overflow="fold")  # type: ignore[arg-type]
+    headings = [name.replace(" ", "\n").replace("_", "_\n" if fold else "_") for name, _ in columns]
+    lines = max(heading.count("\n") for heading in headings)
+    for (name, _), heading in zip(columns, headings, strict=True):
+        # Headings stand at the bottom, and cells at the top: one with all parameters may have several lines.
+        text = "\n" * (lines - heading.count("\n")) + heading
+        left = "left" if name in {"state", "front", ALL_PARAMS} else "right"
+        table.add_column(text, justify=left, overflow="fold")  # type: ignore[arg-type]
     for trial in results.ranked[:MAX_TABLE_ROWS]:
         table.add_row(*(cell(trial) for _, cell in columns))
     captions = []
@@ -96,14 +113,16 @@ def _build_trial_table(
 def trial_columns(results: Results) -> list[Column]:
     """Return the columns of a table of trials, each a (heading, function from a trial to its text) pair.
 
-    The columns are: number, parameters, state, epochs, the last and the best value of the objective (if there are several,
-    whether the trial is on the Pareto front, and the last value of each), test accuracy, seconds, and images per second
-    where the trainable reports them. Where results of an earlier study stand, a column says which trial they are from; where
-    trials continue others, which ones.
+    The columns are: number, parameters (more than `MAX_PARAMS` come last), state, epochs, the last and the best value of the
+    objective (if there are several, whether the trial is on the Pareto front, and the last value of each), test accuracy,
+    seconds, and images per second where the trainable reports them. Where results of an earlier study stand, a column says
+    which trial they are from; where trials continue others, which ones.
     """
     params = results.param_names if len(results.param_names) <= MAX_PARAMS else results.varying_params
+    param_columns: list[Column] = [(name, _param_of(name)) for name in params]
+    last_columns = param_columns if len(params) > MAX_PARAMS else []  # with results behind them, nobody would see these
     columns: list[Column] = [("trial", lambda trial: str(trial.number))]
-    columns += [(name, _param_of(name)) for name in params]
+    columns += [] if last_columns else param_columns
     columns += [("state", lambda trial: trial.state), ("epochs", lambda trial: str(trial.last_epoch or ""))]
     if any(trial.reused_from for trial in results.trials):
         columns.append((SOURCES[0], lambda trial: trial.reused_from))
@@ -122,7 +141,7 @@ def trial_columns(results: Results) -> list[Column]:
     columns.append(("seconds", lambda trial: f"{trial.seconds:,.1f}" if trial.seconds else ""))
     if any(trial.images_per_second for trial in results.trials):
         columns.append(("images/s", lambda trial: f"{trial.images_per_second:,.0f}" if trial.images_per_second else ""))
-    return columns
+    return [*columns, *last_columns]
 
 
 def _param_of(name: str) -> Callable[[TrialResult], str]:
@@ -202,7 +221,8 @@ def describe_schedule(results: Results, trial: TrialResult) -> str:
         params = ", ".join(f"{name} {format_value(each.params[name])}" for name in names if name in each.params)
         start = each.continued_epochs + 1
         if start <= last:
-            parts.append(f"{params or 'the same'} in epochs {start} to {last} (#{each.number})")
+            epochs = f"epoch {last}" if start == last else f"epochs {start} to {last}"
+            parts.append(f"{params or 'the same'} in {epochs} (#{each.number})")
     more = "..., " if len(line) > MAX_PARTS else ""
     return f"{more}{'; '.join(parts)}"
 

@@ -63,15 +63,31 @@ class Candidate:
 def find_candidates(space: Space, revisions: Iterable[Study], runs_dir: RunsDir) -> dict[str, Candidate]:
     """Return {key of a configuration: its candidate}; of several trials, one with a checkpoint, and with the most epochs.
 
+    The results that a revision has from another study count, too: the trials of that study are continued.
+
+    Args:
+        space: the search.
+        revisions: the other ones of its study, all of one database.
+        runs_dir: where checkpoints are.
+
     Raises:
         StorageError: the database cannot be used.
     """
+    from storage.studies import all_studies
+
+    index, shorter = CheckpointIndex(space, runs_dir), list(revisions)
+    reused: dict[str, set[int]] = {}
+    candidates = [each for revision in shorter for each in _candidates(space, revision, index, reused)]
+    for revision in shorter:
+        reused.pop(str(revision.identity), None)
+    for study in all_studies(shorter[0].database) if reused else []:
+        numbers = reused.get(str(study.identity), set())
+        if numbers:
+            candidates += (each for each in _candidates(space, study, index) if each.parent.number in numbers)
     found: dict[str, Candidate] = {}
-    index = CheckpointIndex(space, runs_dir)
-    for revision in revisions:
-        for candidate in _candidates(space, revision, index):
-            known = found.get(candidate.key)
-            found[candidate.key] = candidate if known is None else max(known, candidate, key=_usefulness)
+    for candidate in candidates:
+        known = found.get(candidate.key)
+        found[candidate.key] = candidate if known is None else max(known, candidate, key=_usefulness)
     return found
 
 
@@ -150,7 +166,10 @@ def _usefulness(candidate: Candidate) -> tuple[bool, int]:
     return candidate.outlook is Outlook.CONTINUED, candidate.parent.epoch
 
 
-def _candidates(space: Space, earlier: Study, index: CheckpointIndex) -> Iterator[Candidate]:
+def _candidates(
+    space: Space, earlier: Study, index: CheckpointIndex, reused: dict[str, set[int]] | None = None
+) -> Iterator[Candidate]:
+    """Yield the candidates of a study, and add to {hpo:id of a study: numbers} the trials whose results it has reused."""
     from storage.imports import Origin
     from storage.optuna_internals import trial_id
 
@@ -167,8 +186,12 @@ def _candidates(space: Space, earlier: Study, index: CheckpointIndex) -> Iterato
     metrics = earlier.metrics_of([trial_id(each) for each in trials]) if len(names) > 1 else {}
     for trial in trials:
         values = tuple(trial.values or ()) if trial.state.name == "COMPLETE" else ()
-        # A result that was taken over is that of another revision, which has the checkpoint.
-        if not values or not all(map(math.isfinite, values)) or Origin.of(trial.user_attrs) is not None:
+        if not values or not all(map(math.isfinite, values)):
+            continue
+        origin = Origin.of(trial.user_attrs)
+        if origin is not None:  # the study that trained it has the checkpoint
+            if reused is not None:
+                reused.setdefault(origin.identity, set()).add(origin.number)
             continue
         params = comparison.same_configuration(trial)
         if params is not None:

@@ -173,6 +173,11 @@ class Comparison:
             }
             if not values:
                 self._check("metric", False, f"it has no {self._space.metric}")
+                if self._space.direction != self._before.direction:  # the worst one would count as the best
+                    raise RefusalError(
+                        f"it has no {self._space.metric}, and {self._before.metric}, to {self._before.direction}, cannot "
+                        f"stand in for a metric to {self._space.direction}"
+                    )
                 values, is_metric = dict(trial.intermediate_values), False
         last = max(values, default=0)
         if last and not math.isfinite(values[last]):

@@ -36,7 +36,7 @@ class Decision:
 
     Attributes:
         options: by which it was made: with others, it is made anew.
-        chosen: see `ContinuationPlan`; of a grid with a budget, also points beyond it.
+        chosen: see `ContinuationPlan`; also those beyond the budget.
         left: see `ContinuationPlan`.
         seen: what the study had stored when it was made.
     """
@@ -235,6 +235,8 @@ def _follow(space: Space, decision: Decision) -> ContinuationPlan:
     if space.is_grid and chosen and space.budget.trials is not None:
         planned = space.point_keys()
         chosen = [each for each in chosen if each.key in planned]
+    elif not space.is_grid:
+        chosen = chosen[: space.budget.trials]  # they count in it, and start before all others
     is_empty = decision.seen is None and not decision.chosen and not left
     return ContinuationPlan(space, chosen, left, None if is_empty else decision)
 

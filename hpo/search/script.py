@@ -78,7 +78,7 @@ def run_script(
         max_epochs: the last epoch. It is yielded after the script has ended, so that the script can finish its work.
         threads: the script's OMP_NUM_THREADS.
         needs_epoch: whether each line must have an `epoch`. Otherwise lines without one are counted from 1.
-        patterns: read the metrics instead of JSON, see `OutputReader`.
+        patterns: read the metrics instead of JSON, see `OutputReader`, also from stderr, where Python's logging writes.
         takes_turns: whether the script is stopped (SIGSTOP) while the generator waits to be asked for the next epoch, so
             that others can use the device, and that it does not run ahead of them.
 
@@ -90,7 +90,7 @@ def run_script(
     log.parent.mkdir(parents=True, exist_ok=True)
     with (
         log.open("a", encoding="utf-8") as log_file,
-        _started(arguments, log, threads, folder) as (script, stderr_copier),
+        _started(arguments, log, threads, folder, merges_stderr=bool(patterns)) as (script, stderr_copier),
     ):
         epoch = 0
         last_epoch: ScriptEpoch | None = None
@@ -123,7 +123,8 @@ def run_script(
                 _signal_group(script, signal.SIGCONT)
         else:
             failure = _wait(script)
-            stderr_copier.join(STDERR_SECONDS)
+            if stderr_copier is not None:
+                stderr_copier.join(STDERR_SECONDS)
             if failure:
                 raise ScriptError(f"the script {failure} after epoch {epoch}{_tail(log)}")
         if last_epoch is None:
@@ -151,26 +152,34 @@ def _take_epoch(metrics: dict[str, float], previous: int, *, needs_epoch: bool) 
             raise ScriptError(f"with {{{CHECKPOINT_DIR}}}, each line of metrics must have an epoch")
         return previous + 1
     if not epoch.is_integer() or epoch <= previous:
+        remedy = "" if needs_epoch or previous else "; if it reports none, they are counted"
         raise ScriptError(
-            f"epochs must count up from 1, but the script reported epoch {epoch:g} after epoch {previous}"
+            f"epochs must count up from 1, but the script reported epoch {epoch:g} after epoch {previous}{remedy}"
         )
     return int(epoch)
 
 
 @contextlib.contextmanager
 def _started(
-    arguments: Sequence[str], log: Path, threads: int, folder: Path | None
-) -> Iterator[tuple[subprocess.Popen[str], threading.Thread]]:
+    arguments: Sequence[str], log: Path, threads: int, folder: Path | None, *, merges_stderr: bool
+) -> Iterator[tuple[subprocess.Popen[str], threading.Thread | None]]:
     """Run a script in a separate process group. It ends with the `with` block or with this process.
 
+    Args:
+        arguments: see `run_script`.
+        log: see `run_script`.
+        threads: see `run_script`.
+        folder: see `run_script`.
+        merges_stderr: whether stdout has the lines of stderr, too, in the order in which they were written.
+
     Yields:
-        The script, whose stdout is to be read, and the thread that copies its stderr to the log.
+        The script, whose stdout is to be read, and the thread that copies its stderr to the log; None if that is merged.
     """
     script = subprocess.Popen(
         arguments,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.STDOUT if merges_stderr else subprocess.PIPE,
         encoding="utf-8",
         errors="replace",
         start_new_session=True,
@@ -187,10 +196,12 @@ def _started(
         start_new_session=True,
     )
     assert script.stdout is not None
-    assert script.stderr is not None
-    stderr_copier = threading.Thread(target=_copy_lines, args=(script.stderr, log), name="hpo-stderr", daemon=True)
+    stderr_copier = None
+    if script.stderr is not None:
+        stderr_copier = threading.Thread(target=_copy_lines, args=(script.stderr, log), name="hpo-stderr", daemon=True)
     try:
-        stderr_copier.start()
+        if stderr_copier is not None:
+            stderr_copier.start()
         yield script, stderr_copier
     finally:
         # Until `wait` below, the system does not reuse the script's PID: neither kill can hit another process.
@@ -200,7 +211,8 @@ def _started(
         # Do not read to the end: a daemon that the script started in another session may hold the pipes open.
         script.stdout.close()
         script.wait()
-        stderr_copier.join(STDERR_SECONDS)
+        if stderr_copier is not None:
+            stderr_copier.join(STDERR_SECONDS)
 
 
 def _copy_lines(stderr: IO[str], log: Path) -> None:

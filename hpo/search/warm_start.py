@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from hpo.errors import SettingError, SpaceError, nearest
+from hpo.errors import SettingError, SpaceError
 from hpo.search.comparison import Comparison, RefusalError
+from hpo.search.missing_source import missing_source
 from hpo.space.model import Space
 from hpo.space.sections import Source
 from hpo.space.translation import TranslationError
@@ -61,7 +62,8 @@ class Found(TakenOver):
             more = len(reasons) - MAX_REASONS
             listed = "; ".join(reasons[:MAX_REASONS] + ([f"and {_count(more, 'other reason')}"] if more > 0 else []))
             parts.append(f"leaves out {_count(left_out, 'trial')}: {listed}")
-        text = f"warm start from {self.study}: {', '.join(parts) or 'it has no results yet'}"
+        where = f" in {self.storage}" if self.storage else ""  # several databases may have a study of this name
+        text = f"warm start from {self.study}{where}: {', '.join(parts) or 'it has no results yet'}"
         return f"{text}. Nothing new is taken over, because it cannot be read: {self.problem}" if self.problem else text
 
 
@@ -170,11 +172,11 @@ class _Finder:
         where = _where(source)
         known = _known_source(self._before, source, where)
         try:
-            with _open(source, self._database, self._password) as earlier:
+            with _open(source, self._database, self._password) as (database, earlier):
                 if earlier is None and known is not None:  # it was deleted; its trials stay
                     return [known]
                 if earlier is None:
-                    raise _unknown(source, self._database)
+                    raise missing_source(self._space, source, database)
                 if earlier.identity in self._identities:
                     return []
                 self._identities.add(earlier.identity)
@@ -183,8 +185,10 @@ class _Finder:
                     self._check_names(earlier, source)
                 return [found]
         except StorageError as error:
-            if source.storage is None or known is None:
+            if source.storage is None:
                 raise
+            if known is None:
+                raise type(error)(f"warm_start: {source.study} cannot be read: {error}") from None
             return [dataclasses.replace(known, problem=str(error))]
 
     def _check_names(self, earlier: Study, source: Source) -> None:
@@ -257,14 +261,20 @@ def _where(source: Source) -> str:
 
     if source.storage is None:
         return ""
-    if contains_password(source.storage):
+    try:
+        has_password, url = contains_password(source.storage), without_password(source.storage)
+    except StorageError as error:
+        raise type(error)(f"warm_start: {source.study} cannot be read: {error}") from None
+    if has_password:
         raise SettingError("warm_start: leave the password out of the file, and put it in PGPASSWORD or ~/.pgpass")
-    return without_password(source.storage)
+    return url
 
 
 @contextmanager
-def _open(source: Source, database: Database | None, password: str | None) -> Iterator[Study | None]:
-    """Open the database of an earlier study; yield the study, None without one."""
+def _open(
+    source: Source, database: Database | None, password: str | None
+) -> Iterator[tuple[Database | None, Study | None]]:
+    """Open the database of an earlier study; yield it, None without tables, and the study, None without one."""
     from storage.database import open_for_reading
     from storage.studies import find_study
 
@@ -275,22 +285,10 @@ def _open(source: Source, database: Database | None, password: str | None) -> It
             raise SettingError(
                 f"warm_start: another program created the study {source.study!r} in {study.database.url}"
             )
-        yield study
+        yield opened, study
     finally:
         if source.storage is not None and opened is not None:
             opened.close()
-
-
-def _unknown(source: Source, database: Database | None) -> SettingError:
-    if source.storage is not None:
-        return SettingError(f"warm_start: there is no study {source.study!r} in its storage")
-    if database is None:
-        return SettingError(f"warm_start: there is no study {source.study!r}: the database does not exist yet")
-    from storage.studies import study_names
-
-    known = study_names(database)
-    hint = nearest(source.study, known) if known else "it has none"
-    return SettingError(f"warm_start: there is no study {source.study!r} in {database.url}: {hint}")
 
 
 def _known_sources(study: Study | None) -> list[Found]:

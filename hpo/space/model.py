@@ -275,6 +275,11 @@ class Space(StrictModel):
             "total_trials": self.total_trials,
         }
 
+    @property
+    def file(self) -> Path | None:
+        """The file that it was read from; None for the space of a stored study."""
+        return None if self._document is None else self._document.path
+
     @contextmanager
     def locating_errors(self, *path: str) -> Iterator[None]:
         """Prefix errors raised inside with the position of a key in the file."""

@@ -237,6 +237,20 @@ def test_a_best_checkpoint_that_was_not_kept_is_a_warning(
 
 
 @pytest.mark.usefixtures("no_curves")
+def test_a_script_that_saves_no_checkpoints_is_no_reason_for_a_warning(
+    study: Study, runs_dir: RunsDir, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = study.settings | {"command": "python train.py --lr {lr}"}
+    study.optuna_study.set_user_attr("hpo:settings", settings)
+    folder = runs_dir.trial(study.unique_name, 2)
+    (folder / "epoch-000005.pt").unlink()
+    claim_folder(folder, Space.from_settings(settings).config_key(study.optuna_study.best_params))
+    with caplog.at_level(logging.WARNING, "hpo.dashboard"):
+        publish(study, runs_dir, always=True)
+    assert caplog.messages == []
+
+
+@pytest.mark.usefixtures("no_curves")
 def test_an_artifact_is_named_after_its_study_and_one_of_an_older_version_keeps_its_name(
     study: Study, runs_dir: RunsDir
 ) -> None:

@@ -18,6 +18,7 @@ import optuna
 import pytest
 import torch
 from click.testing import CliRunner
+from optuna.trial import TrialState
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -34,6 +35,7 @@ from hpo.space.model import Space
 from hpo.train.data import load
 from hpo.train.network import build_model
 from storage.database import open_database
+from storage.imports import ImportedTrial, Origin, import_trials
 from storage.optuna_internals import DraftStorage, study_id
 from storage.optuna_tables import write_attrs
 from storage.run import Run
@@ -306,6 +308,31 @@ def test_a_result_of_an_earlier_study_is_exported_there(study: Study, tmp_path: 
         write_attrs(connection, [(2, {"reused_from": {"study": "grid", "trial": 3, "id": "0123456789ab"}})])
     with pytest.raises(SettingError, match=r"trained as trial 3 of study grid.*`hpo export grid --trial 3`"):
         export(find_study(study.database, "toy") or study, tmp_path, 1)
+
+
+@pytest.mark.slow
+def test_a_trial_from_which_the_sampler_alone_learns_is_not_the_best_one(
+    study: Study, tmp_path: Path, without_program: None
+) -> None:
+    origin = Origin("grid", "0123456789ab", 3)
+    first = study.trials()[0]
+    learned = ImportedTrial(origin, first.params, first.distributions, TrialState.COMPLETE, 2.0)
+    import_trials(study, [learned])
+    assert study.optuna_study.best_trial.number == 3
+    assert export(study, tmp_path).folder.name == "toy-0"
+    with pytest.raises(SettingError, match=r"trained as trial 3 of study grid"):
+        export(study, tmp_path, 3)
+
+
+def test_a_study_with_nothing_but_trials_of_others_has_no_model(tmp_path: Path) -> None:
+    space = grid_space(tmp_path)
+    with open_database(f"sqlite:///{tmp_path}/hpo.db") as database:
+        study = open_study(database, **space.study_options)
+        params = next(iter(space.grid_points()))
+        origin = Origin("grid", "0123456789ab", 3)
+        import_trials(study, [ImportedTrial(origin, params, space.distributions(), TrialState.COMPLETE, 0.5)])
+        with pytest.raises(SettingError, match="no COMPLETE trial to export"):
+            export(study, tmp_path)
 
 
 @pytest.mark.slow

@@ -83,6 +83,15 @@ def test_the_schedule_is_said_where_trials_are_described(results: Results, tmp_p
     assert (describe_schedule(results, best) or "rate") in re.sub(r"&#\d+;", "", page)
 
 
+def test_a_part_of_one_epoch_is_an_epoch(database: Database, tmp_path: Path) -> None:
+    space = population_space(tmp_path, scheduler={"name": "pbt", "population": SIZE, "interval": 1})
+    study, _ = search_without_ray(space, database, tmp_path, at_a_time=2)
+    results = read_results(study)
+    schedules = " ".join(describe_schedule(results, trial) for trial in results.trials)
+    assert re.search(r" in epoch 1 \(#", schedules)
+    assert not re.search(r"in epochs (\d+) to \1 ", schedules)
+
+
 def test_the_live_table_counts_members(results: Results, tmp_path: Path) -> None:
     from hpo.report.terminal import Terminal
 

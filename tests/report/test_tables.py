@@ -8,12 +8,13 @@ import re
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from hpo.report.results import Results, read_results
-from hpo.report.tables import describe_ties, device_time, failures, trial_table
+from hpo.report.tables import describe_ties, device_time, failures, trial_columns, trial_table
 from hpo.report.terminal import Terminal
 from hpo.run import cli
 from storage.database import Database
@@ -46,6 +47,30 @@ def test_a_narrow_console_loses_columns_and_no_digits(grid_results: Results, wid
     assert re.search(rf"^ *{best.number} +64 .*COMPLETE.* {best.values[0]:.4f}", text, re.M)
     assert "…" not in text
     assert ("too narrow for: lr, images/s" in " ".join(text.split())) == (width <= 80)
+
+
+@pytest.mark.parametrize("width", [140, 100, 80])
+def test_many_parameters_share_a_column_where_they_have_no_room(database: Database, width: int) -> None:
+    names = [f"parameter_{letter}" for letter in "abcdefghijkl"]
+    space = grid_space(sampler="random", budget={"trials": 2}, parameters={name: [1, 22] for name in names})
+    points = [dict.fromkeys(names, value) for value in (1, 22)]
+    options: dict[str, Any] = {
+        "provenance": {},
+        "device": {},
+        "epochs_of": lambda _: [{"val_accuracy": 0.5, "epoch_seconds": 1.0}],
+    }
+    results = read_results(finish_study(database, space, points, **options))
+    text = shown(results, width)
+    assert max(len(line) for line in text.splitlines()) <= width
+    assert re.search(r"^ *0 +COMPLETE +1 +0\.5000 +0\.5000 .*parameter_a 1, ", text, re.M), "values are not cut"
+    assert all(len(re.findall(rf"\b{name}\s+(?:1|22)\b", text)) == 2 for name in names)
+    assert "too narrow" not in text
+    wide = shown(results, 300)
+    assert len(re.findall(r"parameter_", wide)) == len(names), "a column for each"
+    assert [name for name, _ in trial_columns(results)] == [
+        *("trial", "state", "epochs", "last val_accuracy", "best val_accuracy", "seconds"),
+        *names,
+    ], "results are seen without scrolling"
 
 
 def test_with_several_seeds_values_have_their_errors_and_ties_are_named(database: Database) -> None:

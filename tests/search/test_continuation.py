@@ -30,6 +30,7 @@ from hpo.search.checkpoints import (
 from hpo.search.continuation import ContinuationPlan, plan_continuation
 from hpo.search.retention import Retention, trials_with_checkpoints
 from hpo.search.runs import open_run
+from hpo.search.warm_start import find_trials, take_over_trials
 from hpo.search.worker import TrialSpec
 from hpo.space.model import Space, load_space
 from hpo.trainable import is_timing
@@ -133,6 +134,34 @@ def test_best_n_takes_only_those_and_trains_new_points(database: Database, tmp_p
     again, listener = search_without_ray(space, database, tmp_path)
     assert listener.events == [("note", notes(listener)[0])], "nothing is left to do"
     assert len(again.trials()) == 2
+
+
+def test_a_result_that_was_reused_is_continued_from_the_study_that_trained_it(
+    database: Database, tmp_path: Path
+) -> None:
+    search_without_ray(short_space(tmp_path, name="first", parameters={"x": [3, 1]}), database, tmp_path)
+    search_without_ray(short_space(tmp_path, name="unrelated"), database, tmp_path)
+    space = short_space(tmp_path, warm_start=["first"])
+    study = open_study(database, **space.study_options)
+    take_over_trials(space, study, find_trials(space, study, database))
+    search_without_ray(space, database, tmp_path)
+    study, listener = search_without_ray(long_space(tmp_path, warm_start=["first"]), database, tmp_path)
+    check_values(study)
+    assert parents(study) == {3: ("first@1 #0", SHORT), 1: ("first@1 #1", SHORT), 2: ("toy@1 #2", SHORT)}
+    best_first = "first@1 #0, toy@1 #2, first@1 #1"
+    assert notes(listener) == [f"continues 3 trials to epoch {LONG} from their checkpoints: {best_first}"]
+
+
+def test_trials_beyond_the_budget_of_a_sampler_are_not_announced(database: Database, tmp_path: Path) -> None:
+    drawn: dict[str, Any] = {"sampler": "random", "parameters": {"x": {"type": "int", "low": 1, "high": 50}}}
+    search_without_ray(short_space(tmp_path, **drawn, budget={"trials": 3}), database, tmp_path)
+    study, listener = search_without_ray(long_space(tmp_path, "all", **drawn, budget={"trials": 2}), database, tmp_path)
+    assert len(study.trials()) == 2
+    assert notes(listener)[0].startswith(f"continues 2 trials to epoch {LONG} ")
+    study, listener = search_without_ray(long_space(tmp_path, "all", **drawn, budget={"trials": 4}), database, tmp_path)
+    assert notes(listener)[0].startswith(f"continues 1 trial to epoch {LONG} ")
+    assert len(parents(study)) == 3
+    assert len(study.trials()) == 4
 
 
 def test_points_of_a_grid_beyond_the_budget_are_not_continued(database: Database, tmp_path: Path) -> None:

@@ -118,6 +118,21 @@ def test_a_search_reads_the_output_of_such_a_script(tmp_path: Path, database: Da
     assert load_space(str(path)).config_key({"lr": 1}) != space.config_key({"lr": 1}), "it measures something else"
 
 
+def test_patterns_read_what_a_script_logs_in_the_order_of_its_output(start: Start, log: Path) -> None:
+    code = """
+import logging
+logging.basicConfig(level=logging.INFO)  # it writes to stderr
+for epoch in range(1, 4):
+    logging.info("Train Epoch: %d", epoch)
+    print(f"Accuracy: {epoch}/10")
+"""
+    patterns = {"epoch": r"Train Epoch: (\d+)", "accuracy": r"Accuracy: (\d+/\d+)"}
+    epochs = [(epoch.epoch, epoch.metrics) for epoch in start(code, patterns=patterns)]
+    assert epochs == [(1, {"accuracy": 0.1}), (2, {"accuracy": 0.2}), (3, {"accuracy": 0.3})]
+    lines = [line for epoch in (1, 2, 3) for line in (f"INFO:root:Train Epoch: {epoch}", f"Accuracy: {epoch}/10")]
+    assert log.read_text().splitlines() == lines
+
+
 def test_with_patterns_json_is_text_like_any_other(start: Start) -> None:
     with pytest.raises(ScriptError, match="the script ended after epoch 0 of 3"):
         list(start(PRINT_EPOCHS.format(epochs=3), patterns=MNIST))
@@ -216,7 +231,8 @@ def test_a_script_that_trains_beyond_the_last_epoch_is_stopped(start: Start) -> 
          ["was killed by SIGSEGV after epoch 0, without any output"]),
         ("print('all is well')", ["the script ended after epoch 0 of 3: all is well"]),
         (PRINT_EPOCHS.format(epochs=2), ["the script ended after epoch 2 of 3"]),
-        ("print('{\"epoch\": 0, \"loss\": 1}')", ["must count up from 1", "reported epoch 0 after epoch 0"]),
+        ("print('{\"epoch\": 0, \"loss\": 1}')",
+         ["must count up from 1", "reported epoch 0 after epoch 0; if it reports none, they are counted"]),
         ("print('{\"epoch\": 2, \"loss\": 1}\\n' * 2)", ["reported epoch 2 after epoch 2"]),
         ("print('{\"epoch\": 1.5, \"loss\": 1}')", ["reported epoch 1.5"]),
         (PRINT_EPOCHS.format(epochs=3) + "\nraise SystemExit(7)", ["ended with exit code 7 after epoch 3"]),

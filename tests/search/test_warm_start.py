@@ -196,6 +196,14 @@ def test_values_that_cannot_be_compared_are_taken_only_if_the_file_says_so(
     ]
 
 
+def test_no_metric_stands_in_for_one_of_the_other_direction(database: Database) -> None:
+    finish_grid(database)
+    found = found_in(database, larger(metric="f1_loss", direction="minimize", **source(despite=["metric"])))
+    reason = "it has no f1_loss, and val_accuracy, to maximize, cannot stand in for a metric to minimize"
+    assert not found.trials, "the sampler would take the worst one for the best"
+    assert found.refused == {reason: 3}
+
+
 def test_another_metric_is_read_from_what_was_reported(database: Database) -> None:
     finish_grid(database)
     found = found_in(database, larger(metric="val_loss", direction="minimize"))
@@ -560,11 +568,11 @@ def test_a_source_that_cannot_be_read_does_not_stop_a_search_that_has_its_trials
     file.rename(tmp_path / "elsewhere.db")
     (without,) = take_over(space, study)
     assert str(without).startswith(
-        "warm start from grid: reuses 3 results. Nothing new is taken over, because it cannot be read: there is no "
-        f"database sqlite:///{file} yet"
+        f"warm start from grid in sqlite:///{file}: reuses 3 results. Nothing new is taken over, because it cannot be "
+        f"read: there is no database sqlite:///{file} yet"
     )
     assert without.attribute == found.attribute == study.attrs["hpo:sources"][0]
-    with pytest.raises(StorageError, match="there is no database"):
+    with pytest.raises(StorageError, match="warm_start: grid cannot be read: there is no database"):
         find_trials(space, None, database)
     (tmp_path / "elsewhere.db").rename(file)
     assert take_over(space, study)[0].problem == ""
@@ -616,6 +624,59 @@ def test_wrong_sources_are_refused_in_one_message(database: Database) -> None:
     finish_grid(database, name="small", parameters={"batch_size": [16, 32], "lr": 0.01})
     with pytest.raises(SettingError, match="warm_start: small has no parameter in common with this search"):
         find_trials(larger(parameters={"momentum": _FLOAT}, warm_start=["small"]), None, database)
+
+
+def test_an_earlier_study_that_was_never_started_comes_with_the_command_that_trains_it(
+    database: Database, tmp_path: Path
+) -> None:
+    space = toy_space(tmp_path, "later", warm_start=["earlier"])
+    with pytest.raises(SettingError) as without_file:
+        find_trials(space, None, database)
+    assert str(without_file.value).endswith("there is no study 'earlier' in " + f"{database.url}: it has none")
+    toy_space(tmp_path, "earlier", warm_start=[{"study": "later", "storage": "sqlite:///other.db"}])
+    with pytest.raises(SettingError) as with_file:
+        find_trials(space, None, database)
+    remedy = f". `hpo run {tmp_path}/earlier.yaml` trains it; --set 'warm_start=[]' searches without it"
+    assert str(with_file.value) == str(without_file.value) + remedy
+
+
+def test_a_cycle_of_studies_of_which_none_exists_is_named(database: Database, tmp_path: Path) -> None:
+    spaces = [toy_space(tmp_path, name, warm_start=[other]) for name, other in ("ab", "bc", "ca", "dd", "ed")]
+    for space, names in zip(spaces[:3], ("a -> b -> c -> a", "b -> c -> a -> b", "c -> a -> b -> c"), strict=True):
+        with pytest.raises(SettingError, match=rf"Neither can start: .* \({names}\)\. Start one with --set"):
+            find_trials(space, None, database)
+    with pytest.raises(SettingError, match=r"`hpo run .*/d\.yaml` trains it"):  # its own other revisions are none
+        find_trials(spaces[4], None, database)
+    assert find_trials(spaces[3], None, database) == []
+
+
+def test_a_source_that_another_database_lacks_comes_with_the_studies_that_it_has(
+    database: Database, tmp_path: Path
+) -> None:
+    url = f"sqlite:///{tmp_path}/other.db"
+    with open_database(url) as other:
+        finish_grid(other)
+    with pytest.raises(SettingError, match=f"there is no study 'small' in {url}: allowed: grid$"):
+        find_trials(larger(warm_start=[{"study": "small", "storage": url}]), None, database)
+    (tmp_path / "empty.db").touch()
+    with pytest.raises(SettingError, match="there is no study 'small' in its storage, which is empty"):
+        find_trials(
+            larger(warm_start=[{"study": "small", "storage": f"sqlite:///{tmp_path}/empty.db"}]), None, database
+        )
+    with pytest.raises(StorageError, match="warm_start: small cannot be read: mysql is not supported"):
+        find_trials(larger(warm_start=[{"study": "small", "storage": "mysql://host/hpo"}]), None, database)
+
+
+def test_studies_of_the_same_name_in_two_databases_are_told_apart(database: Database, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/other.db"
+    finish_grid(database)
+    with open_database(url) as other:
+        finish_grid(other)
+    found = find_trials(larger(warm_start=[{"study": "grid", "storage": url}, "grid"]), None, database)
+    assert [str(each).partition(": ")[0] for each in found] == [
+        f"warm start from grid in {url}",
+        "warm start from grid",
+    ]
 
 
 def test_settings_of_another_version_are_left_out(database: Database) -> None:
