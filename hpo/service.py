@@ -23,6 +23,7 @@ from hpo.errors import HpoError, SpaceError
 from hpo.paths import DEFAULT_STORAGE, RunsDir, is_new_database
 from hpo.search.environment import check_trainable, describe_environment, note_horizon
 from hpo.search.listener import CombinedListener, NullListener, ProgressListener
+from hpo.search.ray_address import read_address
 from hpo.search.stop import EXIT_CODES, Stop
 from hpo.space.model import Space
 from hpo.space.recipient import Recipient, require_recipient
@@ -155,7 +156,7 @@ def run_search(
             data_dir=data_dir,
             runs_dir=runs_dir,
             checkpoints=checkpoints,
-            ray_address=ray_address,
+            ray_address=read_address(ray_address),
             exit_at=math.inf if exit_after is None else time.monotonic() + exit_after,
             listener=CombinedListener(listener, announcer),
             on_results=on_results,

@@ -62,7 +62,7 @@ class RayCluster:
     """Ray on this machine, or a cluster that was joined. Use it as a context manager; leaving it shuts Ray down.
 
     Args:
-        address: of the cluster to join; None starts Ray on this machine.
+        address: of the cluster to join, see `ray_address.read_address`; None starts Ray on this machine.
         code: a zip file, see `code_package.pack`, that each node unpacks for the workers of this search; None for none.
     """
 
@@ -217,7 +217,8 @@ class RayCluster:
                     if cores != os.cpu_count():  # Ray counts those, too, that Slurm or taskset keeps from this process
                         options["num_cpus"] = cores
                 if self._address is not None:
-                    check_address(self._address)
+                    options["address"] = _find(self._address)
+                    check_address(options["address"])
                     if self._code is not None and not _has_working_dir():
                         package = Path(scratch) / "code.zip"
                         package.write_bytes(self._code)
@@ -237,6 +238,20 @@ class RayCluster:
                 ray.shutdown()
         if code is not None:
             os._exit(code)  # Ray's other processes end with this one
+
+
+def _find(address: str) -> str:
+    """Return HOST:PORT of a cluster. Of `auto`, Ray knows the last one here, which may have ended long ago.
+
+    Raises:
+        ConnectionError: it knows none.
+    """
+    if address != "auto":
+        return address
+    import ray
+
+    services: Any = ray._private.services  # noqa: SLF001 # no public function says it; pyproject.toml bounds ray
+    return str(services.canonicalize_bootstrap_address(address))
 
 
 def read_nodes() -> tuple[list[Node], dict[str, float]]:

@@ -18,23 +18,41 @@ CLIENT_SECONDS = 60.0  # how long a process may take that imports ray and asks t
 _ASK = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1])"
 
 
-def check_address(address: str) -> None:
-    """Return if a cluster answers, or if only Ray can find out, as for `auto`.
+def read_address(text: str | None) -> str | None:
+    """Return the cluster that RAY_ADDRESS names: `auto` or HOST:PORT; None for a Ray on this machine.
 
     Raises:
-        SettingError: the address cannot be used, no cluster answers there, or it refuses this user's token.
+        SettingError: it is no such address.
     """
+    address = (text or "").strip()
+    if address in {"", "local"}:
+        return None
+    expected = (
+        "On a machine of the cluster, set it to auto, or to HOST:PORT as `ray start --head` prints it, usually with port "
+        "6379. Unset it to run Ray on this machine"
+    )
     if address.startswith("ray://"):
-        raise SettingError(
-            f"RAY_ADDRESS {address}: Ray Client cannot run a search. Start it on a machine of the cluster with RAY_ADDRESS "
-            "auto, or give HOST:PORT as `ray start --head` prints it, usually with port 6379"
-        )
+        raise SettingError(f"RAY_ADDRESS {address}: Ray Client cannot run a search. {expected}")
     host, _, port = address.rpartition(":")
-    if not host or "/" in host or not port.isdigit():
-        return
+    is_port = port.isascii() and port.isdigit() and 0 < int(port) < 2**16
+    if address != "auto" and not (host and is_port and "/" not in host):
+        raise SettingError(f"RAY_ADDRESS {address} is not the address of a Ray cluster. {expected}")
+    return address
+
+
+def check_address(address: str) -> None:
+    """Return if a cluster answers.
+
+    Args:
+        address: HOST:PORT.
+
+    Raises:
+        SettingError: no cluster answers there, or it refuses this user's token.
+    """
+    host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise no_answer(address, error) from None
     try:
         asked = subprocess.run(

@@ -19,8 +19,11 @@ import pytest
 
 from hpo.errors import SettingError
 from hpo.search.cluster import RayCluster
+from hpo.search.ray_address import check_address
 from hpo.search.slots import Node
 from tests.factories import wait_until
+
+FOUND = "10.0.0.1:6379"  # what Ray finds for RAY_ADDRESS auto: it answers
 
 
 class FakeRay(SimpleNamespace):
@@ -43,7 +46,9 @@ class FakeRay(SimpleNamespace):
             worker=SimpleNamespace(_global_node=node),
             ray_constants=constants,
             state=state,
-            services=SimpleNamespace(ConsolePopen=subprocess.Popen),
+            services=SimpleNamespace(
+                ConsolePopen=subprocess.Popen, canonicalize_bootstrap_address={"auto": FOUND}.__getitem__
+            ),
         )
         loader = SimpleNamespace(instance=lambda: SimpleNamespace(reset_cache=lambda: None))
         self._raylet = SimpleNamespace(
@@ -81,11 +86,32 @@ def fake_ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     return fake
 
 
+@pytest.fixture(autouse=True)
+def found_cluster_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(address: str) -> None:
+        if address != FOUND:
+            check_address(address)
+
+    monkeypatch.setattr("hpo.search.cluster.check_address", check)
+
+
+def test_the_last_cluster_on_this_machine_may_have_ended(fake_ray: FakeRay) -> None:
+    """Ray would try for minutes to reach it, and write a line of its log for each attempt."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ended = f"127.0.0.1:{server.getsockname()[1]}"
+    fake_ray._private.services.canonicalize_bootstrap_address = {"auto": ended}.__getitem__
+    with RayCluster("auto") as cluster:
+        cluster.start()
+        with pytest.raises(SettingError, match=f"no Ray cluster answers at RAY_ADDRESS {ended}: .*refused"):
+            cluster.wait_for_answer()
+    assert ("init", ended) not in fake_ray.calls
+
+
 @pytest.mark.parametrize(
     ("address", "start_calls"),
     [
         (None, [("init", "local"), ("kill_monitor", None)]),
-        ("auto", [("init", "auto")]),  # the autoscaler of a cluster belongs to its owner
+        ("auto", [("init", FOUND)]),  # the autoscaler of a cluster belongs to its owner
     ],
 )
 def test_a_cluster_is_started_once_and_stopped_once_by_the_same_thread(
@@ -357,6 +383,7 @@ def test_an_import_is_finished_before_the_interrupt(
 SEARCHING = """
 import signal
 from hpo.search.cluster import RayCluster
+from hpo.search.ray_address import check_address
 from hpo.search.slots import Node
 try:
     with RayCluster(None):

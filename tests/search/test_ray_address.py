@@ -16,7 +16,7 @@ import pytest
 
 from hpo.errors import SettingError
 from hpo.search import ray_address
-from hpo.search.ray_address import check_address
+from hpo.search.ray_address import check_address, read_address
 from tests.factories import wait_until
 
 REFUSED = "gcs_client.cc:210: Failed to get cluster ID: Unauthenticated: RPC error: InvalidAuthToken"
@@ -57,15 +57,30 @@ def test_a_file_in_the_working_folder_replaces_no_package(
     check_address(address)
 
 
-@pytest.mark.parametrize("address", ["auto", "local", "a-name"])
-def test_what_only_ray_knows_is_left_to_ray(address: str, client_writes: Callable[[str], None]) -> None:
-    client_writes("it must not be asked")
-    check_address(address)
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        (None, None),
+        ("", None),
+        ("local", None),
+        ("auto", "auto"),
+        (" head:6379\n", "head:6379"),
+        ("[::1]:6379", "[::1]:6379"),
+    ],
+)
+def test_an_address_is_read(text: str | None, address: str | None) -> None:
+    assert read_address(text) == address
+
+
+@pytest.mark.parametrize("text", ["head", ":6379", "head:", "head:0", "head:99999", "head:x", "http://head:8265"])
+def test_what_is_no_address_is_refused_with_what_to_use_instead(text: str) -> None:
+    with pytest.raises(SettingError, match=r"RAY_ADDRESS .* is not the address of a Ray cluster\. .* set it to auto, or"):
+        read_address(text)
 
 
 def test_ray_client_is_refused_with_what_to_use_instead() -> None:
-    with pytest.raises(SettingError, match=r"RAY_ADDRESS ray://head:10001: .* RAY_ADDRESS auto, or give HOST:PORT"):
-        check_address("ray://head:10001")
+    with pytest.raises(SettingError, match=r"RAY_ADDRESS ray://head:10001: .* set it to auto, or to HOST:PORT"):
+        read_address("ray://head:10001")
 
 
 @pytest.mark.parametrize(
