@@ -11,9 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from hpo.errors import exit_code_of, is_fixable, printable, was_interrupted
+from hpo.errors import HpoError, exit_code_of, is_fixable, printable, was_interrupted
 from hpo.search.listener import NullListener, ProgressListener
-from hpo.search.stop import Stop, StopCause
+from hpo.search.stop import EXIT_CODES, Stop, StopCause
 from hpo.space.recipient import Recipient, show_recipient
 
 if TYPE_CHECKING:
@@ -68,6 +68,12 @@ class Announcer(NullListener):
             return describe_end(results, stopped, exit_code, report)
 
         self._announce(describe)
+
+    def search_lost(self, text: str, exit_code: int) -> None:
+        """Announce that this process ends at once."""
+        error = KeyboardInterrupt() if exit_code == EXIT_CODES[StopCause.INTERRUPTED] else HpoError(text)
+        ending = describe_error(self._study, self._storage, error) | {"exit_code": exit_code}
+        self._announce(lambda: ending)
 
     def _announce(self, describe: Callable[[], dict[str, Any] | None]) -> None:
         recipient, self._recipient = self._recipient, None

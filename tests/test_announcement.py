@@ -163,6 +163,17 @@ def test_an_error_is_announced_and_raised(
     assert (ending["trials"], ending["best"], ending["report"]) == (None, None, None)
 
 
+@pytest.mark.parametrize(("code", "state", "cause"), [(1, "failed", "Ray has ended"), (130, "stopped", "interrupted")])
+def test_a_search_that_has_lost_ray_announces_it_before_the_process_ends(
+    tmp_path: Path, told: list[dict[str, Any]], code: int, state: str, cause: str
+) -> None:
+    storage = f"sqlite:///{tmp_path}/hpo.db"
+    with Announcer(URL, toy_space(tmp_path), storage, RecordingListener()) as announcer:
+        announcer.search_lost("Ray has ended", code)
+        (ending,) = told
+    assert (ending["state"], ending["cause"], ending["exit_code"]) == (state, cause, code)
+
+
 def test_a_search_announces_that_it_cannot_start(tmp_path: Path, told: list[dict[str, Any]]) -> None:
     space = toy_space(tmp_path, trainable="no_such_module:train", on_finish=URL)
     with pytest.raises(TrainableError) as caught:

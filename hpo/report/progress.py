@@ -234,6 +234,10 @@ class TerminalProgress:
         found = [*self._front.values(), values]
         self._front = {numbers[place]: found[place] for place in find_front(found, self._directions)}
 
+    def search_lost(self, text: str, exit_code: int) -> None:
+        """Print it."""
+        self.note(text)
+
     def note(self, text: str) -> None:
         """Print a remark in yellow."""
         self._print(Text(text, style="yellow"))

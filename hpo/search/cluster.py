@@ -24,6 +24,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import SettingError
+from hpo.search.head import Head
 from hpo.search.ray_address import check_address, no_answer
 from hpo.search.slots import KIND_PREFIX, Node
 
@@ -75,7 +76,8 @@ class RayCluster:
         self._must_stop = threading.Event()
         self._error: Exception | None = None
         self.checks: NodeChecks | None = None
-        self._on_death: Callable[[], int] | None = None
+        self._head: Head | None = None  # of a cluster that was joined
+        self._on_death: Callable[[str], int] | None = None
         self._handlers_before: dict[int, Any] = {}
         self._imports_before = 0  # of a caller that runs a search while it is imported
 
@@ -154,15 +156,20 @@ class RayCluster:
         """Whether Ray was joined: its machines may come and go."""
         return self._address is not None
 
+    @property
+    def answers(self) -> bool:
+        """Whether anything may be asked of Ray: the head of a cluster that was joined may be restarted now."""
+        return self._head is None or not self._head.is_away
+
     @contextmanager
-    def watched(self, on_death: Callable[[], int]) -> Iterator[None]:
-        """Watch the processes of a Ray that was started here.
+    def watched(self, on_death: Callable[[str], int]) -> Iterator[None]:
+        """Watch the processes of a Ray that was started here, and the head of a cluster that was joined.
 
         If one dies, the thread that runs the search waits for it in Ray's C++ code, which ends the process after a minute.
         So another thread saves what can be saved, and ends the process at once.
 
         Args:
-            on_death: does what has to be done before, in the other thread; returns the exit code.
+            on_death: gets what has died; does what has to be done before, in the other thread; returns the exit code.
         """
         self._on_death = on_death
         try:
@@ -170,15 +177,21 @@ class RayCluster:
         finally:
             self._on_death = None
 
-    def _has_died(self) -> bool:
-        """Wait until Ray is to be stopped, and return False; return True if it dies before, and the search does not end."""
+    def _wait_for_death(self) -> str:
+        """Wait until Ray is to be stopped, and return an empty text, or until it dies, and the search does not end."""
+        while not self._must_stop.wait(WATCH_SECONDS):
+            died = self._find_dead()
+            if died and self._on_death is not None:
+                return "" if self._must_stop.wait(GRACE_SECONDS) else died
+        return ""
+
+    def _find_dead(self) -> str:
         import ray
 
-        node: Any = None if self._address is not None else ray._private.worker._global_node  # noqa: SLF001
-        while not self._must_stop.wait(WATCH_SECONDS):
-            if self._on_death is not None and node is not None and node.dead_processes():
-                return not self._must_stop.wait(GRACE_SECONDS)
-        return False
+        if self._address is not None:
+            return "" if self._head is None else self._head.look()
+        node: Any = ray._private.worker._global_node  # noqa: SLF001
+        return "Ray's processes have ended" if node is not None and node.dead_processes() else ""
 
     def check_nodes(self, folder: Path, note: Callable[[str], None]) -> None:
         """Wait until Ray is up, and check that each node can run trials, unless Ray was started here.
@@ -227,17 +240,38 @@ class RayCluster:
                 ray.init(logging_level=logging.CRITICAL, log_to_driver=False, **options)
                 if self._address is None:
                     _stop_autoscaler()
+                else:
+                    self._head = _watch_head()
             except ConnectionError as error:
                 self._error = no_answer(self._address, error)
             except Exception as error:  # noqa: BLE001 # raised again in the thread that waits for Ray
                 self._error = _explain(error)
             self._has_answered.set()
             self._start_ended.set()
-            code = self._on_death() if self._has_died() and self._on_death is not None else None
+            died = self._wait_for_death()
+            code = self._on_death(died) if died and self._on_death is not None else None
+            if self._head is not None:
+                self._head.close()
             if code is None:
                 ray.shutdown()
         if code is not None:
             os._exit(code)  # Ray's other processes end with this one
+
+
+def _watch_head() -> Head:
+    """Return what looks after the head of the cluster that this process has joined."""
+    import ray
+
+    raylet: Any = ray._raylet  # noqa: SLF001 # as below
+    context = ray.get_runtime_context()
+    (node,) = (each for each in ray.nodes() if each["NodeID"] == context.get_node_id())
+    host, _, port = context.gcs_address.rpartition(":")
+    # No public function names the cluster; pyproject.toml bounds the version of Ray.
+    return Head(
+        (host.strip("[]"), int(port)),
+        (node["NodeManagerAddress"], node["NodeManagerPort"]),
+        lambda: raylet.GcsClient(address=context.gcs_address).cluster_id,
+    )
 
 
 def _find(address: str) -> str:

@@ -54,6 +54,9 @@ class ProgressListener(Protocol):
         It need not have started: one that waited may end.
         """
 
+    def search_lost(self, text: str, exit_code: int) -> None:
+        """Ray has died, and this process ends at once: `search_ended` does not follow. Called from another thread."""
+
     def note(self, text: str) -> None:
         """A remark for the user."""
 
@@ -88,6 +91,9 @@ class NullListener:
         """Ignore it."""
 
     def trial_ended(self, number: int, state: str, text: str) -> None:
+        """Ignore it."""
+
+    def search_lost(self, text: str, exit_code: int) -> None:
         """Ignore it."""
 
     def note(self, text: str) -> None:
@@ -146,6 +152,11 @@ class CombinedListener:
         """Pass it on."""
         for listener in self._listeners:
             listener.trial_ended(number, state, text)
+
+    def search_lost(self, text: str, exit_code: int) -> None:
+        """Pass it on."""
+        for listener in self._listeners:
+            listener.search_lost(text, exit_code)
 
     def note(self, text: str) -> None:
         """Pass it on."""

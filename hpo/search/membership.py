@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -30,18 +31,24 @@ class Membership:
     Args:
         slots: what each trial gets.
         checks: of the nodes of a cluster that was joined; None if Ray was started for this search, and stays as it is.
+        answers: returns whether the head of the cluster is there. Nothing is asked of it otherwise: the call would wait.
     """
 
-    def __init__(self, slots: Slots, checks: NodeChecks | None) -> None:
+    def __init__(self, slots: Slots, checks: NodeChecks | None, answers: Callable[[], bool] = lambda: True) -> None:
         self._slots = slots
+        self._answers = answers
         self._checks = checks
         self._read_at = -float("inf")
         self._nodes: list[Node] = []
         self._draining: dict[str, float] = {}
         self._wanted: list[PlacementGroup] = []
 
+    def answers(self) -> bool:
+        """Return whether anything may be asked of the cluster."""
+        return self._answers()
+
     def _refresh(self) -> None:
-        if self._checks is not None and time.monotonic() - self._read_at >= POLL_SECONDS:
+        if self._checks is not None and self._answers() and time.monotonic() - self._read_at >= POLL_SECONDS:
             # A head node that is being restarted gives no answer. What was known stays then.
             with suppress(ray.exceptions.RayError, RuntimeError, ConnectionError):
                 self._nodes, self._draining = read_nodes()
@@ -94,7 +101,7 @@ class Membership:
         Args:
             count: how many places; 0 withdraws what was asked for.
         """
-        if self._checks is None:
+        if self._checks is None or not self._answers():
             return
         kept: list[PlacementGroup] = []
         for group in self._wanted:

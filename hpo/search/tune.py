@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hpo.search.cluster import RayCluster  # first: it sets the environment that ray reads when it is imported
@@ -74,7 +75,7 @@ def run_trials(
     """
     space = continuation.space
     with open_run(continuation, study, provenance) as run:
-        membership = Membership(slots, cluster.checks)
+        membership = Membership(slots, cluster.checks, lambda: cluster.answers)
         coordinator = TrialCoordinator(
             space, run, slots, data=data, runs_dir=runs_dir, listener=listener, room=membership.room
         )
@@ -82,7 +83,7 @@ def run_trials(
         if space.budget.time is not None:
             coordinator.set_deadline(time.monotonic() + space.budget.time - run.elapsed_seconds())
         try:
-            with _signals_stop(coordinator, listener), cluster.watched(lambda: _give_up(coordinator, listener)):
+            with _signals_stop(coordinator, listener), cluster.watched(partial(_give_up, coordinator, listener)):
                 _run_tune(coordinator, membership, cluster.checks)
         except KeyboardInterrupt:
             coordinator.stop(StopCause.INTERRUPTED)
@@ -97,13 +98,14 @@ def run_trials(
         return coordinator.stopped
 
 
-def _give_up(coordinator: TrialCoordinator, listener: ProgressListener) -> int:
-    """Release the trials because Ray has died; return the exit code."""
+def _give_up(coordinator: TrialCoordinator, listener: ProgressListener, died: str) -> int:
+    """Release the trials because Ray, or its head, has died; return the exit code."""
     was_stopping = coordinator.is_interrupted
     coordinator.stop(StopCause.INTERRUPTED)
     coordinator.release_all()
-    listener.note("Ray's processes have ended, and so has the search. It is resumable: the same command continues it")
-    return EXIT_CODES[StopCause.INTERRUPTED] if was_stopping else 1
+    code = EXIT_CODES[StopCause.INTERRUPTED] if was_stopping else 1
+    listener.search_lost(f"{died}: the search ends. It is resumable: the same command continues it", code)
+    return code
 
 
 def _run_tune(coordinator: TrialCoordinator, membership: Membership, checks: NodeChecks | None) -> None:

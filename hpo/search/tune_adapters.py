@@ -166,7 +166,7 @@ class StudyScheduler(FIFOScheduler):
         """Tell the user how many trials can run, and the cluster how many more could, from time to time."""
         if time.monotonic() - self._followed_at >= POLL_SECONDS:
             self._followed_at = time.monotonic()
-            if self.checks is not None:
+            if self.checks is not None and self._membership.answers():
                 self.checks.poll()
             wanted = self._coordinator.follow_cluster()
             # A trial that waits for a node asks for one itself. It would wait behind what is asked for here.

@@ -93,6 +93,20 @@ def found_cluster_answers(monkeypatch: pytest.MonkeyPatch) -> None:
             check_address(address)
 
     monkeypatch.setattr("hpo.search.cluster.check_address", check)
+    monkeypatch.setattr("hpo.search.cluster._watch_head", FakeHead)
+
+
+class FakeHead:
+    """The head of a cluster that was joined."""
+
+    died = ""
+    is_away = False
+
+    def look(self) -> str:
+        return self.died
+
+    def close(self) -> None:
+        pass
 
 
 def test_the_last_cluster_on_this_machine_may_have_ended(fake_ray: FakeRay) -> None:
@@ -172,6 +186,12 @@ def test_when_ray_dies_the_process_ends_after_what_must_be_done_before(
     fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch, address: str | None
 ) -> None:
     ended: list[int] = []
+    reasons: list[str] = []
+
+    def die(reason: str) -> int:
+        reasons.append(reason)
+        return 130
+
     for name in ("WATCH_SECONDS", "GRACE_SECONDS"):
         monkeypatch.setattr(f"hpo.search.cluster.{name}", 0.01)
     monkeypatch.setattr("hpo.search.cluster.os._exit", ended.append)
@@ -181,12 +201,25 @@ def test_when_ray_dies_the_process_ends_after_what_must_be_done_before(
         fake_ray.dead = ["gcs_server"]
         time.sleep(0.1)
         assert ended == [], "no search runs"
-        with cluster.watched(lambda: 130):
+        with cluster.watched(die):
             if address is None:
                 wait_until(lambda: ended == [130])
             else:
                 time.sleep(0.1)  # its processes belong to its owner
-    assert ended == ([130] if address is None else [])
+                assert ended == []
+                monkeypatch.setattr(FakeHead, "died", "the head has ended")
+                wait_until(lambda: ended == [130])
+    assert reasons == ["Ray's processes have ended" if address is None else "the head has ended"]
+
+
+def test_nothing_is_asked_of_a_head_that_is_away(fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    with RayCluster("auto") as cluster:
+        assert cluster.answers
+        cluster.start()
+        cluster.nodes()
+        assert cluster.answers
+        monkeypatch.setattr(FakeHead, "is_away", True)
+        assert not cluster.answers
 
 
 def test_a_search_that_ends_by_itself_after_ray_has_died_is_left_alone(
@@ -198,7 +231,7 @@ def test_a_search_that_ends_by_itself_after_ray_has_died_is_left_alone(
     with RayCluster(None) as cluster:
         cluster.start()
         cluster.nodes()
-        with cluster.watched(lambda: 130):
+        with cluster.watched(lambda _: 130):
             fake_ray.dead = ["raylet"]
             time.sleep(0.1)
     assert (ended, fake_ray.calls[-1]) == ([], ("shutdown", None))

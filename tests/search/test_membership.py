@@ -85,6 +85,17 @@ def test_room_is_read_from_time_to_time_and_kept_while_the_head_does_not_answer(
     assert (members.room(), members.draining()) == ({"": Room(3, 0.0)}, {"b": 25.0})
 
 
+def test_nothing_is_asked_of_a_head_that_is_away(module: ModuleType, cluster: FakeCluster) -> None:
+    """Another one may answer in its place: then Ray would end this process."""
+    answers = [True]
+    members = module.Membership(Slots(1, 1.0, 0.0), checks_of(), lambda: answers[0])
+    assert members.room() == {"": Room(6, 0.0)}
+    answers[0], cluster.error = False, AssertionError("it must not be asked")
+    cluster.now += module.POLL_SECONDS
+    members.ask_for(2)
+    assert (members.room(), cluster.bundles) == ({"": Room(6, 0.0)}, [])
+
+
 def test_a_ray_of_our_own_stays_as_it_is(module: ModuleType, cluster: FakeCluster) -> None:
     cluster.error = AssertionError("it must not be asked")
     members = module.Membership(Slots(3, 1.0, 0.0), None)

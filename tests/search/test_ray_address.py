@@ -74,7 +74,9 @@ def test_an_address_is_read(text: str | None, address: str | None) -> None:
 
 @pytest.mark.parametrize("text", ["head", ":6379", "head:", "head:0", "head:99999", "head:x", "http://head:8265"])
 def test_what_is_no_address_is_refused_with_what_to_use_instead(text: str) -> None:
-    with pytest.raises(SettingError, match=r"RAY_ADDRESS .* is not the address of a Ray cluster\. .* set it to auto, or"):
+    with pytest.raises(
+        SettingError, match=r"RAY_ADDRESS .* is not the address of a Ray cluster\. .* set it to auto, or"
+    ):
         read_address(text)
 
 

@@ -35,7 +35,8 @@ def test_when_ray_has_died_trials_are_released_and_the_user_is_notified(was_stop
 
     coordinator: Mock = create_autospec(TrialCoordinator, instance=True, is_interrupted=was_stopping)
     listener = Mock()
-    assert tune._give_up(coordinator, listener) == code
+    assert tune._give_up(coordinator, listener, "the head has ended") == code
     coordinator.stop.assert_called_once_with(StopCause.INTERRUPTED)
     coordinator.release_all.assert_called_once_with()
-    assert "resumable" in listener.note.call_args.args[0]
+    text = "the head has ended: the search ends. It is resumable: the same command continues it"
+    listener.search_lost.assert_called_once_with(text, code)
