@@ -261,16 +261,19 @@ class RayCluster:
 def _watch_head() -> Head:
     """Return what looks after the head of the cluster that this process has joined."""
     import ray
+    from ray._common.usage.usage_lib import get_extra_usage_tags_to_report
 
-    raylet: Any = ray._raylet  # noqa: SLF001 # as below
+    # No public function names the cluster, or what keeps the state of its head; pyproject.toml bounds the version of Ray.
+    raylet: Any = ray._raylet  # noqa: SLF001
     context = ray.get_runtime_context()
     (node,) = (each for each in ray.nodes() if each["NodeID"] == context.get_node_id())
     host, _, port = context.gcs_address.rpartition(":")
-    # No public function names the cluster; pyproject.toml bounds the version of Ray.
+    client = raylet.GcsClient(address=context.gcs_address)
     return Head(
         (host.strip("[]"), int(port)),
         (node["NodeManagerAddress"], node["NodeManagerPort"]),
         lambda: raylet.GcsClient(address=context.gcs_address).cluster_id,
+        is_durable=get_extra_usage_tags_to_report(client).get("gcs_storage") in {"redis", "rocksdb"},
     )
 
 

@@ -23,10 +23,14 @@ class Head:
         address: host and port of the head.
         node: host and port of the driver's node, which nothing replaces.
         read_id: returns the identity of the cluster at the head's address now, without Ray's own connection.
+        is_durable: whether a head that is restarted knows the cluster before, because it has a database.
     """
 
-    def __init__(self, address: tuple[str, int], node: tuple[str, int], read_id: Callable[[], object]) -> None:
+    def __init__(
+        self, address: tuple[str, int], node: tuple[str, int], read_id: Callable[[], object], *, is_durable: bool
+    ) -> None:
         self._address = address
+        self._is_durable = is_durable
         self._node = node
         self._read_id = read_id
         self._identity = read_id()
@@ -46,7 +50,7 @@ class Head:
         return self._lost
 
     def _find_loss(self) -> str:
-        if not self._answers(self._node):
+        if not self._listens(self._node):
             return "the node of the Ray cluster on this machine has ended"
         try:
             if not self._is_connected(self._address):
@@ -56,6 +60,8 @@ class Head:
                     return "the head of the Ray cluster was restarted, and has forgotten the cluster"
             self._away_since = None
         except Exception as error:  # noqa: BLE001 # of the connection, or of Ray
+            if isinstance(error, ConnectionRefusedError) and not self._is_durable:
+                return "the head of the Ray cluster has ended"
             if time.monotonic() - (self._away_since or time.monotonic()) >= PATIENCE_SECONDS:
                 return f"the head of the Ray cluster has not answered for {PATIENCE_SECONDS:g} s: {_first_line(error)}"
         return ""
@@ -66,12 +72,15 @@ class Head:
             connection.close()
         self._connections.clear()
 
-    def _answers(self, address: tuple[str, int]) -> bool:
+    def _listens(self, address: tuple[str, int]) -> bool:
+        """Return False if a process has ended; a machine that is busy may not answer."""
         try:
             if not self._is_connected(address):
                 self._connect(address)
-        except OSError:
+        except ConnectionRefusedError:
             return False
+        except OSError:
+            pass
         return True
 
     def _connect(self, address: tuple[str, int]) -> None:

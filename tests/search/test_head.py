@@ -54,7 +54,7 @@ def node() -> Iterator[FakeServer]:
 
 @pytest.fixture
 def head(server: FakeServer, node: FakeServer) -> Iterator[Head]:
-    head = Head(server.address, node.address, lambda: server.identity)
+    head = Head(server.address, node.address, lambda: server.identity, is_durable=True)
     assert (head.look(), head.is_away) == ("", False)
     yield head
     head.close()
@@ -96,6 +96,14 @@ def test_a_head_that_is_away_for_too_long_has_ended(
     assert head.look() == ""
     now[0] += 1
     assert head.look().startswith("the head of the Ray cluster has not answered for 40 s: [Errno 111]")
+
+
+def test_without_a_database_a_head_that_has_ended_is_not_waited_for(server: FakeServer, node: FakeServer) -> None:
+    """As soon as another one listens in its place, Ray would end this process."""
+    head = Head(server.address, node.address, lambda: "first", is_durable=False)
+    server.end()
+    wait_until(lambda: head.look() == "the head of the Ray cluster has ended")
+    head.close()
 
 
 def test_a_connection_that_a_head_closes_is_made_again(head: Head, server: FakeServer) -> None:
