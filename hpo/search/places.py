@@ -39,7 +39,7 @@ class Places:
         used = self._used()
         for kind, room in self._room().items():
             if used[kind] < room.count and self.taken < self.count:
-                slots = replace(self._slots, gpu=room.gpu)
+                slots = replace(self._slots, gpu=room.gpu, cpu=room.cpu or self._slots.cpu)
                 self._taken[tune_id] = kind, slots
                 return slots
         return None
@@ -49,12 +49,12 @@ class Places:
         self._taken.pop(tune_id, None)
 
     def is_surplus(self, tune_id: str) -> bool:
-        """Return whether a trial is one of more than there is room for, because nodes have left."""
+        """Return whether a trial is one of more than there is room for, or has more than there is, as nodes have left."""
         if tune_id not in self._taken:
             return False
-        kind, _ = self._taken[tune_id]
+        kind, slots = self._taken[tune_id]
         room = self._room().get(kind)
-        return room is None or self._used()[kind] > room.count
+        return room is None or self._used()[kind] > room.count or slots.cpu > (room.cpu or slots.cpu)
 
     def slots_of(self, tune_id: str) -> Slots:
         """Return what a trial has."""

@@ -51,10 +51,12 @@ class Room:
     Attributes:
         count: how many trials run at a time.
         gpu: GPUs of each.
+        cpu: cores of each, if fewer than `Slots.cpu`.
     """
 
     count: int
     gpu: float
+    cpu: float | None = None
 
 
 @dataclass(frozen=True)
@@ -67,12 +69,14 @@ class Slots:
         gpu: GPUs of each; a fraction shares one GPU.
         trial_bytes: the GPU memory that each needs, without CUDA's own; 0 if unknown. A GPU with less memory than the one
             for which `gpu` was chosen is shared by fewer trials.
+        may_have_fewer_cores: whether `cpu` was chosen for the nodes that there were: see `room`.
     """
 
     count: int
     cpu: float
     gpu: float
     trial_bytes: int = 0
+    may_have_fewer_cores: bool = False
 
     @property
     def threads(self) -> int:
@@ -107,17 +111,30 @@ class Slots:
         return 1 / fitting if fitting else math.inf
 
     def room(self, nodes: Sequence[Node]) -> dict[str, Room]:
-        """Return {kind of GPU: the room} on some nodes. Where trials get the same of all nodes, the kind is empty."""
+        """Return {kind of GPU: the room} on some nodes. Where trials get the same of all nodes, the kind is empty.
+
+        With `may_have_fewer_cores`, trials have so few that each GPU is used, or one trial runs, also on smaller nodes.
+        """
         shares = {self.gpu_on(node) for node in nodes if node.gpus} or {self.gpu}
         if len(shares) == 1:
             gpu = shares.pop()
-            return {"": Room(sum(node.room(self.cpu, gpu) for node in nodes), gpu)}
+            return {"": self._room(nodes, gpu)}
         found: dict[str, Room] = {}
         for kind in sorted({node.gpu_kind for node in nodes if node.gpus}):
             alike = [node for node in nodes if node.gpu_kind == kind and node.gpus]
             gpu = max(self.gpu_on(node) for node in alike)
-            found[kind] = Room(sum(node.room(self.cpu, gpu) for node in alike), gpu)
+            found[kind] = self._room(alike, gpu)
         return found
+
+    def _room(self, nodes: Sequence[Node], gpu: float) -> Room:
+        def count(cpu: float) -> int:
+            return sum(node.room(cpu, gpu) for node in nodes)
+
+        cpu = self.cpu
+        if self.may_have_fewer_cores:
+            wanted = count(1.0) if gpu else min(1, count(1.0))
+            cpu = next((float(fewer) for fewer in range(int(cpu), 1, -1) if count(fewer) >= wanted), 1.0)
+        return Room(count(cpu), gpu, None if cpu == self.cpu else cpu)
 
 
 def may_share_gpu(space: Space) -> bool:

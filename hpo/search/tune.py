@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,7 @@ def run_trials(
         KeyboardInterrupt: Ctrl-C or SIGTERM stopped the search, and the database cannot be used.
     """
     space = continuation.space
+    slots = replace(slots, may_have_fewer_cores=cluster.is_shared and space.resources.cpu == "auto")
     with open_run(continuation, study, provenance) as run:
         membership = Membership(slots, cluster.checks, lambda: cluster.answers)
         coordinator = TrialCoordinator(

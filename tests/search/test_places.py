@@ -42,6 +42,19 @@ def test_when_a_second_kind_joins_trials_of_the_first_count() -> None:
     assert [places.take(name) is not None for name in "cd"] == [True, False]
 
 
+def test_a_trial_that_has_more_cores_than_any_node_is_placed_again_with_fewer() -> None:
+    room = {"": Room(1, 0.0)}
+    places = Places(Slots(1, 8.0, 0.0), lambda: room)
+    places.take("a")
+    assert (places.bundle("a"), places.is_surplus("a")) == ({"CPU": 8.0}, False)
+    room = {"": Room(1, 0.0, 4.0)}
+    assert places.is_surplus("a")
+    places.leave("a")
+    slots = places.take("b")
+    assert slots is not None
+    assert (slots.threads, places.bundle("b"), places.is_surplus("b")) == (4, {"CPU": 4.0}, False)
+
+
 def test_nothing_is_free_where_there_is_no_node() -> None:
     places = Places(Slots(0, 1.0, 0.0), lambda: Slots(0, 1.0, 0.0).room([]))
     assert (places.count, places.take("a")) == (0, None)

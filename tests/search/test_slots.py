@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -69,6 +70,23 @@ def test_a_cluster_is_divided_by_its_machines(
 
 
 GIB = 2**30
+
+
+def test_trials_have_fewer_cores_where_no_node_has_as_many() -> None:
+    """The number was chosen for the nodes at the start. They may leave, and smaller ones may join."""
+    slots = Slots(1, 8.0, 0.0, may_have_fewer_cores=True)
+    assert slots.room([Node(8), Node(4)]) == {"": Room(1, 0.0)}, "there is room for a trial as it is"
+    assert slots.room([Node(4), Node(2)]) == {"": Room(1, 0.0, 4.0)}
+    assert slots.room([Node(1), Node(1)]) == {"": Room(2, 0.0, 1.0)}
+    assert slots.room([]) == slots.room([Node(0)]) == {"": Room(0, 0.0)}
+    assert replace(slots, may_have_fewer_cores=False).room([Node(4)]) == {"": Room(0, 0.0)}, "the user chose 8"
+
+
+def test_no_gpu_is_unused_because_its_node_has_fewer_cores() -> None:
+    slots = Slots(1, 8.0, 1.0, may_have_fewer_cores=True)
+    assert slots.room([Node(8, 1)]) == {"": Room(1, 1.0)}
+    assert slots.room([Node(8, 1), Node(3, 1), Node(2)]) == {"": Room(2, 1.0, 3.0)}
+    assert slots.room([Node(8, 1), Node(6, 4)]) == {"": Room(5, 1.0, 1.0)}
 
 
 def test_room_follows_the_nodes() -> None:
