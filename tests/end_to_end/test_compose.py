@@ -161,6 +161,17 @@ def test_services_are_hardened_and_only_the_front_is_reached(compose: Compose) -
     assert compose.file["networks"]["database"] == {"internal": True}
 
 
+def test_services_that_train_have_time_to_end_their_epochs(compose: Compose) -> None:
+    """Docker would kill them after 10 s. A node of Ray is drained for 30 s at most."""
+    grace = {name: service.get("stop_grace_period") for name, service in compose.services.items()}
+    assert {name: period for name, period in grace.items() if period} == {
+        "hpo": "10m",
+        "search": "10m",
+        "worker": "1m",
+        "gpu-worker": "1m",
+    }
+
+
 def test_data_survives_in_volumes_and_the_dashboard_reads_the_artifacts_of_the_searches(compose: Compose) -> None:
     assert "database:/var/lib/postgresql" in compose.services["database"]["volumes"]
     for name in ("hpo", "search", "worker", "gpu-worker"):
