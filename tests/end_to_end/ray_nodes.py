@@ -62,7 +62,7 @@ class RayNodes:
 
     def __enter__(self) -> RayNodes:
         port = self.address.rpartition(":")[2]
-        head = ["--head", f"--port={port}", f"--temp-dir={self._session}", "--num-cpus=0", *self._autoscaling]
+        head = ["--head", f"--port={port}", "--num-cpus=0", *self._autoscaling]
         try:
             self._start("head", *head)
             wait_until(lambda: self._count() == 1, JOIN_SECONDS)
@@ -107,7 +107,12 @@ class RayNodes:
     def _start(self, name: str, *options: str) -> None:
         with (self._folder / f"{name}.log").open("w") as log:
             self._processes[name] = subprocess.Popen(
-                [RAY, "start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1", *options],
+                # In one folder, a node that joins would unpack the code of the search anew, under the trials of the others.
+                [
+                    *(RAY, "start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"),
+                    f"--temp-dir={self._session}/{name}",
+                    *options,
+                ],
                 cwd=self._folder,
                 env=environment(**self.variables),
                 stdout=log,
