@@ -113,12 +113,16 @@ def _walk(
     except OSError as error:
         raise _unreadable(folder, error) from None
     for entry in entries:
-        real = Path(os.path.realpath(entry.path))
+        real, name = Path(os.path.realpath(entry.path)), f"{prefix}{entry.name}"
         try:
             status = entry.stat()
+        except PermissionError as error:
+            if _is_ignored(name, specs) or _is_ignored(f"{name}/", specs):
+                continue
+            raise _unreadable(Path(entry.path), error) from None
         except OSError:  # a link to nothing
             continue
-        is_folder, name = stat.S_ISDIR(status.st_mode), f"{prefix}{entry.name}"
+        is_folder = stat.S_ISDIR(status.st_mode)
         if real in left_out or _is_ignored(name + "/" * is_folder, specs):
             continue
         if stat.S_ISREG(status.st_mode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
@@ -155,3 +156,21 @@ def test_a_file_that_cannot_be_sent_is_named_with_the_remedy(folder: Path) -> No
     (folder / os.fsdecode(b"\xff.txt")).write_text("x")
     with pytest.raises(SettingError, match=r"\\xff\.txt cannot be: its name is not UTF-8\. Name it in a \.rayignore"):
         pack(folder)
+
+
+def test_a_file_in_a_folder_that_cannot_be_entered_is_named_unless_it_is_ignored(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be missing on the nodes, without a word. For root, no folder is closed, so the error is played."""
+
+    class Closed:
+        name, path = "closed.txt", str(folder / "closed.txt")
+
+        def stat(self) -> os.stat_result:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("hpo.search.code_package.os.scandir", lambda _: [Closed()])
+    with pytest.raises(SettingError, match=r"closed\.txt cannot be: Permission denied\. Name it in a \.rayignore"):
+        pack(folder)
+    (folder / ".rayignore").write_text("closed.txt")
+    pack(folder)
