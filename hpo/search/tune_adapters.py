@@ -150,7 +150,7 @@ class StudyScheduler(FIFOScheduler):
     def choose_trial_to_run(self, tune_controller: Any, **_: Any) -> Any:
         """Release trials that have stopped, and those that wait for a worker which they should not, or cannot, get."""
         self.collect_saved()
-        pending = [trial for trial in tune_controller.get_trials() if trial.status == trial.PENDING]
+        pending = [trial for trial in tune_controller.get_live_trials() if trial.status == trial.PENDING]
         for trial in pending:
             if self._coordinator.stopped or self._coordinator.is_surplus(trial.trial_id):
                 self._coordinator.release(trial.trial_id)
