@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 from hpo.bucket import locate
 from hpo.errors import SettingError
 from hpo.paths import DEFAULT_STORAGE, RunsDir
+from hpo.planning import PlannedSearch, plan_search
 from hpo.search.environment import describe_environment
-from hpo.service import PlannedSearch, SearchResult, plan_search, run_search
+from hpo.service import SearchResult, run_search
 from hpo.studies import (
     CopiedStudy,
     DeletedStudy,

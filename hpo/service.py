@@ -1,4 +1,4 @@
-"""Runs and plans searches: what joins the packages space, search, train, storage, report and dashboard.
+"""Runs searches: what joins the packages space, search, train, storage, report and dashboard.
 
 Slow imports happen inside the functions, while Ray and the probes start in other processes.
 """
@@ -6,21 +6,23 @@ Slow imports happen inside the functions, while Ray and the probes start in othe
 from __future__ import annotations
 
 import gc
-import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.announcement import Announcer
 from hpo.bucket import Bucket, locate
 from hpo.credentials import secret_files
-from hpo.errors import HpoError, SpaceError
+from hpo.errors import HpoError
+from hpo.measuring import keep_mps_if_shared, measure, note_mps_failure, start_probes
+from hpo.notes import note_changes, note_sources, warnings_noted
 from hpo.paths import DEFAULT_STORAGE, RunsDir, is_new_database
+from hpo.remaining import find_spent_budget, trials_left
 from hpo.search.environment import check_trainable, describe_environment, note_horizon
 from hpo.search.listener import CombinedListener, NullListener, ProgressListener
 from hpo.search.ray_address import read_address
@@ -34,12 +36,9 @@ if TYPE_CHECKING:
     from hpo.report.results import Results, TrialResult
     from hpo.search.cluster import RayCluster
     from hpo.search.continuation import ContinuationPlan
-    from hpo.search.estimate import SearchEstimate
     from hpo.search.mps import Mps
-    from hpo.search.probes import ImageCounts, Probes
-    from hpo.search.slots import Node, Slots
+    from hpo.search.probes import Probes
     from hpo.search.warm_start import Found
-    from hpo.space.parameters import Params
     from storage.database import Database
     from storage.studies import Study
 
@@ -148,59 +147,55 @@ def run_search(
     require_recipient(on_finish, "on_finish")
     listener = listener or NullListener()
     with Announcer(on_finish or space.on_finish, space, storage, listener) as announcer:
-        return _run_search(
-            space,
-            announcer,
-            storage=storage,
-            password=password,
-            data_dir=data_dir,
-            runs_dir=runs_dir,
-            checkpoints=checkpoints,
-            ray_address=read_address(ray_address),
-            exit_at=math.inf if exit_after is None else time.monotonic() + exit_after,
-            listener=CombinedListener(listener, announcer),
-            on_results=on_results,
-            command=command,
-        )
+        exit_at = math.inf if exit_after is None else time.monotonic() + exit_after
+        address = read_address(ray_address)
+        settings = _Settings(storage, password, Path(data_dir), runs_dir, checkpoints, address, exit_at, command)
+        return _run_search(space, settings, announcer, CombinedListener(listener, announcer), on_results)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """How a search is run, see `run_search`; `exit_at` is when it stops at the latest, by the monotonic clock."""
+
+    storage: str
+    password: str | None
+    data_dir: Path
+    runs_dir: Path | str
+    checkpoints: Path | str | None
+    ray_address: str | None
+    exit_at: float
+    command: str
 
 
 def _run_search(
     space: Space,
+    settings: _Settings,
     announcer: Announcer,
-    *,
-    storage: str,
-    password: str | None,
-    data_dir: Path | str,
-    runs_dir: Path | str,
-    checkpoints: Path | str | None,
-    ray_address: str | None,
-    exit_at: float,
     listener: ProgressListener,
     on_results: Callable[[Results], None] | None,
-    command: str,
 ) -> SearchResult:
     listener.search_starting(space)  # before the imports that take seconds
     from hpo.search.cluster import RayCluster
     from hpo.search.mps import start_mps
     from hpo.search.slots import may_share_gpu
 
-    runs, data = _find_files(space, runs_dir, checkpoints, listener), space.trainable_data(Path(data_dir).resolve())
+    runs, data = _find_files(space, settings, listener), space.trainable_data(settings.data_dir.resolve())
     check_trainable(space)
     if (note := note_horizon(space)) is not None:
         listener.note(note)
-    is_mps_wanted = ray_address is None and may_share_gpu(space)
-    code = None if ray_address is None else _pack_code(space, storage, runs, data)
+    is_mps_wanted = settings.ray_address is None and may_share_gpu(space)
+    code = None if settings.ray_address is None else _pack_code(space, settings.storage, runs, data)
     with (
         start_mps(is_wanted=is_mps_wanted) as mps,  # first: Ray's workers and the probes inherit its environment
-        RayCluster(ray_address, code) as cluster,
-        _start_probes(space, data, runs.root) as probes,
-        _warnings_noted(listener),
+        RayCluster(settings.ray_address, code) as cluster,
+        start_probes(space, data, runs.root) as probes,
+        warnings_noted(listener),
         ExitStack() as opened,
     ):
-        _note_failure(mps, listener)
+        note_mps_failure(mps, listener)
         listener.preparing("starting Ray")
         # A new database has no finished trials, so Ray is needed. An existing one may have nothing left to run.
-        if is_new_database(storage):
+        if is_new_database(settings.storage):
             cluster.start()
         from hpo.report.results import read_results
         from hpo.search.continuation import open_continued, plan_continuation
@@ -210,16 +205,16 @@ def _run_search(
         from storage.imports import SOURCES, set_points
         from storage.studies import find_revision
 
-        database = opened.enter_context(open_database(storage, password))
+        database = opened.enter_context(open_database(settings.storage, settings.password))
         study = find_revision(database, space.name, space.fingerprint)
         continuation = plan_continuation(space, study, database, runs)
         space = continuation.space
         if study is not None and SOURCES in study.attrs:
             set_points(study, space.point_keys())
-        left = space.total_trials if study is None else _trials_left(space, study)
-        stopped = None if study is None or left == 0 else _find_spent(space, study)
+        left = space.total_trials if study is None else trials_left(space, study)
+        stopped = None if study is None or left == 0 else find_spent_budget(space, study)
         is_over = left == 0 or stopped is not None
-        _note_changes(space, study, listener)
+        note_changes(space, study, listener)
         if study is not None and is_over:
             study, _ = open_continued(database, continuation, runs)  # stores a changed budget or `checkpoints.keep`
             listener.study_opened(space, study.name, database.url, study.counts(), left)
@@ -228,9 +223,8 @@ def _run_search(
         else:
             listener.preparing("reading earlier studies")
             # First: a wrong name must not leave an empty study.
-            found = find_trials(space, study, database, password, continuation.parents)
+            found = find_trials(space, study, database, settings.password, continuation.parents)
             cluster.start()
-            provenance = {"command": command} | describe_environment()
             study, stopped = _search(
                 continuation,
                 database,
@@ -238,12 +232,10 @@ def _run_search(
                 cluster,
                 probes,
                 mps,
-                password=password,
-                provenance=provenance,
+                settings,
                 data=data,
                 runs_dir=runs,
                 listener=listener,
-                exit_at=exit_at,
             )
             is_hurried = stopped is not None and stopped.is_interruption
             _upload_left(space, study, runs, listener, is_hurried=is_hurried)
@@ -261,11 +253,9 @@ def _run_search(
         return result
 
 
-def _find_files(
-    space: Space, runs_dir: Path | str, checkpoints: Path | str | None, listener: ProgressListener
-) -> RunsDir:
+def _find_files(space: Space, settings: _Settings, listener: ProgressListener) -> RunsDir:
     """Return the folders of a search, and check that it can write to them, and to the bucket."""
-    runs = locate(runs_dir, checkpoints).make()
+    runs = locate(settings.runs_dir, settings.checkpoints).make()
     if runs.bucket_url:
         Bucket(runs.bucket_url).check()
         if space.command is not None:
@@ -304,13 +294,11 @@ def _search(
     cluster: RayCluster,
     probes: Probes | None,
     mps: Mps,
+    settings: _Settings,
     *,
-    password: str | None,
-    provenance: dict[str, Any],
     data: Mapping[str, Any],
     runs_dir: RunsDir,
     listener: ProgressListener,
-    exit_at: float,
 ) -> tuple[Study, Stop | None]:
     """Run the trials that are left. Slow imports happen here, while Ray starts in the background."""
     from hpo.other_databases import note_database
@@ -321,6 +309,7 @@ def _search(
     from hpo.search.warm_start import take_over_trials
 
     estimate, images = None, None
+    provenance = {"command": settings.command} | describe_environment()
     if probes is not None:
         provenance["data_sha256"], images = probes.describe_data()
     cluster.wait_for_answer()
@@ -329,9 +318,9 @@ def _search(
     study, continuation = open_continued(database, continuation, runs_dir)
     space = continuation.space
     note_database(runs_dir.checkpoints(study.unique_name), database)
-    found = take_over_trials(space, study, found, password, continuation.parents)
-    _note_sources(found, continuation, study.keys(), listener)
-    left = _trials_left(space, study)  # now: another study may have been deleted meanwhile, and this one is new
+    found = take_over_trials(space, study, found, settings.password, continuation.parents)
+    note_sources(found, continuation, study.keys(), listener)
+    left = trials_left(space, study)  # now: another study may have been deleted meanwhile, and this one is new
     listener.study_opened(space, study.name, database.url, study.counts(), left)
     if left == 0:  # earlier studies had all results
         return study, None
@@ -342,10 +331,10 @@ def _search(
     if probes is not None:
         if images is not None and is_worth_measuring(space, left, images):
             begun = continuation.begun(study.ended_keys())
-            estimate = _measure(space, slots, left, probes, images, nodes, listener, begun)
+            estimate = measure(space, slots, left, probes, images, nodes, listener, begun)
         probes.close()  # frees its memory and CPU for the trials
     slots = slots if estimate is None else estimate.slots
-    _keep_if_shared(mps, slots, listener)
+    keep_mps_if_shared(mps, slots, listener)
     listener.search_planned(space, slots, estimate)
     listener = CombinedListener(listener, _ReportPreloader())
     gc.freeze()  # excludes imported objects from the garbage collections of the search
@@ -359,80 +348,11 @@ def _search(
             data=data,
             runs_dir=runs_dir,
             listener=listener,
-            exit_at=exit_at,
+            exit_at=settings.exit_at,
         )
     finally:
         gc.unfreeze()  # the caller's garbage must not live forever
     return study, stopped
-
-
-def _find_spent(space: Space, study: Study) -> Stop | None:
-    """Return which budget was spent by earlier runs, so that nothing can run; None if some is left."""
-    from hpo.search.stop import Stop, StopCause, find_spent
-    from storage.summaries import elapsed_seconds
-
-    if space.budget.time is not None and elapsed_seconds(study.runs()) >= space.budget.time:
-        return Stop(StopCause.TIME_SPENT)
-    return find_spent(space.budget, study.device_seconds()) if space.budget.limits_device_time else None
-
-
-def _note_sources(
-    found: Sequence[Found], continuation: ContinuationPlan, known: Collection[str], listener: ProgressListener
-) -> None:
-    """Say what is taken over from earlier studies, and what is continued.
-
-    Each source that the search space names is listed. Of several revisions, some may have nothing that others do not have.
-    Of one whose trials are continued, it is not said that their results are left out.
-
-    Args:
-        found: what is taken over.
-        continuation: what is continued.
-        known: keys of the configurations that the study has.
-        listener: receives the notes.
-    """
-    for number, each in enumerate(found):
-        if each.is_worth_a_note or (number == 0 and each.study not in continuation.sources):
-            listener.note(str(each))
-    for note in continuation.notes(known):
-        listener.note(note)
-
-
-def _note_failure(mps: Mps, listener: ProgressListener) -> None:
-    if mps.failure:
-        listener.note(f"CUDA MPS is not used, so trials that share a GPU take turns: {mps.failure}")
-
-
-def _keep_if_shared(mps: Mps, slots: Slots, listener: ProgressListener) -> None:
-    """Say that trials share a GPU under MPS, or stop it: with one trial a GPU, it would only add a way to fail."""
-    if not slots.trials_share_gpu:
-        mps.stop()
-    elif mps.is_active:
-        listener.note(
-            f"{slots.trials_per_device} trials share a GPU under CUDA MPS: their kernels run at the same time"
-        )
-
-
-def _note_changes(space: Space, study: Study | None, listener: ProgressListener) -> None:
-    """Notify the listener if the study was last searched with another sampler or scheduler, or kept other checkpoints."""
-    if study is None:
-        return
-    if space.saves_checkpoints and "checkpoints" not in study.settings:
-        listener.note(
-            "trials of earlier versions of hpo keep all of their checkpoints; `hpo clean` shows which ones to delete"
-        )
-    with suppress(SpaceError):  # settings of another version
-        before = Space.from_settings(study.settings)
-        for key in ("sampler", "scheduler"):
-            was, now = getattr(before, key).model_dump(), getattr(space, key).model_dump()
-            changed = [name for name in now if was.get(name) != now[name]]
-            for name in ["name"] if "name" in changed else changed:
-                what = key if name == "name" else f"{key}'s {name}"
-                listener.note(f"the {what} was {was.get(name)} and is now {now[name]}; the trials so far are kept")
-        was_kept, kept = before.checkpoints, space.checkpoints
-        if was_kept.keep != kept.keep:
-            listener.note(
-                f"checkpoints.keep was {was_kept.keep} and is now {kept.keep}; this counts for the trials so far, too"
-            )
 
 
 class _ReportPreloader(NullListener):
@@ -469,181 +389,3 @@ def try_to_report(results: Results, runs_dir: RunsDir, listener: ProgressListene
         reason = str(error) if isinstance(error, HpoError) else f"{type(error).__name__}: {error}"
         listener.note(f"no report: {reason}")
         return None
-
-
-def _start_probes(space: Space, data: Mapping[str, Any], runs_dir: Path) -> AbstractContextManager[Probes | None]:
-    """Start a process that loads the data. None for other trainables, whose data and speed are unknown."""
-    from hpo.search.probes import Probes
-
-    return Probes(data, runs_dir) if space.is_default_trainable else nullcontext()
-
-
-def _measure(
-    space: Space,
-    slots: Slots,
-    left: int | None,
-    probes: Probes,
-    images: ImageCounts,
-    nodes: Sequence[Node],
-    listener: ProgressListener,
-    begun: Sequence[tuple[Params, int]],
-) -> SearchEstimate | None:
-    """Measure training steps; None if nothing is left to train, or the device is not on this machine."""
-    from hpo.search.estimate import can_measure, estimate_search
-
-    if left == 0 or slots.count == 0 or not can_measure(slots):
-        return None
-    listener.preparing("measuring training steps")
-    return estimate_search(space, slots, left, probes, images, nodes, begun)
-
-
-@contextmanager
-def _warnings_noted(listener: ProgressListener) -> Iterator[None]:
-    """Pass the warnings of our own loggers to the listener."""
-    handler = _NoteHandler(listener.note)
-    logger = logging.getLogger("hpo")
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-
-
-class _NoteHandler(logging.Handler):
-    def __init__(self, note: Callable[[str], None]) -> None:
-        super().__init__(logging.WARNING)
-        self._note = note
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._note(record.getMessage())
-
-
-# --- plan -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PlannedSearch:
-    """The plan of a search, with an estimate of its time and memory.
-
-    Attributes:
-        space: the search, without the points of its grid that are left as they are in an earlier revision.
-        slots: how many trials run at a time, and on what.
-        estimate: seconds, GPU-hours and memory, measured; None where nothing could be measured.
-        states: {`Space.config_key`: state} of the configurations that storage holds.
-        trials_left: how many trials have not ended; None if only time ends the search.
-        device_seconds: what the study has used already.
-        outlooks: {`Space.config_key`: what becomes of it} of the configurations that are continued from an earlier revision,
-            or left as they are there.
-    """
-
-    space: Space
-    slots: Slots
-    estimate: SearchEstimate | None
-    states: Mapping[str, str]
-    trials_left: int | None
-    device_seconds: float
-    outlooks: Mapping[str, str] = field(default_factory=dict)
-
-
-def plan_search(
-    space: Space,
-    *,
-    storage: str = DEFAULT_STORAGE,
-    password: str | None = None,
-    data_dir: Path | str = "data",
-    runs_dir: Path | str = "runs",
-    checkpoints: Path | str | None = None,
-    listener: ProgressListener | None = None,
-) -> PlannedSearch:
-    """Measure training steps on this machine and estimate the time and memory of a search.
-
-    Nothing is stored. The database is only read: tables of an older version are not migrated.
-
-    Args:
-        space: the search.
-        storage: the database that may hold some of its trials; one that does not exist is not created.
-        password: the PostgreSQL password, used if the URL has none.
-        data_dir: where data sets are read from or downloaded to.
-        runs_dir: where a search would write checkpoints: the disk's speed is part of the estimate.
-        checkpoints: where checkpoints are: a folder, or a URL in a bucket, see `hpo.bucket.locate`; None for `runs_dir`.
-        listener: receives an event before each slow step.
-
-    Returns:
-        The slots, the estimate, the stored states and the number of trials left.
-
-    Raises:
-        SettingError: a resource is not available on this machine, or the measurement failed.
-        TrainableError: the trainable cannot be imported, or cannot take the space's parameters.
-        DataError: the data set is not there and cannot be downloaded.
-        StorageError: the database exists, or should, and cannot be used.
-    """
-    from hpo.search.estimate import this_machine
-    from hpo.search.mps import start_mps
-    from hpo.search.slots import may_share_gpu, plan_slots
-
-    listener = listener or NullListener()
-    data = space.trainable_data(Path(data_dir).resolve())
-    check_trainable(space)
-    if (note := note_horizon(space)) is not None:
-        listener.note(note)
-    with start_mps(is_wanted=may_share_gpu(space)) as mps, _start_probes(space, data, Path(runs_dir)) as probes:
-        _note_failure(mps, listener)
-        continuation, states, left, used = _look_up(space, storage, password, locate(runs_dir, checkpoints), listener)
-        space = continuation.space
-        nodes, estimate = [this_machine()], None
-        slots = plan_slots(space, left, nodes)
-        if probes is not None:
-            _, images = probes.describe_data()
-            ended = {key for key, state in states.items() if state in {"COMPLETE", "PRUNED", "FAIL"}}
-            begun = continuation.begun(ended)
-            estimate = _measure(space, slots, left, probes, images, nodes, listener, begun)
-        slots = slots if estimate is None else estimate.slots
-        _keep_if_shared(mps, slots, listener)
-    return PlannedSearch(space, slots, estimate, states, left, used, continuation.outlooks)
-
-
-def _look_up(
-    space: Space, storage: str, password: str | None, runs_dir: RunsDir, listener: ProgressListener
-) -> tuple[ContinuationPlan, dict[str, str], int | None, float]:
-    """Return what a search continues, and three parts of a `PlannedSearch`: states, trials left, device time."""
-    from hpo.search.continuation import ContinuationPlan, plan_continuation
-
-    if is_new_database(storage) and not space.warm_start:
-        return ContinuationPlan(space), {}, space.total_trials, 0.0
-    from hpo.search.warm_start import find_trials
-    from storage.database import open_for_reading
-    from storage.studies import find_revision
-
-    opened = None if is_new_database(storage) else open_for_reading(storage, password)
-    with opened or nullcontext() as database:
-        study = None if database is None else find_revision(database, space.name, space.fingerprint)
-        continuation = plan_continuation(space, study, database, runs_dir)
-        space = continuation.space
-        states: dict[str, str] = {}
-        left = space.total_trials
-        if study is not None:
-            states = {space.config_key(trial.params): trial.state.name for trial in study.trained_trials()}
-            left = _trials_left(space, study)
-        if left != 0:
-            found = find_trials(space, study, database, password, continuation.parents)
-            trials = [trial for each in found for trial in each.trials]
-            reused = {trial.key: "COMPLETE" for trial in trials if trial.key is not None}
-            if space.is_grid and left is not None:
-                left -= len(space.point_keys() & (reused.keys() - states.keys()))
-            states = reused | states
-            _note_sources(found, continuation, states.keys(), listener)
-        return continuation, states, left, 0.0 if study is None else study.device_seconds()
-
-
-def _trials_left(space: Space, study: Study) -> int | None:
-    """Return how many trials have not ended; None where only time ends the search.
-
-    What `hpo retry` lets run again is left, even if the budget was reduced meanwhile.
-    """
-    total = space.total_trials
-    if total is None:
-        return None
-    ended, retried = study.count_ended_keys(), study.count_retried()
-    if space.is_grid and ended >= total:  # trials that were enqueued by hand may be no points of the grid
-        return max(retried, len(space.point_keys() - study.ended_keys()))
-    return max(retried, total - ended)

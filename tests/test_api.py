@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from optuna.distributions import CategoricalDistribution
 
 import hpo
-from hpo import api, service
+from hpo import api, notes, service
 from hpo.errors import SettingError
 from hpo.paths import RunsDir
 from hpo.search.environment import note_horizon
@@ -259,7 +259,7 @@ def test_a_schedule_that_a_scheduler_misjudges_is_noted_at_the_start(
     def fail(*arguments: object) -> None:
         raise SettingError("far enough")
 
-    monkeypatch.setattr(service, "_start_probes", fail)
+    monkeypatch.setattr(service, "start_probes", fail)
     listener = RecordingListener()
     space = shipped_space("quick", "scheduler=asha", "parameters.schedule=cosine")
     with pytest.raises(SettingError, match="far enough"):
@@ -275,13 +275,13 @@ def test_what_is_kept_from_now_on_is_noted(tmp_path: Path) -> None:
     with open_database(f"sqlite:///{tmp_path}/hpo.db") as database:
         for keep in ("best 3", "best 3", "none"):
             space = toy_space(tmp_path, checkpoints={"keep": keep})
-            service._note_changes(space, find_revision(database, space.name, space.fingerprint), listener)
+            notes.note_changes(space, find_revision(database, space.name, space.fingerprint), listener)
             study = open_study(database, **space.study_options)
         settings = study.settings
         settings.pop("checkpoints")
         study.optuna_study.set_user_attr("hpo:settings", settings)
         space = toy_space(tmp_path)
-        service._note_changes(space, find_revision(database, space.name, space.fingerprint), listener)
+        notes.note_changes(space, find_revision(database, space.name, space.fingerprint), listener)
     assert [text for _, text in listener.events] == [
         "checkpoints.keep was best 3 and is now none; this counts for the trials so far, too",
         "trials of earlier versions of hpo keep all of their checkpoints; `hpo clean` shows which ones to delete",
@@ -299,7 +299,7 @@ def test_another_sampler_or_scheduler_is_noted(tmp_path: Path) -> None:
     with open_database(f"sqlite:///{tmp_path}/hpo.db") as database:
         for change in changes:
             space = toy_space(tmp_path, budget={"trials": 4}, **change)
-            service._note_changes(space, find_revision(database, space.name, space.fingerprint), listener)
+            notes.note_changes(space, find_revision(database, space.name, space.fingerprint), listener)
             open_study(database, **space.study_options)
     assert [text for _, text in listener.events] == [
         "the scheduler's grace_period was 2 and is now 1; the trials so far are kept",

@@ -14,7 +14,7 @@ from hpo.api import clean_runs, copy_study, delete_study
 from hpo.bucket import Bucket, locate
 from hpo.errors import SettingError
 from hpo.paths import RunsDir
-from hpo.search import coordinator
+from hpo.search import trial_specs
 from hpo.search.bucket_checkpoints import BucketStudy
 from hpo.search.coordinator import TrialCoordinator
 from hpo.search.retention import trials_with_checkpoints
@@ -83,7 +83,7 @@ def test_members_of_a_population_are_copied_from_checkpoints_that_only_the_bucke
         parameters={"x": {"type": "float", "low": 0.0, "high": 1.0}},
         budget={"time": "1h"},
     )
-    monkeypatch.setattr(coordinator, "parent_folder", lambda *_: tmp_path / "on another machine")
+    monkeypatch.setattr(trial_specs, "parent_folder", lambda *_: tmp_path / "on another machine")
 
     study, listener = search_without_ray(space, database, tmp_path, at_a_time=4, bucket_url=bucket_url)
 

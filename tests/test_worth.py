@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 
 from benchmarks.worth.contestants import CONTESTANTS, contestants_of
+from benchmarks.worth.fashion_mnist import FOLDER, FashionMnistTask
 from benchmarks.worth.figures import Run, _mark, regrets
 from benchmarks.worth.service import SOURCE, open_service
 from benchmarks.worth.simulation import Trajectory, Trial, simulate
-from benchmarks.worth.task import Curve
+from benchmarks.worth.task import Curve, space_of
 
 
 class Slopes:
@@ -139,3 +141,32 @@ def test_a_mark_says_who_is_worse_on_the_tasks_that_differ(worse: int, better: i
     found |= {(f"t/{i}", "other"): [1.0 + difference] for i, difference in enumerate(differences)}
     tasks = [f"t/{i}" for i in range(len(differences))]
     assert _mark(found, "other", "reference", tasks) == expected
+
+
+# --- the table of our own problem ---------------------------------------------------------------------------------------
+
+
+def test_the_table_has_whole_curves_of_the_configurations_of_its_search() -> None:
+    task = FashionMnistTask()
+    with (FOLDER / "fashion_mnist.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 128
+    for row in rows[:5]:
+        curve = task.curve(row)
+        assert curve.values.tolist() == [float(row[f"value {epoch}"]) for epoch in range(1, 7)]
+        assert curve.seconds.min() > 0
+    space = space_of(task.parameters)
+    assert {name for name, _ in space.examples()} == set(rows[0]) - {
+        f"{name} {epoch}" for name in ("value", "seconds") for epoch in range(1, 7)
+    }
+
+
+def test_a_configuration_that_the_table_lacks_gets_the_curve_of_the_nearest_one() -> None:
+    task = FashionMnistTask()
+    with (FOLDER / "fashion_mnist.csv").open(newline="") as file:
+        row = list(csv.DictReader(file))[7]
+    near = row | {"lr": float(row["lr"]) * 1.001, "translate": int(row["translate"])}
+    assert task.curve(near).values.tolist() == task.curve(row).values.tolist()
+    for grid in (task.small_grid, task.large_grid):
+        point = {name: each[0] if isinstance(each, list) else each for name, each in grid.items()}
+        assert len(task.curve(point).values) == task.max_epochs

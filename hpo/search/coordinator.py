@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import replace
-from pathlib import Path
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import nearest
-from hpo.paths import HANG_FILE, LOST_FILE, RunsDir
-from hpo.search.adoption import parent_folder
-from hpo.search.checkpoints import owner_key, trim_checkpoints
+from hpo.paths import RunsDir
+from hpo.search.checkpoints import trim_checkpoints
+from hpo.search.circuit_breaker import UNKNOWN_NODE, CircuitBreaker
+from hpo.search.crashes import find_reason
 from hpo.search.listener import ProgressListener
 from hpo.search.places import Places
-from hpo.search.population import trial_key
 from hpo.search.retention import Retention
 from hpo.search.slots import MAX_WANTED, Room, Slots
 from hpo.search.stop import Stop, StopCause, find_spent
+from hpo.search.trial_specs import SpecBuilder
 from hpo.search.worker import Ending, TrialReport, TrialSpec
 from hpo.space.model import Space
 
@@ -29,11 +28,36 @@ if TYPE_CHECKING:  # workers import this module too, and need no database
     from storage.parents import Parent
     from storage.run import Run
 
-UNKNOWN_NODE = ""  # of a worker that died
-# So many trials of one machine that failed in a row, without training an epoch, stop the search: the machine or the code is
-# at fault then. There must also be two for each slot; twice as many where trials have worked before.
-MIN_FAILURES_IN_A_ROW = 4
 POLL_SECONDS = 1.0  # between attempts to claim a trial while other runs hold the rest
+
+
+@dataclass
+class _Running:
+    """A trial that this run has claimed.
+
+    Attributes:
+        claim: the trial.
+        parent: which it continues; None for a trial that starts from its first epoch.
+        epoch: the last one that storage holds.
+        together: the most trials that this run had when one of them was claimed.
+        has_trained: whether it has trained an epoch since it was claimed.
+        wait_reason: why it waits when it is released; empty if it is interrupted.
+    """
+
+    claim: ClaimedTrial
+    parent: Parent | None
+    epoch: int
+    together: int = 0
+    has_trained: bool = False
+    wait_reason: str = ""
+
+    @property
+    def continued_epoch(self) -> int:
+        """The last epoch that it has from its parent; 0 for none."""
+        return 0 if self.parent is None else self.parent.epoch
+
+    def __str__(self) -> str:
+        return f"trial {self.claim.number}"
 
 
 class TrialCoordinator:
@@ -71,24 +95,16 @@ class TrialCoordinator:
         self._run = run
         self._places = Places(slots, room)
         self._shown_count = self._places.count  # as the listener knows it
-        self._data = dict(data)
-        self._runs_dir = runs_dir
-        self._unique_name = run.study.unique_name
+        self._specs = SpecBuilder(space, run.study.unique_name, data, runs_dir)
         self._retention = Retention(space, run.study, runs_dir)
         self._listener = listener
-        self._claims: dict[str, ClaimedTrial] = {}
-        self._epochs: dict[str, int] = {}
-        self._parents: dict[str, Parent] = {}  # of the running trials that continue another one
+        self._running: dict[str, _Running] = {}  # by Tune's name of the trial
+        self._breaker = CircuitBreaker()
         self._ended = run.study.count_ended_keys()  # trials that need not run any more
         self._at_a_time = math.inf  # fewer than there are slots after a trial has found no room next to others
-        self._together: dict[str, int] = {}  # the most trials that ran at the same time during a claim
         self._deadlines: dict[StopCause, float] = {}
         self._next_attempt = 0.0
         self._is_exhaustion_noted = False
-        self._has_trained: set[str] = set()  # the machines on which this run has trained an epoch
-        self._waits: dict[str, str] = {}  # {Tune's name of a trial that waits for others from now on: why}
-        self._new_epochs: set[str] = set()  # the running trials that have trained one
-        self._failures_in_a_row: Counter[str] = Counter()  # {machine: trials that failed without one}
         self.stopped: Stop | None = None
         self.error: Exception | None = None
 
@@ -110,7 +126,7 @@ class TrialCoordinator:
 
         No more trials are claimed than can run: other drivers cannot take a claimed trial.
         """
-        if self._is_over() or time.monotonic() < self._next_attempt or len(self._claims) >= self._at_a_time:
+        if self._is_over() or time.monotonic() < self._next_attempt or len(self._running) >= self._at_a_time:
             return None
         slots = self._places.take(tune_id)
         if slots is None:
@@ -129,50 +145,20 @@ class TrialCoordinator:
                 self._listener.note(f"no new trials: {self._run.exhausted}")
             if claim is None:
                 self._next_attempt = time.monotonic() + POLL_SECONDS
-                if is_spent and not self._claims:  # a trial that still runs may end with a better value
+                if is_spent and not self._running:  # a trial that still runs may end with a better value
                     patience = self._space.budget.patience
                     found = "a better value" if self._space.objectives is None else "a trial for the Pareto front"
                     self.stop(StopCause.NO_IMPROVEMENT, f"{patience} trials in a row have not found {found}")
                 return None
-            self._claims[tune_id] = claim
-            self._epochs[tune_id] = claim.epoch
-            self._together = {each: max(self._together.get(each, 0), len(self._claims)) for each in self._claims}
-            scheduler = self._space.scheduler
-            parent = self._parent_of(claim)
-            if parent is not None:
-                self._parents[tune_id] = parent
-            first_epoch = claim.epoch or self._continued_epoch(tune_id)
+            trial = self._running[tune_id] = _Running(claim, self._specs.parent_of(claim), claim.epoch)
+            for each in self._running.values():
+                each.together = max(each.together, len(self._running))
+            first_epoch = claim.epoch or trial.continued_epoch
             self._listener.trial_started(claim.number, claim.params, first_epoch, self._space.max_epochs)
             derived = self._space.derive(claim.params)
             if derived:
                 self._run.record(claim, {"derived": derived})
-            return TrialSpec(
-                trainable=self._space.trainable,
-                command=self._space.command,
-                patterns=self._space.report,
-                key=owner_key(trial_key(self._space, claim.params, claim.replaces), claim.attempt),
-                token=claim.token,
-                params=claim.params | derived,
-                data=self._data,
-                seed=self._space.seed,
-                max_epochs=self._space.max_epochs,
-                stored_epoch=claim.epoch,
-                folder=str(self._folder(claim)),
-                checkpoint_every=None if self._space.checkpoint_every == "auto" else self._space.checkpoint_every,
-                device=slots.device,
-                threads=slots.threads,
-                timeout=self._space.trial_timeout,
-                code_folder=str(Path.cwd()),
-                parent_folder=str(self._parent_folder(claim, parent)) if parent else "",
-                parent_key=parent.key if parent else "",
-                parent_epoch=parent.epoch if parent and scheduler.replaces_trials else 0,
-                interval=scheduler.interval if scheduler.replaces_trials else 0,
-                replicates=self._space.replicates,
-                may_wait=scheduler.promotes_trials,
-                claimed_milliseconds=claim.claimed_milliseconds,
-                bucket=self._bucket_of(self._unique_name, claim.number),
-                parent_bucket=self._bucket_of(parent.files, parent.number) if parent else "",
-            )
+            return self._specs.build(claim, trial.parent, derived, slots)
         return None
 
     def bundle(self, tune_id: str) -> dict[str, float]:
@@ -223,108 +209,87 @@ class TrialCoordinator:
             self._listener.note(f"{trials}: others were better at the same epoch")
         return claim
 
-    def _parent_of(self, claim: ClaimedTrial) -> Parent | None:
-        """Return the trial that a trial continues; None if it has none, or if the parent's checkpoint was gone before."""
-        from storage.parents import Parent
-
-        parent = Parent.read(claim.continued_from)
-        return parent if parent is not None and parent.epoch > 0 and self._space.saves_checkpoints else None
-
-    def _parent_folder(self, claim: ClaimedTrial, parent: Parent) -> Path:
-        return parent_folder(self._runs_dir, self._folder(claim), parent.files, parent.number)
-
-    def _bucket_of(self, files: str, number: int) -> str:
-        """Return where in the bucket a trial is. The files of a script stay on its machine, and so do its checkpoints."""
-        return "" if self._space.command is not None else self._runs_dir.bucket_trial(files, number)
-
-    def _continued_epoch(self, tune_id: str) -> int:
-        """Return the last epoch that a trial has from its parent; 0 for none."""
-        parent = self._parents.get(tune_id)
-        return 0 if parent is None else parent.epoch
-
     @property
     def is_done(self) -> bool:
         """Whether this run will claim no more trials."""
         # A trial that still runs may be released, and `hpo retry` may let one run again meanwhile. Tune does not ask again
         # after the answer that the search is done.
-        return self._is_over() or (self._run.finished and not self._claims)
+        return self._is_over() or (self._run.finished and not self._running)
 
     def on_started(self, tune_id: str) -> None:
         """A worker runs the trial: its device time counts until the trial ends, or the worker dies."""
-        claim = self._claims.get(tune_id)
-        if claim is not None:
-            self._run.hold_device(claim)
+        if (trial := self._running.get(tune_id)) is not None:
+            self._run.hold_device(trial.claim)
 
     def retries_left(self, tune_id: str) -> int:
         """Return how many more workers may die while they run a trial."""
-        return max(0, self._space.max_failures - self._claims[tune_id].crashes)
+        return max(0, self._space.max_failures - self._running[tune_id].claim.crashes)
 
     def on_report(self, tune_id: str, report: TrialReport) -> Ending | None:
         """Store a report. Return None if the trial goes on, else what becomes of its checkpoints.
 
         A trial that ends because the search stops is released when its last epoch is saved: the caller calls `on_saved`.
         """
-        claim = self._claims.get(tune_id)
-        if claim is None:
+        trial = self._running.get(tune_id)
+        if trial is None:
             return Ending.KEEP
         from storage.ownership import LostTrialError
 
+        slots = self._places.slots_of(tune_id)
+
         with self._storage_errors_kept(tune_id):
             if report.provenance is not None:
-                self._run.record(claim, {}, {**report.provenance, "gpu": self._places.slots_of(tune_id).gpu})
+                self._run.record(trial.claim, {}, {**report.provenance, "gpu": slots.gpu})
             if report.warning:
-                self._listener.note(f"trial {claim.number}: {report.warning}")
+                self._listener.note(f"{trial}: {report.warning}")
             if report.is_taken_over:
                 # By a run that claimed the trial. If this claim is the later one, the trial must be claimed again.
-                self._run.release(claim)
-                raise LostTrialError(f"trial {claim.number} was taken over by another run")
-            shares_gpu = self._places.slots_of(tune_id).trials_share_gpu
-            if report.is_out_of_memory and shares_gpu and self._together[tune_id] > 1:
+                self._run.release(trial.claim)
+                raise LostTrialError(f"{trial} was taken over by another run")
+            if report.is_out_of_memory and slots.trials_share_gpu and trial.together > 1:
                 return self._release_for_room(tune_id, report.failure)
             if report.failure:
                 return self._fail(tune_id, report.failure, report.traceback, report.node)
-            self._note_parent(tune_id, claim, report.continued_epoch)
+            self._note_parent(trial, report.continued_epoch)
             for earlier, metrics in sorted(report.history.items()):
-                self._restore(claim, earlier, metrics)
-            return self._on_epoch(tune_id, claim, report)
+                self._restore(trial.claim, earlier, metrics)
+            return self._on_epoch(tune_id, trial, report)
         return Ending.KEEP
 
-    def _on_epoch(self, tune_id: str, claim: ClaimedTrial, report: TrialReport) -> Ending | None:
+    def _on_epoch(self, tune_id: str, trial: _Running, report: TrialReport) -> Ending | None:
         from storage.pruners import Decision
 
-        epoch, metrics = report.epoch, report.metrics
+        claim, epoch, metrics = trial.claim, report.epoch, report.metrics
         for each in self._space.all_objectives:
             if each.metric not in metrics:
                 hint = nearest(each.metric, metrics)
                 return self._fail(tune_id, f"the trainable reported no metric {each.metric!r}, {hint}", "", report.node)
         value, *others = (metrics[each.metric] for each in self._space.all_objectives)
         if not report.is_recalled:
-            if tune_id not in self._new_epochs and epoch <= self._epochs[tune_id]:
+            if not trial.has_trained and epoch <= trial.epoch:
                 self._listener.note(
-                    f"trial {claim.number}: its last checkpoint is of epoch {epoch - 1}, so the epochs from {epoch} to "
-                    f"{self._epochs[tune_id]} are trained again"
+                    f"{trial}: its last checkpoint is of epoch {epoch - 1}, so the epochs from {epoch} to {trial.epoch} "
+                    "are trained again"
                     if epoch > 1
-                    else f"trial {claim.number}: it has no checkpoint, and is trained from its first epoch"
+                    else f"{trial}: it has no checkpoint, and is trained from its first epoch"
                 )
-            self._new_epochs.add(tune_id)
-            for node in (report.node, UNKNOWN_NODE):
-                self._has_trained.add(node)
-                self._failures_in_a_row[node] = 0
+            trial.has_trained = True
+            self._breaker.note_epoch(report.node)
         infinite = [name for name, number in metrics.items() if not math.isfinite(number)]
         # What the parent trained is not judged: whoever continues a trial wants more of it.
-        is_new = epoch > self._continued_epoch(tune_id)
+        is_new = epoch > trial.continued_epoch
         decides = self._space.stops_trials_early and not infinite and is_new and epoch < self._space.max_epochs
         decision = Decision.CONTINUE
         if decides:
-            first = self._continued_epoch(tune_id) + 1
+            first = trial.continued_epoch + 1
             # A member of a population that has waited is compared with those that have caught up.
             again = report.is_recalled and self._space.population is not None
             decision = self._run.decide(claim, epoch, metrics, value, first_epoch=first, again=again)
         else:
             self._run.report(claim, epoch, metrics, value)
         # The checkpoint may hold an epoch that storage has, too: the driver died before it acted on it.
-        if epoch > self._epochs[tune_id] or not report.is_recalled:
-            self._epochs[tune_id] = epoch
+        if epoch > trial.epoch or not report.is_recalled:
+            trial.epoch = epoch
             self._listener.epoch_ended(claim.number, epoch, metrics)
         if infinite:
             return self._fail(tune_id, f"{infinite[0]} is {metrics[infinite[0]]} after epoch {epoch}")
@@ -342,10 +307,10 @@ class TrialCoordinator:
         if self._is_over():
             return Ending.SAVE
         if decision is Decision.WAIT:
-            self._waits[tune_id] = f"waits after epoch {epoch}: others are better so far"
+            trial.wait_reason = f"waits after epoch {epoch}: others are better so far"
             return Ending.SAVE_ONLY
         if not report.is_recalled and self._must_wait(epoch):
-            self._waits[tune_id] = f"waits after epoch {epoch} until others have caught up"
+            trial.wait_reason = f"waits after epoch {epoch} until others have caught up"
             return Ending.SAVE
         return None
 
@@ -354,28 +319,25 @@ class TrialCoordinator:
         population = self._space.population
         if population is None or epoch % self._space.scheduler.interval:
             return False
-        is_full = len(self._claims) >= min(self._places.count, self._at_a_time)
+        is_full = len(self._running) >= min(self._places.count, self._at_a_time)
         return is_full and self._run.are_others_behind(epoch, population)
 
-    def _note_parent(self, tune_id: str, claim: ClaimedTrial, epoch: int | None) -> None:
+    def _note_parent(self, trial: _Running, epoch: int | None) -> None:
         """Record from which epoch of its parent a trial starts, if it is not the one that was expected.
 
         Args:
-            tune_id: Tune's name of the trial.
-            claim: the trial.
+            trial: the trial.
             epoch: of the parent's checkpoint, 0 if it has none; None if the trial has not read it.
         """
         from storage.records import CONTINUED_FROM
 
-        parent = self._parents.get(tune_id)
+        parent = trial.parent
         if parent is None or epoch is None or epoch == parent.epoch:
             return
-        self._parents[tune_id] = replace(parent, epoch=epoch)
-        self._run.record(claim, {CONTINUED_FROM: self._parents[tune_id].attribute})
+        trial.parent = replace(parent, epoch=epoch)
+        self._run.record(trial.claim, {CONTINUED_FROM: trial.parent.attribute})
         if epoch == 0:
-            self._listener.note(
-                f"trial {claim.number}: the checkpoint of {parent} is gone, so it is trained from its first epoch"
-            )
+            self._listener.note(f"{trial}: the checkpoint of {parent} is gone, so it is trained from its first epoch")
 
     def _restore(self, claim: ClaimedTrial, epoch: int, metrics: Mapping[str, float]) -> None:
         """Store an epoch of the checkpoint that storage lacks, or has from an abandoned attempt."""
@@ -385,14 +347,14 @@ class TrialCoordinator:
 
     def on_crash(self, tune_id: str, details: str, *, is_retried: bool) -> None:
         """Count the death of a worker; fail its trial if no retry is left."""
-        claim = self._claims.get(tune_id)
-        if claim is None:
+        trial = self._running.get(tune_id)
+        if trial is None:
             return
         with self._storage_errors_kept(tune_id):
-            self._run.record_crash(claim)
-            reason, details = self._crash_reason(claim, details)
+            self._run.record_crash(trial.claim)
+            reason, details = find_reason(self._specs.folder(trial.claim), details, self._space.trial_timeout)
             if is_retried:
-                self._listener.note(f"trial {claim.number}: {reason}; it restarts from its last checkpoint")
+                self._listener.note(f"{trial}: {reason}; it restarts from its last checkpoint")
             else:
                 self._fail(tune_id, f"{reason} (max_failures {self._space.max_failures})", details)
 
@@ -403,25 +365,24 @@ class TrialCoordinator:
             tune_id: Tune's name of the trial.
             is_retried: whether Tune starts the trial again. Otherwise it is released.
         """
-        claim = self._claims.get(tune_id)
-        if claim is None:
+        trial = self._running.get(tune_id)
+        if trial is None:
             return
         with self._storage_errors_kept(tune_id):
-            self._run.free_device(claim)
+            self._run.free_device(trial.claim)
             text = "its machine has left the cluster"
             if is_retried:
-                self._listener.note(f"trial {claim.number}: {text}; it restarts from its last checkpoint")
+                self._listener.note(f"{trial}: {text}; it restarts from its last checkpoint")
             else:
-                self._waits[tune_id] = f"{text}, resumable"
+                trial.wait_reason = f"{text}, resumable"
                 self.release(tune_id)
 
     def leave_node(self, tune_id: str) -> Ending | None:
         """End a trial after its epoch, because its node is drained: it is saved, and resumed on another one."""
-        if tune_id not in self._claims:
+        trial = self._running.get(tune_id)
+        if trial is None:
             return None
-        self._waits[tune_id] = (
-            f"its machine will leave the cluster, saved after epoch {self._epochs[tune_id]}, resumable"
-        )
+        trial.wait_reason = f"its machine will leave the cluster, saved after epoch {trial.epoch}, resumable"
         return Ending.SAVE
 
     def release_all(self) -> None:
@@ -438,7 +399,7 @@ class TrialCoordinator:
             self._run.flush()
             is_stored = True
         if is_stored:
-            for tune_id in list(self._claims):
+            for tune_id in list(self._running):
                 self.release(tune_id)
             self._retention.run_ended()
 
@@ -451,69 +412,54 @@ class TrialCoordinator:
             tune_id: Tune's name of the trial.
             warning: why its last epoch is not saved; empty if it is.
         """
-        claim = self._claims.get(tune_id)
+        trial = self._running.get(tune_id)
         if warning:
-            self._listener.note(f"trial {claim.number}: {warning}" if claim else warning)
+            self._listener.note(f"{trial}: {warning}" if trial else warning)
         if not self.is_interrupted and self.error is None:
             self.release(tune_id)
 
     def release(self, tune_id: str) -> None:
         """Release one trial if it has not ended: it is WAITING, and any run may resume it."""
-        claim = self._claims.get(tune_id)
-        if claim is not None:
+        trial = self._running.get(tune_id)
+        if trial is not None:
             with self._storage_errors_kept(tune_id):
-                self._run.release(claim)
-                interrupted = f"interrupted after epoch {self._epochs[tune_id]}, resumable"
-                self._end(tune_id, "WAITING", self._waits.get(tune_id, interrupted))
+                self._run.release(trial.claim)
+                interrupted = f"interrupted after epoch {trial.epoch}, resumable"
+                self._end(tune_id, "WAITING", trial.wait_reason or interrupted)
 
     def _release_for_room(self, tune_id: str, reason: str) -> Ending:
         """Release a trial that found no room on the GPU next to others, and run fewer trials at a time from now on.
 
         Each such failure of a trial follows a claim with fewer others, so it cannot repeat forever: alone, the trial fails.
         """
-        claim, together = self._claims[tune_id], self._together[tune_id]
-        self._at_a_time = min(self._at_a_time, together - 1)
-        self._run.release(claim)
+        trial = self._running[tune_id]
+        self._at_a_time = min(self._at_a_time, trial.together - 1)
+        self._run.release(trial.claim)
         self._listener.note(
-            f"trial {claim.number}: {reason.splitlines()[0]}. {together} trials ran at a time; "
+            f"{trial}: {reason.splitlines()[0]}. {trial.together} trials ran at a time; "
             f"from now on, this run has at most {self._at_a_time:g}"
         )
         return self._end(tune_id, "WAITING", "out of memory next to other trials, it is resumed with fewer")
 
     def _fail(self, tune_id: str, reason: str, details: str = "", node: str = UNKNOWN_NODE) -> Ending:
-        self._run.fail(self._claims[tune_id], reason, details)
-        if tune_id not in self._new_epochs:
-            self._failures_in_a_row[node] += 1
-            self._break_circuit(node)
+        trial = self._running[tune_id]
+        self._run.fail(trial.claim, reason, details)
+        broken = "" if trial.has_trained else self._breaker.note_failure(node, self._places.count)
+        if broken:
+            self.stop(StopCause.BROKEN, broken)
         return self._end(tune_id, "FAIL", reason)
 
-    def _break_circuit(self, node: str) -> None:
-        """Stop the search if a machine, or the code on it, cannot train."""
-        failures, limit = self._failures_in_a_row[node], max(MIN_FAILURES_IN_A_ROW, 2 * self._places.count)
-        if node in self._has_trained:
-            limit *= 2
-        if failures >= limit:
-            where = "" if node == UNKNOWN_NODE else f" on {node}"
-            self.stop(StopCause.BROKEN, f"the last {failures} trials{where} failed before they trained an epoch")
-
     def _end(self, tune_id: str, state: str, text: str) -> Ending:
-        claim = self._claims.pop(tune_id)
-        del self._epochs[tune_id], self._together[tune_id]
+        claim = self._running.pop(tune_id).claim
         self._places.leave(tune_id)
-        self._parents.pop(tune_id, None)
-        self._new_epochs.discard(tune_id)
-        self._waits.pop(tune_id, None)
         if state != "WAITING" and self._space.population is None:
-            trim_checkpoints(self._folder(claim), claim.token)
+            trim_checkpoints(self._specs.folder(claim), claim.token)
         self._ended += state != "WAITING"
         if state in {"COMPLETE", "PRUNED"}:
             self._retention.trial_ended(claim.number)
         self._next_attempt = 0.0
         self._listener.trial_ended(claim.number, state, text)
         return Ending.KEEP
-
-    def _folder(self, claim: ClaimedTrial) -> Path:
-        return self._runs_dir.trial(self._unique_name, claim.number)
 
     def _is_over(self) -> bool:
         for cause, deadline in sorted(self._deadlines.items(), key=lambda each: each[1]):
@@ -531,22 +477,6 @@ class TrialCoordinator:
         patience = self._space.budget.patience
         return patience is not None and self._run.is_patience_spent(patience, self._space.directions)
 
-    def _crash_reason(self, claim: ClaimedTrial, details: str) -> tuple[str, str]:
-        hang = self._folder(claim) / HANG_FILE
-        with suppress(OSError):
-            stacks = hang.read_text()
-            if stacks:
-                hang.unlink()
-                return f"no epoch within trial_timeout {self._space.trial_timeout:g} s, worker killed", stacks
-        lost = self._folder(claim) / LOST_FILE
-        with suppress(OSError):
-            reason, _, stack = lost.read_text().partition("\n")
-            lost.unlink()
-            return f"the GPU could not be used any more, worker ended: {reason}", stack
-        if "OutOfMemory" in details or "running low on memory" in details:
-            return "out of memory: Ray killed the worker", details
-        return "the worker process died", details
-
     @contextmanager
     def _storage_errors_kept(self, tune_id: str | None = None) -> Iterator[None]:
         """Catch storage errors, so that none reaches Tune's loop. The search stops, and `run_trials` raises the first one.
@@ -561,12 +491,9 @@ class TrialCoordinator:
             yield
         except LostTrialError as error:
             if tune_id is not None:
-                if (claim := self._claims.pop(tune_id, None)) is not None:
-                    self._run.free_device(claim)
-                self._together.pop(tune_id, None)
+                if (trial := self._running.pop(tune_id, None)) is not None:
+                    self._run.free_device(trial.claim)
                 self._places.leave(tune_id)
-                self._parents.pop(tune_id, None)
-                self._new_epochs.discard(tune_id)
                 self._next_attempt = 0.0
             self._listener.note(str(error))
         except StorageError as error:

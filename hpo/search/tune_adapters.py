@@ -148,9 +148,9 @@ class StudyScheduler(FIFOScheduler):
         self._coordinator.on_crash(trial.trial_id, details, is_retried=trial.should_recover())
 
     def choose_trial_to_run(self, tune_controller: Any, **_: Any) -> Any:
-        """Release trials that have stopped, and those that wait for a worker which they should not, or cannot, get."""
+        """Return a trial that waits for a worker. Release those that have stopped, and those that cannot get one."""
         self.collect_saved()
-        pending = [trial for trial in tune_controller.get_trials() if trial.status == trial.PENDING]
+        pending = [trial for trial in tune_controller.get_live_trials() if trial.status == trial.PENDING]
         for trial in pending:
             if self._coordinator.stopped or self._coordinator.is_surplus(trial.trial_id):
                 self._coordinator.release(trial.trial_id)
@@ -160,7 +160,8 @@ class StudyScheduler(FIFOScheduler):
             tune_controller._cleanup_cached_actors(force_all=True)  # noqa: SLF001
         self._is_pending = bool(pending)
         self.follow_cluster()
-        return super().choose_trial_to_run(tune_controller)
+        # Not by the base class: it looks at all trials, also those that have ended, at each step.
+        return next((trial for trial in pending if trial.status == trial.PENDING), None)
 
     def follow_cluster(self) -> None:
         """Tell the user how many trials can run, and the cluster how many more could, from time to time."""

@@ -1,9 +1,11 @@
-"""A Ray cluster of several nodes on this machine, as `ray start` makes one. Nodes join, leave, and are drained."""
+"""A Ray cluster of several nodes on this machine, as `ray start` makes one. Nodes join, leave, and are drained.
+
+Each node has its own home, working folder and temporary folder.
+"""
 
 from __future__ import annotations
 
 import json
-import re
 import secrets
 import shutil
 import socket
@@ -17,9 +19,11 @@ from typing import Any
 import psutil
 
 from tests.end_to_end.processes import environment
-from tests.factories import wait_until
+from tests.factories import ROOT, wait_until
 
 RAY = str(Path(sys.executable).with_name("ray"))
+JOIN_SECONDS = 120.0  # on two slow cores
+HEAD = "head"
 UNUSED_LISTS = (  # that the autoscaler requires
     "cluster_synced_files",
     "rsync_exclude",
@@ -30,63 +34,73 @@ UNUSED_LISTS = (  # that the autoscaler requires
     "head_start_ray_commands",
     "worker_start_ray_commands",
 )
-JOIN_SECONDS = 120.0  # on two slow cores
 
 
 class RayNodes:
-    """Starts a head node without cores, and nodes that run trials. A context manager: leaving it ends all of them.
+    """Starts a head node; `add` starts others. A context manager: leaving it ends all of them.
 
     Args:
-        folder: for the logs.
+        cores: of the head.
         most: how many nodes with one core Ray's autoscaler may add; None for a cluster without one.
 
     Attributes:
-        address: of the head, for RAY_ADDRESS.
-        variables: {name: value} that a driver needs to be let in.
+        folder: has what each node writes.
+        variables: {name: value} with which a driver joins.
     """
 
-    def __init__(self, folder: Path, *, most: int | None = None) -> None:
-        self._folder = folder
-        self._session = tempfile.mkdtemp(prefix="hpo-ray-")  # short: Ray's sockets are there
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+    def __init__(self, *, cores: int = 0, most: int | None = None) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="hpo-c-"))  # short: Ray's sockets are there
         with socket.create_server(("127.0.0.1", 0)) as found:
-            self.address = f"127.0.0.1:{found.getsockname()[1]}"
-        self.variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-
-        self._autoscaling = []
-        if most is not None:
-            config = folder / "autoscaling.yaml"
-            config.write_text(json.dumps(autoscaling_config(self.address, most)))  # JSON is YAML
-            self._autoscaling = [f"--autoscaling-config={config}"]
-            self.variables |= {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
+            self._port = found.getsockname()[1]
+        self._address = f"127.0.0.1:{self._port}"
+        self._cores = cores
+        self._most = most
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.variables = {
+            "RAY_ADDRESS": self._address,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        }
 
     def __enter__(self) -> RayNodes:
-        port = self.address.rpartition(":")[2]
-        head = ["--head", f"--port={port}", "--num-cpus=0", *self._autoscaling]
+        options, variables = [f"--port={self._port}", "--include-dashboard=false"], {}
+        if self._most is not None:
+            config = self.folder / "autoscaling.yaml"
+            config.write_text(json.dumps(autoscaling_config(self._address, self._most)))  # JSON is YAML
+            options.append(f"--autoscaling-config={config}")
+            variables = {"AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1"}
+        else:
+            options.append("--node-ip-address=127.0.0.1")
         try:
-            self._start("head", *head)
-            wait_until(lambda: self._count() == 1, JOIN_SECONDS)
+            self._start(HEAD, "--head", f"--num-cpus={self._cores}", *options, **variables)
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                command = " ".join(process.cmdline())
-                if self._session in command or self.address in command:
-                    process.kill()
+        self._kill(f"{self.folder}/", self._address)
         for started in self._processes.values():
             started.wait()
-        shutil.rmtree(self._session, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
-    def add(self, name: str, *, cores: int = 1, gpus: int = 0, gpu_kind: str = "") -> None:
-        """Add a node, and wait until it has joined."""
-        count = self._count()
+    def add(self, name: str, *, cores: int = 1, gpus: int = 0, gpu_kind: str = "", path: Path = ROOT) -> None:
+        """Start a node, and wait until it has joined.
+
+        Args:
+            name: of the node: its folders are called so.
+            cores: that it has.
+            gpus: that it says it has.
+            gpu_kind: of the GPUs.
+            path: of Python, where hpo is.
+        """
         kind = [f"--resources={json.dumps({f'accelerator_type:{gpu_kind}': 1})}"] if gpu_kind else []
-        self._start(name, f"--address={self.address}", f"--num-cpus={cores}", f"--num-gpus={gpus}", *kind)
-        wait_until(lambda: self._count() > count, JOIN_SECONDS)
+        options = [f"--address={self._address}", "--node-ip-address=127.0.0.1", f"--num-cpus={cores}", *kind]
+        self._start(name, *options, f"--num-gpus={gpus}", PYTHONPATH=str(path))
+
+    def home(self, name: str) -> Path:
+        """Return the home of a node."""
+        return self.folder / "home" / name
 
     def terminate(self, name: str) -> None:
         """Send SIGTERM to a node, as an operator does: it is drained."""
@@ -98,38 +112,31 @@ class RayNodes:
 
     def kill(self, name: str) -> None:
         """Send SIGKILL to all processes of a node, as when its machine loses power."""
-        root = psutil.Process(self._processes[name].pid)
-        for process in [*root.children(recursive=True), root]:
-            with suppress(psutil.Error):
-                process.kill()
+        self._kill(f"{self.folder / name}/", f"{self.folder / name} ")
         self._processes[name].wait()
 
-    def _start(self, name: str, *options: str) -> None:
-        with (self._folder / f"{name}.log").open("w") as log:
+    def _start(self, name: str, *options: str, **variables: str) -> None:
+        working = self.folder / "cwd" / name
+        for folder in (self.home(name), working):
+            folder.mkdir(parents=True)
+        log = self.folder / f"{name}.log"
+        command = [RAY, "start", "--block", "--disable-usage-stats", "--object-store-memory=100000000"]
+        with log.open("w") as file:
             self._processes[name] = subprocess.Popen(
-                # In one folder, a node that joins would unpack the code of the search anew, under the trials of the others.
-                [
-                    *(RAY, "start", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"),
-                    f"--temp-dir={self._session}/{name}",
-                    *options,
-                ],
-                cwd=self._folder,
-                env=environment(**self.variables),
-                stdout=log,
+                [*command, f"--temp-dir={self.folder / name}", *options],
+                cwd=working,
+                env=environment(HOME=str(self.home(name)), **self.variables, **variables),
+                stdout=file,
                 stderr=subprocess.STDOUT,
             )
+        wait_until(lambda: "Ray runtime started." in log.read_text(), JOIN_SECONDS)
 
-    def _count(self) -> int:
-        """Return how many nodes have joined."""
-        status = subprocess.run(
-            [RAY, "status", f"--address={self.address}"],
-            env=environment(**self.variables),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        active = status.stdout.partition("Active:")[2].partition("Pending:")[0]
-        return sum(map(int, re.findall(r"^ *(\d+) \w+", active, re.MULTILINE)))
+    @staticmethod
+    def _kill(*marks: str) -> None:
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if any(mark in f"{' '.join(process.cmdline())} " for mark in marks):
+                    process.kill()
 
 
 def autoscaling_config(gcs: str, most: int) -> dict[str, Any]:

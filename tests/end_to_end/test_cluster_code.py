@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import sqlite3
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-from tests.end_to_end.processes import Driver, environment, hpo, write_space
-from tests.factories import ROOT, wait_until
+from tests.end_to_end.processes import Driver, hpo, write_space
+from tests.end_to_end.ray_nodes import HEAD, RayNodes
+from tests.factories import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray(starts=4)]
 
@@ -46,67 +43,11 @@ for epoch in (1, 2):
 """
 
 
-class Cluster:
-    """Nodes of a Ray cluster, with one core each, as processes on this machine."""
-
-    def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="hpo-c-"))  # short: Ray's sockets are there
-        with socket.create_server(("127.0.0.1", 0)) as found:
-            self.address = f"127.0.0.1:{found.getsockname()[1]}"
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
-        self.start("a", "--head", f"--port={self.address.rpartition(':')[2]}", "--include-dashboard=false")
-
-    def start(self, name: str, *options: str, path: Path = ROOT) -> None:
-        """Start a node and wait until it has joined.
-
-        Args:
-            name: of the node: its folders are called so.
-            options: of `ray start`; those of a worker by default.
-            path: of Python, where hpo is.
-        """
-        for folder in ("home", "cwd"):
-            (self.folder / folder / name).mkdir(parents=True)
-        options = options or (f"--address={self.address}",)
-        command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--node-ip-address=127.0.0.1"]
-        command += ["--num-cpus=1", "--num-gpus=0", "--object-store-memory=100000000", "--disable-usage-stats"]
-        log = self.folder / f"{name}.log"
-        with log.open("w") as file:
-            self._processes[name] = subprocess.Popen(
-                [*command, f"--temp-dir={self.folder / name}", *options],
-                cwd=self.folder / "cwd" / name,
-                env=environment(HOME=str(self.folder / "home" / name), PYTHONPATH=str(path), RAY_AUTH_MODE="disabled"),
-                stdout=file,
-                stderr=subprocess.STDOUT,
-            )
-        wait_until(lambda: "Ray runtime started." in log.read_text(), 120)
-
-    def kill(self, name: str) -> None:
-        """Kill a node: all processes that know its temporary folder."""
-        self._kill(f"{self.folder / name}")
-        self._processes.pop(name).wait()
-
-    def close(self) -> None:
-        self._kill(f"{self.folder}/", self.address)
-        for started in self._processes.values():
-            started.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    @staticmethod
-    def _kill(*marks: str) -> None:
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                if any(mark in " ".join(process.cmdline()) for mark in marks):
-                    process.kill()
-
-
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    cluster = Cluster()
-    try:
-        cluster.start("b")
-        yield cluster
-    finally:
-        cluster.close()
+def cluster() -> Iterator[RayNodes]:
+    with RayNodes(cores=1) as nodes:
+        nodes.add("b")
+        yield nodes
 
 
 def write_project(folder: Path, *, factor: int = 1) -> Path:
@@ -143,10 +84,6 @@ def write_search(folder: Path, name: str, **changes: Any) -> Path:
     return write_space(folder, name, space | {"trainable": "mine:train", "parameters": parameters} | changes)
 
 
-def variables(cluster: Cluster) -> dict[str, str]:
-    return {"RAY_ADDRESS": cluster.address, "RAY_AUTH_MODE": "disabled"}
-
-
 def provenance(folder: Path) -> list[dict[str, Any]]:
     """What each trial has said of where it runs."""
     with closing(sqlite3.connect(folder / "runs" / "hpo.db")) as database:
@@ -161,23 +98,23 @@ def values(folder: Path) -> list[float]:
         return [value for (value,) in rows]
 
 
-def test_two_drivers_with_different_code_train_on_nodes_that_have_neither(cluster: Cluster, tmp_path: Path) -> None:
+def test_two_drivers_with_different_code_train_on_nodes_that_have_neither(cluster: RayNodes, tmp_path: Path) -> None:
     folders = [write_project(tmp_path / name, factor=factor) for name, factor in (("one", 1), ("ten", 10))]
-    drivers = [Driver(folder, 0, write_search(folder, "search"), **variables(cluster)) for folder in folders]
+    drivers = [Driver(folder, 0, write_search(folder, "search"), **cluster.variables) for folder in folders]
     for driver in drivers:
         assert driver.wait() == 0, driver.output
     assert [values(folder) for folder in folders] == [[1, 2], [10, 20]]
     one, ten = (provenance(folder) for folder in folders)
     assert {each["here"] for each in one}.isdisjoint(each["here"] for each in ten)
     seen = one + ten
-    assert {each["home"] for each in seen} == {str(cluster.folder / "home" / name) for name in ("a", "b")}
+    assert {each["home"] for each in seen} == {str(cluster.home(name)) for name in (HEAD, "b")}
     for each in seen:
-        assert any(each["here"].startswith(f"{cluster.folder / name}/") for name in ("a", "b"))
+        assert any(each["here"].startswith(f"{cluster.folder / name}/") for name in (HEAD, "b"))
         assert each["words"] == "words"
         assert set(each["files"]) - {"search.yaml", "driver-0.txt"} == SENT
 
 
-def test_a_script_finds_its_neighbours(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_script_finds_its_neighbours(cluster: RayNodes, tmp_path: Path) -> None:
     project = write_project(tmp_path / "scripts", factor=2)
     path = write_search(
         project, "script", trainable=None, command=f"{sys.executable} script.py {{x}}", parameters={"x": [3]}
@@ -185,16 +122,16 @@ def test_a_script_finds_its_neighbours(cluster: Cluster, tmp_path: Path) -> None
     path.write_text(
         json.dumps({key: value for key, value in json.loads(path.read_text()).items() if value is not None})
     )
-    done = hpo(project, "run", path, **variables(cluster))
+    done = hpo(project, "run", path, **cluster.variables)
     assert done.returncode == 0, done.stdout + done.stderr
     assert values(project) == [6]
 
 
-def test_a_folder_that_is_too_large_is_one_message_and_nothing_is_stored(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_folder_that_is_too_large_is_one_message_and_nothing_is_stored(cluster: RayNodes, tmp_path: Path) -> None:
     project = write_project(tmp_path / "large")
     with (project / "images.npy").open("wb") as file:
         file.truncate(101 * 2**20)
-    done = hpo(project, "run", write_search(project, "search"), **variables(cluster))
+    done = hpo(project, "run", write_search(project, "search"), **cluster.variables)
     assert done.returncode == 2
     assert "images.npy (101.0 MiB)" in done.stderr
     assert "Traceback" not in done.stderr
@@ -217,19 +154,19 @@ def other_hpo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_nodes_with_another_hpo_are_one_message_and_get_no_trials_if_they_join_later(
-    cluster: Cluster, tmp_path: Path, other_hpo: dict[str, Path]
+    cluster: RayNodes, tmp_path: Path, other_hpo: dict[str, Path]
 ) -> None:
     project = write_project(tmp_path / "project")
     parameters = {"x": [1, 2, 3, 4, 5, 6], "seconds": 2}
     path = write_search(project, "search", parameters=parameters, max_failures=1)  # for the trial whose node dies
-    running = Driver(project, 0, path, **variables(cluster))
+    running = Driver(project, 0, path, **cluster.variables)
     running.wait_until(lambda: "epoch 1/2" in running.output)
     cluster.kill("b")  # its trial needs another node
     for kind, path in other_hpo.items():
-        cluster.start(kind, path=path)
+        cluster.add(kind, path=path)
 
     second = write_project(tmp_path / "second")
-    done = hpo(second, "run", write_search(second, "search"), **variables(cluster))
+    done = hpo(second, "run", write_search(second, "search"), **cluster.variables)
     assert done.returncode == 2
     assert done.stderr.startswith("hpo: 2 of ")  # 3 or 4: Ray may not know yet that the node is dead
     assert " nodes of the Ray cluster cannot run trials of this search:\n" in done.stderr
@@ -243,6 +180,4 @@ def test_nodes_with_another_hpo_are_one_message_and_get_no_trials_if_they_join_l
     assert running.wait() == 0, running.output
     assert values(project) == [1, 2, 3, 4, 5, 6]
     assert running.output.count("runs no trials of this search") == 2, running.output
-    assert {each["home"] for each in provenance(project)} <= {
-        str(cluster.folder / "home" / name) for name in ("a", "b")
-    }
+    assert {each["home"] for each in provenance(project)} <= {str(cluster.home(name)) for name in (HEAD, "b")}

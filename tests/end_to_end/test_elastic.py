@@ -26,9 +26,9 @@ def test_trials_follow_the_nodes_of_a_cluster(tmp_path: Path) -> None:
     database, hold = tmp_path / "runs/hpo.db", tmp_path / "hold"
     hold_epochs(hold, 3)
     space = chains(tmp_path, hold=str(hold))
-    with RayNodes(tmp_path) as nodes:
+    with RayNodes() as nodes:
         nodes.add("stays")
-        driver = Driver(tmp_path, 0, space, "--set", "max_failures=0", RAY_ADDRESS=nodes.address, **nodes.variables)
+        driver = Driver(tmp_path, 0, space, "--set", "max_failures=0", **nodes.variables)
         for count, name in enumerate(("drained", "lost", ""), 1):
             driver.wait_until(lambda count=count: len(held_processes(hold)) == count)  # type: ignore[misc]
             if name:
@@ -48,10 +48,8 @@ def test_trials_follow_the_nodes_of_a_cluster(tmp_path: Path) -> None:
 
 def test_a_search_asks_an_empty_cluster_for_nodes(tmp_path: Path) -> None:
     space = chains(tmp_path, epoch_seconds=1.0)
-    with RayNodes(tmp_path, most=2) as nodes:
-        driver = Driver(
-            tmp_path, 0, space, "--set", "parameters.x=[1, 2]", RAY_ADDRESS=nodes.address, **nodes.variables
-        )
+    with RayNodes(most=2) as nodes:
+        driver = Driver(tmp_path, 0, space, "--set", "parameters.x=[1, 2]", **nodes.variables)
         driver.wait_until(lambda: "waiting for one to join" in driver.output)
         assert driver.wait() == 0, driver.output
     assert "the cluster has room for 2 trials at a time now" in driver.output

@@ -69,7 +69,7 @@ def test_last_epoch_that_was_stored_before_a_crash_still_completes_the_trial(stu
         assert spec is not None
         for report in take_reports(spec, 2):
             assert not coordinator.on_report("a", report)
-        claim = coordinator._claims["a"]
+        claim = coordinator._running["a"].claim
         last = take_reports(spec, 3)[-1]
         run.report(claim, 3, last.metrics, last.metrics["value"])  # the driver is killed here
         run.release(claim)
@@ -267,7 +267,7 @@ def test_a_search_without_a_better_value_ends_when_its_last_trial_has_ended(stud
         coordinator = coordinator_of(space, run, tmp_path, listener, slots)
 
         def end(tune_id: str, value: float) -> None:
-            claim = coordinator._claims[tune_id]
+            claim = coordinator._running[tune_id].claim
             run.report(claim, 1, {"value": value}, value)
             run.complete(claim, value)
             coordinator._end(tune_id, "COMPLETE", "")
@@ -278,14 +278,14 @@ def test_a_search_without_a_better_value_ends_when_its_last_trial_has_ended(stud
                 end(tune_id, value)
         assert coordinator.next_trial("e") is not None
         end("d", 0.5)
-        run.release(coordinator._claims["e"])  # another run may end it
+        run.release(coordinator._running["e"].claim)  # another run may end it
         other = run.claim()
         assert other is not None
         run.report(other, 1, {"value": 0.25}, 0.25)
         run.complete(other, 0.25)
         assert coordinator.next_trial("f") is None
         assert not coordinator.is_done, "e may end with a better value"
-        coordinator._claims.clear()
+        coordinator._running.clear()
         coordinator._next_attempt = 0.0
         assert coordinator.next_trial("f") is None
         assert coordinator.is_done
@@ -307,7 +307,7 @@ def test_after_the_patience_is_spent_trials_that_wait_are_still_run(study: Study
         spec = coordinator.next_trial("a")
         assert spec is not None
         assert spec.params == {"x": 3}, "it was interrupted"
-        run.fail(coordinator._claims["a"], "no")
+        run.fail(coordinator._running["a"].claim, "no")
         coordinator._end("a", "FAIL", "")
         assert coordinator.next_trial("b") is None
         assert coordinator.is_done
@@ -446,7 +446,7 @@ def test_trial_taken_over_by_another_run_is_dropped_and_not_written(study: Study
         coordinator = coordinator_of(space, run, tmp_path, listener)
         spec = coordinator.next_trial("a")
         assert spec is not None
-        run.release(coordinator._claims["a"])  # as a run does with the trials of one whose lease expired
+        run.release(coordinator._running["a"].claim)  # as a run does with the trials of one whose lease expired
         taken = thief.claim()
         assert taken is not None
         assert taken.number == 0

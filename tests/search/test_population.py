@@ -264,9 +264,9 @@ def test_a_failed_child_that_is_retried_starts_from_its_parent_again(database: D
         members.train(worse, INTERVAL)
         members.start("child")
         members.train("child", 2)
-        run.fail(members.coordinator._claims["child"], "a bug")
+        run.fail(members.coordinator._running["child"].claim, "a bug")
         run.flush()
-        members.coordinator._claims.pop("child")
+        members.coordinator._running.pop("child")
         retry_trials(study, [2])
         spec = members.start("again")
         assert spec.key != members.running["child"][0].key, "another attempt"

@@ -65,7 +65,7 @@ class FakeController:
         self.stopped: list[str] = []
         self.evictions = 0
 
-    def get_trials(self) -> tuple[FakeTrial, ...]:
+    def get_live_trials(self) -> tuple[FakeTrial, ...]:
         return self._trials
 
     def _cleanup_cached_actors(self, *, force_all: bool) -> None:
@@ -382,6 +382,6 @@ def test_the_scheduler_looks_for_nodes_that_join(
     tune: ModuleType, coordinator: Mock, membership: Mock, checks: Mock
 ) -> None:
     controller = Mock()
-    controller.get_trials.return_value = []
+    controller.get_live_trials.return_value = []
     tune.StudyScheduler(coordinator, membership, checks).choose_trial_to_run(controller)
     checks.poll.assert_called_once_with()
