@@ -3,10 +3,11 @@
     uv run python -m benchmarks.drivers --drivers 1 4 16 64 --trials 1000
 
 A driver is a process with what `hpo run` uses of storage, without Ray: a `TrialCoordinator` on a `Run`, with one slot. Its
-trials are those of `benchmarks.toy:chain`, which compute nothing. All drivers of a row are ready before the first one claims.
-The server flushes commits to the disk. At the end, plain SQL checks that each configuration was trained once, that the
-budget is exact, and that each trial has all of its epochs. With --device-seconds, only `budget.gpu_hours` ends the search,
-and the table shows how far the drivers overshoot it. Prints a table and, as its last line, one JSON object.
+trials are those of `benchmarks.toy:chain`, which compute nothing. Storage sees each driver as on a machine of its own. All
+drivers of a row are ready before the first one claims. The server flushes commits to the disk. At the end, plain SQL checks
+that each configuration was trained once, that the budget is exact, and that each trial has all of its epochs. With
+--device-seconds, only `budget.gpu_hours` ends the search, and the table shows how far the drivers overshoot it. Prints a
+table and, as its last line, one JSON object.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -42,6 +43,7 @@ from hpo.search.runs import open_run
 from hpo.search.slots import Slots
 from hpo.search.worker import TrialReport
 from hpo.space.model import Space, load_space
+from storage import lease
 from storage.database import Database, open_database
 from storage.studies import find_revision
 
@@ -117,6 +119,7 @@ class Driven:
 def drive(load: Load, path: Path, url: str, barrier: Any, results: Any) -> None:
     """Be one driver: get ready, wait for the others, run trials until the search is done, and send a `Driven`."""
     os.chdir(path.parent)
+    setattr(lease, "host_id", lambda: url)  # noqa: B010 # as on a machine of its own; mypy forbids to assign a function
     driven = Driven(error="it did not start")
     try:
         space = load_space(str(path))
@@ -132,9 +135,7 @@ def drive(load: Load, path: Path, url: str, barrier: Any, results: Any) -> None:
 def _coordinator(space: Space, database: Database, folder: Path) -> Iterator[TrialCoordinator]:
     runs_dir = RunsDir(folder)
     before = find_revision(database, space.name, space.fingerprint)
-    study, continuation = open_continued(
-        database, plan_continuation(space, before, database, runs_dir), runs_dir
-    )
+    study, continuation = open_continued(database, plan_continuation(space, before, database, runs_dir), runs_dir)
     with open_run(continuation, study, {}) as run:
         coordinator = TrialCoordinator(
             space, run, Slots(1, 1.0, 0.0), data={}, runs_dir=runs_dir, listener=NullListener()
@@ -240,7 +241,9 @@ def server_cpu_seconds(server: Postgres) -> float:
 def measure(server: Postgres, load: Load) -> dict[str, Any]:
     """Run a search with all of its drivers in a new database; return its figures, with what is wrong in `mistakes`."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.guarantees", "benchmarks.postgres", "hpo.search.coordinator", "storage.run"])
+    context.set_forkserver_preload(
+        ["benchmarks.guarantees", "benchmarks.postgres", "hpo.search.coordinator", "storage.run"]
+    )
     url = server.create_database(f"drivers_{time.monotonic_ns()}")
     with tempfile.TemporaryDirectory(prefix="drivers-") as name:
         path = load.write_space(Path(name))
@@ -259,6 +262,7 @@ def measure(server: Postgres, load: Load) -> dict[str, Any]:
             watch.reset()
             server_seconds = server_cpu_seconds(server)
             driven = [results.get(timeout=600.0) for _ in processes]
+            time.sleep(0.5)  # the server's processes for the drivers end
             server_seconds = server_cpu_seconds(server) - server_seconds
         finally:
             watch.close()
@@ -266,7 +270,9 @@ def measure(server: Postgres, load: Load) -> dict[str, Any]:
                 process.join(10.0)
                 process.kill()
     ended = sum(each.trials for each in driven)
-    (seconds,) = read_rows(url, "SELECT extract(epoch FROM max(datetime_complete) - min(datetime_start)) FROM trials")[0]
+    (seconds,) = read_rows(url, "SELECT extract(epoch FROM max(datetime_complete) - min(datetime_start)) FROM trials")[
+        0
+    ]
     waits = sorted(wait for each in driven for wait in each.waits) or [0.0]
     locks = sorted(lock for each in driven for lock in each.locks) or [0.0]
     shares = sorted(each.trials for each in driven)
@@ -309,9 +315,41 @@ def _mistakes(url: str, load: Load) -> list[str]:
     if load.device_seconds:
         twice = read_rows(url, 'SELECT "key", count(*) FROM hpo_trials GROUP BY "key" HAVING count(*) > 1')
         running = read_rows(url, "SELECT number FROM trials WHERE CAST(state AS TEXT) NOT IN ('COMPLETE', 'WAITING')")
-        return [f"{count} trials have the key {key}" for key, count in twice] + [f"trial {each} is left" for each in running]
+        return [f"{count} trials have the key {key}" for key, count in twice] + [
+            f"trial {each} is left" for each in running
+        ]
     points = range(1, (load.trials if load.sampler == "grid" else POINTS) + 1)
     return violations(url, Expected(points, load.epochs, (load.trials, load.trials)))
+
+
+COLUMNS = {
+    "sampler": "sampler",
+    "drivers": "drivers",
+    "trials/s": "trials_per_second",
+    "claim ms": "claim_ms",
+    "lock ms": "lock_ms",
+    "shares": "shares",
+    "driver ms": "driver_ms",
+    "server ms": "server_ms",
+    "connections": "connections",
+}
+
+
+def show(row: Mapping[str, Any]) -> str:
+    """Return a row as text: of claims and locks median, 99 % and most; of shares least, median and most."""
+    texts = [
+        " / ".join(f"{each:g}" for each in value) if isinstance(value, list) else str(value)
+        for value in (row[key] for key in COLUMNS.values())
+    ]
+    overshoot = [f"{row['device_seconds']} device-seconds, {row['overshoot']:+}"] if "overshoot" in row else []
+    return "  ".join(f"{text:>{width(name)}}" for name, text in zip(COLUMNS, texts, strict=True)) + "".join(
+        f"\n  {text}" for text in [*overshoot, *row["mistakes"]]
+    )
+
+
+def width(column: str) -> int:
+    """Return how many characters a column has."""
+    return max(len(column), 21 if column in {"claim ms", "lock ms", "shares"} else 6)
 
 
 def main() -> None:
@@ -324,6 +362,7 @@ def main() -> None:
     parser.add_argument("--epoch-seconds", type=float, default=0.0)
     parser.add_argument("--device-seconds", type=float, default=0.0, help="a budget of device time in place of trials")
     options = parser.parse_args()
+    print("  ".join(f"{name:>{width(name)}}" for name in COLUMNS))
     rows = []
     with tempfile.TemporaryDirectory(prefix="drivers-pg-") as folder:
         server = Postgres(Path(folder), fsync=True)
@@ -334,7 +373,7 @@ def main() -> None:
                         sampler, drivers, options.trials, options.epochs, options.epoch_seconds, options.device_seconds
                     )
                     rows.append(measure(server, load))
-                    print(json.dumps(rows[-1]), flush=True)
+                    print(show(rows[-1]), flush=True)
         finally:
             server.stop()
     print(json.dumps(rows))

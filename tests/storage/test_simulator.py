@@ -141,8 +141,8 @@ def budget_is_checked_before_the_draw_only(patch: pytest.MonkeyPatch) -> None:
     """Two runs that draw at the same time both store their trial."""
     register = claims.register
 
-    def without_budget(database: Any, run: Any, token: int, configuration: Any, max_trials: Any) -> Any:
-        return register(database, run, token, configuration, None)
+    def without_budget(database: Any, run: Any, token: int, configuration: Any, max_trials: Any, **options: Any) -> Any:
+        return register(database, run, token, configuration, None, **options)
 
     patch.setattr(claims, "register", without_budget)
 
