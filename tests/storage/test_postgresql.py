@@ -195,8 +195,9 @@ def connections_of(url: str, name: str) -> int:
 def test_a_driver_holds_one_connection(postgres: Postgres) -> None:
     """64 drivers share a server with the default of 100 connections."""
     url = postgres.create_database("connections")
-    with open_database(f"{url}?application_name=one") as database, sampled_run(open_s(database)) as run:
-        for _ in range(3):
+    with open_database(f"{url}?application_name=one") as database, grid_run(open_s(database)) as run:
+        run.enqueue(POINTS, GRID)
+        for _ in POINTS:
             claim = claim_one(run)
             run.report(claim, 1, {"m": 0.5}, 0.5)
             run.complete(claim, 0.5)
@@ -217,7 +218,8 @@ def test_a_server_without_connections_names_the_remedy(postgres: Postgres) -> No
     with pytest.raises(StorageError, match='too many connections for role "limited": raise this limit'):
         open_database(url.replace(f"{USER}:{postgres.password}", "limited:limited"))
     # All that a server has, but those that it reserves for its administrators.
-    ((most,),) = psycopg.connect(url).execute("SHOW max_connections").fetchall()
+    with psycopg.connect(url) as connection:
+        ((most,),) = connection.execute("SHOW max_connections").fetchall()
     held: list[psycopg.Connection] = []
     try:
         with contextlib.suppress(psycopg.OperationalError):

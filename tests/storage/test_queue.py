@@ -70,7 +70,7 @@ def test_enqueue_creates_no_trials(study: Study) -> None:
         assert claim_one(run).params == {"a": 0}
 
 
-@pytest.mark.parametrize(("at_a_time", "locks"), [(128, 1), (5, 2), (1, 6)])
+@pytest.mark.parametrize(("at_a_time", "locks"), [(128, 1), (5, 2), (1, 7)])
 def test_a_claim_skips_all_points_that_others_have_taken_in_one_transaction(
     study: Study, monkeypatch: pytest.MonkeyPatch, at_a_time: int, locks: int
 ) -> None:
