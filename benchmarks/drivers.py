@@ -50,7 +50,7 @@ from storage.studies import find_revision
 START_SECONDS = 300.0  # until all drivers are ready
 LOOK_SECONDS = 0.05  # between two looks at the server's connections
 NAME = "driver-"  # the start of the names by which the server knows the connections of drivers
-POINTS = 10**9  # values of x, unless the search is a grid
+POINTS = 10**6  # values of x, unless the search is a grid
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ _DAMAGED = (
 )
 
 _TOO_MANY = (
-    "the server has no connection left: raise its max_connections, or start fewer drivers. Each holds one or two, and one "
-    "to three more for a moment, also when it starts"
+    "the server has no connection left: raise its max_connections, or start fewer drivers. Each holds one or two, and up "
+    "to three for a moment, such as when it starts"
 )
 
 READ_ONLY = "the file is read-only: make it and its folder writable"
