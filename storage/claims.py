@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -279,13 +280,7 @@ def _open_account(connection: sa.Connection, run: RunKey, trial_id: int, token: 
 
 
 def _claimed_with(connection: sa.Connection, token: int, clock: Any) -> ClaimedTrial | None:
-    trial, ours = optuna_tables.trials, tables.trials
-    query = (
-        sa.select(trial.c.trial_id, trial.c.number, ours.c.crashes)
-        .join(ours, ours.c.trial == trial.c.trial_id)
-        .where(ours.c.token == token)
-    )
-    row = connection.execute(query).one_or_none()
+    row = connection.execute(_find_claim(), {"asked": token}).one_or_none()
     if row is None:
         return None
     attrs = optuna_tables.read_attrs(connection, row.trial_id)
@@ -301,6 +296,13 @@ def _claimed_with(connection: sa.Connection, token: int, clock: Any) -> ClaimedT
         attrs.get(REPLACES),
         _milliseconds(clock),
     )
+
+
+@cache
+def _find_claim() -> sa.Select[Any]:
+    trial, ours = optuna_tables.trials, tables.trials
+    query = sa.select(trial.c.trial_id, trial.c.number, ours.c.crashes).join(ours, ours.c.trial == trial.c.trial_id)
+    return query.where(ours.c.token == sa.bindparam("asked"))
 
 
 def _milliseconds(clock: Any) -> int:
@@ -341,7 +343,13 @@ class Configuration:
 
 
 def register(
-    database: Database, run: RunKey, token: int, configuration: Configuration, max_trials: int | None
+    database: Database,
+    run: RunKey,
+    token: int,
+    configuration: Configuration,
+    max_trials: int | None,
+    *,
+    instead: Iterable[Configuration] = (),
 ) -> ClaimedTrial | Refusal:
     """Create a RUNNING trial that the run owns.
 
@@ -351,6 +359,8 @@ def register(
         token: of the claim, see `new_token`.
         configuration: of the trial.
         max_trials: the budget of the study; None for no limit.
+        instead: new configurations. If the study has `configuration`, the first of these that it lacks becomes the trial:
+            while this run waited for the lock, others may have created any number of trials.
 
     Raises:
         StorageError: the study was deleted.
@@ -367,7 +377,12 @@ def register(
         if records.has_key(connection, run.study_id, configuration.key):
             if trial_id is not None:
                 _refuse(connection, trial_id, {"fail_reason": DUPLICATE})
-            return Refusal.DUPLICATE
+            others = list(instead)
+            known = records.known_keys(connection, run.study_id, [each.key for each in others])
+            free = next((each for each in others if each.key not in known), None)
+            if free is None:
+                return Refusal.DUPLICATE
+            configuration = free
         if trial_id is None:
             number = optuna_tables.next_number(connection, run.study_id)
             trial_id = optuna_tables.insert_trial(connection, run.study_id, number, TrialState.RUNNING)

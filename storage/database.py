@@ -21,7 +21,7 @@ from optuna.storages import RDBStorage
 from sqlalchemy.exc import DBAPIError
 
 from storage import migrations, sqlite_file
-from storage.engines import configure, engine_options, limit_idle_transactions, transaction
+from storage.engines import configure, engine_options, limit_idle_transactions, pool_options, transaction
 from storage.errors import (
     READ_ONLY,
     StorageError,
@@ -73,6 +73,11 @@ class Database:
             return sa.cast((sa.func.julianday("now") - 2440587.5) * 86400.0, sa.Float)
         return sa.cast(sa.extract("epoch", sa.func.clock_timestamp()), sa.Float)
 
+    def close_idle(self) -> None:
+        """Close the connection that Optuna keeps after it has read: most samplers do not read through it again."""
+        self.optuna_storage.remove_session()
+        self.optuna_storage.engine.dispose()
+
     def close(self) -> None:
         """Close all connections."""
         self.engine.dispose()
@@ -112,7 +117,7 @@ def open_database(url: str, password: str | None = None, *, create: bool = True)
             _check_file(Path(str(parsed.database)), safe_url, may_be_missing=create, is_written=True)
             _create_folder(parsed, safe_url)
         options = engine_options(parsed)
-        engine = sa.create_engine(parsed, **options)
+        engine = sa.create_engine(parsed, **options | pool_options(parsed))
         configure(engine)
         if engine.dialect.name == "postgresql":
             # Not on Optuna's engine: it builds objects while it reads, and locks nothing.

@@ -82,6 +82,15 @@ def engine_options(url: sa.URL) -> dict[str, Any]:
     }
 
 
+def pool_options(url: sa.URL) -> dict[str, Any]:
+    """Return more arguments of `sa.create_engine`, for the engine with which a driver writes.
+
+    Mostly, one of a driver's three threads needs a connection. Those that the others open meanwhile are closed again: many
+    drivers share a PostgreSQL, where each connection is a process, and there are 100 by default.
+    """
+    return {} if url.get_backend_name() == "sqlite" else {"pool_size": 1}
+
+
 def configure(engine: sa.Engine, *, is_written: bool = True) -> None:
     """Configure the connections that an engine opens from now on.
 

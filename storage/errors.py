@@ -23,6 +23,11 @@ _DAMAGED = (
     "programs that use the file, and delete FILE-wal and FILE-shm: SQLite would mix them with the copy"
 )
 
+_TOO_MANY = (
+    "the server has no connection left: raise its max_connections, or start fewer drivers. Each holds one or two, and up "
+    "to three for a moment, such as when it starts"
+)
+
 READ_ONLY = "the file is read-only: make it and its folder writable"
 
 # What libraries and hpo raise about a value that they cannot read.
@@ -180,6 +185,9 @@ def _remedy(error: BaseException) -> str:
             f"the server only reads ({text}): name the primary server, or unset default_transaction_read_only"
         ),
         "no space left": f"the disk of the server is full ({text}): free some space, then run the same command again",
+        "too many clients": _TOO_MANY,
+        "connection slots are reserved": _TOO_MANY,
+        "too many connections": f"{text}: raise this limit of the role or database, or start fewer drivers",
         "encoding": f"{text}: create the database with ENCODING 'UTF8'",
         "does not exist": f"{text}: create it, or correct the storage URL",
         "locked": f"another program locked the database for over {sqlite_file.BUSY_SECONDS:.0f} s",

@@ -166,9 +166,14 @@ def write_study_system_attrs(connection: sa.Connection, study_id: int, attrs: Ma
 
 def next_number(connection: sa.Connection, study_id: int) -> int:
     """Return the number that the next trial of a study gets. It stays so while the study is locked."""
-    last = sa.select(trials.c.number).where(trials.c.study_id == study_id).order_by(trials.c.trial_id.desc()).limit(1)
-    number: int | None = connection.scalar(last)
+    number: int | None = connection.scalar(_last_number(), {"asked_id": study_id})
     return 0 if number is None else number + 1
+
+
+@cache
+def _last_number() -> sa.Select[int]:
+    is_of_study = trials.c.study_id == sa.bindparam("asked_id")
+    return sa.select(trials.c.number).where(is_of_study).order_by(trials.c.trial_id.desc()).limit(1)
 
 
 def number_of(connection: sa.Connection, trial_id: int) -> int:
@@ -186,8 +191,13 @@ def insert_trial(connection: sa.Connection, study_id: int, number: int, state: T
         state: of the trial.
     """
     started = _now() if state == TrialState.RUNNING else None
-    row = trials.insert().values(study_id=study_id, number=number, state=state, datetime_start=started)
-    return int(connection.execute(row.returning(trials.c.trial_id)).scalar_one())
+    row = {"study_id": study_id, "number": number, "state": state, "datetime_start": started}
+    return int(connection.execute(_insert_trial(), row).scalar_one())
+
+
+@cache
+def _insert_trial() -> Any:
+    return trials.insert().returning(trials.c.trial_id)
 
 
 def write_params(

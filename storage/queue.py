@@ -25,6 +25,7 @@ from storage.usage import Device
 
 SILENT_SHARE = 1 / 3  # of a lease: how long a run on another machine must be silent before its trials are taken
 SCAN_SECONDS = 1.0  # between scans for trials that other runs left
+POINTS_AT_A_TIME = 128  # of a grid, from which a claim takes the first one that no other run has taken meanwhile
 MAX_DUPLICATE_DRAWS = 20  # in one claim; then the space counts as exhausted
 MAX_REJECTED_DRAWS = 500  # in one claim; then the space counts as exhausted
 RANDOM_AFTER_DRAWS = 10  # duplicate or rejected draws in one claim, after which points are drawn at random
@@ -262,20 +263,31 @@ class TrialQueue:
         """Create a trial for the next point that no run has claimed."""
         max_trials = None if self._draw is None else self._max_trials
         while self._points:
-            key, point = self._points[-1]
-            if key not in self._known_keys:
-                distributions = {name: self._distributions[name] for name in point}
-                configuration = Configuration(key, point, distributions, attrs=self._attrs.get(key, {}))
-                claim = self._retry(
-                    lambda configuration=configuration: claims.register(  # type: ignore[misc]
-                        self._database, self._run, token, configuration, max_trials
-                    )
+            if self._points[-1][0] in self._known_keys:
+                self._points.pop()
+                continue
+            tried = self._points[: -1 - POINTS_AT_A_TIME : -1]
+            claim = self._retry(
+                lambda tried=tried: claims.register(  # type: ignore[misc]
+                    self._database,
+                    self._run,
+                    token,
+                    self._configuration(*tried[0]),
+                    max_trials,
+                    instead=(self._configuration(*each) for each in tried[1:]),
                 )
-                if isinstance(claim, ClaimedTrial):
-                    self._points.pop()
-                    return claim
-            self._points.pop()  # only now: after an error, the next claim starts with the same point
+            )
+            # Only now: after an error, the next claim starts with the same point.
+            if isinstance(claim, ClaimedTrial):
+                keys, claimed = [key for key, _ in tried], self._config_key(claim.params)
+                del self._points[-1 - (keys.index(claimed) if claimed in keys else 0) :]
+                return claim
+            del self._points[-(len(tried) if claim is Refusal.DUPLICATE else 1) :]
         return None
+
+    def _configuration(self, key: str, point: Params) -> Configuration:
+        distributions = {name: self._distributions[name] for name in point}
+        return Configuration(key, point, distributions, attrs=self._attrs.get(key, {}))
 
     def _compare_points(self) -> None:
         """Queue the points again that the database lacks: an older copy may have been restored since they were claimed."""

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import cache
 from typing import Any
 
 import sqlalchemy as sa
@@ -152,16 +153,38 @@ def count_budgeted(connection: sa.Connection, study_id: int) -> int:
 
     Not counted are those whose results an earlier study had, and trials that others have replaced.
     """
-    reused = sa.select(sa.func.count()).where(imports.c.study == study_id, imports.c.role == REUSED)
-    replaced = sa.select(sa.func.count()).where(rungs.c.study == study_id, rungs.c.pool == REPLACED_POOL)
-    left_out = sa.select(reused.scalar_subquery() + replaced.scalar_subquery())
-    return count_keys(connection, study_id) - int(connection.scalar(left_out) or 0)
+    return int(connection.scalar(_count_budgeted(), {"asked": study_id}) or 0)
+
+
+# What each claim executes while it holds the lock of the study is built once: that takes longer than to execute it.
+
+
+@cache
+def _count_budgeted() -> sa.Select[int]:
+    asked = sa.bindparam("asked", type_=sa.Integer)
+    keys = sa.select(sa.func.count()).select_from(trials).where(trials.c.study == asked)
+    reused = sa.select(sa.func.count()).select_from(imports).where(imports.c.study == asked, imports.c.role == REUSED)
+    is_replaced = sa.and_(rungs.c.study == asked, rungs.c.pool == REPLACED_POOL)
+    replaced = sa.select(sa.func.count()).select_from(rungs).where(is_replaced)
+    return sa.select(keys.scalar_subquery() - reused.scalar_subquery() - replaced.scalar_subquery())
 
 
 def has_key(connection: sa.Connection, study_id: int, key: str) -> bool:
     """Return whether a study has a configuration."""
-    query = sa.select(trials.c.trial).where(trials.c.study == study_id, trials.c.key == key)
-    return connection.scalar(query) is not None
+    return connection.scalar(_find_key(), {"asked": study_id, "asked_key": key}) is not None
+
+
+@cache
+def _find_key() -> sa.Select[int]:
+    is_it = sa.and_(trials.c.study == sa.bindparam("asked"), trials.c.key == sa.bindparam("asked_key"))
+    return sa.select(trials.c.trial).where(is_it)
+
+
+def known_keys(connection: sa.Connection, study_id: int, keys: Collection[str]) -> set[str]:
+    """Return which of these configurations a study has."""
+    if not keys:
+        return set()
+    return set(connection.scalars(sa.select(trials.c.key).where(trials.c.study == study_id, trials.c.key.in_(keys))))
 
 
 def read_keys(database: Database, study_id: int) -> set[str]:

@@ -121,6 +121,7 @@ class Run:
         try:
             if self._pruner is not None:
                 retry_while_down(self.database, self._prepare_pruner)
+            self.database.close_idle()
         except BaseException:
             self.__exit__(None, None, None)
             raise

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from hpo.space.parameters import Choices, FloatRange, IntRange, Parameter
+from hpo.space.parameters import MAX_GP_VALUES, Choices, FloatRange, IntRange, Parameter, find_too_large
 from hpo.space.sections import (
     AutoSampler,
     Budget,
@@ -93,6 +93,9 @@ def _reason_against_gp(parameters: Mapping[str, Parameter], budget: Budget, sche
         return f"{choices[0]} is a choice, not a range"
     if not any(isinstance(each, IntRange | FloatRange) and each.low < each.high for each in parameters.values()):
         return "no parameter is a range"
+    large = find_too_large(parameters)
+    if large is not None:
+        return f"{large} has over {MAX_GP_VALUES:,} values, which gp would keep in memory"
     if scheduler.promotes_trials:
         return f"trials of {scheduler.name} wait, and gp learns from those only that have ended"
     if budget.trials is not None and budget.trials > MAX_GP_TRIALS:

@@ -155,6 +155,7 @@ class Choices(StrictModel):
         return any(is_same(value, choice) for choice in self.choices)
 
 
+MAX_GP_VALUES = 1_000_000  # of a range with steps: Optuna's Gaussian process keeps all of them in memory
 _ExactInt = Annotated[int, Field(ge=-MAX_EXACT_INT, le=MAX_EXACT_INT)]
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -412,3 +413,11 @@ def _describe_values(parameter: Parameter, value: Scalar) -> str:
     if isinstance(parameter, IntRange | FloatRange):
         return f", its range is {parameter.low} to {parameter.high}"
     return f", {nearest(str(value), map(str, parameter.grid_values()))}"
+
+
+def find_too_large(parameters: Mapping[str, Parameter]) -> str | None:
+    """Return a range with more values than a Gaussian process can take; None if there is none."""
+    for name, parameter in parameters.items():
+        if isinstance(parameter, IntRange | FloatRange) and (parameter.count or 0) > MAX_GP_VALUES:
+            return name
+    return None

@@ -28,10 +28,12 @@ from hpo.space.command import (
 from hpo.space.expressions import FUNCTIONS, Expression, ExpressionError, Formulas, find_cycle
 from hpo.space.messages import KeyPath, Problem
 from hpo.space.parameters import (
+    MAX_GP_VALUES,
     Choices,
     FloatRange,
     IntRange,
     Parameter,
+    find_too_large,
     find_when_problems,
     iterate_grid,
     sample_params,
@@ -172,6 +174,13 @@ def _sampler_fits_parameters(sections: ValidSections) -> Iterator[Problem]:
             ("sampler",),
             f"{sampler.name} samples all parameters jointly and cannot leave out {conditional[0]}, which depends on another "
             "parameter by `when`: use sampler tpe, random or nsga2",
+        )
+    large = find_too_large(parameters) if sampler.name == "gp" else None
+    if large is not None:
+        yield (
+            ("parameters", large),
+            f"gp would keep all values of this range in memory: it may have {MAX_GP_VALUES:,}. Give it a larger step, make "
+            "it a float without a step, or use sampler tpe",
         )
     if sampler.needs_range:
         everything = sections.all_parameters().values()

@@ -33,6 +33,18 @@ def space_of(parameters: dict[str, Any], **changes: Any) -> Space:
         (SIX, {"budget": {"trials": 6}}, "grid", "6 configurations, within the budget of 6 trials"),
         (SIX, {"budget": {"trials": 5}}, "tpe", "lr is a choice, not a range"),
         (
+            {"n": {"type": "int", "low": 1, "high": 10**9}},
+            {"budget": {"trials": 50}},
+            "tpe",
+            "n has over 1,000,000 values, which gp would keep in memory",
+        ),
+        (
+            {"n": {"type": "int", "low": 0, "high": 10**9, "step": 10_000}},
+            {"budget": {"trials": 50}},
+            "gp",
+            "numbers only, and at most 250 trials",
+        ),
+        (
             {"n": {"type": "int", "low": 1, "high": SMALL_GRID}},
             {"budget": {"time": "1h"}},
             "grid",

@@ -259,6 +259,12 @@ RULES = {
         SAMPLED + f"  lr: [1, 2]\n{OBJECTIVES}»scheduler: asha\n",
         ["scheduler: asha stops a trial", "with 2 objectives there is no such order: leave the scheduler out"],
     ),
+    "a range with too many values for gp": (
+        SAMPLED.replace("tpe", "gp") + "  »n: {type: int, low: 1, high: 1000000000}\n",
+        [
+            "parameters.n: gp would keep all values of this range in memory: it may have 1,000,000. Give it a larger step"
+        ],
+    ),
     "several objectives with cmaes": (
         f"»{SAMPLED.replace('tpe', 'cmaes')}  lr: {{type: float, low: 0, high: 1}}\n{OBJECTIVES}",
         ["sampler: cmaes searches for one objective, and there are 2: use sampler tpe, nsga2, gp, random, qmc or grid"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import zlib
 
@@ -9,7 +10,7 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from benchmarks.postgres import Postgres
+from benchmarks.postgres import USER, Postgres
 from storage.database import Database, open_database
 from storage.errors import StorageError
 from storage.summaries import summarize
@@ -182,3 +183,49 @@ def test_a_server_that_only_reads_is_said(postgres: Postgres) -> None:
     execute(url, "ALTER DATABASE standby SET default_transaction_read_only = on")
     with open_database(url) as database, pytest.raises(StorageError, match=r"the server only reads .*name the primary"):
         open_s(database)
+
+
+def connections_of(url: str, name: str) -> int:
+    with psycopg.connect(url, autocommit=True) as connection:
+        query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s"
+        ((count,),) = connection.execute(query, (name,)).fetchall()
+    return int(count)
+
+
+def test_a_driver_holds_one_connection(postgres: Postgres) -> None:
+    """64 drivers share a server with the default of 100 connections."""
+    url = postgres.create_database("connections")
+    with open_database(f"{url}?application_name=one") as database, grid_run(open_s(database)) as run:
+        run.enqueue(POINTS, GRID)
+        for _ in POINTS:
+            claim = claim_one(run)
+            run.report(claim, 1, {"m": 0.5}, 0.5)
+            run.complete(claim, 0.5)
+            run.flush()
+            run._lease.renew()
+        wait_until(lambda: connections_of(url, "one") == 1)  # the server's process of one that was closed ends soon
+        run.study.trials()
+        assert connections_of(url, "one") <= 2, "this is read through Optuna, which keeps its own"
+
+
+def test_a_server_without_connections_names_the_remedy(postgres: Postgres) -> None:
+    url = postgres.create_database("full")
+    execute(
+        url,
+        "CREATE ROLE limited LOGIN PASSWORD 'limited' CONNECTION LIMIT 0",
+        "GRANT ALL ON SCHEMA public TO limited",
+    )
+    with pytest.raises(StorageError, match='too many connections for role "limited": raise this limit'):
+        open_database(url.replace(f"{USER}:{postgres.password}", "limited:limited"))
+    # All that a server has, but those that it reserves for its administrators.
+    with psycopg.connect(url) as connection:
+        ((most,),) = connection.execute("SHOW max_connections").fetchall()
+    held: list[psycopg.Connection] = []
+    try:
+        with contextlib.suppress(psycopg.OperationalError):
+            held += (psycopg.connect(url) for _ in range(int(most)))
+        with pytest.raises(StorageError, match="no connection left: raise its max_connections, or start fewer drivers"):
+            open_database(url)
+    finally:
+        for each in held:
+            each.close()

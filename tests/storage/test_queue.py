@@ -70,6 +70,34 @@ def test_enqueue_creates_no_trials(study: Study) -> None:
         assert claim_one(run).params == {"a": 0}
 
 
+@pytest.mark.parametrize(("at_a_time", "locks"), [(128, 1), (5, 2), (1, 7)])
+def test_a_claim_skips_all_points_that_others_have_taken_in_one_transaction(
+    study: Study, monkeypatch: pytest.MonkeyPatch, at_a_time: int, locks: int
+) -> None:
+    """Otherwise each of n runs asks for each point, and the one that is last starves."""
+    monkeypatch.setattr(queue, "POINTS_AT_A_TIME", at_a_time)
+    values = list(range(12))
+    lock, locked = ownership.lock_study, []
+
+    def count(*arguments: Any) -> None:
+        locked.append(arguments)
+        lock(*arguments)
+
+    with grid_run(study) as one, grid_run(study) as other:
+        for run in (one, other):
+            run.enqueue([{"a": a} for a in values], {"a": CategoricalDistribution(values)})
+        assert claim_one(other).params == {"a": 0}
+        taken = [claim_one(one).params["a"] for _ in range(6)]
+        monkeypatch.setattr(ownership, "lock_study", count)
+        assert claim_one(other).params == {"a": 7}
+        assert len(locked) == locks
+        monkeypatch.setattr(ownership, "lock_study", lock)
+        rest = [claim_one(other).params["a"], claim_one(one).params["a"]]
+        rest += [run.params["a"] for run in iter(one.claim, None)]
+        assert other.claim() is None
+    assert taken + rest == [1, 2, 3, 4, 5, 6, 8, 9, 10, 11]
+
+
 def forget_trials(database: Database, first: int) -> None:
     """Leave the trials as a copy has them that was made before the trial `first` was created."""
     trial = optuna_tables.trials

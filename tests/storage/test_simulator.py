@@ -141,8 +141,8 @@ def budget_is_checked_before_the_draw_only(patch: pytest.MonkeyPatch) -> None:
     """Two runs that draw at the same time both store their trial."""
     register = claims.register
 
-    def without_budget(database: Any, run: Any, token: int, configuration: Any, max_trials: Any) -> Any:
-        return register(database, run, token, configuration, None)
+    def without_budget(database: Any, run: Any, token: int, configuration: Any, max_trials: Any, **options: Any) -> Any:
+        return register(database, run, token, configuration, None, **options)
 
     patch.setattr(claims, "register", without_budget)
 
@@ -355,7 +355,7 @@ def test_a_broken_promotion_is_found(
         (studies_are_known_by_their_ids, ("delete",), 0),
         (every_failure_is_retried, ("retry", "lost answer"), 780),
         (points_are_not_compared, ("restore",), 0),
-        (outages_are_not_noticed, ("outage",), 0),
+        (outages_are_not_noticed, ("outage",), 50),
         (budget_is_checked_before_the_draw_only, ("error",), 0),
         (repeated_claims_are_new, ("lost answer",), 0),
         (abandoned_epochs_stay, ("kill",), 100),
