@@ -153,6 +153,8 @@ class Plan:
         if self.sampler != "grid":
             x = {"type": "int", "low": 1, "high": self.points}
         scheduler: dict[str, Any] = {"name": self.scheduler}
+        if self.scheduler != "none":
+            scheduler["grace_period"] = 1  # see `prunes_after`
         if self.scheduler in {"asha", "hyperband"}:
             scheduler |= {"reduction_factor": self.reduction_factor, "mode": self.mode}
         return {

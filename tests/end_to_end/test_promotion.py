@@ -27,7 +27,7 @@ def test_promoted_trials_have_the_values_of_trials_that_were_never_interrupted(
         "trainable": "benchmarks.toy:chain",
         "metric": "value",
         "sampler": "grid",
-        "scheduler": {"name": "asha", "mode": "promote"},
+        "scheduler": {"name": "asha", "mode": "promote", "grace_period": 1},
         "checkpoints": {"keep": "all"},
         "max_epochs": LAST,
         "parameters": {"x": list(range(1, TRIALS + 1)), "log": str(log), "hold": str(hold)},
