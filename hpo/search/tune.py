@@ -9,6 +9,7 @@ Ray's own files are scratch. Everything that a resumed search needs is in SQL an
 from __future__ import annotations
 
 import math
+import os
 import signal
 import tempfile
 import threading
@@ -112,6 +113,9 @@ def _give_up(coordinator: TrialCoordinator, listener: ProgressListener, died: st
 
 def _run_tune(coordinator: TrialCoordinator, membership: Membership, checks: NodeChecks | None) -> None:
     scheduler = StudyScheduler(coordinator, membership, checks)
+    # How many trials may wait for a worker. On this machine, all start at the same time; the coordinator claims no more than
+    # can run. In a cluster, they start one by one: a node may turn out to be unfit while its first worker starts.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = "1" if membership.may_change else "100000"
     with tempfile.TemporaryDirectory(prefix="hpo-ray-") as scratch:
         tune.run(
             TrialWorker,
