@@ -32,7 +32,7 @@ from storage.records import REPLACED_BY, Params
 from storage.reporting import TrialUpdate
 from storage.studies import Study, without_garbage_collection
 from storage.summaries import elapsed_seconds
-from storage.usage import CPU, Account, Device, Meter, read_device_seconds
+from storage.usage import CPU, Device, Meter, read_device_seconds
 from storage.writer import Writer
 
 EXIT_SECONDS = 20.0  # how long leaving a run waits for the database, all operations together
@@ -99,7 +99,6 @@ class Run:
             device=device,
         )
         self._meter = Meter()
-        self._devices: dict[Account, float] = {}  # how many devices each claim holds
         self._others_seconds, self._others_read_at = 0.0, -math.inf  # device-seconds; by the monotonic clock
         self._writer: Writer
         self._queue: TrialQueue
@@ -246,7 +245,7 @@ class Run:
             self._queue.device = device
         claim = self._claim(new=new)
         if claim is not None:
-            self._devices[claim.account] = self._queue.device.count
+            self._meter.open(claim.account, self._queue.device.count)
         return claim
 
     def _claim(self, *, new: bool) -> ClaimedTrial | None:
@@ -403,7 +402,7 @@ class Run:
 
     def hold_device(self, claim: ClaimedTrial) -> None:
         """Count device time for a trial from now on: a worker runs it. Idempotent."""
-        self._meter.start(claim.account, self._devices[claim.account])
+        self._meter.start(claim.account)
 
     def free_device(self, claim: ClaimedTrial) -> None:
         """Count no device time for a trial from now on: no worker runs it. Ending or releasing a trial does so, too."""

@@ -48,10 +48,14 @@ class Meter:
         self._total = 0.0  # device-seconds of `_seconds`
         self._stored_at = time.monotonic()
 
-    def start(self, account: Account, devices: float = 1.0) -> None:
-        """The claim holds so many devices from now on. Nothing changes if it does already."""
+    def open(self, account: Account, devices: float) -> None:
+        """The claim holds so many devices while a worker runs it; 1 if this is not called."""
         with self._lock:
             self._devices[account] = devices
+
+    def start(self, account: Account) -> None:
+        """The claim holds its devices from now on. Nothing changes if it does already."""
+        with self._lock:
             self._since.setdefault(account, time.monotonic())
             self._unstored.discard(account)  # it is stored with those that hold a device
 
@@ -71,7 +75,7 @@ class Meter:
         if since is not None:
             seconds = time.monotonic() - since
             self._seconds[account] = self._seconds.get(account, 0.0) + seconds
-            self._total += seconds * self._devices[account]
+            self._total += seconds * self._devices.get(account, 1.0)
             self._unstored.add(account)
 
     @property
@@ -79,7 +83,8 @@ class Meter:
         """The device-seconds of all claims so far."""
         with self._lock:
             now = time.monotonic()
-            return self._total + sum((now - since) * self._devices[account] for account, since in self._since.items())
+            held = sum((now - since) * self._devices.get(account, 1.0) for account, since in self._since.items())
+            return self._total + held
 
     @property
     def is_due(self) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 from hpo.errors import SettingError, TrainableError
 from hpo.search.checkpoint_writer import COST_SHARE
 from hpo.search.probes import ImageCounts, Probes, Speed
-from hpo.search.slots import CONTEXT_BYTES, Node, Slots, share_cores
+from hpo.search.slots import CONTEXT_BYTES, Node, Slots, count_room, share_cores
 from hpo.space.model import Space
 from hpo.space.parameters import Params
 from hpo.train.params import CIFAR_STEM_COST, KEPT_NUMBERS, SHAPE_PARAMS, WEIGHTS, TrainParams
@@ -201,9 +201,7 @@ def _candidates(space: Space, slots: Slots, trials: int | None, nodes: Sequence[
     shares = [(int(k * gpus), 1 / k) for k in range(2, most + 1)]
     if space.resources.cpu == "auto":
         return [share_cores(nodes, gpu, count) for count, gpu in shares]
-    return [
-        Slots(count, slots.cpu, gpu) for count, gpu in shares if sum(n.room(slots.cpu, gpu) for n in nodes) >= count
-    ]
+    return [Slots(count, slots.cpu, gpu) for count, gpu in shares if count_room(nodes, slots.cpu, gpu) >= count]
 
 
 def _shapes(space: Space) -> dict[str, Params]:

@@ -43,11 +43,6 @@ class Membership:
         self._draining: dict[str, float] = {}
         self._wanted: list[PlacementGroup] = []
 
-    @property
-    def may_change(self) -> bool:
-        """Whether nodes may join and leave."""
-        return self._checks is not None
-
     def answers(self) -> bool:
         """Return whether anything may be asked of the cluster."""
         return self._answers()

@@ -36,9 +36,11 @@ class Places:
 
     def take(self, tune_id: str) -> Slots | None:
         """Take a place for a trial; return what the trial gets, None if no place is free."""
-        used = self._used()
-        for kind, room in self._room().items():
-            if used[kind] < room.count and self.taken < self.count:
+        rooms, used = self._room(), self._used()
+        if self.taken >= sum(room.count for room in rooms.values()):
+            return None
+        for kind, room in rooms.items():
+            if used[kind] < room.count:
                 slots = replace(self._slots, gpu=room.gpu, cpu=room.cpu or self._slots.cpu)
                 self._taken[tune_id] = kind, slots
                 return slots

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from hpo.errors import SettingError
@@ -127,14 +127,11 @@ class Slots:
         return found
 
     def _room(self, nodes: Sequence[Node], gpu: float) -> Room:
-        def count(cpu: float) -> int:
-            return sum(node.room(cpu, gpu) for node in nodes)
-
         cpu = self.cpu
         if self.may_have_fewer_cores:
-            wanted = count(1.0) if gpu else min(1, count(1.0))
-            cpu = next((float(fewer) for fewer in range(int(cpu), 1, -1) if count(fewer) >= wanted), 1.0)
-        return Room(count(cpu), gpu, None if cpu == self.cpu else cpu)
+            most = count_room(nodes, 1.0, gpu)
+            cpu = _most_cores(nodes, gpu, most if gpu else min(1, most), up_to=cpu)
+        return Room(count_room(nodes, cpu, gpu), gpu, None if cpu == self.cpu else cpu)
 
 
 def may_share_gpu(space: Space) -> bool:
@@ -174,7 +171,12 @@ def plan_slots(space: Space, trials: int | None, nodes: Sequence[Node], *, may_g
         return share_cores(nodes, gpu, trials)
     if cpu > most_cores and not may_grow:
         raise SettingError(f"resources.cpu is {cpu:g}, but there are {most_cores:g} cores here")
-    return Slots(sum(node.room(cpu, gpu) for node in nodes), cpu, gpu)
+    return Slots(count_room(nodes, cpu, gpu), cpu, gpu)
+
+
+def count_room(nodes: Iterable[Node], cpu: float, gpu: float) -> int:
+    """Return how many trials with so many cores and GPUs run on some nodes at a time."""
+    return sum(node.room(cpu, gpu) for node in nodes)
 
 
 def share_cores(nodes: Sequence[Node], gpu: float, trials: int | None) -> Slots:
@@ -186,11 +188,15 @@ def share_cores(nodes: Sequence[Node], gpu: float, trials: int | None) -> Slots:
         trials: how many trials need to run at a time; None for as many as possible.
     """
 
-    def count(cpu: float) -> int:
-        return sum(node.room(cpu, gpu) for node in nodes)
+    most = count_room(nodes, 1.0, gpu)
+    wanted = most if trials is None else min(most, trials)
+    largest = max((node.cores for node in nodes), default=1.0)
+    return Slots(wanted, _most_cores(nodes, gpu, wanted, up_to=largest), gpu)
 
-    wanted = count(1.0) if trials is None else min(count(1.0), trials)
-    most = int(max((node.cores for node in nodes), default=1.0))
-    # The first of which there is room for as many: the search is short, as a machine has few hundred cores.
-    cpu = next((float(cpu) for cpu in range(most, 1, -1) if count(cpu) >= wanted), 1.0)
-    return Slots(wanted, cpu, gpu)
+
+def _most_cores(nodes: Sequence[Node], gpu: float, wanted: int, *, up_to: float) -> float:
+    """Return the most cores of which there is room for so many trials; 1 if there are fewer.
+
+    The search is short: a machine has few hundred cores.
+    """
+    return next((float(cpu) for cpu in range(int(up_to), 1, -1) if count_room(nodes, cpu, gpu) >= wanted), 1.0)

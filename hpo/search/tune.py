@@ -115,7 +115,7 @@ def _run_tune(coordinator: TrialCoordinator, membership: Membership, checks: Nod
     scheduler = StudyScheduler(coordinator, membership, checks)
     # How many trials may wait for a worker. On this machine, all start at the same time; the coordinator claims no more than
     # can run. In a cluster, they start one by one: a node may turn out to be unfit while its first worker starts.
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = "1" if membership.may_change else "100000"
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = "100000" if checks is None else "1"
     with tempfile.TemporaryDirectory(prefix="hpo-ray-") as scratch:
         tune.run(
             TrialWorker,
