@@ -3,7 +3,7 @@
     uv run python -m benchmarks.drivers --drivers 1 4 16 64 --trials 1000
 
 A driver is a process with what `hpo run` uses of storage, without Ray: a `TrialCoordinator` on a `Run`, with one slot. Its
-trials are those of `benchmarks.toy:chain`, which compute nothing. Storage sees each driver as on a machine of its own. All
+trials are those of `benchmarks.toy:chain`, which compute nothing. Storage sees each driver as on another machine. All
 drivers of a row are ready before the first one claims. The server flushes commits to the disk. At the end, plain SQL checks
 that each configuration was trained once, that the budget is exact, and that each trial has all of its epochs. With
 --device-seconds, only `budget.gpu_hours` ends the search, and the table shows how far the drivers overshoot it. Prints a
@@ -119,7 +119,7 @@ class Driven:
 def drive(load: Load, path: Path, url: str, barrier: Any, results: Any) -> None:
     """Be one driver: get ready, wait for the others, run trials until the search is done, and send a `Driven`."""
     os.chdir(path.parent)
-    setattr(lease, "host_id", lambda: url)  # noqa: B010 # as on a machine of its own; mypy forbids to assign a function
+    setattr(lease, "host_id", lambda: url)  # noqa: B010 # as on another machine; mypy forbids to assign a function
     driven = Driven(error="it did not start")
     try:
         space = load_space(str(path))

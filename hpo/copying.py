@@ -1,7 +1,7 @@
 """Copying a study with its files: checkpoints, logs, artifacts. A kill leaves a complete copy, or none that anybody sees.
 
 First the files are copied, to a folder that belongs to no study yet (`hpo.staging`). Then one transaction stores the copy,
-and the folder is its own. The same command again goes on with the folder of one that was killed.
+and the folder is its own. The same command again continues with the folder of one that was killed.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ DUPLICATE = "duplicate of an earlier trial"
 REJECTED = "breaks a constraint"
 NEVER_RUN = {DUPLICATE, REJECTED}  # values of `fail_reason` of trials that no run trained
 
-RETRIED = "retried"  # user attribute of a trial that `hpo retry` let run again, whatever the budget says
+RETRIED = "retried"  # user attribute of a trial that `hpo retry` let run again, even if the budget is spent
 ENQUEUED = "hpo:enqueued"  # user attribute of a trial that another program has added
 
 # User attributes of a trial that was started from its first epoch again, see `attempt_of`:

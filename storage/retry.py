@@ -28,8 +28,8 @@ def failed_trials(study: Study) -> list[int]:
 def retry_trials(study: Study, numbers: Collection[int], *, resume: bool = False) -> None:
     """Set failed trials to WAITING, and forget their failures. Trials in another state are left as they are.
 
-    One transaction: all of the trials, or none. A failure is told by its token and attempt, so repeating it after a lost
-    answer changes nothing, even if a run has claimed a trial meanwhile and failed it again.
+    One transaction: all of the trials, or none. A failure is identified by its token and attempt, so repeating it after a
+    lost answer changes nothing, even if a run has claimed a trial meanwhile and failed it again.
 
     Args:
         study: the study.

@@ -326,7 +326,7 @@ def _private_if_local(address: str | None, folder: Path) -> Iterator[None]:
 
     A queue or a shell may send SIGTERM to the process group of this process. Ray would die before the trials are saved, so
     its processes get other groups. Linux ends them with their driver in any case. They read the rest from the environment.
-    This process may have imported ray before, hence the private names; pyproject.toml bounds the version of Ray.
+    This process may have imported ray before, so it uses private names; pyproject.toml bounds the version of Ray.
 
     Args:
         address: of the cluster to join; None for a Ray that is started here.
@@ -390,7 +390,7 @@ class _NoPaths(list[str]):
 def _without_driver_paths() -> Any:
     """Return the configuration of a job whose workers do not put the driver's folders first on their path.
 
-    A file there, such as pandas.py, would replace a package. No option of Ray leaves them out, hence the private name.
+    A file there, such as pandas.py, would replace a package. No option of Ray leaves them out, so it uses a private name.
     """
     import ray
 
@@ -402,7 +402,7 @@ def _without_driver_paths() -> Any:
 def _stop_autoscaler() -> None:
     """Stop Ray's autoscaler: it has nothing to scale on one machine, and `ray.shutdown` would wait a second for it.
 
-    No option of `ray.init` leaves it out, hence the private name; pyproject.toml bounds the version of Ray.
+    No option of `ray.init` leaves it out, so it uses a private name; pyproject.toml bounds the version of Ray.
     """
     import ray
 

@@ -226,7 +226,7 @@ class TrialCoordinator:
         return max(0, self._space.max_failures - self._running[tune_id].claim.crashes)
 
     def on_report(self, tune_id: str, report: TrialReport) -> Ending | None:
-        """Store a report. Return None if the trial goes on, else what becomes of its checkpoints.
+        """Store a report. Return None if the trial continues, else what becomes of its checkpoints.
 
         A trial that ends because the search stops is released when its last epoch is saved: the caller calls `on_saved`.
         """

@@ -2,7 +2,7 @@
 
     CheckpointWriter saves a file -> Uploader.offer -> a thread uploads it, one file at a time
 
-A file that a newer one replaces before its upload begins is not uploaded. While the bucket is away, the trial goes on, and
+A file that a newer one replaces before its upload begins is not uploaded. While the bucket is away, the trial trains on, and
 the newest file is tried again.
 """
 
@@ -172,7 +172,7 @@ class Uploader:
             self._trial.upload(file, token, claimed, interval=self._interval, on_progress=note_progress)
         except TakenOverError:
             self._is_lost = True
-        except Exception as error:  # noqa: BLE001 # any error of pyarrow: the trial goes on
+        except Exception as error:  # noqa: BLE001 # any error of pyarrow: the trial continues
             # One that was deleted meanwhile has a successor.
             return describe(error) if file.exists() else ""
         return ""
