@@ -113,9 +113,8 @@ def _give_up(coordinator: TrialCoordinator, listener: ProgressListener, died: st
 
 def _run_tune(coordinator: TrialCoordinator, membership: Membership, checks: NodeChecks | None) -> None:
     scheduler = StudyScheduler(coordinator, membership, checks)
-    # How many trials may wait for a worker. On this machine, all start at the same time; the coordinator claims no more than
-    # can run. In a cluster, they start one by one: a node may turn out to be unfit while its first worker starts.
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = "100000" if checks is None else "1"
+    # All trials may start at the same time, where Tune's default is one by one: the coordinator claims no more than can run.
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = "100000"
     with tempfile.TemporaryDirectory(prefix="hpo-ray-") as scratch:
         tune.run(
             TrialWorker,

@@ -126,6 +126,7 @@ class StudyScheduler(FIFOScheduler):
         if trial.status == trial.PENDING:
             # An idle worker died while it was given this trial, or did not take it. Tune drops such a trial, even one
             # that it has just set to restart. Nothing of it has run, so this is no failure: it is claimed again.
+            _unstage(tune_controller, trial)
             self._coordinator.release(trial.trial_id)
             return
         # Empty if its worker could not start, even if it ran elsewhere before.
@@ -154,6 +155,7 @@ class StudyScheduler(FIFOScheduler):
         for trial in pending:
             if self._coordinator.stopped or self._coordinator.is_surplus(trial.trial_id):
                 self._coordinator.release(trial.trial_id)
+                _unstage(tune_controller, trial)
                 tune_controller.stop_trial(trial)
         if self._membership.draining():
             # Workers that wait for a trial hold their node. Tune has no public function that ends them.
@@ -172,6 +174,16 @@ class StudyScheduler(FIFOScheduler):
             wanted = self._coordinator.follow_cluster()
             # A trial that waits for a node asks for one itself. It would wait behind what is asked for here.
             self._membership.ask_for(0 if self._is_pending else wanted)
+
+
+def _unstage(tune_controller: Any, trial: Any) -> None:
+    """Remove a trial that will not start from those for which Tune keeps idle workers.
+
+    Tune does not do it for a trial that waits. Such a worker would hold its cores for good, and a trial with another request
+    for resources would wait for them.
+    """
+    if trial in tune_controller._staged_trials:  # noqa: SLF001 # no public function does it
+        tune_controller._unstage_trial_with_resources(trial)  # noqa: SLF001
 
 
 class StartListener(tune.Callback):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest.mock import Mock, call, create_autospec
 
 import pytest
@@ -14,6 +14,9 @@ from hpo.search.stop import Stop, StopCause
 from hpo.search.versions import Problem, describe_versions
 from hpo.search.worker import Ending, TrialReport, TrialSpec
 from tests.factories import trial_spec
+
+if TYPE_CHECKING:
+    from ray.tune.utils.object_cache import _ObjectCache
 
 pytestmark = pytest.mark.slow  # importing ray takes seconds
 
@@ -64,12 +67,28 @@ class FakeController:
         self._trials = trials
         self.stopped: list[str] = []
         self.evictions = 0
+        self._staged_trials: list[FakeTrial] = []  # they wait for a worker
 
     def get_live_trials(self) -> tuple[FakeTrial, ...]:
         return self._trials
 
     def _cleanup_cached_actors(self, *, force_all: bool) -> None:
         self.evictions += force_all
+
+    def stage(self, *trials: FakeTrial) -> _ObjectCache:
+        """Let trials wait for a worker; return the idle workers, as many of which are kept as trials are staged."""
+        from ray.tune.utils.object_cache import _ObjectCache
+
+        self._staged_trials += trials
+        self._actor_cache = _ObjectCache()
+        for trial in trials:
+            self._actor_cache.increase_max(trial.placement_group_factory)
+        return self._actor_cache
+
+    def _unstage_trial_with_resources(self, trial: FakeTrial) -> None:
+        from ray.tune.execution.tune_controller import TuneController
+
+        TuneController._unstage_trial_with_resources(self, trial)  # type: ignore[arg-type]
 
     def stop_trial(self, trial: FakeTrial) -> None:
         trial.status = "TERMINATED"
@@ -195,9 +214,13 @@ def test_the_death_of_a_worker_is_reported_with_rays_last_account(
 def test_a_trial_whose_worker_died_before_it_started_is_released(
     tune: ModuleType, coordinator: Mock, membership: Mock
 ) -> None:
-    tune.StudyScheduler(coordinator, membership).on_trial_error(None, FakeTrial(status="PENDING"))
+    trial = FakeTrial(status="PENDING", placement_group_factory="one core")
+    controller = FakeController(trial)
+    workers = controller.stage(trial)
+    tune.StudyScheduler(coordinator, membership).on_trial_error(controller, trial)
     coordinator.release.assert_called_once_with("a")
     coordinator.on_crash.assert_not_called()
+    assert workers.total_max_objects == 0, "an idle worker is kept for it, on cores for which others wait"
 
 
 def test_a_trial_holds_its_device_from_when_its_worker_has_started(
@@ -288,12 +311,16 @@ def test_a_worker_that_cannot_start_after_a_node_has_left_counts_as_a_failure(
 def test_a_trial_for_which_there_is_no_room_any_more_is_released(
     tune: ModuleType, coordinator: Mock, membership: Mock
 ) -> None:
-    trials = [FakeTrial(trial_id=name, status="PENDING") for name in "ab"]
-    coordinator.is_surplus.side_effect = lambda name: name == "a"
+    trials = [FakeTrial(trial_id=name, status="PENDING", placement_group_factory=name) for name in "abc"]
+    coordinator.is_surplus.side_effect = lambda name: name in "ab"
     controller, scheduler = FakeController(*trials), tune.StudyScheduler(coordinator, membership)
-    assert scheduler.choose_trial_to_run(controller) is trials[1]
-    coordinator.release.assert_called_once_with("a")
-    assert controller.stopped == ["a"]
+    workers = controller.stage(trials[0], trials[2])  # Tune has not seen the other one yet
+    assert scheduler.choose_trial_to_run(controller) is trials[2]
+    assert coordinator.release.call_args_list == [call("a"), call("b")]
+    assert controller.stopped == ["a", "b"]
+    assert workers.total_max_objects == 1, (
+        "an idle worker is kept for one that has ended, on cores for which others wait"
+    )
 
 
 def test_places_are_asked_for_unless_a_trial_waits_for_one(
