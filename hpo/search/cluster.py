@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from hpo.errors import SettingError
 from hpo.search.head import Head
 from hpo.search.ray_address import check_address, no_answer
+from hpo.search.sigterm import sigterm_kept
 from hpo.search.slots import KIND_PREFIX, Node
 
 if TYPE_CHECKING:
@@ -237,7 +238,8 @@ class RayCluster:
                         package.write_bytes(self._code)
                         options["runtime_env"] = {"working_dir": str(package)}
                 self._has_answered.set()
-                ray.init(logging_level=logging.CRITICAL, log_to_driver=False, **options)
+                with sigterm_kept():
+                    ray.init(logging_level=logging.CRITICAL, log_to_driver=False, **options)
                 if self._address is None:
                     _stop_autoscaler()
                 else:
@@ -253,7 +255,8 @@ class RayCluster:
             if self._head is not None:
                 self._head.close()
             if code is None:
-                ray.shutdown()
+                with sigterm_kept():
+                    ray.shutdown()
         if code is not None:
             os._exit(code)  # Ray's other processes end with this one
 
