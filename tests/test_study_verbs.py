@@ -92,6 +92,9 @@ def test_compare_reads_other_databases_and_prints_json(here: Path, hpo_here: Hpo
     [
         ([], "name at least two studies"),
         (["toy"], "name at least two studies"),
+        (["toy", "toy"], "toy: this is one study, named twice. Name each study once"),
+        (["wide", "wide@2"], "wide and wide@2: this is one study, named twice"),
+        (["toy", "--other", "toy", "sqlite:///./runs/hpo.db"], "toy: this is one study, named twice"),
         (["toy", "tyo"], "there is no study 'tyo' in sqlite:///runs/hpo.db: did you mean toy?"),
         (["toy", "frobnicate"], "there is no study 'frobnicate' in sqlite:///runs/hpo.db: allowed: toy, wide, wide@2"),
         (["toy", "--other", "x", "sqlite:///no.db"], "there is no database sqlite:///no.db yet"),

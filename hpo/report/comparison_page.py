@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import secrets
 import shlex
@@ -29,12 +30,14 @@ class ComparisonSection:
     """A comparison as the templates show it.
 
     Attributes:
+        studies: how many there are.
         columns: headings of the table.
         rows: its texts.
         figures: the curves.
         remarks: what a reader must know, one line each.
     """
 
+    studies: int
     columns: list[str]
     rows: list[list[str]]
     figures: list[PageFigure]
@@ -91,17 +94,18 @@ def compare_with_ancestors(results: Results) -> ComparisonSection | None:
             else:
                 remarks.append(f"{source.study} is not in the database any more")
         section = build_section(compare([results.study, *ancestors]))
-    return ComparisonSection(section.columns, section.rows, section.figures, [*section.remarks, *remarks])
+    return dataclasses.replace(section, remarks=[*section.remarks, *remarks])
 
 
 def build_section(comparison: Comparison) -> ComparisonSection:
     """Return a comparison as the templates show it."""
     columns, rows = comparison_rows(comparison)
     figures = [
-        curve_page_figure(name, figure, CAPTION)
-        for name, figure in zip(("best_over_trials", "best_over_time"), progress_figures(comparison), strict=False)
+        curve_page_figure(f"{name}_{objective}" if objective > 1 else name, figure, CAPTION)
+        for place, figure in enumerate(progress_figures(comparison))
+        for objective, name in [(place // 2 + 1, ("best_over_trials", "best_over_time")[place % 2])]
     ]
-    return ComparisonSection(columns, rows, figures, comparison_remarks(comparison))
+    return ComparisonSection(len(comparison.studies), columns, rows, figures, comparison_remarks(comparison))
 
 
 def _find(results: Results, name: str) -> Study | None:
