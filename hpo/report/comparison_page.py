@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpo.errors import SettingError
-from hpo.paths import RunsDir, write_atomically
+from hpo.paths import DEFAULT_STORAGE, RunsDir, write_atomically
 from hpo.report.comparison import Comparison, compare, comparison_remarks, comparison_rows, progress_figures
 from hpo.report.results import Results
 from hpo.report.templating import PageFigure, curve_page_figure, environment
@@ -87,7 +87,9 @@ def compare_with_ancestors(results: Results) -> ComparisonSection | None:
     with results.study.database:
         for source in results.sources:
             if source.storage:
-                command = shlex.join(["hpo", "compare", results.name, "--other", source.study, source.storage])
+                own = results.study.database.url
+                named = [] if own == DEFAULT_STORAGE else ["--storage", own]
+                command = shlex.join(["hpo", "compare", results.name, "--other", source.study, source.storage, *named])
                 remarks.append(f"{source.study} is in another database: {command}")
             elif (found := _find(results, source.study)) is not None:
                 ancestors.append(found)
