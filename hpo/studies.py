@@ -59,8 +59,9 @@ def find_study(database: Database, name: str) -> Study:
 
     study = studies.find_study(database, name)
     if study is None:
-        names = studies.study_names(database)
+        names, renamed = studies.study_names(database), studies.renamed_from(database, name)
         hint = nearest(name, names) if names else "it has none yet"
+        hint = f"it was renamed to {' or '.join(renamed)}" if renamed else hint
         raise SettingError(f"there is no study {name!r} in {database.url}: {hint}")
     return study
 

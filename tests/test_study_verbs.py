@@ -119,6 +119,14 @@ def old_database(path: Path) -> tuple[str, str]:
     return name, f"sqlite:///{path}"
 
 
+def test_a_study_that_was_renamed_is_named(here: Path, hpo_here: HpoHere) -> None:
+    for study, new_name in (("wide", "second"), ("wide", "first")):
+        rename_study(study, new_name)
+    for name, renamed in (("wide", "first or second"), ("wide@1", "first"), ("wide@2", "second")):
+        done = hpo_here(here, "report", name)
+        assert done.stderr == f"hpo: there is no study '{name}' in sqlite:///runs/hpo.db: it was renamed to {renamed}\n"
+
+
 @pytest.mark.parametrize("verb", ["compare", "copy"])
 def test_a_database_of_an_older_version_that_is_only_read_is_not_migrated(
     here: Path, hpo_here: HpoHere, verb: str

@@ -83,7 +83,8 @@ def compare_with_ancestors(results: Results) -> ComparisonSection | None:
     """
     if not results.sources:
         return None
-    remarks, ancestors = [], []
+    remarks: list[str] = []
+    ancestors: dict[int, Study] = {}  # one that was renamed may have been taken over under both names
     with results.study.database:
         for source in results.sources:
             if source.storage:
@@ -91,11 +92,11 @@ def compare_with_ancestors(results: Results) -> ComparisonSection | None:
                 named = [] if own == DEFAULT_STORAGE else ["--storage", own]
                 command = shlex.join(["hpo", "compare", results.name, "--other", source.study, source.storage, *named])
                 remarks.append(f"{source.study} is in another database: {command}")
-            elif (found := _find(results, source.study)) is not None:
-                ancestors.append(found)
+            elif found := _find(results, source.study):
+                ancestors.update({study.study_id: study for study in found})
             else:
                 remarks.append(f"{source.study} is not in the database any more")
-        section = build_section(compare([results.study, *ancestors]))
+        section = build_section(compare([results.study, *ancestors.values()]))
     return dataclasses.replace(section, remarks=[*section.remarks, *remarks])
 
 
@@ -110,8 +111,11 @@ def build_section(comparison: Comparison) -> ComparisonSection:
     return ComparisonSection(len(comparison.studies), columns, rows, figures, comparison_remarks(comparison))
 
 
-def _find(results: Results, name: str) -> Study | None:
-    from storage.studies import find_study
+def _find(results: Results, name: str) -> list[Study]:
+    """Return an earlier study of the same database, or those that it was renamed to."""
+    from storage.studies import find_study, renamed_from
 
-    found = find_study(results.study.database, name)
-    return None if found is None or found.name == results.study.name else found
+    database = results.study.database
+    found = find_study(database, name)
+    studies = [found] if found is not None else [find_study(database, each) for each in renamed_from(database, name)]
+    return [study for study in studies if study is not None and study.name != results.study.name]

@@ -20,6 +20,7 @@ from hpo.report.results import read_results
 from storage import tables
 from storage.database import Database, open_database
 from storage.imports import ImportedTrial, Origin, TakenOver, import_trials
+from storage.management import rename_study
 from storage.optuna_tables import write_attrs
 from storage.ownership import ClaimedTrial
 from storage.parents import Parent
@@ -319,6 +320,16 @@ def test_earlier_studies_that_are_not_here_are_named(database: Database, storage
     assert section is not None
     remark = remark.replace("DATABASE", database.url)
     assert (section.remarks, [row[0] for row in section.rows]) == ([remark], ["a"])
+
+
+def test_an_earlier_study_that_was_renamed_is_compared_once(database: Database) -> None:
+    old, study = study_of(database, "old"), study_of(database, "a")
+    reuse(study, 0.65)
+    rename_study(old, "new")
+    study.optuna_study.set_user_attr("hpo:sources", [TakenOver(name).attribute for name in ("old", "new")])
+    section = compare_with_ancestors(read_results(study))
+    assert section is not None
+    assert ([row[0] for row in section.rows], section.remarks) == (["a", "new"], [])
 
 
 def test_a_study_without_earlier_studies_has_no_such_section(database: Database) -> None:

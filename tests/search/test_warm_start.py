@@ -6,7 +6,7 @@ import dataclasses
 import math
 import shutil
 import sqlite3
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from hpo.space.model import Space
 from storage.copying import copy_study
 from storage.database import Database, open_database
 from storage.errors import StorageError
+from storage.management import rename_study
 from storage.optuna_tables import write_attrs, write_values
 from storage.ownership import ClaimedTrial
 from storage.run import Run
@@ -365,6 +366,30 @@ def test_a_source_that_was_deleted_does_not_stop_a_search(database: Database) ->
     assert len(study.trials()) == 3
     with pytest.raises(SettingError, match="no study 'other'"):
         take_over(larger(warm_start=["other"]), study)
+
+
+@pytest.mark.parametrize("named", ["grid", "grid@1"])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_source_that_was_renamed_is_named(database: Database, tmp_path: Path, named: str, elsewhere: bool) -> None:
+    url = f"sqlite:///{tmp_path}/earlier.db"
+    space = larger(warm_start=[{"study": named, **({"storage": url} if elsewhere else {})}])
+    study = open_study(database, **space.study_options)
+    with open_database(url) if elsewhere else nullcontext(database) as earlier:
+        finish_grid(earlier)
+        take_over(space, study)
+        rename_study(find(earlier, "grid"), "first")
+        rename_study(find(earlier, "first"), "second")
+    (found,) = take_over(space, study)
+    renamed = "it was renamed to second: name that in warm_start"
+    assert str(found).endswith(f": reuses 3 results. Nothing new is taken over, because {renamed}")
+    with pytest.raises(SettingError) as new:
+        find_trials(space, None, database)
+    where = url if elsewhere else database.url
+    assert str(new.value) == f"warm_start: there is no study '{named}' in {where}: {renamed}"
+    (found,) = take_over(
+        larger(warm_start=[{**space.warm_start[0].model_dump(), "study": "second", "despite": []}]), study
+    )
+    assert (found.study, found.problem, len(study.trials())) == ("second", "", 3)
 
 
 def test_a_study_that_is_deleted_while_the_search_starts_takes_everything_over_again(database: Database) -> None:
