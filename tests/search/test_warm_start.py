@@ -197,6 +197,25 @@ def test_values_that_cannot_be_compared_are_taken_only_if_the_file_says_so(
     ]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"data": {"val_samples": 1000}}, {"max_epochs": 5}, {"trainable": "benchmarks.toy:climb"}, {"metric": "f1"}],
+)
+@pytest.mark.parametrize("sampler", ["random", "pbt"])
+def test_despite_is_no_advice_where_it_would_not_help(
+    database: Database, changes: dict[str, Any], sampler: str
+) -> None:
+    finish_grid(database)
+    space = {"sampler": {"name": "random"}, "parameters": {"batch_size": RANGE, "lr": 0.01}} | changes
+    if sampler == "pbt":
+        space |= {"name": "grid", "scheduler": {"name": "pbt", "interval": 1}, "warm_start": []}
+    (reason,) = found_in(database, larger(**space)).refused
+    assert "despite" not in reason
+    if sampler == "random":
+        despite = source(despite=["data", "max_epochs", "trainable", "metric"])
+        assert not found_in(database, larger(**space, **despite)).trials, "it would not help"
+
+
 def test_no_metric_stands_in_for_one_of_the_other_direction(database: Database) -> None:
     finish_grid(database)
     found = found_in(database, larger(metric="f1_loss", direction="minimize", **source(despite=["metric"])))
