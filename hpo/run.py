@@ -250,11 +250,16 @@ def plan(space: str, overrides: Sequence[str], storage: str, checkpoints: str | 
             listener=progress,
         )
     console.print(configuration_table(planned.space, planned.states, planned.outlooks))
+    if planned.trials_left == 0:
+        console.print("Nothing is left to train.")
+        return 0
     for line in plan_lines(loaded, planned.slots, planned.estimate, planned.device_seconds):
         console.print(line)
+    if planned.spent:
+        console.print(f"No trial starts: {planned.spent}.", style="yellow", soft_wrap=True)
     if planned.estimate is not None:
         console.print(speed_table(planned.estimate, loaded))
-    elif planned.trials_left != 0:
+    else:
         console.print("No estimate: only steps of hpo.train:train can be measured, on the machine that has the device.")
     return 0
 
