@@ -173,14 +173,14 @@ def _choose_trial(study: Study, number: int | None) -> FrozenTrial:
             return trial
     state = next((f"is {trial.state.name}" for trial in trials if trial.number == number), "does not exist")
     shown = ", ".join(str(trial.number) for trial in complete[:20]) + (", ..." if len(complete) > 20 else "")
-    raise SettingError(f"trial {number} of study {study.name} {state}; these are COMPLETE: {shown or 'none'}")
+    raise SettingError(f"trial {number} of study {study.reference} {state}; these are COMPLETE: {shown or 'none'}")
 
 
 def _best_trial(study: Study) -> FrozenTrial:
     # Optuna's best trial may be one of an earlier study from which the sampler alone learns: that is no result.
     complete = [trial for trial in study.trained_trials() if trial.state.name == "COMPLETE"]
     if not complete:
-        raise SettingError(f"study {study.name} has no COMPLETE trial to export; start one with `hpo run`")
+        raise SettingError(f"study {study.reference} has no COMPLETE trial to export; start one with `hpo run`")
     directions = [direction_of(each) for each in study.optuna_study.directions]
     if len(directions) > 1:
         raise SettingError(_list_front(study))
@@ -216,12 +216,12 @@ def _space_of(study: Study, runs_dir: RunsDir, trial: FrozenTrial, password: str
         SettingError: the study is of another trainable or another program.
     """
     if not study.settings:
-        raise SettingError(f"study {study.name} was not created by hpo, so its networks are unknown")
+        raise SettingError(f"study {study.reference} was not created by hpo, so its networks are unknown")
     space = Space.from_settings(study.settings)
     refuse_taken_over(study, trial, password)
     if not space.is_default_trainable:
         raise SettingError(
-            f"study {study.name} was trained by {space.command or space.trainable}: only the network of "
+            f"study {study.reference} was trained by {space.command or space.trainable}: only the network of "
             f"{DEFAULT_TRAINABLE} can be exported. What it saved is in {runs_dir.trial(study.unique_name, trial.number)}"
         )
     return space

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hpo.errors import SettingError, TrainedElsewhereError
-from storage.errors import StorageError
+from storage.errors import MissingDatabaseError, StorageError
 from storage.imports import Origin, TakenOver, read_sources
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ def refuse_taken_over(study: Study, trial: FrozenTrial, password: str | None) ->
         try:
             name = _look_into(url, origin, password)
         except StorageError as error:
-            looked_at.append(f"{url} (which cannot be read: {error})")
+            is_missing = isinstance(error, MissingDatabaseError)
+            looked_at.append(f"{url} ({'which does not exist' if is_missing else f'which cannot be read: {error}'})")
             continue
         if name:
             raise TrainedElsewhereError(_describe(trial, origin, f"{name} in {url}"), name, origin.number, url)

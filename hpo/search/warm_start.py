@@ -18,7 +18,7 @@ from hpo.search.missing_source import missing_source
 from hpo.space.model import Space
 from hpo.space.sections import Source
 from hpo.space.translation import TranslationError
-from storage.errors import StorageError
+from storage.errors import MissingDatabaseError, StorageError
 from storage.imports import ImportedTrial, Origin, TakenOver, import_trials, read_known, read_sources
 from storage.pareto import rank_best
 from storage.studies import renamed_from
@@ -190,9 +190,12 @@ class _Finder:
         except StorageError as error:
             if source.storage is None:
                 raise
+            kind, reason = type(error), str(error)
+            if isinstance(error, MissingDatabaseError):  # `storage` names it, and not --storage
+                kind, reason = StorageError, f"there is no database {error.url}: correct its storage"
             if known is None:
-                raise type(error)(f"warm_start: {source.study} cannot be read: {error}") from None
-            return [dataclasses.replace(known, problem=f"it cannot be read: {error}")]
+                raise kind(f"warm_start: {source.study} cannot be read: {reason}") from None
+            return [dataclasses.replace(known, problem=f"it cannot be read: {reason}")]
 
     def _check_names(self, earlier: Study, source: Source) -> None:
         parameters = earlier.settings.get("parameters")

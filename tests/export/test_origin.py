@@ -81,4 +81,4 @@ def test_a_database_that_is_gone_is_named(here: Path, hpo_here: HpoHere) -> None
     (here / "old.db").unlink()
     done = hpo_here(here, "export", "later")
     assert done.returncode == 2
-    assert "sqlite:///old.db (which cannot be read: there is no database sqlite:///old.db yet" in done.stderr
+    assert "sqlite:///old.db (which does not exist)" in done.stderr

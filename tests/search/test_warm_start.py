@@ -613,10 +613,12 @@ def test_a_source_that_cannot_be_read_does_not_stop_a_search_that_has_its_trials
     (without,) = take_over(space, study)
     assert str(without).startswith(
         f"warm start from grid in sqlite:///{file}: reuses 3 results. Nothing new is taken over, because it cannot be "
-        f"read: there is no database sqlite:///{file} yet"
+        f"read: there is no database sqlite:///{file}: correct its storage"
     )
     assert without.attribute == found.attribute == study.attrs["hpo:sources"][0]
-    with pytest.raises(StorageError, match="warm_start: grid cannot be read: there is no database"):
+    with pytest.raises(
+        StorageError, match=r"warm_start: grid cannot be read: there is no database \S+: correct its storage$"
+    ):
         find_trials(space, None, database)
     (tmp_path / "elsewhere.db").rename(file)
     assert take_over(space, study)[0].problem == ""
