@@ -105,13 +105,13 @@ class TPESampler(_Sampler):
 
 
 class GPSampler(_Sampler):
-    """Bayesian optimization with a Gaussian process, for few and expensive trials. It learns only from completed trials."""
+    """Bayesian optimization with a Gaussian process, for few and expensive trials. It learns from stopped trials, too."""
 
     learns = True
     allows_conditions = False
 
     name: Literal["gp"]
-    """Bayesian optimization with a Gaussian process, for few and expensive trials. It learns only from completed trials."""
+    """Bayesian optimization with a Gaussian process, for few and expensive trials. It learns from stopped trials, too."""
     n_startup_trials: Annotated[int, Field(ge=0)] = 10
     """Random trials before the sampler learns."""
     deterministic_objective: bool = False
