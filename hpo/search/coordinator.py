@@ -15,12 +15,12 @@ from hpo.search.checkpoints import trim_checkpoints
 from hpo.search.circuit_breaker import UNKNOWN_NODE, CircuitBreaker
 from hpo.search.crashes import find_reason
 from hpo.search.listener import ProgressListener
+from hpo.search.messages import Ending, TrialReport, TrialSpec
 from hpo.search.places import Places
 from hpo.search.retention import Retention
 from hpo.search.slots import MAX_WANTED, Node, Room, Slots
 from hpo.search.stop import Stop, StopCause, find_spent
 from hpo.search.trial_specs import SpecBuilder
-from hpo.search.worker import Ending, TrialReport, TrialSpec
 from hpo.space.model import Space
 
 if TYPE_CHECKING:  # workers import this module too, and need no database

@@ -28,10 +28,10 @@ from hpo.search.checkpoints import (
     save_checkpoint,
 )
 from hpo.search.continuation import ContinuationPlan, plan_continuation
+from hpo.search.messages import TrialSpec
 from hpo.search.retention import Retention, trials_with_checkpoints
 from hpo.search.runs import open_run
 from hpo.search.warm_start import find_trials, take_over_trials
-from hpo.search.worker import TrialSpec
 from hpo.space.model import Space, load_space
 from hpo.trainable import is_timing
 from storage.database import Database

@@ -23,9 +23,10 @@ from benchmarks.toy import expected_value
 from hpo.paths import LOST_FILE, RunsDir
 from hpo.search.checkpoints import load_checkpoint
 from hpo.search.coordinator import TrialCoordinator
+from hpo.search.messages import Ending, TrialReport, TrialSpec
 from hpo.search.slots import MAX_WANTED, Node, Room, Slots
 from hpo.search.stop import StopCause
-from hpo.search.worker import Ending, TrialReport, TrialSpec, end_trial, run_trial
+from hpo.search.worker import end_trial, run_trial
 from hpo.space.model import Space
 from storage import run as run_module
 from storage import usage

@@ -10,9 +10,9 @@ from unittest.mock import Mock, call, create_autospec
 import pytest
 
 from hpo.search.coordinator import TrialCoordinator
+from hpo.search.messages import Ending, TrialReport, TrialSpec
 from hpo.search.stop import Stop, StopCause
 from hpo.search.versions import Problem, describe_versions
-from hpo.search.worker import Ending, TrialReport, TrialSpec
 from tests.factories import trial_spec
 
 if TYPE_CHECKING:
