@@ -85,8 +85,8 @@ class TPESampler(_Sampler):
 
     name: Literal["tpe"]
     """Bayesian optimization with tree-structured Parzen estimators; a good first choice."""
-    n_startup_trials: Annotated[int, Field(ge=0)] = 10
-    """Random trials before the sampler learns."""
+    n_startup_trials: Annotated[int, Field(ge=0)] | None = None
+    """Random trials before the sampler learns; null means 10, or 5 in addition to the trials of earlier searches."""
     n_ei_candidates: PositiveInt = 24
     """Candidates from which each value is chosen."""
     multivariate: bool | None = None
