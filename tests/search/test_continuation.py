@@ -15,7 +15,7 @@ import torch
 from benchmarks.toy import expected_value
 from hpo.api import list_studies
 from hpo.paths import RunsDir
-from hpo.report.results import read_results
+from hpo.report.reading import read_results
 from hpo.search import adoption
 from hpo.search.candidates import Outlook
 from hpo.search.checkpoints import (

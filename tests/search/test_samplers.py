@@ -23,7 +23,7 @@ from optuna.study import StudyDirection
 from sqlalchemy.exc import OperationalError
 
 from benchmarks.toy import expected_value
-from hpo.report.results import read_results
+from hpo.report.reading import read_results
 from hpo.report.tables import failures
 from hpo.search.cmaes_sampler import StoredCmaEsSampler
 from hpo.search.samplers import TPE_HISTORY, build_optuna_pruner, build_pruner, build_sampler, history_limit
