@@ -169,10 +169,10 @@ def read_results(study: str, *, storage: str = DEFAULT_STORAGE, password: str | 
         SettingError: there is no such study; the message suggests the nearest name.
         StorageError: the database cannot be used.
     """
-    from hpo.report import results
+    from hpo.report import reading
 
     with opened_study(study, storage, password) as opened:
-        return results.read_results(opened)
+        return reading.read_results(opened)
 
 
 def write_report(results: Results, *, runs_dir: Path | str = "runs") -> Path:

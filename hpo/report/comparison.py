@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.report.curves import COLOURS, CurveFigure, Line
 from hpo.report.formatting import describe_seeds, format_number, format_seconds, format_value, shorten
-from hpo.report.results import Results, TrialResult, read_results
+from hpo.report.reading import read_results
+from hpo.report.results import Results
+from hpo.report.trials import TrialResult
 from storage.pareto import Direction, find_front
 
 if TYPE_CHECKING:

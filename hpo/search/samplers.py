@@ -17,15 +17,17 @@ if TYPE_CHECKING:
     from storage.pruners import Pruner
     from storage.studies import Study
 
+OWN_STARTUP_TRIALS = 5  # of TPE, in addition to trials of earlier searches: better than none, by `benchmarks.worth`
 TPE_HISTORY = 500  # finished trials that TPE sees; `benchmarks.tpe_history` measures what they cost, and the results
 
 
-def build_sampler(space: Space, run_id: int) -> BaseSampler:
+def build_sampler(space: Space, run_id: int, *, taken_over: int = 0) -> BaseSampler:
     """Return the sampler of a space.
 
     Args:
         space: the search.
         run_id: the run that draws. It is part of the seed, so that two drivers of one study draw different points.
+        taken_over: how many trials the study has taken over from earlier ones.
     """
     import optuna
     from optuna import samplers
@@ -41,6 +43,9 @@ def build_sampler(space: Space, run_id: int) -> BaseSampler:
             case "tpe":
                 if space.has_conditions and options.get("multivariate") is not False:
                     options = {"group": True} | options
+                # Not more than the sampler sees, or it would draw at random for ever. Of Hyperband, it sees one bracket.
+                if taken_over and space.scheduler.name != "hyperband":
+                    options = {"n_startup_trials": min(taken_over + OWN_STARTUP_TRIALS, TPE_HISTORY)} | options
                 return samplers.TPESampler(seed=seed, **options)
             case "gp":
                 from hpo.search.gp_sampler import ExtrapolatingGPSampler
@@ -79,7 +84,7 @@ def history_limit(space: Space) -> int | None:
     """
     if space.sampler.name != "tpe":
         return None
-    return max(TPE_HISTORY, space.sampler.n_startup_trials)
+    return max(TPE_HISTORY, space.sampler.n_startup_trials or 0)
 
 
 def _build_qmc(space: Space, **options: Any) -> BaseSampler:

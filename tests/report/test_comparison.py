@@ -16,7 +16,7 @@ from hpo.report.comparison import Comparison, Step, compare, comparison_remarks,
 from hpo.report.comparison_page import compare_with_ancestors, write_comparison
 from hpo.report.page import write_report
 from hpo.report.plotly_figures import to_plotly
-from hpo.report.results import read_results
+from hpo.report.reading import read_results
 from storage import tables
 from storage.database import Database, open_database
 from storage.imports import ImportedTrial, Origin, TakenOver, import_trials

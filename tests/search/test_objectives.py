@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hpo.paths import RunsDir
-from hpo.report.results import read_results
+from hpo.report.reading import read_results
 from hpo.search.continuation import plan_continuation
 from hpo.search.coordinator import TrialCoordinator
 from hpo.search.retention import trials_with_checkpoints

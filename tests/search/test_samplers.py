@@ -25,7 +25,7 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import OperationalError
 
 from benchmarks.toy import expected_value
-from hpo.report.results import read_results
+from hpo.report.reading import read_results
 from hpo.report.tables import failures
 from hpo.search.cmaes_sampler import StoredCmaEsSampler
 from hpo.search.samplers import TPE_HISTORY, build_optuna_pruner, build_pruner, build_sampler, history_limit
@@ -202,6 +202,23 @@ def test_cmaes_starts_anew_where_its_stored_state_cannot_be_one(study: Study, tm
         with np.errstate(all="ignore"):
             optimizer.tell([(np.array([0.1 * i, 0.2 * i]), float(i)) for i in range(5)])
             assert np.all(np.isfinite(optimizer.ask())), f"{name}: it draws points"
+
+
+@pytest.mark.parametrize(
+    ("sampler", "scheduler", "taken_over", "startup"),
+    [
+        ("tpe", "none", 0, 10),
+        ("tpe", "asha", 9, 14),
+        ("tpe", "none", 10_000, TPE_HISTORY),
+        ("tpe", "hyperband", 9, 10),
+        ({"name": "tpe", "n_startup_trials": 3}, "none", 9, 3),
+    ],
+)
+def test_tpe_draws_some_trials_at_random_in_addition_to_those_of_earlier_searches(
+    tmp_path: Path, sampler: object, scheduler: str, taken_over: int, startup: int
+) -> None:
+    space = toy_space(tmp_path, sampler=sampler, scheduler=scheduler, budget={"trials": 9}, max_epochs=9)
+    assert build_sampler(space, 1, taken_over=taken_over)._n_startup_trials == startup  # type: ignore[attr-defined]
 
 
 def test_cmaes_learns_nothing_from_a_point_that_is_none(study: Study, tmp_path: Path) -> None:

@@ -18,8 +18,9 @@ import pytest
 
 from hpo.errors import TrainableError
 from hpo.search import script
+from hpo.search.messages import Ending, TrialReport
 from hpo.search.script import ScriptEpoch, ScriptError, check_program, run_script
-from hpo.search.worker import Ending, TrialReport, end_trial, run_trial
+from hpo.search.worker import end_trial, run_trial
 from hpo.space.model import load_space
 from storage.database import Database
 from tests.factories import ROOT, search_without_ray, take_reports, trial_spec, wait_until

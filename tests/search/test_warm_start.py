@@ -14,7 +14,9 @@ import optuna
 import pytest
 
 from hpo.errors import SettingError
-from hpo.search.samplers import build_sampler
+from hpo.search.continuation import ContinuationPlan
+from hpo.search.runs import open_run
+from hpo.search.samplers import OWN_STARTUP_TRIALS
 from hpo.search.warm_start import Found, find_trials, take_over_trials
 from hpo.space.model import Space
 from storage.copying import copy_study
@@ -736,15 +738,14 @@ def test_settings_of_another_version_are_left_out(database: Database) -> None:
 # --- what a search makes of it ------------------------------------------------------------------------------------------
 
 
-def test_tpe_draws_from_what_earlier_trials_showed(database: Database) -> None:
-    """Two studies of the same seed: the one that knows where the best values are draws near them."""
+def test_tpe_draws_from_what_earlier_trials_showed_after_some_at_random(database: Database) -> None:
+    """Two studies of the same seed: the one that knows where the best values are soon draws near them."""
 
     def search(space: Space) -> list[float]:
         study = open_study(database, **space.study_options)
         take_over(space, study)
-        study.optuna_study.sampler = build_sampler(space, 0)
         drawn = []
-        with run_of(study, space) as run:
+        with open_run(ContinuationPlan(space), study, {}) as run:
             while claim := run.claim():
                 drawn.append(claim.params["lr"])
                 value = -abs(claim.params["lr"] - 70.0)
@@ -754,10 +755,11 @@ def test_tpe_draws_from_what_earlier_trials_showed(database: Database) -> None:
 
     parameters = {"lr": {"type": "float", "low": 0.0, "high": 100.0}}
     search(grid_space(parameters=parameters, sampler={"name": "random"}, budget={"trials": 40}))
-    options = {"parameters": parameters, "budget": {"trials": 8}, "seed": 3}
+    options = {"parameters": parameters, "budget": {"trials": 9}, "seed": 3}
     cold, warm = (
         [abs(lr - 70.0) for lr in search(larger(name=name, warm_start=sources, **options))]
         for name, sources in (("cold", []), ("warm", ["grid"]))
     )
-    assert len(cold) == len(warm) == 8
-    assert sum(warm) < sum(cold) / 2
+    assert len(cold) == len(warm) == 9
+    assert sum(warm[OWN_STARTUP_TRIALS:]) < sum(cold[OWN_STARTUP_TRIALS:]) / 2
+    assert sum(warm[:OWN_STARTUP_TRIALS]) > sum(cold[:OWN_STARTUP_TRIALS]) / 2
