@@ -298,6 +298,7 @@ def export_model(
         The folder, and remarks on differences from what storage holds.
 
     Raises:
+        TrainedElsewhereError: another study trained it, and has its checkpoint.
         SettingError: the study or trial does not exist, its checkpoint is not on this machine, or the output folder
             contains other files or cannot be written.
         SpaceError: this version of hpo cannot read the settings of the study.
@@ -314,6 +315,7 @@ def export_model(
             data_dir=Path(data_dir).resolve(),
             output=output,
             versions=describe_environment(),
+            password=password,
         )
 
 

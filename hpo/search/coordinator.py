@@ -149,7 +149,8 @@ class TrialCoordinator:
                 if is_spent and not self._running:  # a trial that still runs may end with a better value
                     patience = self._space.budget.patience
                     found = "a better value" if self._space.objectives is None else "a trial for the Pareto front"
-                    self.stop(StopCause.NO_IMPROVEMENT, f"{patience} trials in a row have not found {found}")
+                    trials = "1 trial has" if patience == 1 else f"{patience} trials in a row have"
+                    self.stop(StopCause.NO_IMPROVEMENT, f"{trials} not found {found}")
                 return None
             trial = self._running[tune_id] = _Running(claim, self._specs.parent_of(claim), claim.epoch)
             for each in self._running.values():

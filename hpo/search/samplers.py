@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hpo.search.population import build_population
@@ -49,7 +50,10 @@ def build_sampler(space: Space, run_id: int, *, taken_over: int = 0) -> BaseSamp
             case "gp":
                 from hpo.search.gp_sampler import ExtrapolatingGPSampler
 
-                return ExtrapolatingGPSampler(seed=seed, warn_independent_sampling=False, **options)
+                is_allowed = _constraints_of(space) if space.constraints else None
+                return ExtrapolatingGPSampler(
+                    is_allowed=is_allowed, seed=seed, warn_independent_sampling=False, **options
+                )
             case "cmaes":
                 from hpo.search.cmaes_sampler import StoredCmaEsSampler
 
@@ -60,6 +64,17 @@ def build_sampler(space: Space, run_id: int, *, taken_over: int = 0) -> BaseSamp
                 return samplers.RandomSampler(seed=seed)
             case other:
                 raise NotImplementedError(f"sampler {other}")
+
+
+def _constraints_of(space: Space) -> Callable[[Mapping[str, Any]], bool]:
+    """Return a function that says whether a configuration meets the constraints; it may lack parameters with one value."""
+    single = {name for name, distribution in space.distributions().items() if distribution.single()}
+    known = {name: space.parameters[name].grid_values()[0] for name in single}
+
+    def is_allowed(params: Mapping[str, Any]) -> bool:
+        return not space.broken_constraint(known | dict(params))
+
+    return is_allowed
 
 
 def history_limit(space: Space) -> int | None:

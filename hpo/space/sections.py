@@ -422,6 +422,8 @@ Difference = Literal["data", "max_epochs", "metric", "trainable"]
 class Source(StrictModel):
     """An earlier study to learn from."""
 
+    example: ClassVar[str] = "the name of a study, or {study: grid, trials: best 20}"
+
     study: Annotated[str, Field(min_length=1)]
     """The name of the study. grid means its latest revision, grid@1 the first one."""
     storage: str | None = None

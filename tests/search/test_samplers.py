@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 from optuna._transform import _SearchSpaceTransform
 from optuna.distributions import CategoricalDistribution
@@ -20,6 +21,7 @@ from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.pruners import HyperbandPruner
 from optuna.samplers import BaseSampler, CmaEsSampler
 from optuna.study import StudyDirection
+from optuna.trial import TrialState
 from sqlalchemy.exc import OperationalError
 
 from benchmarks.toy import expected_value
@@ -322,6 +324,47 @@ def test_every_sampler_draws_only_what_the_space_allows(
         assert failures(read_results(study)) == []
     captured = capfd.readouterr()
     assert captured.out + captured.err == "", "Optuna prints no warning"
+
+
+def count_refused(folder: Path, sampler: dict[str, Any], trials: int) -> int:
+    """Return how many draws break a constraint until so many more trials have completed; the first 10 do not count.
+
+    The best value without the constraints is where they refuse it, and `one` has one value.
+    """
+    names = ("x", "y", "n")
+    space = toy_space(
+        folder,
+        sampler=sampler,
+        budget={"trials": 100},
+        parameters={
+            "x": {"type": "float", "low": 0.0, "high": 1.0},
+            "y": {"type": "float", "low": 1e-3, "high": 1.0, "log": True},
+            "n": {"type": "int", "low": 0, "high": 9},
+            "one": 1,
+        },
+        constraints=["x + y <= 0.5 * one", "n < 6 * one"],
+    )
+    study, refused, completed = optuna.create_study(direction="maximize", sampler=build_sampler(space, 1)), 0, 0
+    while completed < 10 + trials:
+        trial = study.ask()
+        if space.draw(trial):
+            refused += completed >= 10
+            study.tell(trial, state=TrialState.FAIL)
+            assert refused < 500
+        else:
+            study.tell(trial, sum(trial.params[name] for name in names))
+            completed += 1
+    return refused
+
+
+def test_gp_draws_nothing_that_breaks_a_constraint(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    assert count_refused(tmp_path, {"name": "gp"}, trials=5) == 0
+    assert not [each for each in recwarn if each.category is RuntimeWarning]
+
+
+def test_nsga2_draws_less_that_breaks_a_constraint_than_random(tmp_path: Path) -> None:
+    random = count_refused(tmp_path, {"name": "random"}, trials=40)
+    assert count_refused(tmp_path, {"name": "nsga2", "population_size": 10}, trials=40) < random / 2
 
 
 @pytest.mark.parametrize("name", ["tpe", "cmaes", "nsga2"])

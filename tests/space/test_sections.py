@@ -162,7 +162,6 @@ def test_by_default_the_best_3_keep_their_checkpoints(load: Load) -> None:
         ("-1", "got -1"),
         ("1.5", "got 1.5"),
         ("true", "got True"),
-        ("null", "got None"),
         ("[3]", "got [3]"),
     ],
 )
