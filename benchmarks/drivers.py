@@ -39,9 +39,9 @@ from hpo.paths import RunsDir
 from hpo.search.continuation import open_continued, plan_continuation
 from hpo.search.coordinator import TrialCoordinator
 from hpo.search.listener import NullListener
+from hpo.search.messages import TrialReport
 from hpo.search.runs import open_run
 from hpo.search.slots import Slots
-from hpo.search.worker import TrialReport
 from hpo.space.model import Space, load_space
 from storage import lease
 from storage.database import Database, open_database

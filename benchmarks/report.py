@@ -176,7 +176,7 @@ def measure(trials: int, epochs: int, folder: Path) -> dict[str, float]:
     from playwright.sync_api import sync_playwright
 
     from hpo.report.page import write_report
-    from hpo.report.results import read_results
+    from hpo.report.reading import read_results
 
     url = f"sqlite:///{folder}/hpo.db"
     with open_database(url) as database:

@@ -17,7 +17,8 @@ from hpo.search.stop import EXIT_CODES, Stop, StopCause
 from hpo.space.recipient import Recipient, show_recipient
 
 if TYPE_CHECKING:
-    from hpo.report.results import Results, TrialResult
+    from hpo.report.results import Results
+    from hpo.report.trials import TrialResult
     from hpo.space.model import Space
 
 ANNOUNCED = "hpo:announced"  # system attribute of a study: the last end that one driver announced for all

@@ -169,10 +169,10 @@ def read_results(study: str, *, storage: str = DEFAULT_STORAGE, password: str | 
         SettingError: there is no such study; the message suggests the nearest name.
         StorageError: the database cannot be used.
     """
-    from hpo.report import results
+    from hpo.report import reading
 
     with opened_study(study, storage, password) as opened:
-        return results.read_results(opened)
+        return reading.read_results(opened)
 
 
 def write_report(results: Results, *, runs_dir: Path | str = "runs") -> Path:
@@ -298,6 +298,7 @@ def export_model(
         The folder, and remarks on differences from what storage holds.
 
     Raises:
+        TrainedElsewhereError: another study trained it, and has its checkpoint.
         SettingError: the study or trial does not exist, its checkpoint is not on this machine, or the output folder
             contains other files or cannot be written.
         SpaceError: this version of hpo cannot read the settings of the study.
@@ -314,6 +315,7 @@ def export_model(
             data_dir=Path(data_dir).resolve(),
             output=output,
             versions=describe_environment(),
+            password=password,
         )
 
 

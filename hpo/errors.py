@@ -43,6 +43,22 @@ class SettingError(HpoError):
     """A flag, an environment variable, a folder or a name on the command line is wrong."""
 
 
+class TrainedElsewhereError(SettingError):
+    """A result that was taken over is asked for what the study that trained it has. The message says which study that is.
+
+    Attributes:
+        study: what names that study.
+        trial: the number of the trial there.
+        storage: the URL of its database, without a password; empty for that of the result.
+    """
+
+    def __init__(self, message: str, study: str, trial: int, storage: str = "") -> None:
+        super().__init__(message)
+        self.study = study
+        self.trial = trial
+        self.storage = storage
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `did you mean X?` with the nearest known name, or `allowed: A, B, C` if none is near, at most `MAX_ALLOWED`."""
     names = list(known)

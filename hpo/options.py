@@ -70,11 +70,12 @@ def checkpoints_option(verb: Callable[..., Any]) -> Callable[..., Any]:
     )(verb)
 
 
-def given_checkpoints() -> list[str]:
-    """Return --checkpoints as it was given on the command line: what a command that the user can copy needs."""
+def given_option(name: str) -> list[str]:
+    """Return an option as it was given on the command line: what a command that the user can copy needs."""
     context = click.get_current_context()
-    is_given = context.get_parameter_source("checkpoints") is ParameterSource.COMMANDLINE
-    return ["--checkpoints", context.params["checkpoints"]] if is_given else []
+    parameter = name.removeprefix("--").replace("-", "_")
+    is_given = context.get_parameter_source(parameter) is ParameterSource.COMMANDLINE
+    return [name, str(context.params[parameter])] if is_given else []
 
 
 def exit_option(verb: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ from hpo.bucket import locate
 from hpo.measuring import keep_mps_if_shared, measure, note_mps_failure, start_probes
 from hpo.notes import note_sources
 from hpo.paths import DEFAULT_STORAGE, RunsDir, is_new_database
-from hpo.remaining import trials_left
+from hpo.remaining import find_spent_budget, trials_left
 from hpo.search.environment import check_trainable, note_horizon
 from hpo.search.listener import NullListener, ProgressListener
 from hpo.space.model import Space
@@ -34,6 +34,7 @@ class PlannedSearch:
         states: {`Space.config_key`: state} of the configurations that storage holds.
         trials_left: how many trials have not ended; None if only time ends the search.
         device_seconds: what the study has used already.
+        spent: which budget was spent by earlier runs, so that no trial starts, and by how much; empty if some is left.
         outlooks: {`Space.config_key`: what becomes of it} of the configurations that are continued from an earlier revision,
             or left as they are there.
     """
@@ -44,6 +45,7 @@ class PlannedSearch:
     states: Mapping[str, str]
     trials_left: int | None
     device_seconds: float
+    spent: str = ""
     outlooks: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -90,7 +92,8 @@ def plan_search(
         listener.note(note)
     with start_mps(is_wanted=may_share_gpu(space)) as mps, start_probes(space, data, Path(runs_dir)) as probes:
         note_mps_failure(mps, listener)
-        continuation, states, left, used = _look_up(space, storage, password, locate(runs_dir, checkpoints), listener)
+        found = _look_up(space, storage, password, locate(runs_dir, checkpoints), listener)
+        continuation, states, left, used, spent = found
         space = continuation.space
         nodes, estimate = [this_machine()], None
         slots = plan_slots(space, left, nodes)
@@ -101,17 +104,17 @@ def plan_search(
             estimate = measure(space, slots, left, probes, images, nodes, listener, begun)
         slots = slots if estimate is None else estimate.slots
         keep_mps_if_shared(mps, slots, listener)
-    return PlannedSearch(space, slots, estimate, states, left, used, continuation.outlooks)
+    return PlannedSearch(space, slots, estimate, states, left, used, spent, continuation.outlooks)
 
 
 def _look_up(
     space: Space, storage: str, password: str | None, runs_dir: RunsDir, listener: ProgressListener
-) -> tuple[ContinuationPlan, dict[str, str], int | None, float]:
-    """Return what a search continues, and three parts of a `PlannedSearch`: states, trials left, device time."""
+) -> tuple[ContinuationPlan, dict[str, str], int | None, float, str]:
+    """Return what a search continues, and parts of a `PlannedSearch`: states, trials left, device time, the spent budget."""
     from hpo.search.continuation import ContinuationPlan, plan_continuation
 
     if is_new_database(storage) and not space.warm_start:
-        return ContinuationPlan(space), {}, space.total_trials, 0.0
+        return ContinuationPlan(space), {}, space.total_trials, 0.0, ""
     from hpo.search.warm_start import find_trials
     from storage.database import open_for_reading
     from storage.studies import find_revision
@@ -134,4 +137,7 @@ def _look_up(
                 left -= len(space.point_keys() & (reused.keys() - states.keys()))
             states = reused | states
             note_sources(found, continuation, states.keys(), listener)
-        return continuation, states, left, 0.0 if study is None else study.device_seconds()
+        if study is None:
+            return continuation, states, left, 0.0, ""
+        spent = find_spent_budget(space, study)
+        return continuation, states, left, study.device_seconds(), "" if spent is None else str(spent)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from hpo.errors import printable
-from hpo.options import given_checkpoints, needs_storage_option
+from hpo.options import given_option, needs_storage_option
 from hpo.search.stop import StopCause
 
 if TYPE_CHECKING:
@@ -78,10 +78,16 @@ def print_ending(console: Console, result: SearchResult, storage: str) -> None:
     console.print(f"Report again: {hint('report', name, storage=storage)}", soft_wrap=True)
 
 
-def hint(verb: str, *words: str, storage: str) -> str:
-    """Return a command that the user can copy and run. It contains no password."""
+def hint(verb: str, *words: str, storage: str, other: str = "") -> str:
+    """Return a command that the user can copy and run. It contains no password.
+
+    Args:
+        verb: of the command.
+        words: its arguments and options.
+        storage: the database of the running command.
+        other: the database of the command, if it is another one.
+    """
     from hpo.report.formatting import format_command
 
-    return format_command(
-        verb, *words, *(["--storage", storage] if needs_storage_option() else []), *given_checkpoints()
-    )
+    named = ["--storage", other or storage] if other or needs_storage_option() else []
+    return format_command(verb, *words, *named, *given_option("--checkpoints"))

@@ -24,11 +24,12 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 import click
 
 from hpo import study_verbs, working_folder
-from hpo.errors import SettingError, exit_code_of, is_fixable, nearest, printable
+from hpo.errors import SettingError, TrainedElsewhereError, exit_code_of, is_fixable, nearest, printable
 from hpo.options import (
     checkpoints_option,
     data_option,
     exit_option,
+    given_option,
     read_recipient,
     secret,
     space_arguments,
@@ -249,11 +250,16 @@ def plan(space: str, overrides: Sequence[str], storage: str, checkpoints: str | 
             listener=progress,
         )
     console.print(configuration_table(planned.space, planned.states, planned.outlooks))
+    if planned.trials_left == 0:
+        console.print("Nothing is left to train.")
+        return 0
     for line in plan_lines(loaded, planned.slots, planned.estimate, planned.device_seconds):
         console.print(line)
+    if planned.spent:
+        console.print(f"No trial starts: {planned.spent}.", style="yellow", soft_wrap=True)
     if planned.estimate is not None:
         console.print(speed_table(planned.estimate, loaded))
-    elif planned.trials_left != 0:
+    else:
         console.print("No estimate: only steps of hpo.train:train can be measured, on the machine that has the device.")
     return 0
 
@@ -382,9 +388,14 @@ def export(
     from hpo.api import export_model
 
     password = secret("PGPASSWORD")
-    exported = export_model(
-        study, trial, storage=storage, password=password, data_dir=data_dir, checkpoints=checkpoints, output=output
-    )
+    try:
+        exported = export_model(
+            study, trial, storage=storage, password=password, data_dir=data_dir, checkpoints=checkpoints, output=output
+        )
+    except TrainedElsewhereError as error:
+        words = [error.study, "--trial", str(error.trial), *given_option("--data-dir")]
+        command = hint("export", *words, storage=storage, other=error.storage)
+        raise SettingError(f"{error}. This exports it: {command}") from None
     for remark in exported.remarks:
         say(f"note: {remark}")
     folder = exported.folder

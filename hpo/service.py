@@ -33,7 +33,8 @@ from hpo.space.recipient import Recipient, require_recipient
 if TYPE_CHECKING:
     import pandas as pd
 
-    from hpo.report.results import Results, TrialResult
+    from hpo.report.results import Results
+    from hpo.report.trials import TrialResult
     from hpo.search.cluster import RayCluster
     from hpo.search.continuation import ContinuationPlan
     from hpo.search.mps import Mps
@@ -197,7 +198,7 @@ def _run_search(
         # A new database has no finished trials, so Ray is needed. An existing one may have nothing left to run.
         if is_new_database(settings.storage):
             cluster.start()
-        from hpo.report.results import read_results
+        from hpo.report.reading import read_results
         from hpo.search.continuation import open_continued, plan_continuation
         from hpo.search.retention import Retention
         from hpo.search.warm_start import find_trials

@@ -59,8 +59,9 @@ def find_study(database: Database, name: str) -> Study:
 
     study = studies.find_study(database, name)
     if study is None:
-        names = studies.study_names(database)
+        names, renamed = studies.study_names(database), studies.renamed_from(database, name)
         hint = nearest(name, names) if names else "it has none yet"
+        hint = f"it was renamed to {' or '.join(renamed)}" if renamed else hint
         raise SettingError(f"there is no study {name!r} in {database.url}: {hint}")
     return study
 
@@ -90,18 +91,25 @@ def compare_studies(
         The studies, `studies` first, and what differs between them.
 
     Raises:
-        SettingError: there is no such study, or only one is named.
+        SettingError: there is no such study, only one is named, or one is named twice.
         StorageError: a database cannot be used, or has tables of an older version of hpo.
     """
     from hpo.report.comparison import compare
+    from storage.database import identify
 
     named = [*((name, storage) for name in studies), *others]
     if len(named) < 2:
         raise SettingError("name at least two studies, of this database or, with --other, of another one")
     with ExitStack() as opened:
-        return compare(
-            [opened.enter_context(opened_study(name, url, password, may_migrate=False)) for name, url in named]
-        )
+        found: dict[tuple[str, int], tuple[str, Study]] = {}
+        for name, url in named:
+            study = opened.enter_context(opened_study(name, url, password, may_migrate=False))
+            key = identify(study.database), study.study_id
+            if key in found:
+                names = " and ".join(dict.fromkeys((found[key][0], name)))
+                raise SettingError(f"{names}: this is one study, named twice. Name each study once")
+            found[key] = name, study
+        return compare([study for _, study in found.values()])
 
 
 def write_comparison(comparison: Comparison, *, runs_dir: Path | str = "runs") -> Path:

@@ -24,6 +24,7 @@ from storage import migrations, sqlite_file
 from storage.engines import configure, engine_options, limit_idle_transactions, pool_options, transaction
 from storage.errors import (
     READ_ONLY,
+    MissingDatabaseError,
     StorageError,
     driver_error,
     name_strange_content,
@@ -335,10 +336,7 @@ def _check_file(path: Path, safe_url: str, *, may_be_missing: bool, is_written: 
     if not path.exists():
         if may_be_missing:
             return
-        raise StorageError(
-            f"there is no database {safe_url} yet: `hpo run SPACE` creates it; or name another one with --storage "
-            "or HPO_STORAGE"
-        )
+        raise MissingDatabaseError(safe_url)
     if path.is_dir():
         raise StorageError(f"{safe_url} is a folder: name a file in it")
     if is_written and not os.access(path, os.W_OK):

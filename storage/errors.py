@@ -41,6 +41,20 @@ class StorageError(Exception):
     """The database cannot be used. The message says why and what to do, and never contains a password."""
 
 
+class MissingDatabaseError(StorageError):
+    """There is no such SQLite file.
+
+    Attributes:
+        url: of the database, without a password.
+    """
+
+    def __init__(self, url: str) -> None:
+        super().__init__(
+            f"there is no database {url} yet: `hpo run SPACE` creates it; or name another one with --storage or HPO_STORAGE"
+        )
+        self.url = url
+
+
 class UnavailableError(StorageError):
     """The database was down for longer than an operation is retried."""
 

@@ -19,7 +19,7 @@ from storage.database import Database
 from storage.errors import RETRY_SECONDS, retry_while_down
 from storage.optuna_tables import StudyKey
 from storage.ownership import RunKey, is_row_of, lock_study, renew_lease
-from storage.usage import CPU, Device
+from storage.usage import CPU
 
 LEASE_SECONDS = 60.0
 MAX_FAILURES = 2
@@ -40,7 +40,6 @@ class Lease:
         provenance: versions and command of the run, for a replay.
         lease_seconds: how long the run counts as alive after its last renewal. It renews six times as often.
         max_failures: see `ownership.RunKey`.
-        device: see `ownership.RunKey`.
     """
 
     def __init__(
@@ -51,9 +50,9 @@ class Lease:
         provenance: Mapping[str, Any],
         lease_seconds: float = LEASE_SECONDS,
         max_failures: int = MAX_FAILURES,
-        device: Device = CPU,
     ) -> None:
-        self.key = RunKey(study, -1, 0.0, lease_seconds, max_failures, device)  # `start` sets run_id and started
+        # `start` sets run_id and started, and each claim the device.
+        self.key = RunKey(study, -1, 0.0, lease_seconds, max_failures, CPU)
         self._database = database
         self._provenance = dict(provenance)
         self._entry = (-1, 0.0)  # in `live_runs`

@@ -41,7 +41,7 @@ class RunKey:
         started: when it started, by the database's clock: it tells the run from another one that got its key.
         lease_seconds: how long the run counts as alive after its last renewal.
         max_failures: how often a trial is resumed after its driver died without finishing an epoch of it.
-        device: what each of its trials holds.
+        device: what a trial that it claims now holds while a worker runs it.
     """
 
     study: StudyKey

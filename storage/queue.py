@@ -21,7 +21,7 @@ from storage.ownership import ClaimedTrial
 from storage.promotion import PromotingHalving
 from storage.records import Params
 from storage.studies import Study
-from storage.usage import Device
+from storage.usage import CPU, Device
 
 SILENT_SHARE = 1 / 3  # of a lease: how long a run on another machine must be silent before its trials are taken
 SCAN_SECONDS = 1.0  # between scans for trials that other runs left
@@ -116,24 +116,17 @@ class TrialQueue:
             self._planned = {key for key, _ in self._all_points}
         self._known_keys = self._retry(lambda: records.read_keys(self._database, self._run.study_id))
 
-    @property
-    def device(self) -> Device:
-        """What the next trial holds while a worker runs it."""
-        return self._run.device
-
-    @device.setter
-    def device(self, device: Device) -> None:
-        self._run = replace(self._run, device=device)
-
-    def claim(self, *, new: bool = True) -> ClaimedTrial | None:
+    def claim(self, *, new: bool = True, device: Device = CPU) -> ClaimedTrial | None:
         """Claim a trial; return None if there is none now.
 
         Args:
             new: whether a trial may be created. Otherwise only those that wait are claimed.
+            device: what the trial holds while a worker runs it.
 
         Raises:
             StorageError: the study was deleted, or the database cannot be used (after retries).
         """
+        self._run = replace(self._run, device=device)
         token = ownership.new_token()
         self._tokens = {each for each in self._tokens if not self._is_settled(each)}
         claim = None

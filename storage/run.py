@@ -56,7 +56,6 @@ class Run:
         pruner: ends trials early; None for none.
         max_failures: how often a trial is resumed after its driver died without finishing an epoch of it.
         lease_seconds: how long other machines assume that the run is alive after its last renewal of the lease.
-        device: what each trial holds while a worker runs it.
         takes_turns: whether all trials of the budget are created first, and then those with the fewest epochs are claimed,
             so that the members of a population advance together.
     """
@@ -74,7 +73,6 @@ class Run:
         pruner: Pruner | None = None,
         max_failures: int = MAX_FAILURES,
         lease_seconds: float = LEASE_SECONDS,
-        device: Device = CPU,
         takes_turns: bool = False,
     ) -> None:
         self.study = study
@@ -96,7 +94,6 @@ class Run:
             provenance=provenance,
             lease_seconds=lease_seconds,
             max_failures=max_failures,
-            device=device,
         )
         self._meter = Meter()
         self._others_seconds, self._others_read_at = 0.0, -math.inf  # device-seconds; by the monotonic clock
@@ -232,33 +229,31 @@ class Run:
         """
         self._queue.enqueue(points, distributions, attrs)
 
-    def claim(self, *, new: bool = True, device: Device | None = None) -> ClaimedTrial | None:
+    def claim(self, *, new: bool = True, device: Device = CPU) -> ClaimedTrial | None:
         """Return a trial to work on: an interrupted one, an enqueued one or a new one; None if there is none now.
 
         After None, `finished` says whether there will ever be one.
 
         Args:
             new: whether a trial may be created. Otherwise only those that wait are claimed, and `finished` stays as it is.
-            device: what the trial holds while a worker runs it; None for what the last one holds.
+            device: what the trial holds while a worker runs it.
         """
-        if device is not None:
-            self._queue.device = device
-        claim = self._claim(new=new)
+        claim = self._claim(new=new, device=device)
         if claim is not None:
-            self._meter.open(claim.account, self._queue.device.count)
+            self._meter.open(claim.account, device.count)
         return claim
 
-    def _claim(self, *, new: bool) -> ClaimedTrial | None:
+    def _claim(self, *, new: bool, device: Device) -> ClaimedTrial | None:
         if self._learns:
             self._writer.flush()
         with self._writer.paused(), without_garbage_collection():
-            claim = self._queue.claim(new=new)
+            claim = self._queue.claim(new=new, device=device)
         if claim is None and not self._learns:
             self._writer.flush()
             if self._queue.finished:
                 # What was flushed just now may have lost its claim, as to a restored copy: then its trial waits.
                 with self._writer.paused(), without_garbage_collection():
-                    claim = self._queue.claim(new=new)
+                    claim = self._queue.claim(new=new, device=device)
         return claim
 
     def flush(self) -> None:

@@ -311,6 +311,22 @@ def find_study(database: Database, name: str) -> Study | None:
     return _load(database, revisions[-1]) if revisions else None
 
 
+def renamed_from(database: Database, name: str) -> list[str]:
+    """Return what names the studies that had this name before they were renamed first, oldest first.
+
+    Args:
+        database: the database.
+        name: a name that no study has. Without a revision, it means all revisions; `NAME@1` means the first one.
+    """
+    is_any, first = "@" not in name, name.removesuffix(_FIRST)
+    renamed = [study for study in all_studies(database) if study.first_name]
+    found = [
+        each for each in renamed if each.first_name in {name, first} or (is_any and _is_revision(each.first_name, name))
+    ]
+    known = references(study_names(database))
+    return [known.get(each.name, each.name) for each in found]
+
+
 def references(names: Iterable[str]) -> dict[str, str]:
     """Return {name: what names the study} for users: `find_study` finds the study by it, not a later revision.
 

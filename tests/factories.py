@@ -16,9 +16,10 @@ from hpo.search.continuation import open_continued, plan_continuation
 from hpo.search.coordinator import TrialCoordinator
 from hpo.search.environment import check_trainable
 from hpo.search.listener import NullListener
+from hpo.search.messages import TrialReport, TrialSpec
 from hpo.search.runs import build_run, open_run
 from hpo.search.slots import Slots
-from hpo.search.worker import TrialReport, TrialSpec, end_trial, run_trial
+from hpo.search.worker import end_trial, run_trial
 from hpo.space.model import Space, load_space
 from storage.database import Database
 from storage.ownership import ClaimedTrial

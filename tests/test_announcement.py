@@ -13,7 +13,7 @@ import pytest
 from hpo import delivery
 from hpo.announcement import Announcer, describe_end
 from hpo.errors import SettingError, TrainableError
-from hpo.report.results import read_results
+from hpo.report.reading import read_results
 from hpo.search.stop import Stop, StopCause
 from hpo.service import run_search
 from storage.database import Database

@@ -221,7 +221,9 @@ def test_a_budget_that_is_spent_already_is_one_message_without_ray(
     assert [trial.state for trial in result.trials] == ["WAITING"]
     (summary,) = api.list_studies(storage=storage, runs_dir=tmp_path)
     assert (summary.state, summary.device_seconds) == ("resumable", 7200.0)
-    assert api.plan_search(less, storage=storage).device_seconds == 7200.0
+    planned = api.plan_search(less, storage=storage)
+    assert (planned.device_seconds, planned.spent) == (7200.0, reason)
+    assert api.plan_search(toy_space(tmp_path), storage=storage).spent == ""
     with open_database(storage) as database:
         assert all_studies(database)[0].settings["budget"] == less.budget.model_dump(), "the new budget is stored"
 

@@ -10,9 +10,8 @@ from tests.factories import ROOT
 CONTRACTS: list[dict[str, Any]] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"][
     "contracts"
 ]
-MODULES_OF_RAY = {
-    f"hpo.search.{name}" for name in ("cluster", "membership", "node_checks", "ray_worker", "tune", "tune_adapters")
-}
+RAY = ("cluster", "membership", "node_checks", "nodes", "private_ray", "ray_worker", "tune", "tune_adapters")
+MODULES_OF_RAY = {f"hpo.search.{name}" for name in RAY}
 
 
 def modules() -> set[str]:

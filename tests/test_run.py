@@ -28,7 +28,7 @@ from storage.errors import StorageError
 from storage.optuna_internals import trial_id
 from storage.studies import open_study
 from tests.end_to_end.processes import python
-from tests.factories import Finished, HpoHere, toy_space
+from tests.factories import Finished, HpoHere, search_without_ray, toy_space
 from tests.report.studies import finish_grid
 
 INTERRUPTED = Stop(StopCause.INTERRUPTED)
@@ -518,6 +518,16 @@ def test_run_with_plan_is_the_verb_plan(tmp_path: Path, hpo_here: HpoHere) -> No
     assert "No estimate: " in planned.stdout
     assert hpo_here(tmp_path, "run", "toy.yaml", "--plan") == planned
     assert not (tmp_path / "runs").exists(), "a plan writes nothing"
+
+
+def test_a_plan_says_that_nothing_is_left_to_train(tmp_path: Path, hpo_here: HpoHere) -> None:
+    space = toy_space(tmp_path, resources={"cpu": 1})
+    with open_database(f"sqlite:///{tmp_path}/toy.db") as database:
+        search_without_ray(space, database, tmp_path)
+    planned = hpo_here(tmp_path, "plan", "toy.yaml", "--storage", f"sqlite:///{tmp_path}/toy.db")
+    assert planned.returncode == 0
+    assert planned.stdout.endswith("\nNothing is left to train.\n")
+    assert "No machine" not in planned.stdout
 
 
 @pytest.mark.parametrize("verb", [["list"], ["report", "toy"]])

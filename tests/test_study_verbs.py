@@ -92,6 +92,9 @@ def test_compare_reads_other_databases_and_prints_json(here: Path, hpo_here: Hpo
     [
         ([], "name at least two studies"),
         (["toy"], "name at least two studies"),
+        (["toy", "toy"], "toy: this is one study, named twice. Name each study once"),
+        (["wide", "wide@2"], "wide and wide@2: this is one study, named twice"),
+        (["toy", "--other", "toy", "sqlite:///./runs/hpo.db"], "toy: this is one study, named twice"),
         (["toy", "tyo"], "there is no study 'tyo' in sqlite:///runs/hpo.db: did you mean toy?"),
         (["toy", "frobnicate"], "there is no study 'frobnicate' in sqlite:///runs/hpo.db: allowed: toy, wide, wide@2"),
         (["toy", "--other", "x", "sqlite:///no.db"], "there is no database sqlite:///no.db yet"),
@@ -114,6 +117,14 @@ def old_database(path: Path) -> tuple[str, str]:
         connection.executescript(script_of(5))
         ((name,),) = connection.execute("SELECT study_name FROM studies")
     return name, f"sqlite:///{path}"
+
+
+def test_a_study_that_was_renamed_is_named(here: Path, hpo_here: HpoHere) -> None:
+    for study, new_name in (("wide", "second"), ("wide", "first")):
+        rename_study(study, new_name)
+    for name, renamed in (("wide", "first or second"), ("wide@1", "first"), ("wide@2", "second")):
+        done = hpo_here(here, "report", name)
+        assert done.stderr == f"hpo: there is no study '{name}' in sqlite:///runs/hpo.db: it was renamed to {renamed}\n"
 
 
 @pytest.mark.parametrize("verb", ["compare", "copy"])

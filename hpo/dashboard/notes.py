@@ -7,8 +7,9 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from hpo.report.formatting import describe_seeds, format_mean, format_value
-from hpo.report.results import Results, TrialResult
+from hpo.report.results import Results
 from hpo.report.tables import describe_schedule
+from hpo.report.trials import TrialResult
 
 if TYPE_CHECKING:
     from hpo.space.model import Space

@@ -23,7 +23,9 @@ from hpo.dashboard.attributes import CHECKPOINT, CURVES, Artifact, DashboardAttr
 from hpo.dashboard.notes import describe_trial
 from hpo.paths import LOG_FILE, RunsDir, link_or_copy, logs_of, study_id_of, write_atomically
 from hpo.report.published import match_published
-from hpo.report.results import Results, TrialResult, read_epochs, read_results
+from hpo.report.reading import read_epochs, read_results
+from hpo.report.results import Results
+from hpo.report.trials import TrialResult
 from hpo.search.checkpoints import belongs_to, list_checkpoints
 from hpo.search.population import owner_of
 from hpo.search.retention import is_deleted

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from torch import nn
 
 from hpo.errors import SettingError
 from hpo.export.card import classify_script, render_card
+from hpo.export.origin import refuse_taken_over
 from hpo.export.program import Classifier, write_program
 from hpo.export.scoring import (
     FP32_ON_CPU,
@@ -49,7 +49,6 @@ from hpo.train.fashion_mnist import CLASS_NAMES
 from hpo.train.network import MirrorAverage, build_model
 from hpo.train.params import read_params
 from hpo.trainable import DEFAULT_TRAINABLE
-from storage.imports import Origin
 from storage.optuna_internals import trial_id
 from storage.pareto import direction_of, find_front, rank_best
 
@@ -83,6 +82,7 @@ def export_model(
     data_dir: Path,
     output: Path | None,
     versions: Mapping[str, Any],
+    password: str | None = None,
 ) -> ExportedModel:
     """Write a trial's model into a folder, which is replaced only when all new files are written.
 
@@ -93,13 +93,15 @@ def export_model(
         data_dir: the folder with the data sets, to score the model again.
         output: the folder to write; None for one under `runs_dir`. An earlier export there is replaced.
         versions: of the code and the packages that run now.
+        password: the PostgreSQL password of other databases, which may have the study that trained a result.
 
     Raises:
+        TrainedElsewhereError: another study trained it.
         SettingError: there is no such trial, its checkpoint is not on this machine, or the folder contains other files.
         DataError: the data set is missing.
     """
     trial = _choose_trial(study, number)
-    space = _space_of(study, runs_dir, trial)
+    space = _space_of(study, runs_dir, trial, password)
     output = (output or runs_dir.export(study.name, trial.number)).absolute()
     _check_replaceable(output)
     provenance = study.provenance(trial.number)
@@ -171,14 +173,14 @@ def _choose_trial(study: Study, number: int | None) -> FrozenTrial:
             return trial
     state = next((f"is {trial.state.name}" for trial in trials if trial.number == number), "does not exist")
     shown = ", ".join(str(trial.number) for trial in complete[:20]) + (", ..." if len(complete) > 20 else "")
-    raise SettingError(f"trial {number} of study {study.name} {state}; these are COMPLETE: {shown or 'none'}")
+    raise SettingError(f"trial {number} of study {study.reference} {state}; these are COMPLETE: {shown or 'none'}")
 
 
 def _best_trial(study: Study) -> FrozenTrial:
     # Optuna's best trial may be one of an earlier study from which the sampler alone learns: that is no result.
     complete = [trial for trial in study.trained_trials() if trial.state.name == "COMPLETE"]
     if not complete:
-        raise SettingError(f"study {study.name} has no COMPLETE trial to export; start one with `hpo run`")
+        raise SettingError(f"study {study.reference} has no COMPLETE trial to export; start one with `hpo run`")
     directions = [direction_of(each) for each in study.optuna_study.directions]
     if len(directions) > 1:
         raise SettingError(_list_front(study))
@@ -206,31 +208,23 @@ def _list_front(study: Study) -> str:
     return "\n".join([text, *lines, *more])
 
 
-def _space_of(study: Study, runs_dir: RunsDir, trial: FrozenTrial) -> Space:
+def _space_of(study: Study, runs_dir: RunsDir, trial: FrozenTrial, password: str | None) -> Space:
     """Return the space that the study was opened with.
 
     Raises:
+        TrainedElsewhereError: another study trained it.
         SettingError: the study is of another trainable or another program.
     """
     if not study.settings:
-        raise SettingError(f"study {study.name} was not created by hpo, so its networks are unknown")
+        raise SettingError(f"study {study.reference} was not created by hpo, so its networks are unknown")
     space = Space.from_settings(study.settings)
-    _refuse_reused(trial)
+    refuse_taken_over(study, trial, password)
     if not space.is_default_trainable:
         raise SettingError(
-            f"study {study.name} was trained by {space.command or space.trainable}: only the network of "
+            f"study {study.reference} was trained by {space.command or space.trainable}: only the network of "
             f"{DEFAULT_TRAINABLE} can be exported. What it saved is in {runs_dir.trial(study.unique_name, trial.number)}"
         )
     return space
-
-
-def _refuse_reused(trial: FrozenTrial) -> None:
-    origin = Origin.of(trial.user_attrs)
-    if origin is not None:
-        raise SettingError(
-            f"trial {trial.number} was trained as trial {origin.number} of study {origin.study}, which has its checkpoint: "
-            f"export it there, with `hpo export {shlex.quote(origin.study)} --trial {origin.number}`"
-        )
 
 
 def _load_checkpoint(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.report.curves import COLOURS, CurveFigure, Line
 from hpo.report.formatting import describe_seeds, format_number, format_seconds, format_value, shorten
-from hpo.report.results import Results, TrialResult, read_results
+from hpo.report.reading import read_results
+from hpo.report.results import Results
+from hpo.report.trials import TrialResult
+from storage.pareto import Direction, find_front
 
 if TYPE_CHECKING:
     from storage.studies import Study
@@ -36,6 +40,25 @@ class Step:
 
 
 @dataclass(frozen=True)
+class ObjectiveProgress:
+    """What one study found for one of its objectives.
+
+    Attributes:
+        metric: the objective.
+        maximize: whether it is maximized.
+        best: the best value of a completed trial; None without one.
+        best_trial: its number and parameters; empty without one.
+        steps: in order; empty without a value.
+    """
+
+    metric: str
+    maximize: bool
+    best: float | None
+    best_trial: str
+    steps: list[Step]
+
+
+@dataclass(frozen=True)
 class StudyProgress:
     """What one study found, and what for.
 
@@ -43,33 +66,30 @@ class StudyProgress:
         name: what names it on the command line.
         storage: the URL of its database, without a password.
         state: see `storage.summaries.state_of`.
-        metric: the first objective, which is compared.
-        maximize: whether it is maximized.
-        objectives: how many there are.
+        objectives: what it found for each; at least one.
+        front: the values of each trial on the Pareto front; empty for a single objective.
         trials: how many trials have ended that the study trained.
         reused: how many results it has from earlier studies. They are its best values from the start, and cost it nothing.
-        best: the best value of a completed trial; None without one.
-        best_trial: its number and parameters; empty without one.
         epochs: how many epochs the study trained, those of unfinished trials included.
         device_seconds: how long devices were used for them: a trial that had a quarter of a GPU counts a quarter.
-        steps: in order; empty without a value.
         settings: {what: value} that decides whether values can be compared; only `objective` if hpo cannot read the others.
     """
 
     name: str
     storage: str
     state: str
-    metric: str
-    maximize: bool
-    objectives: int
+    objectives: list[ObjectiveProgress]
+    front: list[list[float]]
     trials: int
     reused: int
-    best: float | None
-    best_trial: str
     epochs: int
     device_seconds: float
-    steps: list[Step]
     settings: dict[str, str]
+
+    def objective(self, like: ObjectiveProgress) -> ObjectiveProgress | None:
+        """Return the objective with the same metric and direction as another study's; None without one."""
+        same = (each for each in self.objectives if (each.metric, each.maximize) == (like.metric, like.maximize))
+        return next(same, None)
 
 
 @dataclass(frozen=True)
@@ -84,12 +104,24 @@ class Comparison:
     studies: list[StudyProgress]
     differences: list[str]
 
-    @property
-    def drawn(self) -> list[StudyProgress]:
-        """The studies in one figure: those with the metric and direction of the first one that have a value."""
-        first = self.studies[0]
-        same = [each for each in self.studies if (each.metric, each.maximize) == (first.metric, first.maximize)]
-        return [each for each in same if each.steps][:MAX_LINES]
+    def drawn(self, like: ObjectiveProgress) -> list[tuple[StudyProgress, ObjectiveProgress]]:
+        """Return the studies in the figures of an objective, each with its own: those that have a value of it."""
+        same = [(study, found) for study in self.studies if (found := study.objective(like)) is not None]
+        return [(study, found) for study, found in same if found.steps][:MAX_LINES]
+
+    def joint_front(self) -> list[int]:
+        """Return how many trials of each study are on the Pareto front of the trials of all studies.
+
+        It has a number for each study; empty if fewer than two have a front, or if their objectives differ.
+        """
+        fronts = [study for study in self.studies if study.front]
+        directions = {tuple((each.metric, each.maximize) for each in study.objectives) for study in fronts}
+        if len(fronts) < 2 or len(directions) > 1:
+            return []
+        owners = [place for place, study in enumerate(self.studies) for _ in study.front]
+        joint = find_front([values for study in self.studies for values in study.front], _directions(fronts[0]))
+        counts = Counter(owners[place] for place in joint)
+        return [counts[place] for place in range(len(self.studies))]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -113,23 +145,31 @@ def read_progress(study: Study) -> StudyProgress:
         StorageError: the database cannot be used.
     """
     results, epochs = read_results(study, epochs=False), study.count_epochs()
-    best = results.best
     return StudyProgress(
         results.name,
         study.database.url,
         results.state,
-        results.metric,
-        results.maximize,
-        len(results.objectives),
+        [_read_objective(results, place) for place in range(len(results.objectives))],
+        [list(trial.values) for trial in results.best_trials] if len(results.objectives) > 1 else [],
         sum(trial.has_ended for trial in results.trained),
         len(results.trials) - len(results.trained),
-        None if best is None else best.values[0],
-        "" if best is None else results.label(best),
         sum(_count_trained(trial, epochs.get(trial.trial_id, 0)) for trial in results.trained),
         sum(map(_device_seconds, results.trained)),
-        list(_steps(results)),
         _settings(results),
     )
+
+
+def _read_objective(results: Results, place: int) -> ObjectiveProgress:
+    metric, maximize = results.objectives[place]
+    values = {trial.number: value for trial in results.trials if (value := _value(trial, place)) is not None}
+    best = (max if maximize else min)(values.values(), default=None)
+    trial = next((each for each in results.ranked if values.get(each.number) == best), None) if values else None
+    label = "" if trial is None else results.label(trial)
+    return ObjectiveProgress(metric, maximize, best, label, list(_steps(results, place)))
+
+
+def _directions(study: StudyProgress) -> list[Direction]:
+    return ["maximize" if each.maximize else "minimize" for each in study.objectives]
 
 
 def _count_trained(trial: TrialResult, epochs: int) -> int:
@@ -142,13 +182,13 @@ def _device_seconds(trial: TrialResult) -> float:
     return sum(trial.device_seconds.values()) or trial.wall_seconds
 
 
-def _steps(results: Results) -> Iterator[Step]:
+def _steps(results: Results, place: int) -> Iterator[Step]:
     ended = sorted(
         (trial for trial in results.trained if trial.has_ended),
         key=lambda trial: (trial.completed or datetime.min, trial.number),
     )
-    reused = [value for trial in results.trials if trial.reused_from and (value := _value(trial)) is not None]
-    better = max if results.maximize else min
+    reused = [value for trial in results.trials if trial.reused_from and (value := _value(trial, place)) is not None]
+    better = max if results.objectives[place][1] else min
     best = better(reused, default=None)
     last = None if best is None else Step(0, 0.0, best)
     if last is not None:
@@ -156,7 +196,7 @@ def _steps(results: Results) -> Iterator[Step]:
     spent = 0.0
     for trials, trial in enumerate(ended, start=1):
         spent += _device_seconds(trial)
-        value = _value(trial)
+        value = _value(trial, place)
         if value is not None and (best is None or better(value, best) != best):
             best = value
             yield (last := Step(trials, spent, best))
@@ -164,10 +204,10 @@ def _steps(results: Results) -> Iterator[Step]:
         yield Step(len(ended), spent, best)
 
 
-def _value(trial: TrialResult) -> float | None:
-    """Return the first objective of a completed trial; None if it has none, or an infinite one."""
-    is_result = trial.state == "COMPLETE" and trial.values and math.isfinite(trial.values[0])
-    return trial.values[0] if is_result else None
+def _value(trial: TrialResult, place: int) -> float | None:
+    """Return an objective of a completed trial; None if it has none, or an infinite one."""
+    has_value = trial.state == "COMPLETE" and place < len(trial.values)
+    return trial.values[place] if has_value and math.isfinite(trial.values[place]) else None
 
 
 def _settings(results: Results) -> dict[str, str]:
@@ -206,56 +246,90 @@ def _differences(studies: Sequence[StudyProgress]) -> Iterator[str]:
 
 
 def comparison_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Return the headings of a table of studies, and a row of texts for each."""
-    metrics = {study.metric for study in comparison.studies}
-    best = f"best {comparison.studies[0].metric}" if len(metrics) == 1 else "best"
-    columns = ["study", "state", "trials", best, "best trial", "found after", "epochs", "device time"]
-    has_reused = any(study.reused for study in comparison.studies)
-    several = len({study.storage for study in comparison.studies}) > 1
-    if has_reused:
-        columns.insert(3, "reused")
+    """Return the headings of a table of studies, and rows of texts: one for each objective of each study.
+
+    What is of the whole study is in the row of its first objective.
+    """
+    metrics = {objective.metric for study in comparison.studies for objective in study.objectives}
+    best = f"best {min(metrics)}" if len(metrics) == 1 else "best"
+    found = [best, "best trial", "found after"]
+    columns = [
+        "study",
+        "state",
+        "trials",
+        "reused",
+        "Pareto front",
+        "of the joint one",
+        *found,
+        "epochs",
+        "device time",
+    ]
+    joint = comparison.joint_front() or [0] * len(comparison.studies)
     rows = []
-    for study in comparison.studies:
-        found = [step for step in study.steps if step.best == study.best][:1]
-        rows.append(
-            [
-                f"{study.name} in {study.storage}" if several else study.name,
-                study.state or "another program's",
-                f"{study.trials:,}",
-                *([f"{study.reused:,}"] if has_reused else []),
-                format_number(study.best) + ("" if len(metrics) == 1 or study.best is None else f" {study.metric}"),
-                shorten(study.best_trial),
-                "".join(
-                    f"{step.trials:,} of {study.trials:,}, {format_seconds(step.device_seconds)}" for step in found
-                ),
-                f"{study.epochs:,}",
-                format_seconds(study.device_seconds),
-            ]
-        )
-    return columns, rows
+    for study, count in zip(comparison.studies, joint, strict=True):
+        row = {
+            "study": study.name,
+            "state": study.state or "another program's",
+            "trials": f"{study.trials:,}",
+            "reused": f"{study.reused:,}",
+            "Pareto front": f"{len(study.front):,}" if len(study.objectives) > 1 else "",
+            "of the joint one": f"{count:,} of {sum(joint):,}" if study.front else "",
+            "epochs": f"{study.epochs:,}",
+            "device time": format_seconds(study.device_seconds),
+        }
+        if len({each.storage for each in comparison.studies}) > 1:
+            row["study"] += f" in {study.storage}"
+        for objective in study.objectives:
+            value = format_number(objective.best)
+            is_named = len(metrics) > 1 and objective.best is not None
+            cells = (f"{value} {objective.metric}" if is_named else value, shorten(objective.best_trial))
+            rows.append(row | dict(zip(found, (*cells, _found_after(study, objective)), strict=True)))
+            row = {}
+    if not any(study.reused for study in comparison.studies):
+        columns.remove("reused")
+    if all(len(study.objectives) == 1 for study in comparison.studies):
+        columns.remove("Pareto front")
+    if not any(joint):
+        columns.remove("of the joint one")
+    return columns, [[row.get(column, "") for column in columns] for row in rows]
+
+
+def _found_after(study: StudyProgress, objective: ObjectiveProgress) -> str:
+    first = next((step for step in objective.steps if step.best == objective.best), None)
+    if first is None:
+        return ""
+    return f"{first.trials:,} of {study.trials:,}, {format_seconds(first.device_seconds)}"
 
 
 def comparison_remarks(comparison: Comparison) -> list[str]:
     """Return what a reader of a comparison must know: what differs, and which studies are not drawn."""
-    left_out = [study.name for study in comparison.studies if study not in comparison.drawn]
-    has_several = any(study.objectives > 1 for study in comparison.studies)
+    drawn = {id(study) for objective in comparison.studies[0].objectives for study, _ in comparison.drawn(objective)}
+    left_out = [study.name for study in comparison.studies if id(study) not in drawn]
     return [
         *comparison.differences,
-        *(["Of several objectives, the first one is compared"] if has_several else []),
+        *(["The joint Pareto front is that of the trials of all these studies"] if comparison.joint_front() else []),
         *([f"Not drawn, with another metric or without a completed trial: {', '.join(left_out)}"] if left_out else []),
     ]
 
 
 def progress_figures(comparison: Comparison) -> list[CurveFigure]:
-    """Return the best value so far, over trials and over device time; nothing if no study has a value."""
-    drawn = comparison.drawn
-    if not drawn:
-        return []
-    longest = max(study.steps[-1].device_seconds for study in drawn)
+    """Return the best value so far of each objective of the first study, over trials and over device time.
+
+    An objective of which no study has a value has no figures.
+    """
+    return [
+        figure
+        for objective in comparison.studies[0].objectives
+        if (drawn := comparison.drawn(objective))
+        for figure in _figures_of(drawn, objective.metric)
+    ]
+
+
+def _figures_of(drawn: Sequence[tuple[StudyProgress, ObjectiveProgress]], metric: str) -> list[CurveFigure]:
+    longest = max(objective.steps[-1].device_seconds for _, objective in drawn)
     unit = next((name for name, seconds in UNITS.items() if longest >= 3 * seconds), "seconds")
-    by_time = [[step.device_seconds / UNITS[unit] for step in study.steps] for study in drawn]
-    by_trials = [[float(step.trials) for step in study.steps] for study in drawn]
-    metric = drawn[0].metric
+    by_time = [[step.device_seconds / UNITS[unit] for step in objective.steps] for _, objective in drawn]
+    by_trials = [[float(step.trials) for step in objective.steps] for _, objective in drawn]
     return [
         _figure(f"Best {metric} over trials", "trials that have ended", drawn, by_trials, has_whole_x=True),
         _figure(f"Best {metric} over device time", f"device time, {unit}", drawn, by_time, has_whole_x=False),
@@ -263,14 +337,19 @@ def progress_figures(comparison: Comparison) -> list[CurveFigure]:
 
 
 def _figure(
-    title: str, x_title: str, drawn: Sequence[StudyProgress], places: Sequence[Sequence[float]], *, has_whole_x: bool
+    title: str,
+    x_title: str,
+    drawn: Sequence[tuple[StudyProgress, ObjectiveProgress]],
+    places: Sequence[Sequence[float]],
+    *,
+    has_whole_x: bool,
 ) -> CurveFigure:
-    several = len({study.storage for study in drawn}) > 1
+    several = len({study.storage for study, _ in drawn}) > 1
     lines = []
-    for study, xs, colour in zip(drawn, places, COLOURS, strict=False):
-        x, y = _as_steps(xs, [step.best for step in study.steps])
+    for (study, objective), xs, colour in zip(drawn, places, COLOURS, strict=False):
+        x, y = _as_steps(xs, [step.best for step in objective.steps])
         label = f"{study.name} in {study.storage}" if several else shorten(study.name)  # long paths may begin alike
-        lines.append(Line(x, y, colour, label, hover=(label, study.metric)))
+        lines.append(Line(x, y, colour, label, hover=(label, objective.metric)))
     end = math.ceil(max(max(each) for each in places))
     return CurveFigure(title, lines, [], end, is_log=False, x_title=x_title, has_whole_x=has_whole_x)
 

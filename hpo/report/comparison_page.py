@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import secrets
 import shlex
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpo.errors import SettingError
-from hpo.paths import RunsDir, write_atomically
+from hpo.paths import DEFAULT_STORAGE, RunsDir, write_atomically
 from hpo.report.comparison import Comparison, compare, comparison_remarks, comparison_rows, progress_figures
 from hpo.report.results import Results
 from hpo.report.templating import PageFigure, curve_page_figure, environment
@@ -29,12 +30,14 @@ class ComparisonSection:
     """A comparison as the templates show it.
 
     Attributes:
+        studies: how many there are.
         columns: headings of the table.
         rows: its texts.
         figures: the curves.
         remarks: what a reader must know, one line each.
     """
 
+    studies: int
     columns: list[str]
     rows: list[list[str]]
     figures: list[PageFigure]
@@ -80,32 +83,39 @@ def compare_with_ancestors(results: Results) -> ComparisonSection | None:
     """
     if not results.sources:
         return None
-    remarks, ancestors = [], []
+    remarks: list[str] = []
+    ancestors: dict[int, Study] = {}  # one that was renamed may have been taken over under both names
     with results.study.database:
         for source in results.sources:
             if source.storage:
-                command = shlex.join(["hpo", "compare", results.name, "--other", source.study, source.storage])
+                own = results.study.database.url
+                named = [] if own == DEFAULT_STORAGE else ["--storage", own]
+                command = shlex.join(["hpo", "compare", results.name, "--other", source.study, source.storage, *named])
                 remarks.append(f"{source.study} is in another database: {command}")
-            elif (found := _find(results, source.study)) is not None:
-                ancestors.append(found)
+            elif found := _find(results, source.study):
+                ancestors.update({study.study_id: study for study in found})
             else:
                 remarks.append(f"{source.study} is not in the database any more")
-        section = build_section(compare([results.study, *ancestors]))
-    return ComparisonSection(section.columns, section.rows, section.figures, [*section.remarks, *remarks])
+        section = build_section(compare([results.study, *ancestors.values()]))
+    return dataclasses.replace(section, remarks=[*section.remarks, *remarks])
 
 
 def build_section(comparison: Comparison) -> ComparisonSection:
     """Return a comparison as the templates show it."""
     columns, rows = comparison_rows(comparison)
     figures = [
-        curve_page_figure(name, figure, CAPTION)
-        for name, figure in zip(("best_over_trials", "best_over_time"), progress_figures(comparison), strict=False)
+        curve_page_figure(f"{name}_{objective}" if objective > 1 else name, figure, CAPTION)
+        for place, figure in enumerate(progress_figures(comparison))
+        for objective, name in [(place // 2 + 1, ("best_over_trials", "best_over_time")[place % 2])]
     ]
-    return ComparisonSection(columns, rows, figures, comparison_remarks(comparison))
+    return ComparisonSection(len(comparison.studies), columns, rows, figures, comparison_remarks(comparison))
 
 
-def _find(results: Results, name: str) -> Study | None:
-    from storage.studies import find_study
+def _find(results: Results, name: str) -> list[Study]:
+    """Return an earlier study of the same database, or those that it was renamed to."""
+    from storage.studies import find_study, renamed_from
 
-    found = find_study(results.study.database, name)
-    return None if found is None or found.name == results.study.name else found
+    database = results.study.database
+    found = find_study(database, name)
+    studies = [found] if found is not None else [find_study(database, each) for each in renamed_from(database, name)]
+    return [study for study in studies if study is not None and study.name != results.study.name]

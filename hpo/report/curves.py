@@ -14,7 +14,8 @@ from typing import Literal
 
 from hpo.report.formatting import shorten
 from hpo.report.published import Published
-from hpo.report.results import Results, TrialResult
+from hpo.report.results import Results
+from hpo.report.trials import TrialResult
 
 MAX_COLOURED = 10  # more colours cannot be distinguished
 MAX_GREY = 90

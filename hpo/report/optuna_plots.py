@@ -7,7 +7,8 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from hpo.report.curves import COLOURS, GREY
-from hpo.report.results import Results, TrialResult
+from hpo.report.results import Results
+from hpo.report.trials import TrialResult
 from storage.optuna_internals import show_trials
 
 if TYPE_CHECKING:

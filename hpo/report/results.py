@@ -1,148 +1,29 @@
-"""Read a study once: its trials with every metric, its runs, and their cost. Draws nothing."""
+"""The results of a study: what its trials show together. Draws nothing."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import datetime
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from hpo.errors import SpaceError
-from hpo.paths import RunsDir
 from hpo.report.formatting import format_value
-from hpo.search.continuation import lacks_points
+from hpo.report.trials import STATES, TrialResult
 from hpo.space.model import Space
-from hpo.trainable import STDERR_SUFFIX, is_error, is_timing
-from storage.imports import Origin, TakenOver, read_sources
-from storage.optuna_internals import trial_id
-from storage.parents import Parent
+from hpo.trainable import is_error, is_timing
+from storage.imports import TakenOver, read_sources
 from storage.pareto import Direction, find_front, rank_best
-from storage.records import CONTINUED_FROM, RETRIED
-from storage.studies import without_garbage_collection
-from storage.summaries import elapsed_seconds, state_of
+from storage.summaries import elapsed_seconds
 
 if TYPE_CHECKING:
     from types import ModuleType
 
     import pandas as pd
-    from optuna.trial import FrozenTrial
 
-    from storage.records import Metrics
     from storage.studies import Study
 
-STATES = ("COMPLETE", "PRUNED", "RUNNING", "WAITING", "FAIL")  # in the order of the ranking
-ENDED_STATES = ("COMPLETE", "PRUNED", "FAIL")
 MAX_RANKED = 1000  # sorting all fronts of ten thousand trials takes a second, and no table shows so many
-
-
-@dataclass(frozen=True)
-class TrialResult:
-    """One trial: its configuration, its metrics, and the device that it ran on.
-
-    Attributes:
-        number: counts from 0 within the study.
-        params: {name: value}. Only active parameters are present, so trials may have different names.
-        state: `COMPLETE`, `PRUNED`, `RUNNING`, `WAITING` or `FAIL`.
-        values: one float per objective; empty while the trial has no result. May be infinite.
-        epochs: {epoch: {metric: value}}, epochs from 1 in ascending order. Values may be NaN or infinite.
-        fail_reason: one line; empty unless the state is `FAIL`.
-        traceback: of the exception that ended the trial; empty if there was none.
-        provenance: the device, its name, and the share of a GPU. Run-wide facts are in `Results.runs`.
-        wall_seconds: from start to end as Optuna recorded it; 0.0 if the trial has not ended.
-        attrs: Optuna's user attributes of the trial.
-        device_seconds: {`cuda` or `cpu`: for how long it held how many of them}, with epochs that were lost and earlier
-            attempts. On the CPU, a trial holds one.
-        trial_id: the key in the database, unique across its studies.
-        completed: when it ended, in UTC without a time zone; None if it has not.
-        replicates: how many trainings it is, with one seed each.
-    """
-
-    number: int
-    params: dict[str, Any]
-    state: str
-    values: tuple[float, ...] = ()
-    epochs: Metrics = field(default_factory=dict)
-    fail_reason: str = ""
-    traceback: str = ""
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-    wall_seconds: float = 0.0
-    attrs: Mapping[str, Any] = field(default_factory=dict)
-    device_seconds: Mapping[str, float] = field(default_factory=dict)
-    trial_id: int = 0
-    completed: datetime | None = None
-    replicates: int = 1
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether the trial is in a final state."""
-        return self.state in ENDED_STATES
-
-    @property
-    def reused_from(self) -> str:
-        """The trial of an earlier study whose result this is, such as `grid #3`; empty if this study trained it."""
-        origin = Origin.of(self.attrs)
-        return "" if origin is None else f"{origin.study} #{origin.number}"
-
-    @property
-    def continued_from(self) -> str:
-        """The shorter trial from whose checkpoint it started, such as `grid@1 #3`; empty for none."""
-        return str(self.parent) if self.continued_epochs else ""
-
-    @property
-    def continued_epochs(self) -> int:
-        """How many of its epochs that trial has trained."""
-        return 0 if self.parent is None else self.parent.epoch
-
-    @property
-    def parent(self) -> Parent | None:
-        """The trial that it continues, as stored; None for none."""
-        return Parent.read(self.attrs.get(CONTINUED_FROM))
-
-    @property
-    def last_epoch(self) -> int:
-        """The last epoch that storage holds; 0 without epochs."""
-        return max(self.epochs, default=0)
-
-    @property
-    def last(self) -> dict[str, float]:
-        """The metrics of the last epoch; empty without epochs."""
-        return self.epochs.get(self.last_epoch, {})
-
-    def standard_error(self, metric: str) -> float | None:
-        """The standard error of a metric's mean over several seeds, after the last epoch; None with a single seed."""
-        return self.last.get(metric + STDERR_SUFFIX) if self.replicates > 1 else None
-
-    def curve(self, metric: str) -> tuple[list[int], list[float]]:
-        """Return the epochs that have a metric, and its values: two lists of the same length, empty if none has it."""
-        points = [(epoch, values[metric]) for epoch, values in self.epochs.items() if metric in values]
-        return [epoch for epoch, _ in points], [value for _, value in points]
-
-    @cached_property
-    def seconds(self) -> float:
-        """The seconds that its epochs took, training and validation; not those of a trial that it continues. Without epochs,
-        `wall_seconds`.
-        """
-        own = (values for epoch, values in self.epochs.items() if epoch > self.continued_epochs)
-        seconds = sum(values.get("epoch_seconds", 0.0) for values in own)
-        return seconds or self.wall_seconds
-
-    @cached_property
-    def images(self) -> float:
-        """The images trained on, counted once per epoch; 0.0 if the trainable does not report its speed."""
-        return math.fsum(
-            values["images_per_second"] * values["train_seconds"]
-            for values in self.epochs.values()
-            if "images_per_second" in values and "train_seconds" in values
-        )
-
-    @property
-    def images_per_second(self) -> float | None:
-        """The mean training speed over all epochs, or None if the trainable does not report it."""
-        _, speeds = self.curve("images_per_second")
-        return sum(speeds) / len(speeds) if speeds else None
 
 
 @dataclass(frozen=True)
@@ -414,112 +295,6 @@ class Results:
         ]
         frame: pd.DataFrame = pandas.DataFrame(rows) if rows else pandas.DataFrame(columns=["number", "epoch"])
         return frame
-
-
-def read_results(study: Study, *, epochs: bool = True) -> Results:
-    """Read all trials of a study, with every metric of every epoch.
-
-    Args:
-        study: the study to read.
-        epochs: whether to read the epochs, the bulk of a large study. If False, `TrialResult.epochs` is empty for all
-            trials; `read_epochs` reads those of some.
-
-    Raises:
-        StorageError: the database cannot be reached.
-    """
-    with without_garbage_collection():
-        trials = study.trained_trials()
-        metrics: dict[int, Metrics | None] = dict.fromkeys(trial.number for trial in trials)
-        if epochs:
-            metrics |= study.metrics(trials)
-        provenances, used = study.provenances(trials), study.device_seconds_by_trial()
-    attrs, runs = study.attrs, study.runs()
-    space = _stored_space(attrs)
-    objectives = _objectives(study, space)
-    return Results(
-        study,
-        objectives,
-        [
-            _trial_result(
-                trial,
-                metrics[trial.number],
-                provenances[trial.number],
-                used.get(trial_id(trial), {}),
-                objectives[0][0],
-                1 if space is None else space.replicates,
-            )
-            for trial in trials
-        ],
-        attrs,
-        runs,
-        space,
-        study.reference,
-        _state_of(study, attrs, trials, runs),
-    )
-
-
-def read_epochs(results: Results, numbers: Container[int]) -> Results:
-    """Return the same results with the epochs of the trials with these numbers, and no others.
-
-    Raises:
-        StorageError: the database cannot be reached.
-    """
-    wanted = [trial.trial_id for trial in results.trials if trial.number in numbers]
-    found = results.study.metrics_of(wanted)
-    return replace(results, trials=[replace(trial, epochs=found.get(trial.trial_id, {})) for trial in results.trials])
-
-
-def _state_of(study: Study, attrs: Mapping[str, Any], trials: Sequence[FrozenTrial], runs: Sequence[Any]) -> str:
-    counts = Counter(trial.state.name for trial in trials)
-    retried = sum(trial.state.name in {"WAITING", "RUNNING"} and RETRIED in trial.user_attrs for trial in trials)
-    state = state_of(attrs, counts, runs, ended=study.count_ended_keys(), retried=retried)
-    return "resumable" if state == "finished" and lacks_points(study, RunsDir()) else state
-
-
-def _stored_space(attrs: Mapping[str, Any]) -> Space | None:
-    try:
-        return Space.from_settings(attrs["hpo:settings"])
-    except (SpaceError, LookupError, TypeError, AttributeError):  # another program's study, or another version's
-        return None
-
-
-def _objectives(study: Study, space: Space | None) -> list[tuple[str, bool]]:
-    directions = study.optuna_study.directions
-    names = study.optuna_study.metric_names
-    if space is not None and len(directions) == len(space.all_objectives):
-        names = [each.metric for each in space.all_objectives]
-    elif not names:
-        names = ["value"] if len(directions) == 1 else [f"objective {i}" for i in range(len(directions))]
-    return [(name, direction.name == "MAXIMIZE") for name, direction in zip(names, directions, strict=True)]
-
-
-def _trial_result(
-    trial: FrozenTrial,
-    epochs: Metrics | None,
-    provenance: Mapping[str, Any],
-    device_seconds: Mapping[str, float],
-    metric: str,
-    replicates: int,
-) -> TrialResult:
-    if epochs == {}:  # a trial that another program added through Optuna has intermediate values only
-        epochs = {step: {metric: value} for step, value in sorted(trial.intermediate_values.items())}
-    failed = trial.state.name == "FAIL"
-    return TrialResult(
-        trial.number,
-        trial.params,
-        trial.state.name,
-        tuple(trial.values or ()),
-        epochs or {},
-        str(trial.user_attrs.get("fail_reason", "for an unknown reason")) if failed else "",
-        str(trial.user_attrs.get("traceback", "")),
-        provenance,
-        trial.duration.total_seconds() if trial.duration else 0.0,
-        trial.user_attrs,
-        device_seconds,
-        trial_id(trial),
-        trial.datetime_complete,
-        replicates,
-    )
 
 
 def _import_pandas() -> ModuleType:

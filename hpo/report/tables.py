@@ -23,7 +23,8 @@ from hpo.report.formatting import (
     format_seconds,
     format_value,
 )
-from hpo.report.results import STATES, Results, TrialResult
+from hpo.report.results import Results
+from hpo.report.trials import STATES, TrialResult
 
 if TYPE_CHECKING:
     from rich.console import Console

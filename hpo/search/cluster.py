@@ -10,24 +10,23 @@ import gc
 import json
 import logging
 import os
-import secrets
 import signal
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import SettingError
 from hpo.search.head import Head
+from hpo.search.nodes import read_nodes
+from hpo.search.private_ray import local_options, private_ray, stop_autoscaler
 from hpo.search.ray_address import check_address, no_answer
 from hpo.search.sigterm import sigterm_kept
-from hpo.search.slots import KIND_PREFIX, Node
+from hpo.search.slots import Node
 
 if TYPE_CHECKING:
     from hpo.search.node_checks import NodeChecks
@@ -48,16 +47,10 @@ os.environ.update(
     TUNE_GLOBAL_CHECKPOINT_S="86400",
 )
 
-# For a Ray that is started here: it listens on the loopback interface only, as on Windows and macOS, and asks for a token of
-# its own, from a file in its folder. The usual file, ~/.ray/auth_token, may be readable for others.
-_LOCAL_VARIABLES = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
-_TOKEN, _TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
-
 WATCH_SECONDS = 0.5  # between two looks at the processes of a Ray that was started here
 GRACE_SECONDS = 2.0  # in which a search may end by itself after Ray has died
 LEAVE_SECONDS = 60.0  # how long leaving waits for Ray to start and shut down
 INTERRUPT_SECONDS = 0.1  # until a signal that arrived in an import is sent again
-OBJECT_STORE_BYTES = 100 * 2**20  # reports are small; the workers read data sets from disk
 
 
 class RayCluster:
@@ -150,7 +143,7 @@ class RayCluster:
         self._start_ended.wait()
         if self._error is not None:
             raise self._error
-        return read_nodes()[0]
+        return [node for node in read_nodes() if not node.is_drained]
 
     @property
     def is_shared(self) -> bool:
@@ -219,29 +212,17 @@ class RayCluster:
         logging.getLogger("ray").setLevel(logging.CRITICAL)
         with (
             tempfile.TemporaryDirectory(prefix="hpo-ray-", ignore_cleanup_errors=True) as scratch,
-            _private_if_local(self._address, Path(scratch)),
+            private_ray(Path(scratch)) if self._address is None else nullcontext(),
         ):
             try:
-                options: dict[str, Any] = {"address": self._address, "job_config": _without_driver_paths()}
-                if self._address is None:
-                    # Ray opens its folder to all users; nobody else may enter ours.
-                    options |= {"address": "local", "include_dashboard": False, "_temp_dir": f"{scratch}/r"}
-                    options["object_store_memory"] = OBJECT_STORE_BYTES
-                    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-                    if cores != os.cpu_count():  # Ray counts those, too, that Slurm or taskset keeps from this process
-                        options["num_cpus"] = cores
-                if self._address is not None:
-                    options["address"] = _find(self._address)
-                    check_address(options["address"])
-                    if self._code is not None and not _has_working_dir():
-                        package = Path(scratch) / "code.zip"
-                        package.write_bytes(self._code)
-                        options["runtime_env"] = {"working_dir": str(package)}
+                folder = Path(scratch)
+                options = local_options(folder) if self._address is None else self._options(self._address, folder)
                 self._has_answered.set()
+                job: Any = _without_driver_paths()
                 with sigterm_kept():
-                    ray.init(logging_level=logging.CRITICAL, log_to_driver=False, **options)
+                    ray.init(job_config=job, logging_level=logging.CRITICAL, log_to_driver=False, **options)
                 if self._address is None:
-                    _stop_autoscaler()
+                    stop_autoscaler()
                 else:
                     self._head = _watch_head()
             except ConnectionError as error:
@@ -259,6 +240,16 @@ class RayCluster:
                     ray.shutdown()
         if code is not None:
             os._exit(code)  # Ray's other processes end with this one
+
+    def _options(self, address: str, folder: Path) -> dict[str, Any]:
+        """Return what `ray.init` gets to join a cluster that answers. The code for its nodes is written to a folder."""
+        options: dict[str, Any] = {"address": _find(address)}
+        check_address(options["address"])
+        if self._code is not None and not _has_working_dir():
+            package = folder / "code.zip"
+            package.write_bytes(self._code)
+            options["runtime_env"] = {"working_dir": str(package)}
+        return options
 
 
 def _watch_head() -> Head:
@@ -294,77 +285,8 @@ def _find(address: str) -> str:
     return str(services.canonicalize_bootstrap_address(address))
 
 
-def read_nodes() -> tuple[list[Node], dict[str, float]]:
-    """Return the nodes on which trials may start, and {id: seconds left} of those that are drained. Ray must be up."""
-    import ray
-
-    state: Any = ray._private.state.state  # noqa: SLF001 # no public function lists drained nodes; pyproject.toml bounds ray
-    draining = {id: deadline / 1000 - time.time() for id, deadline in state.get_draining_nodes().items()}
-    nodes = [
-        Node(
-            cores=each["Resources"].get("CPU", 0.0),
-            gpus=each["Resources"].get("GPU", 0.0),
-            gpu_kind=_gpu_kind(each["Resources"]),
-            id=each["NodeID"],
-            address=(each["NodeManagerAddress"], each["NodeManagerPort"]),
-        )
-        for each in ray.nodes()
-        if each["Alive"] and each["NodeID"] not in draining
-    ]
-    return nodes, draining
-
-
-def _gpu_kind(resources: Mapping[str, float]) -> str:
-    kinds = sorted(name.removeprefix(KIND_PREFIX) for name in resources if name.startswith(KIND_PREFIX))
-    return kinds[0] if kinds and resources.get("GPU") else ""
-
-
 def _ignore(_number: int, _frame: FrameType | None) -> None:
     """Do nothing. Processes that are started inherit SIG_IGN, but not this handler."""
-
-
-@contextmanager
-def _private_if_local(address: str | None, folder: Path) -> Iterator[None]:
-    """Set what keeps other machines, users and signals out of a Ray that is started here.
-
-    A queue or a shell may send SIGTERM to the process group of this process. Ray would die before the trials are saved, so
-    its processes get other groups. Linux ends them with their driver in any case. They read the rest from the environment.
-    This process may have imported ray before, so it uses private names; pyproject.toml bounds the version of Ray.
-
-    Args:
-        address: of the cluster to join; None for a Ray that is started here.
-        folder: private; the token is written to it.
-    """
-    if address is not None:
-        yield
-        return
-    import ray
-
-    private: Any = ray
-    token = folder / "token"
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32))
-    before = {name: os.environ.pop(name, None) for name in (*_LOCAL_VARIABLES, _TOKEN, _TOKEN_PATH)}
-    popen = private._private.services.ConsolePopen  # noqa: SLF001
-
-    def read_environment() -> None:
-        private._raylet.Config.initialize("")  # noqa: SLF001
-        private._raylet.AuthenticationTokenLoader.instance().reset_cache()  # noqa: SLF001
-
-    try:
-        os.environ.update(_LOCAL_VARIABLES, **{_TOKEN_PATH: str(token)})
-        private._private.ray_constants.ENABLE_RAY_CLUSTER = False  # noqa: SLF001
-        if sys.platform == "linux":
-            private._private.services.ConsolePopen = partial(popen, process_group=0)  # noqa: SLF001
-        read_environment()
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            os.environ.update({} if value is None else {name: value})
-        private._private.ray_constants.ENABLE_RAY_CLUSTER = True  # noqa: SLF001
-        private._private.services.ConsolePopen = popen  # noqa: SLF001
-        read_environment()
 
 
 def _explain(error: Exception) -> Exception:
@@ -400,17 +322,6 @@ def _without_driver_paths() -> Any:
     job: Any = ray.job_config.JobConfig()
     job._py_driver_sys_path = _NoPaths()  # noqa: SLF001
     return job
-
-
-def _stop_autoscaler() -> None:
-    """Stop Ray's autoscaler: it has nothing to scale on one machine, and `ray.shutdown` would wait a second for it.
-
-    No option of `ray.init` leaves it out, so it uses a private name; pyproject.toml bounds the version of Ray.
-    """
-    import ray
-
-    node: Any = ray._private.worker._global_node  # noqa: SLF001
-    node.kill_monitor(check_alive=False)
 
 
 def _count_imports(frame: FrameType | None) -> int:

@@ -131,7 +131,8 @@ class Comparison:
 
     def _check(self, what: str, is_same: bool, reason: str) -> None:
         if not is_same and what not in self._despite:
-            raise RefusalError(f"{reason} (despite: [{what}] takes it)")
+            helps = self._space.sampler.name in LEARN_FROM_OTHERS  # others use only results that stand
+            raise RefusalError(f"{reason} (despite: [{what}] takes it)" if helps else reason)
 
     def _cut(self, trial: FrozenTrial, params: Mapping[str, Scalar]) -> tuple[str, dict[int, float], bool]:
         """Return a trial as it was after the search's number of epochs.

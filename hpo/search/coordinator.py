@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,12 @@ from hpo.search.checkpoints import trim_checkpoints
 from hpo.search.circuit_breaker import UNKNOWN_NODE, CircuitBreaker
 from hpo.search.crashes import find_reason
 from hpo.search.listener import ProgressListener
+from hpo.search.messages import Ending, TrialReport, TrialSpec
 from hpo.search.places import Places
 from hpo.search.retention import Retention
-from hpo.search.slots import MAX_WANTED, Room, Slots
+from hpo.search.slots import MAX_WANTED, Node, Room, Slots
 from hpo.search.stop import Stop, StopCause, find_spent
 from hpo.search.trial_specs import SpecBuilder
-from hpo.search.worker import Ending, TrialReport, TrialSpec
 from hpo.space.model import Space
 
 if TYPE_CHECKING:  # workers import this module too, and need no database
@@ -105,6 +105,7 @@ class TrialCoordinator:
         self._deadlines: dict[StopCause, float] = {}
         self._next_attempt = 0.0
         self._is_exhaustion_noted = False
+        self._are_gpus_noted = False
         self.stopped: Stop | None = None
         self.error: Exception | None = None
 
@@ -148,7 +149,8 @@ class TrialCoordinator:
                 if is_spent and not self._running:  # a trial that still runs may end with a better value
                     patience = self._space.budget.patience
                     found = "a better value" if self._space.objectives is None else "a trial for the Pareto front"
-                    self.stop(StopCause.NO_IMPROVEMENT, f"{patience} trials in a row have not found {found}")
+                    trials = "1 trial has" if patience == 1 else f"{patience} trials in a row have"
+                    self.stop(StopCause.NO_IMPROVEMENT, f"{trials} not found {found}")
                 return None
             trial = self._running[tune_id] = _Running(claim, self._specs.parent_of(claim), claim.epoch)
             for each in self._running.values():
@@ -169,8 +171,18 @@ class TrialCoordinator:
         """Return whether there is no room for a trial any more, because nodes have left."""
         return self._places.is_surplus(tune_id)
 
-    def follow_cluster(self) -> int:
-        """Notify the listener if the number of trials at a time has changed; return how many more would run at once."""
+    def follow_cluster(self, unused_gpus: Sequence[Node] = ()) -> int:
+        """Notify the listener if the number of trials at a time has changed; return how many more would run at once.
+
+        Args:
+            unused_gpus: the nodes that have GPUs, while the trials run on CPUs.
+        """
+        if unused_gpus and self._space.resources.gpu == "auto" and not self._are_gpus_noted:
+            self._are_gpus_noted = True
+            self._listener.note(
+                f"node {unused_gpus[0].name} has a GPU. There was none when this search started, so its trials run on CPUs. "
+                "To use GPUs, press Ctrl-C and run the same command again: all results are kept"
+            )
         count = self._places.count
         if count != self._shown_count:
             self._listener.slots_changed(count, self._shown_count)

@@ -3,6 +3,10 @@
 Optuna's Gaussian process sees completed trials only. Where most trials are stopped early, that is a few, and none of the bad
 ones. Here, a stopped trial counts as if it had completed, with an extrapolated value: its last one, and what the completed
 trials have gained from that epoch to their last one, by the median.
+
+Optuna's also learns constraints, from the values of trials that broke them. Here no such trial is trained, and whether a
+configuration breaks a constraint is known without one. So the largest value of the acquisition function is looked for among
+the configurations that break none. Where it is elsewhere, the same point would be drawn, and refused, again and again.
 """
 
 from __future__ import annotations
@@ -10,9 +14,10 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from optuna.samplers import GPSampler
 from optuna.search_space import IntersectionSearchSpace
 from optuna.trial import FrozenTrial, TrialState
@@ -20,14 +25,31 @@ from optuna.trial import FrozenTrial, TrialState
 from hpo.space.choice import MAX_GP_TRIALS
 
 if TYPE_CHECKING:
+    import torch
     from optuna import Study
+    from optuna._gp.acqf import BaseAcquisitionFunc
     from optuna.distributions import BaseDistribution
+
+# Whether a configuration, {name: value}, meets the constraints.
+IsAllowed = Callable[[Mapping[str, Any]], bool]
+
+_PENALTY = 1e9  # of a point that breaks a constraint: the logarithm of an expected improvement is never so low
 
 
 class ExtrapolatingGPSampler(GPSampler):
-    """Optuna's GPSampler, which draws the same points where no trial was stopped early."""
+    """Optuna's GPSampler, which draws the same points where no trial was stopped early and there are no constraints.
+
+    Args:
+        is_allowed: says which configurations meet the constraints; None if there are none. It gets the parameters with more
+            than one value.
+        options: of GPSampler.
+    """
 
     _search_space: IntersectionSearchSpace | None = None
+
+    def __init__(self, *, is_allowed: IsAllowed | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self._is_allowed = is_allowed
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Return the parameters that all completed and stopped trials have."""
@@ -42,6 +64,37 @@ class ExtrapolatingGPSampler(GPSampler):
         """Draw the parameters of a trial."""
         view: Any = _ExtrapolatedStudy(study)
         return super().sample_relative(view, trial, search_space)
+
+    def _optimize_acqf(self, acqf: BaseAcquisitionFunc, best_params: np.ndarray | None) -> np.ndarray:
+        """Return the normalized parameters with the largest acquisition function. Optuna lets subclasses override this."""
+        allowed: Any = acqf if self._is_allowed is None else _AllowedOnly(acqf, self._is_allowed)
+        with np.errstate(invalid="ignore"):  # it divides by 0 where one point of its sample alone is allowed
+            found: np.ndarray = super()._optimize_acqf(allowed, best_params)
+        return found
+
+
+class _AllowedOnly:
+    """An acquisition function that is low where a configuration breaks a constraint."""
+
+    def __init__(self, acqf: BaseAcquisitionFunc, is_allowed: IsAllowed) -> None:
+        self.search_space, self.length_scales = acqf.search_space, acqf.length_scales
+        self._acqf = acqf
+        self._is_allowed = is_allowed
+
+    def eval_acqf(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the value at each point of `x`, of shape (..., parameters)."""
+        values = self._acqf.eval_acqf(x)
+        return values - values.new_tensor(self._penalties(x.detach().numpy()))
+
+    def eval_acqf_no_grad(self, x: np.ndarray) -> np.ndarray:
+        """Return the same for an array."""
+        values: np.ndarray = self._acqf.eval_acqf_no_grad(x) - self._penalties(x)
+        return values
+
+    def _penalties(self, x: np.ndarray) -> np.ndarray:
+        points = x.reshape(-1, x.shape[-1])
+        allowed = [self._is_allowed(self.search_space.get_unnormalized_param(point)) for point in points]
+        return np.where(allowed, 0.0, _PENALTY).reshape(x.shape[:-1])
 
 
 class _ExtrapolatedStudy:

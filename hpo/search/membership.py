@@ -12,13 +12,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from hpo.search.cluster import read_nodes  # first: it sets the environment that ray reads when it is imported
+import hpo.search.cluster  # noqa: F401 # first: it sets the environment that ray reads when it is imported
 
 # isort: split
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
 from hpo.search.node_checks import NodeChecks
+from hpo.search.nodes import read_nodes
 from hpo.search.slots import MAX_WANTED, Node, Room, Slots
 
 CONNECT_SECONDS = 2.0  # within which a raylet answers
@@ -30,41 +31,47 @@ class Membership:
 
     Args:
         slots: what each trial gets.
-        checks: of the nodes of a cluster that was joined; None if Ray was started for this search, and stays as it is.
+        checks: of the nodes of a cluster that was joined, also those that join later; None if Ray was started for this
+            search, and stays as it is.
         answers: returns whether the head of the cluster is there. Nothing is asked of it otherwise: the call would wait.
     """
 
     def __init__(self, slots: Slots, checks: NodeChecks | None, answers: Callable[[], bool] = lambda: True) -> None:
+        self.checks = checks
         self._slots = slots
         self._answers = answers
-        self._checks = checks
         self._read_at = -float("inf")
         self._nodes: list[Node] = []
-        self._draining: dict[str, float] = {}
         self._wanted: list[PlacementGroup] = []
 
-    def answers(self) -> bool:
-        """Return whether anything may be asked of the cluster."""
-        return self._answers()
-
     def _refresh(self) -> None:
-        if self._checks is not None and self._answers() and time.monotonic() - self._read_at >= POLL_SECONDS:
+        if self.checks is not None and self._answers() and time.monotonic() - self._read_at >= POLL_SECONDS:
             # A head node that is being restarted gives no answer. What was known stays then.
             with suppress(ray.exceptions.RayError, RuntimeError, ConnectionError):
-                self._nodes, self._draining = read_nodes()
+                self._nodes = read_nodes()
+                self.checks.poll(self._nodes)
             self._read_at = time.monotonic()
+
+    def _usable(self) -> list[Node]:
+        """Return the nodes on which trials may start."""
+        self._refresh()
+        nodes = [node for node in self._nodes if not node.is_drained]
+        return nodes if self.checks is None else self.checks.usable(nodes)
 
     def room(self) -> dict[str, Room]:
         """Return {kind of GPU: the room for trials}, see `Slots.room`."""
-        if self._checks is None:
+        if self.checks is None:
             return {"": Room(self._slots.count, self._slots.gpu)}
-        self._refresh()
-        return self._slots.room(self._checks.usable(self._nodes))
+        return self._slots.room(self._usable())
 
-    def draining(self) -> dict[str, float]:
-        """Return {id: seconds left} of the nodes that are drained."""
+    def unused_gpus(self) -> list[Node]:
+        """Return the nodes whose GPUs are not used, because the trials run on CPUs."""
+        return [] if self._slots.gpu else [node for node in self._usable() if node.gpus]
+
+    def drained(self) -> set[str]:
+        """Return the ids of the nodes that are drained."""
         self._refresh()
-        return self._draining
+        return {node.id for node in self._nodes if node.is_drained}
 
     def has_left(self, node_id: str) -> bool:
         """Return whether a node is not there any more, or is drained.
@@ -72,12 +79,12 @@ class Membership:
         Ray notices within 15 s that a machine was switched off, but at once that a worker on it is gone. So its raylet is
         asked.
         """
-        if self._checks is None or not node_id:
+        if self.checks is None or not node_id:
             return False
         self._read_at = -float("inf")
         self._refresh()
         node = next((node for node in self._nodes if node.id == node_id), None)
-        if node is None:
+        if node is None or node.is_drained:
             return True
         try:
             socket.create_connection(node.address, CONNECT_SECONDS).close()
@@ -87,7 +94,7 @@ class Membership:
 
     def node_of(self, actor: Any) -> str:
         """Return Ray's id of the node of an actor that has started; empty where nodes stay."""
-        if self._checks is None:
+        if self.checks is None:
             return ""
         # No public function asks for one actor without Ray's dashboard; pyproject.toml bounds the version of Ray.
         state: Any = ray._private.state.state  # noqa: SLF001
@@ -101,7 +108,7 @@ class Membership:
         Args:
             count: how many places; 0 withdraws what was asked for.
         """
-        if self._checks is None or not self._answers():
+        if self.checks is None or not self._answers():
             return
         kept: list[PlacementGroup] = []
         for group in self._wanted:
@@ -110,7 +117,7 @@ class Membership:
             else:
                 remove_placement_group(group)
         bundle = {"CPU": self._slots.cpu} | ({"GPU": self._slots.gpu} if self._slots.gpu else {})
-        selector = self._checks.selector
+        selector = self.checks.selector
         labels = None if selector is None else [selector]
         kept += [
             placement_group([bundle], bundle_label_selector=labels) for _ in range(min(count, MAX_WANTED) - len(kept))

@@ -28,11 +28,12 @@ def missing_source(space: Space, source: Source, database: Database | None) -> S
     elif database is None:
         text = f"warm_start: there is no study {name!r}: the database does not exist yet"
     else:
-        from storage.studies import study_names
+        from storage.studies import renamed_from, study_names
 
-        known = study_names(database)
-        hint = nearest(name, known) if known else "it has none"
-        text = f"warm_start: there is no study {name!r} in {database.url}: {hint}"
+        known, text = study_names(database), f"warm_start: there is no study {name!r} in {database.url}: "
+        if renamed := renamed_from(database, name):
+            return SettingError(f"{text}it was renamed to {' or '.join(renamed)}: name that in warm_start")
+        text += nearest(name, known) if known else "it has none"
     return SettingError(text if source.storage is not None else text + _remedy(space, name))
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +12,12 @@ from ray.tune import PlacementGroupFactory
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hpo.errors import SettingError
+from hpo.search.nodes import read_nodes
 from hpo.search.slots import Node
 from hpo.search.versions import Problem, describe_versions
 
 ANSWER_SECONDS = 120.0  # how long a node may take to start a worker and answer, before the search starts
 LATE_SECONDS = 20.0  # the same, after a worker could not start
-POLL_SECONDS = 2.0  # between looks at which nodes there are
 NODE_LABEL = "ray.io/node-id"  # which Ray gives each node
 # In Ray's report of an actor that could not be created.
 _NOT_CREATED = ("creation task", "Failed to set up runtime environment")
@@ -43,7 +41,6 @@ class NodeChecks:
         self._refused: dict[str, Problem] = {}
         self._gpu_bytes: dict[str, int] = {}
         self._asked: dict[Any, str] = {}  # {reference to an answer: id}
-        self._next_poll = 0.0
 
     @property
     def refused(self) -> Collection[str]:
@@ -67,7 +64,7 @@ class NodeChecks:
         Raises:
             SettingError: a node cannot run trials of this search.
         """
-        self._ask_new()
+        self._ask_new(read_nodes())
         self._refused = self._collect(ANSWER_SECONDS)
         if self._refused:
             listed = [f"  node {self._names[node]}: {each.reason}" for node, each in self._refused.items()]
@@ -76,18 +73,11 @@ class NodeChecks:
             lines = [f"{count} of the Ray cluster cannot run trials of this search:", *listed, *remedies]
             raise SettingError("\n".join(lines))
 
-    def poll(self) -> None:
-        """Ask the nodes that have joined, and refuse those that have answered that they cannot. Does not wait.
-
-        A head node that is being restarted gives no answer: they are asked later.
-        """
-        if time.monotonic() < self._next_poll:
-            return
-        self._next_poll = time.monotonic() + POLL_SECONDS
-        with suppress(ray.exceptions.RayError, RuntimeError, ConnectionError):
-            self._ask_new()
-            for node, problem in self._collect(0.0).items():
-                self.refuse(node, problem)
+    def poll(self, nodes: Iterable[Node]) -> None:
+        """Ask those of some nodes that have joined, and refuse those that have answered that they cannot. Does not wait."""
+        self._ask_new(nodes)
+        for node, problem in self._collect(0.0).items():
+            self.refuse(node, problem)
 
     def refuse(self, node: str, problem: Problem) -> None:
         """Place no trials on a node from now on.
@@ -112,7 +102,7 @@ class NodeChecks:
         """
         if not any(text in details for text in _NOT_CREATED):
             return False
-        self._ask_new()
+        self._ask_new(read_nodes())
         for node, problem in self._collect(LATE_SECONDS).items():
             self.refuse(node, problem)
         return bool(self.without_refused(request) != request)
@@ -131,17 +121,14 @@ class NodeChecks:
             bundles, strategy=request.strategy, bundle_label_selector=[dict(selector) for _ in bundles]
         )
 
-    def _ask_new(self) -> None:
-        for node in ray.nodes():
-            identity, resources = node["NodeID"], node["Resources"]
-            # Such as the container of the driver, which is only a door to the cluster.
-            runs_trials = resources.get("CPU", 0) or resources.get("GPU", 0)
-            if node["Alive"] and runs_trials and identity not in self._names:
-                there = NodeAffinitySchedulingStrategy(identity, soft=False)
+    def _ask_new(self, nodes: Iterable[Node]) -> None:
+        for node in nodes:
+            if node.id not in self._names and not node.is_drained:
+                there = NodeAffinitySchedulingStrategy(node.id, soft=False)
                 ask: Any = ray.remote(_question(describe_versions(), str(self._folder)))
                 asked = ask.options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote()
-                self._asked[asked] = identity
-                self._names[identity] = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']}, {identity[:8]})"
+                self._asked[asked] = node.id
+                self._names[node.id] = node.name
 
     def _collect(self, timeout_seconds: float) -> dict[str, Problem]:
         """Return what the nodes that have answered now have said, without those that have no problem."""

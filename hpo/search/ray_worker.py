@@ -17,9 +17,10 @@ from ray import tune
 
 from hpo.paths import LOST_FILE
 from hpo.search.code_package import CODE_DIR
+from hpo.search.messages import Ending, TrialReport, TrialSpec
 from hpo.search.node_checks import node_id
 from hpo.search.versions import Problem, find_problem
-from hpo.search.worker import Ending, TrialReport, TrialSpec, end_trial, run_trial, watchdog
+from hpo.search.worker import end_trial, run_trial, watchdog
 from hpo.trainable import load_trainable
 
 

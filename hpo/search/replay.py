@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import HpoError, SettingError
-from hpo.search.worker import TrialReport, TrialSpec, run_trial
+from hpo.search.messages import TrialReport, TrialSpec
+from hpo.search.worker import run_trial
 from hpo.space.model import Space, known_spaces, load_space
 from hpo.trainable import is_timing
 

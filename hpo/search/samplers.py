@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hpo.search.population import build_population
@@ -16,15 +17,17 @@ if TYPE_CHECKING:
     from storage.pruners import Pruner
     from storage.studies import Study
 
+OWN_STARTUP_TRIALS = 5  # of TPE, in addition to trials of earlier searches: better than none, by `benchmarks.worth`
 TPE_HISTORY = 500  # finished trials that TPE sees; `benchmarks.tpe_history` measures what they cost, and the results
 
 
-def build_sampler(space: Space, run_id: int) -> BaseSampler:
+def build_sampler(space: Space, run_id: int, *, taken_over: int = 0) -> BaseSampler:
     """Return the sampler of a space.
 
     Args:
         space: the search.
         run_id: the run that draws. It is part of the seed, so that two drivers of one study draw different points.
+        taken_over: how many trials the study has taken over from earlier ones.
     """
     import optuna
     from optuna import samplers
@@ -40,11 +43,17 @@ def build_sampler(space: Space, run_id: int) -> BaseSampler:
             case "tpe":
                 if space.has_conditions and options.get("multivariate") is not False:
                     options = {"group": True} | options
+                # Not more than the sampler sees, or it would draw at random for ever. Of Hyperband, it sees one bracket.
+                if taken_over and space.scheduler.name != "hyperband":
+                    options = {"n_startup_trials": min(taken_over + OWN_STARTUP_TRIALS, TPE_HISTORY)} | options
                 return samplers.TPESampler(seed=seed, **options)
             case "gp":
                 from hpo.search.gp_sampler import ExtrapolatingGPSampler
 
-                return ExtrapolatingGPSampler(seed=seed, warn_independent_sampling=False, **options)
+                is_allowed = _constraints_of(space) if space.constraints else None
+                return ExtrapolatingGPSampler(
+                    is_allowed=is_allowed, seed=seed, warn_independent_sampling=False, **options
+                )
             case "cmaes":
                 from hpo.search.cmaes_sampler import StoredCmaEsSampler
 
@@ -57,6 +66,17 @@ def build_sampler(space: Space, run_id: int) -> BaseSampler:
                 raise NotImplementedError(f"sampler {other}")
 
 
+def _constraints_of(space: Space) -> Callable[[Mapping[str, Any]], bool]:
+    """Return a function that says whether a configuration meets the constraints; it may lack parameters with one value."""
+    single = {name for name, distribution in space.distributions().items() if distribution.single()}
+    known = {name: space.parameters[name].grid_values()[0] for name in single}
+
+    def is_allowed(params: Mapping[str, Any]) -> bool:
+        return not space.broken_constraint(known | dict(params))
+
+    return is_allowed
+
+
 def history_limit(space: Space) -> int | None:
     """Return how many finished trials the space's sampler sees at most, see `storage.history`; None for all.
 
@@ -64,7 +84,7 @@ def history_limit(space: Space) -> int | None:
     """
     if space.sampler.name != "tpe":
         return None
-    return max(TPE_HISTORY, space.sampler.n_startup_trials)
+    return max(TPE_HISTORY, space.sampler.n_startup_trials or 0)
 
 
 def _build_qmc(space: Space, **options: Any) -> BaseSampler:

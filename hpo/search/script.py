@@ -153,6 +153,11 @@ def _take_epoch(metrics: dict[str, float], previous: int, *, needs_epoch: bool) 
         return previous + 1
     if not epoch.is_integer() or epoch <= previous:
         remedy = "" if needs_epoch or previous else "; if it reports none, they are counted"
+        if needs_epoch and epoch == 0:
+            remedy = (
+                "; one that counts from 0 must report the next number, also after it has resumed. Without "
+                f"{{{CHECKPOINT_DIR}}}, it need not report epochs: then they are counted, and it starts again after a crash"
+            )
         raise ScriptError(
             f"epochs must count up from 1, but the script reported epoch {epoch:g} after epoch {previous}{remedy}"
         )

@@ -24,7 +24,9 @@ class Node:
         gpu_kind: what Ray calls its GPUs, such as H100; empty without any.
         gpu_bytes: memory of its smallest GPU; 0 if unknown.
         id: Ray's id of it.
+        name: for the user.
         address: host and port at which Ray's own process on it, the raylet, listens.
+        is_drained: whether Ray starts nothing on it any more, because its machine will be taken away.
     """
 
     cores: float
@@ -32,7 +34,9 @@ class Node:
     gpu_kind: str = ""
     gpu_bytes: int = 0
     id: str = ""
+    name: str = ""
     address: tuple[str, int] = ("", 0)
+    is_drained: bool = False
 
     def room(self, cpu: float, gpu: float) -> int:
         """Return how many trials with so many cores and GPUs run on it at a time."""

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from hpo.paths import RunsDir
 from hpo.search.adoption import parent_folder
 from hpo.search.checkpoints import owner_key
+from hpo.search.messages import TrialSpec
 from hpo.search.population import trial_key
 from hpo.search.slots import Slots
-from hpo.search.worker import TrialSpec
 from hpo.space.model import Space
 
 if TYPE_CHECKING:  # workers import modules around this one, and need no database

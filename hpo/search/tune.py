@@ -29,7 +29,6 @@ from hpo.paths import RunsDir
 from hpo.search.coordinator import TrialCoordinator
 from hpo.search.listener import ProgressListener
 from hpo.search.membership import Membership
-from hpo.search.node_checks import NodeChecks
 from hpo.search.ray_worker import TrialWorker
 from hpo.search.runs import open_run
 from hpo.search.slots import Slots
@@ -87,7 +86,7 @@ def run_trials(
             coordinator.set_deadline(time.monotonic() + space.budget.time - run.elapsed_seconds())
         try:
             with _signals_stop(coordinator, listener), cluster.watched(partial(_give_up, coordinator, listener)):
-                _run_tune(coordinator, membership, cluster.checks)
+                _run_tune(coordinator, membership)
         except KeyboardInterrupt:
             coordinator.stop(StopCause.INTERRUPTED)
         finally:
@@ -111,8 +110,8 @@ def _give_up(coordinator: TrialCoordinator, listener: ProgressListener, died: st
     return code
 
 
-def _run_tune(coordinator: TrialCoordinator, membership: Membership, checks: NodeChecks | None) -> None:
-    scheduler = StudyScheduler(coordinator, membership, checks)
+def _run_tune(coordinator: TrialCoordinator, membership: Membership) -> None:
+    scheduler = StudyScheduler(coordinator, membership)
     # All trials may start at the same time, where Tune's default is one by one: the coordinator claims no more than can run.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = "100000"
     with tempfile.TemporaryDirectory(prefix="hpo-ray-") as scratch:

@@ -18,7 +18,6 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from hpo.search.coordinator import TrialCoordinator
-from hpo.search.node_checks import NodeChecks
 from hpo.search.versions import describe_versions
 
 NODE_DIED = "its node has died"  # in Ray's report of an actor, also of one that was starting
@@ -60,12 +59,11 @@ class StudyScheduler(FIFOScheduler):
     Args:
         coordinator: decides what becomes of a trial.
         membership: of the nodes in the cluster.
-        checks: of the nodes of a cluster that was joined; None if Ray was started here.
     """
 
-    def __init__(self, coordinator: TrialCoordinator, membership: Membership, checks: NodeChecks | None = None) -> None:
+    def __init__(self, coordinator: TrialCoordinator, membership: Membership) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.checks = checks
+        self.checks = membership.checks
         self._coordinator = coordinator
         self._membership = membership
         self._saving: dict[str, Any] = {}  # {Tune's id: reference to the answer of `TrialWorker.end`}
@@ -94,7 +92,7 @@ class StudyScheduler(FIFOScheduler):
             self._coordinator.release(trial.trial_id)
             return str(TrialScheduler.STOP)
         ending = self._coordinator.on_report(trial.trial_id, result["report"])
-        if ending is None and self._nodes.get(trial.trial_id) in self._membership.draining():
+        if ending is None and self._nodes.get(trial.trial_id) in self._membership.drained():
             ending = self._coordinator.leave_node(trial.trial_id)
         if ending is None:
             return str(TrialScheduler.CONTINUE)
@@ -160,7 +158,7 @@ class StudyScheduler(FIFOScheduler):
                 self._coordinator.release(trial.trial_id)
                 _unstage(tune_controller, trial)
                 tune_controller.stop_trial(trial)
-        if self._membership.draining():
+        if self._membership.drained():
             # Workers that wait for a trial hold their node. Tune has no public function that ends them.
             tune_controller._cleanup_cached_actors(force_all=True)  # noqa: SLF001
         self._is_pending = bool(pending)
@@ -170,7 +168,7 @@ class StudyScheduler(FIFOScheduler):
 
     def leave_drained(self) -> None:
         """End the workers that wait for a trial if a node is drained. While Tune has no trial, it only asks for one."""
-        if self._controller is None or self._controller.get_live_trials() or not self._membership.draining():
+        if self._controller is None or self._controller.get_live_trials() or not self._membership.drained():
             return
         self._controller._cleanup_cached_actors(force_all=True)  # noqa: SLF001 # see `choose_trial_to_run`
         self._controller._actor_manager.next(timeout=0)  # noqa: SLF001 # frees the cores of one that has ended
@@ -179,9 +177,7 @@ class StudyScheduler(FIFOScheduler):
         """Tell the user how many trials can run, and the cluster how many more could, from time to time."""
         if time.monotonic() - self._followed_at >= POLL_SECONDS:
             self._followed_at = time.monotonic()
-            if self.checks is not None and self._membership.answers():
-                self.checks.poll()
-            wanted = self._coordinator.follow_cluster()
+            wanted = self._coordinator.follow_cluster(self._membership.unused_gpus())
             # A trial that waits for a node asks for one itself. It would wait behind what is asked for here.
             self._membership.ask_for(0 if self._is_pending else wanted)
 

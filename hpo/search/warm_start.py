@@ -18,9 +18,10 @@ from hpo.search.missing_source import missing_source
 from hpo.space.model import Space
 from hpo.space.sections import Source
 from hpo.space.translation import TranslationError
-from storage.errors import StorageError
+from storage.errors import MissingDatabaseError, StorageError
 from storage.imports import ImportedTrial, Origin, TakenOver, import_trials, read_known, read_sources
 from storage.pareto import rank_best
+from storage.studies import renamed_from
 
 if TYPE_CHECKING:
     from storage.database import Database
@@ -64,7 +65,7 @@ class Found(TakenOver):
             parts.append(f"leaves out {_count(left_out, 'trial')}: {listed}")
         where = f" in {self.storage}" if self.storage else ""  # several databases may have a study of this name
         text = f"warm start from {self.study}{where}: {', '.join(parts) or 'it has no results yet'}"
-        return f"{text}. Nothing new is taken over, because it cannot be read: {self.problem}" if self.problem else text
+        return f"{text}. Nothing new is taken over, because {self.problem}" if self.problem else text
 
 
 def _count(number: int, what: str) -> str:
@@ -173,8 +174,10 @@ class _Finder:
         known = _known_source(self._before, source, where)
         try:
             with _open(source, self._database, self._password) as (database, earlier):
-                if earlier is None and known is not None:  # it was deleted; its trials stay
-                    return [known]
+                if earlier is None and known is not None:  # it was deleted or renamed; its trials stay
+                    renamed = [] if database is None else renamed_from(database, source.study)
+                    problem = f"it was renamed to {' or '.join(renamed)}: name that in warm_start" if renamed else ""
+                    return [dataclasses.replace(known, problem=problem)]
                 if earlier is None:
                     raise missing_source(self._space, source, database)
                 if earlier.identity in self._identities:
@@ -187,9 +190,12 @@ class _Finder:
         except StorageError as error:
             if source.storage is None:
                 raise
+            kind, reason = type(error), str(error)
+            if isinstance(error, MissingDatabaseError):  # `storage` names it, and not --storage
+                kind, reason = StorageError, f"there is no database {error.url}: correct its storage"
             if known is None:
-                raise type(error)(f"warm_start: {source.study} cannot be read: {error}") from None
-            return [dataclasses.replace(known, problem=str(error))]
+                raise kind(f"warm_start: {source.study} cannot be read: {reason}") from None
+            return [dataclasses.replace(known, problem=f"it cannot be read: {reason}")]
 
     def _check_names(self, earlier: Study, source: Source) -> None:
         parameters = earlier.settings.get("parameters")

@@ -7,15 +7,11 @@ the next epoch trains. Errors become reports too.
 from __future__ import annotations
 
 import faulthandler
-import json
 import os
-import platform
 import time
 import traceback
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
-from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -25,127 +21,13 @@ from hpo.search.adoption import Adopted, adopt_checkpoint
 from hpo.search.bucket_checkpoints import FETCH_SECONDS, BucketTrial, fetch_newest, newest_of
 from hpo.search.checkpoint_writer import CheckpointWriter
 from hpo.search.checkpoints import Checkpoint, TakenOverError, load_checkpoint, trim_checkpoints
+from hpo.search.messages import Ending, TrialReport, TrialSpec
 from hpo.search.replicates import SEED_NOTE, EndedEarlyError, EpochPart, list_seeds, train_replicates
 from hpo.search.script import ScriptError, run_script
+from hpo.search.storable import storable_name, storable_provenance, storable_text
 from hpo.search.uploads import Uploader
 from hpo.space.command import CHECKPOINT_DIR, build_arguments, uses_checkpoint_dir
 from hpo.trainable import DEFAULT_TRAINABLE, FINAL_METRICS, STDERR_SUFFIX, load_trainable
-
-MAX_NAME_LENGTH = 500  # of a metric: PostgreSQL limits the size of a key
-
-
-@dataclass(frozen=True)
-class TrialSpec:
-    """All that a worker needs to run a trial, as plain values.
-
-    Attributes:
-        trainable: `module:function`.
-        command: the script that is run instead of the trainable, or None.
-        patterns: read the metrics of the script; empty if it prints JSON.
-        key: of the configuration and the attempt: files of another one are not used.
-        token: of the claim: a worker with an earlier one saves no checkpoint any more.
-        params: hyperparameters and derived values.
-        data: what the trainable gets as `data`.
-        seed: of the training; the first one, if there are several.
-        max_epochs: the last epoch.
-        stored_epoch: the last epoch that storage holds. The worker reports it again, and later ones from the checkpoint.
-        folder: the trial's folder, for checkpoints and logs.
-        checkpoint_every: epochs between checkpoints; None for as many as cost little, see `CheckpointWriter`.
-        device: `cpu` or `cuda`.
-        threads: the threads that torch uses.
-        timeout: seconds without an epoch after which the worker counts as hung; None for no limit.
-        code_folder: the folder in which the search was started, or what was sent of it to this machine. The trainable may be
-            there, and a script runs there.
-        parent_folder: the folder of the trial that this one continues; empty if it starts from its first epoch.
-        parent_key: whose that folder must be.
-        parent_epoch: from the checkpoint after which epoch it starts, see `read_checkpoint`; 0 for the last.
-        interval: after multiples of so many epochs, other trials may start from this one's checkpoint. It is on the disk
-            before the epoch is reported. 0 if none does.
-        replicates: how many trainings the trial is, with seeds that count up; see `train_replicates`.
-        may_wait: whether the driver may end the trial after any epoch, and resume it later. A script is stopped until that
-            is decided: it must not train, and save, epochs that nobody has read.
-        claimed_milliseconds: when the trial was claimed, by the database's clock.
-        bucket: the URL of the trial in a bucket, where its checkpoints are, too; empty without one.
-        parent_bucket: that of the trial that this one continues.
-    """
-
-    trainable: str
-    command: str | None
-    patterns: dict[str, str]
-    key: str
-    token: int
-    params: dict[str, Any]
-    data: dict[str, Any]
-    seed: int
-    max_epochs: int
-    stored_epoch: int
-    folder: str
-    checkpoint_every: int | None
-    device: str
-    threads: int
-    timeout: float | None
-    code_folder: str
-    parent_folder: str = ""
-    parent_key: str = ""
-    parent_epoch: int = 0
-    interval: int = 0
-    replicates: int = 1
-    may_wait: bool = False
-    claimed_milliseconds: int = 0
-    bucket: str = ""
-    parent_bucket: str = ""
-
-
-@dataclass(frozen=True)
-class TrialReport:
-    """The message that a worker sends after each epoch, or when the trial fails.
-
-    Attributes:
-        epoch: the finished epoch; 0 in the report of a failure.
-        metrics: of that epoch.
-        is_recalled: whether the epoch was read from a checkpoint, not trained just now.
-        history: {epoch: metrics} of the epochs before, from the checkpoint; with the first report only.
-        continued_epoch: the epoch of the parent's checkpoint from which the trial starts, 0 if the parent has none; None if
-            it resumes from its own, or has no parent. With the first report only.
-        is_taken_over: whether another worker trains the trial now. Nothing follows such a report.
-        failure: why the trial failed, in one line; empty if it did not. Nothing follows such a report.
-        traceback: of the failure.
-        warning: something that went wrong and does not stop the trial.
-        provenance: where the trial runs and how; with the first report, and again when it changes.
-        is_out_of_memory: whether the memory of the device did not suffice. Only with `failure`.
-        is_device_lost: whether no trial can use the GPU any more in this process. Only with `failure`.
-        needs_new_process: whether this process must not run another trial.
-        node: the name of the machine.
-    """
-
-    epoch: int = 0
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    is_recalled: bool = False
-    history: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
-    continued_epoch: int | None = None
-    is_taken_over: bool = False
-    failure: str = ""
-    traceback: str = ""
-    warning: str = ""
-    provenance: Mapping[str, Any] | None = None
-    is_out_of_memory: bool = False
-    is_device_lost: bool = False
-    needs_new_process: bool = False
-    node: str = field(default_factory=platform.node)
-
-
-class Ending(Enum):
-    """What becomes of the checkpoints of a trial that its driver ends."""
-
-    KEEP = "those that are written stay"
-    SAVE = "the last epoch is saved, if it is not"
-    SAVE_ONLY = "the last epoch is saved, and earlier ones are deleted"
-    DISCARD = "they are deleted"
-
-    @property
-    def saves(self) -> bool:
-        """Whether the last epoch is saved."""
-        return self in {Ending.SAVE, Ending.SAVE_ONLY}
 
 
 class TrialPaused(Exception):  # noqa: N818 # not an error
@@ -305,9 +187,9 @@ def _report_epochs(spec: TrialSpec) -> Generator[TrialReport, None, str]:
                     warning = warning or unsaved
                 started = time.perf_counter()
                 continue
-            metrics = {_checked_name(name): float(value) for name, value in finished.metrics.items()}
+            metrics = {storable_name(name): float(value) for name, value in finished.metrics.items()}
             # Any object with an epoch, metrics and a state is a report.
-            provenance = {**device, **_checked_provenance(getattr(finished, "provenance", {}))}
+            provenance = {**device, **storable_provenance(getattr(finished, "provenance", {}))}
             metrics["epoch_seconds"] = getattr(finished, "seconds", seconds)
             history[finished.epoch] = metrics
             if keeps_checkpoints:
@@ -387,51 +269,6 @@ def _adopt(spec: TrialSpec) -> Adopted | None:
     )
 
 
-def _checked_name(name: object) -> str:
-    """Return the name of a metric.
-
-    Raises:
-        ValueError: a database cannot store it. Each resume would fail at the same epoch.
-    """
-    text = str(name)
-    if len(text) > MAX_NAME_LENGTH or _encodable(text) != text:
-        raise ValueError(
-            f"the name of a metric is Unicode text of at most {MAX_NAME_LENGTH} characters without NUL, not {text[:50]!r}"
-        )
-    return text
-
-
-def _checked_provenance(provenance: Any) -> dict[str, Any]:
-    """Return what a trainable records with a trial, as plain values.
-
-    Raises:
-        ValueError: a database cannot store it. Only this trial must fail.
-    """
-    try:
-        plain = dict(provenance)
-        text = json.dumps(plain, allow_nan=False)
-        for key in _keys(plain):
-            if not isinstance(key, str):
-                raise TypeError(f"the key {key!r} is no text")
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"the provenance of an epoch cannot be stored as JSON: {error}") from None
-    return dict(json.loads(text))
-
-
-def _keys(value: object) -> Iterator[object]:
-    """Yield the keys of a value that JSON can hold, at any depth. JSON would turn numbers into texts."""
-    if isinstance(value, dict):
-        yield from value
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    for item in items:
-        yield from _keys(item)
-
-
-def _encodable(text: str) -> str:
-    """Return a text as databases and web pages can hold it: file names in errors may not be Unicode."""
-    return text.replace("\0", "\\x00").encode(errors="backslashreplace").decode()
-
-
 def _news(provenance: Mapping[str, Any], recorded: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     return None if provenance == recorded else provenance
 
@@ -445,8 +282,8 @@ def _describe_failure(error: Exception, spec: TrialSpec) -> TrialReport:
         if note.startswith(SEED_NOTE):
             text = f"seed {note.removeprefix(SEED_NOTE)}: {text}"
     return TrialReport(
-        failure=_encodable(f"out of memory: {text}" if is_short else text),
-        traceback=_encodable(traceback.format_exc()),
+        failure=storable_text(f"out of memory: {text}" if is_short else text),
+        traceback=storable_text(traceback.format_exc()),
         is_out_of_memory=is_short,
         is_device_lost=is_mps_lost(error) or is_device_lost(),
         # A process whose trial failed in the middle of a step may keep memory of the GPU, such as that of a failed capture.

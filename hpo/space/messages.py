@@ -149,6 +149,8 @@ def _model_at(annotation: Any, location: Sequence[str | int]) -> type[BaseModel]
             return annotation
         field = fields_by_key(annotation).get(str(location[0]))
         return None if field is None else _model_at(field.annotation, location[1:])
+    if origin is list:
+        return _model_at(members[0], location[1:])
     if origin is dict:
         return _model_at(members[1], location[1:])
     return next((model for member in members if (model := _model_at(member, location)) is not None), None)

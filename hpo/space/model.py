@@ -38,6 +38,7 @@ from hpo.space.parameters import (
     iterate_grid,
     sample_params,
     sampling_order,
+    without_nulls,
 )
 from hpo.space.recipient import Recipient, check_recipient
 from hpo.space.rules import RANDOM_POINTS, ValidSections, check_rules, count_grid
@@ -439,6 +440,7 @@ def load_space(name_or_path: str, overrides: Sequence[str] = ()) -> Space:
     document = Document(path)
     for override in overrides:
         document.override(override)
+    document.data = without_nulls(Space, document.data)
     problems: list[Problem] = []
     if "name" in document.data:
         problems.append((("name",), f"a study has the name of its file, {path.stem!r}: leave name out"))
@@ -509,4 +511,19 @@ def space_schema() -> dict[str, Any]:
     schema = Space.model_json_schema()
     del schema["properties"]["name"]  # the file's name, not a key in it
     schema["required"].remove("name")
+    for section in (schema, *schema["$defs"].values()):
+        required = section.get("required", ())
+        for key, each in section["properties"].items():
+            if key not in required and "const" not in each:
+                section["properties"][key] = _or_null(each, schema["$defs"])
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "Search space"}
+
+
+def _or_null(key: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of a key that has a default, for which null stands."""
+    about = {name: value for name, value in key.items() if name in {"default", "description", "title"}}
+    rest = {name: value for name, value in key.items() if name not in about}
+    if "$ref" in rest:  # a key without a description has that of its section
+        about = {"description": sections[rest["$ref"].rpartition("/")[2]]["description"], **about}
+    alternatives, is_null = rest["anyOf"] if rest.keys() == {"anyOf"} else [rest], {"type": "null"}
+    return {**about, "anyOf": alternatives if is_null in alternatives else [*alternatives, is_null]}

@@ -26,7 +26,7 @@ from pydantic import (
 
 from hpo.errors import nearest
 from hpo.space.expressions import topological_order
-from hpo.space.messages import InvalidValuesError, Problem
+from hpo.space.messages import InvalidValuesError, Problem, fields_by_key
 
 if TYPE_CHECKING:
     import optuna
@@ -44,6 +44,21 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, serialize_by_alias=True
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_nulls(cls, data: Any) -> Any:
+        return without_nulls(cls, data) if isinstance(data, Mapping) else data
+
+
+def without_nulls(model: type[BaseModel], data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a section without those that are null and have another default: null means that it counts."""
+    fields = fields_by_key(model)
+
+    def has_default(key: str) -> bool:
+        return key in fields and not fields[key].is_required() and fields[key].default is not None
+
+    return {key: value for key, value in data.items() if value is not None or not has_default(key)}
 
 
 def _finite(value: Scalar) -> Scalar:

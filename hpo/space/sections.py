@@ -85,8 +85,8 @@ class TPESampler(_Sampler):
 
     name: Literal["tpe"]
     """Bayesian optimization with tree-structured Parzen estimators; a good first choice."""
-    n_startup_trials: Annotated[int, Field(ge=0)] = 10
-    """Random trials before the sampler learns."""
+    n_startup_trials: Annotated[int, Field(ge=0)] | None = None
+    """Random trials before the sampler learns; null means 10, or 5 in addition to the trials of earlier searches."""
     n_ei_candidates: PositiveInt = 24
     """Candidates from which each value is chosen."""
     multivariate: bool | None = None
@@ -105,13 +105,13 @@ class TPESampler(_Sampler):
 
 
 class GPSampler(_Sampler):
-    """Bayesian optimization with a Gaussian process, for few and expensive trials. It learns only from completed trials."""
+    """Bayesian optimization with a Gaussian process, for few and expensive trials. It learns from stopped trials, too."""
 
     learns = True
     allows_conditions = False
 
     name: Literal["gp"]
-    """Bayesian optimization with a Gaussian process, for few and expensive trials. It learns only from completed trials."""
+    """Bayesian optimization with a Gaussian process, for few and expensive trials. It learns from stopped trials, too."""
     n_startup_trials: Annotated[int, Field(ge=0)] = 10
     """Random trials before the sampler learns."""
     deterministic_objective: bool = False
@@ -421,6 +421,8 @@ Difference = Literal["data", "max_epochs", "metric", "trainable"]
 
 class Source(StrictModel):
     """An earlier study to learn from."""
+
+    example: ClassVar[str] = "the name of a study, or {study: grid, trials: best 20}"
 
     study: Annotated[str, Field(min_length=1)]
     """The name of the study. grid means its latest revision, grid@1 the first one."""

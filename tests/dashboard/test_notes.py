@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from hpo.dashboard.notes import code, describe_trial
-from hpo.report.results import read_results
+from hpo.report.reading import read_results
 from hpo.space.model import Space
 from storage.parents import Parent
 from storage.studies import Study

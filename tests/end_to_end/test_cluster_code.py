@@ -33,6 +33,8 @@ def train(params, *, data, seed, max_epochs, device, checkpoint=None):
     seen = {"here": str(here), "home": os.environ["HOME"], "files": files, "words": words}
     for epoch in range(1, max_epochs + 1):
         time.sleep(params["seconds"])
+        while epoch > 1 and not Path(params.get("until", "/")).exists():
+            time.sleep(0.1)
         yield EpochReport(epoch, {"value": scale(params["x"])}, dict, provenance=seen)
 """
 SCRIPT = """
@@ -157,7 +159,8 @@ def test_nodes_with_another_hpo_are_one_message_and_get_no_trials_if_they_join_l
     cluster: RayNodes, tmp_path: Path, other_hpo: dict[str, Path]
 ) -> None:
     project = write_project(tmp_path / "project")
-    parameters = {"x": [1, 2, 3, 4, 5, 6], "seconds": 2}
+    until = tmp_path / "until"  # trials end when it is there
+    parameters = {"x": [1, 2, 3, 4, 5, 6], "seconds": 0.5, "until": str(until)}
     path = write_search(project, "search", parameters=parameters, max_failures=1)  # for the trial whose node dies
     running = Driver(project, 0, path, **cluster.variables)
     running.wait_until(lambda: "epoch 1/2" in running.output)
@@ -177,6 +180,8 @@ def test_nodes_with_another_hpo_are_one_message_and_get_no_trials_if_they_join_l
     with closing(sqlite3.connect(second / "runs" / "hpo.db")) as database:
         assert database.execute("SELECT count(*) FROM studies").fetchone() == (0,)
 
+    running.wait_until(lambda: running.output.count("runs no trials of this search") == 2)
+    until.touch()
     assert running.wait() == 0, running.output
     assert values(project) == [1, 2, 3, 4, 5, 6]
     assert running.output.count("runs no trials of this search") == 2, running.output

@@ -65,7 +65,8 @@ def test_a_search_with_two_objectives_from_the_file_to_the_export(tmp_path: Path
     assert hpo_here(tmp_path, "copy", "two", "three", *options).returncode == 0
     compared = hpo_here(tmp_path, "compare", "two", "three", "--json", *options)
     studies = json.loads(compared.stdout)["studies"]
-    assert [(each["best"], each["objectives"]) for each in studies] == [(3.0, 2)] * 2
+    assert [[found["best"] for found in each["objectives"]] for each in studies] == [[3.0, 1.0]] * 2
+    assert [len(each["front"]) for each in studies] == [3, 3]
     assert "4 trials, drawn by tpe" not in hpo_here(tmp_path, "plan", str(tmp_path / "two.yaml"), *options).stdout
 
     # The same command resumes; other objectives are another revision, which has the same results.

@@ -10,7 +10,8 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 
-from hpo.report.results import Results, read_results
+from hpo.report.reading import read_results
+from hpo.report.results import Results
 from hpo.space.model import Space
 from storage import tables
 from storage.database import Database, open_database

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,11 @@ from hpo.report.comparison import Comparison, Step, compare, comparison_remarks,
 from hpo.report.comparison_page import compare_with_ancestors, write_comparison
 from hpo.report.page import write_report
 from hpo.report.plotly_figures import to_plotly
-from hpo.report.results import read_results
+from hpo.report.reading import read_results
 from storage import tables
 from storage.database import Database, open_database
 from storage.imports import ImportedTrial, Origin, TakenOver, import_trials
+from storage.management import rename_study
 from storage.optuna_tables import write_attrs
 from storage.ownership import ClaimedTrial
 from storage.parents import Parent
@@ -27,6 +30,7 @@ from tests.factories import finish_study
 from tests.report.studies import HOSTILE, add_trial, finish_grid, grid_space, optuna_study
 from tests.storage.builders import prune
 
+OBJECTIVES = [{"metric": "val_accuracy", "direction": "maximize"}, {"metric": "loss", "direction": "minimize"}]
 VALUES = {64: 0.5, 256: 0.7, 512: 0.6}  # in this order
 
 
@@ -46,8 +50,8 @@ def study_of(
         value = values[claim.params["batch_size"]]
         return [{space.metric: value, "epoch_seconds": 2.5, "loss": 1.0} for _ in range(space.max_epochs)]
 
-    def end(run: Run, claim: ClaimedTrial, value: float) -> None:
-        prune(run, claim) if claim.params["batch_size"] == pruned else run.complete(claim, value)
+    def end(run: Run, claim: ClaimedTrial, value: float, **others: Any) -> None:
+        prune(run, claim) if claim.params["batch_size"] == pruned else run.complete(claim, value, **others)
         run.flush()
 
     name_and_count = ("cpu", 1.0) if gpu is None else ("cuda", gpu)
@@ -84,9 +88,10 @@ def reuse(study: Study, value: float, **changes: Any) -> None:
 
 def test_the_best_so_far_over_trials_and_device_time(database: Database) -> None:
     (progress,) = compare([study_of(database, "a")]).studies
-    assert progress.steps == [Step(1, 10.0, 0.5), Step(2, 20.0, 0.7), Step(3, 30.0, 0.7)]
+    assert progress.objectives[0].steps == [Step(1, 10.0, 0.5), Step(2, 20.0, 0.7), Step(3, 30.0, 0.7)]
     assert (progress.trials, progress.reused, progress.epochs, progress.device_seconds) == (3, 0, 12, 30.0)
-    assert (progress.best, progress.best_trial) == (0.7, "#1 batch_size 256")
+    (objective,) = progress.objectives
+    assert (objective.best, objective.best_trial) == (0.7, "#1 batch_size 256")
 
 
 def test_epochs_of_a_trial_that_it_continues_are_not_counted(database: Database) -> None:
@@ -100,8 +105,8 @@ def test_epochs_of_a_trial_that_it_continues_are_not_counted(database: Database)
 
 def test_a_metric_that_is_minimized(database: Database) -> None:
     (progress,) = compare([study_of(database, "a", metric="error", direction="minimize")]).studies
-    assert [step.best for step in progress.steps] == [0.5, 0.5]
-    assert (progress.best, progress.metric) == (0.5, "error")
+    assert [step.best for step in progress.objectives[0].steps] == [0.5, 0.5]
+    assert (progress.objectives[0].best, progress.objectives[0].metric) == (0.5, "error")
 
 
 def test_a_share_of_a_gpu_counts_as_a_share(database: Database) -> None:
@@ -111,14 +116,14 @@ def test_a_share_of_a_gpu_counts_as_a_share(database: Database) -> None:
 
 def test_a_pruned_trial_costs_time_and_is_never_the_best(database: Database) -> None:
     (progress,) = compare([study_of(database, "a", pruned=256)]).studies
-    assert progress.steps == [Step(1, 10.0, 0.5), Step(3, 30.0, 0.6)]
+    assert progress.objectives[0].steps == [Step(1, 10.0, 0.5), Step(3, 30.0, 0.6)]
 
 
 def test_results_of_earlier_studies_are_known_from_the_start_and_cost_nothing(database: Database) -> None:
     study = study_of(database, "a")
     reuse(study, 0.65)
     (progress,) = compare([study]).studies
-    assert progress.steps == [Step(0, 0.0, 0.65), Step(2, 20.0, 0.7), Step(3, 30.0, 0.7)]
+    assert progress.objectives[0].steps == [Step(0, 0.0, 0.65), Step(2, 20.0, 0.7), Step(3, 30.0, 0.7)]
     assert (progress.trials, progress.reused, progress.epochs, progress.device_seconds) == (3, 1, 12, 30.0)
 
 
@@ -155,7 +160,7 @@ def test_studies_of_two_databases_say_where_they_are(database: Database, tmp_pat
 def test_what_differs_is_said(database: Database, changes: dict[str, Any], difference: str | None) -> None:
     comparison = compare([study_of(database, "a"), study_of(database, "b", **changes)])
     assert comparison_remarks(comparison) == ([] if difference is None else [difference])
-    assert len(comparison.drawn) == 2
+    assert len(progress_figures(comparison)[0].lines) == 2
 
 
 def test_another_metric_is_said_and_not_drawn(database: Database) -> None:
@@ -174,7 +179,7 @@ def test_a_study_of_another_program_is_compared_too(database: Database) -> None:
     plain = optuna_study(database)
     add_trial(plain, "COMPLETE", [0.25])
     comparison = compare([study_of(database, "a"), found(database, "plain")])
-    assert comparison.studies[1].best == 0.25
+    assert comparison.studies[1].objectives[0].best == 0.25
     assert comparison_remarks(comparison) == [
         "objective differs, so values may not be comparable: val_accuracy (maximize) in a; value (minimize) in plain",
         "hpo cannot read the settings of plain, which may differ in data, seed or epochs",
@@ -182,13 +187,64 @@ def test_a_study_of_another_program_is_compared_too(database: Database) -> None:
     ]
 
 
-def test_the_first_of_several_objectives_is_compared(database: Database) -> None:
-    plain = optuna_study(database, directions=("maximize", "minimize"))
-    for values in ([0.25, 1.0], [0.5, 2.0]):
-        add_trial(plain, "COMPLETE", values)
-    comparison = compare([found(database, "plain")] * 2)
-    assert comparison.studies[0].best == 0.5
-    assert "Of several objectives, the first one is compared" in comparison_remarks(comparison)
+def study_of_two(database: Database, name: str, values: list[list[float]]) -> Study:
+    """Create a study of another program that maximizes `objective 0`, and minimizes `objective 1`."""
+    plain = optuna_study(database, name, directions=("maximize", "minimize"))
+    for each in values:
+        add_trial(plain, "COMPLETE", each, params={"x": min(each[0], 1.0)})
+    return found(database, name)
+
+
+def test_each_of_several_objectives_is_compared(database: Database) -> None:
+    a = study_of_two(database, "a", [[0.25, 1.0], [0.5, 2.0], [0.5, 3.0]])
+    b = study_of_two(database, "b", [[0.125, 1.5], [0.5, 2.0], [0.75, 4.0]])
+    comparison = compare([a, b])
+    assert [[each.best for each in study.objectives] for study in comparison.studies] == [[0.5, 1.0], [0.75, 1.5]]
+    assert [study.front for study in comparison.studies] == [
+        [[0.5, 2.0], [0.25, 1.0]],
+        [[0.75, 4.0], [0.5, 2.0], [0.125, 1.5]],
+    ]
+    columns, rows = comparison_rows(comparison)
+    shown = [dict(zip(columns, row, strict=True)) for row in rows]
+    assert [row["study"] for row in shown] == ["a", "", "b", ""]
+    assert [row["best"] for row in shown] == [
+        "0.5000 objective 0",
+        "1.0000 objective 1",
+        "0.7500 objective 0",
+        "1.5000 objective 1",
+    ]
+    assert [row["best trial"] for row in shown] == ["#1 x 0.5", "#0 x 0.25", "#2 x 0.75", "#0 x 0.125"]
+    assert [row["found after"].split(",")[0] for row in shown] == ["2 of 3", "1 of 3", "3 of 3", "1 of 3"]
+    assert [row["Pareto front"] for row in shown] == ["2", "", "3", ""]
+    assert [row["of the joint one"] for row in shown] == ["2 of 4", "", "2 of 4", ""], "equal trials are both on it"
+    titles = [figure.title for figure in progress_figures(comparison)]
+    assert titles == [
+        "Best objective 0 over trials",
+        "Best objective 0 over device time",
+        "Best objective 1 over trials",
+        "Best objective 1 over device time",
+    ]
+
+
+def test_one_objective_next_to_several_ones(database: Database, tmp_path: Path) -> None:
+    one, two = study_of(database, "one"), study_of(database, "two", objectives=OBJECTIVES)
+    for studies in ([one, two], [two, one]):
+        comparison = compare(studies)
+        columns, rows = comparison_rows(comparison)
+        assert "of the joint one" not in columns, "there is one front"
+        assert {row[columns.index("Pareto front")] for row in rows} == {"1", ""}
+        figures = progress_figures(comparison)
+        assert [line.label for line in figures[0].lines] == [study.name for study in studies]
+        assert all([line.label for line in figure.lines] == ["two"] for figure in figures[2:])
+        html = write_comparison(comparison, RunsDir(tmp_path)).read_text()
+        assert "2 studies side by side" in html
+        assert html.count('class="plot"') == len({*re.findall('class="plot" id="([^"]+)"', html)}) == len(figures)
+
+
+def test_values_that_a_trial_lacks_or_that_are_infinite_are_never_the_best(database: Database) -> None:
+    study = study_of_two(database, "a", [[math.inf, 1.0], [0.5, -math.inf]])
+    (progress,) = compare([study]).studies
+    assert [each.best for each in progress.objectives] == [0.5, 1.0]
 
 
 def found(database: Database, name: str) -> Study:
@@ -250,7 +306,10 @@ def test_a_report_compares_a_study_with_its_earlier_studies(database: Database, 
 @pytest.mark.parametrize(
     ("storage", "remark"),
     [
-        ("sqlite:///old.db", "old is in another database: hpo compare a --other old sqlite:///old.db"),
+        (
+            "sqlite:///old.db",
+            "old is in another database: hpo compare a --other old sqlite:///old.db --storage DATABASE",
+        ),
         ("", "old is not in the database any more"),
     ],
 )
@@ -259,7 +318,18 @@ def test_earlier_studies_that_are_not_here_are_named(database: Database, storage
     reuse(study, 0.65, storage=storage)
     section = compare_with_ancestors(read_results(study))
     assert section is not None
+    remark = remark.replace("DATABASE", database.url)
     assert (section.remarks, [row[0] for row in section.rows]) == ([remark], ["a"])
+
+
+def test_an_earlier_study_that_was_renamed_is_compared_once(database: Database) -> None:
+    old, study = study_of(database, "old"), study_of(database, "a")
+    reuse(study, 0.65)
+    rename_study(old, "new")
+    study.optuna_study.set_user_attr("hpo:sources", [TakenOver(name).attribute for name in ("old", "new")])
+    section = compare_with_ancestors(read_results(study))
+    assert section is not None
+    assert ([row[0] for row in section.rows], section.remarks) == (["a", "new"], [])
 
 
 def test_a_study_without_earlier_studies_has_no_such_section(database: Database) -> None:
@@ -270,4 +340,4 @@ def test_a_comparison_is_plain_values_for_json(database: Database) -> None:
     comparison = compare([study_of(database, "a")])
     assert isinstance(comparison, Comparison)
     (study,) = comparison.to_json()["studies"]
-    assert study["steps"][0] == {"trials": 1, "device_seconds": 10.0, "best": 0.5}
+    assert study["objectives"][0]["steps"][0] == {"trials": 1, "device_seconds": 10.0, "best": 0.5}

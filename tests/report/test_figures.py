@@ -14,7 +14,8 @@ from matplotlib.colors import to_hex
 from hpo.report import curves, optuna_plots, plotly_figures, png_figures
 from hpo.report.curves import CurveFigure, Family, Line
 from hpo.report.published import match_published
-from hpo.report.results import Results, TrialResult
+from hpo.report.results import Results
+from hpo.report.trials import TrialResult
 from storage.database import Database
 from tests.report.studies import HOSTILE, add_trial, optuna_study, read
 

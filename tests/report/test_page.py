@@ -23,7 +23,8 @@ from benchmarks.report import fill
 from hpo.paths import RunsDir
 from hpo.report.page import write_report
 from hpo.report.published import read_published
-from hpo.report.results import Results, read_results
+from hpo.report.reading import read_results
+from hpo.report.results import Results
 from hpo.search.warm_start import find_trials, take_over_trials
 from hpo.service import try_to_report
 from storage.database import Database, open_database
@@ -244,7 +245,7 @@ import sys
 from pathlib import Path
 from hpo.paths import RunsDir
 from hpo.report.page import preload, write_report
-from hpo.report.results import read_results
+from hpo.report.reading import read_results
 from storage.database import open_database
 from storage.studies import find_study
 with open_database("sqlite:///{tmp_path}/hpo.db") as database:

@@ -13,7 +13,8 @@ from hpo.paths import RunsDir
 from hpo.report.formatting import format_value
 from hpo.report.page import write_report
 from hpo.report.progress import TerminalProgress
-from hpo.report.results import Results, read_results
+from hpo.report.reading import read_results
+from hpo.report.results import Results
 from hpo.report.tables import describe_schedule, trial_columns
 from storage.database import Database
 from storage.records import REPLACED_BY

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from hpo.report.published import match_published, read_published
-from hpo.report.results import Results, TrialResult
+from hpo.report.results import Results
+from hpo.report.trials import TrialResult
 from tests.report.studies import grid_space
 
 

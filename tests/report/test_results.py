@@ -15,7 +15,8 @@ from optuna.trial import TrialState, create_trial
 from hpo.paths import RunsDir
 from hpo.report import optuna_plots
 from hpo.report.page import write_report
-from hpo.report.results import Results, read_epochs, read_results
+from hpo.report.reading import read_epochs, read_results
+from hpo.report.results import Results
 from hpo.report.tables import trial_table
 from hpo.report.terminal import Terminal
 from storage import records, tables

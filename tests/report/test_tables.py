@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from hpo.report.results import Results, read_results
+from hpo.report.reading import read_results
+from hpo.report.results import Results
 from hpo.report.tables import describe_ties, device_time, failures, trial_columns, trial_table
 from hpo.report.terminal import Terminal
 from hpo.run import cli

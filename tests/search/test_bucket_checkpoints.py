@@ -29,7 +29,8 @@ from hpo.search.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
-from hpo.search.worker import TrialReport, run_trial
+from hpo.search.messages import TrialReport, TrialSpec
+from hpo.search.worker import run_trial
 from tests.factories import trial_spec
 from tests.s3 import S3Server
 
@@ -169,7 +170,7 @@ def _pause(reports: Iterator[TrialReport]) -> None:
     assert end.value.value == ""  # it is saved, and uploaded
 
 
-def _until_end(spec: worker.TrialSpec) -> Iterator[TrialReport]:
+def _until_end(spec: TrialSpec) -> Iterator[TrialReport]:
     for report in run_trial(spec):
         assert not report.failure
         yield report

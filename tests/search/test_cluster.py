@@ -73,7 +73,7 @@ class FakeRay(SimpleNamespace):
             raise self._error
 
     def nodes(self) -> list[dict[str, Any]]:
-        place = {"NodeManagerAddress": "10.0.0.1", "NodeManagerPort": 7}
+        place = {"NodeManagerAddress": "10.0.0.1", "NodeManagerPort": 7, "NodeManagerHostname": "host"}
         alive = {"NodeID": "a", "Alive": True, "Resources": {"CPU": 6.0, "memory": 1e9}} | place
         leaving = {"NodeID": "b", "Alive": True, "Resources": {"CPU": 4.0}} | place
         return [alive, leaving, {"NodeID": "c", "Alive": False, "Resources": {}}]
@@ -139,7 +139,7 @@ def test_a_cluster_is_started_once_and_stopped_once_by_the_same_thread(
     with RayCluster(address) as cluster:
         for _ in range(2):
             cluster.start()
-        assert cluster.nodes() == [Node(6.0, id="a", address=("10.0.0.1", 7))]
+        assert cluster.nodes() == [Node(6.0, id="a", name="host (10.0.0.1, a)", address=("10.0.0.1", 7))]
         assert fake_ray.calls == start_calls
         for _ in range(2):
             cluster.stop()

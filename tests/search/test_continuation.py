@@ -15,7 +15,7 @@ import torch
 from benchmarks.toy import expected_value
 from hpo.api import list_studies
 from hpo.paths import RunsDir
-from hpo.report.results import read_results
+from hpo.report.reading import read_results
 from hpo.search import adoption
 from hpo.search.candidates import Outlook
 from hpo.search.checkpoints import (
@@ -28,10 +28,10 @@ from hpo.search.checkpoints import (
     save_checkpoint,
 )
 from hpo.search.continuation import ContinuationPlan, plan_continuation
+from hpo.search.messages import TrialSpec
 from hpo.search.retention import Retention, trials_with_checkpoints
 from hpo.search.runs import open_run
 from hpo.search.warm_start import find_trials, take_over_trials
-from hpo.search.worker import TrialSpec
 from hpo.space.model import Space, load_space
 from hpo.trainable import is_timing
 from storage.database import Database

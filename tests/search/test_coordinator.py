@@ -23,9 +23,10 @@ from benchmarks.toy import expected_value
 from hpo.paths import LOST_FILE, RunsDir
 from hpo.search.checkpoints import load_checkpoint
 from hpo.search.coordinator import TrialCoordinator
-from hpo.search.slots import MAX_WANTED, Room, Slots
+from hpo.search.messages import Ending, TrialReport, TrialSpec
+from hpo.search.slots import MAX_WANTED, Node, Room, Slots
 from hpo.search.stop import StopCause
-from hpo.search.worker import Ending, TrialReport, TrialSpec, end_trial, run_trial
+from hpo.search.worker import end_trial, run_trial
 from hpo.space.model import Space
 from storage import run as run_module
 from storage import usage
@@ -695,6 +696,19 @@ def test_as_many_trials_are_claimed_as_there_is_room_for_now(study: Study, tmp_p
         coordinator.stop(StopCause.INTERRUPTED)
         assert coordinator.follow_cluster() == 0
     assert [event for event in listener.events if event[0] == "slots"] == [("slots", 2, 0), ("slots", 1, 2)]
+
+
+@pytest.mark.parametrize(("gpu", "notes"), [("auto", 1), (0, 0)])
+def test_gpus_that_join_a_search_on_cpus_are_noted_once(study: Study, tmp_path: Path, gpu: object, notes: int) -> None:
+    space, listener = toy_space(tmp_path, resources={"gpu": gpu}), RecordingListener()
+    joined = [Node(8, 1, id="a", name="gpu-3 (10.0.0.7, a4bc6c7c)")]
+    with run_of(study, space) as run:
+        coordinator = coordinator_of(space, run, tmp_path, listener)
+        for unused in ([], joined, joined):
+            coordinator.follow_cluster(unused)
+    found = [event[1] for event in listener.events if event[0] == "note"]
+    assert len(found) == notes
+    assert all("node gpu-3 (10.0.0.7, a4bc6c7c) has a GPU" in note for note in found)
 
 
 def test_a_search_without_an_end_asks_for_a_few_places_at_a_time(study: Study, tmp_path: Path) -> None:

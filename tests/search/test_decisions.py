@@ -182,7 +182,7 @@ def test_what_is_continued_is_not_left_out(database: Database, tmp_path: Path) -
     search_without_ray(space_of(tmp_path), database, tmp_path)
     plan = plan_continuation(long_space(tmp_path), None, database, RunsDir(tmp_path))
     study, plan = open_continued(database, plan, RunsDir(tmp_path))
-    reason = f"it was trained for {SHORT} epochs, not {LONG} (despite: [max_epochs] takes it)"
+    reason = f"it was trained for {SHORT} epochs, not {LONG}"
     assert [found.refused for found in find_trials(plan.space, study, database)] == [{reason: 4}]
     (found,) = find_trials(plan.space, study, database, continued=plan.parents)
     assert found.refused == {reason: 2}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -28,17 +29,19 @@ class FakeCluster:
 
     def __init__(self) -> None:
         self.nodes: list[Node] = [Node(2, id="a"), Node(4, id="b")]
-        self.draining: dict[str, float] = {}
         self.error: Exception | None = None
         self.groups: dict[int, str] = {}  # {number: state}
         self.bundles: list[dict[str, float]] = []
         self.selectors: list[Any] = []
         self.now = 100.0
 
-    def read_nodes(self) -> tuple[list[Node], dict[str, float]]:
+    def read_nodes(self) -> list[Node]:
         if self.error is not None:
             raise self.error
-        return [node for node in self.nodes if node.id not in self.draining], dict(self.draining)
+        return list(self.nodes)
+
+    def drain(self, name: str) -> None:
+        self.nodes = [replace(node, is_drained=node.is_drained or node.id == name) for node in self.nodes]
 
     def placement_group(self, bundles: list[dict[str, float]], *, bundle_label_selector: Any) -> int:
         self.bundles += bundles
@@ -80,9 +83,10 @@ def test_room_is_read_from_time_to_time_and_kept_while_the_head_does_not_answer(
     cluster.error = ConnectionError("no head")
     cluster.now += module.POLL_SECONDS
     assert members.room() == {"": Room(7, 0.0)}
-    cluster.error, cluster.draining = None, {"b": 25.0}
+    cluster.error = None
+    cluster.drain("b")
     cluster.now += module.POLL_SECONDS
-    assert (members.room(), members.draining()) == ({"": Room(3, 0.0)}, {"b": 25.0})
+    assert (members.room(), members.drained()) == ({"": Room(3, 0.0)}, {"b"})
 
 
 def test_nothing_is_asked_of_a_head_that_is_away(module: ModuleType, cluster: FakeCluster) -> None:
@@ -100,7 +104,8 @@ def test_a_ray_of_our_own_stays_as_it_is(module: ModuleType, cluster: FakeCluste
     cluster.error = AssertionError("it must not be asked")
     members = module.Membership(Slots(3, 1.0, 0.0), None)
     members.ask_for(4)
-    assert (members.room(), members.draining(), members.has_left("a")) == ({"": Room(3, 0.0)}, {}, False)
+    assert (members.room(), members.drained(), members.has_left("a")) == ({"": Room(3, 0.0)}, set(), False)
+    assert members.unused_gpus() == []
     assert members.node_of(None) == ""
     assert cluster.bundles == []
 
@@ -118,9 +123,18 @@ def test_a_node_has_left_if_it_is_gone_or_drained_or_does_not_answer(
     with socket.create_server(("127.0.0.1", 0)) as closed:
         silent = closed.getsockname()
     cluster.nodes = [Node(1, id=name, address=raylet) for name in "ab"] + [Node(1, id="c", address=silent)]
-    cluster.draining = {"b": 10.0}
+    cluster.drain("b")
     members = module.Membership(Slots(1, 1.0, 0.0), checks_of())
     assert [members.has_left(name) for name in ("a", "b", "c", "d", "")] == [False, True, True, True, False]
+
+
+def test_nodes_that_join_are_asked_and_their_gpus_are_seen(module: ModuleType, cluster: FakeCluster) -> None:
+    cluster.nodes += [Node(1, 1, id="c"), Node(1, 1, id="refused")]
+    checks = checks_of("refused")
+    on_cpus, on_gpus = (module.Membership(Slots(1, 1.0, gpu), checks) for gpu in (0.0, 1.0))
+    assert [node.id for node in on_cpus.unused_gpus()] == ["c"]
+    checks.poll.assert_called_once_with(cluster.nodes)
+    assert on_gpus.unused_gpus() == []
 
 
 def test_places_are_asked_for_until_there_is_room_for_them(module: ModuleType, cluster: FakeCluster) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from hpo.paths import RunsDir
-from hpo.report.results import read_results
+from hpo.report.reading import read_results
 from hpo.search.continuation import plan_continuation
 from hpo.search.coordinator import TrialCoordinator
 from hpo.search.retention import trials_with_checkpoints
@@ -114,7 +114,7 @@ def test_the_end_of_patience_names_the_front(database: Database, tmp_path: Path)
             space, run, Slots(1, 1.0, 0.0), data={}, runs_dir=RunsDir(tmp_path), listener=RecordingListener()
         )
         assert coordinator.next_trial("t") is None
-    reason = "budget.patience is spent: 1 trials in a row have not found a trial for the Pareto front"
+    reason = "budget.patience is spent: 1 trial has not found a trial for the Pareto front"
     assert str(coordinator.stopped) == reason
 
 

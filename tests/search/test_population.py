@@ -16,10 +16,11 @@ from hpo.search.checkpoints import Checkpoint, list_checkpoints, load_checkpoint
 from hpo.search.comparison import Comparison, RefusalError
 from hpo.search.coordinator import TrialCoordinator
 from hpo.search.environment import check_trainable, note_horizon
+from hpo.search.messages import Ending, TrialSpec
 from hpo.search.population import explore_params, explored_names, owner_of, trial_key
 from hpo.search.replay import read_trial
 from hpo.search.slots import Slots
-from hpo.search.worker import Ending, TrialSpec, end_trial, run_trial
+from hpo.search.worker import end_trial, run_trial
 from hpo.space.model import Space, load_space
 from storage.copying import copy_study
 from storage.database import Database

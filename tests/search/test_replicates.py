@@ -21,8 +21,9 @@ import torch
 
 from benchmarks.toy import Report, expected_value
 from hpo.search import checkpoint_writer
+from hpo.search.messages import TrialReport
 from hpo.search.replicates import EpochPart, MeanReport, summarize, train_replicates
-from hpo.search.worker import TrialPaused, TrialReport, run_trial, watchdog
+from hpo.search.worker import TrialPaused, run_trial, watchdog
 from hpo.trainable import EpochReport
 from storage.database import Database
 from tests.factories import search_without_ray, take_reports, toy_space, trial_spec

@@ -14,9 +14,9 @@ from benchmarks.toy import expected_value
 from hpo.paths import CONFIGURATION_FILE, RunsDir
 from hpo.search.checkpoints import claim_folder
 from hpo.search.coordinator import TrialCoordinator
+from hpo.search.messages import TrialReport
 from hpo.search.retention import Retention, checkpoint_files, is_deleted, trials_with_checkpoints
 from hpo.search.slots import Slots
-from hpo.search.worker import TrialReport
 from hpo.space.model import Space, load_space
 from storage.database import Database
 from storage.errors import StorageError

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 from optuna._transform import _SearchSpaceTransform
 from optuna.distributions import CategoricalDistribution
@@ -20,10 +21,11 @@ from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.pruners import HyperbandPruner
 from optuna.samplers import BaseSampler, CmaEsSampler
 from optuna.study import StudyDirection
+from optuna.trial import TrialState
 from sqlalchemy.exc import OperationalError
 
 from benchmarks.toy import expected_value
-from hpo.report.results import read_results
+from hpo.report.reading import read_results
 from hpo.report.tables import failures
 from hpo.search.cmaes_sampler import StoredCmaEsSampler
 from hpo.search.samplers import TPE_HISTORY, build_optuna_pruner, build_pruner, build_sampler, history_limit
@@ -202,6 +204,23 @@ def test_cmaes_starts_anew_where_its_stored_state_cannot_be_one(study: Study, tm
             assert np.all(np.isfinite(optimizer.ask())), f"{name}: it draws points"
 
 
+@pytest.mark.parametrize(
+    ("sampler", "scheduler", "taken_over", "startup"),
+    [
+        ("tpe", "none", 0, 10),
+        ("tpe", "asha", 9, 14),
+        ("tpe", "none", 10_000, TPE_HISTORY),
+        ("tpe", "hyperband", 9, 10),
+        ({"name": "tpe", "n_startup_trials": 3}, "none", 9, 3),
+    ],
+)
+def test_tpe_draws_some_trials_at_random_in_addition_to_those_of_earlier_searches(
+    tmp_path: Path, sampler: object, scheduler: str, taken_over: int, startup: int
+) -> None:
+    space = toy_space(tmp_path, sampler=sampler, scheduler=scheduler, budget={"trials": 9}, max_epochs=9)
+    assert build_sampler(space, 1, taken_over=taken_over)._n_startup_trials == startup  # type: ignore[attr-defined]
+
+
 def test_cmaes_learns_nothing_from_a_point_that_is_none(study: Study, tmp_path: Path) -> None:
     space = _cmaes_space(tmp_path, {"with_margin": True})
     _draw(study, space, 6)
@@ -305,6 +324,47 @@ def test_every_sampler_draws_only_what_the_space_allows(
         assert failures(read_results(study)) == []
     captured = capfd.readouterr()
     assert captured.out + captured.err == "", "Optuna prints no warning"
+
+
+def count_refused(folder: Path, sampler: dict[str, Any], trials: int) -> int:
+    """Return how many draws break a constraint until so many more trials have completed; the first 10 do not count.
+
+    The best value without the constraints is where they refuse it, and `one` has one value.
+    """
+    names = ("x", "y", "n")
+    space = toy_space(
+        folder,
+        sampler=sampler,
+        budget={"trials": 100},
+        parameters={
+            "x": {"type": "float", "low": 0.0, "high": 1.0},
+            "y": {"type": "float", "low": 1e-3, "high": 1.0, "log": True},
+            "n": {"type": "int", "low": 0, "high": 9},
+            "one": 1,
+        },
+        constraints=["x + y <= 0.5 * one", "n < 6 * one"],
+    )
+    study, refused, completed = optuna.create_study(direction="maximize", sampler=build_sampler(space, 1)), 0, 0
+    while completed < 10 + trials:
+        trial = study.ask()
+        if space.draw(trial):
+            refused += completed >= 10
+            study.tell(trial, state=TrialState.FAIL)
+            assert refused < 500
+        else:
+            study.tell(trial, sum(trial.params[name] for name in names))
+            completed += 1
+    return refused
+
+
+def test_gp_draws_nothing_that_breaks_a_constraint(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    assert count_refused(tmp_path, {"name": "gp"}, trials=5) == 0
+    assert not [each for each in recwarn if each.category is RuntimeWarning]
+
+
+def test_nsga2_draws_less_that_breaks_a_constraint_than_random(tmp_path: Path) -> None:
+    random = count_refused(tmp_path, {"name": "random"}, trials=40)
+    assert count_refused(tmp_path, {"name": "nsga2", "population_size": 10}, trials=40) < random / 2
 
 
 @pytest.mark.parametrize("name", ["tpe", "cmaes", "nsga2"])

@@ -18,8 +18,9 @@ import pytest
 
 from hpo.errors import TrainableError
 from hpo.search import script
+from hpo.search.messages import Ending, TrialReport
 from hpo.search.script import ScriptEpoch, ScriptError, check_program, run_script
-from hpo.search.worker import Ending, TrialReport, end_trial, run_trial
+from hpo.search.worker import end_trial, run_trial
 from hpo.space.model import load_space
 from storage.database import Database
 from tests.factories import ROOT, search_without_ray, take_reports, trial_spec, wait_until
@@ -246,6 +247,21 @@ def test_the_error_of_a_failed_script_has_the_reason_and_its_last_lines(
     assert "\n" not in str(caught.value)
     for part in parts:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("patterns", [None, {"epoch": r"epoch.: (\d+)", "loss": r"loss.: (\d+)"}])
+def test_a_script_with_its_own_checkpoints_must_not_count_from_0(start: Start, patterns: dict[str, str] | None) -> None:
+    """It would be unclear whether the epoch that it reports after a resume is the one before."""
+    with pytest.raises(
+        ScriptError, match=r"reported epoch 0 after epoch 0; one that counts from 0 must report the next"
+    ):
+        list(
+            start(
+                'for epoch in range(3): print(\'{"epoch": %d, "loss": 1}\' % epoch)',
+                needs_epoch=True,
+                patterns=patterns,
+            )
+        )
 
 
 def test_a_script_with_its_own_checkpoints_must_report_the_epoch(start: Start) -> None:

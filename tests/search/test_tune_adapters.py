@@ -10,9 +10,9 @@ from unittest.mock import Mock, call, create_autospec
 import pytest
 
 from hpo.search.coordinator import TrialCoordinator
+from hpo.search.messages import Ending, TrialReport, TrialSpec
 from hpo.search.stop import Stop, StopCause
 from hpo.search.versions import Problem, describe_versions
-from hpo.search.worker import Ending, TrialReport, TrialSpec
 from tests.factories import trial_spec
 
 if TYPE_CHECKING:
@@ -45,7 +45,9 @@ def membership() -> Mock:
     from hpo.search.membership import Membership
 
     fake: Mock = create_autospec(Membership, instance=True)
-    fake.draining.return_value = {}
+    fake.drained.return_value = set()
+    fake.unused_gpus.return_value = []
+    fake.checks = None
     fake.has_left.return_value = False
     return fake
 
@@ -249,7 +251,7 @@ def test_a_trial_on_a_drained_node_ends_after_its_epoch_and_idle_workers_leave(
     tune: ModuleType, coordinator: Mock, membership: Mock
 ) -> None:
     membership.node_of.side_effect = lambda actor: actor.node
-    membership.draining.return_value = {"leaves": 20.0}
+    membership.drained.return_value = {"leaves"}
     coordinator.on_report.return_value = None
     coordinator.leave_node.return_value = Ending.SAVE
     scheduler, controller = tune.StudyScheduler(coordinator, membership), FakeController()
@@ -260,11 +262,11 @@ def test_a_trial_on_a_drained_node_ends_after_its_epoch_and_idle_workers_leave(
         decisions[name] = scheduler.on_trial_result(None, trial, {"report": TrialReport(epoch=1)})
     assert decisions == {"stays": "CONTINUE", "leaves": "STOP"}
     coordinator.leave_node.assert_called_once_with("leaves")
-    membership.draining.return_value = {}
+    membership.drained.return_value = set()
     scheduler.collect_saved = Mock()
     scheduler.choose_trial_to_run(controller)
     assert controller.evictions == 0
-    membership.draining.return_value = {"leaves": 20.0}
+    membership.drained.return_value = {"leaves"}
     scheduler.choose_trial_to_run(controller)
     assert controller.evictions == 1
 
@@ -276,15 +278,15 @@ def test_idle_workers_leave_a_drained_node_while_tune_has_no_trial(
     scheduler, controller = tune.StudyScheduler(coordinator, membership), FakeController()
     searcher = tune.StudySearcher(coordinator, scheduler)
     coordinator.next_trial.return_value, coordinator.is_done = None, False
-    membership.draining.return_value = {"leaves": 20.0}
+    membership.drained.return_value = {"leaves"}
     searcher.suggest("a")
     scheduler.on_trial_add(controller, FakeTrial())
     searcher.suggest("b")
     assert (controller.evictions, controller._actor_manager.next.call_count) == (1, 1)
-    membership.draining.return_value = {}
+    membership.drained.return_value = set()
     searcher.suggest("c")
     controller._trials = (FakeTrial(),)
-    membership.draining.return_value = {"leaves": 20.0}
+    membership.drained.return_value = {"leaves"}
     searcher.suggest("d")
     assert controller.evictions == 1, "choose_trial_to_run does it while there is one"
 
@@ -363,12 +365,13 @@ def test_places_are_asked_for_unless_a_trial_waits_for_one(
 
 
 @pytest.fixture
-def checks() -> Mock:
+def checks(membership: Mock) -> Mock:
     """Checks of nodes of which none is refused."""
     from hpo.search.node_checks import NodeChecks
 
     fake: Mock = create_autospec(NodeChecks, instance=True, refused=set())
     fake.is_at_fault.return_value = False
+    membership.checks = fake
     return fake
 
 
@@ -383,7 +386,7 @@ def test_a_trial_on_another_machine_gets_the_versions_of_this_one(
 def test_a_trial_that_a_worker_hands_back_is_released_and_its_node_gets_no_more(
     tune: ModuleType, coordinator: Mock, membership: Mock, checks: Mock
 ) -> None:
-    scheduler, problem = tune.StudyScheduler(coordinator, membership, checks), Problem("torch is 0.1 and 2.0 here")
+    scheduler, problem = tune.StudyScheduler(coordinator, membership), Problem("torch is 0.1 and 2.0 here")
     decision = scheduler.on_trial_result(None, FakeTrial(), {"problem": problem, "node": "node-b"})
     assert decision == "STOP"
     checks.refuse.assert_called_once_with("node-b", problem)
@@ -395,7 +398,7 @@ def test_a_trial_asks_for_nodes_that_are_not_refused(
     tune: ModuleType, coordinator: Mock, membership: Mock, checks: Mock
 ) -> None:
     coordinator.retries_left.return_value = 0
-    scheduler, update = tune.StudyScheduler(coordinator, membership, checks), Mock()
+    scheduler, update = tune.StudyScheduler(coordinator, membership), Mock()
     trial = FakeTrial(placement_group_factory="request", update_resources=update)
     scheduler.on_trial_add(None, trial)
     update.assert_not_called()
@@ -419,17 +422,8 @@ def test_a_node_that_could_not_start_a_worker_counts_no_failure(
         run_metadata=metadata,
         should_recover=lambda: is_retried,
     )
-    tune.StudyScheduler(coordinator, membership, checks).on_trial_error(None, trial)
+    tune.StudyScheduler(coordinator, membership).on_trial_error(None, trial)
     checks.is_at_fault.assert_called_once_with("2 at one\nno module named hpo", "request")
     coordinator.on_crash.assert_not_called()
     assert metadata.num_failures == (0 if is_retried else 1)
     assert coordinator.release.call_args_list == ([] if is_retried else [call("a")])
-
-
-def test_the_scheduler_looks_for_nodes_that_join(
-    tune: ModuleType, coordinator: Mock, membership: Mock, checks: Mock
-) -> None:
-    controller = Mock()
-    controller.get_live_trials.return_value = []
-    tune.StudyScheduler(coordinator, membership, checks).choose_trial_to_run(controller)
-    checks.poll.assert_called_once_with()

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import shutil
 import sqlite3
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,15 @@ import optuna
 import pytest
 
 from hpo.errors import SettingError
-from hpo.search.samplers import build_sampler
+from hpo.search.continuation import ContinuationPlan
+from hpo.search.runs import open_run
+from hpo.search.samplers import OWN_STARTUP_TRIALS
 from hpo.search.warm_start import Found, find_trials, take_over_trials
 from hpo.space.model import Space
 from storage.copying import copy_study
 from storage.database import Database, open_database
 from storage.errors import StorageError
+from storage.management import rename_study
 from storage.optuna_tables import write_attrs, write_values
 from storage.ownership import ClaimedTrial
 from storage.run import Run
@@ -196,6 +199,25 @@ def test_values_that_cannot_be_compared_are_taken_only_if_the_file_says_so(
     ]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"data": {"val_samples": 1000}}, {"max_epochs": 5}, {"trainable": "benchmarks.toy:climb"}, {"metric": "f1"}],
+)
+@pytest.mark.parametrize("sampler", ["random", "pbt"])
+def test_despite_is_no_advice_where_it_would_not_help(
+    database: Database, changes: dict[str, Any], sampler: str
+) -> None:
+    finish_grid(database)
+    space = {"sampler": {"name": "random"}, "parameters": {"batch_size": RANGE, "lr": 0.01}} | changes
+    if sampler == "pbt":
+        space |= {"name": "grid", "scheduler": {"name": "pbt", "interval": 1}, "warm_start": []}
+    (reason,) = found_in(database, larger(**space)).refused
+    assert "despite" not in reason
+    if sampler == "random":
+        despite = source(despite=["data", "max_epochs", "trainable", "metric"])
+        assert not found_in(database, larger(**space, **despite)).trials, "it would not help"
+
+
 def test_no_metric_stands_in_for_one_of_the_other_direction(database: Database) -> None:
     finish_grid(database)
     found = found_in(database, larger(metric="f1_loss", direction="minimize", **source(despite=["metric"])))
@@ -365,6 +387,30 @@ def test_a_source_that_was_deleted_does_not_stop_a_search(database: Database) ->
     assert len(study.trials()) == 3
     with pytest.raises(SettingError, match="no study 'other'"):
         take_over(larger(warm_start=["other"]), study)
+
+
+@pytest.mark.parametrize("named", ["grid", "grid@1"])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_source_that_was_renamed_is_named(database: Database, tmp_path: Path, named: str, elsewhere: bool) -> None:
+    url = f"sqlite:///{tmp_path}/earlier.db"
+    space = larger(warm_start=[{"study": named, **({"storage": url} if elsewhere else {})}])
+    study = open_study(database, **space.study_options)
+    with open_database(url) if elsewhere else nullcontext(database) as earlier:
+        finish_grid(earlier)
+        take_over(space, study)
+        rename_study(find(earlier, "grid"), "first")
+        rename_study(find(earlier, "first"), "second")
+    (found,) = take_over(space, study)
+    renamed = "it was renamed to second: name that in warm_start"
+    assert str(found).endswith(f": reuses 3 results. Nothing new is taken over, because {renamed}")
+    with pytest.raises(SettingError) as new:
+        find_trials(space, None, database)
+    where = url if elsewhere else database.url
+    assert str(new.value) == f"warm_start: there is no study '{named}' in {where}: {renamed}"
+    (found,) = take_over(
+        larger(warm_start=[{**space.warm_start[0].model_dump(), "study": "second", "despite": []}]), study
+    )
+    assert (found.study, found.problem, len(study.trials())) == ("second", "", 3)
 
 
 def test_a_study_that_is_deleted_while_the_search_starts_takes_everything_over_again(database: Database) -> None:
@@ -569,10 +615,12 @@ def test_a_source_that_cannot_be_read_does_not_stop_a_search_that_has_its_trials
     (without,) = take_over(space, study)
     assert str(without).startswith(
         f"warm start from grid in sqlite:///{file}: reuses 3 results. Nothing new is taken over, because it cannot be "
-        f"read: there is no database sqlite:///{file} yet"
+        f"read: there is no database sqlite:///{file}: correct its storage"
     )
     assert without.attribute == found.attribute == study.attrs["hpo:sources"][0]
-    with pytest.raises(StorageError, match="warm_start: grid cannot be read: there is no database"):
+    with pytest.raises(
+        StorageError, match=r"warm_start: grid cannot be read: there is no database \S+: correct its storage$"
+    ):
         find_trials(space, None, database)
     (tmp_path / "elsewhere.db").rename(file)
     assert take_over(space, study)[0].problem == ""
@@ -690,15 +738,14 @@ def test_settings_of_another_version_are_left_out(database: Database) -> None:
 # --- what a search makes of it ------------------------------------------------------------------------------------------
 
 
-def test_tpe_draws_from_what_earlier_trials_showed(database: Database) -> None:
-    """Two studies of the same seed: the one that knows where the best values are draws near them."""
+def test_tpe_draws_from_what_earlier_trials_showed_after_some_at_random(database: Database) -> None:
+    """Two studies of the same seed: the one that knows where the best values are soon draws near them."""
 
     def search(space: Space) -> list[float]:
         study = open_study(database, **space.study_options)
         take_over(space, study)
-        study.optuna_study.sampler = build_sampler(space, 0)
         drawn = []
-        with run_of(study, space) as run:
+        with open_run(ContinuationPlan(space), study, {}) as run:
             while claim := run.claim():
                 drawn.append(claim.params["lr"])
                 value = -abs(claim.params["lr"] - 70.0)
@@ -708,10 +755,11 @@ def test_tpe_draws_from_what_earlier_trials_showed(database: Database) -> None:
 
     parameters = {"lr": {"type": "float", "low": 0.0, "high": 100.0}}
     search(grid_space(parameters=parameters, sampler={"name": "random"}, budget={"trials": 40}))
-    options = {"parameters": parameters, "budget": {"trials": 8}, "seed": 3}
+    options = {"parameters": parameters, "budget": {"trials": 9}, "seed": 3}
     cold, warm = (
         [abs(lr - 70.0) for lr in search(larger(name=name, warm_start=sources, **options))]
         for name, sources in (("cold", []), ("warm", ["grid"]))
     )
-    assert len(cold) == len(warm) == 8
-    assert sum(warm) < sum(cold) / 2
+    assert len(cold) == len(warm) == 9
+    assert sum(warm[OWN_STARTUP_TRIALS:]) < sum(cold[OWN_STARTUP_TRIALS:]) / 2
+    assert sum(warm[:OWN_STARTUP_TRIALS]) > sum(cold[:OWN_STARTUP_TRIALS]) / 2

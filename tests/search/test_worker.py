@@ -14,7 +14,8 @@ import torch
 
 from benchmarks.toy import Report, expected_value
 from hpo.search import worker
-from hpo.search.worker import Ending, end_trial, run_trial
+from hpo.search.messages import Ending
+from hpo.search.worker import end_trial, run_trial
 from hpo.train import gpu
 from hpo.trainable import EpochReport
 from tests.factories import take_reports, trial_spec

@@ -14,7 +14,8 @@ from optuna.distributions import CategoricalDistribution, IntDistribution
 
 from hpo.errors import SettingError, SpaceError
 from hpo.space.document import MAX_FILE_BYTES, MAX_PROBLEMS, MAX_YAML_DEPTH, MAX_YAML_NODES, Document
-from hpo.space.model import load_space
+from hpo.space.messages import fields_by_key
+from hpo.space.model import Space, load_space
 from tests.space.conftest import ErrorOf, Load, Write
 from tests.space.examples import FULL, HEAD, VALID, unmark
 
@@ -315,6 +316,36 @@ def test_an_override_can_replace_an_invalid_value(load: Load) -> None:
     assert load(VALID.replace("max_epochs: 2", "max_epochs: many"), "max_epochs=4").max_epochs == 4
 
 
+def test_null_means_that_a_key_is_not_given(load: Load) -> None:
+    text = f"{VALID}warm_start: [grid]\nscheduler: {{name: median, grace_period: 1}}\ntrainable: a:b\n"
+    text += "constraints: [lr < 1]\nbudget: {time: 1h}\n"
+    overrides = [
+        f"{key}=null" for key in ("warm_start", "scheduler.grace_period", "trainable", "constraints", "budget.time")
+    ]
+    space = load(text, *overrides)
+    assert (space.warm_start, space.trainable, space.constraints) == ([], "hpo.train:train", [])
+    assert (space.scheduler.name, space.scheduler.grace_period, space.budget.time) == ("median", "auto", None)
+    everything = load(
+        VALID, *(f"{key}=null" for key in fields_by_key(Space) if key not in {"name", "parameters", "max_epochs"})
+    )
+    plain = load(VALID, "sampler=null")
+    assert everything.model_dump() == plain.model_dump()
+    assert everything.fingerprint == plain.fingerprint
+
+
+def test_null_is_a_value_of_a_parameter(load: Load) -> None:
+    space = load(VALID, "parameters.lr=null", "parameters.kind={choices: [null, a], default: null}")
+    assert space.parameters["lr"].grid_values() == [None]
+    assert space.parameters["kind"].model_fields_set == {"choices", "default"}
+
+
+def test_a_script_may_be_set_aside_with_null(load: Load, error_of: ErrorOf) -> None:
+    text = VALID.replace("sampler:", "command: python a.py --lr {lr} --batch-size {batch_size}\nsampler:")
+    assert load(text, "trainable=null").command is not None
+    assert load(text, "command=null").command is None
+    assert "trainable" in error_of(text, "trainable=a:b")
+
+
 @pytest.mark.parametrize(
     ("override", "fragments"),
     [
@@ -322,6 +353,8 @@ def test_an_override_can_replace_an_invalid_value(load: Load) -> None:
         ("data.train_sample=4", ["data.train_sample: unknown key", "did you mean train_samples?"]),
         ("max_epochs=many", ["max_epochs: ", "integer", "'many'"]),
         ("max_epochs=", ["max_epochs: ", "integer", "None"]),
+        ("max_epoch=null", ["max_epoch: unknown key", "did you mean max_epochs?"]),
+        ("budget.tmie=null", ["budget.tmie: unknown key", "did you mean time?"]),
         ("parameters.lr={type: int, low: 2, high: 1}", ["parameters.lr: ", "low must not be above high"]),
         ("parameters.lr={type: int, low: 2, high: 3, stp: 1}", ["parameters.lr.stp: unknown key", "mean step?"]),
         ("parameters.lr=[1", ["not YAML"]),

@@ -140,6 +140,10 @@ MISTAKES = {
         ["budget: write a mapping, whose keys are among trials, time, patience, gpu_hours, cost, got 20"],
     ),
     "a duration for hours": (VALID + "budget: {»gpu_hours: 8h}\n", ["gpu_hours: write a number of hours", "'8h'"]),
+    "a source that is a number": (
+        VALID + "warm_start: [»3]\n",
+        ["warm_start.0: write the name of a study, or {study: grid, trials: best 20}, got 3"],
+    ),
     "a source that is no list": (VALID + "»warm_start: grid\n", ["warm_start: write a list: [grid]"]),
     "a constraint that is no list": (VALID + "»constraints: lr < 1\n", ['constraints: write a list: ["lr < 1"]']),
     "a difference that there is not": (

@@ -60,6 +60,8 @@ SHORT_FORMS = [
     "sampler: tpe\nscheduler: asha\nmax_epochs: 2\nbudget: {time: 90}\nparameters: {a: 1, b: x, c: null, d: true, e: [a]}",
     "sampler: {name: gp}\nmax_epochs: 2\nbudget: {time: 1d}\nparameters: {a: {choices: [1]}}",
     "sampler: grid\nmax_epochs: 2\ncheckpoints: {keep: 3}\nparameters: {a: 1}",
+    "scheduler:\nwarm_start:\nbudget:\nmax_epochs: 2\ncheckpoints: {keep: null}\nparameters: {a: 1}",
+    "sampler: {name: grid, seed: null}\nmax_epochs: 2\nobjectives:\nparameters: {a: 1}",
     "sampler: grid\ntrial_timeout: 1.5\nmax_epochs: 2\nresources: {gpu: 0.5}\nparameters: {a: {type: int, low: 1, high: 2}}",
 ]
 
@@ -93,7 +95,10 @@ WRONG = [
     HEAD + "sampler: tpe\nparameters: {a: 1}\ntrainable: my_module",
     HEAD + "sampler: tpe\nparameters: {a: 1}\ncheckpoints: {keep: best}",
     HEAD + "sampler: tpe\nparameters: {a: 1}\ncheckpoints: {keep: 0}",
-    HEAD + "sampler: tpe\nparameters: {a: 1}\ncheckpoints: {keep: null}",
+    HEAD + "sampler: tpe\nparameters: {a: 1}\nobjectives: [{metric: a, direction: null}]",
+    HEAD + "sampler: tpe\nparameters: {a: 1}\nbudgets: null",
+    HEAD + "sampler: tpe\nparameters: null",
+    HEAD.replace("2\n", "null\n", 1) + "sampler: tpe\nparameters: {a: 1}",
 ]
 
 

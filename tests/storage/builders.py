@@ -22,6 +22,7 @@ from storage.queue import Draw
 from storage.reporting import TrialUpdate
 from storage.run import Run
 from storage.studies import Study, open_study
+from storage.usage import CPU, Device
 
 GRID = {"a": CategoricalDistribution([1, 2]), "b": CategoricalDistribution(["x", "y"])}
 POINTS = [{"a": a, "b": b} for a in (1, 2) for b in ("x", "y")]
@@ -67,9 +68,9 @@ def sampled_run(study: Study, draw: Draw = draw_both, **options: Any) -> Run:
     return grid_run(study, draw=draw, **options)
 
 
-def claim_one(run: Run) -> ClaimedTrial:
+def claim_one(run: Run, device: Device = CPU) -> ClaimedTrial:
     """Claim a trial; fail if there is none."""
-    claim = run.claim()
+    claim = run.claim(device=device)
     assert claim is not None
     return claim
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import threading
 from datetime import datetime
 from typing import Any
@@ -23,6 +24,7 @@ from storage.studies import Study, find_study
 from storage.summaries import summarize
 from storage.tables import LEARNED, POINT, REUSED
 from tests.storage.builders import GRID, POINTS, claim_one, config_key, grid_run, open_s, sampled_run, sql
+from tests.storage.studies import kill_at
 
 BOTH = {"x": FloatDistribution(0, 1), "n": IntDistribution(1, 3)}  # as `draw_both`
 
@@ -205,6 +207,36 @@ def test_all_are_taken_over_or_none(study: Study, database: Database, monkeypatc
     import_trials(study, [learned(0), reused(1)], points=(), sources=[TakenOver("old")])
     assert len(study.trials()) == 2
     assert study.attrs["hpo:sources"] == [TakenOver("old").attribute]
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_statement_leaves_none_or_all(url: str) -> None:
+    """Of the trials, and of what the study says of their sources."""
+    trials, sources = [learned(0), reused(1), reused(2)], [TakenOver("old", learned=1, reused=2)]
+    with open_database(url) as database:
+        study = open_s(database)
+
+        def take_over(opened: Database) -> None:
+            found = find_study(opened, study.name)
+            assert found is not None
+            import_trials(found, trials, sources=sources)
+
+        def rows() -> list[int]:
+            tables = ("trials", "trial_params", "trial_values", "trial_user_attributes", "hpo_trials", "hpo_metrics")
+            counts = [sql(database, f"SELECT count(*) FROM {name}")[0][0] for name in (*tables, "hpo_imports")]
+            return [*counts, len(study.attrs.get("hpo:sources", ()))]
+
+        outcomes, before = [], rows()
+        assert not any(before)
+        for step in itertools.count(1):
+            was_killed = kill_at(step, [url], take_over)
+            outcomes.append(rows())
+            if not was_killed:
+                break
+            assert outcomes[-1] == before or outcomes[-1][0] == len(trials)
+    assert outcomes[-1][0] == outcomes[-1][-2] == len(trials)
+    assert {tuple(each) for each in outcomes} == {tuple(before), tuple(outcomes[-1])}
+    assert outcomes.count(before) >= 8, "it was killed before each statement that writes, and before the commit"
 
 
 @pytest.mark.slow

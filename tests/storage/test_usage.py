@@ -35,8 +35,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "BATCH_SECONDS", 3600.0)
 
 
-def half_a_gpu(study: Study) -> Run:
-    return grid_run(study, device=Device("cuda", 0.5))
+HALF_A_GPU = Device("cuda", 0.5)
 
 
 def stored(database: Database) -> list[tuple[int, float]]:
@@ -103,9 +102,9 @@ def test_while_nothing_is_reported_a_reading_is_due_every_ten_seconds(clock: Clo
 def test_each_end_of_a_trial_stores_its_device_time(
     study: Study, database: Database, clock: Clock, quiet: None
 ) -> None:
-    with half_a_gpu(study) as run:
+    with grid_run(study) as run:
         run.enqueue(POINTS, GRID)
-        claims = [claim_one(run) for _ in range(4)]
+        claims = [claim_one(run, HALF_A_GPU) for _ in range(4)]
         assert stored(database) == [(0, 0.0), (1, 0.0), (2, 0.0), (3, 0.0)]
         for claim in claims:
             run.hold_device(claim)
@@ -148,9 +147,9 @@ def test_the_time_between_a_dead_worker_and_its_successor_does_not_count(
 
 def test_a_resumed_and_a_retried_trial_adds_to_what_it_has_used(study: Study, clock: Clock) -> None:
     for device, seconds in ((Device("cpu", 1.0), 5), (Device("cuda", 2.0), 7)):
-        with grid_run(study, device=device) as run:
+        with grid_run(study) as run:
             run.enqueue(POINTS[:1], GRID)
-            claim = claim_one(run)
+            claim = claim_one(run, device)
             run.hold_device(claim)
             clock.now += seconds
             run.release(claim)
@@ -257,11 +256,11 @@ def test_device_time_that_cannot_be_stored_is_an_error_and_kept(
 @pytest.fixture
 def two_runs(study: Study, clock: Clock, quiet: None) -> Iterator[tuple[Run, ClaimedTrial, Run, ClaimedTrial]]:
     """Two runs, each with a trial that holds half a GPU."""
-    with half_a_gpu(study) as first, half_a_gpu(study) as second:
+    with grid_run(study) as first, grid_run(study) as second:
         claims = []
         for run in (first, second):
             run.enqueue(POINTS, GRID)
-            claims.append(claim_one(run))
+            claims.append(claim_one(run, HALF_A_GPU))
             run.hold_device(claims[-1])
         yield first, claims[0], second, claims[1]
 
