@@ -11,6 +11,7 @@ NETWORK_FILE_SYSTEMS = {
     "afpfs", "afs", "beegfs", "ceph", "cephfs", "cifs", "fhgfs", "fuse.beegfs", "fuse.ceph", "fuse.ceph-fuse", "fuse.cephfs",
     "fuse.gcsfuse", "fuse.glusterfs", "fuse.goofys", "fuse.juicefs", "fuse.mount-s3", "fuse.rclone", "fuse.s3fs",
     "fuse.sshfs", "glusterfs", "gpfs", "lustre", "nfs", "nfs4", "orangefs", "panfs", "pvfs2", "smb3", "smbfs", "webdav",
+    "wekafs",
 }  # fmt: skip
 
 

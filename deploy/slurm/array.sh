@@ -20,7 +20,7 @@
 set -eu
 cd "$SLURM_SUBMIT_DIR"
 export PATH="$PWD/.venv/bin:$PATH"
-export HPO_STORAGE_FILE="${HPO_STORAGE_FILE:-$HOME/.hpo-storage}"
+[ -n "${HPO_STORAGE:-}" ] || export HPO_STORAGE_FILE="${HPO_STORAGE_FILE:-$HOME/.hpo-storage}"
 export TMPDIR=/tmp # the paths of Ray's sockets have at most 107 characters
 # srun does not inherit --cpus-per-task.
 exec deploy/slurm/until-limit.sh srun --ntasks=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" hpo run "$@"

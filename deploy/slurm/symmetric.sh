@@ -18,7 +18,7 @@
 set -eu
 cd "$SLURM_SUBMIT_DIR"
 export PATH="$PWD/.venv/bin:$PATH"
-export HPO_STORAGE_FILE="${HPO_STORAGE_FILE:-$HOME/.hpo-storage}"
+[ -n "${HPO_STORAGE:-}" ] || export HPO_STORAGE_FILE="${HPO_STORAGE_FILE:-$HOME/.hpo-storage}"
 export TMPDIR=/tmp # the paths of Ray's sockets have at most 107 characters
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=300
 

@@ -6,6 +6,11 @@ set -u
 reserve=${HPO_RESERVE_SECONDS:-600} # for the epochs in flight, the checkpoints and the report: more than the longest epoch
 restarts=${HPO_MAX_RESTARTS:-100}   # of one job
 
+for number in "$reserve" "$restarts"; do
+    [[ $number =~ ^(0|[1-9][0-9]*)$ ]] && continue
+    echo "until-limit.sh: HPO_RESERVE_SECONDS and HPO_MAX_RESTARTS are whole numbers, such as 600, not $number" >&2
+    exit 2
+done
 : "${SLURM_JOB_END_TIME:?is set by Slurm 22.05 or newer, in a job}"
 seconds=$((SLURM_JOB_END_TIME - $(date +%s) - reserve))
 if [ "$seconds" -le 0 ]; then

@@ -9,6 +9,8 @@ bucket, another thread uploads what is written, see `uploads`.
 from __future__ import annotations
 
 import copy
+import errno
+import platform
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +35,7 @@ COST_SHARE = 0.03  # of the training time that automatic checkpoints may take
 MAX_WORK_SECONDS = 300.0  # of training between two automatic checkpoints, unless one epoch takes longer
 FIRST_SAVE_SECONDS = 0.005  # assumed for the first checkpoint, with this for its size:
 FIRST_SAVE_BYTES_PER_SECOND = 100e6
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}  # of the disk, or of the user's quota
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,7 @@ class CheckpointWriter:
             try:
                 self._start(ended)
             except (OSError, MemoryError) as error:
-                warning = _join(warning, _describe(ended.number, error))
+                warning = _join(warning, _describe(ended.number, self._folder, error))
         return warning
 
     def save_now(self) -> str:
@@ -208,7 +211,7 @@ class CheckpointWriter:
         try:
             self._write(self._ended.checkpoint(self._key))
         except (OSError, MemoryError) as error:
-            return _join(warning, _describe(self._ended.number, error))
+            return _join(warning, _describe(self._ended.number, self._folder, error))
         self._saved = self._ended.position
         return warning
 
@@ -266,7 +269,7 @@ class CheckpointWriter:
             self._cost_seconds = save.copy_seconds + save.result.result()
         except (OSError, MemoryError) as error:
             self._work_seconds += save.work_seconds
-            return _describe(save.position[0], error)
+            return _describe(save.position[0], self._folder, error)
         self._saved = save.position
         return ""
 
@@ -328,8 +331,11 @@ def _count_bytes(value: Any) -> int:
     return sum(_count_bytes(item) for item in items)
 
 
-def _describe(epoch: int, error: Exception) -> str:
-    return f"no checkpoint after epoch {epoch}: {str(error) or type(error).__name__}"
+def _describe(epoch: int, folder: Path, error: Exception) -> str:
+    reason = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        reason = f"no room for it in {folder} on {platform.node()}. Free some: `hpo clean` lists what no search needs"
+    return f"no checkpoint after epoch {epoch}: {reason}"
 
 
 def _join(*texts: str) -> str:

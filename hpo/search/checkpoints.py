@@ -172,7 +172,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, token: int = 0, *, int
     try:
         with atomic_file(checkpoint_file(folder, checkpoint.epoch), sync=True) as file:
             torch.save(vars(checkpoint), file)
-    except RuntimeError as error:  # torch's writer wraps the operating system's error
+    except RuntimeError as error:  # of torch's writer, which hides the operating system's error
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
         raise OSError(str(error).splitlines()[0]) from error
     found = list_checkpoints(folder)
     shared = [path for path in found if interval and epoch_of(path) % interval == 0]

@@ -25,6 +25,7 @@ from hpo.search.head import Head
 from hpo.search.nodes import read_nodes
 from hpo.search.private_ray import local_options, private_ray, stop_autoscaler
 from hpo.search.ray_address import check_address, no_answer
+from hpo.search.sigterm import sigterm_kept
 from hpo.search.slots import Node
 
 if TYPE_CHECKING:
@@ -218,7 +219,8 @@ class RayCluster:
                 options = local_options(folder) if self._address is None else self._options(self._address, folder)
                 self._has_answered.set()
                 job: Any = _without_driver_paths()
-                ray.init(job_config=job, logging_level=logging.CRITICAL, log_to_driver=False, **options)
+                with sigterm_kept():
+                    ray.init(job_config=job, logging_level=logging.CRITICAL, log_to_driver=False, **options)
                 if self._address is None:
                     stop_autoscaler()
                 else:
@@ -234,7 +236,8 @@ class RayCluster:
             if self._head is not None:
                 self._head.close()
             if code is None:
-                ray.shutdown()
+                with sigterm_kept():
+                    ray.shutdown()
         if code is not None:
             os._exit(code)  # Ray's other processes end with this one
 

@@ -11,13 +11,15 @@ import time
 from collections.abc import Callable
 
 CONNECT_SECONDS = 3.0  # within which a head answers
+ASK_SECONDS = 10.0  # between two questions to a head that seems to be there
 PATIENCE_SECONDS = 40.0  # how long a head may be away; Ray ends the driver after 60 s
 
 
 class Head:
     """Looks after the head of a cluster that was joined, and the node of Ray next to the driver.
 
-    A connection to each is held: it ends as soon as they do, long before a restarted one listens.
+    A connection to each is held: it ends as soon as they do, long before a restarted one listens. That of a machine that has
+    lost its power or its network stays open, so the head is also asked from time to time.
 
     Args:
         address: host and port of the head.
@@ -36,6 +38,7 @@ class Head:
         self._identity = read_id()
         self._connections: dict[tuple[str, int], socket.socket] = {}
         self._away_since: float | None = None
+        self._ask_at = time.monotonic() + ASK_SECONDS
         self._lost = ""
         self.look()
 
@@ -52,17 +55,21 @@ class Head:
     def _find_loss(self) -> str:
         if not self._listens(self._node):
             return "the node of the Ray cluster on this machine has ended"
+        started = time.monotonic()
         try:
             if not self._is_connected(self._address):
-                self._away_since = self._away_since or time.monotonic()
+                self._away_since = self._away_since or started
                 self._connect(self._address)
+            if self._away_since is not None or started >= self._ask_at:
                 if self._read_id() != self._identity:
                     return "the head of the Ray cluster was restarted, and has forgotten the cluster"
+                self._ask_at = time.monotonic() + ASK_SECONDS
             self._away_since = None
         except Exception as error:  # noqa: BLE001 # of the connection, or of Ray
             if isinstance(error, ConnectionRefusedError) and not self._is_durable:
                 return "the head of the Ray cluster has ended"
-            if time.monotonic() - (self._away_since or time.monotonic()) >= PATIENCE_SECONDS:
+            self._away_since = self._away_since or started
+            if time.monotonic() - self._away_since >= PATIENCE_SECONDS:
                 return f"the head of the Ray cluster has not answered for {PATIENCE_SECONDS:g} s: {_first_line(error)}"
         return ""
 

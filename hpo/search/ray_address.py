@@ -52,7 +52,7 @@ def check_address(address: str) -> None:
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: a name such as `gpu..3`, which no host can have
         raise no_answer(address, error) from None
     try:
         asked = subprocess.run(
@@ -87,6 +87,14 @@ def _refusal(address: str, log: str) -> SettingError:
     path = os.environ.get("RAY_AUTH_TOKEN_PATH")
     if "RAY_AUTH_TOKEN_PATH is set but" in log:
         return SettingError(f"the file {path}, which RAY_AUTH_TOKEN_PATH names, cannot be read or is empty")
+    if "couldn't find an authentication token" in log:
+        return SettingError(
+            "RAY_AUTH_MODE is token, but there is no token: RAY_AUTH_TOKEN, the file that RAY_AUTH_TOKEN_PATH names, and "
+            "~/.ray/auth_token are missing or empty. On the cluster, `ray get-auth-token` prints it. Unset RAY_AUTH_MODE if "
+            "the cluster requires none"
+        )
+    if "Timed out while waiting for GCS" in log:
+        return no_answer(address, "something listens there, but it does not answer as the head of a Ray cluster does")
     if "Unauthenticated" not in log:
         lines = [line for line in log.splitlines() if line.strip()]
         return no_answer(address, lines[-1].strip() if lines else "Ray's client failed without a message")

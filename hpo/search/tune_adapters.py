@@ -38,6 +38,7 @@ class StudySearcher(Searcher):
         self._scheduler.follow_cluster()
         spec = self._coordinator.next_trial(trial_id)
         if spec is None:
+            self._scheduler.leave_drained()
             return Searcher.FINISHED if self._coordinator.is_done else None
         config = {"spec": vars(spec), "bundle": self._coordinator.bundle(trial_id)}
         return config if self._scheduler.checks is None else config | {"versions": describe_versions()}
@@ -67,11 +68,13 @@ class StudyScheduler(FIFOScheduler):
         self._membership = membership
         self._saving: dict[str, Any] = {}  # {Tune's id: reference to the answer of `TrialWorker.end`}
         self._nodes: dict[str, str] = {}  # {Tune's id: the node on which it runs, or ran last}
+        self._controller: Any = None  # Tune's, once it has a trial
         self._is_pending = False
         self._followed_at = -math.inf
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Set how often Tune may restart a trial: crashes in earlier runs count too."""
+        self._controller = tune_controller
         if trial.num_failures == 0:
             trial.max_failures = self._coordinator.retries_left(trial.trial_id)
         if self.checks is not None and self.checks.refused:
@@ -162,6 +165,13 @@ class StudyScheduler(FIFOScheduler):
         self.follow_cluster()
         # Not by the base class: it looks at all trials, also those that have ended, at each step.
         return next((trial for trial in pending if trial.status == trial.PENDING), None)
+
+    def leave_drained(self) -> None:
+        """End the workers that wait for a trial if a node is drained. While Tune has no trial, it only asks for one."""
+        if self._controller is None or self._controller.get_live_trials() or not self._membership.drained():
+            return
+        self._controller._cleanup_cached_actors(force_all=True)  # noqa: SLF001 # see `choose_trial_to_run`
+        self._controller._actor_manager.next(timeout=0)  # noqa: SLF001 # frees the cores of one that has ended
 
     def follow_cluster(self) -> None:
         """Tell the user how many trials can run, and the cluster how many more could, from time to time."""

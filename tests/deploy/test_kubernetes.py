@@ -13,6 +13,7 @@ from typing import Any
 import jsonschema  # type: ignore[import-untyped]
 import pytest
 import ray
+from ray._private.ray_constants import RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
 from ruamel.yaml import YAML
 
 from tests.deploy.definitions import FILE, FOLDER, kind_of, read_resources
@@ -194,6 +195,13 @@ def test_commands_and_variables_are_those_of_docker_compose() -> None:
         }
         assert variables == wanted
     assert ray_job()["spec"]["entrypoint"].endswith("hpo run grid")
+
+
+def test_a_worker_is_killed_only_after_ray_has_drained_it() -> None:
+    """By default, the kubelet kills after 30 s, when Ray has waited for the trials and not yet ended."""
+    for group in ray_job()["spec"]["rayClusterSpec"]["workerGroupSpecs"]:
+        grace = group["template"]["spec"]["terminationGracePeriodSeconds"]
+        assert grace >= RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S + 20
 
 
 def test_ray_asks_for_a_token_and_runs_no_trial_next_to_the_driver() -> None:

@@ -112,6 +112,24 @@ def test_a_time_limit_that_leaves_no_time_is_one_message(submitted: Path) -> Non
     assert not (submitted / CALLS).exists()
 
 
+@pytest.mark.parametrize("value", ["10m", "0900", "-1"])
+@pytest.mark.parametrize("name", ["HPO_RESERVE_SECONDS", "HPO_MAX_RESTARTS"])
+def test_a_number_that_is_none_is_one_message(submitted: Path, name: str, value: str) -> None:
+    done = run(submitted, "array.sh", "grid", limit=3600, **{name: value})
+    assert done.returncode == 2
+    assert done.stderr.endswith(f"are whole numbers, such as 600, not {value}\n")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_file_with_the_url_is_named_only_where_there_is_no_url(submitted: Path, script: str) -> None:
+    """hpo refuses both together."""
+    (submitted / ".venv/bin/hpo").write_text('#!/bin/sh\necho "$HPO_STORAGE $HPO_STORAGE_FILE"\n')
+    assert run(submitted, script, "grid", HPO_STORAGE="sqlite:///a.db").stdout == "sqlite:///a.db \n"
+    assert run(submitted, script, "grid").stdout == f" {submitted}/.hpo-storage\n"
+    assert run(submitted, script, "grid", HPO_STORAGE_FILE="/a").stdout == " /a\n"
+
+
 def test_one_ray_has_a_token_that_others_cannot_read_and_that_goes_with_the_job(submitted: Path) -> None:
     assert run(submitted, "symmetric.sh", "grid").returncode == 0
     assert (submitted / "seen").read_text() == "node7:6379 token 600:64\n"

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import secrets
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -84,7 +86,16 @@ class RayNodes:
             started.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def add(self, name: str, *, cores: int = 1, gpus: int = 0, gpu_kind: str = "", path: Path = ROOT) -> None:
+    def add(
+        self,
+        name: str,
+        *,
+        cores: int = 1,
+        gpus: int = 0,
+        gpu_kind: str = "",
+        path: Path = ROOT,
+        shell: Sequence[str] = (),
+    ) -> None:
         """Start a node, and wait until it has joined.
 
         Args:
@@ -93,10 +104,11 @@ class RayNodes:
             gpus: that it says it has.
             gpu_kind: of the GPUs.
             path: of Python, where hpo is.
+            shell: a command that gets `ray start` as its last argument, after a limit of open files, as in KubeRay.
         """
         kind = [f"--resources={json.dumps({f'accelerator_type:{gpu_kind}': 1})}"] if gpu_kind else []
         options = [f"--address={self._address}", "--node-ip-address=127.0.0.1", f"--num-cpus={cores}", *kind]
-        self._start(name, *options, f"--num-gpus={gpus}", PYTHONPATH=str(path))
+        self._start(name, *options, f"--num-gpus={gpus}", shell=shell, PYTHONPATH=str(path))
 
     def home(self, name: str) -> Path:
         """Return the home of a node."""
@@ -115,15 +127,18 @@ class RayNodes:
         self._kill(f"{self.folder / name}/", f"{self.folder / name} ")
         self._processes[name].wait()
 
-    def _start(self, name: str, *options: str, **variables: str) -> None:
+    def _start(self, name: str, *options: str, shell: Sequence[str] = (), **variables: str) -> None:
         working = self.folder / "cwd" / name
         for folder in (self.home(name), working):
             folder.mkdir(parents=True)
         log = self.folder / f"{name}.log"
         command = [RAY, "start", "--block", "--disable-usage-stats", "--object-store-memory=100000000"]
+        command += [f"--temp-dir={self.folder / name}", *options]
+        if shell:
+            command = [*shell, f"ulimit -n ${{RAY_START_ULIMIT_OPEN_FILES:-65536}}; {shlex.join(command)} "]
         with log.open("w") as file:
             self._processes[name] = subprocess.Popen(
-                [*command, f"--temp-dir={self.folder / name}", *options],
+                command,
                 cwd=working,
                 env=environment(HOME=str(self.home(name)), **self.variables, **variables),
                 stdout=file,

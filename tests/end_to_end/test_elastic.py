@@ -46,6 +46,20 @@ def test_trials_follow_the_nodes_of_a_cluster(tmp_path: Path) -> None:
     assert rows(database, "SELECT count(*) FROM hpo_trials WHERE crashes > 0") == [(0,)], "no trial is to blame"
 
 
+def test_the_last_pod_that_kubernetes_deletes_saves_its_trial_and_ends_within_seconds(tmp_path: Path) -> None:
+    """As KubeRay starts it; bash becomes `ray start`, so the kubelet's SIGTERM reaches it."""
+    space = chains(tmp_path, epoch_seconds=1.0)
+    with RayNodes() as nodes:
+        nodes.add("pod", shell=["/bin/bash", "-c", "--"])
+        driver = Driver(tmp_path, 0, space, "--set", "max_failures=0", **nodes.variables)
+        driver.wait_until(lambda: "epoch 1/" in driver.output)
+        nodes.terminate("pod")
+        wait_until(lambda: nodes.has_ended("pod"), 20)  # Ray would wait for 30 s, and the kubelet for 60 s
+        driver.press_ctrl_c()
+        assert driver.wait() == 130, driver.output
+    assert re.search(r"trial 0 WAITING: its machine will leave the cluster, saved after epoch \d", driver.output)
+
+
 def test_a_search_asks_an_empty_cluster_for_nodes(tmp_path: Path) -> None:
     space = chains(tmp_path, epoch_seconds=1.0)
     with RayNodes(most=2) as nodes:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import platform
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -238,6 +241,21 @@ def test_a_checkpoint_that_cannot_be_written_is_a_warning_of_a_later_epoch_and_d
     assert end_epoch(writer, 2, seconds=1.0) == "no checkpoint after epoch 1: no space left on device"
     writer.close()
     assert disk.written == [2]
+
+
+def test_without_room_on_the_disk_the_folder_the_machine_and_the_remedy_are_said(
+    disk: Disk, writer_of: Callable[..., CheckpointWriter], tmp_path: Path
+) -> None:
+    disk.errors.append(OSError(errno.ENOSPC, "No space left on device"))
+    disk.let_through(1)
+    writer = writer_of()
+    said = end_epoch(writer, LAST_EPOCH)
+    assert re.fullmatch(
+        rf"no checkpoint after epoch {LAST_EPOCH}: no room for it in {tmp_path}\S* on {platform.node()}\. "
+        "Free some: `hpo clean` lists what no search needs",
+        said,
+    )
+    writer.close()
 
 
 def test_without_room_for_the_copy_training_goes_on(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +37,7 @@ class FakeRay(SimpleNamespace):
         self.threads: set[threading.Thread] = set()
         self._error = error
         self.dead: list[str] = []  # of Ray's processes
+        self.on_call: Callable[[], Any] = lambda: None
         node = SimpleNamespace(
             kill_monitor=lambda check_alive: self.calls.append(("kill_monitor", None)),
             dead_processes=lambda: self.dead,
@@ -57,6 +60,7 @@ class FakeRay(SimpleNamespace):
         self.job_config = SimpleNamespace(JobConfig=SimpleNamespace)
 
     def init(self, **options: Any) -> None:
+        self.on_call()
         self.calls.append(("init", options["address"]))
         self.num_cpus = options.get("num_cpus")
         working_dir = options.get("runtime_env", {}).get("working_dir")
@@ -75,6 +79,7 @@ class FakeRay(SimpleNamespace):
         return [alive, leaving, {"NodeID": "c", "Alive": False, "Resources": {}}]
 
     def shutdown(self) -> None:
+        self.on_call()
         self.calls.append(("shutdown", None))
         self.threads.add(threading.current_thread())
 
@@ -432,3 +437,46 @@ def test_a_script_that_is_imported_can_be_interrupted(
     (tmp_path / "searching_in_a_test.py").write_text(SEARCHING)
     monkeypatch.syspath_prepend(tmp_path)
     assert importlib.import_module("searching_in_a_test").is_interrupted
+
+
+def test_ray_does_not_replace_what_sigterm_does(fake_ray: FakeRay) -> None:
+    read, replace = ctypes.pythonapi.PyOS_getsig, ctypes.pythonapi.PyOS_setsig
+    read.restype = ctypes.c_void_p
+    fake_ray.on_call = lambda: replace(int(signal.SIGTERM), None)
+    with RayCluster(None) as cluster:
+        before = read(int(signal.SIGTERM))
+        assert before is not None
+        cluster.start()
+        cluster.nodes()
+        assert read(int(signal.SIGTERM)) == before
+        cluster.stop()
+        wait_until(lambda: not cluster._thread.is_alive())
+        assert read(int(signal.SIGTERM)) == before
+
+
+@pytest.mark.slow
+@pytest.mark.ray(starts=1)
+def test_sigterm_is_an_interrupt_once_ray_is_up_and_after_it_has_ended(tmp_path: Path) -> None:
+    program = """
+import os, signal
+from hpo.search.cluster import RayCluster
+
+def interrupt():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+    except KeyboardInterrupt:
+        print("interrupted")
+
+with RayCluster(None) as cluster:
+    cluster.start()
+    cluster.nodes()
+    interrupt()
+    cluster.stop()
+    cluster._thread.join()
+    interrupt()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted\ninterrupted\n", "")

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from hpo.search import head as module
-from hpo.search.head import PATIENCE_SECONDS, Head
+from hpo.search.head import ASK_SECONDS, PATIENCE_SECONDS, Head
 from tests.factories import wait_until
 
 
@@ -96,6 +96,30 @@ def test_a_head_that_is_away_for_too_long_has_ended(
     assert head.look() == ""
     now[0] += 1
     assert head.look().startswith("the head of the Ray cluster has not answered for 40 s: [Errno 111]")
+
+
+@pytest.mark.parametrize("is_durable", [True, False])
+def test_a_head_whose_machine_has_lost_its_network_is_asked_and_given_up(
+    server: FakeServer, node: FakeServer, monkeypatch: pytest.MonkeyPatch, is_durable: bool
+) -> None:
+    """Its connection stays open."""
+    now, asked = [100.0], [0]
+
+    def ask() -> str:
+        asked[0] += 1
+        if now[0] > 100 + ASK_SECONDS:
+            raise RuntimeError("Deadline Exceeded")
+        return "first"
+
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    head = Head(server.address, node.address, ask, is_durable=is_durable)
+    for _ in range(3):
+        assert (head.look(), head.is_away, asked) == ("", False, [2])
+    now[0] += ASK_SECONDS + 1
+    assert (head.look(), head.is_away) == ("", True)
+    now[0] += PATIENCE_SECONDS
+    assert head.look() == "the head of the Ray cluster has not answered for 40 s: Deadline Exceeded"
+    head.close()
 
 
 def test_without_a_database_a_head_that_has_ended_is_not_waited_for(server: FakeServer, node: FakeServer) -> None:

@@ -126,6 +126,27 @@ def test_a_token_file_that_cannot_be_read_is_named(
         check_address(address)
 
 
+def test_a_mode_without_a_token_is_one_message(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Ray's own client says it: a page of its log, whose last line is a line of its stack."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", " ")
+    with pytest.raises(SettingError, match=r"^RAY_AUTH_MODE is token, but there is no token: .* missing or empty"):
+        check_address(address)
+
+
+def test_what_is_no_head_of_a_cluster_is_said(address: str, client_writes: Callable[[str], None]) -> None:
+    client_writes("ray.exceptions.RpcError: Timed out while waiting for GCS to become available.\n")
+    with pytest.raises(SettingError, match="something listens there, but it does not answer as the head of a Ray"):
+        check_address(address)
+
+
+@pytest.mark.parametrize("host", ["gpu..3", ".example", "a" * 80 + ".example"])
+def test_a_name_that_no_host_can_have_is_no_answer(host: str) -> None:
+    with pytest.raises(SettingError, match="no Ray cluster answers at RAY_ADDRESS"):
+        check_address(f"{host}:6379")
+
+
 def test_another_failure_shows_the_last_line(address: str, client_writes: Callable[[str], None]) -> None:
     client_writes("Traceback:\n\nRuntimeError: version mismatch\n")
     with pytest.raises(SettingError, match=f"no Ray cluster answers at RAY_ADDRESS {address}: RuntimeError: version"):

@@ -70,6 +70,7 @@ class FakeController:
         self.stopped: list[str] = []
         self.evictions = 0
         self._staged_trials: list[FakeTrial] = []  # they wait for a worker
+        self._actor_manager = Mock()
 
     def get_live_trials(self) -> tuple[FakeTrial, ...]:
         return self._trials
@@ -268,6 +269,26 @@ def test_a_trial_on_a_drained_node_ends_after_its_epoch_and_idle_workers_leave(
     membership.drained.return_value = {"leaves"}
     scheduler.choose_trial_to_run(controller)
     assert controller.evictions == 1
+
+
+def test_idle_workers_leave_a_drained_node_while_tune_has_no_trial(
+    tune: ModuleType, coordinator: Mock, membership: Mock
+) -> None:
+    """Tune does not ask the scheduler then."""
+    scheduler, controller = tune.StudyScheduler(coordinator, membership), FakeController()
+    searcher = tune.StudySearcher(coordinator, scheduler)
+    coordinator.next_trial.return_value, coordinator.is_done = None, False
+    membership.drained.return_value = {"leaves"}
+    searcher.suggest("a")
+    scheduler.on_trial_add(controller, FakeTrial())
+    searcher.suggest("b")
+    assert (controller.evictions, controller._actor_manager.next.call_count) == (1, 1)
+    membership.drained.return_value = set()
+    searcher.suggest("c")
+    controller._trials = (FakeTrial(),)
+    membership.drained.return_value = {"leaves"}
+    searcher.suggest("d")
+    assert controller.evictions == 1, "choose_trial_to_run does it while there is one"
 
 
 def test_a_node_that_dies_while_a_worker_starts_is_no_failure_either(
