@@ -26,7 +26,7 @@ from hpo.search.checkpoints import (
     claim_folder,
     save_checkpoint,
 )
-from hpo.search.uploads import Uploader
+from hpo.search.uploads import PATIENCE_SECONDS, PAUSE_PATIENCE_SECONDS, Uploader
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -163,7 +163,9 @@ class CheckpointWriter:
         """
         self._ended = _Epoch(epoch, history, state)
         self._work_seconds += seconds
-        if epoch >= self._last_epoch or (self._interval and epoch % self._interval == 0):
+        if epoch >= self._last_epoch:
+            return self.save_now(PATIENCE_SECONDS)
+        if self._interval and epoch % self._interval == 0:
             return self.save_now()
         warning = self._save_if_due(self._ended)
         return warning if self._uploader is None else _join(warning, self._uploader.take_note())
@@ -194,15 +196,18 @@ class CheckpointWriter:
                 warning = _join(warning, _describe(ended.number, self._folder, error))
         return warning
 
-    def save_now(self) -> str:
+    def save_now(self, patience_seconds: float = PAUSE_PATIENCE_SECONDS) -> str:
         """Save the state after the last finished epoch, if it is not saved, and return when it is on the disk.
 
         If there is a bucket, it is there, too, or a warning says why not.
 
+        Args:
+            patience_seconds: how long it waits for a bucket that makes no progress.
+
         Returns, Raises: see `epoch_ended`.
         """
         warning = self._save_rest()
-        return warning if self._uploader is None else _join(warning, self._uploader.wait())
+        return warning if self._uploader is None else _join(warning, self._uploader.wait(patience_seconds))
 
     def _save_rest(self) -> str:
         warning = self._collect(wait=True)

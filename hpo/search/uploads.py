@@ -18,7 +18,9 @@ from hpo.bucket import describe
 from hpo.search.bucket_checkpoints import FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS, BucketTrial
 from hpo.search.checkpoints import TakenOverError, epoch_of
 
-PATIENCE_SECONDS = 20.0  # how long a trial that ends waits for a bucket that makes no progress
+# How long a trial waits for a bucket that makes no progress: one that is paused, perhaps because its machine will be taken
+# away, and one that has completed, which nothing resumes from the bucket later.
+PAUSE_PATIENCE_SECONDS, PATIENCE_SECONDS = 20.0, 90.0
 
 _away_since: dict[str, float] = {}  # {URL of a bucket: since when it fails}, of this process
 
@@ -85,8 +87,8 @@ class Uploader:
                 return f"uploads to {self._service} wait, and the trial goes on: {self._error}"
             return f"uploads to {self._service} go on" if before and not self._error else ""
 
-    def wait(self) -> str:
-        """Return when all is uploaded, or the bucket has made no progress for PATIENCE_SECONDS.
+    def wait(self, patience_seconds: float = PAUSE_PATIENCE_SECONDS) -> str:
+        """Return when all is uploaded, or the bucket has made no progress for so many seconds.
 
         Returns:
             A warning about what is not uploaded; else empty.
@@ -102,7 +104,7 @@ class Uploader:
                 since = max(started, self._progress_at)
                 if self._error and self._attempts > attempts:  # who has waited before waits for one attempt
                     since = min(since, _away_since.get(self._service, since))
-                left = since + PATIENCE_SECONDS - time.monotonic()
+                left = since + patience_seconds - time.monotonic()
                 if left <= 0:
                     break
                 self._changed.wait(left)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hpo.search import uploads
+from hpo.search import checkpoint_writer
 from hpo.search.bucket_checkpoints import BucketTrial
 from hpo.search.checkpoint_writer import CheckpointWriter
 from hpo.search.checkpoints import TakenOverError, checkpoint_file, epoch_of
@@ -153,7 +153,7 @@ def test_a_trial_that_ends_without_the_bucket_says_what_is_only_on_its_machine(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(uploads, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(checkpoint_writer, "PATIENCE_SECONDS", 0.3)
     writer = writer_of(f"{bucket_url}/study/0")
     s3_server.stop()
     try:
