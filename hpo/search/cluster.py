@@ -210,6 +210,8 @@ class RayCluster:
         import ray
 
         logging.getLogger("ray").setLevel(logging.CRITICAL)
+        constants: Any = ray._private.ray_constants  # noqa: SLF001
+        constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False  # the program may have imported ray before this module
         with (
             tempfile.TemporaryDirectory(prefix="hpo-ray-", ignore_cleanup_errors=True) as scratch,
             private_ray(Path(scratch)) if self._address is None else nullcontext(),

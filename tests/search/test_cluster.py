@@ -43,7 +43,7 @@ class FakeRay(SimpleNamespace):
             dead_processes=lambda: self.dead,
         )
         self.environment: dict[str, str] = {}  # of Ray's processes
-        constants = SimpleNamespace(ENABLE_RAY_CLUSTER=True)
+        constants = SimpleNamespace(ENABLE_RAY_CLUSTER=True, RAY_ENABLE_UV_RUN_RUNTIME_ENV=True)
         state = SimpleNamespace(state=SimpleNamespace(get_draining_nodes=lambda: {"b": 0}))
         self._private = SimpleNamespace(
             worker=SimpleNamespace(_global_node=node),
@@ -68,6 +68,7 @@ class FakeRay(SimpleNamespace):
         options["job_config"]._py_driver_sys_path.extend(["/the/working/folder"])
         assert options["job_config"]._py_driver_sys_path == []
         self.environment = dict(os.environ)
+        assert not self._private.ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV, "workers would be started by `uv run`"
         self.threads.add(threading.current_thread())
         if self._error is not None:
             raise self._error
