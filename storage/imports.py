@@ -192,6 +192,21 @@ def read_known(study: Study | None) -> Known:
     return retry_while_down(study.database, read)
 
 
+def count_imported(study: Study) -> int:
+    """Return how many trials a study has taken over from earlier ones.
+
+    Raises:
+        StorageError: the database cannot be used (after retries).
+    """
+    query = sa.select(sa.func.count()).where(tables.imports.c.study == study.study_id)
+
+    def read() -> int:
+        with study.database.engine.connect() as connection:
+            return connection.scalar(query) or 0
+
+    return retry_while_down(study.database, read)
+
+
 def import_trials(
     study: Study,
     imported: Sequence[ImportedTrial],

@@ -27,7 +27,6 @@ from hpo.space.choice import MAX_GP_TRIALS
 if TYPE_CHECKING:
     import torch
     from optuna import Study
-    from optuna._gp.acqf import BaseAcquisitionFunc
     from optuna.distributions import BaseDistribution
 
 # Whether a configuration, {name: value}, meets the constraints.
@@ -65,7 +64,7 @@ class ExtrapolatingGPSampler(GPSampler):
         view: Any = _ExtrapolatedStudy(study)
         return super().sample_relative(view, trial, search_space)
 
-    def _optimize_acqf(self, acqf: BaseAcquisitionFunc, best_params: np.ndarray | None) -> np.ndarray:
+    def _optimize_acqf(self, acqf: Any, best_params: np.ndarray | None) -> np.ndarray:
         """Return the normalized parameters with the largest acquisition function. Optuna lets subclasses override this."""
         allowed: Any = acqf if self._is_allowed is None else _AllowedOnly(acqf, self._is_allowed)
         with np.errstate(invalid="ignore"):  # it divides by 0 where one point of its sample alone is allowed
@@ -76,14 +75,14 @@ class ExtrapolatingGPSampler(GPSampler):
 class _AllowedOnly:
     """An acquisition function that is low where a configuration breaks a constraint."""
 
-    def __init__(self, acqf: BaseAcquisitionFunc, is_allowed: IsAllowed) -> None:
+    def __init__(self, acqf: Any, is_allowed: IsAllowed) -> None:
         self.search_space, self.length_scales = acqf.search_space, acqf.length_scales
         self._acqf = acqf
         self._is_allowed = is_allowed
 
     def eval_acqf(self, x: torch.Tensor) -> torch.Tensor:
         """Return the value at each point of `x`, of shape (..., parameters)."""
-        values = self._acqf.eval_acqf(x)
+        values: torch.Tensor = self._acqf.eval_acqf(x)
         return values - values.new_tensor(self._penalties(x.detach().numpy()))
 
     def eval_acqf_no_grad(self, x: np.ndarray) -> np.ndarray:

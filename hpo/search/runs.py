@@ -27,16 +27,14 @@ def open_run(continuation: ContinuationPlan, study: Study, provenance: Mapping[s
     Raises:
         StorageError: the database cannot be used (after retries).
     """
-    from storage.imports import TakenOver, read_sources
+    from storage.imports import count_imported
 
     space = continuation.space
     study.optuna_study.pruner = build_optuna_pruner(space, study)
     with build_run(space, study, provenance) as run:
         run.enqueue(continuation.first_points(), space.distributions(), continuation.attrs)
         if not space.is_grid:
-            sources = [TakenOver.read(source) for source in read_sources(study.attrs)]
-            taken_over = sum(source.learned + source.reused for source in sources)
-            study.optuna_study.sampler = build_sampler(space, run.run_id, taken_over=taken_over)
+            study.optuna_study.sampler = build_sampler(space, run.run_id, taken_over=count_imported(study))
         yield run
 
 
