@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# It listens on the loopback interface only, as on Windows and macOS, and asks for a token of its own, from a file in its
+# It listens on the loopback interface only, as on Windows and macOS, and requires a token, which is in a file in its
 # folder. The usual file, ~/.ray/auth_token, may be readable for others.
 _LOCAL_VARIABLES = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
 _TOKEN, _TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"

@@ -185,8 +185,8 @@ class StudyScheduler(FIFOScheduler):
 def _unstage(tune_controller: Any, trial: Any) -> None:
     """Remove a trial that will not start from those for which Tune keeps idle workers.
 
-    Tune does not do it for a trial that waits. Such a worker would hold its cores for good, and a trial with another request
-    for resources would wait for them.
+    Tune does not do it for a trial that waits. Such a worker would hold its cores until the search ends, and a trial with
+    another request for resources would wait for them.
     """
     if trial in tune_controller._staged_trials:  # noqa: SLF001 # no public function does it
         tune_controller._unstage_trial_with_resources(trial)  # noqa: SLF001
