@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from hpo.bucket import locate
 from hpo.measuring import keep_mps_if_shared, measure, note_mps_failure, start_probes
@@ -92,8 +92,8 @@ def plan_search(
         listener.note(note)
     with start_mps(is_wanted=may_share_gpu(space)) as mps, start_probes(space, data, Path(runs_dir)) as probes:
         note_mps_failure(mps, listener)
-        found = _look_up(space, storage, password, locate(runs_dir, checkpoints), listener)
-        continuation, states, left, used, spent = found
+        stored = _look_up(space, storage, password, locate(runs_dir, checkpoints), listener)
+        continuation, states, left = stored.continuation, stored.states, stored.trials_left
         space = continuation.space
         nodes, estimate = [this_machine()], None
         slots = plan_slots(space, left, nodes)
@@ -104,17 +104,28 @@ def plan_search(
             estimate = measure(space, slots, left, probes, images, nodes, listener, begun)
         slots = slots if estimate is None else estimate.slots
         keep_mps_if_shared(mps, slots, listener)
-    return PlannedSearch(space, slots, estimate, states, left, used, spent, continuation.outlooks)
+    return PlannedSearch(
+        space, slots, estimate, states, left, stored.device_seconds, stored.spent, continuation.outlooks
+    )
+
+
+class _Stored(NamedTuple):
+    """What a search continues, and the parts of a `PlannedSearch` that storage knows."""
+
+    continuation: ContinuationPlan
+    states: Mapping[str, str]
+    trials_left: int | None
+    device_seconds: float = 0.0
+    spent: str = ""
 
 
 def _look_up(
     space: Space, storage: str, password: str | None, runs_dir: RunsDir, listener: ProgressListener
-) -> tuple[ContinuationPlan, dict[str, str], int | None, float, str]:
-    """Return what a search continues, and parts of a `PlannedSearch`: states, trials left, device time, the spent budget."""
+) -> _Stored:
     from hpo.search.continuation import ContinuationPlan, plan_continuation
 
     if is_new_database(storage) and not space.warm_start:
-        return ContinuationPlan(space), {}, space.total_trials, 0.0, ""
+        return _Stored(ContinuationPlan(space), {}, space.total_trials)
     from hpo.search.warm_start import find_trials
     from storage.database import open_for_reading
     from storage.studies import find_revision
@@ -138,6 +149,6 @@ def _look_up(
             states = reused | states
             note_sources(found, continuation, states.keys(), listener)
         if study is None:
-            return continuation, states, left, 0.0, ""
+            return _Stored(continuation, states, left)
         spent = find_spent_budget(space, study)
-        return continuation, states, left, study.device_seconds(), "" if spent is None else str(spent)
+        return _Stored(continuation, states, left, study.device_seconds(), "" if spent is None else str(spent))

@@ -89,7 +89,7 @@ def load_trainable(name: str, folder: Path | str | None = None) -> Callable[...,
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise  # the module exists, but one of its own imports does not
+            raise  # the module exists, but one that it imports does not
         raise TrainableError(
             f"trainable: no module {module_name!r} in the current folder or among the installed packages"
         ) from None

@@ -71,7 +71,7 @@ def engine_options(url: sa.URL) -> dict[str, Any]:
     if url.get_backend_name() == "sqlite":
         return {"connect_args": {"timeout": sqlite_file.BUSY_SECONDS}}
     # pre_ping: after a restart of the server, stale connections are replaced before a statement fails on one.
-    # UTF-8, whatever the database's encoding: psycopg gives texts of SQL_ASCII as bytes, and some encodings lack letters.
+    # UTF-8, for every encoding of the database: psycopg gives texts of SQL_ASCII as bytes, and some encodings lack letters.
     connect_args: dict[str, Any] = {"connect_timeout": 10, "application_name": "hpo", "keepalives": 1} | _TCP_OPTIONS
     given = {name: value for name, value in connect_args.items() if name not in url.query}
     return {

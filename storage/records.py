@@ -358,7 +358,7 @@ def read_endings(database: Database, study_id: int) -> list[tuple[int, str, date
 
 
 def read_retried(connection: sa.Connection, study_id: int) -> set[int]:
-    """Return the ids of the WAITING trials of a study that `hpo retry` lets run again, whatever the budget says."""
+    """Return the ids of the WAITING trials of a study that `hpo retry` lets run again, even if the budget is spent."""
     trial, attr = optuna_tables.trials, optuna_tables.trial_user_attributes
     query = sa.select(trial.c.trial_id).join(attr, sa.and_(attr.c.trial_id == trial.c.trial_id, attr.c.key == RETRIED))
     query = query.where(trial.c.study_id == study_id, trial.c.state == TrialState.WAITING)

@@ -96,7 +96,7 @@ class Attempts:
     Wrong attempts of a client are answered one after another, each later than the one before. Few wait at a time, because
     each takes part of what the server does at once; further ones are refused at once.
 
-    What is right is answered at once, whatever waits. So a guesser need not wait to know that a guess was wrong: the
+    What is right is answered at once, while those wait. So a guesser need not wait to know that a guess was wrong: the
     comparisons are bounded, too. After `MAX_GUESSES` wrong ones, `GUESSES_PER_SECOND` passwords are compared, and all others
     are refused without a look, the right one included: who always accepts the right password answers any number of guesses.
     What is no guess is always compared: a token, which is too long to be guessed, and a password of which the browser has a

@@ -23,7 +23,7 @@ from torch import nn
 
 from hpo.errors import SettingError
 from hpo.export.card import classify_script, render_card
-from hpo.export.origin import refuse_taken_over
+from hpo.export.origin import MAX_LISTED, list_numbers, refuse_taken_over
 from hpo.export.program import Classifier, write_program
 from hpo.export.scoring import (
     FP32_ON_CPU,
@@ -57,7 +57,6 @@ if TYPE_CHECKING:
 
     from storage.studies import Study
 
-MAX_LISTED = 20  # trials of the Pareto front in a message
 FILES = ("README.md", "classes.json", "classify.py", "export.json", "model.pt2", "model.safetensors")
 
 
@@ -172,8 +171,9 @@ def _choose_trial(study: Study, number: int | None) -> FrozenTrial:
         if trial.number == number:
             return trial
     state = next((f"is {trial.state.name}" for trial in trials if trial.number == number), "does not exist")
-    shown = ", ".join(str(trial.number) for trial in complete[:20]) + (", ..." if len(complete) > 20 else "")
-    raise SettingError(f"trial {number} of study {study.reference} {state}; these are COMPLETE: {shown or 'none'}")
+    raise SettingError(
+        f"trial {number} of study {study.reference} {state}; these are COMPLETE: {list_numbers(complete)}"
+    )
 
 
 def _best_trial(study: Study) -> FrozenTrial:

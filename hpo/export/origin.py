@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hpo.errors import SettingError, TrainedElsewhereError
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
     from storage.database import Database
     from storage.studies import Study
+
+MAX_LISTED = 20  # trials in one message
 
 
 def refuse_taken_over(study: Study, trial: FrozenTrial, password: str | None) -> None:
@@ -48,12 +51,18 @@ def refuse_taken_over(study: Study, trial: FrozenTrial, password: str | None) ->
             raise TrainedElsewhereError(_describe(trial, origin, f"{name} in {url}"), name, origin.number, url)
         looked_at.append(url)
     complete = [trial for trial in study.trained_trials() if trial.state.name == "COMPLETE"]
-    own = [str(each.number) for each in complete if Origin.of(each.user_attrs) is None]
+    own = [each for each in complete if Origin.of(each.user_attrs) is None]
     raise SettingError(
         f"trial {trial.number} was trained as trial {origin.number} of study {origin.study}, which had its checkpoint, and "
         f"is not in {' or '.join(looked_at)} any more. COMPLETE trials that {study.reference} trained itself: "
-        f"{', '.join(own[:20]) or 'none'}{', ...' if len(own) > 20 else ''}"
+        f"{list_numbers(own)}"
     )
+
+
+def list_numbers(trials: Sequence[FrozenTrial]) -> str:
+    """Return the numbers of some trials for a message, at most `MAX_LISTED`."""
+    numbers = ", ".join(str(trial.number) for trial in trials[:MAX_LISTED])
+    return f"{numbers}, ..." if len(trials) > MAX_LISTED else numbers or "none"
 
 
 def _describe(trial: FrozenTrial, origin: Origin, where: str) -> str:

@@ -253,22 +253,19 @@ def comparison_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]
     metrics = {objective.metric for study in comparison.studies for objective in study.objectives}
     best = f"best {min(metrics)}" if len(metrics) == 1 else "best"
     found = [best, "best trial", "found after"]
-    columns = [
-        "study",
-        "state",
-        "trials",
-        "reused",
-        "Pareto front",
-        "of the joint one",
-        *found,
-        "epochs",
-        "device time",
-    ]
     joint = comparison.joint_front() or [0] * len(comparison.studies)
+    has_databases = len({study.storage for study in comparison.studies}) > 1
+    optional = {
+        "reused": any(study.reused for study in comparison.studies),
+        "Pareto front": any(len(study.objectives) > 1 for study in comparison.studies),
+        "of the joint one": any(joint),
+    }
+    shown = [name for name, is_shown in optional.items() if is_shown]
+    columns = ["study", "state", "trials", *shown, *found, "epochs", "device time"]
     rows = []
     for study, count in zip(comparison.studies, joint, strict=True):
         row = {
-            "study": study.name,
+            "study": f"{study.name} in {study.storage}" if has_databases else study.name,
             "state": study.state or "another program's",
             "trials": f"{study.trials:,}",
             "reused": f"{study.reused:,}",
@@ -277,20 +274,12 @@ def comparison_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]
             "epochs": f"{study.epochs:,}",
             "device time": format_seconds(study.device_seconds),
         }
-        if len({each.storage for each in comparison.studies}) > 1:
-            row["study"] += f" in {study.storage}"
         for objective in study.objectives:
             value = format_number(objective.best)
             is_named = len(metrics) > 1 and objective.best is not None
             cells = (f"{value} {objective.metric}" if is_named else value, shorten(objective.best_trial))
             rows.append(row | dict(zip(found, (*cells, _found_after(study, objective)), strict=True)))
             row = {}
-    if not any(study.reused for study in comparison.studies):
-        columns.remove("reused")
-    if all(len(study.objectives) == 1 for study in comparison.studies):
-        columns.remove("Pareto front")
-    if not any(joint):
-        columns.remove("of the joint one")
     return columns, [[row.get(column, "") for column in columns] for row in rows]
 
 

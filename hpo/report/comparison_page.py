@@ -103,12 +103,16 @@ def compare_with_ancestors(results: Results) -> ComparisonSection | None:
 def build_section(comparison: Comparison) -> ComparisonSection:
     """Return a comparison as the templates show it."""
     columns, rows = comparison_rows(comparison)
-    figures = [
-        curve_page_figure(f"{name}_{objective}" if objective > 1 else name, figure, CAPTION)
-        for place, figure in enumerate(progress_figures(comparison))
-        for objective, name in [(place // 2 + 1, ("best_over_trials", "best_over_time")[place % 2])]
-    ]
+    drawn = enumerate(progress_figures(comparison))
+    figures = [curve_page_figure(_figure_name(place), figure, CAPTION) for place, figure in drawn]
     return ComparisonSection(len(comparison.studies), columns, rows, figures, comparison_remarks(comparison))
+
+
+def _figure_name(place: int) -> str:
+    """Return the name of a figure: of each objective, there is one over trials, and then one over device time."""
+    objective, axis = divmod(place, 2)
+    name = ("best_over_trials", "best_over_time")[axis]
+    return f"{name}_{objective + 1}" if objective else name
 
 
 def _find(results: Results, name: str) -> list[Study]:

@@ -45,6 +45,7 @@ os.environ.update(
     TUNE_DISABLE_STRICT_METRIC_CHECKING="1",
     TUNE_PRINT_ALL_TRIAL_ERRORS="0",
     TUNE_GLOBAL_CHECKPOINT_S="86400",
+    TUNE_MAX_PENDING_TRIALS_PG="100000",  # trials start at the same time; the coordinator claims no more than can run
 )
 
 WATCH_SECONDS = 0.5  # between two looks at the processes of a Ray that was started here

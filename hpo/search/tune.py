@@ -9,7 +9,6 @@ Ray's own files are scratch. Everything that a resumed search needs is in SQL an
 from __future__ import annotations
 
 import math
-import os
 import signal
 import tempfile
 import threading
@@ -112,8 +111,6 @@ def _give_up(coordinator: TrialCoordinator, listener: ProgressListener, died: st
 
 def _run_tune(coordinator: TrialCoordinator, membership: Membership) -> None:
     scheduler = StudyScheduler(coordinator, membership)
-    # All trials may start at the same time, where Tune's default is one by one: the coordinator claims no more than can run.
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = "100000"
     with tempfile.TemporaryDirectory(prefix="hpo-ray-") as scratch:
         tune.run(
             TrialWorker,
