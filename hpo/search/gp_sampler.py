@@ -7,6 +7,9 @@ trials have gained from that epoch to their last one, by the median.
 Optuna's also learns constraints, from the values of trials that broke them. Here no such trial is trained, and whether a
 configuration breaks a constraint is known without one. So the largest value of the acquisition function is looked for among
 the configurations that break none. Where it is elsewhere, the same point would be drawn, and refused, again and again.
+
+An integer of many values is a real number while that value is looked for, and rounded then. Optuna's search over integers
+took three quarters of the time of a draw.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from optuna.distributions import IntDistribution
 from optuna.samplers import GPSampler
 from optuna.search_space import IntersectionSearchSpace
 from optuna.trial import FrozenTrial, TrialState
@@ -27,6 +31,7 @@ from hpo.space.choice import MAX_GP_TRIALS
 if TYPE_CHECKING:
     import torch
     from optuna import Study
+    from optuna._gp.search_space import SearchSpace
     from optuna.distributions import BaseDistribution
 
 # Whether a configuration, {name: value}, meets the constraints.
@@ -36,7 +41,9 @@ _PENALTY = 1e9  # of a point that breaks a constraint: the logarithm of an expec
 
 
 class ExtrapolatingGPSampler(GPSampler):
-    """Optuna's GPSampler, which draws the same points where no trial was stopped early and there are no constraints.
+    """Optuna's GPSampler, with the changes above.
+
+    It draws the same points where no trial was stopped early, there are no constraints and no integer has many values.
 
     Args:
         is_allowed: says which configurations meet the constraints; None if there are none. It gets the parameters with more
@@ -66,10 +73,34 @@ class ExtrapolatingGPSampler(GPSampler):
 
     def _optimize_acqf(self, acqf: Any, best_params: np.ndarray | None) -> np.ndarray:
         """Return the normalized parameters with the largest acquisition function. Optuna lets subclasses override this."""
-        allowed: Any = acqf if self._is_allowed is None else _AllowedOnly(acqf, self._is_allowed)
+        allowed: Any = copy.copy(acqf) if self._is_allowed is None else _AllowedOnly(acqf, self._is_allowed)
+        allowed.search_space = _relax(acqf.search_space)
         with np.errstate(invalid="ignore"):  # it divides by 0 where one point of its sample alone is allowed
             found: np.ndarray = super()._optimize_acqf(allowed, best_params)
-        return found
+        return _round(found, acqf.search_space)
+
+
+def _relax(search_space: SearchSpace) -> SearchSpace:
+    """Return a search space in which integers of many values are continuous."""
+    relaxed = copy.copy(search_space)
+    distributions = list(search_space._optuna_search_space.values())  # noqa: SLF001 # not public otherwise
+    discrete = [index for index in search_space.discrete_indices if not _has_many_values(distributions[index])]
+    relaxed.discrete_indices = np.array(discrete, dtype=int)
+    relaxed.continuous_indices = np.setdiff1d(np.arange(search_space.dim), discrete)
+    return relaxed
+
+
+def _has_many_values(distribution: BaseDistribution) -> bool:
+    """Return whether it is an integer that Optuna does not try value by value."""
+    return isinstance(distribution, IntDistribution) and distribution.high - distribution.low >= 16 * distribution.step
+
+
+def _round(point: np.ndarray, search_space: SearchSpace) -> np.ndarray:
+    """Return the nearest point whose discrete parameters have values that they can have."""
+    rounded = point.copy()
+    for index, values in zip(search_space.discrete_indices, search_space.get_choices_of_discrete_params(), strict=True):
+        rounded[index] = values[np.abs(values - point[index]).argmin()]
+    return rounded
 
 
 class _AllowedOnly:

@@ -8,7 +8,7 @@ from typing import Any
 
 import optuna
 import pytest
-from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import GPSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
@@ -93,3 +93,34 @@ def test_it_learns_from_stopped_trials_that_optunas_sampler_ignores() -> None:
     stopped = [trial(2 + i, TrialState.PRUNED, {1: -((x - 0.7) ** 2)}, x) for i, x in enumerate([0.2, 0.4, 0.6, 0.8])]
     assert abs(draw(ExtrapolatingGPSampler, [*completed, *stopped]) - 0.7) < 0.05
     assert abs(draw(GPSampler, [*completed, *stopped]) - 0.7) > 0.05, "with two completed trials, it draws at random"
+
+
+def test_an_integer_of_many_values_is_not_searched_value_by_value(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def search_value_by_value(*_: Any) -> None:
+        raise AssertionError("this takes most of the time of a draw")
+
+    monkeypatch.setattr("optuna._gp.optim_mixed._discrete_line_search", search_value_by_value)
+    space: dict[str, BaseDistribution] = {
+        "many": IntDistribution(1, 1000, log=True),
+        "stepped": IntDistribution(0, 200, step=4),
+        "few": IntDistribution(1, 5),
+        "choice": CategoricalDistribution(["a", "b"]),
+    }
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        study = optuna.create_study(sampler=ExtrapolatingGPSampler(seed=0, n_startup_trials=5))
+    for _ in range(16):
+        asked = study.ask(space)
+        assert "independently" not in caplog.text, (
+            "no value is drawn at random instead, since it is not on the grid of its parameter"
+        )
+        many, stepped, few, choice = (asked.params[name] for name in space)
+        assert type(many) is int
+        assert 1 <= many <= 1000
+        assert stepped in range(0, 201, 4)
+        found.append((math.log(many / 60) ** 2) + ((stepped - 120) / 100) ** 2 + (few - 3) ** 2 + (choice == "a"))
+        study.tell(asked, found[-1])
+    assert min(found) < 0.1 < min(found[:5])
