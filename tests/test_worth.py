@@ -143,6 +143,12 @@ def test_a_mark_says_who_is_worse_on_the_tasks_that_differ(worse: int, better: i
     assert _mark(found, "other", "reference", tasks) == expected
 
 
+def test_of_one_task_the_mark_is_about_its_seeds() -> None:
+    found = {("t", "reference"): [1.0, 2.0] * 5, ("t", "other"): [1.1, 2.2, 1.3, 2.4, 1.5, 2.6, 1.7, 2.8, 1.9, 3.0]}
+    assert _mark(found, "other", "reference", ["t"]) == "*"
+    assert _mark({key: seeds[:5] for key, seeds in found.items()}, "other", "reference", ["t"]) == " ", "too few"
+
+
 # --- the table of our own problem ---------------------------------------------------------------------------------------
 
 

