@@ -75,7 +75,7 @@ def list_studies(
     """Return a summary of each study in a database, oldest first, without reading its trials.
 
     Args:
-        storage: the database. It is only read: neither created, nor migrated, nor changed.
+        storage: the database. It is only read: not created, migrated or changed.
         password: the PostgreSQL password, used if the URL has none.
         runs_dir: the folder with the checkpoints, for the size of each study's files.
         checkpoints: the folder with the checkpoints, if it is another one. The size is that on this machine.

@@ -62,7 +62,7 @@ class Bucket:
     url: str
 
     def list_objects(self, folder: str = "") -> list[StoredObject]:
-        """Return all objects below a folder, by name; none if there is no such folder, nor such a bucket."""
+        """Return all objects below a folder, by name; none if the folder or the bucket does not exist."""
         from pyarrow.fs import FileSelector, FileType
 
         root = self._path("")

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from storage.database import Database
     from storage.studies import Study
 
-KILLED_COPY = "left by a copy that was killed; the same command goes on with it"
+KILLED_COPY = "left by a copy that was killed; the same command resumes it"
 LEFTOVER_SECONDS = 86_400.0  # no process writes a file, or measures training steps, for so long
 # See `hpo.paths.atomic_file` and `storage.migrations.back_up`. The user may have other hidden files.
 _DRAFT = re.compile(r"\..+\.(?:(?P<pid>\d+)-[0-9a-f]{8}|version-\d+)\.tmp")

@@ -94,7 +94,7 @@ def copy_with_files(study: Study, target: Database, name: str, runs_dir: RunsDir
     except OSError as error:
         raise SettingError(
             f"cannot copy the files of {study.name} in {runs_dir.root}: {error.strerror or describe(error)}. Nothing of "
-            "the copy is visible. After you have fixed the cause, the same command goes on"
+            "the copy is visible. After you have fixed the cause, the same command resumes it"
         ) from None
     return shown.missing
 

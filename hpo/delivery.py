@@ -66,7 +66,7 @@ def _variables(ending: Mapping[str, Any]) -> dict[str, str]:
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Makes a redirect an error: urllib would go on with a GET, without the JSON, and to other servers."""
+    """Makes a redirect an error: urllib would continue with a GET, without the JSON, and to other servers."""
 
     def redirect_request(self, *_: Any) -> None:
         """Follow none."""

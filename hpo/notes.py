@@ -63,7 +63,7 @@ def note_changes(space: Space, study: Study | None, listener: ProgressListener) 
 
 @contextmanager
 def warnings_noted(listener: ProgressListener) -> Iterator[None]:
-    """Pass the warnings of our own loggers to the listener."""
+    """Pass the warnings of hpo's and storage's loggers to the listener."""
     handler = _NoteHandler(listener.note)
     logger = logging.getLogger("hpo")
     logger.addHandler(handler)

@@ -133,7 +133,7 @@ def read_recipient(overrides: Sequence[str]) -> str | None:
     """Return HPO_ON_FINISH, which replaces on_finish of the file; None if it is not set, or --set is to override it.
 
     Raises:
-        SettingError: it is neither a command nor a URL.
+        SettingError: it is not a command or a URL.
     """
     from hpo.space.recipient import require_recipient
 

@@ -68,7 +68,7 @@ def copy(study: str, new_name: str, to: str | None, storage: str, checkpoints: s
     """Copy a study, in its database or to another one.
 
     The copy has all of it: metrics, provenance, checkpoints, logs, artifacts. It is complete or does not exist: a command
-    that was killed goes on when it is started again. To continue the copy, copy the file of the search space, too: a study
+    that was killed continues when it is started again. To continue the copy, copy the file of the search space, too: a study
     has the name of its file. If you change that file, the search is a revision of the copy.
 
     A search may run meanwhile: trials that it trains wait in the copy, to be resumed from their checkpoints.

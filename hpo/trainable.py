@@ -1,4 +1,4 @@
-"""The contract between the service and the user's training code. It imports neither torch nor ray.
+"""The contract between the service and the user's training code. It does not import torch or ray.
 
 A trainable is a generator function that trains one configuration and yields an `EpochReport` after each epoch.
 """

@@ -167,7 +167,7 @@ def _enter(connection: sa.Connection, database: Database, run: RunKey) -> Any:
     if clock is None:
         raise StorageError(
             f"{database.url}: the database does not know this run of {run.study.name!r} any more: it was restored from an "
-            "older copy. The same command goes on from there"
+            "older copy. The same command continues from there"
         )
     return clock
 

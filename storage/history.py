@@ -89,7 +89,7 @@ class History:
     Args:
         study: the study.
         limit: how many finished trials are shown at most; at least MIN_LIMIT. It should not be less than the
-            `n_startup_trials` of the sampler, which would draw at random for ever.
+            `n_startup_trials` of the sampler, which would draw at random forever.
         promotion: lets trials wait at rungs; None if none does.
 
     Raises:

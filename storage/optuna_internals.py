@@ -28,7 +28,7 @@ from optuna.trial import FrozenTrial, TrialState
 FIXED_PARAMS = "fixed_params"  # the system attribute of an enqueued trial's params
 DRAFT_ID = -1  # the trial_id of a trial that is not stored yet
 
-# Of a large study, TPE counts so many trials as the best. They and the others are shown by `storage.history`.
+# TPE counts at most this many trials of a large study as the best. They and the others are shown by `storage.history`.
 BEST_TRIALS = default_gamma(sys.maxsize)
 
 # TPE draws all params of a trial at once. Until they are stored one by one, they are in system attributes with this prefix.

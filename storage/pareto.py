@@ -28,7 +28,7 @@ def rank_best(
 ) -> list[int]:
     """Return the places of the best trials, best first.
 
-    With a small count, this takes milliseconds for ten thousand trials. Sorting all of so many takes up to a second.
+    With a small count, this takes milliseconds for ten thousand trials. Sorting all of them takes up to a second.
 
     Args:
         values: of each trial, one value per objective; it may be infinite, but not NaN. Ties go to the trial that is first.

@@ -205,7 +205,7 @@ class Median:
     Args:
         maximize: whether larger values are better.
         min_epochs: no trial ends before.
-        startup_trials: no trial ends before so many have completed.
+        startup_trials: no trial ends before this many have completed.
     """
 
     maximize: bool

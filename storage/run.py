@@ -196,7 +196,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the last `claim` found that neither this run nor another one will get a trial again."""
+        """Whether the last `claim` found that no run will get a trial again."""
         return self._queue.finished
 
     @property
@@ -417,7 +417,7 @@ class Run:
         return self._others_seconds + self._meter.device_seconds
 
     def is_patience_spent(self, patience: int, directions: Sequence[Direction]) -> bool:
-        """Return whether so many trials have ended without a better value, see `ranking.count_since_best`."""
+        """Return whether this many trials have ended without a better value, see `ranking.count_since_best`."""
         self.flush()
         # Counting takes tens of milliseconds in a large study. There is no need before enough trials exist.
         if self._best_number is not None and count_created_since(self.study, self._best_number) < patience:

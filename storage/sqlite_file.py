@@ -1,4 +1,4 @@
-"""A SQLite file, read without changing it: neither its bytes, nor the files that SQLite keeps next to it.
+"""A SQLite file, read without changing its bytes or the files that SQLite keeps next to it.
 
 Whether hpo may use a file must be known before its first write. An ordinary connection writes when it opens a file: WAL in
 its header, a rollback of what a killed program left, a checkpoint when it is closed.

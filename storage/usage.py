@@ -49,7 +49,7 @@ class Meter:
         self._stored_at = time.monotonic()
 
     def open(self, account: Account, devices: float) -> None:
-        """The claim holds so many devices while a worker runs it; 1 if this is not called."""
+        """Note how many devices the claim holds while a worker runs it; 1 if this is not called."""
         with self._lock:
             self._devices[account] = devices
 

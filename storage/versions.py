@@ -98,7 +98,7 @@ def read_versions(engine: sa.Engine, safe_url: str) -> Versions:
 def refuse_views(connection: sa.Connection, safe_url: str) -> None:
     """Refuse a database in which one of our names, or Optuna's, is not that of an ordinary table.
 
-    hpo and Optuna create tables only. A view gives another answer each time, or none for ever.
+    hpo and Optuna create tables only. A view gives another answer each time, or none at all.
 
     Raises:
         StorageError: one of them is a view, a virtual table or a foreign table.

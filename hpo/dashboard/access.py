@@ -96,13 +96,12 @@ class Attempts:
     Wrong attempts of a client are answered one after another, each later than the one before. Few wait at a time, because
     each takes part of what the server does at once; further ones are refused at once.
 
-    What is right is answered at once, while those wait. So a guesser need not wait to know that a guess was wrong: the
-    comparisons are bounded, too. After `MAX_GUESSES` wrong ones, `GUESSES_PER_SECOND` passwords are compared, and all others
-    are refused without a look, the right one included: who always accepts the right password answers any number of guesses.
-    What is no guess is always compared: a token, which is too long to be guessed, and a password of which the browser has a
-    proof that it was right before (`SecretMiddleware`). So whoever floods the dashboard from the owner's address (all users
-    of a machine have one) neither keeps out the link nor a browser that is logged in. A first login with the password may
-    need several attempts then.
+    A right password is answered at once, while wrong ones wait. So an attacker knows that a guess was wrong without
+    waiting, and the comparisons must be limited, too. After `MAX_GUESSES` wrong ones, `GUESSES_PER_SECOND` passwords are
+    compared, and all others are refused unread, the right one included: otherwise, any number of guesses could be tried.
+    Two things are always compared: a token, which is too long to be guessed, and a password that the browser proves to have
+    been right before (`SecretMiddleware`). So an attacker at the owner's address (all users of a machine have one) cannot
+    lock out the link or a browser that is logged in. A first login with the password may need several attempts then.
     """
 
     def __init__(self) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from storage.studies import Study
 
-MAX_RANKED = 1000  # sorting all fronts of ten thousand trials takes a second, and no table shows so many
+MAX_RANKED = 1000  # sorting all fronts of ten thousand trials takes a second, and no table shows as many
 
 
 @dataclass(frozen=True)

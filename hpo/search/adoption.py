@@ -78,7 +78,7 @@ def adopt_checkpoint(
         parent_key: whose that must be.
         is_script: whether a script has saved its own files, too.
         left_out: names of metrics that belong to the end of the parent, and are not those of an epoch.
-        epoch: see `read_checkpoint`. The parent may go on training.
+        epoch: see `read_checkpoint`. The parent may continue to train.
         interval: see `save_checkpoint`.
         bucket: the trial that is continued, in a bucket; its checkpoint may be there only. None without one.
 

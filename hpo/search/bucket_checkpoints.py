@@ -282,7 +282,7 @@ def upload_left(folder: Path, study: BucketStudy, *, interval: int, wait_seconds
         wait_seconds: for how long to try while the bucket does not answer.
 
     Returns:
-        Notes for the user: why checkpoints are in the folder only, and of which trials.
+        Notes for the user: which trials have their checkpoints in the folder only, and why.
     """
     try:
         known = retry(study.read, wait_seconds)

@@ -37,10 +37,10 @@ class ProgressListener(Protocol):
         """The number of trials at a time is decided; `estimate` is None where nothing was measured."""
 
     def slots_changed(self, count: int, before: int) -> None:
-        """The cluster has room for so many trials at a time now: nodes have joined or left."""
+        """The number of trials that the cluster has room for has changed: nodes have joined or left."""
 
     def device_time_used(self, seconds: float) -> None:
-        """The study has used so many device-seconds, over all of its runs. Only where the budget limits or prices them."""
+        """The device-seconds of all runs of the study have changed. Called only if the budget limits or prices them."""
 
     def trial_started(self, number: int, params: Mapping[str, Any], epoch: int, max_epochs: int) -> None:
         """A trial starts, or is resumed after `epoch`."""

@@ -43,7 +43,7 @@ def build_sampler(space: Space, run_id: int, *, taken_over: int = 0) -> BaseSamp
             case "tpe":
                 if space.has_conditions and options.get("multivariate") is not False:
                     options = {"group": True} | options
-                # Not more than the sampler sees, or it would draw at random for ever. Of Hyperband, it sees one bracket.
+                # Not more than the sampler sees, or it would draw at random forever. Of Hyperband, it sees one bracket.
                 if taken_over and space.scheduler.name != "hyperband":
                     options = {"n_startup_trials": min(taken_over + OWN_STARTUP_TRIALS, TPE_HISTORY)} | options
                 return samplers.TPESampler(seed=seed, **options)

@@ -39,7 +39,7 @@ class Node:
     is_drained: bool = False
 
     def room(self, cpu: float, gpu: float) -> int:
-        """Return how many trials with so many cores and GPUs run on it at a time."""
+        """Return how many trials of this size run on it at a time."""
         by_cpu = self.cores // cpu
         if gpu == 0:
             return int(by_cpu)
@@ -179,7 +179,7 @@ def plan_slots(space: Space, trials: int | None, nodes: Sequence[Node], *, may_g
 
 
 def count_room(nodes: Iterable[Node], cpu: float, gpu: float) -> int:
-    """Return how many trials with so many cores and GPUs run on some nodes at a time."""
+    """Return how many trials of this size run on some nodes at a time."""
     return sum(node.room(cpu, gpu) for node in nodes)
 
 
@@ -199,7 +199,7 @@ def share_cores(nodes: Sequence[Node], gpu: float, trials: int | None) -> Slots:
 
 
 def _most_cores(nodes: Sequence[Node], gpu: float, wanted: int, *, up_to: float) -> float:
-    """Return the most cores of which there is room for so many trials; 1 if there are fewer.
+    """Return the most cores that each of `wanted` trials can have, at least 1.
 
     The search is short: a machine has few hundred cores.
     """

@@ -84,8 +84,8 @@ class Uploader:
             self._raise_if_lost()
             before, self._told = self._told, self._error
             if self._error and not before:
-                return f"uploads to {self._service} wait, and the trial goes on: {self._error}"
-            return f"uploads to {self._service} go on" if before and not self._error else ""
+                return f"uploads to {self._service} wait, and the trial continues: {self._error}"
+            return f"uploads to {self._service} work again" if before and not self._error else ""
 
     def wait(self, patience_seconds: float = PAUSE_PATIENCE_SECONDS) -> str:
         """Return when all is uploaded, or the bucket has made no progress for so many seconds.

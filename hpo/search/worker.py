@@ -1,4 +1,4 @@
-"""One trial in a worker process: a `TrialSpec` in, one `TrialReport` per epoch out. Imports neither ray nor the database.
+"""One trial in a worker process: a `TrialSpec` in, one `TrialReport` per epoch out. Does not import ray or the database.
 
 The worker iterates the trainable. An epoch is reported when it has finished; its checkpoint, if it has one, is written while
 the next epoch trains. Errors become reports too.

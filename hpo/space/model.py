@@ -447,7 +447,7 @@ def load_space(name_or_path: str, overrides: Sequence[str] = ()) -> Space:
     if "@" in path.stem or not path.stem.isprintable():
         raise SettingError(
             f"rename {str(path)!r}: a study has the name of its file, which must not contain @, the sign before the number "
-            "of a revision, nor characters that cannot be printed"
+            "of a revision, or characters that cannot be printed"
         )
     try:
         space = Space.model_validate({**document.data, "name": path.stem})

@@ -24,7 +24,7 @@ def check_recipient(value: Any) -> Any:
     """Return a recipient as it is, or None. Pydantic checks a file's value with it.
 
     Raises:
-        ValueError: it is neither a command nor a URL. The message does not repeat it.
+        ValueError: it is not a command or a URL. The message does not repeat it.
     """
     if isinstance(value, str):
         if is_url(value):

@@ -25,7 +25,7 @@ def check_share(raw: object, words: Sequence[str], example: str, allowed: str) -
         allowed: what the message says is allowed.
 
     Raises:
-        ValueError: it is neither one of the words nor `best N`; the message suggests the nearest one.
+        ValueError: it is not one of the words or `best N`; the message suggests the nearest one.
     """
     if raw in words or (isinstance(raw, str) and _BEST.fullmatch(raw)):
         return raw

@@ -44,7 +44,7 @@ class TrainParams:
         warmup_epochs: epochs, not necessarily whole, in which the learning rate rises. 0 with `one_cycle`: 30 % of them.
         label_smoothing: the share of the target that is spread over all classes.
         flip: whether each image is mirrored left to right in half of the epochs, at random.
-        translate: each image is moved by up to so many pixels in each direction, at random.
+        translate: each image is moved by up to this many pixels in each direction, at random.
         erase: the probability that a random box of an image is set to 0.
         ema: the decay, per step, of the average of the weights that is scored and exported; 0 scores the weights.
         tta: whether the score of an image is the mean over the image and its mirror image.

@@ -1,4 +1,4 @@
-"""A larger max_epochs, run as a user runs it: trials go on from their checkpoints, also after kill -9."""
+"""A larger max_epochs, run as a user runs it: trials continue from their checkpoints, also after kill -9."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ def test_the_trial_goes_on_while_the_bucket_is_away_and_its_last_checkpoint_is_u
     said = [note for note in notes if note]
     assert len(said) == 1  # once
     assert said[0].startswith(
-        f"uploads to {bucket_url.removesuffix('/runs')} wait, and the trial goes on: AWS Error NETWORK"
+        f"uploads to {bucket_url.removesuffix('/runs')} wait, and the trial continues: AWS Error NETWORK"
     )
 
 
