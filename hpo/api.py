@@ -23,7 +23,7 @@ from hpo.paths import DEFAULT_STORAGE, RunsDir
 from hpo.planning import PlannedSearch, plan_search
 from hpo.search.environment import describe_environment
 from hpo.service import SearchResult, run_search
-from hpo.studies import (
+from hpo.studies.management import (
     CopiedStudy,
     DeletedStudy,
     compare_studies,
@@ -36,9 +36,9 @@ from hpo.studies import (
 )
 
 if TYPE_CHECKING:
-    from hpo.cleaning import Cleaning
     from hpo.export.exporting import ExportedModel
     from hpo.report.results import Results
+    from hpo.studies.cleaning import Cleaning
     from storage.summaries import Summary
 
 __all__ = [
@@ -86,8 +86,8 @@ def list_studies(
     Raises:
         StorageError: there is no such database, or it cannot be used.
     """
-    from hpo.folders import count_bytes
     from hpo.search.continuation import lacks_points
+    from hpo.studies.folders import count_bytes
     from storage.database import open_for_reading
     from storage.ownership import StudyDeletedError
     from storage.studies import find_study
@@ -146,7 +146,7 @@ def clean_runs(
         SettingError: the URL of the bucket cannot be used.
         StorageError: there is no such database, or it cannot be used.
     """
-    from hpo.cleaning import delete_garbage, find_garbage
+    from hpo.studies.cleaning import delete_garbage, find_garbage
     from storage.database import open_existing
 
     with open_existing(storage, password) as database:

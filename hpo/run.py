@@ -2,8 +2,8 @@
 
 Exit codes: 0 finished; 1 finished, but no trial completed; 2 the user must change something; 130 stopped, resumable.
 A search whose budget is spent is finished. One that stopped because nothing can be trained is not: 2.
-`hpo.api` does the work, and `hpo.study_verbs` has the verbs for whole studies. Each verb imports what it needs, so
-`hpo --help` is fast.
+`hpo.api` does the work. The verbs for whole studies are in `hpo.command_line.study_verbs`. Each verb imports what it
+needs, so `hpo --help` is fast.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import click
 
-from hpo import study_verbs, working_folder
-from hpo.errors import SettingError, TrainedElsewhereError, exit_code_of, is_fixable, nearest, printable
-from hpo.options import (
+from hpo import working_folder
+from hpo.command_line import study_verbs
+from hpo.command_line.options import (
     checkpoints_option,
     data_option,
     exit_option,
@@ -35,8 +35,9 @@ from hpo.options import (
     space_arguments,
     storage_option,
 )
+from hpo.command_line.printing import hint, new_console, print_ending, print_report, print_results, say
+from hpo.errors import SettingError, TrainedElsewhereError, exit_code_of, is_fixable, nearest, printable
 from hpo.paths import RunsDir
-from hpo.printing import hint, new_console, print_ending, print_report, print_results, say
 
 if TYPE_CHECKING:
     from hpo.report.results import Results

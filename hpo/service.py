@@ -302,12 +302,12 @@ def _search(
     listener: ProgressListener,
 ) -> tuple[Study, Stop | None]:
     """Run the trials that are left. Slow imports happen here, while Ray starts in the background."""
-    from hpo.other_databases import note_database
     from hpo.search.continuation import open_continued
     from hpo.search.estimate import is_worth_measuring
     from hpo.search.slots import plan_slots
     from hpo.search.tune import run_trials
     from hpo.search.warm_start import take_over_trials
+    from hpo.studies.other_databases import note_database
 
     estimate, images = None, None
     provenance = {"command": settings.command} | describe_environment()

@@ -34,8 +34,8 @@ class TrialSpec:
         parent_folder: the folder of the trial that this one continues; empty if it starts from its first epoch.
         parent_key: whose that folder must be.
         parent_epoch: from the checkpoint after which epoch it starts, see `read_checkpoint`; 0 for the last.
-        interval: after each multiple of this many epochs, other trials may start from this one's checkpoint. It is on the disk
-            before the epoch is reported. 0 if none does.
+        interval: after each multiple of this many epochs, other trials may start from this one's checkpoint. It is on the
+            disk before the epoch is reported. 0 if none does.
         replicates: how many trainings the trial is, with seeds that count up; see `train_replicates`.
         may_wait: whether the driver may end the trial after any epoch, and resume it later. A script is stopped until that
             is decided: it must not train, and save, epochs that nobody has read.

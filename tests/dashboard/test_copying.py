@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from hpo.copying import copy_with_files
 from hpo.dashboard import publishing
 from hpo.dashboard.attributes import Artifact, DashboardAttributes
 from hpo.dashboard.copying import DashboardCopy
 from hpo.dashboard.publishing import publish
 from hpo.paths import LOG_FILE, RunsDir
+from hpo.studies.copying import copy_with_files
 from storage.copying import SystemAttr
 from storage.optuna_internals import trial_id
 from storage.studies import Study, find_study

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from optuna.storages._rdb.models import BaseModel
 from sqlalchemy.dialects.sqlite import dialect as sqlite_dialect
 
-from hpo import other_databases
+from hpo.studies import other_databases
 from storage import database, migrations, queue
 from storage.database import Database, open_database, open_for_reading
 from storage.errors import StorageError

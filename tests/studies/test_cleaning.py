@@ -19,17 +19,17 @@ import psutil
 import pytest
 
 from benchmarks.postgres import Postgres
-from hpo import cleaning
 from hpo.api import clean_runs, list_studies, read_results
-from hpo.cleaning import Garbage, delete_garbage, find_garbage
 from hpo.dashboard import publishing
 from hpo.dashboard.publishing import publish
 from hpo.errors import SettingError
-from hpo.folders import count_bytes
-from hpo.other_databases import note_database
 from hpo.paths import CONFIGURATION_FILE, DATABASES_FILE, RunsDir
 from hpo.search.checkpoints import list_checkpoints
 from hpo.search.retention import trials_with_checkpoints
+from hpo.studies import cleaning
+from hpo.studies.cleaning import Garbage, delete_garbage, find_garbage
+from hpo.studies.folders import count_bytes
+from hpo.studies.other_databases import note_database
 from storage.database import Database, identify, open_database
 from storage.errors import StorageError
 from storage.studies import Study, find_study, open_study

@@ -10,15 +10,15 @@ import optuna
 import pytest
 
 from benchmarks.toy import expected_value
-from hpo import deleting
 from hpo.api import DeletedStudy, delete_study, rename_study
-from hpo.cleaning import delete_garbage, find_garbage
-from hpo.copying import copy_with_files
 from hpo.paths import DELETED_FILE, RunsDir
 from hpo.search.checkpoints import list_checkpoints
 from hpo.search.continuation import plan_continuation
 from hpo.search.runs import open_run
 from hpo.space.model import Space
+from hpo.studies import deleting
+from hpo.studies.cleaning import delete_garbage, find_garbage
+from hpo.studies.copying import copy_with_files
 from storage.database import Database, open_database
 from storage.errors import StorageError
 from storage.retry import retry_trials

@@ -13,13 +13,13 @@ from filelock import FileLock
 from optuna.trial import TrialState
 
 from benchmarks.postgres import Postgres
-from hpo import copying
-from hpo.cleaning import KILLED_COPY, delete_garbage, find_garbage
-from hpo.copying import copy_files, copy_with_files
 from hpo.errors import SettingError
 from hpo.paths import COPYING_FILE, DATABASES_FILE, SCRIPT_DIR, RunsDir
 from hpo.search.checkpoints import list_checkpoints
 from hpo.search.retention import checkpoint_files, delete_files
+from hpo.studies import copying
+from hpo.studies.cleaning import KILLED_COPY, delete_garbage, find_garbage
+from hpo.studies.copying import copy_files, copy_with_files
 from storage import optuna_tables
 from storage.copying import NameTakenError
 from storage.database import Database, open_database
@@ -257,7 +257,7 @@ def test_a_copy_that_was_killed_at_its_end_is_not_continued_if_it_was_changed_si
     from dataclasses import asdict
     from json import dumps
 
-    from hpo.staging import CopyOrder
+    from hpo.studies.staging import CopyOrder
     from storage.database import identify
 
     (folder / COPYING_FILE).write_text(dumps(asdict(CopyOrder(str(study.identity), identify(source), "new"))))

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from hpo.errors import SettingError
-from hpo.folders import entries
 from hpo.paths import DATABASES_FILE, study_id_of
+from hpo.studies.folders import entries
 
 if TYPE_CHECKING:
     from storage.database import Database

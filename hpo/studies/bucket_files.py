@@ -72,7 +72,7 @@ def not_needed(study: Study, url: str, needed: Collection[int], *, is_shared: bo
 
 
 def of_deleted(url: str, continued: Mapping[int, str], what: str = "of a deleted study") -> BucketFiles:
-    """Return what can be deleted of a deleted study; see `hpo.deleting.not_continued`.
+    """Return what can be deleted of a deleted study; see `hpo.studies.deleting.not_continued`.
 
     Raises:
         OSError: the bucket cannot be read.

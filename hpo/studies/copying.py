@@ -1,7 +1,7 @@
 """Copying a study with its files: checkpoints, logs, artifacts. A kill leaves a complete copy, or none that anybody sees.
 
-First the files are copied, to a folder that belongs to no study yet (`hpo.staging`). Then one transaction stores the copy,
-and the folder is its own. The same command again continues with the folder of one that was killed.
+First the files are copied, to a folder that belongs to no study yet (`hpo.studies.staging`). Then one transaction stores
+the copy, and the folder is its own. The same command again continues with the folder of one that was killed.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpo.bucket import describe
-from hpo.bucket_files import copy_objects, delete_objects
 from hpo.dashboard.copying import DashboardCopy
 from hpo.errors import SettingError
-from hpo.other_databases import note_database
 from hpo.paths import (
     CONFIGURATION_FILE,
     HANG_FILE,
@@ -32,7 +30,9 @@ from hpo.paths import (
 )
 from hpo.search.adoption import parent_folder
 from hpo.search.checkpoints import belongs_to, list_checkpoints
-from hpo.staging import CopyOrder, stage
+from hpo.studies.bucket_files import copy_objects, delete_objects
+from hpo.studies.other_databases import note_database
+from hpo.studies.staging import CopyOrder, stage
 
 if TYPE_CHECKING:
     from storage.database import Database

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from benchmarks.toy import expected_value
-from hpo import copying
 from hpo.api import clean_runs, copy_study, delete_study
 from hpo.bucket import Bucket, locate
 from hpo.errors import SettingError
@@ -20,6 +19,7 @@ from hpo.search.coordinator import TrialCoordinator
 from hpo.search.retention import trials_with_checkpoints
 from hpo.search.slots import Slots
 from hpo.space.model import Space, load_space
+from hpo.studies import copying
 from storage.database import Database
 from storage.studies import Study, find_study, open_study
 from tests.factories import HpoHere, RecordingListener, run_of, search_without_ray, toy_space

@@ -21,8 +21,10 @@ _WARM_START = "warm_start"  # how --set begins that may name databases
 _URL = re.compile(r"[\w+.-]+://[^\s'\",\]}]*")
 _REVISION = re.compile(r"[\w.-]+@[0-9]+\b(?![.:/@])")  # the name of a study: its @ is not one of a URL
 # In `click.Context.meta`:
-_SECRETS = "hpo.options.secrets"  # {variable: value}
-_STORAGE_OPTION = "hpo.options.storage"  # whether the command needs --storage to find the same storage again
+_SECRETS = "hpo.command_line.options.secrets"  # {variable: value}
+_STORAGE_OPTION = (
+    "hpo.command_line.options.storage"  # whether the command needs --storage to find the same storage again
+)
 
 
 def _complete_space(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:

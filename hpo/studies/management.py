@@ -181,8 +181,8 @@ def copy_study(
         StorageError: a database cannot be used, or has a study with this name; or that of the study has tables of an older
             version of hpo, and the copy is for another one.
     """
-    from hpo.copying import copy_with_files
-    from hpo.folders import count_bytes
+    from hpo.studies.copying import copy_with_files
+    from hpo.studies.folders import count_bytes
     from storage.database import identify, open_database
 
     _check_name(new_name)
@@ -285,8 +285,8 @@ def delete_study(
         SettingError: there is no such study, hpo did not create it, or the bucket cannot be read.
         StorageError: a run works on the study, or the database cannot be used.
     """
-    from hpo.deleting import files_of, find_deleted, forget_name, note_name
-    from hpo.folders import count_bytes
+    from hpo.studies.deleting import files_of, find_deleted, forget_name, note_name
+    from hpo.studies.folders import count_bytes
     from storage import management, studies
     from storage.database import open_database
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from hpo.command_line.options import checkpoints_option, secret, storage_option
+from hpo.command_line.printing import hint, new_console, relative, say
 from hpo.errors import SettingError
-from hpo.options import checkpoints_option, secret, storage_option
-from hpo.printing import hint, new_console, relative, say
 
 if TYPE_CHECKING:
     from hpo.api import DeletedStudy

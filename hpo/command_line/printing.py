@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from hpo.command_line.options import given_option, needs_storage_option
 from hpo.errors import printable
-from hpo.options import given_option, needs_storage_option
 from hpo.search.stop import StopCause
 
 if TYPE_CHECKING:

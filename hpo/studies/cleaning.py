@@ -21,16 +21,16 @@ from typing import TYPE_CHECKING
 import psutil
 
 from hpo.bucket import Bucket, describe
-from hpo.bucket_files import BucketFiles, not_needed, of_deleted
-from hpo.deleting import artifacts_of, not_continued
 from hpo.errors import SpaceError
-from hpo.folders import count_bytes, delete_path, entries, errors_noted, statuses
-from hpo.other_databases import OtherDatabases
 from hpo.paths import PARENT_SUFFIX, RunsDir, study_id_of
 from hpo.search.probes import SCRATCH_PREFIX
 from hpo.search.retention import checkpoint_files, is_of, superfluous_trials, trials_with_checkpoints
 from hpo.space.model import Space
-from hpo.staging import is_abandoned, leftovers
+from hpo.studies.bucket_files import BucketFiles, not_needed, of_deleted
+from hpo.studies.deleting import artifacts_of, not_continued
+from hpo.studies.folders import count_bytes, delete_path, entries, errors_noted, statuses
+from hpo.studies.other_databases import OtherDatabases
+from hpo.studies.staging import is_abandoned, leftovers
 
 if TYPE_CHECKING:
     from storage.database import Database
