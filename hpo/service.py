@@ -23,9 +23,9 @@ from hpo.measuring import keep_mps_if_shared, measure, note_mps_failure, start_p
 from hpo.notes import note_changes, note_sources, warnings_noted
 from hpo.paths import DEFAULT_STORAGE, RunsDir, is_new_database
 from hpo.remaining import find_spent_budget, trials_left
+from hpo.search.cluster.ray_address import read_address
 from hpo.search.environment import check_trainable, describe_environment, note_horizon
 from hpo.search.listener import CombinedListener, NullListener, ProgressListener
-from hpo.search.ray_address import read_address
 from hpo.search.stop import EXIT_CODES, Stop
 from hpo.space.model import Space
 from hpo.space.recipient import Recipient, require_recipient
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from hpo.report.results import Results
     from hpo.report.trials import TrialResult
-    from hpo.search.cluster import RayCluster
+    from hpo.search.cluster.connection import RayCluster
     from hpo.search.continuation import ContinuationPlan
     from hpo.search.mps import Mps
     from hpo.search.probes import Probes
@@ -176,7 +176,7 @@ def _run_search(
     on_results: Callable[[Results], None] | None,
 ) -> SearchResult:
     listener.search_starting(space)  # before the imports that take seconds
-    from hpo.search.cluster import RayCluster
+    from hpo.search.cluster.connection import RayCluster
     from hpo.search.mps import start_mps
     from hpo.search.slots import may_share_gpu
 
@@ -266,7 +266,7 @@ def _find_files(space: Space, settings: _Settings, listener: ProgressListener) -
 
 def _pack_code(space: Space, storage: str, runs: RunsDir, data: Mapping[str, Any]) -> bytes | None:
     """Return the code that the nodes of a cluster need; None if they have it, because hpo is installed there."""
-    from hpo.search.code_package import pack
+    from hpo.search.cluster.code_package import pack
 
     if space.is_default_trainable:
         return None

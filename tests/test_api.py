@@ -214,7 +214,7 @@ def test_a_budget_that_is_spent_already_is_one_message_without_ray(
         run.release(claim)
         with database.engine.begin() as connection:
             connection.execute(sa.text("UPDATE hpo_usage SET seconds = 7200.0"))
-    monkeypatch.setattr("hpo.search.cluster.RayCluster.start", lambda _: pytest.fail("Ray was started"))
+    monkeypatch.setattr("hpo.search.cluster.connection.RayCluster.start", lambda _: pytest.fail("Ray was started"))
     less = toy_space(tmp_path, budget=budget)
     result = api.run_search(less, storage=storage, runs_dir=tmp_path)
     assert (result.stop_reason, result.interrupted) == (reason, False)

@@ -10,16 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import hpo.search.cluster  # noqa: F401 # first: it sets the environment that ray reads when it is imported
+import hpo.search.cluster.connection  # noqa: F401 # first: it sets the environment that ray reads when it is imported
 
 # isort: split
 from ray import tune
 
 from hpo.paths import LOST_FILE
-from hpo.search.code_package import CODE_DIR
+from hpo.search.cluster.code_package import CODE_DIR
+from hpo.search.cluster.node_checks import node_id
+from hpo.search.cluster.versions import Problem, find_problem
 from hpo.search.messages import Ending, TrialReport, TrialSpec
-from hpo.search.node_checks import node_id
-from hpo.search.versions import Problem, find_problem
 from hpo.search.worker import end_trial, run_trial, watchdog
 from hpo.trainable import load_trainable
 

@@ -19,15 +19,17 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from hpo.search.cluster import RayCluster  # first: it sets the environment that ray reads when it is imported
+from hpo.search.cluster.connection import (
+    RayCluster,  # first: it sets the environment that ray reads when it is imported
+)
 
 # isort: split
 from ray import tune
 
 from hpo.paths import RunsDir
+from hpo.search.cluster.membership import Membership
 from hpo.search.coordinator import TrialCoordinator
 from hpo.search.listener import ProgressListener
-from hpo.search.membership import Membership
 from hpo.search.ray_worker import TrialWorker
 from hpo.search.runs import open_run
 from hpo.search.slots import Slots

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hpo.search.membership import POLL_SECONDS, Membership  # first: see there
+from hpo.search.cluster.membership import POLL_SECONDS, Membership  # first: see there
 
 # isort: split
 import ray
@@ -17,8 +17,8 @@ from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from hpo.search.cluster.versions import describe_versions
 from hpo.search.coordinator import TrialCoordinator
-from hpo.search.versions import describe_versions
 
 NODE_DIED = "its node has died"  # in Ray's report of an actor, also of one that was starting
 

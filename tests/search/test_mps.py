@@ -468,7 +468,7 @@ def test_ray_starts_under_mps_and_mps_ends_with_a_search_that_fails(
             seen.append(PIPE_VARIABLE in os.environ)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("hpo.search.cluster.RayCluster", FailingCluster)
+    monkeypatch.setattr("hpo.search.cluster.connection.RayCluster", FailingCluster)
     space = toy_space(tmp_path, resources={"gpu": 0.5})
     with pytest.raises(KeyboardInterrupt):
         run_search(space, storage=f"sqlite:///{tmp_path}/hpo.db", runs_dir=tmp_path / "runs", ray_address=address)
@@ -481,7 +481,7 @@ def test_ray_starts_under_mps_and_mps_ends_with_a_search_that_fails(
 def test_workers_of_ray_inherit_the_environment(fake: FakeMps) -> None:
     import ray
 
-    from hpo.search.cluster import RayCluster
+    from hpo.search.cluster.connection import RayCluster
 
     with start_mps(is_wanted=True), RayCluster(None) as cluster:
         cluster.start()

@@ -11,8 +11,8 @@ from unittest.mock import Mock
 
 import pytest
 
+from hpo.search.cluster.versions import describe_versions
 from hpo.search.messages import Ending, TrialReport
-from hpo.search.versions import describe_versions
 from tests.factories import trial_spec
 
 pytestmark = pytest.mark.slow  # importing ray takes seconds

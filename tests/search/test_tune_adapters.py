@@ -9,10 +9,10 @@ from unittest.mock import Mock, call, create_autospec
 
 import pytest
 
+from hpo.search.cluster.versions import Problem, describe_versions
 from hpo.search.coordinator import TrialCoordinator
 from hpo.search.messages import Ending, TrialReport, TrialSpec
 from hpo.search.stop import Stop, StopCause
-from hpo.search.versions import Problem, describe_versions
 from tests.factories import trial_spec
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def coordinator() -> Mock:
 @pytest.fixture
 def membership() -> Mock:
     """A cluster whose nodes stay."""
-    from hpo.search.membership import Membership
+    from hpo.search.cluster.membership import Membership
 
     fake: Mock = create_autospec(Membership, instance=True)
     fake.drained.return_value = set()
@@ -367,7 +367,7 @@ def test_places_are_asked_for_unless_a_trial_waits_for_one(
 @pytest.fixture
 def checks(membership: Mock) -> Mock:
     """Checks of nodes of which none is refused."""
-    from hpo.search.node_checks import NodeChecks
+    from hpo.search.cluster.node_checks import NodeChecks
 
     fake: Mock = create_autospec(NodeChecks, instance=True, refused=set())
     fake.is_at_fault.return_value = False

@@ -12,14 +12,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-import hpo.search.cluster  # noqa: F401 # first: it sets the environment that ray reads when it is imported
+import hpo.search.cluster.connection  # noqa: F401 # first: it sets the environment that ray reads when it is imported
 
 # isort: split
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 
-from hpo.search.node_checks import NodeChecks
-from hpo.search.nodes import read_nodes
+from hpo.search.cluster.node_checks import NodeChecks
+from hpo.search.cluster.nodes import read_nodes
 from hpo.search.slots import MAX_WANTED, Node, Room, Slots
 
 CONNECT_SECONDS = 2.0  # within which a raylet answers

@@ -21,15 +21,15 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import SettingError
-from hpo.search.head import Head
-from hpo.search.nodes import read_nodes
-from hpo.search.private_ray import local_options, private_ray, stop_autoscaler
-from hpo.search.ray_address import check_address, no_answer
-from hpo.search.sigterm import sigterm_kept
+from hpo.search.cluster.head import Head
+from hpo.search.cluster.nodes import read_nodes
+from hpo.search.cluster.private_ray import local_options, private_ray, stop_autoscaler
+from hpo.search.cluster.ray_address import check_address, no_answer
+from hpo.search.cluster.sigterm import sigterm_kept
 from hpo.search.slots import Node
 
 if TYPE_CHECKING:
-    from hpo.search.node_checks import NodeChecks
+    from hpo.search.cluster.node_checks import NodeChecks
 
 # Ray reads these when it is imported. Its uv hook would start every worker through `uv run`, its usage report needs a
 # network, and this process handles Ctrl-C itself.
@@ -202,7 +202,7 @@ class RayCluster:
         if self._address is None:
             return
         self.nodes()
-        from hpo.search.node_checks import NodeChecks
+        from hpo.search.cluster.node_checks import NodeChecks
 
         self.checks = NodeChecks(folder, note)
         self.checks.check_all()

@@ -10,7 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from hpo.search.versions import describe_versions, find_problem, hash_source, list_differences, smallest_gpu_bytes
+from hpo.search.cluster.versions import (
+    describe_versions,
+    find_problem,
+    hash_source,
+    list_differences,
+    smallest_gpu_bytes,
+)
 from tests.factories import ROOT
 
 

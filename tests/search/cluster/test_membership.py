@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow  # importing ray takes seconds
 @pytest.fixture(scope="module")
 def module() -> ModuleType:
     """The module under test. It imports ray."""
-    from hpo.search import membership
+    from hpo.search.cluster import membership
 
     return membership
 

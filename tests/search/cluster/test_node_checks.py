@@ -15,10 +15,10 @@ from ray import cloudpickle
 from ray.tune import PlacementGroupFactory
 
 from hpo.errors import SettingError
-from hpo.search import node_checks as module
-from hpo.search.node_checks import NODE_LABEL, NodeChecks
+from hpo.search.cluster import node_checks as module
+from hpo.search.cluster.node_checks import NODE_LABEL, NodeChecks
+from hpo.search.cluster.versions import Problem, describe_versions
 from hpo.search.slots import Node
-from hpo.search.versions import Problem, describe_versions
 
 pytestmark = pytest.mark.slow  # imports ray
 NO_CREATION = "The actor died because of an error raised in its creation task"
@@ -194,14 +194,15 @@ def test_a_node_with_other_versions_answers_with_the_difference(
     nodes: NodeChecks, fake: FakeRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nodes.check_all()
-    monkeypatch.setattr("hpo.search.versions.describe_versions", lambda: describe_versions() | {"torch": "0.1"})
+    monkeypatch.setattr("hpo.search.cluster.versions.describe_versions", lambda: describe_versions() | {"torch": "0.1"})
     reason, remedy = cloudpickle.loads(cloudpickle.dumps(fake.question))()["problem"]
     assert reason == f"torch is 0.1 and {describe_versions()['torch']} here"
     assert remedy == Problem("").remedy
 
 
 @pytest.mark.parametrize(
-    ("missing", "reason"), [("hpo", "hpo is not installed"), ("hpo.search.versions", "hpo is of another version")]
+    ("missing", "reason"),
+    [("hpo", "hpo is not installed"), ("hpo.search.cluster.versions", "hpo is of another version")],
 )
 def test_a_node_without_hpo_can_answer(
     nodes: NodeChecks, fake: FakeRay, monkeypatch: pytest.MonkeyPatch, missing: str, reason: str

@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 
 from hpo.errors import SettingError
-from hpo.search.cluster import RayCluster
-from hpo.search.ray_address import check_address
+from hpo.search.cluster.connection import RayCluster
+from hpo.search.cluster.ray_address import check_address
 from hpo.search.slots import Node
 from tests.factories import wait_until
 
@@ -98,8 +98,8 @@ def found_cluster_answers(monkeypatch: pytest.MonkeyPatch) -> None:
         if address != FOUND:
             check_address(address)
 
-    monkeypatch.setattr("hpo.search.cluster.check_address", check)
-    monkeypatch.setattr("hpo.search.cluster._watch_head", FakeHead)
+    monkeypatch.setattr("hpo.search.cluster.connection.check_address", check)
+    monkeypatch.setattr("hpo.search.cluster.connection._watch_head", FakeHead)
 
 
 class FakeHead:
@@ -178,9 +178,9 @@ def test_a_ray_of_our_own_has_the_cores_that_this_process_may_use(
     fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch, allowed: int, address: str | None, told: int | None
 ) -> None:
     """A queue such as Slurm gives a job some of the cores of a machine."""
-    monkeypatch.setattr("hpo.search.cluster.check_address", lambda _: None)
-    monkeypatch.setattr("hpo.search.cluster.os.sched_getaffinity", lambda _: set(range(allowed)))
-    monkeypatch.setattr("hpo.search.cluster.os.cpu_count", lambda: 6)
+    monkeypatch.setattr("hpo.search.cluster.connection.check_address", lambda _: None)
+    monkeypatch.setattr("hpo.search.cluster.connection.os.sched_getaffinity", lambda _: set(range(allowed)))
+    monkeypatch.setattr("hpo.search.cluster.connection.os.cpu_count", lambda: 6)
     with RayCluster(address) as cluster:
         cluster.start()
         cluster.nodes()
@@ -199,8 +199,8 @@ def test_when_ray_dies_the_process_ends_after_what_must_be_done_before(
         return 130
 
     for name in ("WATCH_SECONDS", "GRACE_SECONDS"):
-        monkeypatch.setattr(f"hpo.search.cluster.{name}", 0.01)
-    monkeypatch.setattr("hpo.search.cluster.os._exit", ended.append)
+        monkeypatch.setattr(f"hpo.search.cluster.connection.{name}", 0.01)
+    monkeypatch.setattr("hpo.search.cluster.connection.os._exit", ended.append)
     with RayCluster(address) as cluster:
         cluster.start()
         cluster.nodes()
@@ -232,8 +232,8 @@ def test_a_search_that_ends_by_itself_after_ray_has_died_is_left_alone(
     fake_ray: FakeRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended: list[int] = []
-    monkeypatch.setattr("hpo.search.cluster.WATCH_SECONDS", 0.01)
-    monkeypatch.setattr("hpo.search.cluster.os._exit", ended.append)
+    monkeypatch.setattr("hpo.search.cluster.connection.WATCH_SECONDS", 0.01)
+    monkeypatch.setattr("hpo.search.cluster.connection.os._exit", ended.append)
     with RayCluster(None) as cluster:
         cluster.start()
         cluster.nodes()
@@ -421,8 +421,8 @@ def test_an_import_is_finished_before_the_interrupt(
 
 SEARCHING = """
 import signal
-from hpo.search.cluster import RayCluster
-from hpo.search.ray_address import check_address
+from hpo.search.cluster.connection import RayCluster
+from hpo.search.cluster.ray_address import check_address
 from hpo.search.slots import Node
 try:
     with RayCluster(None):
@@ -460,7 +460,7 @@ def test_ray_does_not_replace_what_sigterm_does(fake_ray: FakeRay) -> None:
 def test_sigterm_is_an_interrupt_once_ray_is_up_and_after_it_has_ended(tmp_path: Path) -> None:
     program = """
 import os, signal
-from hpo.search.cluster import RayCluster
+from hpo.search.cluster.connection import RayCluster
 
 def interrupt():
     try:

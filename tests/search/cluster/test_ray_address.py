@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from hpo.errors import SettingError
-from hpo.search import ray_address
-from hpo.search.ray_address import check_address, read_address
+from hpo.search.cluster import ray_address
+from hpo.search.cluster.ray_address import check_address, read_address
 from tests.factories import wait_until
 
 REFUSED = "gcs_client.cc:210: Failed to get cluster ID: Unauthenticated: RPC error: InvalidAuthToken"

@@ -12,9 +12,9 @@ from ray.tune import PlacementGroupFactory
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hpo.errors import SettingError
-from hpo.search.nodes import read_nodes
+from hpo.search.cluster.nodes import read_nodes
+from hpo.search.cluster.versions import Problem, describe_versions
 from hpo.search.slots import Node
-from hpo.search.versions import Problem, describe_versions
 
 ANSWER_SECONDS = 120.0  # how long a node may take to start a worker and answer, before the search starts
 LATE_SECONDS = 20.0  # the same, after a worker could not start
@@ -171,7 +171,7 @@ def _question(versions: Mapping[str, str], folder: str) -> Callable[[], dict[str
 
     def answer() -> dict[str, Any]:
         try:
-            from hpo.search.versions import find_problem, smallest_gpu_bytes
+            from hpo.search.cluster.versions import find_problem, smallest_gpu_bytes
         except ImportError as error:
             return {"problem": ("hpo is not installed" if error.name == "hpo" else "hpo is of another version",)}
         problem = find_problem(versions, folder)

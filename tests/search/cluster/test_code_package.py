@@ -13,8 +13,8 @@ from zipfile import ZipFile
 import pytest
 
 from hpo.errors import SettingError
-from hpo.search import code_package
-from hpo.search.code_package import CODE_DIR, pack
+from hpo.search.cluster import code_package
+from hpo.search.cluster.code_package import CODE_DIR, pack
 from tests.factories import ROOT
 
 
@@ -169,7 +169,7 @@ def test_a_file_in_a_folder_that_cannot_be_entered_is_named_unless_it_is_ignored
         def stat(self) -> os.stat_result:
             raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("hpo.search.code_package.os.scandir", lambda _: [Closed()])
+    monkeypatch.setattr("hpo.search.cluster.code_package.os.scandir", lambda _: [Closed()])
     with pytest.raises(SettingError, match=r"closed\.txt cannot be: Permission denied\. Name it in a \.rayignore"):
         pack(folder)
     (folder / ".rayignore").write_text("closed.txt")

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from hpo.search import head as module
-from hpo.search.head import ASK_SECONDS, PATIENCE_SECONDS, Head
+from hpo.search.cluster import head as module
+from hpo.search.cluster.head import ASK_SECONDS, PATIENCE_SECONDS, Head
 from tests.factories import wait_until
 
 
