@@ -36,8 +36,8 @@ from benchmarks.guarantees import Expected, read_rows, violations
 from benchmarks.postgres import Postgres
 from benchmarks.toy import chain
 from hpo.paths import RunsDir
-from hpo.search.continuation import open_continued, plan_continuation
 from hpo.search.coordinator import TrialCoordinator
+from hpo.search.earlier.continuation import open_continued, plan_continuation
 from hpo.search.listener import NullListener
 from hpo.search.messages import TrialReport
 from hpo.search.runs import open_run

@@ -45,7 +45,7 @@ def run_hpo(trials: int, folder: Path, mark: Mark) -> None:
     """Run the trials as `hpo run` does, without its preparations and its report."""
     from hpo.paths import RunsDir
     from hpo.search.cluster.connection import RayCluster
-    from hpo.search.continuation import ContinuationPlan
+    from hpo.search.earlier.continuation import ContinuationPlan
     from hpo.search.listener import NullListener
     from hpo.search.slots import plan_slots
     from hpo.search.tune import run_trials

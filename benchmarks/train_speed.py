@@ -370,7 +370,7 @@ def train_with_checkpoints(
         epochs: of a trial.
         folder: where the checkpoints are saved.
     """
-    from hpo.search.checkpoint_writer import CheckpointWriter
+    from hpo.search.checkpoints.writer import CheckpointWriter
 
     every = None if policy == "auto" else 1
     while True:

@@ -86,7 +86,7 @@ def list_studies(
     Raises:
         StorageError: there is no such database, or it cannot be used.
     """
-    from hpo.search.continuation import lacks_points
+    from hpo.search.earlier.continuation import lacks_points
     from hpo.studies.folders import count_bytes
     from storage.database import open_for_reading
     from storage.ownership import StudyDeletedError

@@ -12,8 +12,8 @@ from hpo.search.listener import ProgressListener
 from hpo.space.model import Space
 
 if TYPE_CHECKING:
-    from hpo.search.continuation import ContinuationPlan
-    from hpo.search.warm_start import Found
+    from hpo.search.earlier.continuation import ContinuationPlan
+    from hpo.search.earlier.warm_start import Found
     from storage.studies import Study
 
 

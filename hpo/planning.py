@@ -18,7 +18,7 @@ from hpo.search.listener import NullListener, ProgressListener
 from hpo.space.model import Space
 
 if TYPE_CHECKING:
-    from hpo.search.continuation import ContinuationPlan
+    from hpo.search.earlier.continuation import ContinuationPlan
     from hpo.search.estimate import SearchEstimate
     from hpo.search.slots import Slots
 
@@ -122,11 +122,11 @@ class _Stored(NamedTuple):
 def _look_up(
     space: Space, storage: str, password: str | None, runs_dir: RunsDir, listener: ProgressListener
 ) -> _Stored:
-    from hpo.search.continuation import ContinuationPlan, plan_continuation
+    from hpo.search.earlier.continuation import ContinuationPlan, plan_continuation
 
     if is_new_database(storage) and not space.warm_start:
         return _Stored(ContinuationPlan(space), {}, space.total_trials)
-    from hpo.search.warm_start import find_trials
+    from hpo.search.earlier.warm_start import find_trials
     from storage.database import open_for_reading
     from storage.studies import find_revision
 

@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from hpo.report.results import Results
     from hpo.report.trials import TrialResult
     from hpo.search.cluster.connection import RayCluster
-    from hpo.search.continuation import ContinuationPlan
+    from hpo.search.earlier.continuation import ContinuationPlan
+    from hpo.search.earlier.warm_start import Found
     from hpo.search.mps import Mps
     from hpo.search.probes import Probes
-    from hpo.search.warm_start import Found
     from storage.database import Database
     from storage.studies import Study
 
@@ -199,9 +199,9 @@ def _run_search(
         if is_new_database(settings.storage):
             cluster.start()
         from hpo.report.reading import read_results
-        from hpo.search.continuation import open_continued, plan_continuation
-        from hpo.search.retention import Retention
-        from hpo.search.warm_start import find_trials
+        from hpo.search.checkpoints.retention import Retention
+        from hpo.search.earlier.continuation import open_continued, plan_continuation
+        from hpo.search.earlier.warm_start import find_trials
         from storage.database import open_database
         from storage.imports import SOURCES, set_points
         from storage.studies import find_revision
@@ -278,7 +278,7 @@ def _pack_code(space: Space, storage: str, runs: RunsDir, data: Mapping[str, Any
 
 def _upload_left(space: Space, study: Study, runs: RunsDir, listener: ProgressListener, *, is_hurried: bool) -> None:
     """Upload the checkpoints on this machine that the bucket lacks, or say why they are not there."""
-    from hpo.search.bucket_checkpoints import BucketStudy, upload_left
+    from hpo.search.checkpoints.bucket import BucketStudy, upload_left
 
     if runs.bucket_url and space.command is None:
         seconds = 0.0 if is_hurried else UPLOAD_SECONDS
@@ -302,11 +302,11 @@ def _search(
     listener: ProgressListener,
 ) -> tuple[Study, Stop | None]:
     """Run the trials that are left. Slow imports happen here, while Ray starts in the background."""
-    from hpo.search.continuation import open_continued
+    from hpo.search.earlier.continuation import open_continued
+    from hpo.search.earlier.warm_start import take_over_trials
     from hpo.search.estimate import is_worth_measuring
     from hpo.search.slots import plan_slots
     from hpo.search.tune import run_trials
-    from hpo.search.warm_start import take_over_trials
     from hpo.studies.other_databases import note_database
 
     estimate, images = None, None

@@ -123,7 +123,7 @@ def state_of(
     """Return `running` while a run is alive, else `finished` or `resumable`; empty for a study of another program.
 
     A grid of which as many trials have ended as it has points counts as finished. They may be others than its points, which
-    only the search space knows, see `hpo.search.continuation.lacks_points`.
+    only the search space knows, see `hpo.search.earlier.continuation.lacks_points`.
 
     Args:
         attrs: the study's user attributes, see `Study.attrs`.

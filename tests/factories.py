@@ -12,8 +12,8 @@ from typing import Any
 import psutil
 
 from hpo.paths import RunsDir
-from hpo.search.continuation import open_continued, plan_continuation
 from hpo.search.coordinator import TrialCoordinator
+from hpo.search.earlier.continuation import open_continued, plan_continuation
 from hpo.search.environment import check_trainable
 from hpo.search.listener import NullListener
 from hpo.search.messages import TrialReport, TrialSpec

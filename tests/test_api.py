@@ -24,8 +24,8 @@ import hpo
 from hpo import api, notes, service
 from hpo.errors import SettingError
 from hpo.paths import RunsDir
+from hpo.search.checkpoints.retention import trials_with_checkpoints
 from hpo.search.environment import note_horizon
-from hpo.search.retention import trials_with_checkpoints
 from storage import tables
 from storage.database import open_database
 from storage.errors import StorageError

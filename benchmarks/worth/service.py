@@ -12,13 +12,13 @@ from typing import Any
 from benchmarks.worth.simulation import METRIC, Search, Trial, simulate
 from benchmarks.worth.task import Task
 from hpo.paths import RunsDir
-from hpo.search.continuation import ContinuationPlan
 from hpo.search.coordinator import TrialCoordinator
+from hpo.search.earlier.continuation import ContinuationPlan
+from hpo.search.earlier.warm_start import find_trials, take_over_trials
 from hpo.search.listener import NullListener
 from hpo.search.messages import TrialReport
 from hpo.search.runs import open_run
 from hpo.search.slots import Slots
-from hpo.search.warm_start import find_trials, take_over_trials
 from hpo.space.model import Space
 from storage.database import Database, open_database
 from storage.studies import open_study

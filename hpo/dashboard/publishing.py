@@ -26,9 +26,9 @@ from hpo.report.published import match_published
 from hpo.report.reading import read_epochs, read_results
 from hpo.report.results import Results
 from hpo.report.trials import TrialResult
-from hpo.search.checkpoints import belongs_to, list_checkpoints
+from hpo.search.checkpoints.files import belongs_to, list_checkpoints
+from hpo.search.checkpoints.retention import is_deleted
 from hpo.search.population import owner_of
-from hpo.search.retention import is_deleted
 
 if TYPE_CHECKING:
     from storage.studies import Study

@@ -35,11 +35,11 @@ from hpo.export.scoring import (
     score_as_trained,
 )
 from hpo.paths import RunsDir
-from hpo.search.bucket_checkpoints import BucketTrial, fetch_newest, newest_of
-from hpo.search.checkpoints import Checkpoint, belongs_to, load_checkpoint
+from hpo.search.checkpoints.bucket import BucketTrial, fetch_newest, newest_of
+from hpo.search.checkpoints.files import Checkpoint, belongs_to, load_checkpoint
+from hpo.search.checkpoints.retention import is_deleted, trials_with_checkpoints
 from hpo.search.population import owner_of
 from hpo.search.replicates import STATES
-from hpo.search.retention import is_deleted, trials_with_checkpoints
 from hpo.space.model import Space
 from hpo.space.sections import Checkpoints
 from hpo.train.data import Dataset, load

@@ -11,7 +11,7 @@ from hpo.errors import SpaceError
 from hpo.paths import RunsDir
 from hpo.report.results import Results
 from hpo.report.trials import TrialResult
-from hpo.search.continuation import lacks_points
+from hpo.search.earlier.continuation import lacks_points
 from hpo.space.model import Space
 from storage.optuna_internals import trial_id
 from storage.records import RETRIED

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpo.paths import PARENT_SUFFIX, SCRIPT_DIR, RunsDir, sync_folder
-from hpo.search.bucket_checkpoints import BucketTrial, nearest_file
-from hpo.search.checkpoints import (
+from hpo.search.checkpoints.bucket import BucketTrial, nearest_file
+from hpo.search.checkpoints.files import (
     Checkpoint,
     belongs_to,
     check_claim,

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.errors import nearest
 from hpo.paths import RunsDir
-from hpo.search.checkpoints import trim_checkpoints
+from hpo.search.checkpoints.files import trim_checkpoints
+from hpo.search.checkpoints.retention import Retention
 from hpo.search.circuit_breaker import UNKNOWN_NODE, CircuitBreaker
 from hpo.search.crashes import find_reason
 from hpo.search.listener import ProgressListener
 from hpo.search.messages import Ending, TrialReport, TrialSpec
 from hpo.search.places import Places
-from hpo.search.retention import Retention
 from hpo.search.slots import MAX_WANTED, Node, Room, Slots
 from hpo.search.stop import Stop, StopCause, find_spent
 from hpo.search.trial_specs import SpecBuilder

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hpo.errors import SettingError, TrainableError
-from hpo.search.checkpoint_writer import COST_SHARE
+from hpo.search.checkpoints.writer import COST_SHARE
 from hpo.search.probes import ImageCounts, Probes, Speed
 from hpo.search.slots import CONTEXT_BYTES, Node, Slots, count_room, share_cores
 from hpo.space.model import Space

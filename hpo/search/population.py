@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import SpaceError
-from hpo.search.checkpoints import owner_key
+from hpo.search.checkpoints.files import owner_key
 from hpo.space.exploration import explore
 from hpo.space.model import Space
 from hpo.space.parameters import FloatRange, IntRange, Params, Scalar, sampling_order

@@ -244,7 +244,7 @@ def _free_bytes(device: str) -> int:
 
 
 def _checkpoint_seconds(state: Mapping[str, Any], scratch: Path) -> float:
-    from hpo.search.checkpoints import Checkpoint, save_checkpoint
+    from hpo.search.checkpoints.files import Checkpoint, save_checkpoint
 
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         started = time.perf_counter()

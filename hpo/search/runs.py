@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hpo.search.samplers import build_optuna_pruner, build_pruner, build_sampler, history_limit
 
 if TYPE_CHECKING:
-    from hpo.search.continuation import ContinuationPlan
+    from hpo.search.earlier.continuation import ContinuationPlan
     from hpo.space.model import Space
     from storage.run import Run
     from storage.studies import Study

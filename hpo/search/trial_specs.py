@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.paths import RunsDir
 from hpo.search.adoption import parent_folder
-from hpo.search.checkpoints import owner_key
+from hpo.search.checkpoints.files import owner_key
 from hpo.search.messages import TrialSpec
 from hpo.search.population import trial_key
 from hpo.search.slots import Slots

@@ -37,7 +37,7 @@ from hpo.search.stop import EXIT_CODES, Stop, StopCause
 from hpo.search.tune_adapters import SilentReporter, StartListener, StudyScheduler, StudySearcher
 
 if TYPE_CHECKING:
-    from hpo.search.continuation import ContinuationPlan
+    from hpo.search.earlier.continuation import ContinuationPlan
     from storage.studies import Study
 
 SAVE_SECONDS = 120.0  # how long a search that stops waits for its last checkpoints

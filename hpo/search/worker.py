@@ -18,14 +18,14 @@ from typing import IO, Any
 
 from hpo.paths import HANG_FILE, LOG_FILE, SCRIPT_DIR, seed_log
 from hpo.search.adoption import Adopted, adopt_checkpoint
-from hpo.search.bucket_checkpoints import FETCH_SECONDS, BucketTrial, fetch_newest, newest_of
-from hpo.search.checkpoint_writer import CheckpointWriter
-from hpo.search.checkpoints import Checkpoint, TakenOverError, load_checkpoint, trim_checkpoints
+from hpo.search.checkpoints.bucket import FETCH_SECONDS, BucketTrial, fetch_newest, newest_of
+from hpo.search.checkpoints.files import Checkpoint, TakenOverError, load_checkpoint, trim_checkpoints
+from hpo.search.checkpoints.uploads import Uploader
+from hpo.search.checkpoints.writer import CheckpointWriter
 from hpo.search.messages import Ending, TrialReport, TrialSpec
 from hpo.search.replicates import SEED_NOTE, EndedEarlyError, EpochPart, list_seeds, train_replicates
 from hpo.search.script import ScriptError, run_script
 from hpo.search.storable import storable_name, storable_provenance, storable_text
-from hpo.search.uploads import Uploader
 from hpo.space.command import CHECKPOINT_DIR, build_arguments, uses_checkpoint_dir
 from hpo.trainable import DEFAULT_TRAINABLE, FINAL_METRICS, STDERR_SUFFIX, load_trainable
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from hpo.bucket import Bucket, StoredObject
 from hpo.errors import SpaceError
 from hpo.paths import RunsDir
-from hpo.search.bucket_checkpoints import BucketStudy
-from hpo.search.checkpoints import owner_key
-from hpo.search.retention import superfluous_trials
+from hpo.search.checkpoints.bucket import BucketStudy
+from hpo.search.checkpoints.files import owner_key
+from hpo.search.checkpoints.retention import superfluous_trials
 from hpo.space.model import Space
 
 if TYPE_CHECKING:

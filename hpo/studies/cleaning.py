@@ -23,8 +23,8 @@ import psutil
 from hpo.bucket import Bucket, describe
 from hpo.errors import SpaceError
 from hpo.paths import PARENT_SUFFIX, RunsDir, study_id_of
+from hpo.search.checkpoints.retention import checkpoint_files, is_of, superfluous_trials, trials_with_checkpoints
 from hpo.search.probes import SCRATCH_PREFIX
-from hpo.search.retention import checkpoint_files, is_of, superfluous_trials, trials_with_checkpoints
 from hpo.space.model import Space
 from hpo.studies.bucket_files import BucketFiles, not_needed, of_deleted
 from hpo.studies.deleting import artifacts_of, not_continued
@@ -41,7 +41,7 @@ LEFTOVER_SECONDS = 86_400.0  # no process writes a file, or measures training st
 # See `hpo.paths.atomic_file` and `storage.migrations.back_up`. The user may have other hidden files.
 _DRAFT = re.compile(r"\..+\.(?:(?P<pid>\d+)-[0-9a-f]{8}|version-\d+)\.tmp")
 _PARENT = re.compile(rf"\d+{re.escape(PARENT_SUFFIX)}")
-_SET_ASIDE = re.compile(r"\d+\.other-\d+")  # see `hpo.search.checkpoints.claim_folder`
+_SET_ASIDE = re.compile(r"\d+\.other-\d+")  # see `hpo.search.checkpoints.files.claim_folder`
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,9 @@ def _of_study(
     trials = entries(folder, problems)
     inside = [path for trial in trials if trial.name.isdecimal() for path in entries(trial, problems)]
     aside = [path for path in trials if _SET_ASIDE.fullmatch(path.name) and int(path.stem) not in needed]
-    aside += [path for path in inside if path.name.endswith(".other")]  # see `hpo.search.checkpoints.load_checkpoint`
+    aside += [
+        path for path in inside if path.name.endswith(".other")
+    ]  # see `hpo.search.checkpoints.files.load_checkpoint`
     yield Garbage(
         "files of other configurations or earlier attempts, which were set aside",
         folder,

@@ -29,7 +29,7 @@ from hpo.paths import (
     sync_folder,
 )
 from hpo.search.adoption import parent_folder
-from hpo.search.checkpoints import belongs_to, list_checkpoints
+from hpo.search.checkpoints.files import belongs_to, list_checkpoints
 from hpo.studies.bucket_files import copy_objects, delete_objects
 from hpo.studies.other_databases import note_database
 from hpo.studies.staging import CopyOrder, stage

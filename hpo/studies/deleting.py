@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from hpo.bucket import Bucket, describe
 from hpo.paths import DATABASES_FILE, DELETED_FILE, RunsDir, study_id_of, write_atomically
-from hpo.search.checkpoints import list_set_aside
+from hpo.search.checkpoints.files import list_set_aside
 from hpo.studies.bucket_files import BucketFiles, of_deleted
 from hpo.studies.folders import count_bytes, delete_path, entries
 from hpo.studies.other_databases import OtherDatabases

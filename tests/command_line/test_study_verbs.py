@@ -386,7 +386,7 @@ def test_a_running_study_is_neither_renamed_nor_deleted(here: Path, change: Call
 
 def test_an_edited_copy_takes_over_the_trials_of_the_copy(here: Path) -> None:
     """Its file has another fingerprint: it is a revision of the copy, and the copied results stand."""
-    from hpo.search.warm_start import find_trials, take_over_trials
+    from hpo.search.earlier.warm_start import find_trials, take_over_trials
 
     copy_study("toy", "new")
     space = toy_space(here, "new", parameters={"x": [2, 3]})

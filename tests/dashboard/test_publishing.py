@@ -17,7 +17,7 @@ from hpo.dashboard.publishing import PUBLISHED, publish
 from hpo.paths import RunsDir
 from hpo.report import curves, plotly_figures
 from hpo.report.reading import read_results
-from hpo.search.checkpoints import claim_folder
+from hpo.search.checkpoints.files import claim_folder
 from hpo.space.model import Space
 from storage.database import Database, open_database
 from storage.optuna_internals import trial_id

@@ -28,8 +28,8 @@ from hpo.export.exporting import FILES, ExportedModel, export_model
 from hpo.export.program import Classifier
 from hpo.paths import RunsDir
 from hpo.run import cli
-from hpo.search.bucket_checkpoints import BucketStudy, upload_left
-from hpo.search.checkpoints import claim_folder, load_checkpoint
+from hpo.search.checkpoints.bucket import BucketStudy, upload_left
+from hpo.search.checkpoints.files import claim_folder, load_checkpoint
 from hpo.search.worker import run_trial
 from hpo.space.model import Space
 from hpo.train.data import load

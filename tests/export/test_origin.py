@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hpo.api import delete_study, rename_study
-from hpo.search.warm_start import find_trials, take_over_trials
+from hpo.search.earlier.warm_start import find_trials, take_over_trials
 from storage.database import open_database
 from storage.studies import open_study
 from tests.factories import HpoHere

@@ -25,7 +25,7 @@ from hpo.report.page import write_report
 from hpo.report.published import read_published
 from hpo.report.reading import read_results
 from hpo.report.results import Results
-from hpo.search.warm_start import find_trials, take_over_trials
+from hpo.search.earlier.warm_start import find_trials, take_over_trials
 from hpo.service import try_to_report
 from storage.database import Database, open_database
 from storage.imports import TakenOver

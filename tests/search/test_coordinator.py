@@ -22,7 +22,7 @@ from optuna.trial import TrialState, create_trial
 
 from benchmarks.toy import expected_value
 from hpo.paths import LOST_FILE, RunsDir
-from hpo.search.checkpoints import load_checkpoint
+from hpo.search.checkpoints.files import load_checkpoint
 from hpo.search.coordinator import TrialCoordinator
 from hpo.search.messages import Ending, TrialReport, TrialSpec
 from hpo.search.slots import MAX_WANTED, Node, Room, Slots

@@ -16,10 +16,10 @@ from benchmarks.toy import expected_value
 from hpo import plan_search
 from hpo.paths import RunsDir
 from hpo.report.plan import configuration_table
-from hpo.search.candidates import Candidate, Outlook, rank_candidates
-from hpo.search.continuation import open_continued, plan_continuation
+from hpo.search.earlier.candidates import Candidate, Outlook, rank_candidates
+from hpo.search.earlier.continuation import open_continued, plan_continuation
+from hpo.search.earlier.warm_start import find_trials, take_over_trials
 from hpo.search.listener import NullListener
-from hpo.search.warm_start import find_trials, take_over_trials
 from hpo.space.model import Space
 from storage.continuations import CONTINUATION, settle_continuation
 from storage.copying import copy_study

@@ -10,11 +10,11 @@ import pytest
 
 from hpo.paths import RunsDir
 from hpo.report.reading import read_results
-from hpo.search.continuation import plan_continuation
+from hpo.search.checkpoints.retention import trials_with_checkpoints
 from hpo.search.coordinator import TrialCoordinator
-from hpo.search.retention import trials_with_checkpoints
+from hpo.search.earlier.continuation import plan_continuation
+from hpo.search.earlier.warm_start import Found, find_trials, take_over_trials
 from hpo.search.slots import Slots
-from hpo.search.warm_start import Found, find_trials, take_over_trials
 from hpo.space.model import Space, load_space
 from storage.database import Database
 from storage.management import rename_study

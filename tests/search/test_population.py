@@ -12,9 +12,9 @@ import pytest
 
 from hpo.errors import SettingError, SpaceError
 from hpo.paths import RunsDir
-from hpo.search.checkpoints import Checkpoint, list_checkpoints, load_checkpoint, read_checkpoint, save_checkpoint
-from hpo.search.comparison import Comparison, RefusalError
+from hpo.search.checkpoints.files import Checkpoint, list_checkpoints, load_checkpoint, read_checkpoint, save_checkpoint
 from hpo.search.coordinator import TrialCoordinator
+from hpo.search.earlier.comparison import Comparison, RefusalError
 from hpo.search.environment import check_trainable, note_horizon
 from hpo.search.messages import Ending, TrialSpec
 from hpo.search.population import explore_params, explored_names, owner_of, trial_key

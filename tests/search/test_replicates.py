@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from benchmarks.toy import Report, expected_value
-from hpo.search import checkpoint_writer
+from hpo.search.checkpoints import writer as checkpoint_writer
 from hpo.search.messages import TrialReport
 from hpo.search.replicates import EpochPart, MeanReport, summarize, train_replicates
 from hpo.search.worker import TrialPaused, run_trial, watchdog

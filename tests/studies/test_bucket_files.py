@@ -14,9 +14,9 @@ from hpo.bucket import Bucket, locate
 from hpo.errors import SettingError
 from hpo.paths import RunsDir
 from hpo.search import trial_specs
-from hpo.search.bucket_checkpoints import BucketStudy
+from hpo.search.checkpoints.bucket import BucketStudy
+from hpo.search.checkpoints.retention import trials_with_checkpoints
 from hpo.search.coordinator import TrialCoordinator
-from hpo.search.retention import trials_with_checkpoints
 from hpo.search.slots import Slots
 from hpo.space.model import Space, load_space
 from hpo.studies import copying

@@ -24,8 +24,8 @@ from hpo.dashboard import publishing
 from hpo.dashboard.publishing import publish
 from hpo.errors import SettingError
 from hpo.paths import CONFIGURATION_FILE, DATABASES_FILE, RunsDir
-from hpo.search.checkpoints import list_checkpoints
-from hpo.search.retention import trials_with_checkpoints
+from hpo.search.checkpoints.files import list_checkpoints
+from hpo.search.checkpoints.retention import trials_with_checkpoints
 from hpo.studies import cleaning
 from hpo.studies.cleaning import Garbage, delete_garbage, find_garbage
 from hpo.studies.folders import count_bytes

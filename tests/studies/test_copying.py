@@ -15,8 +15,8 @@ from optuna.trial import TrialState
 from benchmarks.postgres import Postgres
 from hpo.errors import SettingError
 from hpo.paths import COPYING_FILE, DATABASES_FILE, SCRIPT_DIR, RunsDir
-from hpo.search.checkpoints import list_checkpoints
-from hpo.search.retention import checkpoint_files, delete_files
+from hpo.search.checkpoints.files import list_checkpoints
+from hpo.search.checkpoints.retention import checkpoint_files, delete_files
 from hpo.studies import copying
 from hpo.studies.cleaning import KILLED_COPY, delete_garbage, find_garbage
 from hpo.studies.copying import copy_files, copy_with_files

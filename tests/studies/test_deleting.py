@@ -12,8 +12,8 @@ import pytest
 from benchmarks.toy import expected_value
 from hpo.api import DeletedStudy, delete_study, rename_study
 from hpo.paths import DELETED_FILE, RunsDir
-from hpo.search.checkpoints import list_checkpoints
-from hpo.search.continuation import plan_continuation
+from hpo.search.checkpoints.files import list_checkpoints
+from hpo.search.earlier.continuation import plan_continuation
 from hpo.search.runs import open_run
 from hpo.space.model import Space
 from hpo.studies import deleting

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from hpo.search.checkpoints import (
+from hpo.search.checkpoints.files import (
     Checkpoint,
     belongs_to,
     claim_folder,

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from hpo.search import checkpoint_writer
-from hpo.search.bucket_checkpoints import BucketTrial
-from hpo.search.checkpoint_writer import CheckpointWriter
-from hpo.search.checkpoints import TakenOverError, checkpoint_file, epoch_of
-from hpo.search.uploads import Uploader
+from hpo.search.checkpoints import writer as checkpoint_writer
+from hpo.search.checkpoints.bucket import BucketTrial
+from hpo.search.checkpoints.files import TakenOverError, checkpoint_file, epoch_of
+from hpo.search.checkpoints.uploads import Uploader
+from hpo.search.checkpoints.writer import CheckpointWriter
 from tests.factories import wait_until
 from tests.s3 import S3Server
 

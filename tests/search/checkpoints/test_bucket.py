@@ -12,7 +12,7 @@ from benchmarks.toy import expected_value
 from hpo.bucket import Bucket
 from hpo.search import worker
 from hpo.search.adoption import adopt_checkpoint
-from hpo.search.bucket_checkpoints import (
+from hpo.search.checkpoints.bucket import (
     BucketStudy,
     BucketTrial,
     fetch_newest,
@@ -20,7 +20,7 @@ from hpo.search.bucket_checkpoints import (
     retry,
     upload_left,
 )
-from hpo.search.checkpoints import (
+from hpo.search.checkpoints.files import (
     Checkpoint,
     TakenOverError,
     checkpoint_file,

@@ -12,10 +12,10 @@ import pytest
 
 from benchmarks.toy import expected_value
 from hpo.paths import CONFIGURATION_FILE, RunsDir
-from hpo.search.checkpoints import claim_folder
+from hpo.search.checkpoints.files import claim_folder
+from hpo.search.checkpoints.retention import Retention, checkpoint_files, is_deleted, trials_with_checkpoints
 from hpo.search.coordinator import TrialCoordinator
 from hpo.search.messages import TrialReport
-from hpo.search.retention import Retention, checkpoint_files, is_deleted, trials_with_checkpoints
 from hpo.search.slots import Slots
 from hpo.space.model import Space, load_space
 from storage.database import Database
@@ -116,7 +116,7 @@ def test_the_database_is_asked_rarely(study: Study, tmp_path: Path, monkeypatch:
         return set()
 
     monkeypatch.setattr(retention, "_delete", delete)
-    monkeypatch.setattr("hpo.search.retention.IDLE_SHARE", 1e12)
+    monkeypatch.setattr("hpo.search.checkpoints.retention.IDLE_SHARE", 1e12)
     for number in range(5):
         retention.trial_ended(number)
     assert asked == [{0}]
@@ -256,7 +256,7 @@ def test_a_passing_error_of_reading_ends_no_search_and_its_files_go_later(
         coordinator = coordinator_of(space, run, tmp_path)
         train(coordinator, run)
         with monkeypatch.context() as patch:
-            patch.setattr(f"hpo.search.retention.{function}", fail)
+            patch.setattr(f"hpo.search.checkpoints.retention.{function}", fail)
             coordinator._retention._next_time = 0.0
             train(coordinator, run)
             coordinator.release_all()

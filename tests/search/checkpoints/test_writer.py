@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from hpo.search import checkpoint_writer
-from hpo.search.checkpoint_writer import COST_SHARE, MAX_WORK_SECONDS, CheckpointWriter, copy_state
-from hpo.search.checkpoints import Checkpoint, TakenOverError, claim_folder, load_checkpoint, save_checkpoint
+from hpo.search.checkpoints import writer as checkpoint_writer
+from hpo.search.checkpoints.files import Checkpoint, TakenOverError, claim_folder, load_checkpoint, save_checkpoint
+from hpo.search.checkpoints.writer import COST_SHARE, MAX_WORK_SECONDS, CheckpointWriter, copy_state
 
 LAST_EPOCH = 1000
 KEY = "k"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpo.errors import SpaceError
 from hpo.paths import RunsDir
-from hpo.search.candidates import (
+from hpo.search.earlier.candidates import (
     Candidate,
     CheckpointIndex,
     Outlook,

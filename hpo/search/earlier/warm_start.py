@@ -13,8 +13,8 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from hpo.errors import SettingError, SpaceError
-from hpo.search.comparison import Comparison, RefusalError
-from hpo.search.missing_source import missing_source
+from hpo.search.earlier.comparison import Comparison, RefusalError
+from hpo.search.earlier.missing_source import missing_source
 from hpo.space.model import Space
 from hpo.space.sections import Source
 from hpo.space.translation import TranslationError

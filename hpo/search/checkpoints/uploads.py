@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hpo.bucket import describe
-from hpo.search.bucket_checkpoints import FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS, BucketTrial
-from hpo.search.checkpoints import TakenOverError, epoch_of
+from hpo.search.checkpoints.bucket import FIRST_DELAY_SECONDS, MAX_DELAY_SECONDS, BucketTrial
+from hpo.search.checkpoints.files import TakenOverError, epoch_of
 
 # How long a trial waits for a bucket that makes no progress: one that is paused, perhaps because its machine will be taken
 # away, and one that has completed, which nothing resumes from the bucket later.

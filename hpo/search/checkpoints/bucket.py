@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from hpo.bucket import Bucket, StoredObject, describe
-from hpo.search.checkpoints import (
+from hpo.search.checkpoints.files import (
     TakenOverError,
     checkpoint_file,
     distance,

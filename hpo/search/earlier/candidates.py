@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from hpo.bucket import describe
 from hpo.errors import SettingError, SpaceError
 from hpo.paths import SCRIPT_DIR, RunsDir
-from hpo.search.bucket_checkpoints import BucketStudy
-from hpo.search.checkpoints import belongs_to, list_checkpoints, owner_key
-from hpo.search.comparison import Comparison
+from hpo.search.checkpoints.bucket import BucketStudy
+from hpo.search.checkpoints.files import belongs_to, list_checkpoints, owner_key
+from hpo.search.earlier.comparison import Comparison
 from hpo.space.model import Space
 from hpo.space.parameters import Params
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hpo.paths import CONFIGURATION_FILE, SCRIPT_DIR, RunsDir
-from hpo.search.bucket_checkpoints import BucketStudy
-from hpo.search.checkpoints import belongs_to, list_checkpoints, owner_key
+from hpo.search.checkpoints.bucket import BucketStudy
+from hpo.search.checkpoints.files import belongs_to, list_checkpoints, owner_key
 from hpo.space.model import Space
 
 if TYPE_CHECKING:  # workers import this module too, and need no database

@@ -14,10 +14,10 @@ import optuna
 import pytest
 
 from hpo.errors import SettingError
-from hpo.search.continuation import ContinuationPlan
+from hpo.search.earlier.continuation import ContinuationPlan
+from hpo.search.earlier.warm_start import Found, find_trials, take_over_trials
 from hpo.search.runs import open_run
 from hpo.search.samplers import OWN_STARTUP_TRIALS
-from hpo.search.warm_start import Found, find_trials, take_over_trials
 from hpo.space.model import Space
 from storage.copying import copy_study
 from storage.database import Database, open_database

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpo.search.checkpoints import (
+from hpo.search.checkpoints.files import (
     Checkpoint,
     belongs_to,
     check_plain,
@@ -26,7 +26,7 @@ from hpo.search.checkpoints import (
     claim_folder,
     save_checkpoint,
 )
-from hpo.search.uploads import PATIENCE_SECONDS, PAUSE_PATIENCE_SECONDS, Uploader
+from hpo.search.checkpoints.uploads import PATIENCE_SECONDS, PAUSE_PATIENCE_SECONDS, Uploader
 
 if TYPE_CHECKING:
     from torch import Tensor

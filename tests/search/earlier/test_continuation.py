@@ -17,8 +17,7 @@ from hpo.api import list_studies
 from hpo.paths import RunsDir
 from hpo.report.reading import read_results
 from hpo.search import adoption
-from hpo.search.candidates import Outlook
-from hpo.search.checkpoints import (
+from hpo.search.checkpoints.files import (
     Checkpoint,
     TakenOverError,
     claim_folder,
@@ -27,11 +26,12 @@ from hpo.search.checkpoints import (
     read_checkpoint,
     save_checkpoint,
 )
-from hpo.search.continuation import ContinuationPlan, plan_continuation
+from hpo.search.checkpoints.retention import Retention, trials_with_checkpoints
+from hpo.search.earlier.candidates import Outlook
+from hpo.search.earlier.continuation import ContinuationPlan, plan_continuation
+from hpo.search.earlier.warm_start import find_trials, take_over_trials
 from hpo.search.messages import TrialSpec
-from hpo.search.retention import Retention, trials_with_checkpoints
 from hpo.search.runs import open_run
-from hpo.search.warm_start import find_trials, take_over_trials
 from hpo.space.model import Space, load_space
 from hpo.trainable import is_timing
 from storage.database import Database

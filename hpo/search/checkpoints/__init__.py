@@ -1,0 +1,1 @@
+"""The checkpoints of trials: their files, who writes and uploads them, and which are kept."""
