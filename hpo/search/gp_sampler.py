@@ -8,8 +8,8 @@ Optuna's also learns constraints, from the values of trials that broke them. Her
 configuration breaks a constraint is known without one. So the largest value of the acquisition function is looked for among
 the configurations that break none. Where it is elsewhere, the same point would be drawn, and refused, again and again.
 
-An integer of many values is a real number while that value is looked for, and rounded then. Optuna's search over integers
-took three quarters of the time of a draw.
+An integer, or a range with steps, of many values is a real number while that value is looked for, and rounded then. Optuna
+searches over such values one after another, which took three quarters of the time of a draw.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from optuna.distributions import IntDistribution
 from optuna.samplers import GPSampler
 from optuna.search_space import IntersectionSearchSpace
 from optuna.trial import FrozenTrial, TrialState
@@ -31,19 +30,20 @@ from hpo.space.choice import MAX_GP_TRIALS
 if TYPE_CHECKING:
     import torch
     from optuna import Study
-    from optuna._gp.search_space import SearchSpace
     from optuna.distributions import BaseDistribution
 
 # Whether a configuration, {name: value}, meets the constraints.
 IsAllowed = Callable[[Mapping[str, Any]], bool]
 
+MAX_TRIED_VALUES = 16  # of an integer: Optuna, too, tries every one of so few
 _PENALTY = 1e9  # of a point that breaks a constraint: the logarithm of an expected improvement is never so low
 
 
 class ExtrapolatingGPSampler(GPSampler):
     """Optuna's GPSampler, with the changes above.
 
-    It draws the same points where no trial was stopped early, there are no constraints and no integer has many values.
+    It draws the same points where no trial was stopped early, there are no constraints and no number has many values with
+    steps between them.
 
     Args:
         is_allowed: says which configurations meet the constraints; None if there are none. It gets the parameters with more
@@ -80,22 +80,17 @@ class ExtrapolatingGPSampler(GPSampler):
         return _round(found, acqf.search_space)
 
 
-def _relax(search_space: SearchSpace) -> SearchSpace:
-    """Return a search space in which integers of many values are continuous."""
+def _relax(search_space: Any) -> Any:
+    """Return Optuna's search space with its numbers of many values as continuous ones."""
     relaxed = copy.copy(search_space)
-    distributions = list(search_space._optuna_search_space.values())  # noqa: SLF001 # not public otherwise
-    discrete = [index for index in search_space.discrete_indices if not _has_many_values(distributions[index])]
-    relaxed.discrete_indices = np.array(discrete, dtype=int)
-    relaxed.continuous_indices = np.setdiff1d(np.arange(search_space.dim), discrete)
+    values = zip(search_space.discrete_indices, search_space.get_choices_of_discrete_params(), strict=True)
+    few = [index for index, each in values if search_space.is_categorical[index] or len(each) <= MAX_TRIED_VALUES]
+    relaxed.discrete_indices = np.array(few, dtype=int)
+    relaxed.continuous_indices = np.setdiff1d(np.arange(search_space.dim), few)
     return relaxed
 
 
-def _has_many_values(distribution: BaseDistribution) -> bool:
-    """Return whether it is an integer that Optuna does not try value by value."""
-    return isinstance(distribution, IntDistribution) and distribution.high - distribution.low >= 16 * distribution.step
-
-
-def _round(point: np.ndarray, search_space: SearchSpace) -> np.ndarray:
+def _round(point: np.ndarray, search_space: Any) -> np.ndarray:
     """Return the nearest point whose discrete parameters have values that they can have."""
     rounded = point.copy()
     for index, values in zip(search_space.discrete_indices, search_space.get_choices_of_discrete_params(), strict=True):

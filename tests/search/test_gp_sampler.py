@@ -105,6 +105,7 @@ def test_an_integer_of_many_values_is_not_searched_value_by_value(
     space: dict[str, BaseDistribution] = {
         "many": IntDistribution(1, 1000, log=True),
         "stepped": IntDistribution(0, 200, step=4),
+        "decimal": FloatDistribution(0.0, 1.0, step=0.02),
         "few": IntDistribution(1, 5),
         "choice": CategoricalDistribution(["a", "b"]),
     }
@@ -117,10 +118,11 @@ def test_an_integer_of_many_values_is_not_searched_value_by_value(
         assert "independently" not in caplog.text, (
             "no value is drawn at random instead, since it is not on the grid of its parameter"
         )
-        many, stepped, few, choice = (asked.params[name] for name in space)
+        many, stepped, decimal, few, choice = (asked.params[name] for name in space)
         assert type(many) is int
         assert 1 <= many <= 1000
         assert stepped in range(0, 201, 4)
+        assert decimal / 0.02 == pytest.approx(round(decimal / 0.02))
         found.append((math.log(many / 60) ** 2) + ((stepped - 120) / 100) ** 2 + (few - 3) ** 2 + (choice == "a"))
         study.tell(asked, found[-1])
     assert min(found) < 0.1 < min(found[:5])
