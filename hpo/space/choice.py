@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from hpo.space.parameters import MAX_GP_VALUES, Choices, FloatRange, IntRange, Parameter, find_too_large
+from hpo.space.parameters import MAX_GP_VALUES, Parameter, find_too_large
 from hpo.space.sections import (
     AutoSampler,
     Budget,
@@ -47,8 +47,9 @@ def choose_sampler(
 ) -> SamplerChoice:
     """Return the sampler for a search that leaves it to `auto`.
 
-    A population starts at random. A small grid is searched completely. A Gaussian process is for numbers, if there are not
-    very many trials: measured by `benchmarks.worth`. TPE is for all else, and for several objectives, as in Optuna.
+    A population starts at random. A small grid is searched completely. A Gaussian process is for parameters that do not
+    depend on each other, if there are not very many trials: measured by `benchmarks.worth`. TPE is for all else, and for
+    several objectives, as in Optuna.
 
     Args:
         auto: its seed is kept.
@@ -73,7 +74,7 @@ def choose_sampler(
     against_gp = _reason_against_gp(parameters, budget, scheduler)
     if not against_gp:
         many = "" if budget.trials is None else f", and at most {MAX_GP_TRIALS} trials"
-        reason = f"numbers only{many}"
+        reason = f"no parameter depends on another{many}"
         return SamplerChoice(GPSampler(name="gp", seed=auto.seed), reason)
     return SamplerChoice(TPESampler(name="tpe", seed=auto.seed), against_gp)
 
@@ -88,11 +89,6 @@ def _reason_against_gp(parameters: Mapping[str, Parameter], budget: Budget, sche
     conditional = [name for name, parameter in parameters.items() if parameter.when]
     if conditional:
         return f"{conditional[0]} depends on another parameter"
-    choices = [name for name, parameter in parameters.items() if isinstance(parameter, Choices) and parameter.count > 1]
-    if choices:
-        return f"{choices[0]} is a choice, not a range"
-    if not any(isinstance(each, IntRange | FloatRange) and each.low < each.high for each in parameters.values()):
-        return "no parameter is a range"
     large = find_too_large(parameters)
     if large is not None:
         return f"{large} has over {MAX_GP_VALUES:,} values, which gp would keep in memory"

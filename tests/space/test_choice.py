@@ -31,7 +31,7 @@ def space_of(parameters: dict[str, Any], **changes: Any) -> Space:
         (SIX, {}, "grid", "6 configurations"),
         ({"lr": 0.1}, {}, "grid", "1 configuration"),
         (SIX, {"budget": {"trials": 6}}, "grid", "6 configurations, within the budget of 6 trials"),
-        (SIX, {"budget": {"trials": 5}}, "tpe", "lr is a choice, not a range"),
+        (SIX, {"budget": {"trials": 5}}, "gp", "no parameter depends on another, and at most 250 trials"),
         (
             {"n": {"type": "int", "low": 1, "high": 10**9}},
             {"budget": {"trials": 50}},
@@ -42,7 +42,7 @@ def space_of(parameters: dict[str, Any], **changes: Any) -> Space:
             {"n": {"type": "int", "low": 0, "high": 10**9, "step": 10_000}},
             {"budget": {"trials": 50}},
             "gp",
-            "numbers only, and at most 250 trials",
+            "no parameter depends on another, and at most 250 trials",
         ),
         (
             {"n": {"type": "int", "low": 1, "high": SMALL_GRID}},
@@ -54,13 +54,13 @@ def space_of(parameters: dict[str, Any], **changes: Any) -> Space:
             {"n": {"type": "int", "low": 0, "high": SMALL_GRID}},
             {"budget": {"time": "1h"}},
             "gp",
-            "numbers only",
+            "no parameter depends on another",
         ),
         (
             {"lr": LR, "layers": {"type": "int", "low": 1, "high": 3}, "momentum": 0.9},
             {"budget": {"trials": MAX_GP_TRIALS}},
             "gp",
-            "numbers only, and at most 250 trials",
+            "no parameter depends on another, and at most 250 trials",
         ),
         (
             {"lr": LR},
@@ -76,13 +76,18 @@ def space_of(parameters: dict[str, Any], **changes: Any) -> Space:
             "grid",
             "6 configurations, within the budget of 6",
         ),
-        (SQUARE, {"budget": {"trials": 5}, "constraints": ["a == b"]}, "gp", "numbers only, and at most 250 trials"),
+        (
+            SQUARE,
+            {"budget": {"trials": 5}, "constraints": ["a == b"]},
+            "gp",
+            "no parameter depends on another, and at most 250 trials",
+        ),
         (SQUARE, {"constraints": ["a == b"]}, "grid", "6 configurations"),
         (
             {"lr": LR},
             {"budget": {"trials": 9}, "scheduler": "asha", "max_epochs": 9},
             "gp",
-            "numbers only, and at most 250",
+            "no parameter depends on another, and at most 250",
         ),
         (
             {"lr": LR},
@@ -104,7 +109,7 @@ def space_of(parameters: dict[str, Any], **changes: Any) -> Space:
         ),
         (SIX, {"scheduler": "pbt", "max_epochs": 9}, "random", "the members of a population (pbt) start from "),
         ({"lr": LR}, {"budget": {"trials": 9}, "objectives": TWO}, "tpe", "there are 2 objectives"),
-        ({"lr": LR}, {"budget": {"trials": 9}, "objectives": TWO[:1]}, "gp", "numbers only"),
+        ({"lr": LR}, {"budget": {"trials": 9}, "objectives": TWO[:1]}, "gp", "no parameter depends on another"),
         (SIX, {"objectives": TWO}, "grid", "6 configurations"),
         ({"lr": LR}, {"budget": {"trials": MAX_LEARNING_TRIALS + 1}}, "random", "with more than 20,000 trials, a draw"),
     ],
