@@ -95,6 +95,14 @@ def test_the_service_decides_as_its_settings_say() -> None:
     assert halved.values[-1] > whole.values[-1]
 
 
+def test_trials_that_wait_to_be_promoted_free_their_workers() -> None:
+    scheduler = {"name": "asha", "mode": "promote", "grace_period": 1, "reduction_factor": 2}
+    with open_service(Slopes(), 0, 2, {"sampler": "random", "scheduler": scheduler}) as search:
+        found = simulate(search, Slopes(), workers=2, device_seconds=800.0)
+    assert found.trials > 22, "more than as many whole trainings"
+    assert 2 * found.trials < found.epochs + 2 <= 80 + 2, "some were resumed, and no worker was idle"
+
+
 def test_a_warm_start_learns_from_a_grid_that_was_run_before() -> None:
     settings = {"sampler": {"name": "tpe", "n_startup_trials": 2}, "warm_start": [SOURCE]}
     with open_service(Slopes(), 0, 1, settings) as search:

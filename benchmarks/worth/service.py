@@ -44,9 +44,11 @@ class ServiceSearch:
     def report(self, trial: Trial, epoch: int, value: float, seconds: float) -> bool:
         """See `Search.report`."""
         report = TrialReport(epoch, {METRIC: value, "train_seconds": seconds})
-        goes_on = self._coordinator.on_report(trial.key, report) is None
+        ending = self._coordinator.on_report(trial.key, report)
+        if ending is not None:
+            self._coordinator.on_saved(trial.key, "")  # a trial that waits frees its place
         self._raise_error()
-        return goes_on
+        return ending is None
 
     def _raise_error(self) -> None:
         if self._coordinator.error is not None:
