@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hpo.space.choice import MAX_GP_TRIALS, MAX_LEARNING_TRIALS, SMALL_GRID
-from hpo.space.model import Space
+from hpo.space.model import Space, load_space
 from hpo.space.rules import MAX_GRID_POINTS
 
 LR = {"type": "float", "low": 0.1, "high": 1.0}
@@ -145,3 +145,8 @@ def test_the_study_stores_the_choice() -> None:
     settings = space_of(SIX).study_options["settings"]
     assert settings["sampler"] == {"name": "grid", "seed": None}
     assert Space.from_settings(settings).is_grid
+
+
+def test_the_search_that_ships_for_the_whole_recipe_is_what_the_benchmark_found_best() -> None:
+    space = load_space("extended")
+    assert (space.sampler.name, space.scheduler.name) == ("gp", "asha")
