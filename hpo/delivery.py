@@ -29,7 +29,7 @@ def deliver(recipient: Recipient, ending: Mapping[str, Any]) -> str:
         ending: plain values, see `hpo.announcement`.
 
     Returns:
-        What went wrong; empty if the recipient was told. It does not contain the URL.
+        What went wrong; empty if the recipient got it. It does not contain the URL.
     """
     return _post(str(recipient), ending) if is_url(recipient) else _run(recipient, ending)
 
@@ -99,5 +99,5 @@ def _send(url: str, ending: Mapping[str, Any]) -> str:
     except URLError as error:
         reason = error.reason
         return (reason.strerror or str(reason)) if isinstance(reason, OSError) else str(reason)
-    except Exception as error:  # noqa: BLE001 # whatever the server answers; the text may repeat the URL
+    except Exception as error:  # noqa: BLE001 # a server may answer anything; the text may repeat the URL
         return type(error).__name__

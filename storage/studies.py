@@ -413,7 +413,7 @@ def open_study(
         if "hpo:id" in attrs and identity_of(attrs) is None:
             raise StorageError(
                 f"the study {study and study.name!r} in {database.url} has an attribute hpo:id that hpo did not write, so "
-                "its files cannot be told from those of other studies: rename the search space, or delete the study"
+                "its files cannot be distinguished from those of other studies: rename the search space, or delete the study"
             )
         if study is not None and "hpo:fingerprint" not in attrs:
             _check_directions(study, directions)

@@ -22,9 +22,8 @@ _URL = re.compile(r"[\w+.-]+://[^\s'\",\]}]*")
 _REVISION = re.compile(r"[\w.-]+@[0-9]+\b(?![.:/@])")  # the name of a study: its @ is not one of a URL
 # In `click.Context.meta`:
 _SECRETS = "hpo.command_line.options.secrets"  # {variable: value}
-_STORAGE_OPTION = (
-    "hpo.command_line.options.storage"  # whether the command needs --storage to find the same storage again
-)
+# Whether the command needs --storage to find the same storage again.
+_STORAGE_OPTION = "hpo.command_line.options.storage"
 
 
 def _complete_space(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:

@@ -4,7 +4,7 @@
     -> whole body -> gzip -> optuna-dashboard
 
 A web page that the user visits could send requests to the dashboard, too. The site check stops cross-site requests, the Host
-check stops DNS rebinding. Files that somebody has uploaded run no script: the browser is told to sandbox them.
+check stops DNS rebinding. Files that somebody has uploaded run no script: a header makes the browser sandbox them.
 Passwords and tokens are in `hpo.dashboard.access`.
 """
 

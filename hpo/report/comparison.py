@@ -337,9 +337,8 @@ def _figure(
     lines = []
     for (study, objective), xs, colour in zip(drawn, places, COLOURS, strict=False):
         x, y = _as_steps(xs, [step.best for step in objective.steps])
-        label = (
-            f"{study.name} in {study.storage}" if several else shorten(study.name)
-        )  # long paths may begin with the same words
+        # Not shortened with a database: long paths may have the same start.
+        label = f"{study.name} in {study.storage}" if several else shorten(study.name)
         lines.append(Line(x, y, colour, label, hover=(label, objective.metric)))
     end = math.ceil(max(max(each) for each in places))
     return CurveFigure(title, lines, [], end, is_log=False, x_title=x_title, has_whole_x=has_whole_x)

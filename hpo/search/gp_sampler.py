@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # Whether a configuration, {name: value}, meets the constraints.
 IsAllowed = Callable[[Mapping[str, Any]], bool]
 
-MAX_TRIED_VALUES = 16  # of an integer: Optuna, too, tries every one of so few
+_MAX_TRIED_VALUES = 16  # of an integer: Optuna, too, tries every one of so few
 _PENALTY = 1e9  # of a point that breaks a constraint: the logarithm of an expected improvement is never so low
 
 
@@ -73,28 +73,34 @@ class ExtrapolatingGPSampler(GPSampler):
 
     def _optimize_acqf(self, acqf: Any, best_params: np.ndarray | None) -> np.ndarray:
         """Return the normalized parameters with the largest acquisition function. Optuna lets subclasses override this."""
+        space = acqf.search_space
+        values = dict(zip(space.discrete_indices, space.get_choices_of_discrete_params(), strict=True))
         allowed: Any = copy.copy(acqf) if self._is_allowed is None else _AllowedOnly(acqf, self._is_allowed)
-        allowed.search_space = _relax(acqf.search_space)
+        allowed.search_space = _relax(space, values)
         with np.errstate(invalid="ignore"):  # it divides by 0 where one point of its sample alone is allowed
             found: np.ndarray = super()._optimize_acqf(allowed, best_params)
-        return _round(found, acqf.search_space)
+        return _round(found, values)
 
 
-def _relax(search_space: Any) -> Any:
-    """Return Optuna's search space with its numbers of many values as continuous ones."""
+def _relax(search_space: Any, values: Mapping[int, np.ndarray]) -> Any:
+    """Return Optuna's search space with its numbers of many values as continuous ones.
+
+    Args:
+        search_space: it is not changed.
+        values: {index of a discrete parameter: its normalized values}.
+    """
     relaxed = copy.copy(search_space)
-    values = zip(search_space.discrete_indices, search_space.get_choices_of_discrete_params(), strict=True)
-    few = [index for index, each in values if search_space.is_categorical[index] or len(each) <= MAX_TRIED_VALUES]
+    few = [i for i, each in values.items() if search_space.is_categorical[i] or len(each) <= _MAX_TRIED_VALUES]
     relaxed.discrete_indices = np.array(few, dtype=int)
     relaxed.continuous_indices = np.setdiff1d(np.arange(search_space.dim), few)
     return relaxed
 
 
-def _round(point: np.ndarray, search_space: Any) -> np.ndarray:
+def _round(point: np.ndarray, values: Mapping[int, np.ndarray]) -> np.ndarray:
     """Return the nearest point whose discrete parameters have values that they can have."""
     rounded = point.copy()
-    for index, values in zip(search_space.discrete_indices, search_space.get_choices_of_discrete_params(), strict=True):
-        rounded[index] = values[np.abs(values - point[index]).argmin()]
+    for index, each in values.items():
+        rounded[index] = each[np.abs(each - point[index]).argmin()]
     return rounded
 
 

@@ -19,9 +19,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from hpo.search.cluster.connection import (
-    RayCluster,  # first: it sets the environment that ray reads when it is imported
-)
+# First: it sets the environment that ray reads when it is imported.
+from hpo.search.cluster.connection import RayCluster
 
 # isort: split
 from ray import tune

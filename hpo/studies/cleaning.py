@@ -226,9 +226,8 @@ def _of_study(
     trials = entries(folder, problems)
     inside = [path for trial in trials if trial.name.isdecimal() for path in entries(trial, problems)]
     aside = [path for path in trials if _SET_ASIDE.fullmatch(path.name) and int(path.stem) not in needed]
-    aside += [
-        path for path in inside if path.name.endswith(".other")
-    ]  # see `hpo.search.checkpoints.files.load_checkpoint`
+    # See `hpo.search.checkpoints.files.load_checkpoint`.
+    aside += [path for path in inside if path.name.endswith(".other")]
     yield Garbage(
         "files of other configurations or earlier attempts, which were set aside",
         folder,

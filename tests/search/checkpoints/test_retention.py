@@ -160,13 +160,18 @@ def test_a_better_trial_of_another_driver_makes_a_kept_one_superfluous(study: St
     assert held(study, tmp_path) == BEST_FIRST[:1]
 
 
-def test_what_a_killed_driver_left_goes_when_the_next_run_ends(study: Study, tmp_path: Path) -> None:
-    space = seven_trials(tmp_path, "best 1")
+def train_without_deleting(study: Study, space: Space, tmp_path: Path) -> None:
+    """Train all trials in a run that ends without deleting checkpoints, as a killed one does."""
     with run_of(study, space) as run:
         coordinator = coordinator_of(space, run, tmp_path)
         coordinator._retention._next_time = float("inf")
         for _ in VALUES:
             train(coordinator, run)
+
+
+def test_what_a_killed_driver_left_goes_when_the_next_run_ends(study: Study, tmp_path: Path) -> None:
+    space = seven_trials(tmp_path, "best 1")
+    train_without_deleting(study, space, tmp_path)
     assert held(study, tmp_path) == list(VALUES)
     with run_of(study, space) as run:
         coordinator_of(space, run, tmp_path).release_all()
@@ -175,11 +180,7 @@ def test_what_a_killed_driver_left_goes_when_the_next_run_ends(study: Study, tmp
 
 def test_files_of_another_configuration_and_of_older_versions_are_not_touched(study: Study, tmp_path: Path) -> None:
     space = seven_trials(tmp_path, "best 1")
-    with run_of(study, space) as run:
-        coordinator = coordinator_of(space, run, tmp_path)
-        coordinator._retention._next_time = float("inf")
-        for _ in VALUES:
-            train(coordinator, run)
+    train_without_deleting(study, space, tmp_path)
     older, other, *superfluous = BEST_FIRST[1:]
     folder = folder_of(study, tmp_path)
     (folder / str(older) / CONFIGURATION_FILE).unlink()
