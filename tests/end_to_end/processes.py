@@ -142,7 +142,8 @@ class Driver:
 
     def is_held(self, hold: Path) -> bool:
         """Return whether one of its workers waits in an epoch, see `benchmarks.toy.hold_epochs`."""
-        return bool(held_processes(hold) & {child.pid for child in self.children()})
+        held = held_processes(hold)
+        return bool(held) and bool(held & {child.pid for child in self.children()})
 
     def children(self) -> list[psutil.Process]:
         """Return the processes that it started, and those that they started."""

@@ -60,6 +60,7 @@ def test_a_study_survives_signals_kill_9_and_two_drivers(tmp_path: Path, start_d
     driver.wait_until(lambda: driver.is_held(hold))
     commands = [" ".join(child.cmdline()) for child in driver.children()]
     assert any("gcs_server" in command for command in commands)
+    assert not any("ray::IDLE" in command for command in commands), "a worker was started that no trial needs"
     assert not any("/autoscaler/" in command for command in commands), "ray.shutdown would wait a second for it"
     check_private(driver)
     assert not (tmp_path / "home/.ray").exists(), "others may be able to read what Ray writes there"

@@ -12,8 +12,13 @@ from pathlib import Path
 from typing import Any
 
 # It listens on the loopback interface only, as on Windows and macOS, and requires a token, which is in a file in its
-# folder. The usual file, ~/.ray/auth_token, may be readable for others.
-_LOCAL_VARIABLES = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "token"}
+# folder. The usual file, ~/.ray/auth_token, may be readable for others. Trials get their own workers, so none is started
+# in advance.
+_LOCAL_VARIABLES = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_prestart_worker_first_driver": "0",
+}
 _TOKEN, _TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
 OBJECT_STORE_BYTES = 100 * 2**20  # reports are small; the workers read data sets from disk
