@@ -63,7 +63,7 @@ class Load:
         trials: the budget of all together.
         epochs: of a trial.
         epoch_seconds: the duration of an epoch.
-        device_seconds: a budget of device time in place of one of trials; 0 for none.
+        device_seconds: a budget of device time instead of one of trials; 0 for none.
     """
 
     sampler: str
@@ -360,7 +360,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=1000, help="the budget of all drivers together")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--epoch-seconds", type=float, default=0.0)
-    parser.add_argument("--device-seconds", type=float, default=0.0, help="a budget of device time in place of trials")
+    parser.add_argument("--device-seconds", type=float, default=0.0, help="a budget of device time instead of trials")
     options = parser.parse_args()
     print("  ".join(f"{name:>{width(name)}}" for name in COLUMNS))
     rows = []

@@ -61,7 +61,7 @@ def patched(*changes: tuple[Any, str, Any]) -> Iterator[None]:
 
 
 def foreach_optimizer() -> AbstractContextManager[None]:
-    """Let the optimizer use torch's foreach kernels, several for each operation, in place of one fused kernel."""
+    """Let the optimizer use torch's foreach kernels, several for each operation, instead of one fused kernel."""
 
     def unfused(function: Callable[..., None]) -> Callable[..., None]:
         return lambda *arguments, **options: function(*arguments, **{**options, "fused": False, "foreach": True})
@@ -70,7 +70,7 @@ def foreach_optimizer() -> AbstractContextManager[None]:
 
 
 def contiguous_maps() -> AbstractContextManager[None]:
-    """Let images, maps and weights have torch's usual memory format, in place of channels-last."""
+    """Let images, maps and weights have torch's usual memory format, instead of channels-last."""
     return patched(
         (torch, "channels_last", torch.contiguous_format), (learner_module, "in_memory_order", lambda weight: weight)
     )

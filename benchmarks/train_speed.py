@@ -54,7 +54,7 @@ Loop = Callable[..., Iterator[float]]
 
 
 def naive(stem: str, batch_size: int, images: int, data_dir: str, precision: str) -> Iterator[float]:
-    """Yield the images per second of the tutorial's loop after each epoch. It is in fp32, whatever the precision of ours."""
+    """Yield the images per second of the tutorial's loop after each epoch. It is always in fp32."""
     from torchvision.datasets import FashionMNIST
     from torchvision.transforms import ToTensor
 

@@ -343,7 +343,7 @@ def serve_dashboard(
         dashboard_password: required by HTTP Basic authentication. Without one, the printed link contains a new token, and
             only loopback addresses are allowed.
         reader_password: of those who may look at everything and change nothing.
-        read_only: whether nobody may change anything.
+        read_only: whether all changes are refused.
         certfile: a certificate for HTTPS, in PEM format; None serves plain HTTP.
         keyfile: its private key, in PEM format; None if `certfile` contains it.
         runs_dir: where artifacts and checkpoints are stored.

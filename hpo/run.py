@@ -85,7 +85,7 @@ def _run(prefix: Sequence[str]) -> NoReturn:
 class _Stderr(io.TextIOBase):
     """stderr without control characters: tracebacks, and warnings of libraries, may quote what a database holds.
 
-    It is no terminal, so that nobody colors what is written.
+    It is no terminal, so that libraries write no colors.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -172,7 +172,7 @@ def run(
     command again resumes the search. Ctrl-C finishes the epochs in flight; a second Ctrl-C stops at once.
 
     RAY_ADDRESS joins a running Ray cluster. PGPASSWORD is the password of a PostgreSQL URL without one. HPO_ON_FINISH
-    is a command, or a URL that gets a POST of JSON, when the search ends: in place of on_finish of the file.
+    is a command, or a URL that gets a POST of JSON, when the search ends: instead of on_finish of the file.
 
     The exit code is 0 if a trial completed, 1 if none did, 2 if you must change something, such as code with which
     all trials fail, and 130 if the search was stopped, or --exit-after is over.
@@ -470,7 +470,7 @@ def clean(storage: str, checkpoints: str | None, yes: bool) -> int:
 @checkpoints_option
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option("--port", type=int, default=8080, show_default=True, help="The port to listen on; 0 takes a free one.")
-@click.option("--read-only", is_flag=True, help="Let nobody change anything.")
+@click.option("--read-only", is_flag=True, help="Refuse all changes.")
 @click.option(
     "--certfile", type=click.Path(path_type=Path), metavar="FILE", help="Serve HTTPS with this PEM certificate."
 )

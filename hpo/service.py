@@ -131,7 +131,7 @@ def run_search(
         checkpoints: where checkpoints are: a folder, or a URL in a bucket, see `hpo.bucket.locate`; None for `runs_dir`.
         ray_address: a Ray cluster to join; None starts Ray on this machine, for this search only.
         exit_after: seconds after which the search stops as after Ctrl-C, for queues that limit its time; None for no limit.
-        on_finish: who is notified of how the search has ended, in place of `on_finish` of the space: a command or a URL.
+        on_finish: who is notified of how the search has ended, instead of `on_finish` of the space: a command or a URL.
         listener: receives the events of the search.
         on_results: receives the results as soon as the last trial has ended, before the report is written.
         command: how the search was started, for the record.

@@ -44,7 +44,7 @@ _OF_TRIAL = (
     tables.imports,
     tables.usage,
 )
-_ENDED = {TrialState.COMPLETE, TrialState.PRUNED}  # for good
+_ENDED = {TrialState.COMPLETE, TrialState.PRUNED}  # permanently
 
 Rows = list[dict[str, Any]]
 

@@ -195,7 +195,7 @@ def as_point(trial: FrozenTrial, distributions: Mapping[str, BaseDistribution]) 
         return trial
     params = trial.system_attrs[FIXED_PARAMS]
     if set(params) != set(distributions):
-        raise ValueError(f"its parameters are {', '.join(params) or 'none'} in place of {', '.join(distributions)}")
+        raise ValueError(f"its parameters are {', '.join(params) or 'none'} instead of {', '.join(distributions)}")
     point = copy.copy(trial)
     point.distributions = dict(distributions)
     point.params = {name: params[name] for name in distributions}

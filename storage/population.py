@@ -126,7 +126,7 @@ class PopulationBased:
         return Decision.END
 
     def complete(self, connection: sa.Connection, study_id: int, trial_id: int) -> None:
-        """Do nothing: after the last epoch, nobody is replaced."""
+        """Do nothing: after the last epoch, no member is replaced."""
 
     def prepare(self, connection: sa.Connection, study_id: int) -> None:
         """Do nothing: members are compared from now on."""

@@ -43,7 +43,7 @@ class WaitingTrial(NamedTuple):
 
 @dataclass(frozen=True)
 class PromotingHalving(SuccessiveHalving):
-    """Successive halving that lets trials wait in place of ending them. A `storage.pruners.Pruner`.
+    """Successive halving that lets trials wait instead of ending them. A `storage.pruners.Pruner`.
 
     A trial trains on from a rung if it is among the best 1 of `reduction_factor` of all that have reached the rung, at the
     time when it reaches it, or later, when more have done so. Once the search gets no new trials, and none of a bracket

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -28,11 +29,12 @@ SCAN_SECONDS = 1.0  # between scans for trials that other runs left
 POINTS_AT_A_TIME = 128  # of a grid, from which a claim takes the first one that no other run has taken meanwhile
 MAX_DUPLICATE_DRAWS = 20  # in one claim; then the space counts as exhausted
 MAX_REJECTED_DRAWS = 500  # in one claim; then the space counts as exhausted
-RANDOM_AFTER_DRAWS = 10  # duplicate or rejected draws in one claim, after which points are drawn at random
+RANDOM_AFTER_DRAWS = 10  # duplicate or rejected draws in one claim, after which the sampler is left out
 
 ConfigKey = Callable[[Mapping[str, Any]], str]
 # Draws the params that a trial lacks. Returns the constraint that they break; empty if they break none.
 Draw = Callable[[optuna.Trial], str]
+ListPoints = Callable[[], list[Params] | None]  # all configurations that may be drawn; None if there are too many
 
 T = TypeVar("T")
 logger = logging.getLogger("hpo.storage")
@@ -46,6 +48,7 @@ class TrialQueue:
         lease: the run's lease, started.
         config_key: returns the identity of a configuration.
         draw: see `storage.run.Run`.
+        list_points: see `storage.run.Run`.
         max_trials: see `storage.run.Run`.
         history_limit: see `storage.run.Run`.
         takes_turns: see `storage.run.Run`.
@@ -64,6 +67,7 @@ class TrialQueue:
         *,
         config_key: ConfigKey,
         draw: Draw | None,
+        list_points: ListPoints,
         max_trials: int | None,
         history_limit: int | None,
         is_settled: Callable[[int], bool],
@@ -77,6 +81,8 @@ class TrialQueue:
         self._run = lease.key
         self._config_key = config_key
         self._draw = draw
+        self._list_points = list_points
+        self._listed: list[tuple[str, Params]] | None = None  # what that returned, each with its key
         self._max_trials = max_trials
         self._takes_turns = takes_turns
         self._promotion = promotion
@@ -296,6 +302,8 @@ class TrialQueue:
                 return None
             if duplicates + rejected == RANDOM_AFTER_DRAWS:
                 # A sampler does not learn from trials that never ran: it may draw the same point forever.
+                if self._has_list():
+                    return self._claim_untried(token, number)
                 self._study.optuna_study.sampler = optuna.samplers.RandomSampler(seed=number)
             constraint, draft = self._read(
                 lambda number=number: self._draw_once(number),  # type: ignore[misc]
@@ -318,6 +326,26 @@ class TrialQueue:
             else f"{rejected} draws in a row broke a constraint"
         )
         return None
+
+    def _has_list(self) -> bool:
+        """Return whether all configurations of the space are known."""
+        if self._listed is None:
+            self._listed = [(self._config_key(point), point) for point in self._list_points() or ()]
+        return bool(self._listed)
+
+    def _claim_untried(self, token: int, seed: int) -> ClaimedTrial | None:
+        """Create a trial for a random one of all configurations, unless the study has them all."""
+        assert self._listed is not None
+        self._known_keys = self._retry(lambda: records.read_keys(self._database, self._run.study_id))
+        untried = [each for each in self._listed if each[0] not in self._known_keys]
+        if not untried:
+            self.exhausted = f"all {len(self._listed):,} configurations of the space have a trial"
+            return None
+        self._points = random.Random(seed).sample(untried, min(len(untried), POINTS_AT_A_TIME))
+        try:
+            return self._claim_point(token)
+        finally:
+            self._points = []  # the sampler draws the next one
 
     def _next_number(self) -> int | None:
         """Return the number that the next trial gets, unless another run is faster; None if the budget is spent."""

@@ -26,7 +26,7 @@ from storage.pareto import Direction
 from storage.population import are_others_behind
 from storage.promotion import PromotingHalving
 from storage.pruners import Decision, Pruner
-from storage.queue import ConfigKey, Draw, TrialQueue
+from storage.queue import ConfigKey, Draw, ListPoints, TrialQueue
 from storage.ranking import count_created_since, count_since_best
 from storage.records import REPLACED_BY, Params
 from storage.reporting import TrialUpdate
@@ -50,6 +50,8 @@ class Run:
         config_key: returns the identity of a configuration. A study finishes each key at most once.
         provenance: versions and command of the run, for a replay.
         draw: draws the params of a new trial once no trial waits; None for a grid, whose points are all enqueued.
+        list_points: returns all configurations that may be drawn; None if there are too many. If draws find known ones only,
+            a trial gets one of those that the study lacks.
         max_trials: the budget of the study; None for no limit.
         learns: whether draws depend on results: then `claim` first writes all reports to the database.
         history_limit: how many finished trials the sampler sees at most, see `storage.history`; None for all.
@@ -67,6 +69,7 @@ class Run:
         config_key: ConfigKey,
         provenance: Mapping[str, Any],
         draw: Draw | None = None,
+        list_points: ListPoints = lambda: None,
         max_trials: int | None = None,
         learns: bool = True,
         history_limit: int | None = None,
@@ -78,6 +81,7 @@ class Run:
         self.study = study
         self._config_key = config_key
         self._draw = draw
+        self._list_points = list_points
         self._max_trials = max_trials
         self._promotion = pruner if isinstance(pruner, PromotingHalving) else None
         self._learns = learns or self._promotion is not None  # which trial trains on depends on results, too
@@ -108,6 +112,7 @@ class Run:
             self._lease,
             config_key=self._config_key,
             draw=self._draw,
+            list_points=self._list_points,
             max_trials=self._max_trials,
             history_limit=self._history_limit,
             is_settled=self._writer.is_settled,

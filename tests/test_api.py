@@ -91,13 +91,13 @@ def test_only_what_a_search_needs_is_sent_to_a_cluster(tmp_path: Path, monkeypat
 
 ESCAPE = "char(27) || ']0;title' || char(7)"
 STRANGE_CONTENT = {
-    "a text in place of a value": f"UPDATE trial_values SET value = {ESCAPE}",
+    "a text instead of a value": f"UPDATE trial_values SET value = {ESCAPE}",
     "an unknown type of value": f"UPDATE trial_values SET value_type = {ESCAPE}",
-    "a text in place of a metric": f"UPDATE hpo_metrics SET value = {ESCAPE}",
-    "a text in place of an epoch": f"UPDATE hpo_metrics SET epoch = {ESCAPE} WHERE epoch = 1",
-    "a fraction in place of an epoch": "UPDATE hpo_metrics SET epoch = 1.5 WHERE epoch = 1",
-    "bytes in place of a metric's name": "UPDATE hpo_metrics SET name = x'00ff' WHERE rowid = 1",
-    "a text in place of a trial's number": f"UPDATE trials SET number = {ESCAPE} WHERE number = 1",
+    "a text instead of a metric": f"UPDATE hpo_metrics SET value = {ESCAPE}",
+    "a text instead of an epoch": f"UPDATE hpo_metrics SET epoch = {ESCAPE} WHERE epoch = 1",
+    "a fraction instead of an epoch": "UPDATE hpo_metrics SET epoch = 1.5 WHERE epoch = 1",
+    "bytes instead of a metric's name": "UPDATE hpo_metrics SET name = x'00ff' WHERE rowid = 1",
+    "a text instead of a trial's number": f"UPDATE trials SET number = {ESCAPE} WHERE number = 1",
     "an unknown state": f"UPDATE trials SET state = {ESCAPE}",
     "a time that is none": f"UPDATE trials SET datetime_start = {ESCAPE}",
     "a distribution that is no JSON": f"UPDATE trial_params SET distribution_json = {ESCAPE}",

@@ -41,7 +41,7 @@ class Access:
         reader_password: the same, of those who may look and change nothing.
         token: in the link that the owner opens first (`/?token=...`); a cookie remembers it. Programs may send it as a
             password, too.
-        read_only: whether nobody may change anything.
+        read_only: whether all changes are refused.
     """
 
     password: str | None = None

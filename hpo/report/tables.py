@@ -74,7 +74,7 @@ def _layouts(results: Results) -> Iterator[Table]:
 
 
 def _join_params(results: Results, columns: Sequence[Column]) -> list[Column]:
-    """Return columns with one for all parameters that vary, in place of one for each: they would be a few letters wide."""
+    """Return columns with one for all parameters that vary, instead of one for each: they would be a few letters wide."""
 
     def describe(trial: TrialResult) -> str:
         return format_params({name: trial.params[name] for name in results.varying_params if name in trial.params})

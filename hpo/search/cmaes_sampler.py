@@ -55,7 +55,7 @@ class StoredCmaEsSampler(CmaEsSampler):
         return optimizer
 
     def _split_optimizer_str(self, optimizer_str: str) -> dict[str, str]:
-        """Return the attributes that hold the optimizer, in place of the pickle that Optuna passes."""
+        """Return the attributes that hold the optimizer, instead of the pickle that Optuna passes."""
         return super()._split_optimizer_str(_state_of(self._optimizer))
 
     def _get_solution_trials(self, trials: list[FrozenTrial], generation: int) -> list[FrozenTrial]:

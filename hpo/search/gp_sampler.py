@@ -6,7 +6,8 @@ trials have gained from that epoch to their last one, by the median.
 
 Optuna's also learns constraints, from the values of trials that broke them. Here no such trial is trained, and whether a
 configuration breaks a constraint is known without one. So the largest value of the acquisition function is looked for among
-the configurations that break none. Where it is elsewhere, the same point would be drawn, and refused, again and again.
+the configurations that break none and, in a space without continuous ranges, that no trial has. Where it is elsewhere, the
+same point would be drawn, and refused, again and again.
 
 An integer, or a range with steps, of many values is a real number while that value is looked for, and rounded then. Optuna
 searches over such values one after another, which took three quarters of the time of a draw.
@@ -21,11 +22,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from optuna.distributions import FloatDistribution
 from optuna.samplers import GPSampler
 from optuna.search_space import IntersectionSearchSpace
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.space.choice import MAX_GP_TRIALS
+from hpo.space.parameters import nearest_step
 
 if TYPE_CHECKING:
     import torch
@@ -36,14 +39,15 @@ if TYPE_CHECKING:
 IsAllowed = Callable[[Mapping[str, Any]], bool]
 
 _MAX_TRIED_VALUES = 16  # of an integer: Optuna, too, tries every one of so few
-_PENALTY = 1e9  # of a point that breaks a constraint: the logarithm of an expected improvement is never so low
+_PENALTY = 1e9  # of a point that must not be drawn: the logarithm of an expected improvement is never so low
+_DIGITS = 9  # of normalized values that are compared
 
 
 class ExtrapolatingGPSampler(GPSampler):
     """Optuna's GPSampler, with the changes above.
 
-    It draws the same points where no trial was stopped early, there are no constraints and no number has many values with
-    steps between them.
+    It draws the same points where no trial was stopped early, there are no constraints, and some range is continuous but no
+    number has many values with steps between them.
 
     Args:
         is_allowed: says which configurations meet the constraints; None if there are none. It gets the parameters with more
@@ -56,6 +60,9 @@ class ExtrapolatingGPSampler(GPSampler):
     def __init__(self, *, is_allowed: IsAllowed | None = None, **options: Any) -> None:
         super().__init__(**options)
         self._is_allowed = is_allowed
+        # Of the draw:
+        self._distributions: Mapping[str, BaseDistribution] = {}
+        self._tried: list[FrozenTrial] = []  # their configurations are not drawn again
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Return the parameters that all completed and stopped trials have."""
@@ -69,17 +76,43 @@ class ExtrapolatingGPSampler(GPSampler):
     ) -> dict[str, Any]:
         """Draw the parameters of a trial."""
         view: Any = _ExtrapolatedStudy(study)
-        return super().sample_relative(view, trial, search_space)
+        self._distributions = search_space
+        self._tried = _with_parameters(study.get_trials(deepcopy=False), search_space)
+        return _with_own_digits(super().sample_relative(view, trial, search_space), search_space)
 
     def _optimize_acqf(self, acqf: Any, best_params: np.ndarray | None) -> np.ndarray:
         """Return the normalized parameters with the largest acquisition function. Optuna lets subclasses override this."""
         space = acqf.search_space
         values = dict(zip(space.discrete_indices, space.get_choices_of_discrete_params(), strict=True))
-        allowed: Any = copy.copy(acqf) if self._is_allowed is None else _AllowedOnly(acqf, self._is_allowed)
-        allowed.search_space = _relax(space, values)
+        tried = self._tried if len(values) == space.dim else []
+        is_allowed = None if self._is_allowed is None else self._meets_constraints
+        allowed = _AllowedOnly(acqf, values, is_allowed, space.get_normalized_params(tried))
         with np.errstate(invalid="ignore"):  # it divides by 0 where one point of its sample alone is allowed
-            found: np.ndarray = super()._optimize_acqf(allowed, best_params)
+            found: np.ndarray = super()._optimize_acqf(allowed, best_params)  # type: ignore[arg-type]
         return _round(found, values)
+
+    def _meets_constraints(self, params: Mapping[str, Any]) -> bool:
+        assert self._is_allowed is not None
+        return self._is_allowed(_with_own_digits(params, self._distributions))
+
+
+def _with_parameters(trials: Sequence[FrozenTrial], search_space: Mapping[str, BaseDistribution]) -> list[FrozenTrial]:
+    """Return the trials, in any state, that have all parameters of a search space."""
+    return [
+        trial
+        for trial in trials
+        if all(trial.distributions.get(name) == distribution for name, distribution in search_space.items())
+    ]
+
+
+def _with_own_digits(params: Mapping[str, Any], distributions: Mapping[str, BaseDistribution]) -> dict[str, Any]:
+    """Return drawn values with the digits that grids and other samplers give them."""
+    own = dict(params)
+    for name, value in params.items():
+        distribution = distributions[name]
+        if isinstance(distribution, FloatDistribution) and distribution.step is not None:
+            own[name] = nearest_step(value, distribution.low, distribution.high, distribution.step)
+    return own
 
 
 def _relax(search_space: Any, values: Mapping[int, np.ndarray]) -> Any:
@@ -96,21 +129,44 @@ def _relax(search_space: Any, values: Mapping[int, np.ndarray]) -> Any:
     return relaxed
 
 
-def _round(point: np.ndarray, values: Mapping[int, np.ndarray]) -> np.ndarray:
-    """Return the nearest point whose discrete parameters have values that they can have."""
-    rounded = point.copy()
+def _round(points: np.ndarray, values: Mapping[int, np.ndarray]) -> np.ndarray:
+    """Return the nearest points whose discrete parameters have values that they can have.
+
+    Args:
+        points: (..., parameters), normalized.
+        values: {index of a discrete parameter: its normalized values, ascending}.
+    """
+    rounded = points.copy()
     for index, each in values.items():
-        rounded[index] = each[np.abs(each - point[index]).argmin()]
+        rounded[..., index] = each[np.searchsorted((each[1:] + each[:-1]) / 2, points[..., index])]
     return rounded
 
 
-class _AllowedOnly:
-    """An acquisition function that is low where a configuration breaks a constraint."""
+def _identify(points: np.ndarray) -> list[bytes]:
+    """Return what is equal for equal points; their shape is (points, parameters), and they are normalized."""
+    return [point.tobytes() for point in np.round(points, _DIGITS) + 0.0]  # -0.0 has other bytes than 0.0
 
-    def __init__(self, acqf: Any, is_allowed: IsAllowed) -> None:
-        self.search_space, self.length_scales = acqf.search_space, acqf.length_scales
+
+class _AllowedOnly:
+    """An acquisition function that is low at points that must not be drawn.
+
+    A point is judged as `_round` would leave it.
+
+    Args:
+        acqf: Optuna's acquisition function.
+        values: {index of a discrete parameter: its normalized values}.
+        is_allowed: see `ExtrapolatingGPSampler`.
+        tried: (points, parameters), normalized: these are not drawn again.
+    """
+
+    def __init__(
+        self, acqf: Any, values: Mapping[int, np.ndarray], is_allowed: IsAllowed | None, tried: np.ndarray
+    ) -> None:
+        self.search_space, self.length_scales = _relax(acqf.search_space, values), acqf.length_scales
         self._acqf = acqf
+        self._values = values
         self._is_allowed = is_allowed
+        self._tried = set(_identify(tried))
 
     def eval_acqf(self, x: torch.Tensor) -> torch.Tensor:
         """Return the value at each point of `x`, of shape (..., parameters)."""
@@ -123,9 +179,14 @@ class _AllowedOnly:
         return values
 
     def _penalties(self, x: np.ndarray) -> np.ndarray:
-        points = x.reshape(-1, x.shape[-1])
-        allowed = [self._is_allowed(self.search_space.get_unnormalized_param(point)) for point in points]
-        return np.where(allowed, 0.0, _PENALTY).reshape(x.shape[:-1])
+        if self._is_allowed is None and not self._tried:
+            return np.zeros(x.shape[:-1])
+        points = _round(x.reshape(-1, x.shape[-1]), self._values)
+        is_free = np.array([point not in self._tried for point in _identify(points)])
+        if self._is_allowed is not None:
+            space = self._acqf.search_space
+            is_free &= [self._is_allowed(space.get_unnormalized_param(point)) for point in points]
+        return np.where(is_free, 0.0, _PENALTY).reshape(x.shape[:-1])
 
 
 class _ExtrapolatedStudy:
@@ -157,8 +218,6 @@ def extrapolate(trials: Sequence[FrozenTrial], most: int = MAX_GP_TRIALS) -> lis
     completed = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     stopped = [trial for trial in trials if trial.state == TrialState.PRUNED and trial.last_step is not None]
     others = [trial for trial in trials if not trial.state.is_finished()]
-    if not stopped:
-        return [*completed, *others]
     gains: dict[int, float | None] = {}
     found = []
     for trial in sorted(stopped, key=lambda each: (-(each.last_step or 0), each.number)):

@@ -38,7 +38,7 @@ class TrialSpec:
             disk before the epoch is reported. 0 if none does.
         replicates: how many trainings the trial is, with seeds that count up; see `train_replicates`.
         may_wait: whether the driver may end the trial after any epoch, and resume it later. A script is stopped until that
-            is decided: it must not train, and save, epochs that nobody has read.
+            is decided: it must not train, and save, epochs that have not been read.
         claimed_milliseconds: when the trial was claimed, by the database's clock.
         bucket: the URL of the trial in a bucket, where its checkpoints are, too; empty without one.
         parent_bucket: that of the trial that this one continues.

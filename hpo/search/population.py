@@ -64,7 +64,7 @@ def explored_names(space: Space) -> list[str]:
     fixed = _fixed_names(space)
     for i, name in enumerate(space.scheduler.explore or ()):
         if name in fixed:
-            with space.locating_errors("scheduler", "explore", str(i)):
+            with space.locating_errors("scheduler", "explore", i):
                 raise SpaceError(
                     f"{name} cannot change while hpo.train:train trains; what can: {_list(parameters.keys() - fixed)}"
                 )

@@ -210,7 +210,7 @@ def _train_steps(
 ) -> None:
     """Prepare a shape, send `ready`, wait for `go`, train, send the speed; None if the memory does not suffice.
 
-    After `stop` in place of `go`, nothing is sent: another process was not ready.
+    After `stop` instead of `go`, nothing is sent: another process was not ready.
     """
     import torch
 

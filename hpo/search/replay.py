@@ -75,7 +75,7 @@ def read_trial(study: Study, number: int) -> RecordedTrial:
 
 
 def check_stored_code(trial: RecordedTrial) -> None:
-    """Refuse to run code that only the database names: whoever can write to a database must not thereby run programs.
+    """Refuse to run code that only the database names: access to a database must not be enough to run programs.
 
     The training of the package is run in any case. So is what the file of the study in search_spaces/ says, with values that
     the file allows.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hpo.search.samplers import build_optuna_pruner, build_pruner, build_sampler, history_limit
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from hpo.space.model import Space
     from storage.run import Run
     from storage.studies import Study
+
+MAX_LISTED_POINTS = 10_000  # of a space that is not a grid; a list of more would take too long
 
 
 @contextmanager
@@ -47,6 +50,7 @@ def build_run(space: Space, study: Study, provenance: Mapping[str, Any]) -> Run:
         config_key=space.config_key,
         provenance=provenance,
         draw=None if space.is_grid else space.draw,
+        list_points=partial(space.list_points, MAX_LISTED_POINTS),
         max_trials=space.budget.trials if space.population is None else space.population,
         learns=space.learns_from_results,
         history_limit=history_limit(space),

@@ -117,7 +117,7 @@ def run_script(
                 try:
                     yield ScriptEpoch(epoch, metrics)
                 except GeneratorExit:
-                    # Asked to end, it could train and save one more epoch, which nobody would read.
+                    # Asked to end, it could train and save one more epoch, which would not be read.
                     _signal_group(script, signal.SIGKILL)
                     raise
                 _signal_group(script, signal.SIGCONT)

@@ -102,7 +102,7 @@ def explain(path: KeyPath, details: Sequence[dict[str, Any]], model: type[BaseMo
 
 
 def _describe_mapping(section: type[BaseModel] | None) -> str:
-    """Return what to write for a section in place of a single value."""
+    """Return what to write for a section instead of a single value."""
     example = getattr(section, "example", "")
     if example or section is None:
         return f"write {example or 'a mapping'}"

@@ -85,7 +85,7 @@ class Space(StrictModel):
     direction: Literal["maximize", "minimize"] = "maximize"
     """Whether a higher or a lower value of the metric is better."""
     objectives: Annotated[list[ListedObjective], Field(min_length=1, max_length=MAX_OBJECTIVES)] | None = None
-    """Several objectives, in place of metric and direction. In a space that is read, null if there is only one."""
+    """Several objectives, instead of metric and direction. In a space that is read, null if there is only one."""
     sampler: NamedSampler = AutoSampler(name="auto")
     """The algorithm that chooses the configurations: a name, or a mapping with a name and options. In a space that is read,
     `auto` is replaced by its choice."""
@@ -282,13 +282,16 @@ class Space(StrictModel):
         return None if self._document is None else self._document.path
 
     @contextmanager
-    def locating_errors(self, *path: str) -> Iterator[None]:
+    def locating_errors(self, *path: str | int) -> Iterator[None]:
         """Prefix errors raised inside with the position of a key in the file."""
         try:
             yield
         except HpoError as error:
-            position = "" if self._document is None else self._document.position(path)
-            raise type(error)(f"{position}{error}") from None
+            raise type(error)(f"{self.position(*path)}{error}") from None
+
+    def position(self, *path: str | int) -> str:
+        """Return `file:line:column: ` of a key; empty if the space is from no file."""
+        return "" if self._document is None else self._document.position(path)
 
     # --- identity
 
@@ -366,6 +369,11 @@ class Space(StrictModel):
     def grid_points(self) -> Iterator[Params]:
         """Yield every configuration that meets the constraints. A continuous range contributes its two ends."""
         return (params for params in iterate_grid(self._ordered) if not self._formulas.violations(params))
+
+    def list_points(self, most: int) -> list[Params] | None:
+        """Return every configuration that meets the constraints; None if there are more than `most`, or infinitely many."""
+        count = count_grid(self.parameters, self.constraints, self.derived, self.max_epochs, most)
+        return None if count is None else list(self.grid_points())
 
     def derive(self, params: Mapping[str, Scalar]) -> Params:
         """Return the derived values of a configuration."""

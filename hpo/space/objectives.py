@@ -1,4 +1,4 @@
-"""The section `objectives` of a search space: several metrics in place of one."""
+"""The section `objectives` of a search space: several metrics instead of one."""
 
 from __future__ import annotations
 

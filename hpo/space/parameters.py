@@ -281,10 +281,14 @@ class FloatRange(StrictModel):
     @property
     def count(self) -> int | None:
         """The number of values in a grid; None for a continuous range."""
+        if self.low == self.high:
+            return 1
         return None if self.step is None else round((self.high - self.low) / self.step) + 1
 
     def grid_values(self) -> Sequence[Scalar]:
         """Return every value of a range with a step; the two ends of a continuous range."""
+        if self.low == self.high:
+            return [self.low]
         if self.step is None or self.count is None:
             return [self.low, self.high]
         return [min(self.high, self.low + i * self.step) for i in range(self.count)]
@@ -294,6 +298,11 @@ class FloatRange(StrictModel):
         if isinstance(value, bool) or not isinstance(value, int | float) or not self.low <= value <= self.high:
             return False
         return self.step is None or _is_whole((value - self.low) / self.step)
+
+
+def nearest_step(value: float, low: float, high: float, step: float) -> float:
+    """Return the nearest value of a range with a step, always with the same digits: a configuration's key has them."""
+    return min(high, low + round((value - low) / step) * step)
 
 
 def _is_whole(number: float) -> bool:

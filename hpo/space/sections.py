@@ -224,7 +224,7 @@ class Scheduler(StrictModel):
 
     @property
     def promotes_trials(self) -> bool:
-        """Whether trials wait that are not among the best, in place of ending."""
+        """Whether trials wait that are not among the best, instead of ending."""
         return self.mode == "promote"
 
     @property

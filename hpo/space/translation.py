@@ -16,6 +16,7 @@ from hpo.space.parameters import (
     Scalar,
     is_active,
     is_same,
+    nearest_step,
     sampling_order,
 )
 
@@ -102,7 +103,7 @@ def _value_of(
         raise TranslationError(f"{name} was not from {parameter.low} to {parameter.high}{step}")
     assert isinstance(value, int | float)
     if isinstance(parameter, FloatRange) and parameter.step is not None:  # the range's own digits, as in a grid
-        value = min(parameter.high, parameter.low + round((value - parameter.low) / parameter.step) * parameter.step)
+        value = nearest_step(value, parameter.low, parameter.high, parameter.step)
     return (int(value) if isinstance(parameter, IntRange) else float(value)), is_known
 
 

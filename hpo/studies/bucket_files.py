@@ -83,7 +83,7 @@ def of_deleted(url: str, continued: Mapping[int, str], what: str = "of a deleted
 
 
 def delete_objects(runs_dir: RunsDir, unique_name: str) -> None:
-    """Delete what a copy that nobody continues has in the bucket, as far as possible."""
+    """Delete what a copy that no trial continues has in the bucket, as far as possible."""
     if runs_dir.bucket_url:
         bucket = Bucket(runs_dir.bucket_study(unique_name))
         with suppress(OSError):

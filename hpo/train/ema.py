@@ -52,7 +52,7 @@ class WeightAverage:
 
 
 def averaged_weights(weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return weights with their averages in place of them, where there are any.
+    """Return weights with their averages instead of them, where there are any.
 
     Args:
         weights: the state dict of the network.

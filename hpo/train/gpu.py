@@ -32,7 +32,7 @@ def is_device_lost() -> bool:
     """Return whether this process can never use its GPU again.
 
     After an illegal address, a failed assert on the device or a failed launch, every later call of CUDA in the process
-    returns the same error. So the device is asked, in place of comparing messages: this also finds an error that torch has
+    returns the same error. So the device is asked, instead of comparing messages: this also finds an error that torch has
     not seen yet, and one that a library such as cuBLAS reported in its own words.
     """
     if not torch.cuda.is_initialized():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import optuna
@@ -14,6 +15,7 @@ from optuna.samplers import GPSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from hpo.search.gp_sampler import ExtrapolatingGPSampler, extrapolate
+from hpo.space.parameters import FloatRange
 
 SPACE: dict[str, BaseDistribution] = {"x": FloatDistribution(0.0, 1.0)}
 
@@ -62,6 +64,7 @@ def test_of_many_trials_the_completed_ones_and_the_last_stopped_ones_count() -> 
     found = extrapolate([*COMPLETED, *stopped, running], most=6)
     assert [each.number for each in found] == [0, 1, 2, 3, 5, 7, 11]
     assert [each.number for each in extrapolate([*COMPLETED, *stopped], most=2)] == [1, 2]
+    assert [each.number for each in extrapolate([*COMPLETED, running], most=2)] == [1, 2, 11]
 
 
 def study_with(sampler: Any, trials: list[FrozenTrial]) -> optuna.Study:
@@ -126,3 +129,68 @@ def test_an_integer_of_many_values_is_not_searched_value_by_value(
         found.append((math.log(many / 60) ** 2) + ((stepped - 120) / 100) ** 2 + (few - 3) ** 2 + (choice == "a"))
         study.tell(asked, found[-1])
     assert min(found) < 0.1 < min(found[:5])
+
+
+def draws_of(
+    space: dict[str, BaseDistribution],
+    value: Callable[[dict[str, Any]], float],
+    is_allowed: Callable[[Mapping[str, Any]], bool] = lambda _: True,
+    count: int = 8,
+) -> list[dict[str, Any]]:
+    """Return what the sampler draws after 8 allowed trials at random. None of its own has a result."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        gp = ExtrapolatingGPSampler(seed=0, n_startup_trials=8, is_allowed=is_allowed)
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=0))
+    while len(study.get_trials(states=[TrialState.COMPLETE])) < 8:
+        asked = study.ask(space)
+        if is_allowed(asked.params):
+            study.tell(asked, value(asked.params))
+        else:
+            study.tell(asked, state=TrialState.FAIL)
+    study.sampler = gp
+    found = []
+    for _ in range(count):
+        asked = study.ask(space)
+        found.append(asked.params)
+        study.tell(asked, state=TrialState.FAIL)
+    return found
+
+
+BATCH, SHARE = IntDistribution(16, 512, step=16), FloatDistribution(0.0, 0.9, step=0.05)
+
+
+@pytest.mark.parametrize(
+    ("space", "is_allowed", "value"),
+    [
+        ({"b": BATCH, "y": FloatDistribution(0, 1)}, lambda p: p["b"] <= 250, lambda p: p["b"] - (p["y"] - 0.3) ** 2),
+        ({"b": BATCH, "s": SHARE}, lambda p: p["b"] * (1 - p["s"]) <= 200, lambda p: p["b"] / 512 - p["s"] / 4),
+        ({"s": SHARE, "y": FloatDistribution(0, 1)}, lambda p: p["s"] > 0.2, lambda p: -p["s"]),
+        ({"b": IntDistribution(1, 1024, log=True), "y": FloatDistribution(0, 1)}, lambda p: p["b"] <= 20, lambda p: p["b"]),
+    ],
+)  # fmt: skip
+def test_a_value_is_rounded_to_one_that_meets_the_constraints(
+    space: dict[str, BaseDistribution],
+    is_allowed: Callable[[Mapping[str, Any]], bool],
+    value: Callable[[dict[str, Any]], float],
+) -> None:
+    assert all(map(is_allowed, draws_of(space, value, is_allowed)))
+
+
+def test_no_configuration_is_drawn_twice_where_no_range_is_continuous() -> None:
+    space: dict[str, BaseDistribution] = {
+        "n": IntDistribution(1, 30),
+        "s": FloatDistribution(-1.0, 1.0, step=0.5),
+        "c": CategoricalDistribution([True, None, "a"]),
+    }
+    found = draws_of(space, lambda params: float(params["n"]), count=12)
+    assert len({tuple(params.values()) for params in found}) == 12
+    assert min(params["n"] for params in found) > 20, "it still draws where it expects good values"
+
+
+def test_a_draw_has_the_digits_of_a_grid() -> None:
+    """Others would be another configuration: the same training twice."""
+    space: dict[str, BaseDistribution] = {"x": FloatDistribution(-1.0, 1.0, step=0.2)}
+    parameter = FloatRange(type="float", low=-1.0, high=1.0, step=0.2)
+    found = {params["x"] for params in draws_of(space, lambda params: abs(params["x"]), count=3)}
+    assert found <= set(parameter.grid_values())

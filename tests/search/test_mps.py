@@ -1,4 +1,4 @@
-"""CUDA's MPS, with a script in place of the program that controls it: no GPU is needed."""
+"""CUDA's MPS, with a script instead of the program that controls it: no GPU is needed."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class FakeMps:
     """A machine with a GPU and MPS."""
 
     folder: Path
-    default: Path  # in place of /tmp/nvidia-mps
+    default: Path  # instead of /tmp/nvidia-mps
 
     @property
     def calls(self) -> list[str]:

@@ -29,7 +29,7 @@ X: dict[str, Any] = {"type": "float", "low": 0.0, "high": 1.0}
 
 
 def two_space(folder: Path, **changes: Any) -> Space:
-    """A toy grid with several objectives, in place of a metric."""
+    """A toy grid with several objectives, instead of a metric."""
     path = folder / "toy.yaml"
     toy = {name: value for name, value in TOY.items() if name != "metric"}
     path.write_text(json.dumps(toy | changes))  # JSON is YAML

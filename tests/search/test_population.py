@@ -303,7 +303,7 @@ def test_the_built_in_training_changes_what_a_checkpoint_allows(tmp_path: Path) 
     with pytest.raises(SpaceError) as raised:
         check_trainable(space)
     assert str(raised.value) == (
-        f"{tmp_path}/built.yaml:1:31: stem cannot change while hpo.train:train trains; what can: flip, lr"
+        f"{tmp_path}/built.yaml:1:49: stem cannot change while hpo.train:train trains; what can: flip, lr"
     )
     with pytest.raises(SpaceError, match=r"built.yaml:1:2: pbt changes hyperparameters .* none but stem: add a range"):
         check_trainable(built_in(tmp_path, {"stem": ["cifar", "imagenet"], "lr": 0.1}))

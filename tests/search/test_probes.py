@@ -99,7 +99,7 @@ def test_probes_end_with_a_process_that_is_killed(tmp_path: Path) -> None:
     wait_until(lambda: not psutil.pid_exists(pid), timeout_seconds=60)
 
 
-# --- the protocol, with threads in place of processes -------------------------------------------------------------------
+# --- the protocol, with threads instead of processes -------------------------------------------------------------------
 
 TOGETHER = Slots(3, 1.0, 0.0)
 

@@ -144,7 +144,7 @@ class _Attack:
 def test_cmaes_loads_no_pickle_of_the_database_and_goes_on_without_it(
     study: Study, tmp_path: Path, options: dict[str, Any]
 ) -> None:
-    """Neither one in place of its state, nor the one that an earlier version has stored."""
+    """Neither one instead of its state, nor the one that an earlier version has stored."""
     space = _cmaes_space(tmp_path, options)
     _draw(study, space, 12)
     holder, parts = _newest_state(study)
@@ -419,8 +419,21 @@ def test_search_ends_when_every_configuration_was_tried(tmp_path: Path) -> None:
         study, listener = search_without_ray(space, database, tmp_path)
         assert sorted(trial.params["x"] for trial in study.trained_trials()) == [1, 3]
         assert [event[1] for event in listener.events if event[0] == "note"] == [
-            "no new trials: 20 draws in a row were duplicates of earlier trials"
+            "no new trials: all 2 configurations of the space have a trial"
         ]
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "gp"])
+def test_a_budget_near_the_number_of_configurations_is_used_up(tmp_path: Path, sampler: str) -> None:
+    parameters = {"x": list(range(6)), "y": {"type": "int", "low": 1, "high": 5}}
+    space = toy_space(
+        tmp_path, sampler=sampler, budget={"trials": 27}, parameters=parameters, constraints=["x != 2 or y > 2"]
+    )
+    assert len(space.list_points(100) or []) == 28
+    with open_database(f"sqlite:///{tmp_path}/hpo.db") as database:
+        study, _ = search_without_ray(space, database, tmp_path)
+        found = {(trial.params["x"], trial.params["y"]) for trial in study.trained_trials()}
+        assert len(found) == len(study.trained_trials()) == 27
 
 
 @pytest.mark.slow

@@ -93,6 +93,21 @@ def test_the_grid_of_a_continuous_range_has_its_two_ends(load: Load) -> None:
     assert list(space.grid_points()) == [{"lr": 0.0}, {"lr": 1.0}]
 
 
+def test_a_range_with_one_value_is_finite(load: Load) -> None:
+    space = load(SAMPLED.replace("tpe", "auto") + "  x: {type: float, low: 0.5, high: 0.5}\n  y: [1, 2]\n")
+    assert space.sampler.name == "grid"
+    assert list(space.grid_points()) == [{"x": 0.5, "y": 1}, {"x": 0.5, "y": 2}]
+
+
+@pytest.mark.parametrize(("most", "count"), [(5, None), (6, 6)])
+def test_the_configurations_of_a_finite_space_are_listed(load: Load, most: int, count: int | None) -> None:
+    space = load(SAMPLED + "  x: {type: int, low: 1, high: 4}\n  y: [1, 2]\nconstraints: ['x < 4']\n")
+    listed = space.list_points(most)
+    assert (listed and len(listed)) == count
+    infinite = load(SAMPLED + "  x: {type: float, low: 0, high: 1}\n")
+    assert infinite.list_points(most) is None
+
+
 def test_the_grid_of_a_float_range_with_a_step_stays_in_the_range(load: Load) -> None:
     space = load(HEAD + "  x: {type: float, low: 0, high: 0.3, step: 0.1}\n")
     points = [point["x"] for point in space.grid_points()]

@@ -341,7 +341,7 @@ class Invariants:
                 assert not running, f"trial {trial_id} ended while others train: {states}"
                 waiting = [(each, rung) for each, rung in self._at_rungs.items() if states.get(each) == "PRUNED"]
                 better = [each for each in waiting if is_among_best(*each)]
-                assert not better, f"(trial, epoch) {better} ended in place of training on"
+                assert not better, f"(trial, epoch) {better} ended instead of training on"
         pruned = {each for each, state in states.items() if state == "PRUNED"}
         ended = pruned - (pruned if self._pruned is None else self._pruned)
         self._pruned = pruned

@@ -69,7 +69,7 @@ def finish_some(run: Run) -> None:
 
 
 def content(database: Database, name: str) -> dict[str, Any]:
-    """Return all that a database holds of a study: for each table, its rows with numbers in place of primary keys.
+    """Return all that a database holds of a study: for each table, its rows with numbers instead of primary keys.
 
     Left out is what differs between a study and its copy: tokens and `hpo:id`.
     """

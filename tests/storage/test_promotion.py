@@ -90,7 +90,7 @@ def test_the_best_third_trains_on_and_the_others_end(database: Database, maximiz
 
 
 def test_a_trial_that_was_overtaken_is_promoted_later(run: Run, study: Study) -> None:
-    """In place of ending it, as `SuccessiveHalving` does."""
+    """Instead of ending it, as `SuccessiveHalving` does."""
     plan(run, 6)
     first, second, third = (claim_one(run) for _ in range(3))
     assert train(run, first, 0.9) is Decision.WAIT, "one of one: nobody is among the best third yet"

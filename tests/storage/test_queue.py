@@ -359,6 +359,39 @@ def test_a_configuration_is_claimed_once_and_an_exhausted_space_ends(study: Stud
     assert trial_states(study) == ["COMPLETE"] * 3, "duplicates never become trials"
 
 
+class SameSampler(optuna.samplers.RandomSampler):
+    def sample_independent(self, *_: Any) -> int:
+        return 3
+
+
+@pytest.mark.parametrize(("max_trials", "found"), [(50, 3), (2, 2)])
+def test_where_a_sampler_draws_known_configurations_only_others_get_trials(
+    study: Study, max_trials: int, found: int
+) -> None:
+    distributions: dict[str, BaseDistribution] = {"n": IntDistribution(1, 3)}
+    study.optuna_study.sampler = same = SameSampler()
+
+    def draw(trial: optuna.Trial) -> str:
+        trial.suggest_int("n", 1, 3)
+        return ""
+
+    def list_points() -> list[dict[str, Any]]:
+        return [{"n": 1}, {"n": 2}, {"n": 3}]
+
+    with sampled_run(study, draw, max_trials=max_trials, list_points=list_points) as run:
+        run.enqueue([], distributions)
+        claimed = []
+        while (claim := run.claim()) is not None:
+            claimed.append(claim.params["n"])
+            run.complete(claim, 0.5)
+        assert run.finished
+        assert run.exhausted == ("all 3 configurations of the space have a trial" if max_trials == 50 else "")
+    assert claimed[0] == 3
+    assert len(set(claimed)) == len(claimed) == found
+    assert study.optuna_study.sampler is same
+    assert all(trial.distributions == distributions for trial in study.trials())
+
+
 def draw_conditionally(trial: optuna.Trial) -> str:
     """`m` is active if `kind` is "a". Values below one half are rejected."""
     if trial.suggest_categorical("kind", ["a", "b"]) == "a":
@@ -580,5 +613,5 @@ def test_a_point_of_a_grid_that_is_enqueued_through_optuna_is_run_once(study: St
     assert sorted(repr(params) for _, params in claimed) == sorted(map(repr, POINTS))
     assert [trial.user_attrs.get("constraint") for trial in study.trials()[1:3]] == [
         "not in the search space: '3' not in (1, 2).",
-        "not in the search space: its parameters are a in place of a, b",
+        "not in the search space: its parameters are a instead of a, b",
     ]

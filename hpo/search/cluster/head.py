@@ -48,7 +48,7 @@ class Head:
         return self._away_since is not None
 
     def look(self) -> str:
-        """Return why the cluster is lost, for good; empty while it is not. Takes seconds if a machine does not answer."""
+        """Return why the cluster is lost permanently; empty while it is not. Takes seconds if a machine does not answer."""
         self._lost = self._lost or self._find_loss()
         return self._lost
 

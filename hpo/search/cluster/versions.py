@@ -57,7 +57,7 @@ def find_problem(versions: Mapping[str, str], folder: str) -> Problem | None:
 
 
 def smallest_gpu_bytes() -> int:
-    """Return the memory of the smallest GPU of this machine; 0 without one, or if nobody says."""
+    """Return the memory of the smallest GPU of this machine; 0 without one, or if it is unknown."""
     ask = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]  # MiB
     try:
         answer = subprocess.run(ask, capture_output=True, text=True, timeout=SMI_SECONDS, check=True).stdout

@@ -153,13 +153,21 @@ class _Finder:
     def find(self) -> list[Found]:
         from storage.studies import other_revisions
 
-        sources = {(source.study, source.storage): source for source in self._space.warm_start}
+        sources = {
+            (source.study, source.storage): (source, ("warm_start", index))
+            for index, source in enumerate(self._space.warm_start)
+        }
         name = self._space.name
-        own = sources.pop((name, None), None) or Source(study=name, despite=[])
+        own, _ = sources.pop((name, None), (Source(study=name, despite=[]), ()))
         found: list[Found] = []
-        for source in sources.values():
-            with self._space.locating_errors("warm_start"):
-                found += [dataclasses.replace(each, is_named=True) for each in self._from_source(source)]
+        for source, place in sources.values():
+            try:
+                with self._space.locating_errors(*place):
+                    found += [dataclasses.replace(each, is_named=True) for each in self._from_source(source)]
+            except StorageError as error:
+                if source.storage is None:  # the database of the search itself
+                    raise
+                raise type(error)(f"{self._space.position(*place)}{error}") from None
         for revision in [] if self._database is None else other_revisions(self._database, name, self._study):
             if revision.identity not in self._identities:
                 # The first one has this name as soon as there is a second one.

@@ -183,7 +183,7 @@ def test_automatic_checkpoints_cost_their_share_and_come_at_least_every_five_min
     cost_seconds: float,
     epoch_seconds: float,
 ) -> None:
-    """The thread reports a cost in place of its CPU time."""
+    """The thread reports a cost instead of its CPU time."""
     epochs: list[int] = []
     clock = [0.0]
 

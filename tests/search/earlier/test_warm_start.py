@@ -18,7 +18,7 @@ from hpo.search.earlier.continuation import ContinuationPlan
 from hpo.search.earlier.warm_start import Found, find_trials, take_over_trials
 from hpo.search.runs import open_run
 from hpo.search.samplers import OWN_STARTUP_TRIALS
-from hpo.space.model import Space
+from hpo.space.model import Space, load_space
 from storage.copying import copy_study
 from storage.database import Database, open_database
 from storage.errors import StorageError
@@ -763,3 +763,17 @@ def test_tpe_draws_from_what_earlier_trials_showed_after_some_at_random(database
     assert len(cold) == len(warm) == 9
     assert sum(warm[OWN_STARTUP_TRIALS:]) < sum(cold[OWN_STARTUP_TRIALS:]) / 2
     assert sum(warm[:OWN_STARTUP_TRIALS]) > sum(cold[:OWN_STARTUP_TRIALS]) / 2
+
+
+def test_a_mistake_in_a_source_is_located(database: Database, tmp_path: Path) -> None:
+    finish_grid(database)
+    path = tmp_path / "larger.yaml"
+    text = "sampler: tpe\nmax_epochs: 2\nbudget: {trials: 4}\nparameters: {batch_size: [64, 128], lr: 0.01}\nwarm_start:\n  - grid\n"
+    path.write_text(text + "  - gird\n")
+    with pytest.raises(
+        SettingError, match=rf"^{path}:7:5: warm_start: there is no study 'gird' in .*: did you mean grid"
+    ):
+        find_trials(load_space(str(path)), None, database)
+    path.write_text(text + f"  - {{study: a, storage: 'sqlite:///{tmp_path}/none.db'}}\n")
+    with pytest.raises(StorageError, match=rf"^{path}:7:5: warm_start: a cannot be read: there is no database"):
+        find_trials(load_space(str(path)), None, database)
