@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,12 @@ DEADLINE_SECONDS = 240.0  # on two slow cores, with another test at work
 # Four toy trials of six epochs.
 POINTS = [1, 2, 3, 4]
 MAX_EPOCHS = 6
+# For tests in which trials do not have to run at the same time: each worker imports torch, which takes seconds.
+ONE_AT_A_TIME = {"resources": {"cpu": os.cpu_count()}}
 
 
-def chains(folder: Path, **params: Any) -> Path:
-    """Write the search space of four toy trials, `benchmarks.toy:chain`, with more params."""
+def chains(folder: Path, keys: Mapping[str, Any] | None = None, **params: Any) -> Path:
+    """Write the search space of four toy trials, `benchmarks.toy:chain`, with more keys and params."""
     space = {
         "sampler": "grid",
         "trainable": "benchmarks.toy:chain",
@@ -35,6 +37,7 @@ def chains(folder: Path, **params: Any) -> Path:
         "max_epochs": MAX_EPOCHS,
         "checkpoint_every": 1,
         "parameters": {"x": POINTS, "epoch_seconds": 0.1, **params},
+        **(keys or {}),
     }
     return write_space(folder, "chains", space)
 
@@ -49,7 +52,9 @@ def write_space(folder: Path, name: str, space: dict[str, Any]) -> Path:
 def environment(**variables: str) -> dict[str, str]:
     """Return the environment without the variables that change what `hpo` does, with this checkout on the path."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("HPO_", "RAY_", "PGPASSWORD"))}
-    return clean | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | variables
+    # By default, Ray's workers have a low priority: next to tests that use all cores, one takes minutes to start.
+    own = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "RAY_worker_niceness": "0"}
+    return clean | own | variables
 
 
 def command(*arguments: str | Path) -> list[str]:

@@ -11,6 +11,7 @@ import pytest
 from benchmarks.toy import hold_epochs
 from tests.end_to_end.processes import (
     MAX_EPOCHS,
+    ONE_AT_A_TIME,
     POINTS,
     Driver,
     chains,
@@ -46,7 +47,7 @@ def test_a_budget_of_device_time_survives_kill_9_and_is_shared_by_two_drivers(
 ) -> None:
     """One study, four drivers: each start of Ray is expensive, and each driver finds what the one before it left."""
     database, hold, log = tmp_path / "runs/hpo.db", tmp_path / "hold", tmp_path / "epochs.log"
-    path = chains(tmp_path, hold=str(hold), log=str(log), epoch_seconds=EPOCH_SECONDS)
+    path = chains(tmp_path, ONE_AT_A_TIME, hold=str(hold), log=str(log), epoch_seconds=EPOCH_SECONDS)
 
     # kill -9, in the third epoch: what was used for the first two is stored with them.
     hold_epochs(hold, 3)

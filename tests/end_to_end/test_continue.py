@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.toy import expected_value, hold_epochs
-from tests.end_to_end.processes import Driver, hpo, rows, write_space
+from tests.end_to_end.processes import ONE_AT_A_TIME, Driver, hpo, rows, write_space
 
 XS = [1, 2, 3]
 SHORT, LONG = 3, 6
@@ -27,7 +27,7 @@ def test_finished_trials_go_on_from_their_checkpoints_also_after_kill_9(
     database, hold, log = tmp_path / "runs/hpo.db", tmp_path / "hold", tmp_path / "epochs.log"
     parameters = {"x": XS, "epoch_seconds": 0.05, "hold": str(hold), "log": str(log)}
     space = {"sampler": "grid", "trainable": "benchmarks.toy:chain", "metric": "value", "parameters": parameters}
-    path = write_space(tmp_path, "chains", space | {"max_epochs": LONG, "checkpoint_every": 1})
+    path = write_space(tmp_path, "chains", space | ONE_AT_A_TIME | {"max_epochs": LONG, "checkpoint_every": 1})
     driver = start_driver(path, "--set", f"max_epochs={SHORT}")
     assert driver.wait() == 0, driver.output
     planned = hpo(tmp_path, "plan", path)

@@ -8,7 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.processes import Driver, chains, check_chains, count_epochs, count_states, hpo, rows, write_space
+from tests.end_to_end.processes import (
+    ONE_AT_A_TIME,
+    Driver,
+    chains,
+    check_chains,
+    count_epochs,
+    count_states,
+    hpo,
+    rows,
+    write_space,
+)
 
 TIMEOUT_SECONDS = 3
 
@@ -147,7 +157,7 @@ def test_a_process_that_lost_its_gpu_or_a_graph_runs_no_other_trial(tmp_path: Pa
 @pytest.mark.ray
 def test_a_signal_to_all_processes_ends_a_search_in_seconds_and_nothing_is_lost(tmp_path: Path) -> None:
     """Ray dies of it. Its C++ code would end the process after a minute, with an exit code that queues do not retry."""
-    path, database = chains(tmp_path, epoch_seconds=0.5), tmp_path / "runs/hpo.db"
+    path, database = chains(tmp_path, ONE_AT_A_TIME, epoch_seconds=0.5), tmp_path / "runs/hpo.db"
     driver = Driver(tmp_path, 0, path)
     driver.wait_until(lambda: count_epochs(database) >= 2)
     driver.terminate_all()

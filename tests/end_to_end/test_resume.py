@@ -13,6 +13,7 @@ import pytest
 from benchmarks.toy import hold_epochs
 from tests.end_to_end.processes import (
     MAX_EPOCHS,
+    ONE_AT_A_TIME,
     POINTS,
     Driver,
     chains,
@@ -142,7 +143,7 @@ def test_ctrl_c_saves_epochs_that_no_checkpoint_was_due_for(
     database, hold, log = tmp_path / "runs/hpo.db", tmp_path / "hold", tmp_path / "epochs.log"
     parameters = {"x": POINTS[:2], "epoch_seconds": 0.1, "hold": str(hold), "log": str(log)}
     space = {"sampler": "grid", "trainable": "benchmarks.toy:chain", "metric": "value", "parameters": parameters}
-    path = write_space(tmp_path, "chains", space | {"max_epochs": MAX_EPOCHS, "checkpoint_every": 100})
+    path = write_space(tmp_path, "chains", space | ONE_AT_A_TIME | {"max_epochs": MAX_EPOCHS, "checkpoint_every": 100})
     hold_epochs(hold, 4)
     driver = start_driver(path)
     driver.wait_until(lambda: count_epochs(database) >= 3 and driver.is_held(hold))

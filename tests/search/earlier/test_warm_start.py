@@ -768,7 +768,8 @@ def test_tpe_draws_from_what_earlier_trials_showed_after_some_at_random(database
 def test_a_mistake_in_a_source_is_located(database: Database, tmp_path: Path) -> None:
     finish_grid(database)
     path = tmp_path / "larger.yaml"
-    text = "sampler: tpe\nmax_epochs: 2\nbudget: {trials: 4}\nparameters: {batch_size: [64, 128], lr: 0.01}\nwarm_start:\n  - grid\n"
+    text = "sampler: tpe\nmax_epochs: 2\nbudget: {trials: 4}\n"
+    text += "parameters: {batch_size: [64, 128], lr: 0.01}\nwarm_start:\n  - grid\n"
     path.write_text(text + "  - gird\n")
     with pytest.raises(
         SettingError, match=rf"^{path}:7:5: warm_start: there is no study 'gird' in .*: did you mean grid"
