@@ -172,7 +172,6 @@ NamedSampler = Annotated[Sampler, BeforeValidator(_expand_name, json_schema_inpu
 # --- the scheduler ------------------------------------------------------------------------------------------------
 
 _SchedulerName = Literal["none", "asha", "hyperband", "median", "pbt"]
-MIN_GRACE = 3  # epochs, by default
 _OF_HALVING = {"grace_period", "reduction_factor", "mode"}
 _OF_PBT = {"population", "interval", "quantile", "resample", "factor", "explore"}
 MAX_POPULATION = 1000
@@ -184,8 +183,7 @@ class Scheduler(StrictModel):
     name: _SchedulerName = "none"
     """none, asha (successive halving), hyperband, median or pbt (population-based training)."""
     grace_period: Literal["auto"] | PositiveInt = "auto"
-    """Epochs before a trial may be stopped. auto: max_epochs / reduction_factor**2, rounded up, but at least 3, or half of
-    max_epochs if that is less."""
+    """Epochs before a trial may be stopped. auto: max_epochs / reduction_factor**2, rounded up."""
     reduction_factor: Annotated[int, Field(ge=2)] = 3
     """asha and hyperband: 1 of `reduction_factor` trials continues, with `reduction_factor` times the epochs."""
     mode: Literal["stop", "promote"] = "stop"
@@ -209,13 +207,10 @@ class Scheduler(StrictModel):
     def min_epochs(self, max_epochs: int) -> int:
         """Return the epochs before a trial may be stopped.
 
-        By default, trials are compared twice before their last epoch, and not before epoch 3, where short trainings may not
-        have left the values that they start from. Both stop good trials that start slowly: measured by `benchmarks.worth`.
+        By default, trials are compared twice before their last epoch. More comparisons stop good trials that start slowly:
+        measured by `benchmarks.worth`.
         """
-        if self.grace_period != "auto":
-            return self.grace_period
-        least = max(1, min(MIN_GRACE, max_epochs // 2))
-        return max(least, math.ceil(max_epochs / self.reduction_factor**2))
+        return math.ceil(max_epochs / self.reduction_factor**2) if self.grace_period == "auto" else self.grace_period
 
     @property
     def stops_trials_early(self) -> bool:
