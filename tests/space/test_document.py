@@ -19,6 +19,8 @@ from hpo.space.model import Space, load_space
 from tests.space.conftest import ErrorOf, Load, Write
 from tests.space.examples import FULL, HEAD, VALID, unmark
 
+SECONDS = 5  # of CPU time until a costly file is refused: half a second on a fast machine
+
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
@@ -157,7 +159,7 @@ def test_a_large_file_is_refused_unread(tmp_path: Path) -> None:
     started = time.process_time()
     with pytest.raises(SpaceError, match="10000000 bytes; a search space has at most"):
         load_space(str(path))
-    assert time.process_time() - started < 0.5
+    assert time.process_time() - started < SECONDS
 
 
 @pytest.mark.parametrize("kind", ["absent", "folder", "fifo", "/dev/zero"])
@@ -199,7 +201,7 @@ def test_a_yaml_bomb_is_refused_before_it_is_expanded(error_of: ErrorOf) -> None
         lines.append(f"{outer}: &{outer} [{', '.join([f'*{inner}'] * 10)}]")
     started = time.process_time()
     error = error_of("\n".join(lines) + "\n")
-    assert time.process_time() - started < 0.5
+    assert time.process_time() - started < SECONDS
     assert re.search(rf"space\.yaml:\d+:\d+: more than {MAX_YAML_NODES} values", error)
 
 
@@ -252,7 +254,7 @@ COSTLY = {
 def test_a_costly_file_is_refused_quickly(error_of: ErrorOf, name: str) -> None:
     started = time.process_time()
     error = error_of(COSTLY[name])
-    assert time.process_time() - started < 5  # half a second on a fast machine
+    assert time.process_time() - started < SECONDS
     assert len(error) < 100_000
 
 

@@ -21,6 +21,9 @@ from hpo.space.expressions import (
 )
 from storage.studies import without_garbage_collection
 
+SECONDS = (
+    5  # most take milliseconds, but a machine may be slow and busy; without a limit, these would take minutes or more
+)
 VALUES = {"lr": 0.1, "batch_size": 64, "optimizer": "sgd", "nesterov": True}
 
 
@@ -98,7 +101,7 @@ def test_an_expression_without_a_finite_value_is_an_error_and_fails_fast(text: s
     started = time.perf_counter()
     with pytest.raises(ExpressionError):
         expression.evaluate(VALUES)
-    assert time.perf_counter() - started < 1
+    assert time.perf_counter() - started < SECONDS
 
 
 def test_derived_values_that_multiply_each_other_stay_small() -> None:
@@ -110,7 +113,7 @@ def test_derived_values_that_multiply_each_other_stay_small() -> None:
     texts = {f"d{i + 1}": "+".join([f"d{i}"] * 60) for i in range(6)}
     with pytest.raises(ExpressionError, match="a text of more than 1000 characters"):
         Formulas([], {"d0": "name + name", **texts}, max_epochs=1).derive({"name": "abc"})
-    assert time.process_time() - started < 1
+    assert time.process_time() - started < SECONDS
 
 
 def test_a_parameter_is_limited_like_a_result() -> None:
@@ -145,10 +148,14 @@ _expressions = st.recursive(_names | _literals, _operations, max_leaves=12).filt
 @given(texts=st.lists(_expressions, min_size=1, max_size=4), batch_size=st.integers(-(2**53), 2**53))
 def test_no_chain_of_expressions_takes_long(texts: list[str], batch_size: int) -> None:
     derived = {f"d{i}": text for i, text in enumerate(texts)}
-    started = time.thread_time()  # without what earlier tests have left running
-    with without_garbage_collection(), contextlib.suppress(ExpressionError, CycleError):
-        Formulas([], derived, max_epochs=50).derive(VALUES | {"batch_size": batch_size})
-    assert time.thread_time() - started < 0.5
+
+    def seconds() -> float:
+        started = time.thread_time()  # without what earlier tests have left running
+        with without_garbage_collection(), contextlib.suppress(ExpressionError, CycleError):
+            Formulas([], derived, max_epochs=50).derive(VALUES | {"batch_size": batch_size})
+        return time.thread_time() - started
+
+    assert any(seconds() < 0.5 for _ in range(3)), "a chain that takes long does so each time; a busy machine may once"
 
 
 def test_the_most_deeply_nested_expression_is_evaluated() -> None:
