@@ -22,6 +22,7 @@ from benchmarks.worth.tables import TaskTables
 from benchmarks.worth.task import Task, space_of
 from hpo.space.parameters import sample_params
 
+DIGITS = 5  # of each number in the log
 FULL_TRAININGS = 200  # random configurations whose mean device time is that of a full training
 
 
@@ -64,7 +65,8 @@ def run_job(job: Job) -> str:
         trajectory = simulate(search, task, job.workers, BUDGETS[-1] * full_seconds)
     cpu_seconds = time.process_time() - started
     done = Run(job.task, job.contestant, job.workers, job.seed, full_seconds, trajectory, cpu_seconds)
-    return json.dumps(asdict(done))
+    # With fewer digits: a log of all searches is part of the repository.
+    return json.dumps(json.loads(json.dumps(asdict(done)), parse_float=lambda text: float(f"{float(text):.{DIGITS}g}")))
 
 
 open_tables = functools.cache(TaskTables)

@@ -66,4 +66,4 @@ def test_ten_thousand_trials_are_ranked_in_seconds(objectives: int) -> None:
     values = [tuple(rng.random() for _ in range(objectives)) for _ in range(10_000)]
     started = time.process_time()
     rank_best(values, [*BOTH, *BOTH][:objectives], 3)
-    assert time.process_time() - started < 5  # a quarter of a second; a machine may be slow and busy
+    assert time.process_time() - started < 5  # a machine may be slow and busy
