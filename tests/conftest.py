@@ -69,7 +69,7 @@ def postgres() -> Iterator[Postgres]:
     folder = Path(tempfile.mkdtemp(prefix="hpo-test-pg-"))
     server = Postgres(folder)
     yield server
-    server.stop()
+    server.stop(immediate=True)  # what it has not written is deleted
     shutil.rmtree(folder, ignore_errors=True)
 
 
