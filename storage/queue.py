@@ -328,9 +328,10 @@ class TrialQueue:
         return None
 
     def _has_list(self) -> bool:
-        """Return whether all configurations of the space are known."""
+        """Return whether all configurations of the space are known, and their distributions."""
         if self._listed is None:
-            self._listed = [(self._config_key(point), point) for point in self._list_points() or ()]
+            points = self._list_points() if self._distributions else None
+            self._listed = [(self._config_key(point), point) for point in points or ()]
         return bool(self._listed)
 
     def _claim_untried(self, token: int, seed: int) -> ClaimedTrial | None:

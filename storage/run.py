@@ -51,7 +51,7 @@ class Run:
         provenance: versions and command of the run, for a replay.
         draw: draws the params of a new trial once no trial waits; None for a grid, whose points are all enqueued.
         list_points: returns all configurations that may be drawn; None if there are too many. If draws find known ones only,
-            a trial gets one of those that the study lacks.
+            a trial gets one of those that the study lacks, if `enqueue` has set the distributions.
         max_trials: the budget of the study; None for no limit.
         learns: whether draws depend on results: then `claim` first writes all reports to the database.
         history_limit: how many finished trials the sampler sees at most, see `storage.history`; None for all.

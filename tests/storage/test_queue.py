@@ -364,21 +364,29 @@ class SameSampler(optuna.samplers.RandomSampler):
         return 3
 
 
+def draw_to_three(trial: optuna.Trial) -> str:
+    trial.suggest_int("n", 1, 3)
+    return ""
+
+
+def points_to_three() -> list[dict[str, Any]]:
+    return [{"n": 1}, {"n": 2}, {"n": 3}]
+
+
+def test_without_distributions_an_unknown_configuration_is_drawn_at_random(study: Study) -> None:
+    study.optuna_study.sampler = SameSampler()
+    with sampled_run(study, draw_to_three, list_points=points_to_three) as run:
+        assert claim_one(run).params == {"n": 3}
+        assert claim_one(run).params["n"] in {1, 2}
+
+
 @pytest.mark.parametrize(("max_trials", "found"), [(50, 3), (2, 2)])
 def test_where_a_sampler_draws_known_configurations_only_others_get_trials(
     study: Study, max_trials: int, found: int
 ) -> None:
     distributions: dict[str, BaseDistribution] = {"n": IntDistribution(1, 3)}
     study.optuna_study.sampler = same = SameSampler()
-
-    def draw(trial: optuna.Trial) -> str:
-        trial.suggest_int("n", 1, 3)
-        return ""
-
-    def list_points() -> list[dict[str, Any]]:
-        return [{"n": 1}, {"n": 2}, {"n": 3}]
-
-    with sampled_run(study, draw, max_trials=max_trials, list_points=list_points) as run:
+    with sampled_run(study, draw_to_three, max_trials=max_trials, list_points=points_to_three) as run:
         run.enqueue([], distributions)
         claimed = []
         while (claim := run.claim()) is not None:
