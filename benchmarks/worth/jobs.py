@@ -65,7 +65,7 @@ def run_job(job: Job) -> str:
         trajectory = simulate(search, task, job.workers, BUDGETS[-1] * full_seconds)
     cpu_seconds = time.process_time() - started
     done = Run(job.task, job.contestant, job.workers, job.seed, full_seconds, trajectory, cpu_seconds)
-    # With fewer digits: a log of all searches is part of the repository.
+    # With fewer digits: the log of many searches is large.
     return json.dumps(json.loads(json.dumps(asdict(done)), parse_float=lambda text: float(f"{float(text):.{DIGITS}g}")))
 
 

@@ -77,16 +77,15 @@ class ExtrapolatingGPSampler(GPSampler):
         """Draw the parameters of a trial."""
         view: Any = _ExtrapolatedStudy(study)
         self._distributions = search_space
-        self._tried = _with_parameters(study.get_trials(deepcopy=False), search_space)
+        self._tried = [] if any(map(_is_continuous, search_space.values())) else _with_parameters(study, search_space)
         return _with_own_digits(super().sample_relative(view, trial, search_space), search_space)
 
     def _optimize_acqf(self, acqf: Any, best_params: np.ndarray | None) -> np.ndarray:
         """Return the normalized parameters with the largest acquisition function. Optuna lets subclasses override this."""
         space = acqf.search_space
         values = dict(zip(space.discrete_indices, space.get_choices_of_discrete_params(), strict=True))
-        tried = self._tried if len(values) == space.dim else []
         is_allowed = None if self._is_allowed is None else self._meets_constraints
-        allowed = _AllowedOnly(acqf, values, is_allowed, space.get_normalized_params(tried))
+        allowed = _AllowedOnly(acqf, values, is_allowed, space.get_normalized_params(self._tried))
         with np.errstate(invalid="ignore"):  # it divides by 0 where one point of its sample alone is allowed
             found: np.ndarray = super()._optimize_acqf(allowed, best_params)  # type: ignore[arg-type]
         return _round(found, values)
@@ -96,11 +95,15 @@ class ExtrapolatingGPSampler(GPSampler):
         return self._is_allowed(_with_own_digits(params, self._distributions))
 
 
-def _with_parameters(trials: Sequence[FrozenTrial], search_space: Mapping[str, BaseDistribution]) -> list[FrozenTrial]:
+def _is_continuous(distribution: BaseDistribution) -> bool:
+    return isinstance(distribution, FloatDistribution) and distribution.step is None
+
+
+def _with_parameters(study: Study, search_space: Mapping[str, BaseDistribution]) -> list[FrozenTrial]:
     """Return the trials, in any state, that have all parameters of a search space."""
     return [
         trial
-        for trial in trials
+        for trial in study.get_trials(deepcopy=False)
         if all(trial.distributions.get(name) == distribution for name, distribution in search_space.items())
     ]
 

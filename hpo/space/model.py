@@ -282,16 +282,13 @@ class Space(StrictModel):
         return None if self._document is None else self._document.path
 
     @contextmanager
-    def locating_errors(self, *path: str | int) -> Iterator[None]:
+    def locating_errors(self, *path: str | int, errors: tuple[type[Exception], ...] = (HpoError,)) -> Iterator[None]:
         """Prefix errors raised inside with the position of a key in the file."""
         try:
             yield
-        except HpoError as error:
-            raise type(error)(f"{self.position(*path)}{error}") from None
-
-    def position(self, *path: str | int) -> str:
-        """Return `file:line:column: ` of a key; empty if the space is from no file."""
-        return "" if self._document is None else self._document.position(path)
+        except errors as error:
+            position = "" if self._document is None else self._document.position(path)
+            raise type(error)(f"{position}{error}") from None
 
     # --- identity
 

@@ -287,11 +287,9 @@ class FloatRange(StrictModel):
 
     def grid_values(self) -> Sequence[Scalar]:
         """Return every value of a range with a step; the two ends of a continuous range."""
-        if self.low == self.high:
-            return [self.low]
-        if self.step is None or self.count is None:
+        if self.count is None:
             return [self.low, self.high]
-        return [min(self.high, self.low + i * self.step) for i in range(self.count)]
+        return [min(self.high, self.low + i * (self.step or 0.0)) for i in range(self.count)]
 
     def contains(self, value: Scalar) -> bool:
         """Return whether a value is one of this parameter's values."""

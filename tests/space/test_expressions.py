@@ -21,9 +21,8 @@ from hpo.space.expressions import (
 )
 from storage.studies import without_garbage_collection
 
-SECONDS = (
-    5  # most take milliseconds, but a machine may be slow and busy; without a limit, these would take minutes or more
-)
+# Most take milliseconds, but a machine may be slow and busy. Unlimited, these would take minutes or more.
+SECONDS = 5
 VALUES = {"lr": 0.1, "batch_size": 64, "optimizer": "sgd", "nesterov": True}
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from hpo.errors import SettingError, SpaceError
+from hpo.errors import HpoError, SettingError, SpaceError
 from hpo.search.earlier.comparison import Comparison, RefusalError
 from hpo.search.earlier.missing_source import missing_source
 from hpo.space.model import Space
@@ -153,21 +153,16 @@ class _Finder:
     def find(self) -> list[Found]:
         from storage.studies import other_revisions
 
-        sources = {
-            (source.study, source.storage): (source, ("warm_start", index))
-            for index, source in enumerate(self._space.warm_start)
-        }
+        sources = {(source.study, source.storage): source for source in self._space.warm_start}
         name = self._space.name
-        own, _ = sources.pop((name, None), (Source(study=name, despite=[]), ()))
+        own = sources.pop((name, None), None) or Source(study=name, despite=[])
         found: list[Found] = []
-        for source, place in sources.values():
-            try:
-                with self._space.locating_errors(*place):
-                    found += [dataclasses.replace(each, is_named=True) for each in self._from_source(source)]
-            except StorageError as error:
-                if source.storage is None:  # the database of the search itself
-                    raise
-                raise type(error)(f"{self._space.position(*place)}{error}") from None
+        for source in sources.values():
+            index = self._space.warm_start.index(source)
+            # Without those of the search's own database.
+            errors = (HpoError,) if source.storage is None else (HpoError, StorageError)
+            with self._space.locating_errors("warm_start", index, errors=errors):
+                found += [dataclasses.replace(each, is_named=True) for each in self._from_source(source)]
         for revision in [] if self._database is None else other_revisions(self._database, name, self._study):
             if revision.identity not in self._identities:
                 # The first one has this name as soon as there is a second one.
