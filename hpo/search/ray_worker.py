@@ -25,7 +25,7 @@ from hpo.trainable import load_trainable
 
 
 class TrialWorker(tune.Trainable):
-    """A Ray actor that runs one trial after another. Torch is imported once per worker, not once per trial."""
+    """A Ray actor that runs one trial after another. What trainables import, such as torch, is imported once per worker."""
 
     _home: Path | None = None  # where Ray started this process; a trainable may go elsewhere
 
@@ -47,10 +47,8 @@ class TrialWorker(tune.Trainable):
         if self._problem is not None:
             return
         # Import slow modules here, outside the timed epochs. If an import fails, `step` raises the error and reports it.
-        with suppress(Exception):
-            import torch  # noqa: F401
-
-            if self._spec.command is None:
+        if self._spec.command is None:
+            with suppress(Exception):
                 load_trainable(self._spec.trainable, self._spec.code_folder)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:

@@ -144,7 +144,7 @@ class _Training:
 
 @dataclass(frozen=True)
 class _RandomState:
-    """The states of the global generators of random numbers, of Python, numpy and torch."""
+    """The states of the global generators of random numbers, of Python, and of numpy and torch if they are imported."""
 
     python: Any
     numpy: Any
@@ -153,25 +153,22 @@ class _RandomState:
 
     @classmethod
     def read(cls) -> _RandomState:
-        import torch
-
-        numpy = sys.modules.get("numpy")
+        numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
         return cls(
             random.getstate(),
             None if numpy is None else numpy.random.get_state(),
-            torch.get_rng_state(),
-            torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+            None if torch is None else torch.get_rng_state(),
+            None if torch is None or not torch.cuda.is_initialized() else torch.cuda.get_rng_state(),
         )
 
     def restore(self) -> None:
-        import torch
-
         random.setstate(self.python)
         if self.numpy is not None:
             sys.modules["numpy"].random.set_state(self.numpy)
-        torch.set_rng_state(self.torch)
+        if self.torch is not None:
+            sys.modules["torch"].set_rng_state(self.torch)
         if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda)
+            sys.modules["torch"].cuda.set_rng_state(self.cuda)
 
 
 def train_replicates(

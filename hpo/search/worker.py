@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import sys
 import time
 import traceback
 from collections.abc import Generator, Iterator, Mapping
@@ -27,6 +28,7 @@ from hpo.search.replicates import SEED_NOTE, EndedEarlyError, EpochPart, list_se
 from hpo.search.script import ScriptError, run_script
 from hpo.search.storable import storable_name, storable_provenance, storable_text
 from hpo.space.command import CHECKPOINT_DIR, build_arguments, uses_checkpoint_dir
+from hpo.train import gpu
 from hpo.trainable import DEFAULT_TRAINABLE, FINAL_METRICS, STDERR_SUFFIX, load_trainable
 
 
@@ -72,8 +74,6 @@ def run_trial(spec: TrialSpec) -> Generator[TrialReport, None, str]:
     Returns:
         A warning if the last epoch of a paused trial could not be saved; else empty.
     """
-    from hpo.train.gpu import free_memory
-
     last: TrialReport | None = None
     try:
         try:
@@ -88,7 +88,7 @@ def run_trial(spec: TrialSpec) -> Generator[TrialReport, None, str]:
             last = _describe_failure(error, spec)
     finally:
         if spec.device == "cuda":
-            free_memory()
+            gpu.free_memory()
     if last is not None:
         yield last
     return ""
@@ -122,10 +122,7 @@ def end_trial(reports: Generator[TrialReport, None, str], ending: Ending, spec: 
 
 
 def _report_epochs(spec: TrialSpec) -> Generator[TrialReport, None, str]:
-    import torch
-
     folder = Path(spec.folder)
-    torch.set_num_threads(spec.threads)
     bucket = BucketTrial(spec.bucket, spec.key) if spec.bucket else None
     writer = CheckpointWriter(
         folder,
@@ -274,9 +271,7 @@ def _news(provenance: Mapping[str, Any], recorded: Mapping[str, Any] | None) -> 
 
 
 def _describe_failure(error: Exception, spec: TrialSpec) -> TrialReport:
-    from hpo.train.gpu import is_device_lost, is_mps_lost, is_out_of_memory
-
-    is_short = is_out_of_memory(error)
+    is_short = gpu.is_out_of_memory(error)
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     for note in getattr(error, "__notes__", ()):
         if note.startswith(SEED_NOTE):
@@ -285,7 +280,7 @@ def _describe_failure(error: Exception, spec: TrialSpec) -> TrialReport:
         failure=storable_text(f"out of memory: {text}" if is_short else text),
         traceback=storable_text(traceback.format_exc()),
         is_out_of_memory=is_short,
-        is_device_lost=is_mps_lost(error) or is_device_lost(),
+        is_device_lost=gpu.is_mps_lost(error) or gpu.is_device_lost(),
         # A process whose trial failed in the middle of a step may keep memory of the GPU, such as that of a failed capture.
         needs_new_process=spec.device == "cuda",
     )
@@ -303,7 +298,9 @@ def _start_epochs(spec: TrialSpec, checkpoint: Checkpoint | None) -> Generator[A
 def _start_training(spec: TrialSpec, seed: int, state: Mapping[str, Any] | None) -> Generator[Any, None, None]:
     """Start the trainable, or the script that replaces it; the generator yields one `EpochReport` per epoch."""
     if spec.command is None:
-        return load_trainable(spec.trainable, spec.code_folder)(
+        trainable = load_trainable(spec.trainable, spec.code_folder)
+        _limit_threads(spec.threads)
+        return trainable(
             spec.params,
             data=spec.data,
             seed=seed,
@@ -337,11 +334,21 @@ def _start_training(spec: TrialSpec, seed: int, state: Mapping[str, Any] | None)
     )
 
 
-def _describe_device(spec: TrialSpec) -> dict[str, Any]:
-    import torch
+def _limit_threads(threads: int) -> None:
+    """Let torch use this many threads, also if the trainable imports it later."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # read by torch when it is imported
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)
 
-    device = torch.cuda.get_device_name() if spec.device == "cuda" else _processor_name()
-    return {"device": spec.device, "device_name": device, "threads": spec.threads, "pid": os.getpid()}
+
+def _describe_device(spec: TrialSpec) -> dict[str, Any]:
+    if spec.device == "cuda":
+        import torch
+
+        name = torch.cuda.get_device_name()
+    else:
+        name = _processor_name()
+    return {"device": spec.device, "device_name": name, "threads": spec.threads, "pid": os.getpid()}
 
 
 def _processor_name() -> str:

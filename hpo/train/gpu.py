@@ -1,11 +1,13 @@
-"""The errors of a GPU that a program must tell apart, and the memory that a process keeps on it."""
+"""The errors of a GPU that a program must tell apart, and the memory that a process keeps on it.
+
+This module does not import torch: a process without it has not used a GPU through it.
+"""
 
 from __future__ import annotations
 
 import gc
+import sys
 from contextlib import suppress
-
-import torch
 
 # What torch raises when memory is short, apart from OutOfMemoryError: RuntimeError or its subclass AcceleratorError, with
 # the status of CUDA, cuBLAS or cuDNN. The libraries report a handle that they cannot allocate as not initialized.
@@ -35,7 +37,8 @@ def is_device_lost() -> bool:
     returns the same error. So the device is asked, instead of comparing messages: this also finds an error that torch has
     not seen yet, and one that a library such as cuBLAS reported in its own words.
     """
-    if not torch.cuda.is_initialized():
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
         return False
     try:
         torch.cuda.synchronize()
@@ -55,6 +58,7 @@ def is_mps_lost(error: BaseException) -> bool:
 def free_memory() -> None:
     """Return the memory that this process no longer uses to the GPU, for other processes."""
     gc.collect()
-    if torch.cuda.is_initialized():
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
         with suppress(RuntimeError):  # after a failed capture, torch 2.11 asserts; the process ends soon
             torch.cuda.empty_cache()

@@ -12,15 +12,15 @@ import itertools
 import json
 import pickle
 import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
 from typing import Any, NamedTuple
 
 from hpo.paths import CONFIGURATION_FILE, atomic_file
-
-# torch is imported in the functions that need it: the driver only trims checkpoints, and starts faster without torch.
+from hpo.search.checkpoints.archive import read_archive, write_archive
+from hpo.search.checkpoints.states import check_plain
 
 KEPT_CHECKPOINTS = 2
 _UNREADABLE = (
@@ -33,6 +33,7 @@ _UNREADABLE = (
     TypeError,
     pickle.UnpicklingError,
     zipfile.BadZipFile,
+    zlib.error,  # of a flipped bit that says that the archive is compressed
 )
 
 
@@ -164,18 +165,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, token: int = 0, *, int
         OSError: it could not be written (disk full, no rights); earlier checkpoints are unchanged.
         TypeError: the state holds something that could not be loaded again.
     """
-    import torch
-
     check_claim(folder, token)
     check_plain(checkpoint.state)
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with atomic_file(checkpoint_file(folder, checkpoint.epoch), sync=True) as file:
-            torch.save(vars(checkpoint), file)
-    except RuntimeError as error:  # of torch's writer, which hides the operating system's error
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise OSError(str(error).splitlines()[0]) from error
+    with atomic_file(checkpoint_file(folder, checkpoint.epoch), sync=True) as file:
+        write_archive(file, vars(checkpoint))
     found = list_checkpoints(folder)
     shared = [path for path in found if interval and epoch_of(path) % interval == 0]
     for old in found[KEPT_CHECKPOINTS:]:
@@ -260,13 +254,7 @@ def read_first(paths: Iterable[Path], key: str) -> Checkpoint | None:
 
 
 def _read(path: Path) -> Checkpoint:
-    import torch
-
-    with zipfile.ZipFile(path) as archive:
-        if archive.testzip() is not None:  # torch does not verify the checksums
-            raise zipfile.BadZipFile(path.name)
-    # weights_only: tensors and plain values, nothing that runs code.
-    found = torch.load(path, map_location="cpu", weights_only=True)
+    found = read_archive(path)
     return Checkpoint(found["epoch"], found["history"], found["state"], found.get("key", ""))
 
 
@@ -307,24 +295,3 @@ def epoch_of(path: Path) -> int:
     """Return the epoch of a checkpoint, by its name; 0 for a name that hpo does not give."""
     digits = path.stem.removeprefix("epoch-")
     return int(digits) if digits.isdecimal() else 0
-
-
-def check_plain(value: Any, where: str = "state") -> None:
-    """Raise TypeError for values that `weights_only` cannot load, while the trainable's author can still fix it.
-
-    Args:
-        value: the trainable's state, or a part of it.
-        where: the name of the value in the message.
-    """
-    from torch import Tensor
-
-    if isinstance(value, dict):
-        for key, item in value.items():
-            check_plain(key, f"a key of {where}")
-            check_plain(item, f"{where}[{key!r}]")
-    elif isinstance(value, list | tuple | set):
-        for i, item in enumerate(value):
-            check_plain(item, f"{where}[{i}]")
-    elif not isinstance(value, Tensor) and type(value) not in {NoneType, bool, int, float, complex, str, bytes}:
-        kind = f"{type(value).__module__}.{type(value).__qualname__}"
-        raise TypeError(f"a checkpoint holds tensors and plain values, but {where} is a {kind}")

@@ -8,7 +8,6 @@ bucket, another thread uploads what is written, see `uploads`.
 
 from __future__ import annotations
 
-import copy
 import errno
 import platform
 import time
@@ -21,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 from hpo.search.checkpoints.files import (
     Checkpoint,
     belongs_to,
-    check_plain,
     checkpoint_file,
     claim_folder,
     save_checkpoint,
 )
+from hpo.search.checkpoints.states import check_plain, copy_state, count_bytes
 from hpo.search.checkpoints.uploads import PATIENCE_SECONDS, PAUSE_PATIENCE_SECONDS, Uploader
 
 if TYPE_CHECKING:
@@ -237,7 +236,7 @@ class CheckpointWriter:
             return ended.number % self._every == 0
         if self._cost_seconds is None:
             started = time.perf_counter()
-            size = _count_bytes(ended.state())
+            size = count_bytes(ended.state())
             self._cost_seconds = FIRST_SAVE_SECONDS + size / FIRST_SAVE_BYTES_PER_SECOND
             self._cost_seconds += time.perf_counter() - started
         return self._work_seconds >= min(self._cost_seconds / COST_SHARE, MAX_WORK_SECONDS)
@@ -277,63 +276,6 @@ class CheckpointWriter:
             return _describe(save.position[0], self._folder, error)
         self._saved = save.position
         return ""
-
-
-def copy_state(state: dict[str, Any], copies: dict[tuple[Any, ...], Tensor]) -> dict[str, Any]:
-    """Return a copy of a state, with all tensors in the memory of the CPU.
-
-    Args:
-        state: dicts, lists, tuples and sets of tensors and plain values.
-        copies: {position in the state: tensor} of an earlier copy. They are overwritten where the shapes agree.
-
-    Raises:
-        MemoryError: there is no room for the copy.
-    """
-    import torch
-
-    try:
-        copied: dict[str, Any] = _copy(state, copies, ())
-        if torch.cuda.is_initialized():  # copies to pinned memory run on the stream of the training
-            torch.cuda.current_stream().synchronize()
-    except RuntimeError as error:  # torch's allocators
-        raise MemoryError(str(error).splitlines()[0]) from error
-    return copied
-
-
-def _copy(value: Any, copies: dict[tuple[Any, ...], Tensor], path: tuple[Any, ...]) -> Any:
-    from torch import Tensor
-
-    if isinstance(value, Tensor):
-        copies[path] = _copy_tensor(value.detach(), copies.get(path))
-        return copies[path]
-    if isinstance(value, dict):
-        copied = copy.copy(value)  # with the attributes of a state dict
-        copied.update({key: _copy(item, copies, (*path, key)) for key, item in value.items()})
-        return copied
-    if isinstance(value, list | tuple):
-        items = [_copy(item, copies, (*path, i)) for i, item in enumerate(value)]
-        return items if isinstance(value, list) else tuple(items)
-    return set(value) if isinstance(value, set) else value
-
-
-def _copy_tensor(tensor: Tensor, former: Tensor | None) -> Tensor:
-    import torch
-
-    if tensor.layout is not torch.strided:
-        return tensor.clone().cpu()
-    if former is None or (former.shape, former.dtype, former.stride()) != (tensor.shape, tensor.dtype, tensor.stride()):
-        former = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-    return former.copy_(tensor, non_blocking=True)
-
-
-def _count_bytes(value: Any) -> int:
-    """Return the size of all tensors in a state."""
-    from torch import Tensor
-
-    if isinstance(value, Tensor):
-        return value.element_size() * value.numel()
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return sum(_count_bytes(item) for item in items)
 
 
 def _describe(epoch: int, folder: Path, error: Exception) -> str:

@@ -18,7 +18,8 @@ import torch
 
 from hpo.search.checkpoints import writer as checkpoint_writer
 from hpo.search.checkpoints.files import Checkpoint, TakenOverError, claim_folder, load_checkpoint, save_checkpoint
-from hpo.search.checkpoints.writer import COST_SHARE, MAX_WORK_SECONDS, CheckpointWriter, copy_state
+from hpo.search.checkpoints.states import copy_state
+from hpo.search.checkpoints.writer import COST_SHARE, MAX_WORK_SECONDS, CheckpointWriter
 
 LAST_EPOCH = 1000
 KEY = "k"
