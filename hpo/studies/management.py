@@ -96,6 +96,7 @@ def compare_studies(
     """
     from hpo.report.comparison import compare
     from storage.database import identify
+    from storage.errors import MissingDatabaseError
 
     named = [*((name, storage) for name in studies), *others]
     if len(named) < 2:
@@ -103,7 +104,12 @@ def compare_studies(
     with ExitStack() as opened:
         found: dict[tuple[str, int], tuple[str, Study]] = {}
         for name, url in named:
-            study = opened.enter_context(opened_study(name, url, password, may_migrate=False))
+            try:
+                study = opened.enter_context(opened_study(name, url, password, may_migrate=False))
+            except MissingDatabaseError as error:
+                if url == storage:
+                    raise
+                raise SettingError(f"there is no database {error.url}: correct the URL after --other {name}") from None
             key = identify(study.database), study.study_id
             if key in found:
                 names = " and ".join(dict.fromkeys((found[key][0], name)))

@@ -97,7 +97,10 @@ def test_compare_reads_other_databases_and_prints_json(here: Path, hpo_here: Hpo
         (["toy", "--other", "toy", "sqlite:///./runs/hpo.db"], "toy: this is one study, named twice"),
         (["toy", "tyo"], "there is no study 'tyo' in sqlite:///runs/hpo.db: did you mean toy?"),
         (["toy", "frobnicate"], "there is no study 'frobnicate' in sqlite:///runs/hpo.db: allowed: toy, wide, wide@2"),
-        (["toy", "--other", "x", "sqlite:///no.db"], "there is no database sqlite:///no.db yet"),
+        (
+            ["toy", "--other", "x", "sqlite:///no.db"],
+            "there is no database sqlite:///no.db: correct the URL after --other x",
+        ),
         (["toy", "--other", "x", "postgresql://me:secret@host/db"], "every user of this machine can read a password"),
     ],
 )
