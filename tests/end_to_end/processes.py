@@ -24,7 +24,7 @@ DEADLINE_SECONDS = 240.0  # on two slow cores, with another test at work
 # Four toy trials of six epochs.
 POINTS = [1, 2, 3, 4]
 MAX_EPOCHS = 6
-# For tests in which trials do not have to run at the same time: each worker imports torch, which takes seconds.
+# For tests in which trials do not have to run at the same time: a worker takes seconds to start.
 ONE_AT_A_TIME = {"resources": {"cpu": os.cpu_count()}}
 
 

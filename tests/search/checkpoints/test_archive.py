@@ -90,7 +90,7 @@ def test_any_flipped_bit_is_noticed_or_harmless(tmp_path: Path) -> None:
     assert found.count(fallback) > len(found) / 2
 
 
-Point = namedtuple("Point", "x y")  # noqa: PYI024 # as a user may write it
+Point = namedtuple("Point", "x y")  # as a user may write it
 
 
 class Defaults(dict[str, Any]):
