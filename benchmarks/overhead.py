@@ -62,7 +62,7 @@ def run_hpo(trials: int, folder: Path, mark: Mark) -> None:
 
     path = folder / "noop.yaml"
     path.write_text(
-        "trainable: benchmarks.toy:noop\nmetric: value\nsampler: random\n"
+        "trainable: benchmarks.torch_noop:noop\nmetric: value\nsampler: random\n"
         f"max_epochs: {REPORTS}\nbudget: {{trials: {trials}}}\nresources: {{cpu: 1}}\n"
         "parameters: {x: {type: float, low: 0.0, high: 1.0}}\n"
     )

@@ -5,7 +5,7 @@
 Times whole processes, in turns:
 
     minimum    Ray with two workers that import torch, and nothing else: the lower bound for any search with Ray
-    search     `hpo run` on two no-op trials of one epoch, from an empty folder to the report
+    search     `hpo run` on two no-op trials of one epoch whose workers import torch, from an empty folder to the report
 
 For `search` it also prints when each line appeared that marks a stage. With `--code DIR`, the search of another checkout is
 timed in the same turns. Prints medians and, as its last line, one JSON object.
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -33,7 +34,7 @@ STAGES = {
     "report": "Report: ",
 }
 SPACE = {
-    "trainable": "benchmarks.toy:noop",
+    "trainable": "torch_noop:noop",
     "metric": "value",
     "sampler": "grid",
     "max_epochs": 1,
@@ -69,6 +70,7 @@ def time_minimum(python: str, folder: Path) -> dict[str, float]:
 def time_search(python: str, code: Path, folder: Path) -> dict[str, float]:
     """Return the seconds until each stage's line, and of the whole process."""
     (folder / "noop.yaml").write_text(json.dumps(SPACE))
+    shutil.copy(ROOT / "benchmarks/torch_noop.py", folder)  # an earlier checkout does not have it
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("HPO_", "RAY_"))}
     started = time.perf_counter()
     process = subprocess.Popen(
