@@ -26,7 +26,8 @@ from optuna.distributions import distribution_to_json
 from hpo.paths import RunsDir
 from hpo.space.model import Space
 from storage.database import Database, open_database
-from storage.studies import Study, find_study, open_study
+from storage.studies import find_study, open_study
+from storage.study import Study
 
 START = datetime.datetime(2026, 1, 1)
 TRIAL_SECONDS = 60

@@ -45,7 +45,8 @@ from hpo.space.model import Space
 from storage import optuna_internals, optuna_tables
 from storage.database import open_database
 from storage.history import History
-from storage.studies import Study, find_study, open_study
+from storage.studies import find_study, open_study
+from storage.study import Study
 
 DRAWS = 25  # timed in each process
 RANDOM_CONFIGURATIONS = 100_000  # for the best known accuracy

@@ -14,7 +14,7 @@ from hpo.space.model import Space
 if TYPE_CHECKING:
     from hpo.search.earlier.continuation import ContinuationPlan
     from hpo.search.earlier.warm_start import Found
-    from storage.studies import Study
+    from storage.study import Study
 
 
 def note_sources(

@@ -8,7 +8,7 @@ from hpo.space.model import Space
 
 if TYPE_CHECKING:
     from hpo.search.stop import Stop
-    from storage.studies import Study
+    from storage.study import Study
 
 
 def trials_left(space: Space, study: Study) -> int | None:

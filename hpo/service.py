@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from hpo.search.mps import Mps
     from hpo.search.probes import Probes
     from storage.database import Database
-    from storage.studies import Study
+    from storage.study import Study
 
 
 UPLOAD_SECONDS = 60.0  # how long a search that has ended waits for a bucket that lacks some of its checkpoints

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from storage import optuna_tables
 from storage.errors import retry_while_down
 from storage.ownership import lock_study
-from storage.studies import Study
+from storage.study import Study
 
 CONTINUATION = "hpo:continuation"  # user attribute of a study
 

@@ -22,7 +22,9 @@ from storage.errors import StorageError, name_strange_content, retry_while_down
 from storage.optuna_internals import renumber_parents
 from storage.ownership import new_token
 from storage.records import CONTINUED_FROM, COPIED_FROM, LEARNED_FROM, REUSED_FROM
-from storage.studies import BRACKETS, FILES, Study, deleted_studies, revisions_of, settings_of
+from storage.revisions import revisions_of
+from storage.studies import deleted_studies
+from storage.study import BRACKETS, FILES, Study, settings_of
 
 TRIALS_AT_ONCE = 200  # bounds the rows in memory: a trial may have hundreds of epochs and metrics
 

@@ -43,7 +43,7 @@ from storage.optuna_tables import (
 from storage.optuna_tables import trials as trial_table
 from storage.pareto import direction_of, fronts_of
 from storage.promotion import PromotingHalving, WaitingTrial
-from storage.studies import Study
+from storage.study import Study
 
 MIN_LIMIT = 10 * BEST_TRIALS  # a tenth of the finished trials count as the best, until these are BEST_TRIALS
 

@@ -19,7 +19,7 @@ from storage import optuna_tables, records, tables
 from storage.errors import retry_while_down
 from storage.ownership import lock_study
 from storage.records import COPIED_FROM, LEARNED_FROM, REUSED_FROM, Metrics, Params
-from storage.studies import Study
+from storage.study import Study
 from storage.tables import LEARNED, POINT, REUSED
 
 SOURCES = "hpo:sources"  # user attribute of a study

@@ -11,7 +11,7 @@ from storage import optuna_tables, records, tables
 from storage.copying import gone, has_study, name_taken, renamed
 from storage.errors import StorageError, retry_while_down
 from storage.lease import is_run_alive
-from storage.studies import FILES, Study
+from storage.study import FILES, Study
 
 _OF_TRIAL = (
     optuna_tables.trial_params,

@@ -19,7 +19,7 @@ from storage import optuna_tables
 from storage.database import Database, look_at
 from storage.errors import RETRY_SECONDS, retry_while_down
 from storage.records import CONTINUED_FROM
-from storage.studies import Study
+from storage.study import Study
 
 _MAY_START = (*optuna_tables.UNFINISHED, TrialState.FAIL)
 

@@ -21,7 +21,7 @@ from storage.lease import RENEWAL_SHARE, Lease, is_run_dead
 from storage.ownership import ClaimedTrial
 from storage.promotion import PromotingHalving
 from storage.records import Params
-from storage.studies import Study
+from storage.study import Study
 from storage.usage import CPU, Device
 
 SILENT_SHARE = 1 / 3  # of a lease: how long a run on another machine must be silent before its trials are taken

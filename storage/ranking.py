@@ -14,7 +14,7 @@ from storage import optuna_tables, tables
 from storage.errors import RETRY_SECONDS, retry_while_down
 from storage.pareto import Direction, find_front, rank_best
 from storage.records import CONTINUED_FROM, attempt_columns, attempt_of, read_attempt, read_final_values
-from storage.studies import Study
+from storage.study import Study
 
 MAX_NUMBERS = 1000  # in one query; with more, the caller gets all trials and picks
 

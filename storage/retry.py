@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 
 from storage import optuna_tables, ownership, promotion, records, tables
 from storage.errors import retry_while_down
-from storage.studies import Study
+from storage.study import Study
 
 _OF_FAILURE = ("fail_reason", "traceback")  # user attributes of a failed trial
 IDS_AT_ONCE = 10_000  # in one statement: PostgreSQL takes 65,535 parameters

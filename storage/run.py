@@ -30,7 +30,7 @@ from storage.queue import ConfigKey, Draw, ListPoints, TrialQueue
 from storage.ranking import count_created_since, count_since_best
 from storage.records import REPLACED_BY, Params
 from storage.reporting import TrialUpdate
-from storage.studies import Study, without_garbage_collection
+from storage.study import Study, without_garbage_collection
 from storage.summaries import elapsed_seconds
 from storage.usage import CPU, Device, Meter, read_device_seconds
 from storage.writer import Writer

@@ -16,7 +16,8 @@ from storage.lease import is_run_alive
 from storage.optuna_internals import study_id
 from storage.pareto import direction_of
 from storage.records import NEVER_RUN
-from storage.studies import metric_names, references, settings_of, unique_name_of
+from storage.revisions import references
+from storage.study import metric_names, settings_of, unique_name_of
 from storage.usage import read_device_seconds
 
 

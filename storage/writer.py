@@ -18,7 +18,7 @@ from storage.errors import RETRY_SECONDS, StorageError, UnavailableError, retry_
 from storage.ownership import ClaimedTrial, LostTrialError
 from storage.pruners import Decision, Pruner
 from storage.reporting import TrialUpdate
-from storage.studies import Study
+from storage.study import Study
 from storage.usage import Meter
 
 BATCH_SECONDS = 0.2  # between two batches: how long an update stays in memory

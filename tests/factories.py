@@ -24,7 +24,8 @@ from hpo.space.model import Space, load_space
 from storage.database import Database
 from storage.ownership import ClaimedTrial
 from storage.run import Run
-from storage.studies import Study, find_revision, open_study
+from storage.studies import find_revision, open_study
+from storage.study import Study
 
 ROOT = Path(__file__).parent.parent
 

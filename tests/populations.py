@@ -7,7 +7,7 @@ from typing import Any
 
 from storage.parents import Parent
 from storage.records import CONTINUED_FROM, REPLACED_BY, REPLACES
-from storage.studies import Study
+from storage.study import Study
 
 
 def parent_of(trial: Any) -> Parent | None:

@@ -135,7 +135,7 @@ def test_a_search_that_cannot_be_announced_once_is_announced_by_each(
     def fail(*_: object) -> bool:
         raise StorageError("the database is read-only")
 
-    monkeypatch.setattr("storage.studies.Study.is_first", fail)
+    monkeypatch.setattr("storage.study.Study.is_first", fail)
     announce(database, None)
     assert len(told) == 1
 

@@ -31,7 +31,7 @@ from hpo.search.checkpoints.retention import is_deleted
 from hpo.search.population import owner_of
 
 if TYPE_CHECKING:
-    from storage.studies import Study
+    from storage.study import Study
 
 MAX_CURVES = 50  # trials in a plot: plots are stored in SQL
 # For each trial, optuna-dashboard searches all notes: 1,000 notes on 5,000 trials double its response time.

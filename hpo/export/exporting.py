@@ -55,7 +55,7 @@ from storage.pareto import direction_of, find_front, rank_best
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-    from storage.studies import Study
+    from storage.study import Study
 
 FILES = ("README.md", "classes.json", "classify.py", "export.json", "model.pt2", "model.safetensors")
 

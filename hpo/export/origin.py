@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from storage.database import Database
-    from storage.studies import Study
+    from storage.study import Study
 
 MAX_LISTED = 20  # trials in one message
 

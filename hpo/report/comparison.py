@@ -18,7 +18,7 @@ from hpo.report.trials import TrialResult
 from storage.pareto import Direction, find_front
 
 if TYPE_CHECKING:
-    from storage.studies import Study
+    from storage.study import Study
 
 MAX_LINES = len(COLOURS)  # more colours cannot be distinguished
 UNITS = {"hours": 3600.0, "minutes": 60.0, "seconds": 1.0}  # of device time, in seconds

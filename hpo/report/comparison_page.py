@@ -17,7 +17,7 @@ from hpo.report.results import Results
 from hpo.report.templating import PageFigure, curve_page_figure, environment
 
 if TYPE_CHECKING:
-    from storage.studies import Study
+    from storage.study import Study
 
 CAPTION = (
     "Each line is the best value so far. It starts with results of earlier studies, where a study has some. Device time is "

@@ -24,7 +24,7 @@ from hpo.report.results import Results
 from hpo.report.tables import describe_schedule, describe_ties, trial_columns
 from hpo.report.templating import PageFigure, curve_page_figure, environment
 from hpo.space.sections import Budget
-from storage.studies import settings_of
+from storage.study import settings_of
 
 if TYPE_CHECKING:
     pass

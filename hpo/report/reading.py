@@ -15,14 +15,14 @@ from hpo.search.earlier.continuation import lacks_points
 from hpo.space.model import Space
 from storage.optuna_internals import trial_id
 from storage.records import RETRIED
-from storage.studies import without_garbage_collection
+from storage.study import without_garbage_collection
 from storage.summaries import state_of
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from storage.records import Metrics
-    from storage.studies import Study
+    from storage.study import Study
 
 
 def read_results(study: Study, *, epochs: bool = True) -> Results:

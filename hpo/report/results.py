@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from storage.studies import Study
+    from storage.study import Study
 
 MAX_RANKED = 1000  # sorting all fronts of ten thousand trials takes a second, and no table shows as many
 

@@ -19,7 +19,7 @@ from hpo.space.parameters import FloatRange, IntRange, Params, Scalar, sampling_
 
 if TYPE_CHECKING:
     from storage.population import Child, Member, PopulationBased
-    from storage.studies import Study
+    from storage.study import Study
 
 MAX_TRIES = 100  # to find hyperparameters that meet the constraints; then those of the better member are kept
 

@@ -17,7 +17,7 @@ from hpo.space.model import Space, known_spaces, load_space
 from hpo.trainable import is_timing
 
 if TYPE_CHECKING:
-    from storage.studies import Study
+    from storage.study import Study
 
 
 MAX_THREADS = 1024  # of a machine; torch would start any number

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hpo.search.earlier.continuation import ContinuationPlan
     from hpo.space.model import Space
     from storage.run import Run
-    from storage.studies import Study
+    from storage.study import Study
 
 MAX_LISTED_POINTS = 10_000  # of a space that is not a grid; a list of more would take too long
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
     from storage.pruners import Pruner
-    from storage.studies import Study
+    from storage.study import Study
 
 OWN_STARTUP_TRIALS = 5  # of TPE, in addition to trials of earlier searches: better than none, by `benchmarks.worth`
 TPE_HISTORY = 500  # finished trials that TPE sees; `benchmarks.tpe_history` measures what they cost, and the results

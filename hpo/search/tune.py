@@ -37,7 +37,7 @@ from hpo.search.tune_adapters import SilentReporter, StartListener, StudySchedul
 
 if TYPE_CHECKING:
     from hpo.search.earlier.continuation import ContinuationPlan
-    from storage.studies import Study
+    from storage.study import Study
 
 SAVE_SECONDS = 120.0  # how long a search that stops waits for its last checkpoints
 

@@ -16,7 +16,7 @@ from hpo.search.checkpoints.retention import superfluous_trials
 from hpo.space.model import Space
 
 if TYPE_CHECKING:
-    from storage.studies import Study
+    from storage.study import Study
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from hpo.studies.staging import is_abandoned, leftovers
 
 if TYPE_CHECKING:
     from storage.database import Database
-    from storage.studies import Study
+    from storage.study import Study
 
 KILLED_COPY = "left by a copy that was killed; the same command resumes it"
 LEFTOVER_SECONDS = 86_400.0  # no process writes a file, or measures training steps, for so long

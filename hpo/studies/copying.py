@@ -36,7 +36,7 @@ from hpo.studies.staging import CopyOrder, stage
 
 if TYPE_CHECKING:
     from storage.database import Database
-    from storage.studies import Study
+    from storage.study import Study
 
 
 def copy_with_files(study: Study, target: Database, name: str, runs_dir: RunsDir) -> int:

@@ -161,6 +161,6 @@ def _name_of(folder: Path) -> str:
 
 def _is_named(known: str, name: str) -> bool:
     """Return whether a user may have meant a study by a name, see `storage.studies.find_study`."""
-    from storage.studies import revisions_of
+    from storage.revisions import revisions_of
 
     return known in {name, name.removesuffix("@1")} if "@" in name else bool(revisions_of([known], name))

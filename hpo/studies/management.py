@@ -15,7 +15,7 @@ from hpo.paths import DEFAULT_STORAGE, RunsDir
 if TYPE_CHECKING:
     from hpo.report.comparison import Comparison
     from storage.database import Database
-    from storage.studies import Study
+    from storage.study import Study
 
 # A file name has at most 255, and folders have the name of the study, a random part, and the number of a revision or trial.
 MAX_NAME_BYTES = 200
@@ -56,10 +56,11 @@ def find_study(database: Database, name: str) -> Study:
         StorageError: the database cannot be used.
     """
     from storage import studies
+    from storage.study import study_names
 
     study = studies.find_study(database, name)
     if study is None:
-        names, renamed = studies.study_names(database), studies.renamed_from(database, name)
+        names, renamed = study_names(database), studies.renamed_from(database, name)
         hint = nearest(name, names) if names else "it has none yet"
         hint = f"it was renamed to {' or '.join(renamed)}" if renamed else hint
         raise SettingError(f"there is no study {name!r} in {database.url}: {hint}")
@@ -141,7 +142,7 @@ class CopiedStudy:
     """A study that was copied.
 
     Attributes:
-        source: what names the study, see `storage.studies.references`.
+        source: what names the study, see `storage.revisions.references`.
         name: of the copy.
         storage: the URL of its database, without a password.
         counts: {state: number of trials} of the copy.
@@ -243,7 +244,7 @@ class DeletedStudy:
     """A study that is to be deleted, or was.
 
     Attributes:
-        name: what names it, see `storage.studies.references`.
+        name: what names it, see `storage.revisions.references`.
         storage: the URL of its database, without a password.
         has_rows: whether its rows are in the database. They are not if its deletion was killed.
         counts: {state: number of trials}.
@@ -295,6 +296,8 @@ def delete_study(
     from hpo.studies.folders import count_bytes
     from storage import management, studies
     from storage.database import open_database
+    from storage.revisions import references
+    from storage.study import study_names
 
     runs = locate(runs_dir, checkpoints)
     with open_database(storage, password, create=False) as database:
@@ -302,9 +305,9 @@ def delete_study(
         if known is not None:  # what must stay is no reason to keep this one
             left = [each for each in left if each.paths]
         if left:  # its deletion was killed
-            references = studies.references([*studies.study_names(database), *(each.name for each in left)])
-            names, disk_bytes = ", ".join(references[each.name] for each in left), sum(each.disk_bytes for each in left)
-            remaining = references[known.name] if known is not None else ""
+            named = references([*study_names(database), *(each.name for each in left)])
+            names, disk_bytes = ", ".join(named[each.name] for each in left), sum(each.disk_bytes for each in left)
+            remaining = named[known.name] if known is not None else ""
             found = DeletedStudy(names, database.url, False, {}, disk_bytes, [], remaining)
         else:
             opened = find_study(database, study)

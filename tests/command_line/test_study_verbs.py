@@ -20,7 +20,8 @@ from hpo.paths import RunsDir
 from storage import management
 from storage.database import open_database
 from storage.errors import StorageError
-from storage.studies import find_study, open_study, study_names
+from storage.studies import find_study, open_study
+from storage.study import study_names
 from storage.tables import runs as runs_table
 from tests.factories import HpoHere, search_without_ray, toy_space
 from tests.report.studies import optuna_study

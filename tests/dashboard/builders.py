@@ -18,7 +18,7 @@ from hpo.space.model import Space
 from storage.database import Database
 from storage.ownership import ClaimedTrial
 from storage.run import Run
-from storage.studies import Study
+from storage.study import Study
 from tests.factories import finish_study
 from tests.storage.builders import prune
 

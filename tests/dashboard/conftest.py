@@ -10,7 +10,8 @@ import pytest
 
 from hpo.paths import RunsDir
 from storage.database import open_database
-from storage.studies import Study, find_study
+from storage.studies import find_study
+from storage.study import Study
 from tests.dashboard.builders import make_study
 
 

@@ -15,7 +15,8 @@ from hpo.paths import LOG_FILE, RunsDir
 from hpo.studies.copying import copy_with_files
 from storage.copying import SystemAttr
 from storage.optuna_internals import trial_id
-from storage.studies import Study, find_study
+from storage.studies import find_study
+from storage.study import Study
 from tests.dashboard.builders import CHECKPOINT as CONTENT
 from tests.dashboard.builders import listed_artifacts
 

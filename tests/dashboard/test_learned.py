@@ -18,7 +18,8 @@ from storage.imports import ImportedTrial, Origin, import_trials
 from storage.optuna_internals import study_id
 from storage.pareto import Direction
 from storage.run import Run
-from storage.studies import Study, open_study
+from storage.studies import open_study
+from storage.study import Study
 from tests.dashboard.builders import request, serving
 
 LEARNED = "grid #3: no result of this study, its sampler alone learns from it"

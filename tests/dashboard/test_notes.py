@@ -9,7 +9,7 @@ from hpo.dashboard.notes import code, describe_trial
 from hpo.report.reading import read_results
 from hpo.space.model import Space
 from storage.parents import Parent
-from storage.studies import Study
+from storage.study import Study
 from tests.dashboard.builders import EPOCHS, REASON, metrics_of, space_settings
 
 

@@ -23,7 +23,8 @@ from storage.database import Database, open_database
 from storage.optuna_internals import trial_id
 from storage.records import DUPLICATE
 from storage.run import Run
-from storage.studies import Study, find_study, open_study
+from storage.studies import find_study, open_study
+from storage.study import Study
 from tests.dashboard.builders import CHECKPOINT, REASON, listed_artifacts, make_study, space_settings
 
 

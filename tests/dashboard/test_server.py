@@ -23,7 +23,8 @@ from hpo.dashboard.server import Certificate, build_app, build_server, listen, p
 from hpo.errors import SettingError
 from hpo.paths import RunsDir
 from storage.database import Database
-from storage.studies import Study, find_study
+from storage.studies import find_study
+from storage.study import Study
 from tests.dashboard.builders import CHECKPOINT, PASSWORD, basic_auth, listed_artifacts, make_study, request, serving
 
 

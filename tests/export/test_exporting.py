@@ -39,7 +39,8 @@ from storage.imports import ImportedTrial, Origin, import_trials
 from storage.optuna_internals import DraftStorage, study_id
 from storage.optuna_tables import write_attrs
 from storage.run import Run
-from storage.studies import Study, find_study, open_study
+from storage.studies import find_study, open_study
+from storage.study import Study
 from tests.factories import toy_space, trial_spec
 
 DATA: dict[str, Any] = {"dataset": "fashion_mnist_sample", "train_samples": 32, "val_samples": 50}

@@ -16,7 +16,8 @@ from hpo.space.model import Space
 from storage import tables
 from storage.database import Database, open_database
 from storage.ownership import ClaimedTrial
-from storage.studies import Study, find_study
+from storage.studies import find_study
+from storage.study import Study
 from tests.factories import finish_study
 
 Direction = Literal["minimize", "maximize"]

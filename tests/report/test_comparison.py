@@ -25,7 +25,7 @@ from storage.optuna_tables import write_attrs
 from storage.ownership import ClaimedTrial
 from storage.parents import Parent
 from storage.run import Run
-from storage.studies import Study
+from storage.study import Study
 from tests.factories import finish_study
 from tests.report.studies import HOSTILE, add_trial, finish_grid, grid_space, optuna_study
 from tests.storage.builders import prune

@@ -23,7 +23,8 @@ from storage import records, tables
 from storage.database import Database
 from storage.imports import ImportedTrial, Origin, import_trials
 from storage.records import DUPLICATE
-from storage.studies import Study, open_study
+from storage.studies import open_study
+from storage.study import Study
 from tests.report.studies import add_trial, finish_grid, grid_space, optuna_study, read
 
 

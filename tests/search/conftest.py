@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from storage.database import Database
-from storage.studies import Study, open_study
+from storage.studies import open_study
+from storage.study import Study
 
 
 @pytest.fixture

@@ -36,7 +36,8 @@ from storage.errors import StorageError
 from storage.pruners import Decision
 from storage.retry import retry_trials
 from storage.run import Run
-from storage.studies import Study, open_study
+from storage.studies import open_study
+from storage.study import Study
 from tests.factories import (
     Clock,
     RecordingListener,

@@ -27,7 +27,8 @@ from storage.database import Database
 from storage.management import delete_study, rename_study
 from storage.parents import Parent
 from storage.records import CONTINUED_FROM
-from storage.studies import Study, find_study
+from storage.studies import find_study
+from storage.study import Study
 from tests.factories import search_without_ray, toy_space
 
 XS = [1, 2, 3, 4]

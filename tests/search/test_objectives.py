@@ -18,7 +18,8 @@ from hpo.search.slots import Slots
 from hpo.space.model import Space, load_space
 from storage.database import Database
 from storage.management import rename_study
-from storage.studies import Study, find_study, open_study
+from storage.studies import find_study, open_study
+from storage.study import Study
 from tests.factories import TOY, RecordingListener, finish_study, run_of, search_without_ray, toy_space, trial_states
 from tests.report.studies import epoch_metrics, grid_space
 

@@ -26,7 +26,8 @@ from storage.copying import copy_study
 from storage.database import Database
 from storage.records import REPLACED_BY, REPLACES
 from storage.retry import retry_trials
-from storage.studies import Study, find_study, open_study
+from storage.studies import find_study, open_study
+from storage.study import Study
 from tests.factories import RecordingListener, run_of, search_without_ray, take_reports, toy_space, trial_spec
 from tests.populations import check_lines, parent_of, successors
 

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from hpo.errors import SettingError
 from hpo.search.replay import _explain, read_trial, replay
 from storage.database import Database
-from storage.studies import Study
+from storage.study import Study
 from tests.factories import search_without_ray, shipped_space, toy_space
 
 NOW = {"code": "1", "packages": {"torch": "2"}, "python": "3"}

@@ -37,7 +37,8 @@ from storage.history import MIN_LIMIT
 from storage.optuna_internals import trial_id
 from storage.promotion import PromotingHalving
 from storage.pruners import Decision, Median, SuccessiveHalving
-from storage.studies import Study, find_study, open_study
+from storage.studies import find_study, open_study
+from storage.study import Study
 from tests.factories import ROOT, run_of, search_without_ray, shipped_space, toy_space
 
 

@@ -19,7 +19,7 @@ from hpo.space.expressions import (
     find_cycle,
     topological_order,
 )
-from storage.studies import without_garbage_collection
+from storage.study import without_garbage_collection
 
 # Most take milliseconds, but a machine may be slow and busy. Unlimited, these would take minutes or more.
 SECONDS = 5

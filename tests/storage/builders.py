@@ -21,7 +21,8 @@ from storage.ownership import ClaimedTrial
 from storage.queue import Draw
 from storage.reporting import TrialUpdate
 from storage.run import Run
-from storage.studies import Study, open_study
+from storage.studies import open_study
+from storage.study import Study
 from storage.usage import CPU, Device
 
 GRID = {"a": CategoricalDistribution([1, 2]), "b": CategoricalDistribution(["x", "y"])}

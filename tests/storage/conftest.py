@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from storage.database import Database, open_database
-from storage.studies import Study
+from storage.study import Study
 from tests.storage.builders import open_s
 
 

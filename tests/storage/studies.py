@@ -19,7 +19,8 @@ from storage.database import Database, open_database
 from storage.imports import ImportedTrial, Origin, TakenOver, import_trials
 from storage.pruners import SuccessiveHalving
 from storage.run import Run
-from storage.studies import Study, open_study
+from storage.studies import open_study
+from storage.study import Study
 from tests.storage.builders import GRID, POINTS, claim_one, config_key, grid_run, kill
 
 FILE_EVENTS = {"os.link", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.utime"}

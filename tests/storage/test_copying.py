@@ -18,7 +18,8 @@ from storage.copying import NameTakenError, SystemAttr, copy_study
 from storage.database import Database, open_database, open_existing
 from storage.errors import StorageError
 from storage.optuna_internals import trial_id
-from storage.studies import Study, find_study, open_study, study_names
+from storage.studies import find_study, open_study
+from storage.study import Study, study_names
 from storage.summaries import summarize
 from tests.storage.builders import GRID, POINTS, claim_one, grid_run, open_s, sql
 from tests.storage.studies import content, full_study, kill_at

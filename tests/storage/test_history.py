@@ -28,7 +28,8 @@ from storage import history as history_module
 from storage import optuna_internals, optuna_tables
 from storage.database import Database, open_database
 from storage.history import MIN_LIMIT, History
-from storage.studies import Study, find_study, open_study
+from storage.studies import find_study, open_study
+from storage.study import Study
 from tests.storage.builders import claim_one, open_s, sampled_run
 
 COMPLETE, PRUNED, FAIL = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL

@@ -20,7 +20,8 @@ from storage.history import MIN_LIMIT, History
 from storage.imports import ImportedTrial, Origin, TakenOver, import_trials, set_points
 from storage.pruners import Decision, Median, SuccessiveHalving
 from storage.ranking import superfluous_trials
-from storage.studies import Study, find_study
+from storage.studies import find_study
+from storage.study import Study
 from storage.summaries import summarize
 from storage.tables import LEARNED, POINT, REUSED
 from tests.storage.builders import GRID, POINTS, claim_one, config_key, grid_run, open_s, sampled_run, sql

@@ -20,7 +20,7 @@ from storage.database import Database, open_database
 from storage.errors import StorageError
 from storage.lease import Lease, host_id, is_run_dead, started_after_boot
 from storage.records import read_runs
-from storage.studies import Study
+from storage.study import Study
 from tests.factories import ROOT, wait_until
 from tests.storage.builders import allow_takeovers, expire_leases, open_s
 

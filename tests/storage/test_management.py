@@ -15,7 +15,8 @@ from storage.database import Database
 from storage.errors import StorageError
 from storage.management import StudyRunningError, delete_study, rename_study
 from storage.ownership import StudyDeletedError
-from storage.studies import Study, deleted_studies, find_study, open_study, study_names
+from storage.studies import deleted_studies, find_study, open_study
+from storage.study import Study, study_names
 from storage.summaries import summarize
 from tests.storage.builders import GRID, POINTS, claim_one, expire_leases, grid_run, open_s, sql
 from tests.storage.studies import content, full_study, kill_at

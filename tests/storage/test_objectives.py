@@ -20,7 +20,8 @@ from storage.history import MIN_LIMIT, History
 from storage.imports import ImportedTrial, Origin, import_trials
 from storage.pareto import Direction
 from storage.ranking import SinceBest, count_since_best, superfluous_trials
-from storage.studies import Study, find_study, metric_names, open_study
+from storage.studies import find_study, open_study
+from storage.study import Study, metric_names
 from storage.summaries import summarize
 from tests.storage.builders import GRID, POINTS, claim_one, config_key, sampled_run, sql
 

@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 
 from storage import optuna_internals, optuna_tables
 from storage.database import Database
-from storage.studies import Study
+from storage.study import Study
 from tests.factories import ROOT
 
 PRIVATE = re.compile(r"(?<!\bself)\._(trial_id|study_id|storage|suggest)\b|\b_rdb\b|\boptuna(\.\w+)*\._")

@@ -12,7 +12,7 @@ from optuna.distributions import FloatDistribution, IntDistribution
 from storage.database import Database
 from storage.parents import Parent, continued_trials, unfinished_children
 from storage.records import CONTINUED_FROM
-from storage.studies import Study
+from storage.study import Study
 from tests.storage.builders import GRID, POINTS, claim_one, config_key, grid_run, kill, open_s, sampled_run
 
 RANGES = {"x": FloatDistribution(0, 1), "n": IntDistribution(1, 3)}

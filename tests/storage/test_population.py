@@ -21,7 +21,7 @@ from storage.ranking import superfluous_trials
 from storage.records import CONTINUED_FROM, REPLACED_BY, REPLACES
 from storage.reporting import TrialUpdate
 from storage.run import Run
-from storage.studies import Study
+from storage.study import Study
 from storage.summaries import summarize
 from tests.storage.builders import claim_one, kill, open_s, sampled_run, sql
 

@@ -17,7 +17,7 @@ from storage.promotion import PromotingHalving
 from storage.pruners import Decision, SuccessiveHalving
 from storage.retry import retry_trials
 from storage.run import Run
-from storage.studies import Study
+from storage.study import Study
 from tests.storage.builders import claim_one, grid_run, kill, open_s, sql
 
 ASHA = PromotingHalving(maximize=True, study_name="s", min_epochs=1, reduction_factor=3)

@@ -28,7 +28,7 @@ from storage.ownership import ClaimedTrial, LostTrialError, RunKey
 from storage.pruners import Decision, SuccessiveHalving
 from storage.reporting import TrialUpdate, Written
 from storage.retry import retry_trials
-from storage.studies import Study
+from storage.study import Study
 from tests.factories import trial_states, wait_until
 from tests.storage.builders import GRID, POINTS, claim_one, claim_point, grid_run, open_s, sampled_run, sql
 

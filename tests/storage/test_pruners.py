@@ -22,7 +22,8 @@ from storage.management import rename_study
 from storage.ownership import ClaimedTrial, RunKey
 from storage.pruners import Decision, Median, Pruner, SuccessiveHalving
 from storage.reporting import TrialUpdate
-from storage.studies import Study, find_study, open_study
+from storage.studies import find_study, open_study
+from storage.study import Study
 from tests.storage.builders import GRID, POINTS, claim_one, claim_point, grid_run, sql
 
 TRIALS, EPOCHS = 30, 9

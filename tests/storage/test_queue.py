@@ -19,7 +19,7 @@ from storage import lease, optuna_tables, ownership, queue, records
 from storage.database import Database
 from storage.ownership import LostTrialError
 from storage.retry import retry_trials
-from storage.studies import Study
+from storage.study import Study
 from tests.factories import trial_states
 from tests.storage.builders import (
     GRID,

@@ -15,7 +15,8 @@ from storage.pareto import Direction
 from storage.ranking import EndedTrial, count_since_best, superfluous_trials
 from storage.records import CONTINUED_FROM, attempt_of
 from storage.retry import retry_trials
-from storage.studies import Study, deleted_studies, study_names
+from storage.studies import deleted_studies
+from storage.study import Study, study_names
 from storage.summaries import summarize
 from tests.storage.builders import GRID, POINTS, claim_one, config_key, grid_run, open_s, prune, sampled_run, sql
 

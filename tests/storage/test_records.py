@@ -9,7 +9,7 @@ import pytest
 from storage import optuna_tables, records, studies, tables
 from storage.database import Database
 from storage.optuna_internals import trial_id
-from storage.studies import Study
+from storage.study import Study
 from tests.storage.builders import GRID, POINTS, claim_one, grid_run
 
 

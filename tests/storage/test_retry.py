@@ -15,7 +15,7 @@ from storage.ownership import ClaimedTrial
 from storage.records import DUPLICATE
 from storage.retry import Failure, failed_trials, retry_trials
 from storage.run import Run
-from storage.studies import Study
+from storage.study import Study
 from tests.storage.builders import GRID, POINTS, claim_one, claim_point, grid_run, kill, sql
 
 

@@ -21,7 +21,7 @@ from storage import reporting
 from storage import run as run_module
 from storage.database import Database, open_database
 from storage.pruners import Median
-from storage.studies import Study
+from storage.study import Study
 from tests.factories import trial_states
 from tests.storage.builders import GRID, POINTS, claim_one, claim_point, grid_run, locked, open_s, prune, sql
 

@@ -16,7 +16,8 @@ from storage import records, studies
 from storage.database import Database, open_database
 from storage.errors import StorageError
 from storage.retry import retry_trials
-from storage.studies import Study, find_study, open_study
+from storage.studies import find_study, open_study
+from storage.study import Study
 from storage.summaries import Summary, state_of, summarize
 from tests.storage.builders import GRID, POINTS, claim_one, claim_point, grid_run, kill, open_s, sampled_run
 

@@ -13,7 +13,7 @@ from storage.database import Database
 from storage.errors import StorageError
 from storage.ownership import ClaimedTrial
 from storage.run import Run
-from storage.studies import Study
+from storage.study import Study
 from storage.summaries import summarize
 from storage.usage import Device, Meter
 from tests.factories import Clock, wait_until

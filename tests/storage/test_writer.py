@@ -13,7 +13,7 @@ from storage.database import Database
 from storage.errors import StorageError
 from storage.optuna_tables import StudyKey
 from storage.reporting import TrialUpdate, Written
-from storage.studies import Study
+from storage.study import Study
 from tests.factories import trial_states, wait_until
 from tests.storage.builders import GRID, POINTS, claim_one, claim_point, grid_run, sql
 

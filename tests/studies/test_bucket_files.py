@@ -21,7 +21,8 @@ from hpo.search.slots import Slots
 from hpo.space.model import Space, load_space
 from hpo.studies import copying
 from storage.database import Database
-from storage.studies import Study, find_study, open_study
+from storage.studies import find_study, open_study
+from storage.study import Study
 from tests.factories import HpoHere, RecordingListener, run_of, search_without_ray, toy_space
 from tests.s3 import S3Server
 

@@ -32,7 +32,8 @@ from hpo.studies.folders import count_bytes
 from hpo.studies.other_databases import note_database
 from storage.database import Database, identify, open_database
 from storage.errors import StorageError
-from storage.studies import Study, find_study, open_study
+from storage.studies import find_study, open_study
+from storage.study import Study
 from tests.factories import HpoHere, run_of, search_without_ray, toy_space
 
 TWO_DAYS = 2 * 86_400.0

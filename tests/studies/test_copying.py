@@ -24,7 +24,8 @@ from storage import optuna_tables
 from storage.copying import NameTakenError
 from storage.database import Database, open_database
 from storage.management import delete_study, rename_study
-from storage.studies import Study, find_study, study_names
+from storage.studies import find_study
+from storage.study import Study, study_names
 from tests.factories import search_without_ray, toy_space
 from tests.storage.studies import content, kill_at
 

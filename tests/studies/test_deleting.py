@@ -22,7 +22,8 @@ from hpo.studies.copying import copy_with_files
 from storage.database import Database, open_database
 from storage.errors import StorageError
 from storage.retry import retry_trials
-from storage.studies import Study, find_study, open_study, study_names
+from storage.studies import find_study, open_study
+from storage.study import Study, study_names
 from tests.factories import HpoHere, search_without_ray, toy_space
 
 

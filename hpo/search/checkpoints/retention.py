@@ -24,7 +24,7 @@ from hpo.space.model import Space
 
 if TYPE_CHECKING:  # workers import this module too, and need no database
     from storage.ranking import EndedTrial
-    from storage.studies import Study
+    from storage.study import Study
 
 LAST_SECONDS = 10.0  # how long a run that ends waits until the bucket has deleted what it shall
 IDLE_SHARE = 50  # asking the database takes at most 1/50 of the time

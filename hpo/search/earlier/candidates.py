@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from storage.parents import Parent
     from storage.pareto import Direction
-    from storage.studies import Study
+    from storage.study import Study
 
 
 class Outlook(Enum):

@@ -16,7 +16,7 @@ from storage.records import REPLACES
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
-    from storage.studies import Study
+    from storage.study import Study
 
 # Optuna's other samplers that learn read only trials that they have drawn themselves.
 LEARN_FROM_OTHERS = {"tpe", "gp"}

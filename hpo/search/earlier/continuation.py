@@ -24,7 +24,7 @@ from hpo.space.parameters import Params
 
 if TYPE_CHECKING:
     from storage.database import Database
-    from storage.studies import Study
+    from storage.study import Study
 
 MAX_NAMED = 5  # trials in a note
 LEFT = "left as it is"  # what becomes of a configuration that this search does not train

@@ -28,7 +28,8 @@ def missing_source(space: Space, source: Source, database: Database | None) -> S
     elif database is None:
         text = f"warm_start: there is no study {name!r}: the database does not exist yet"
     else:
-        from storage.studies import renamed_from, study_names
+        from storage.studies import renamed_from
+        from storage.study import study_names
 
         known, text = study_names(database), f"warm_start: there is no study {name!r} in {database.url}: "
         if renamed := renamed_from(database, name):

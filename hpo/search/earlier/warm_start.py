@@ -25,7 +25,7 @@ from storage.studies import renamed_from
 
 if TYPE_CHECKING:
     from storage.database import Database
-    from storage.studies import Study
+    from storage.study import Study
 
 MAX_REASONS = 3  # in a note; the report has all
 

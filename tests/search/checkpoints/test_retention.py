@@ -21,7 +21,8 @@ from hpo.space.model import Space, load_space
 from storage.database import Database
 from storage.errors import StorageError
 from storage.run import Run
-from storage.studies import Study, open_study
+from storage.studies import open_study
+from storage.study import Study
 from tests.factories import RecordingListener, run_of, search_without_ray, take_reports, toy_space, trial_states
 
 XS = list(range(1, 8))

@@ -38,7 +38,8 @@ from storage.database import Database
 from storage.parents import Parent
 from storage.records import CONTINUED_FROM
 from storage.retry import retry_trials
-from storage.studies import Study, open_study
+from storage.studies import open_study
+from storage.study import Study
 from tests.factories import (
     RecordingListener,
     finish_study,

@@ -26,7 +26,8 @@ from storage.management import rename_study
 from storage.optuna_tables import write_attrs, write_values
 from storage.ownership import ClaimedTrial
 from storage.run import Run
-from storage.studies import Study, find_study, open_study
+from storage.studies import find_study, open_study
+from storage.study import Study
 from tests.factories import finish_study, run_of, toy_space
 from tests.report.studies import epoch_metrics, finish_grid, grid_space, optuna_study
 
