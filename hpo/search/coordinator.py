@@ -26,6 +26,7 @@ from hpo.space.model import Space
 if TYPE_CHECKING:  # workers import this module too, and need no database
     from storage.ownership import ClaimedTrial
     from storage.parents import Parent
+    from storage.pruners import Decision
     from storage.run import Run
 
 POLL_SECONDS = 1.0  # between attempts to claim a trial while other runs hold the rest
@@ -269,36 +270,15 @@ class TrialCoordinator:
         return Ending.KEEP
 
     def _on_epoch(self, tune_id: str, trial: _Running, report: TrialReport) -> Ending | None:
-        from storage.pruners import Decision
-
         claim, epoch, metrics = trial.claim, report.epoch, report.metrics
         for each in self._space.all_objectives:
             if each.metric not in metrics:
                 hint = nearest(each.metric, metrics)
                 return self._fail(tune_id, f"the trainable reported no metric {each.metric!r}, {hint}", "", report.node)
-        value, *others = (metrics[each.metric] for each in self._space.all_objectives)
         if not report.is_recalled:
-            if not trial.has_trained and epoch <= trial.epoch:
-                self._listener.note(
-                    f"{trial}: its last checkpoint is of epoch {epoch - 1}, so the epochs from {epoch} to {trial.epoch} "
-                    "are trained again"
-                    if epoch > 1
-                    else f"{trial}: it has no checkpoint, and is trained from its first epoch"
-                )
-            trial.has_trained = True
-            self._breaker.note_epoch(report.node)
+            self._note_training(trial, report)
         infinite = [name for name, number in metrics.items() if not math.isfinite(number)]
-        # What the parent trained is not judged: whoever continues a trial wants more of it.
-        is_new = epoch > trial.continued_epoch
-        decides = self._space.stops_trials_early and not infinite and is_new and epoch < self._space.max_epochs
-        decision = Decision.CONTINUE
-        if decides:
-            first = trial.continued_epoch + 1
-            # A member of a population that has waited is compared with those that have caught up.
-            again = report.is_recalled and self._space.population is not None
-            decision = self._run.decide(claim, epoch, metrics, value, first_epoch=first, again=again)
-        else:
-            self._run.report(claim, epoch, metrics, value)
+        decision = self._store_epoch(trial, report, is_judged=not infinite)
         # The checkpoint may hold an epoch that storage has, too: the driver died before it acted on it.
         if epoch > trial.epoch or not report.is_recalled:
             trial.epoch = epoch
@@ -306,11 +286,51 @@ class TrialCoordinator:
         if infinite:
             return self._fail(tune_id, f"{infinite[0]} is {metrics[infinite[0]]} after epoch {epoch}")
         if epoch >= self._space.max_epochs:
-            attrs = {name: metrics[name] for name in ("test_accuracy", "test_loss") if name in metrics}
-            self._run.complete(claim, value, attrs, other_values=tuple(others))
-            return self._end(tune_id, "COMPLETE", "")
+            return self._complete(tune_id, claim, metrics)
+        return self._apply(decision, tune_id, trial, report)
+
+    def _note_training(self, trial: _Running, report: TrialReport) -> None:
+        """Note that a trial has trained an epoch, and if it had been trained before."""
+        epoch = report.epoch
+        if not trial.has_trained and epoch <= trial.epoch:
+            self._listener.note(
+                f"{trial}: its last checkpoint is of epoch {epoch - 1}, so the epochs from {epoch} to {trial.epoch} "
+                "are trained again"
+                if epoch > 1
+                else f"{trial}: it has no checkpoint, and is trained from its first epoch"
+            )
+        trial.has_trained = True
+        self._breaker.note_epoch(report.node)
+
+    def _store_epoch(self, trial: _Running, report: TrialReport, *, is_judged: bool) -> Decision:
+        """Store an epoch, and return what becomes of its trial, if the scheduler judges it."""
+        from storage.pruners import Decision
+
+        epoch, metrics = report.epoch, report.metrics
+        value = metrics[self._space.all_objectives[0].metric]
+        # What the parent trained is not judged: whoever continues a trial wants more of it.
+        is_new = epoch > trial.continued_epoch
+        if not (is_judged and is_new and self._space.stops_trials_early and epoch < self._space.max_epochs):
+            self._run.report(trial.claim, epoch, metrics, value)
+            return Decision.CONTINUE
+        # A member of a population that has waited is compared with those that have caught up.
+        again = report.is_recalled and self._space.population is not None
+        first = trial.continued_epoch + 1
+        return self._run.decide(trial.claim, epoch, metrics, value, first_epoch=first, again=again)
+
+    def _complete(self, tune_id: str, claim: ClaimedTrial, metrics: Mapping[str, float]) -> Ending:
+        value, *others = (metrics[each.metric] for each in self._space.all_objectives)
+        attrs = {name: metrics[name] for name in ("test_accuracy", "test_loss") if name in metrics}
+        self._run.complete(claim, value, attrs, other_values=tuple(others))
+        return self._end(tune_id, "COMPLETE", "")
+
+    def _apply(self, decision: Decision, tune_id: str, trial: _Running, report: TrialReport) -> Ending | None:
+        """Let a trial continue, wait or end after an epoch that is not its last."""
+        from storage.pruners import Decision
+
+        epoch = report.epoch
         if decision is Decision.END and self._space.population is not None:
-            replacement = self._run.replacement(claim)
+            replacement = self._run.replacement(trial.claim)
             # Its checkpoints stay for now: trials may wait that start from them.
             return self._end(tune_id, "PRUNED", f"replaced by trial {replacement} after epoch {epoch}")
         if decision is Decision.END:
