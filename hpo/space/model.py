@@ -40,6 +40,7 @@ from hpo.space.parameters import (
     sampling_order,
     without_nulls,
 )
+from hpo.space.points import complete_point
 from hpo.space.recipient import Recipient, check_recipient
 from hpo.space.rules import RANDOM_POINTS, ValidSections, check_rules, count_grid
 from hpo.space.sections import (
@@ -64,6 +65,8 @@ if TYPE_CHECKING:
 SPACES_DIR = Path("search_spaces")
 MAX_PARAMETERS = 200
 MAX_REPLICATES = 100
+MAX_POINTS = 1000  # of points_to_evaluate
+Point = Annotated[dict[str, Scalar], Field(min_length=1)]
 
 
 class Space(StrictModel):
@@ -101,6 +104,9 @@ class Space(StrictModel):
     """Comparisons that every configuration must meet, such as `lr <= 0.004 * batch_size`."""
     derived: Annotated[dict[str, str], Field(max_length=MAX_PARAMETERS, default_factory=dict)]
     """Values computed from the parameters, such as `0.05 * max_epochs`. The trainable receives them with the parameters."""
+    points_to_evaluate: Annotated[list[Point], Field(max_length=MAX_POINTS, default_factory=list)]
+    """Configurations to train first, such as a known recipe. A parameter that is left out has its default, or its only
+    value."""
     warm_start: Annotated[list[NamedSource], Field(default_factory=list)]
     """Earlier studies to learn from: a name, or a mapping with the name of a study and options."""
     continuation: Annotated[NamedContinuation, Field(alias="continue")] = Continuation()
@@ -239,9 +245,17 @@ class Space(StrictModel):
             return self.population
         return sum(1 for _ in self.planned_points()) if self.is_grid else self.budget.trials
 
+    def first_points(self) -> list[Params]:
+        """Return the configurations of `points_to_evaluate`, completed."""
+        return [complete_point(self._ordered, point) for point in self.points_to_evaluate]
+
     def planned_points(self) -> Iterator[Params]:
-        """Yield the configurations of a grid, without those that are left out, up to the budget."""
+        """Yield the configurations of a grid, without those that are left out, up to the budget; `first_points` first."""
         points = self.grid_points()
+        if self.points_to_evaluate:
+            first = self.first_points()
+            known = {frozenset(point.items()) for point in first}
+            points = itertools.chain(first, (point for point in points if frozenset(point.items()) not in known))
         if self._left_out:
             points = (point for point in points if self.config_key(point) not in self._left_out)
         return itertools.islice(points, self.budget.trials)

@@ -298,6 +298,26 @@ class FloatRange(StrictModel):
         return self.step is None or _is_whole((value - self.low) / self.step)
 
 
+def own_value(parameter: Parameter, value: Scalar) -> Scalar:
+    """Return a value that a parameter contains with its own type and digits, which the key of a configuration has."""
+    if isinstance(parameter, Fixed | Choices):
+        return next(known for known in parameter.grid_values() if is_same(known, value))
+    assert isinstance(value, int | float)
+    if isinstance(parameter, IntRange):
+        return int(value)
+    if parameter.step is not None:
+        return nearest_step(value, parameter.low, parameter.high, parameter.step)
+    return float(value)
+
+
+def describe_values(parameter: Parameter) -> str:
+    """Return which values a parameter may have, for messages."""
+    if isinstance(parameter, Fixed | Choices):
+        return ", ".join(map(repr, parameter.grid_values()))
+    step = "" if parameter.step in {None, 1} else f" in steps of {parameter.step}"
+    return f"{parameter.low} to {parameter.high}{step}"
+
+
 def nearest_step(value: float, low: float, high: float, step: float) -> float:
     """Return the nearest value of a range with a step, always with the same digits: a configuration's key has them."""
     return min(high, low + round((value - low) / step) * step)
@@ -322,8 +342,7 @@ def _check_range(low: float, high: float, log: bool, step: float | None) -> None
 
 def _check_default(parameter: IntRange | FloatRange, default: float | None) -> None:
     if default is not None and not parameter.contains(default):
-        step = "" if parameter.step in {None, 1} else f" in steps of {parameter.step}"
-        text = f"{default} is not in the range from {parameter.low} to {parameter.high}{step}"
+        text = f"{default} is not in the range from {describe_values(parameter)}"
         raise InvalidValuesError((("default",), text))
 
 

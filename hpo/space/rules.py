@@ -40,6 +40,7 @@ from hpo.space.parameters import (
     sampling_order,
 )
 from hpo.space.patterns import EPOCH, PatternError, compile_pattern
+from hpo.space.points import complete_point, find_point_mistakes
 from hpo.space.sections import MAX_SEED
 from hpo.trainable import DEFAULT_TRAINABLE
 
@@ -267,6 +268,8 @@ def _population_fits_search(sections: ValidSections) -> Iterator[Problem]:
         )
     if "continue" in sections.data:
         yield ("continue",), f"{scheduler.name} starts its members afresh: leave it out"
+    if sections["points_to_evaluate"]:
+        yield ("points_to_evaluate",), f"{scheduler.name} draws its members at random: leave it out"
     yield from _explored_parameters_exist(sections)
 
 
@@ -427,6 +430,26 @@ def _some_configuration_is_valid(sections: ValidSections) -> Iterator[Problem]:
         yield ("constraints",), f"{tried} meets all of them together"
 
 
+def _points_are_configurations(sections: ValidSections) -> Iterator[Problem]:
+    parameters, points = sections.all_parameters(), sections["points_to_evaluate"]
+    formulas: Formulas | None = None
+    if not any(_expressions_are_valid(sections)):
+        formulas = Formulas(sections["constraints"], sections["derived"], sections["max_epochs"])
+    seen: dict[str, int] = {}
+    for i, given in enumerate(points):
+        path = ("points_to_evaluate", i)
+        mistakes = list(find_point_mistakes(parameters, given))
+        yield from ((path if name is None else (*path, name), text) for name, text in mistakes)
+        if mistakes:
+            continue
+        point = complete_point(parameters, given)
+        for _, text in [] if formulas is None else formulas.violations(point):
+            yield path, f"it breaks the constraint {text}"
+        known = seen.setdefault(repr(point), i)
+        if known != i:
+            yield path, f"it is the same configuration as point {known + 1}: leave it out"
+
+
 def _command_is_complete(sections: ValidSections) -> Iterator[Problem]:
     if sections["command"] is None:
         return
@@ -494,6 +517,7 @@ RULES: tuple[Rule, ...] = (
     _conditions_are_consistent,
     _expressions_are_valid,
     _some_configuration_is_valid,
+    _points_are_configurations,
     _command_is_complete,
     _patterns_are_valid,
     _sources_are_distinct,

@@ -9,14 +9,13 @@ from hpo.space.model import Space
 from hpo.space.parameters import (
     Choices,
     Fixed,
-    FloatRange,
-    IntRange,
     Parameter,
     Params,
     Scalar,
+    describe_values,
     is_active,
     is_same,
-    nearest_step,
+    own_value,
     sampling_order,
 )
 
@@ -93,18 +92,11 @@ def _value_of(
     else:
         raise TranslationError(f"{name} is new here, and has no default")
     is_known = name in params or name not in defaults or is_same(value, defaults[name])
+    if parameter.contains(value):
+        return own_value(parameter, value), is_known
     if isinstance(parameter, Fixed | Choices):
-        same = [known for known in parameter.grid_values() if is_same(known, value)]
-        if not same:
-            raise TranslationError(f"{name} {value!r} is not in this search")
-        return same[0], is_known
-    if not parameter.contains(value):
-        step = "" if parameter.step in {None, 1} else f" in steps of {parameter.step}"
-        raise TranslationError(f"{name} was not from {parameter.low} to {parameter.high}{step}")
-    assert isinstance(value, int | float)
-    if isinstance(parameter, FloatRange) and parameter.step is not None:  # the range's own digits, as in a grid
-        value = nearest_step(value, parameter.low, parameter.high, parameter.step)
-    return (int(value) if isinstance(parameter, IntRange) else float(value)), is_known
+        raise TranslationError(f"{name} {value!r} is not in this search")
+    raise TranslationError(f"{name} was not from {describe_values(parameter)}")
 
 
 def _is_default(name: str, value: Scalar, defaults: Mapping[str, Scalar]) -> bool:

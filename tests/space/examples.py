@@ -32,6 +32,7 @@ parameters:
   weight_decay: 0
 constraints: ["lr <= 0.004 * batch_size", optimizer == 'sgd' or lr < 0.1]
 derived: {warmup_epochs: "0.05 * max_epochs", decay: "1 - momentum * warmup_epochs"}
+points_to_evaluate: [{layers: 2, lr: 1e-2, momentum: 0.3, nesterov: true, optimizer: sgd, stem: null, other: cifar}]
 budget: {trials: 200, time: 1d12h}
 resources: {cpu: 2, gpu: auto}
 replicates: 1

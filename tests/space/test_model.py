@@ -25,6 +25,7 @@ def with_later_keys(settings: dict[str, Any]) -> dict[str, Any]:
     """Add the keys that version 0.1.0 did not have."""
     budget = settings["budget"] | {"patience": None, "cost": None}
     later = {"checkpoints": {"keep": "best 3"}, "continue": {"trials": None, "horizon": "restart"}, "report": {}}
+    later["points_to_evaluate"] = []
     scheduler = {
         "mode": "stop",
         "population": 8,

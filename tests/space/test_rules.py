@@ -12,6 +12,19 @@ from tests.space.conftest import CheckError, ErrorOf
 from tests.space.examples import CONDITIONAL, HEAD, OBJECTIVES, SAMPLED, VALID
 
 # » marks the key that the message must give.
+POINTS = """\
+sampler: random
+max_epochs: 4
+budget: {trials: 9}
+parameters:
+  optimizer: [sgd, adam]
+  lr: {type: float, low: 0.001, high: 1.0, log: true}
+  momentum: {type: float, low: 0.0, high: 0.9, step: 0.3, when: {optimizer: sgd}}
+  width: {type: int, low: 2, high: 8, step: 2, default: 4}
+  stem: cifar
+constraints: [lr <= 0.1 or optimizer == 'sgd']
+points_to_evaluate:
+"""
 POPULATION = """\
 scheduler: {name: pbt}
 max_epochs: 9
@@ -22,6 +35,50 @@ parameters:
 """
 PROMOTION = POPULATION.replace("name: pbt", "name: asha, mode: promote") + "budget: {time: 1h}\n"
 RULES = {
+    "a point with a misspelled parameter": (
+        POINTS + "  - {optimizer: adam, lr: 0.1, »wdith: 2}\n",
+        ["points_to_evaluate.0.wdith: there is no parameter 'wdith', did you mean width?"],
+    ),
+    "a point with a value outside of a range": (
+        POINTS + "  - {optimizer: adam, lr: 0.1}\n  - {optimizer: adam, »lr: 2}\n",
+        ["points_to_evaluate.1.lr: lr cannot be 2, allowed: 0.001 to 1.0"],
+    ),
+    "a point between two steps": (
+        POINTS + "  - {optimizer: adam, lr: 0.1, »width: 3}\n",
+        ["width cannot be 3, allowed: 2 to 8 in steps of 2"],
+    ),
+    "a point with another choice": (
+        POINTS + "  - {»optimizer: adamw, lr: 0.1}\n",
+        ["optimizer cannot be 'adamw', allowed: 'sgd', 'adam'"],
+    ),
+    "a point with another fixed value": (
+        POINTS + "  - {optimizer: adam, lr: 0.1, »stem: imagenet}\n",
+        ["stem cannot be 'imagenet', allowed: 'cifar'"],
+    ),
+    "a point without a parameter": (
+        POINTS + "  - »{optimizer: adam}\n",
+        ["points_to_evaluate.0: lr is missing, and has no default: give 0.001 to 1.0"],
+    ),
+    "a point without a conditional parameter": (
+        POINTS + "  - »{optimizer: sgd, lr: 0.1}\n",
+        ["momentum is missing, and has no default: give 0.0 to 0.9 in steps of 0.3"],
+    ),
+    "a point with a parameter that is not active": (
+        POINTS + "  - {optimizer: adam, lr: 0.1, »momentum: 0.3}\n",
+        ["momentum is not active here, see its `when`: leave it out"],
+    ),
+    "a point that breaks a constraint": (
+        POINTS + "  - »{optimizer: adam, lr: 0.2}\n",
+        ["points_to_evaluate.0: it breaks the constraint lr <= 0.1 or optimizer == 'sgd'"],
+    ),
+    "the same point twice": (
+        POINTS + "  - {optimizer: adam, lr: 0.1}\n  - »{lr: 0.10, width: 4.0, optimizer: adam}\n",
+        ["points_to_evaluate.1: it is the same configuration as point 1: leave it out"],
+    ),
+    "points of a population": (
+        POPULATION + "»points_to_evaluate: [{lr: 0.1, momentum: 0}]\n",
+        ["points_to_evaluate: pbt draws its members at random: leave it out"],
+    ),
     "a grid over a continuous range": (
         HEAD + "  »lr: {type: float, low: 0, high: 1}\n",
         ["parameters.lr: ", "is continuous", "give a list or a step", "sampler random or tpe"],

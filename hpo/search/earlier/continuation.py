@@ -89,9 +89,8 @@ class ContinuationPlan:
 
     def first_points(self) -> list[Params]:
         """Return the configurations that are trained before all others: points of the grid, or those before any draw."""
-        first = [each.params for each in self.chosen]
         if not self.space.is_grid:
-            return first
+            return [*(each.params for each in self.chosen), *self.space.first_points()]
         points = {self.space.config_key(point): point for point in self.space.planned_points()}
         continued = [points.pop(key) for each in self.chosen if (key := each.key) in points]
         return [*continued, *points.values()]
