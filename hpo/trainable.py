@@ -27,8 +27,9 @@ class EpochReport:
     Attributes:
         epoch: the epoch's number, from 1.
         metrics: {name: value}. It includes the metric that the search optimizes.
-        state: returns the checkpoint, a dict of tensors and plain values. It is called only when a checkpoint is saved.
-            Given the checkpoint, the same trainable continues as if it had never stopped.
+        state: returns the checkpoint, a dict of tensors and plain values: numbers, texts, bytes, None, and lists, tuples,
+            sets and dicts of them. It is called only when a checkpoint is saved. Given the checkpoint, the same trainable
+            continues as if it had never stopped.
         provenance: facts about how the trial runs, recorded with it, such as {"cuda_graph": True}: a mapping that JSON can
             hold, with finite numbers and with texts as keys.
         warning: something that went wrong and does not stop the training. The user is shown it.
