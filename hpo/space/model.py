@@ -22,9 +22,11 @@ from pydantic import BeforeValidator, Field, PositiveInt, PrivateAttr, TypeAdapt
 from hpo.errors import HpoError, SettingError, SpaceError, nearest
 from hpo.space.choice import choose_sampler
 from hpo.space.command import uses_checkpoint_dir
+from hpo.space.configuration_rules import RANDOM_POINTS
 from hpo.space.continuation import Continuation, NamedContinuation
 from hpo.space.document import Document
 from hpo.space.expressions import Formulas
+from hpo.space.grid_size import count_grid
 from hpo.space.messages import Problem, explain, fields_by_key, group_by_key
 from hpo.space.objectives import MAX_OBJECTIVES, ListedObjective, MetricName, Objective
 from hpo.space.parameters import (
@@ -42,7 +44,7 @@ from hpo.space.parameters import (
 )
 from hpo.space.points import complete_point
 from hpo.space.recipient import Recipient, check_recipient
-from hpo.space.rules import RANDOM_POINTS, ValidSections, check_rules, count_grid
+from hpo.space.rules import check_rules
 from hpo.space.sections import (
     AutoSampler,
     Budget,
@@ -56,6 +58,7 @@ from hpo.space.sections import (
     Seconds,
     Seed,
 )
+from hpo.space.valid_sections import ValidSections
 from hpo.trainable import DEFAULT_TRAINABLE
 
 if TYPE_CHECKING:

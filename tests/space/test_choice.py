@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from hpo.space.choice import MAX_GP_TRIALS, MAX_LEARNING_TRIALS, SMALL_GRID
+from hpo.space.grid_size import MAX_GRID_POINTS
 from hpo.space.model import Space, load_space
-from hpo.space.rules import MAX_GRID_POINTS
 
 LR = {"type": "float", "low": 0.1, "high": 1.0}
 TWO = [{"metric": "accuracy", "direction": "maximize"}, {"metric": "seconds", "direction": "minimize"}]
