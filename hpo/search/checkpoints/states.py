@@ -80,7 +80,8 @@ def _copy(value: Any, copies: dict[tuple[Any, ...], Tensor], path: tuple[Any, ..
         return copies[path]
     if isinstance(value, dict):
         copied = copy.copy(value)  # with the attributes of a state dict
-        copied.update({key: _copy(item, copies, (*path, key)) for key, item in value.items()})
+        for key, item in value.items():  # not `update`, by which a Counter adds
+            copied[key] = _copy(item, copies, (*path, key))
         return copied
     if isinstance(value, list | tuple):
         items = [_copy(item, copies, (*path, i)) for i, item in enumerate(value)]

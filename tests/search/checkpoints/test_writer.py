@@ -8,7 +8,7 @@ import platform
 import re
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -307,6 +307,14 @@ def test_a_copy_loads_as_the_state_does_and_shares_nothing_with_it() -> None:
         assert torch.equal(copied["model"][name], tensor)
         assert copied["model"][name].stride() == tensor.stride()
         assert copied["model"][name].data_ptr() != tensor.data_ptr()
+
+
+def test_a_copy_has_the_same_counts() -> None:
+    state = {"counts": Counter("aab")}
+    copied = copy_state(state, {})
+    assert copied == {"counts": Counter(a=2, b=1)}
+    copied["counts"]["a"] = 0
+    assert state["counts"]["a"] == 2
 
 
 def test_the_memory_of_a_copy_is_used_again_where_the_shapes_agree() -> None:
