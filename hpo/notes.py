@@ -38,6 +38,23 @@ def note_sources(
         listener.note(note)
 
 
+def note_points(space: Space, known: Collection[str], left: int | None, listener: ProgressListener) -> None:
+    """Say how many of `points_to_evaluate` are trained first, or that the budget leaves no room for them.
+
+    Args:
+        space: the search.
+        known: keys of the configurations that the study has.
+        left: how many trials are left; None if only time ends the search.
+        listener: receives the note.
+    """
+    count = sum(space.config_key(point) not in known for point in space.points_to_evaluate)
+    if count and not space.is_grid:
+        named = f"{count} configuration{'' if count == 1 else 's'} of points_to_evaluate"
+        listener.note(
+            f"does not train {named}: the budget is spent" if left == 0 else f"trains {named} before all others"
+        )
+
+
 def note_changes(space: Space, study: Study | None, listener: ProgressListener) -> None:
     """Notify the listener if the study was last searched with another sampler or scheduler, or kept other checkpoints."""
     if study is None:

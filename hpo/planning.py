@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from hpo.bucket import locate
 from hpo.measuring import keep_mps_if_shared, measure, note_mps_failure, start_probes
-from hpo.notes import note_sources
+from hpo.notes import note_points, note_sources
 from hpo.paths import DEFAULT_STORAGE, RunsDir, is_new_database
 from hpo.remaining import find_spent_budget, trials_left
 from hpo.search.environment import check_trainable, note_horizon
@@ -95,6 +95,7 @@ def plan_search(
         stored = _look_up(space, storage, password, locate(runs_dir, checkpoints), listener)
         continuation, states, left = stored.continuation, stored.states, stored.trials_left
         space = continuation.space
+        note_points(space, states.keys(), left, listener)
         nodes, estimate = [this_machine()], None
         slots = plan_slots(space, left, nodes)
         if probes is not None:

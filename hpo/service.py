@@ -20,7 +20,7 @@ from hpo.bucket import Bucket, locate
 from hpo.credentials import secret_files
 from hpo.errors import HpoError
 from hpo.measuring import keep_mps_if_shared, measure, note_mps_failure, start_probes
-from hpo.notes import note_changes, note_sources, warnings_noted
+from hpo.notes import note_changes, note_points, note_sources, warnings_noted
 from hpo.paths import DEFAULT_STORAGE, RunsDir, is_new_database
 from hpo.remaining import find_spent_budget, trials_left
 from hpo.search.cluster.ray_address import read_address
@@ -219,6 +219,7 @@ def _run_search(
         if study is not None and is_over:
             study, _ = open_continued(database, continuation, runs)  # stores a changed budget or `checkpoints.keep`
             listener.study_opened(space, study.name, database.url, study.counts(), left)
+            note_points(space, study.keys(), 0, listener)
             Retention(space, study, runs).run_ended()
             _upload_left(space, study, runs, listener, is_hurried=True)
         else:
@@ -323,6 +324,7 @@ def _search(
     note_sources(found, continuation, study.keys(), listener)
     left = trials_left(space, study)  # now: another study may have been deleted meanwhile, and this one is new
     listener.study_opened(space, study.name, database.url, study.counts(), left)
+    note_points(space, study.keys(), left, listener)
     if left == 0:  # earlier studies had all results
         return study, None
     if space.budget.shows_device_time:

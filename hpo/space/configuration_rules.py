@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 from hpo.errors import nearest
 from hpo.space.expressions import FUNCTIONS, Expression, ExpressionError, Formulas, find_cycle
-from hpo.space.grid_size import MAX_WORK, grid_is_finite
+from hpo.space.grid_size import MAX_WORK, count_grid, grid_is_finite
 from hpo.space.messages import KeyPath, Problem
-from hpo.space.parameters import iterate_grid, sample_params
-from hpo.space.points import complete_point, find_point_mistakes
+from hpo.space.parameters import Scalar, iterate_grid, sample_params
+from hpo.space.points import complete_point
 from hpo.space.valid_sections import Rule, ValidSections, conditions_are_consistent
 
 RANDOM_POINTS = 1000  # tried against constraints and derived values
@@ -94,19 +94,34 @@ def _points_are_configurations(sections: ValidSections) -> Iterator[Problem]:
     formulas: Formulas | None = None
     if not any(_expressions_are_valid(sections)):
         formulas = Formulas(sections["constraints"], sections["derived"], sections["max_epochs"])
-    seen: dict[str, int] = {}
+    seen: dict[frozenset[tuple[str, Scalar]], int] = {}
     for i, given in enumerate(points):
         path = ("points_to_evaluate", i)
-        mistakes = list(find_point_mistakes(parameters, given))
-        yield from ((path if name is None else (*path, name), text) for name, text in mistakes)
+        point, mistakes = complete_point(parameters, given)
+        yield from (((*path, name) if name in given else path, text) for name, text in mistakes.items())
         if mistakes:
             continue
-        point = complete_point(parameters, given)
-        for _, text in [] if formulas is None else formulas.violations(point):
-            yield path, f"it breaks the constraint {text}"
-        known = seen.setdefault(repr(point), i)
+        for broken, text in [] if formulas is None else formulas.violations(point):
+            what = "it breaks a constraint" if broken[0] == "constraints" else "a value cannot be derived"
+            yield path, f"{what}: {text}"
+        known = seen.setdefault(frozenset(point.items()), i)
         if known != i:
-            yield path, f"it is the same configuration as point {known + 1}: leave it out"
+            yield path, f"it is the same configuration as points_to_evaluate.{known}: leave it out"
+
+
+def _points_fit_grid(sections: ValidSections) -> Iterator[Problem]:
+    sampler, budget = sections["sampler"], sections["budget"]
+    if not sections["points_to_evaluate"] or not sampler.is_grid or budget.trials is None:
+        return
+    count = count_grid(
+        sections.all_parameters(), sections["constraints"], sections["derived"], sections["max_epochs"], math.inf
+    )
+    if count is not None and budget.trials < count:
+        yield (
+            ("points_to_evaluate",),
+            f"budget.trials {budget.trials} leaves out points of this grid of {count}, in the order of the file: leave "
+            "points_to_evaluate out, raise budget.trials, or use sampler random",
+        )
 
 
 def _sources_are_distinct(sections: ValidSections) -> Iterator[Problem]:
@@ -123,5 +138,6 @@ RULES: tuple[Rule, ...] = (
     _expressions_are_valid,
     _some_configuration_is_valid,
     _points_are_configurations,
+    _points_fit_grid,
     _sources_are_distinct,
 )

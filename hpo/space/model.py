@@ -68,8 +68,7 @@ if TYPE_CHECKING:
 SPACES_DIR = Path("search_spaces")
 MAX_PARAMETERS = 200
 MAX_REPLICATES = 100
-MAX_POINTS = 1000  # of points_to_evaluate
-Point = Annotated[dict[str, Scalar], Field(min_length=1)]
+MAX_POINTS = 100  # of points_to_evaluate
 
 
 class Space(StrictModel):
@@ -107,7 +106,7 @@ class Space(StrictModel):
     """Comparisons that every configuration must meet, such as `lr <= 0.004 * batch_size`."""
     derived: Annotated[dict[str, str], Field(max_length=MAX_PARAMETERS, default_factory=dict)]
     """Values computed from the parameters, such as `0.05 * max_epochs`. The trainable receives them with the parameters."""
-    points_to_evaluate: Annotated[list[Point], Field(max_length=MAX_POINTS, default_factory=list)]
+    points_to_evaluate: Annotated[list[dict[str, Scalar]], Field(max_length=MAX_POINTS, default_factory=list)]
     """Configurations to train first, such as a known recipe. A parameter that is left out has its default, or its only
     value."""
     warm_start: Annotated[list[NamedSource], Field(default_factory=list)]
@@ -161,6 +160,17 @@ class Space(StrictModel):
         chosen = self.model_copy(update={"sampler": choice.sampler})
         chosen._sampler_reason = choice.reason  # noqa: SLF001 # a space, too
         return chosen
+
+    @model_validator(mode="after")
+    def _complete_points(self) -> Space:
+        """Let each of `points_to_evaluate` be a whole configuration. The rules report those with mistakes."""
+        try:
+            points = [complete_point(self._ordered, point) for point in self.points_to_evaluate]
+        except ValueError:  # the conditions form a cycle: the rules report that
+            return self
+        if any(mistakes for _, mistakes in points):
+            return self
+        return self.model_copy(update={"points_to_evaluate": [point for point, _ in points]})
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> Space:
@@ -248,15 +258,10 @@ class Space(StrictModel):
             return self.population
         return sum(1 for _ in self.planned_points()) if self.is_grid else self.budget.trials
 
-    def first_points(self) -> list[Params]:
-        """Return the configurations of `points_to_evaluate`, completed."""
-        return [complete_point(self._ordered, point) for point in self.points_to_evaluate]
-
     def planned_points(self) -> Iterator[Params]:
-        """Yield the configurations of a grid, without those that are left out, up to the budget; `first_points` first."""
+        """Yield the configurations of a grid, those to evaluate first, without those left out, up to the budget."""
         points = self.grid_points()
-        if self.points_to_evaluate:
-            first = self.first_points()
+        if first := self.points_to_evaluate:
             known = {frozenset(point.items()) for point in first}
             points = itertools.chain(first, (point for point in points if frozenset(point.items()) not in known))
         if self._left_out:

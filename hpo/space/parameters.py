@@ -24,7 +24,8 @@ from pydantic import (
     model_validator,
 )
 
-from hpo.errors import nearest
+from hpo.errors import MAX_ALLOWED, nearest
+from hpo.space.command import format_value
 from hpo.space.expressions import topological_order
 from hpo.space.messages import InvalidValuesError, Problem, fields_by_key
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     import optuna
     from optuna.distributions import BaseDistribution
 
+MAX_SHOWN = 80  # characters of a value in a message
 MAX_EXACT_INT = 2**53  # Optuna stores every number as a float
 
 Scalar = int | float | str | bool | None
@@ -134,7 +136,7 @@ class Choices(StrictModel):
     values."""
     default: Scalar = None
     """The value that trials used implicitly before this parameter was added: those of earlier studies are taken over with
-    it."""
+    it. Also that of points_to_evaluate that leave the parameter out."""
 
     @model_validator(mode="after")
     def _check(self) -> Choices:
@@ -193,7 +195,7 @@ class IntRange(StrictModel):
     values."""
     default: _ExactInt | None = None
     """The value that trials used implicitly before this parameter was added: those of earlier studies are taken over with
-    it."""
+    it. Also that of points_to_evaluate that leave the parameter out."""
 
     @model_validator(mode="after")
     def _check(self) -> IntRange:
@@ -229,7 +231,9 @@ class IntRange(StrictModel):
 
     def contains(self, value: Scalar) -> bool:
         """Return whether a value is one of this parameter's values."""
-        if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        if isinstance(value, float) and not value.is_integer():
             return False
         return int(value) in self.grid_values()
 
@@ -252,7 +256,7 @@ class FloatRange(StrictModel):
     values."""
     default: _Finite | None = None
     """The value that trials used implicitly before this parameter was added: those of earlier studies are taken over with
-    it."""
+    it. Also that of points_to_evaluate that leave the parameter out."""
 
     @model_validator(mode="after")
     def _check(self) -> FloatRange:
@@ -307,13 +311,40 @@ def own_value(parameter: Parameter, value: Scalar) -> Scalar:
         return int(value)
     if parameter.step is not None:
         return nearest_step(value, parameter.low, parameter.high, parameter.step)
-    return float(value)
+    return float(value) + 0.0  # not -0.0
+
+
+def has_implied_value(parameter: Parameter) -> bool:
+    """Return whether a configuration that does not name a parameter has a value of it."""
+    return _has_default(parameter) or parameter.count == 1
+
+
+def implied_value(parameter: Parameter) -> Scalar:
+    """Return the value of a parameter that is not named: its default, or its only value."""
+    return parameter.default if _has_default(parameter) else next(iter(parameter.grid_values()))  # type: ignore[union-attr]
+
+
+def _has_default(parameter: Parameter) -> bool:
+    if isinstance(parameter, Choices):
+        return "default" in parameter.model_fields_set  # null may be a choice
+    return not isinstance(parameter, Fixed) and parameter.default is not None
+
+
+def describe_misfit(parameter: Parameter, value: Scalar) -> str:
+    """Return why a value is none of a parameter, for a message that starts with its name."""
+    shown = format_value(value)
+    shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
+    if isinstance(parameter, Fixed | Choices):
+        return f"cannot be {shown}, {nearest(shown, map(format_value, parameter.grid_values()))}"
+    return f"cannot be {shown}, allowed: {describe_values(parameter)}"
 
 
 def describe_values(parameter: Parameter) -> str:
     """Return which values a parameter may have, for messages."""
     if isinstance(parameter, Fixed | Choices):
-        return ", ".join(map(repr, parameter.grid_values()))
+        values = [format_value(value) for value in parameter.grid_values()]
+        more = f" and {len(values) - MAX_ALLOWED:,} more" if len(values) > MAX_ALLOWED else ""
+        return ", ".join(values[:MAX_ALLOWED]) + more
     step = "" if parameter.step in {None, 1} else f" in steps of {parameter.step}"
     return f"{parameter.low} to {parameter.high}{step}"
 

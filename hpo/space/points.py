@@ -2,63 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from hpo.errors import nearest
 from hpo.space.parameters import (
-    Fixed,
     Parameter,
     Params,
     Scalar,
+    describe_misfit,
     describe_values,
+    has_implied_value,
+    implied_value,
     is_active,
     own_value,
 )
 
-
-def complete_point(parameters: Mapping[str, Parameter], given: Mapping[str, Scalar]) -> Params:
-    """Return the whole configuration: parameters that are left out have their only value, or their default.
-
-    Args:
-        parameters: in `sampling_order`.
-        given: values without mistakes, see `find_point_mistakes`.
-    """
-    params: Params = {}
-    for name, parameter in parameters.items():
-        if is_active(parameter, params):
-            params[name] = own_value(parameter, given[name] if name in given else _implied(parameter)[0])
-    return params
+Mistakes = dict[str, str]  # {name of a parameter: what is wrong}
 
 
-def find_point_mistakes(
-    parameters: Mapping[str, Parameter], given: Mapping[str, Scalar]
-) -> Iterator[tuple[str | None, str]]:
-    """Yield (name of the parameter, what is wrong); None for one that is missing.
+def complete_point(parameters: Mapping[str, Parameter], given: Mapping[str, Scalar]) -> tuple[Params, Mistakes]:
+    """Return the whole configuration, with the default or the only value of parameters that are left out, and mistakes.
 
     Args:
         parameters: in `sampling_order`.
         given: {name: value} as in the file.
     """
-    for name in given:
-        if name not in parameters:
-            yield name, f"there is no parameter {name!r}, {nearest(name, parameters)}"
     params: Params = {}
+    mistakes = {
+        name: f"there is no parameter {name!r}, {nearest(name, parameters)}" for name in given if name not in parameters
+    }
     for name, parameter in parameters.items():
-        if not is_active(parameter, params):
+        if mistakes.keys() & (parameter.when or {}):
+            mistakes.setdefault(name, "")  # whether it is active is unknown
+        elif not is_active(parameter, params):
             if name in given:
-                yield name, f"{name} is not active here, see its `when`: leave it out"
-            continue
-        if name in given and not parameter.contains(given[name]):
-            yield name, f"{name} cannot be {given[name]!r}, allowed: {describe_values(parameter)}"
-            return  # others may depend on it
-        if name not in given and not _implied(parameter):
-            yield None, f"{name} is missing, and has no default: give {describe_values(parameter)}"
-            return
-        params[name] = own_value(parameter, given[name] if name in given else _implied(parameter)[0])
-
-
-def _implied(parameter: Parameter) -> list[Scalar]:
-    """Return the value that a parameter has without being named, in a list; an empty list if there is none."""
-    if not isinstance(parameter, Fixed) and "default" in parameter.model_fields_set:
-        return [parameter.default]
-    return list(parameter.grid_values()) if parameter.count == 1 else []
+                mistakes[name] = f"{name} is not active here, see its `when`: leave it out"
+        elif name in given and not parameter.contains(given[name]):
+            mistakes[name] = f"{name} {describe_misfit(parameter, given[name])}"
+        elif name not in given and not has_implied_value(parameter):
+            mistakes[name] = f"{name} is missing, and has no default: give {describe_values(parameter)}"
+        else:
+            params[name] = own_value(parameter, given[name] if name in given else implied_value(parameter))
+    return params, {name: text for name, text in mistakes.items() if text}

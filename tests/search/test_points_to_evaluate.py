@@ -8,10 +8,15 @@ from typing import Any
 
 import pytest
 
+from hpo.notes import note_points
+from hpo.search.earlier.warm_start import find_trials, take_over_trials
 from hpo.space.model import Space, load_space
+from hpo.space.parameters import Params
 from storage.database import Database
+from storage.imports import Origin
+from storage.studies import open_study
 from storage.study import Study
-from tests.factories import search_without_ray, trial_states
+from tests.factories import RecordingListener, search_without_ray, trial_states
 
 PARAMETERS = {
     "x": {"type": "int", "low": 0, "high": 1000},
@@ -20,7 +25,10 @@ PARAMETERS = {
     "fixed": 7,
 }
 POINTS = [{"kind": "b", "x": 12.0, "rate": 0.5}, {"x": 0, "kind": "a"}]
-COMPLETE = [{"x": 12, "rate": 0.5, "kind": "b", "fixed": 7}, {"x": 0, "rate": 0.2, "kind": "a", "fixed": 7}]
+COMPLETE: list[Params] = [
+    {"x": 12, "rate": 0.5, "kind": "b", "fixed": 7},
+    {"x": 0, "rate": 0.2, "kind": "a", "fixed": 7},
+]
 
 
 def space_of(folder: Path, points: list[Any], **keys: Any) -> Space:
@@ -74,16 +82,75 @@ def test_in_a_grid_they_come_first(database: Database, tmp_path: Path) -> None:
     assert configurations(study) == [*points, *rest]
 
 
-def test_a_reduced_grid_has_them(database: Database, tmp_path: Path) -> None:
-    grid = {"x": [1, 2, 3], "kind": ["a", "b"]}
-    points = [{"x": 3, "kind": "b"}]
-    space = space_of(tmp_path, points, sampler="grid", parameters=grid, budget={"trials": 2})
-    study, _ = search_without_ray(space, database, tmp_path)
-    assert configurations(study) == [*points, {"x": 1, "kind": "a"}]
-
-
 def test_they_do_not_change_the_identity_of_a_search(tmp_path: Path) -> None:
     with_points, without = space_of(tmp_path, POINTS), space_of(tmp_path, [])
     assert with_points.fingerprint == without.fingerprint
     stored = Space.from_settings(with_points.model_dump(mode="json"))
-    assert stored.first_points() == COMPLETE
+    assert stored.points_to_evaluate == COMPLETE
+
+
+def test_a_stored_search_has_whole_configurations(tmp_path: Path) -> None:
+    """The settings of a study do not say whether a default is null or missing."""
+    parameters = {"x": [1, 2], "decay": {"choices": [None, 0.1], "default": None}}
+    space = space_of(tmp_path, [{"x": 2}], parameters=parameters, sampler="grid", budget=None)
+    assert space.points_to_evaluate == [{"x": 2, "decay": None}]
+    stored = Space.from_settings(space.model_dump(mode="json"))
+    assert next(stored.planned_points()) == {"x": 2, "decay": None}
+    assert stored.total_trials == 4
+
+
+def test_minus_zero_is_zero(tmp_path: Path) -> None:
+    space = space_of(
+        tmp_path, [{"rate": -0.0, "x": 1}], parameters={"x": [1], "rate": {"type": "float", "low": -1, "high": 1}}
+    )
+    assert str(space.points_to_evaluate[0]["rate"]) == "0.0"
+
+
+@pytest.mark.parametrize("trials", ["best 1", "none", None])
+def test_with_more_epochs_they_come_first_and_continue(database: Database, tmp_path: Path, trials: str | None) -> None:
+    """A point that has a checkpoint starts from it, although `continue` would leave it out."""
+    short = space_of(tmp_path, [], budget={"trials": 4}, checkpoints={"keep": "all"})
+    earlier, _ = search_without_ray(short, database, tmp_path)
+    worst = min(earlier.trials(), key=lambda trial: trial.values[0]).params
+    keys = {"max_epochs": 3, "budget": {"trials": 3}, "checkpoints": {"keep": "all"}, "continue": trials}
+    points = [COMPLETE[1], worst]
+    study, listener = search_without_ray(space_of(tmp_path, points, **keys), database, tmp_path)
+    assert configurations(study)[:2] == points
+    started = {event[1]: event[2] for event in listener.events if event[0] == "started"}
+    assert (started[0], started[1]) == (0, 0 if trials == "none" else 2)
+
+
+def test_a_point_of_a_grid_is_continued_although_it_is_not_the_best(database: Database, tmp_path: Path) -> None:
+    grid = {"sampler": "grid", "parameters": {"x": [1, 2, 3]}, "budget": None, "checkpoints": {"keep": "all"}}
+    earlier, _ = search_without_ray(space_of(tmp_path, [], **grid), database, tmp_path)
+    ranked = sorted(earlier.trials(), key=lambda trial: trial.values[0])
+    worst, best = ranked[0].params, ranked[-1].params
+    longer = space_of(tmp_path, [worst], **grid, max_epochs=3, **{"continue": "best 1"})
+    study, _ = search_without_ray(longer, database, tmp_path)
+    assert configurations(study) == [worst, best]
+
+
+def test_a_result_that_stands_is_not_trained_again(database: Database, tmp_path: Path) -> None:
+    search_without_ray(space_of(tmp_path, POINTS[:1], budget={"trials": 1}), database, tmp_path)
+    wider = PARAMETERS | {"kind": ["a", "b", "c"]}
+    space = space_of(tmp_path, POINTS, parameters=wider, budget={"trials": 2})
+    study = open_study(database, **space.study_options)
+    found = find_trials(space, study, database)
+    take_over_trials(space, study, found)
+    study, _ = search_without_ray(space, database, tmp_path)
+    assert configurations(study)[:2] == COMPLETE
+    assert [Origin.of(trial.user_attrs) is None for trial in study.trials()] == [False, True, True]
+
+
+def test_notes_say_how_many_are_trained_and_that_the_budget_is_spent(tmp_path: Path) -> None:
+    space, listener = space_of(tmp_path, POINTS), RecordingListener()
+    known = {space.config_key(COMPLETE[0])}
+    note_points(space, set(), 4, listener)
+    note_points(space, known, None, listener)
+    note_points(space, known, 0, listener)
+    note_points(space, {space.config_key(point) for point in COMPLETE}, 4, listener)
+    assert [text for _, text in listener.events] == [
+        "trains 2 configurations of points_to_evaluate before all others",
+        "trains 1 configuration of points_to_evaluate before all others",
+        "does not train 1 configuration of points_to_evaluate: the budget is spent",
+    ]

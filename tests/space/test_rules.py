@@ -49,11 +49,11 @@ RULES = {
     ),
     "a point with another choice": (
         POINTS + "  - {»optimizer: adamw, lr: 0.1}\n",
-        ["optimizer cannot be 'adamw', allowed: 'sgd', 'adam'"],
+        ["points_to_evaluate.0.optimizer: optimizer cannot be adamw, did you mean adam?"],
     ),
     "a point with another fixed value": (
         POINTS + "  - {optimizer: adam, lr: 0.1, »stem: imagenet}\n",
-        ["stem cannot be 'imagenet', allowed: 'cifar'"],
+        ["stem cannot be imagenet, allowed: cifar"],
     ),
     "a point without a parameter": (
         POINTS + "  - »{optimizer: adam}\n",
@@ -69,11 +69,29 @@ RULES = {
     ),
     "a point that breaks a constraint": (
         POINTS + "  - »{optimizer: adam, lr: 0.2}\n",
-        ["points_to_evaluate.0: it breaks the constraint lr <= 0.1 or optimizer == 'sgd'"],
+        ["points_to_evaluate.0: it breaks a constraint: lr <= 0.1 or optimizer == 'sgd'"],
     ),
     "the same point twice": (
         POINTS + "  - {optimizer: adam, lr: 0.1}\n  - »{lr: 0.10, width: 4.0, optimizer: adam}\n",
-        ["points_to_evaluate.1: it is the same configuration as point 1: leave it out"],
+        ["points_to_evaluate.1: it is the same configuration as points_to_evaluate.0: leave it out"],
+    ),
+    "a point of which a derived value cannot be computed": (
+        POINTS.replace("constraints", "derived: {decay: log(lr - 0.01)}\nconstraints")
+        + "  - »{optimizer: adam, lr: 0.01}\n",
+        ["points_to_evaluate.0: a value cannot be derived: log(lr - 0.01) "],
+    ),
+    "a point with a very large integer": (
+        POINTS + f"  - {{optimizer: adam, lr: 0.1, »width: 1{'0' * 400}}}\n",
+        [f"width cannot be 1{'0' * 79}..., allowed: 2 to 8 in steps of 2"],
+    ),
+    "a point without a value that has no default": (
+        POINTS.replace("log: true}", "log: true, default: null}") + "  - »{optimizer: adam}\n",
+        ["lr is missing, and has no default"],
+    ),
+    "points of a grid that the budget cuts off": (
+        "sampler: grid\nmax_epochs: 2\nbudget: {trials: 2}\nparameters: {x: [1, 2, 3], flag: true}\n"
+        "»points_to_evaluate: [{x: 3}]\n",
+        ["budget.trials 2 leaves out points of this grid of 3", "leave points_to_evaluate out, raise budget.trials"],
     ),
     "points of a population": (
         POPULATION + "»points_to_evaluate: [{lr: 0.1, momentum: 0}]\n",
@@ -462,6 +480,19 @@ RULES = {
 @pytest.mark.parametrize("name", RULES)
 def test_a_broken_rule_is_one_line_with_its_position_and_a_remedy(check_error: CheckError, name: str) -> None:
     check_error(*RULES[name])
+
+
+def test_all_mistakes_of_a_point_are_reported(error_of: ErrorOf) -> None:
+    text = POINTS.replace("log: true}", "log: true}\n  flag: [true, null]")
+    message = error_of(text + "  - {optimizer: adamw, lr: 7, width: 3, flag: false, decay: 0.2, momentum: 7}\n")
+    found = re.findall(r"points_to_evaluate\.0\.(\w+): (.*)", message)
+    assert dict(found) == {
+        "decay": "there is no parameter 'decay', allowed: optimizer, lr, flag, momentum, width, stem",
+        "optimizer": "optimizer cannot be adamw, did you mean adam?",
+        "lr": "lr cannot be 7, allowed: 0.001 to 1.0",
+        "width": "width cannot be 3, allowed: 2 to 8 in steps of 2",
+        "flag": "flag cannot be false, allowed: true, null",
+    }, "whether momentum is active is unknown"
 
 
 def test_broken_rules_and_invalid_keys_are_reported_together(error_of: ErrorOf) -> None:

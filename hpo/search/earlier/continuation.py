@@ -59,7 +59,8 @@ class ContinuationPlan:
 
     Attributes:
         space: the search, without the points of its grid that are left as they are.
-        chosen: the trials that are continued, or whose configurations are trained from the start, best first.
+        chosen: the trials that are continued, or whose configurations are trained from the start: those that
+            `points_to_evaluate` names, then the best first.
         left: those whose configurations stay as they are, best first.
         decision: what the study is to store of it; None for nothing.
     """
@@ -89,11 +90,12 @@ class ContinuationPlan:
 
     def first_points(self) -> list[Params]:
         """Return the configurations that are trained before all others: points of the grid, or those before any draw."""
+        first, continued = self.space.points_to_evaluate, [each.params for each in self.chosen]
         if not self.space.is_grid:
-            return [*(each.params for each in self.chosen), *self.space.first_points()]
+            return [*first, *continued]
         points = {self.space.config_key(point): point for point in self.space.planned_points()}
-        continued = [points.pop(key) for each in self.chosen if (key := each.key) in points]
-        return [*continued, *points.values()]
+        keys = [self.space.config_key(point) for point in (*first, *continued)]
+        return [*(points.pop(key) for key in keys if key in points), *points.values()]
 
     @property
     def outlooks(self) -> dict[str, str]:
@@ -219,7 +221,9 @@ def _decide(
         best.setdefault(candidate.key, candidate)
     options = space.continuation
     ranked = rank_candidates(list(best.values()), space.directions)
-    wanted = ranked[: options.count(is_grid=space.is_grid)]
+    named = {space.config_key(point) for point in space.points_to_evaluate}
+    wanted = [each for each in ranked if each.key in named]
+    wanted += [each for each in ranked[: options.count(is_grid=space.is_grid)] if each.key not in named]
     chosen = [each for each in wanted if each.outlook is not Outlook.HORIZON or options.horizon == "restart"]
     keys = {each.key for each in chosen}
     left = [each for each in ranked if each.key not in keys]
