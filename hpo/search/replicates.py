@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hpo.search.script import ScriptError
+from hpo.train.imported import imported_torch
 from hpo.trainable import STDERR_SUFFIX, EpochReport, is_timing
 
 STATES = "replicates"  # the only key of a trial's state: a list with the state of each training
@@ -125,7 +126,7 @@ class _Training:
             raise EndedEarlyError(f"seed {self.seed}: the trainable ended after epoch {self.epoch} of {max_epochs}")
         self.metrics = {str(name): float(value) for name, value in report.metrics.items()}
         # A script may print more epochs than it was asked for: then this was its last one.
-        self.epoch, self.state, self.report = min(report.epoch, max_epochs), report.state, report
+        self.epoch, self.state, self.report = min(int(report.epoch), max_epochs), report.state, report
         self.seconds = time.perf_counter() - started
 
     def close(self) -> None:
@@ -153,7 +154,7 @@ class _RandomState:
 
     @classmethod
     def read(cls) -> _RandomState:
-        numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
+        numpy, torch = sys.modules.get("numpy"), imported_torch()
         return cls(
             random.getstate(),
             None if numpy is None else numpy.random.get_state(),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import sys
 import time
 import traceback
 from collections.abc import Generator, Iterator, Mapping
@@ -29,6 +28,7 @@ from hpo.search.script import ScriptError, run_script
 from hpo.search.storable import storable_name, storable_provenance, storable_text
 from hpo.space.command import CHECKPOINT_DIR, build_arguments, uses_checkpoint_dir
 from hpo.train import gpu
+from hpo.train.imported import imported_torch
 from hpo.trainable import DEFAULT_TRAINABLE, FINAL_METRICS, STDERR_SUFFIX, load_trainable
 
 
@@ -184,13 +184,14 @@ def _report_epochs(spec: TrialSpec) -> Generator[TrialReport, None, str]:
                     warning = warning or unsaved
                 started = time.perf_counter()
                 continue
+            # Any object with an epoch, metrics and a state is a report. Its numbers may be those of numpy.
+            epoch = int(finished.epoch)
             metrics = {storable_name(name): float(value) for name, value in finished.metrics.items()}
-            # Any object with an epoch, metrics and a state is a report.
             provenance = {**device, **storable_provenance(getattr(finished, "provenance", {}))}
-            metrics["epoch_seconds"] = getattr(finished, "seconds", seconds)
-            history[finished.epoch] = metrics
+            metrics["epoch_seconds"] = float(getattr(finished, "seconds", seconds))
+            history[epoch] = metrics
             if keeps_checkpoints:
-                unsaved = writer.epoch_ended(finished.epoch, history, finished.state, part_seconds)
+                unsaved = writer.epoch_ended(epoch, history, finished.state, part_seconds)
                 if spec.command is not None:
                     # A script continues after the last epoch that it saved itself. No epoch before may be missing then.
                     unsaved = unsaved or writer.save_now()
@@ -199,7 +200,7 @@ def _report_epochs(spec: TrialSpec) -> Generator[TrialReport, None, str]:
             if its_warning != shown:
                 warning, shown = "; ".join(filter(None, [warning, its_warning])), its_warning
             report = TrialReport(
-                finished.epoch,
+                epoch,
                 metrics,
                 history=earlier,
                 continued_epoch=continued_epoch,
@@ -336,9 +337,10 @@ def _start_training(spec: TrialSpec, seed: int, state: Mapping[str, Any] | None)
 
 def _limit_threads(threads: int) -> None:
     """Let torch use this many threads, also if the trainable imports it later."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # read by torch when it is imported
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(threads)
+    # Read by torch when it is imported:
+    os.environ.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
+    if (torch := imported_torch()) is not None:
+        torch.set_num_threads(threads)
 
 
 def _describe_device(spec: TrialSpec) -> dict[str, Any]:

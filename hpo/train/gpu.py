@@ -6,8 +6,9 @@ This module does not import torch: a process without it has not used a GPU throu
 from __future__ import annotations
 
 import gc
-import sys
 from contextlib import suppress
+
+from hpo.train.imported import imported_torch
 
 # What torch raises when memory is short, apart from OutOfMemoryError: RuntimeError or its subclass AcceleratorError, with
 # the status of CUDA, cuBLAS or cuDNN. The libraries report a handle that they cannot allocate as not initialized.
@@ -37,7 +38,7 @@ def is_device_lost() -> bool:
     returns the same error. So the device is asked, instead of comparing messages: this also finds an error that torch has
     not seen yet, and one that a library such as cuBLAS reported in its own words.
     """
-    torch = sys.modules.get("torch")
+    torch = imported_torch()
     if torch is None or not torch.cuda.is_initialized():
         return False
     try:
@@ -58,7 +59,7 @@ def is_mps_lost(error: BaseException) -> bool:
 def free_memory() -> None:
     """Return the memory that this process no longer uses to the GPU, for other processes."""
     gc.collect()
-    torch = sys.modules.get("torch")
+    torch = imported_torch()
     if torch is not None and torch.cuda.is_initialized():
         with suppress(RuntimeError):  # after a failed capture, torch 2.11 asserts; the process ends soon
             torch.cuda.empty_cache()

@@ -7,13 +7,16 @@ import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks.toy import Report, expected_value
 from hpo.search import worker
+from hpo.search.checkpoints.files import load_checkpoint
 from hpo.search.messages import Ending
 from hpo.search.worker import end_trial, run_trial
 from hpo.train import gpu
@@ -57,6 +60,21 @@ def test_checkpoint_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
     assert [report.epoch for report in reports] == [1, 2, 3, 4]
     # A warning comes with the epoch that ends after the attempt; that of the last epoch does not wait.
     assert [report.warning.count("no checkpoint after epoch") for report in reports] == [0, 1, 1, 2]
+
+
+def numbers_of_numpy(params: Mapping[str, Any], *, max_epochs: int, **_: Any) -> Iterator[Any]:
+    for epoch in np.arange(1, max_epochs + 1):
+        yield SimpleNamespace(
+            epoch=epoch, metrics={"value": np.float32(0.5)}, state=dict, seconds=np.float64(0.25), provenance={}
+        )
+
+
+def test_the_numbers_of_a_report_may_be_those_of_numpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "load_trainable", lambda *_: numbers_of_numpy)
+    take_reports(trial_spec(tmp_path), 4)
+    checkpoint = load_checkpoint(tmp_path / "trial", "k")
+    assert checkpoint is not None, "it can be read"
+    assert checkpoint.history == {epoch: {"value": 0.5, "epoch_seconds": 0.25} for epoch in (1, 2, 3, 4)}
 
 
 def saved_epochs(folder: Path) -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -17,11 +18,14 @@ from hpo.search.checkpoints.states import has_tensors
 
 _PICKLE, _VERSION = "archive/data.pkl", "archive/version"  # torch's names
 _FORMAT = "3\n"  # of torch's archives, since version 1.6
+_IS_FOLDER = 0x10  # of the attributes of MS-DOS
 _PROTOCOL = 2  # the only one that `weights_only` reads
 # What the pickle of a plain value may call, by its name in protocol 2. `_codecs.encode` makes bytes.
 _CALLABLE: dict[tuple[str, str], Callable[..., Any]] = {
-    ("builtins", "set"): set,
-    ("builtins", "complex"): complex,
+    ("__builtin__", "set"): set,
+    ("__builtin__", "complex"): complex,
+    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "Counter"): Counter,
     ("_codecs", "encode"): str.encode,
 }
 
@@ -62,7 +66,8 @@ def read_archive(path: Path) -> Any:
         Exception: it is damaged: of `zipfile`, `pickle` and torch.
     """
     with zipfile.ZipFile(path) as archive:
-        if archive.testzip() is not None:  # torch does not verify the checksums
+        # Torch does not verify the checksums, and reads no content of a file that is marked as a folder.
+        if archive.testzip() is not None or any(info.external_attr & _IS_FOLDER for info in archive.infolist()):
             raise zipfile.BadZipFile(path.name)
         if _PICKLE in archive.namelist():
             with archive.open(_PICKLE) as file:

@@ -29,8 +29,10 @@ _UNREADABLE = (
     RuntimeError,  # torch's reader, and its allocator
     EOFError,
     ValueError,
-    KeyError,
+    LookupError,
     TypeError,
+    AttributeError,
+    OverflowError,
     pickle.UnpicklingError,
     zipfile.BadZipFile,
     zlib.error,  # of a flipped bit that says that the archive is compressed
@@ -261,7 +263,8 @@ def _read(path: Path) -> Checkpoint:
 def _may_pass(error: Exception) -> bool:
     """Return whether an error of reading says nothing about the file: a stale file handle, no memory."""
     if isinstance(error, OSError):
-        return error.errno != errno.EINVAL  # a damaged file can name a position before its start
+        # A damaged file can name a position before its start, or a compression, whose errors have no number.
+        return error.errno not in {None, errno.EINVAL}
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))
 
 

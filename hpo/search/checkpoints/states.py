@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import copy
 import itertools
-import sys
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from types import NoneType
 from typing import TYPE_CHECKING, Any
+
+from hpo.train.imported import imported_torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _PLAIN = {NoneType, bool, int, float, complex, str, bytes}
 _DICTS = {dict, OrderedDict, Counter}
 _SEQUENCES = {list, tuple, set}
+_MAX_BITS = 2000  # of an integer: torch reads 255 bytes
 
 
 def check_plain(value: Any, where: str = "state") -> None:
@@ -32,12 +34,16 @@ def check_plain(value: Any, where: str = "state") -> None:
         for key, item in value.items():
             check_plain(key, f"a key of {where}")
             check_plain(item, f"{where}[{key!r}]")
+        for name, item in getattr(value, "__dict__", {}).items():  # torch adds `_metadata` to an OrderedDict
+            check_plain(item, f"{where}.{name}")
     elif type(value) in _SEQUENCES or _is_size(value):
         for i, item in enumerate(value):
             check_plain(item, f"{where}[{i}]")
     elif isinstance(value, bytes) and not value:
         raise TypeError(f"torch cannot load empty bytes, but {where} is b''")
-    elif type(value) not in _PLAIN and not _is_tensor(value):
+    elif type(value) is int and value.bit_length() > _MAX_BITS:
+        raise TypeError(f"torch loads integers of {_MAX_BITS:,} bits, but {where} has {value.bit_length():,}")
+    elif type(value) not in _PLAIN and not _can_be_loaded(value):
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise TypeError(f"a checkpoint holds tensors and plain values, but {where} is a {kind}")
 
@@ -64,7 +70,7 @@ def copy_state(state: dict[str, Any], copies: dict[tuple[Any, ...], Tensor]) -> 
     Raises:
         MemoryError: there is no room for the copy.
     """
-    torch = sys.modules.get("torch")
+    torch = imported_torch()
     try:
         copied: dict[str, Any] = _copy(state, copies, ())
         if torch is not None and torch.cuda.is_initialized():
@@ -100,12 +106,20 @@ def _copy_tensor(tensor: Tensor, former: Tensor | None) -> Tensor:
 
 
 def _is_tensor(value: Any) -> bool:
-    torch = sys.modules.get("torch")
+    torch = imported_torch()
     return torch is not None and isinstance(value, torch.Tensor)
 
 
+def _can_be_loaded(value: Any) -> bool:
+    """Return whether a value is a tensor that torch can load again: of no other class, and not nested."""
+    torch = imported_torch()
+    return (
+        torch is not None and type(value) in {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer} and not value.is_nested
+    )
+
+
 def _is_size(value: Any) -> bool:
-    torch = sys.modules.get("torch")
+    torch = imported_torch()
     return torch is not None and type(value) is torch.Size
 
 
