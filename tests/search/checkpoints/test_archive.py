@@ -18,7 +18,7 @@ from hpo.search.checkpoints.files import Checkpoint, load_checkpoint, save_check
 from hpo.search.checkpoints.states import check_plain, has_tensors
 from tests.factories import trial_spec
 
-PLAIN = {
+PLAIN: dict[Any, Any] = {
     "numbers": [0, -1, 2**100, 0.1 + 0.2, float("inf"), 1 + 2j, True, None],
     "texts": ("", "ä", "\udc80", "x" * 300),
     "bytes": b"\x00\xff",
@@ -197,7 +197,7 @@ def test_a_trainable_without_torch_is_checkpointed_and_resumed_without_it(tmp_pa
 
 @pytest.mark.slow
 def test_every_plain_value_is_read_without_torch(tmp_path: Path) -> None:
-    content = PLAIN | {"ordered": OrderedDict(b=1, a=2), "counts": Counter("aab"), "texts": ["ä"]}
+    content = PLAIN | {"ordered": OrderedDict(b=1, a=2), "counts": Counter("aab"), "texts": ["ä"], "sets": {1, 2, 3}}
     command = [sys.executable, "-c", READER, str(save_by_torch(tmp_path, content))]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == f"False {content}"
 
