@@ -60,7 +60,7 @@ class Document:
         """Apply one `KEY=VALUE`, where the key is a dotted path and the value is YAML.
 
         Raises:
-            SettingError: the assignment has no `=`, or its key is below a single value.
+            SettingError: the assignment has no `=`, or its key is below a single value or a list.
             SpaceError: the value is not YAML.
         """
         prefix = f"--set {assignment}: "
@@ -75,7 +75,8 @@ class Document:
                 section[name] = {"name": section[name]}
             section = section.setdefault(name, {})
             if not isinstance(section, dict):
-                raise SettingError(f"{prefix}{name} is a single value, it has no key {names[-1]!r}")
+                kind = "a list" if isinstance(section, list) else "a single value"
+                raise SettingError(f"{prefix}{name} is {kind}: it has no key {names[-1]!r}")
         section[names[-1]] = value
         self._overrides[tuple(names)] = prefix
 

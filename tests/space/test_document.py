@@ -379,6 +379,16 @@ def test_an_override_without_a_value_or_a_possible_key_is_refused(write: Write, 
         load_space(str(path), [override])
 
 
+@pytest.mark.parametrize(
+    ("override", "kind"),
+    [("max_epochs.a=1", "max_epochs is a single value"), ("constraints.0=a", "constraints is a list")],
+)
+def test_an_override_below_a_value_says_what_that_is(write: Write, override: str, kind: str) -> None:
+    path = write(VALID + "constraints: [lr < 1]\n")
+    with pytest.raises(SettingError, match=f"{kind}: it has no key"):
+        load_space(str(path), [override])
+
+
 def test_mistakes_of_the_file_and_of_overrides_are_reported_together(error_of: ErrorOf, tmp_path: Path) -> None:
     lines = error_of(VALID + "metrc: val_loss\n", "seed=-1").splitlines()
     assert len(lines) == 2
