@@ -29,6 +29,10 @@ SECONDS_OF_POINTS = """
     SELECT CAST(param_value AS INTEGER), sum(seconds) FROM hpo_usage JOIN trial_params ON trial_id = trial
     WHERE param_name = 'x' GROUP BY 1
 """  # {index in POINTS: seconds}
+RUNNING_POINT = """
+    SELECT CAST(param_value AS INTEGER) FROM trials JOIN trial_params USING (trial_id)
+    WHERE state = 'RUNNING' AND param_name = 'x'
+"""
 
 
 def device_seconds(database: Path) -> float:
@@ -53,6 +57,7 @@ def test_a_budget_of_device_time_survives_kill_9_and_is_shared_by_two_drivers(
     hold_epochs(hold, 3)
     driver = start_driver(path, *with_budget(3600.0))
     driver.wait_until(lambda: bool(last_epochs(database)) and set(last_epochs(database).values()) == {2})
+    (killed,) = rows(database, RUNNING_POINT)
     driver.kill()
     hold.unlink()
     used = dict(rows(database, "SELECT number, seconds FROM hpo_usage JOIN trials ON trial_id = trial"))
@@ -82,5 +87,6 @@ def test_a_budget_of_device_time_survives_kill_9_and_is_shared_by_two_drivers(
     assert start_driver(path, *with_budget(3600.0)).wait() == 0
     check_chains(database)
     trained = Counter(line.split()[0] for line in log.read_text().splitlines())  # with the epochs that the kill lost
+    trained[str(POINTS[killed[0]])] -= 1  # its worker may have finished the epoch in flight, whose time nobody stored
     used = dict(rows(database, SECONDS_OF_POINTS))
     assert all(used[index] >= trained[str(x)] * LEAST_SECONDS for index, x in enumerate(POINTS)), (used, trained)

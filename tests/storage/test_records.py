@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from storage import optuna_tables, records, studies, tables
+from storage import optuna_tables, records, tables
 from storage.database import Database
 from storage.optuna_internals import trial_id
 from storage.study import Study
@@ -87,7 +87,7 @@ def test_the_provenances_of_all_trials_are_those_of_each(study: Study, database:
 def test_metrics_of_more_trials_than_a_query_may_name_are_read(
     study: Study, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(studies, "_MAX_IDS", 2)
+    monkeypatch.setattr("storage.study._MAX_IDS", 2)
     ids = add_trials(study, 5)
     with database.engine.begin() as connection:
         records.write_metrics(connection, [(each, 1, {"m": float(each)}) for each in ids])
