@@ -6,8 +6,9 @@ Times whole processes, in turns:
 
     minimum    Ray with two workers that import torch, and nothing else: the lower bound for any search with Ray
     search     `hpo run` on two no-op trials of one epoch whose workers import torch, from an empty folder to the report
+    no torch   the same with a trainable that does not import torch
 
-For `search` it also prints when each line appeared that marks a stage. With `--code DIR`, the search of another checkout is
+For searches it also prints when each line appeared that marks a stage. With `--code DIR`, the search of another checkout is
 timed in the same turns. Prints medians and, as its last line, one JSON object.
 """
 
@@ -34,13 +35,13 @@ STAGES = {
     "report": "Report: ",
 }
 SPACE = {
-    "trainable": "torch_noop:noop",
     "metric": "value",
     "sampler": "grid",
     "max_epochs": 1,
     "resources": {"cpu": 1, "gpu": 0},
     "parameters": {"x": [1, 2]},
 }
+TRAINABLES = {"search": "torch_noop:noop", "no torch": "benchmarks.toy:noop"}
 MINIMUM = """
 import os
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ENABLE_UV_RUN_RUNTIME_ENV="0")
@@ -67,9 +68,9 @@ def time_minimum(python: str, folder: Path) -> dict[str, float]:
     return {"whole": time.perf_counter() - started}
 
 
-def time_search(python: str, code: Path, folder: Path) -> dict[str, float]:
+def time_search(python: str, code: Path, trainable: str, folder: Path) -> dict[str, float]:
     """Return the seconds until each stage's line, and of the whole process."""
-    (folder / "noop.yaml").write_text(json.dumps(SPACE))
+    (folder / "noop.yaml").write_text(json.dumps(SPACE | {"trainable": trainable}))
     shutil.copy(ROOT / "benchmarks/torch_noop.py", folder)  # an earlier checkout does not have it
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("HPO_", "RAY_"))}
     started = time.perf_counter()
@@ -97,15 +98,16 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--code", type=Path, help="another checkout, with its own .venv, to compare with")
     arguments = parser.parse_args()
-    searches = {"search": (sys.executable, ROOT)}
+    searches = {name: (sys.executable, ROOT, trainable) for name, trainable in TRAINABLES.items()}
     if arguments.code is not None:
         code = arguments.code.resolve()
-        searches[f"search of {code.name}"] = (str(code / ".venv/bin/python"), code)
+        for name, trainable in TRAINABLES.items():
+            searches[f"{name}, {code.name}"] = (str(code / ".venv/bin/python"), code, trainable)
     samples: dict[str, list[dict[str, float]]] = {}
     for _ in range(arguments.runs):
-        for name, (python, code) in searches.items():
+        for name, (python, code, trainable) in searches.items():
             with tempfile.TemporaryDirectory(prefix="hpo-startup-") as folder:
-                samples.setdefault(name, []).append(time_search(python, code, Path(folder)))
+                samples.setdefault(name, []).append(time_search(python, code, trainable, Path(folder)))
         with tempfile.TemporaryDirectory(prefix="hpo-startup-") as folder:
             samples.setdefault("minimum", []).append(time_minimum(sys.executable, Path(folder)))
         print({name: round(found[-1]["whole"], 1) for name, found in samples.items()}, file=sys.stderr)
