@@ -30,7 +30,12 @@ def check_plain(value: Any, where: str = "state") -> None:
         value: the trainable's state, or a part of it.
         where: the name of the value in the message.
     """
-    if type(value) in _DICTS:
+    if type(value) in _PLAIN:
+        if value == b"":
+            raise TypeError(f"torch cannot load empty bytes, but {where} is b''")
+        if type(value) is int and value.bit_length() > _MAX_BITS:
+            raise TypeError(f"torch loads integers of {_MAX_BITS:,} bits, but {where} has {value.bit_length():,}")
+    elif type(value) in _DICTS:
         for key, item in value.items():
             check_plain(key, f"a key of {where}")
             check_plain(item, f"{where}[{key!r}]")
@@ -39,22 +44,20 @@ def check_plain(value: Any, where: str = "state") -> None:
     elif type(value) in _SEQUENCES or _is_size(value):
         for i, item in enumerate(value):
             check_plain(item, f"{where}[{i}]")
-    elif isinstance(value, bytes) and not value:
-        raise TypeError(f"torch cannot load empty bytes, but {where} is b''")
-    elif type(value) is int and value.bit_length() > _MAX_BITS:
-        raise TypeError(f"torch loads integers of {_MAX_BITS:,} bits, but {where} has {value.bit_length():,}")
-    elif type(value) not in _PLAIN and not _can_be_loaded(value):
+    elif not _can_be_loaded(value):
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise TypeError(f"a checkpoint holds tensors and plain values, but {where} is a {kind}")
 
 
 def has_tensors(value: Any) -> bool:
     """Return whether there is a tensor in a state."""
-    return _is_tensor(value) or any(map(has_tensors, _items(value)))
+    return type(value) not in _PLAIN and (_is_tensor(value) or any(map(has_tensors, _items(value))))
 
 
 def count_bytes(value: Any) -> int:
     """Return the size of all tensors in a state."""
+    if type(value) in _PLAIN:
+        return 0
     if _is_tensor(value):
         return int(value.element_size() * value.numel())
     return sum(map(count_bytes, _items(value)))
