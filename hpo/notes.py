@@ -39,7 +39,7 @@ def note_sources(
 
 
 def note_points(space: Space, known: Collection[str], left: int | None, listener: ProgressListener) -> None:
-    """Say how many of `points_to_evaluate` are trained first, or that the budget leaves no room for them.
+    """Say how many of `points_to_evaluate` are next, and if the budget has no room for them.
 
     Args:
         space: the search.
@@ -48,11 +48,14 @@ def note_points(space: Space, known: Collection[str], left: int | None, listener
         listener: receives the note.
     """
     count = sum(space.config_key(point) not in known for point in space.points_to_evaluate)
-    if count and not space.is_grid:
-        named = f"{count} configuration{'' if count == 1 else 's'} of points_to_evaluate"
-        listener.note(
-            f"does not train {named}: the budget is spent" if left == 0 else f"trains {named} before all others"
-        )
+    if not count or space.is_grid:
+        return
+    named = f"points_to_evaluate: {count} configuration{' is' if count == 1 else 's are'}"
+    if left == 0:
+        listener.note(f"{named} left out, because the budget is spent")
+    else:
+        room = "" if left is None or left >= count else f", and the budget has room for {left}"
+        listener.note(f"{named} next{room}")
 
 
 def note_changes(space: Space, study: Study | None, listener: ProgressListener) -> None:

@@ -95,7 +95,7 @@ def plan_search(
         stored = _look_up(space, storage, password, locate(runs_dir, checkpoints), listener)
         continuation, states, left = stored.continuation, stored.states, stored.trials_left
         space = continuation.space
-        note_points(space, states.keys(), left, listener)
+        note_points(space, states.keys(), 0 if stored.spent else left, listener)
         nodes, estimate = [this_machine()], None
         slots = plan_slots(space, left, nodes)
         if probes is not None:

@@ -95,13 +95,13 @@ def build_arguments(command: str, values: Mapping[str, Any]) -> list[str]:
     for argument in shlex.split(command):
         names = [name for name, _ in _PLACEHOLDER.findall(argument)]
         if all(name in values for name in names):
-            arguments.append(_PLACEHOLDER.sub(lambda match: format_value(values[match[1]]), argument))
+            arguments.append(_PLACEHOLDER.sub(lambda match: _format_value(values[match[1]]), argument))
         elif follows_flag and argument.startswith("{"):
             arguments.pop()
         follows_flag = argument.startswith("-") and not names
     return arguments
 
 
-def format_value(value: Any) -> str:
+def _format_value(value: Any) -> str:
     """Return a value as YAML writes it."""
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)

@@ -6,6 +6,7 @@ schema and no other tags, no merge keys, no duplicate keys, and limits on size, 
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -70,13 +71,13 @@ class Document:
             raise SettingError(f"{prefix}write KEY=VALUE, for example --set max_epochs=2")
         value = _to_plain(_load_yaml(text, lambda line, column: prefix), lambda line, column: prefix)
         section = self.data
-        for name in names[:-1]:
+        for name, key_below in itertools.pairwise(names):
             if isinstance(section.get(name), str):  # `sampler: tpe` means `sampler: {name: tpe}`
                 section[name] = {"name": section[name]}
             section = section.setdefault(name, {})
             if not isinstance(section, dict):
                 kind = "a list" if isinstance(section, list) else "a single value"
-                raise SettingError(f"{prefix}{name} is {kind}: it has no key {names[-1]!r}")
+                raise SettingError(f"{prefix}{name} is {kind}: it has no key {key_below!r}")
         section[names[-1]] = value
         self._overrides[tuple(names)] = prefix
 

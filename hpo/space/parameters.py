@@ -7,8 +7,10 @@ trial and from the grid. Parameters are sampled in topological order: each follo
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -25,7 +27,6 @@ from pydantic import (
 )
 
 from hpo.errors import MAX_ALLOWED, nearest
-from hpo.space.command import format_value
 from hpo.space.expressions import topological_order
 from hpo.space.messages import InvalidValuesError, Problem, fields_by_key
 
@@ -332,21 +333,29 @@ def _has_default(parameter: Parameter) -> bool:
 
 def describe_misfit(parameter: Parameter, value: Scalar) -> str:
     """Return why a value is none of a parameter, for a message that starts with its name."""
-    shown = format_value(value)
+    shown = _spell(value)
     shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
     if isinstance(parameter, Fixed | Choices):
-        return f"cannot be {shown}, {nearest(shown, map(format_value, parameter.grid_values()))}"
+        return f"cannot be {shown}, {nearest(shown, map(_spell, parameter.grid_values()))}"
     return f"cannot be {shown}, allowed: {describe_values(parameter)}"
 
 
 def describe_values(parameter: Parameter) -> str:
     """Return which values a parameter may have, for messages."""
     if isinstance(parameter, Fixed | Choices):
-        values = [format_value(value) for value in parameter.grid_values()]
+        values = [_spell(value) for value in parameter.grid_values()]
         more = f" and {len(values) - MAX_ALLOWED:,} more" if len(values) > MAX_ALLOWED else ""
         return ", ".join(values[:MAX_ALLOWED]) + more
     step = "" if parameter.step in {None, 1} else f" in steps of {parameter.step}"
     return f"{parameter.low} to {parameter.high}{step}"
+
+
+def _spell(value: Scalar) -> str:
+    """Return a value as it is written in a file: a text in quotes where it would be read as something else."""
+    if isinstance(value, str):
+        is_plain = re.fullmatch(r"[A-Za-z_][\w.-]*", value) and value not in {"null", "true", "false"}
+        return value if is_plain else json.dumps(value, ensure_ascii=False)
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def nearest_step(value: float, low: float, high: float, step: float) -> float:

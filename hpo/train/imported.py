@@ -8,7 +8,7 @@ from types import ModuleType
 
 def imported_torch() -> ModuleType | None:
     """Return torch if this process has imported it, else None. While another thread imports it, wait for that."""
-    if "torch" not in sys.modules:
+    if sys.modules.get("torch") is None:
         return None
     import torch
 

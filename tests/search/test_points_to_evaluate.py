@@ -146,11 +146,35 @@ def test_notes_say_how_many_are_trained_and_that_the_budget_is_spent(tmp_path: P
     space, listener = space_of(tmp_path, POINTS), RecordingListener()
     known = {space.config_key(COMPLETE[0])}
     note_points(space, set(), 4, listener)
+    note_points(space, set(), 1, listener)
     note_points(space, known, None, listener)
     note_points(space, known, 0, listener)
     note_points(space, {space.config_key(point) for point in COMPLETE}, 4, listener)
     assert [text for _, text in listener.events] == [
-        "trains 2 configurations of points_to_evaluate before all others",
-        "trains 1 configuration of points_to_evaluate before all others",
-        "does not train 1 configuration of points_to_evaluate: the budget is spent",
+        "points_to_evaluate: 2 configurations are next",
+        "points_to_evaluate: 2 configurations are next, and the budget has room for 1",
+        "points_to_evaluate: 1 configuration is next",
+        "points_to_evaluate: 1 configuration is left out, because the budget is spent",
     ]
+
+
+def test_a_point_that_is_added_after_the_choice_of_what_continues_is_continued(
+    database: Database, tmp_path: Path
+) -> None:
+    grid = {"sampler": "grid", "parameters": {"x": [1, 2, 3]}, "budget": None, "checkpoints": {"keep": "all"}}
+    earlier, _ = search_without_ray(space_of(tmp_path, [], **grid), database, tmp_path)
+    ranked = [trial.params for trial in sorted(earlier.trials(), key=lambda trial: trial.values[0])]
+    longer = grid | {"max_epochs": 3, "continue": "best 1"}
+    search_without_ray(space_of(tmp_path, [], **longer), database, tmp_path)
+    study, listener = search_without_ray(space_of(tmp_path, ranked[:1], **longer), database, tmp_path)
+    assert configurations(study) == [ranked[2], ranked[0]]
+    assert ("started", 1, 2) in listener.events, "from its checkpoint"
+
+
+def test_points_take_their_part_of_the_budget_from_what_continues(database: Database, tmp_path: Path) -> None:
+    search_without_ray(space_of(tmp_path, [], budget={"trials": 2}), database, tmp_path)
+    space = space_of(tmp_path, POINTS, max_epochs=3, budget={"trials": 3})
+    study, listener = search_without_ray(space, database, tmp_path)
+    assert configurations(study)[:2] == COMPLETE
+    (note,) = [event[1] for event in listener.events if event[0] == "note" and "continues" in event[1]]
+    assert note.startswith("continues 1 trial to epoch 3")

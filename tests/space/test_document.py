@@ -380,12 +380,16 @@ def test_an_override_without_a_value_or_a_possible_key_is_refused(write: Write, 
 
 
 @pytest.mark.parametrize(
-    ("override", "kind"),
-    [("max_epochs.a=1", "max_epochs is a single value"), ("constraints.0=a", "constraints is a list")],
+    ("override", "message"),
+    [
+        ("max_epochs.a=1", "max_epochs is a single value: it has no key 'a'"),
+        ("constraints.0=a", "constraints is a list: it has no key '0'"),
+        ("constraints.0.b=a", "constraints is a list: it has no key '0'"),
+    ],
 )
-def test_an_override_below_a_value_says_what_that_is(write: Write, override: str, kind: str) -> None:
+def test_an_override_below_a_value_says_what_that_is(write: Write, override: str, message: str) -> None:
     path = write(VALID + "constraints: [lr < 1]\n")
-    with pytest.raises(SettingError, match=f"{kind}: it has no key"):
+    with pytest.raises(SettingError, match=message):
         load_space(str(path), [override])
 
 

@@ -51,6 +51,10 @@ RULES = {
         POINTS + "  - {»optimizer: adamw, lr: 0.1}\n",
         ["points_to_evaluate.0.optimizer: optimizer cannot be adamw, did you mean adam?"],
     ),
+    "a point with a text that looks like a number": (
+        POINTS + "  - {optimizer: adam, lr: 0.1, »width: '4'}\n",
+        ['width cannot be "4", allowed: 2 to 8 in steps of 2'],
+    ),
     "a point with another fixed value": (
         POINTS + "  - {optimizer: adam, lr: 0.1, »stem: imagenet}\n",
         ["stem cannot be imagenet, allowed: cifar"],

@@ -39,14 +39,21 @@ def check_plain(value: Any, where: str = "state") -> None:
         for key, item in value.items():
             check_plain(key, f"a key of {where}")
             check_plain(item, f"{where}[{key!r}]")
-        for name, item in getattr(value, "__dict__", {}).items():  # torch adds `_metadata` to an OrderedDict
-            check_plain(item, f"{where}.{name}")
-    elif type(value) in _SEQUENCES or _is_size(value):
+        _check_attributes(value, where)
+    elif type(value) in _SEQUENCES:
         for i, item in enumerate(value):
             check_plain(item, f"{where}[{i}]")
-    elif not _can_be_loaded(value):
+    elif _can_be_loaded(value):
+        _check_attributes(value, where)
+    else:
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise TypeError(f"a checkpoint holds tensors and plain values, but {where} is a {kind}")
+
+
+def _check_attributes(value: Any, where: str) -> None:
+    """Check the attributes of a value; torch itself adds `_metadata` to a state dict."""
+    for name, item in _attributes(value).items():
+        check_plain(item, f"{where}.{name}")
 
 
 def has_tensors(value: Any) -> bool:
@@ -88,9 +95,11 @@ def _copy(value: Any, copies: dict[tuple[Any, ...], Tensor], path: tuple[Any, ..
         copies[path] = _copy_tensor(value.detach(), copies.get(path))
         return copies[path]
     if isinstance(value, dict):
-        copied = copy.copy(value)  # with the attributes of a state dict
+        copied = copy.copy(value)
         for key, item in value.items():  # not `update`, by which a Counter adds
             copied[key] = _copy(item, copies, (*path, key))
+        for name, item in _attributes(value).items():
+            setattr(copied, name, _copy(item, copies, (*path, f".{name}")))
         return copied
     if isinstance(value, list | tuple):
         items = [_copy(item, copies, (*path, i)) for i, item in enumerate(value)]
@@ -114,19 +123,21 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _can_be_loaded(value: Any) -> bool:
-    """Return whether a value is a tensor that torch can load again: of no other class, and not nested."""
+    """Return whether a value is one that torch can load again, such as a tensor of no other class that is not nested."""
     torch = imported_torch()
-    return (
-        torch is not None and type(value) in {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer} and not value.is_nested
-    )
-
-
-def _is_size(value: Any) -> bool:
-    torch = imported_torch()
-    return torch is not None and type(value) is torch.Size
+    if torch is None:
+        return False
+    if type(value) in {torch.dtype, torch.device, torch.Size}:
+        return True
+    return type(value) in {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer} and not value.is_nested
 
 
 def _items(value: Any) -> Iterable[Any]:
+    """Return what is in a value, attributes included."""
     if isinstance(value, dict):
-        return itertools.chain(value.keys(), value.values())
+        return itertools.chain(value.keys(), value.values(), _attributes(value).values())
     return value if isinstance(value, list | tuple | set) else ()
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    return getattr(value, "__dict__", {})

@@ -199,7 +199,9 @@ def open_continued(
 
 
 def _options_of(space: Space) -> dict[str, Any]:
-    return {**space.continuation.model_dump(mode="json"), "is_grid": space.is_grid}
+    options = {**space.continuation.model_dump(mode="json"), "is_grid": space.is_grid}
+    named = sorted(space.config_key(point) for point in space.points_to_evaluate)
+    return options | ({"points_to_evaluate": named} if named else {})
 
 
 def _decide(
@@ -224,7 +226,11 @@ def _decide(
     named = {space.config_key(point) for point in space.points_to_evaluate}
     wanted = [each for each in ranked if each.key in named]
     wanted += [each for each in ranked[: options.count(is_grid=space.is_grid)] if each.key not in named]
-    chosen = [each for each in wanted if each.outlook is not Outlook.HORIZON or options.horizon == "restart"]
+    chosen = [
+        each
+        for each in wanted
+        if each.outlook is not Outlook.HORIZON or options.horizon == "restart" or each.key in named
+    ]
     keys = {each.key for each in chosen}
     left = [each for each in ranked if each.key not in keys]
     return Decision(_options_of(space), chosen, left if space.is_grid else _with(left, Outlook.HORIZON))
@@ -238,8 +244,10 @@ def _follow(space: Space, decision: Decision) -> ContinuationPlan:
     if space.is_grid and chosen and space.budget.trials is not None:
         planned = space.point_keys()
         chosen = [each for each in chosen if each.key in planned]
-    elif not space.is_grid:
-        chosen = chosen[: space.budget.trials]  # they count in it, and start before all others
+    elif not space.is_grid and space.budget.trials is not None:
+        # They count in the budget, and start before all others but the points that are named.
+        others = {space.config_key(point) for point in space.points_to_evaluate} - {each.key for each in chosen}
+        chosen = chosen[: max(0, space.budget.trials - len(others))]
     is_empty = decision.seen is None and not decision.chosen and not left
     return ContinuationPlan(space, chosen, left, None if is_empty else decision)
 

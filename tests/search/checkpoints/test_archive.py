@@ -50,8 +50,19 @@ def test_torch_reads_what_was_written_without_it_and_the_other_way_round(tmp_pat
     assert read_archive(save_by_torch(tmp_path, content)) == content
 
 
-@pytest.mark.parametrize("content", [torch.ones(2), {torch.ones(2)}, {torch.ones(2): 1}, [({"a": torch.ones(2)},)]])
+@pytest.mark.parametrize(
+    "content",
+    [
+        torch.ones(2),
+        {torch.ones(2)},
+        {torch.ones(2): 1},
+        [({"a": torch.ones(2)},)],
+        pytest.param("an attribute", id="attribute"),
+    ],
+)
 def test_tensors_are_found_wherever_they_are_and_written_by_torch(tmp_path: Path, content: Any) -> None:
+    if content == "an attribute":
+        content = marked(OrderedDict(a=1), torch.ones(2))
     assert has_tensors(content)
     written = write(tmp_path / "written.pt", {"content": content})
     with zipfile.ZipFile(written) as archive:
@@ -116,10 +127,9 @@ class OwnTensor(torch.Tensor):
     """A tensor of a user."""
 
 
-def marked() -> OrderedDict[str, int]:
-    ordered = OrderedDict(a=1)
-    ordered.mark = Defaults()  # type: ignore[attr-defined]
-    return ordered
+def marked(value: Any, mark: Any) -> Any:
+    value.mark = mark
+    return value
 
 
 @pytest.mark.parametrize(
@@ -128,7 +138,8 @@ def marked() -> OrderedDict[str, int]:
         (Defaults(), "tensors and plain values, but state is a .*Defaults"),
         ({"p": [Point(1, 2)]}, r"but state\['p'\]\[0\] is a .*Point"),
         ({frozenset(): 1}, "but a key of state is a builtins.frozenset"),
-        ({"o": marked()}, r"but state\['o'\].mark is a .*Defaults"),
+        ({"t": marked(torch.ones(2), Defaults())}, r"but state\['t'\].mark is a .*Defaults"),
+        ({"o": marked(OrderedDict(a=1), Defaults())}, r"but state\['o'\].mark is a .*Defaults"),
         ({"t": torch.ones(2).as_subclass(OwnTensor)}, r"but state\['t'\] is a .*OwnTensor"),
         ({"i": 2**3000}, r"torch loads integers of 2,000 bits, but state\['i'\] has 3,001"),
         ({"b": b""}, r"torch cannot load empty bytes, but state\['b'\] is b''"),
@@ -150,10 +161,14 @@ def test_what_torch_can_load_is_not_refused(tmp_path: Path) -> None:
         "buffer": torch.nn.Buffer(torch.ones(2)),
         "shape": torch.Size([2, 3]),
         "integers": [2**1999, -(2**1999)],
+        "kind": [torch.float32, torch.device("cpu")],
+        "marked": [marked(OrderedDict(a=1), [2]), marked(torch.ones(1), {"b": 3})],
     }
     check_plain(state)
     torch.save(state, tmp_path / "state.pt")
     torch.load(tmp_path / "state.pt", weights_only=True)
+    for name, value in state.items():  # alone, it may have no tensors
+        assert str(read_archive(write(tmp_path / f"{name}.pt", {name: value}))) == str({name: value})
 
 
 # --- a worker without torch -----------------------------------------------------------------------------------------------

@@ -317,6 +317,14 @@ def test_a_copy_has_the_same_counts() -> None:
     assert state["counts"]["a"] == 2
 
 
+def test_a_copy_has_its_own_attributes() -> None:
+    state = OrderedDict(a=1)
+    state.history = [1]  # type: ignore[attr-defined]
+    copied = copy_state({"m": state}, {})
+    state.history.append(2)  # type: ignore[attr-defined]
+    assert copied["m"].history == [1]
+
+
 def test_the_memory_of_a_copy_is_used_again_where_the_shapes_agree() -> None:
     copies: dict[tuple[Any, ...], torch.Tensor] = {}
     first = copy_state({"w": torch.ones(3), "grows": torch.ones(2)}, copies)
