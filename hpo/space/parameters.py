@@ -7,10 +7,8 @@ trial and from the grid. Parameters are sampled in topological order: each follo
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import random
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -26,15 +24,13 @@ from pydantic import (
     model_validator,
 )
 
-from hpo.errors import MAX_ALLOWED, nearest
 from hpo.space.expressions import topological_order
-from hpo.space.messages import InvalidValuesError, Problem, fields_by_key
+from hpo.space.messages import InvalidValuesError, fields_by_key
 
 if TYPE_CHECKING:
     import optuna
     from optuna.distributions import BaseDistribution
 
-MAX_SHOWN = 80  # characters of a value in a message
 MAX_EXACT_INT = 2**53  # Optuna stores every number as a float
 
 Scalar = int | float | str | bool | None
@@ -303,59 +299,10 @@ class FloatRange(StrictModel):
         return self.step is None or _is_whole((value - self.low) / self.step)
 
 
-def own_value(parameter: Parameter, value: Scalar) -> Scalar:
-    """Return a value that a parameter contains with its own type and digits, which the key of a configuration has."""
-    if isinstance(parameter, Fixed | Choices):
-        return next(known for known in parameter.grid_values() if is_same(known, value))
-    assert isinstance(value, int | float)
-    if isinstance(parameter, IntRange):
-        return int(value)
-    if parameter.step is not None:
-        return nearest_step(value, parameter.low, parameter.high, parameter.step)
-    return float(value) + 0.0  # not -0.0
-
-
-def has_implied_value(parameter: Parameter) -> bool:
-    """Return whether a configuration that does not name a parameter has a value of it."""
-    return _has_default(parameter) or parameter.count == 1
-
-
-def implied_value(parameter: Parameter) -> Scalar:
-    """Return the value of a parameter that is not named: its default, or its only value."""
-    return parameter.default if _has_default(parameter) else next(iter(parameter.grid_values()))  # type: ignore[union-attr]
-
-
-def _has_default(parameter: Parameter) -> bool:
-    if isinstance(parameter, Choices):
-        return "default" in parameter.model_fields_set  # null may be a choice
-    return not isinstance(parameter, Fixed) and parameter.default is not None
-
-
-def describe_misfit(parameter: Parameter, value: Scalar) -> str:
-    """Return why a value is none of a parameter, for a message that starts with its name."""
-    shown = _spell(value)
-    shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
-    if isinstance(parameter, Fixed | Choices):
-        return f"cannot be {shown}, {nearest(shown, map(_spell, parameter.grid_values()))}"
-    return f"cannot be {shown}, allowed: {describe_values(parameter)}"
-
-
-def describe_values(parameter: Parameter) -> str:
-    """Return which values a parameter may have, for messages."""
-    if isinstance(parameter, Fixed | Choices):
-        values = [_spell(value) for value in parameter.grid_values()]
-        more = f" and {len(values) - MAX_ALLOWED:,} more" if len(values) > MAX_ALLOWED else ""
-        return ", ".join(values[:MAX_ALLOWED]) + more
+def describe_range(parameter: IntRange | FloatRange) -> str:
+    """Return the values of a range, for messages."""
     step = "" if parameter.step in {None, 1} else f" in steps of {parameter.step}"
     return f"{parameter.low} to {parameter.high}{step}"
-
-
-def _spell(value: Scalar) -> str:
-    """Return a value as it is written in a file: a text in quotes where it would be read as something else."""
-    if isinstance(value, str):
-        is_plain = re.fullmatch(r"[A-Za-z_][\w.-]*", value) and value not in {"null", "true", "false"}
-        return value if is_plain else json.dumps(value, ensure_ascii=False)
-    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def nearest_step(value: float, low: float, high: float, step: float) -> float:
@@ -382,7 +329,7 @@ def _check_range(low: float, high: float, log: bool, step: float | None) -> None
 
 def _check_default(parameter: IntRange | FloatRange, default: float | None) -> None:
     if default is not None and not parameter.contains(default):
-        text = f"{default} is not in the range from {describe_values(parameter)}"
+        text = f"{default} is not in the range from {describe_range(parameter)}"
         raise InvalidValuesError((("default",), text))
 
 
@@ -423,7 +370,7 @@ def is_active(parameter: Parameter, params: Mapping[str, Scalar]) -> bool:
     for name, expected in (parameter.when or {}).items():
         if name not in params:
             return False
-        if not any(is_same(params[name], value) for value in _as_list(expected)):
+        if not any(is_same(params[name], value) for value in as_list(expected)):
             return False
     return True
 
@@ -468,32 +415,9 @@ def iterate_grid(parameters: Mapping[str, Parameter]) -> Iterator[Params]:
     yield from extend({}, 0)
 
 
-def find_when_problems(parameters: Mapping[str, Parameter], names: Sequence[str]) -> Iterator[Problem]:
-    """Yield a problem for each `when` that names an unknown parameter, or a value that the parameter never has.
-
-    Args:
-        parameters: the valid parameters. The key paths of the problems start at their names.
-        names: the names of all parameters in the file, valid or not.
-    """
-    for name, parameter in parameters.items():
-        for other, expected in (parameter.when or {}).items():
-            path = (name, "when", other)
-            if other not in names:
-                yield path, f"there is no parameter {other!r}, {nearest(other, [n for n in names if n != name])}"
-            elif other in parameters:
-                for value in _as_list(expected):
-                    if not parameters[other].contains(value):
-                        yield path, f"{other} is never {value!r}{_describe_values(parameters[other], value)}"
-
-
-def _as_list(expected: Scalar | list[Scalar]) -> list[Scalar]:
+def as_list(expected: Scalar | list[Scalar]) -> list[Scalar]:
+    """Return the values of a `when`, where one value may stand for a list."""
     return expected if isinstance(expected, list) else [expected]
-
-
-def _describe_values(parameter: Parameter, value: Scalar) -> str:
-    if isinstance(parameter, IntRange | FloatRange):
-        return f", its range is {parameter.low} to {parameter.high}"
-    return f", {nearest(str(value), map(str, parameter.grid_values()))}"
 
 
 def find_too_large(parameters: Mapping[str, Parameter]) -> str | None:

@@ -5,17 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hpo.errors import nearest
-from hpo.space.parameters import (
-    Parameter,
-    Params,
-    Scalar,
-    describe_misfit,
-    describe_values,
-    has_implied_value,
-    implied_value,
-    is_active,
-    own_value,
-)
+from hpo.space.parameters import Parameter, Params, Scalar, is_active
+from hpo.space.values import describe_misfit, describe_values, has_implied_value, implied_value, own_value
 
 Mistakes = dict[str, str]  # {name of a parameter: what is wrong}
 
@@ -38,7 +29,7 @@ def complete_point(parameters: Mapping[str, Parameter], given: Mapping[str, Scal
             if name in given:
                 mistakes[name] = f"{name} is not active here, see its `when`: leave it out"
         elif name in given and not parameter.contains(given[name]):
-            mistakes[name] = f"{name} {describe_misfit(parameter, given[name])}"
+            mistakes[name] = f"{name} cannot be {describe_misfit(parameter, given[name])}"
         elif name not in given and not has_implied_value(parameter):
             mistakes[name] = f"{name} is missing, and has no default: give {describe_values(parameter)}"
         else:

@@ -6,18 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hpo.space.model import Space
-from hpo.space.parameters import (
-    Choices,
-    Fixed,
-    Parameter,
-    Params,
-    Scalar,
-    describe_values,
-    is_active,
-    is_same,
-    own_value,
-    sampling_order,
-)
+from hpo.space.parameters import Choices, Fixed, Parameter, Params, Scalar, is_active, is_same, sampling_order
+from hpo.space.values import describe_values, own_value
 
 
 class TranslationError(Exception):

@@ -8,7 +8,8 @@ from typing import Any
 
 from hpo.space.expressions import find_cycle
 from hpo.space.messages import Problem
-from hpo.space.parameters import Parameter, find_when_problems, sampling_order
+from hpo.space.parameters import Parameter, sampling_order
+from hpo.space.values import find_when_problems
 
 
 class InvalidSectionError(Exception):

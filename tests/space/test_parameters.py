@@ -74,7 +74,7 @@ def test_a_condition_distinguishes_true_from_1_but_not_1_from_1_point_0(make: Lo
         ).grid_points()
     )
     assert points == [{"a": 0, "c": True, "d": 5}, {"a": 1, "b": "x", "c": True, "d": 5}]
-    with pytest.raises(SpaceError, match="a is never True"):
+    with pytest.raises(SpaceError, match="a is never true"):
         make({"a": [0, 1], "b": {"choices": ["x"], "when": {"a": True}}})
 
 

@@ -165,11 +165,11 @@ RULES = {
     ),
     "a condition on a value that never occurs": (
         CONDITIONAL.replace("{optimizer: sgd}", "{»optimizer: sdg}"),
-        ["parameters.momentum.when.optimizer: optimizer is never 'sdg', did you mean sgd?"],
+        ["parameters.momentum.when.optimizer: optimizer is never sdg, did you mean sgd?"],
     ),
     "a condition on a value outside a range": (
         SAMPLED + "  n: {type: int, low: 1, high: 3}\n  x: {choices: [1], when: {»n: [3, 4]}}\n",
-        ["parameters.x.when.n: n is never 4, its range is 1 to 3"],
+        ["parameters.x.when.n: n is never 4, allowed: 1 to 3"],
     ),
     "a condition without a value": (
         CONDITIONAL.replace("{optimizer: sgd}", "{»optimizer: []}"),
