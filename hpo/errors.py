@@ -15,7 +15,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 # All but tab and line feed, which only move on. C1 holds another escape; the rest is not visible, ends a line, or reverses
 # the order of what follows.
@@ -63,8 +63,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return `did you mean X?` with the nearest known name, or `allowed: A, B, C` if none is near, at most `MAX_ALLOWED`."""
     names = list(known)
     matches = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"did you mean {matches[0]}?" if matches else f"allowed: {list_names(names)}"
+
+
+def list_names(names: Sequence[str]) -> str:
+    """Return names for a message, at most `MAX_ALLOWED`."""
     more = f" and {len(names) - MAX_ALLOWED:,} more" if len(names) > MAX_ALLOWED else ""
-    return f"did you mean {matches[0]}?" if matches else f"allowed: {', '.join(names[:MAX_ALLOWED])}{more}"
+    return ", ".join(names[:MAX_ALLOWED]) + more
 
 
 def printable(text: str) -> str:

@@ -47,7 +47,7 @@ def note_points(space: Space, known: Collection[str], left: int | None, listener
         left: how many trials are left; None if only time ends the search.
         listener: receives the note.
     """
-    count = sum(space.config_key(point) not in known for point in space.points_to_evaluate)
+    count = sum(key not in known for key in space.named_keys)
     if not count or space.is_grid:
         return
     named = f"points_to_evaluate: {count} configuration{' is' if count == 1 else 's are'}"

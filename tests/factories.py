@@ -94,6 +94,16 @@ def toy_space(folder: Path, name: str = "toy", **changes: Any) -> Space:
     return load_space(str(path))
 
 
+class Attack:
+    """Pickled, it is a call that creates a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.mark,))
+
+
 def trial_spec(folder: Path, **changes: Any) -> TrialSpec:
     """Build a toy trial of four epochs, with changed fields."""
     values: dict[str, Any] = {

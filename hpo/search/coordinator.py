@@ -307,7 +307,7 @@ class TrialCoordinator:
         from storage.pruners import Decision
 
         epoch, metrics = report.epoch, report.metrics
-        value = metrics[self._space.all_objectives[0].metric]
+        value = metrics[self._space.metric]
         # What the parent trained is not judged: whoever continues a trial wants more of it.
         is_new = epoch > trial.continued_epoch
         if not (is_judged and is_new and self._space.stops_trials_early and epoch < self._space.max_epochs):

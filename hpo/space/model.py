@@ -164,6 +164,8 @@ class Space(StrictModel):
     @model_validator(mode="after")
     def _complete_points(self) -> Space:
         """Let each of `points_to_evaluate` be a whole configuration. The rules report those with mistakes."""
+        if not self.points_to_evaluate:
+            return self
         try:
             points = [complete_point(self._ordered, point) for point in self.points_to_evaluate]
         except ValueError:  # the conditions form a cycle: the rules report that
@@ -278,6 +280,11 @@ class Space(StrictModel):
         vars(space).pop("total_trials", None)  # cached
         space._left_out = frozenset(keys)  # noqa: SLF001 # a space, too
         return space
+
+    @cached_property
+    def named_keys(self) -> list[str]:
+        """The keys of `points_to_evaluate`, in the order of the file."""
+        return [self.config_key(point) for point in self.points_to_evaluate]
 
     def point_keys(self) -> set[str]:
         """Return the keys of the configurations of a grid, up to the budget; none for another search."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hpo.space.model import Space
 from hpo.space.parameters import Choices, Fixed, Parameter, Params, Scalar, is_active, is_same, sampling_order
-from hpo.space.values import describe_values, own_value
+from hpo.space.values import describe_values, has_default, implied_value, own_value
 
 
 class TranslationError(Exception):
@@ -72,13 +72,13 @@ def _value_of(
     name: str, parameter: Parameter, params: Mapping[str, Scalar], defaults: Mapping[str, Scalar]
 ) -> tuple[Scalar, bool]:
     """Return the value of a parameter, and whether the earlier trial was trained with it."""
-    is_declared = not isinstance(parameter, Fixed) and "default" in parameter.model_fields_set
+    is_declared = has_default(parameter)
     if name in params:
         value = params[name]
     elif name in defaults and (parameter.contains(defaults[name]) or not is_declared):
         value = defaults[name]
-    elif not isinstance(parameter, Fixed) and is_declared:
-        value = parameter.default
+    elif is_declared:
+        value = implied_value(parameter)
     else:
         raise TranslationError(f"{name} is new here, and has no default")
     is_known = name in params or name not in defaults or is_same(value, defaults[name])

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from hpo.errors import MAX_ALLOWED, nearest
+from hpo.errors import list_names, nearest
 from hpo.space.messages import Problem
 from hpo.space.parameters import (
     Choices,
@@ -37,15 +37,16 @@ def own_value(parameter: Parameter, value: Scalar) -> Scalar:
 
 def has_implied_value(parameter: Parameter) -> bool:
     """Return whether a configuration that does not name a parameter has a value of it."""
-    return _has_default(parameter) or parameter.count == 1
+    return has_default(parameter) or parameter.count == 1
 
 
 def implied_value(parameter: Parameter) -> Scalar:
     """Return the value of a parameter that is not named: its default, or its only value."""
-    return parameter.default if _has_default(parameter) else next(iter(parameter.grid_values()))  # type: ignore[union-attr]
+    return parameter.default if has_default(parameter) else next(iter(parameter.grid_values()))  # type: ignore[union-attr]
 
 
-def _has_default(parameter: Parameter) -> bool:
+def has_default(parameter: Parameter) -> bool:
+    """Return whether the file gives a parameter a default."""
     if isinstance(parameter, Choices):
         return "default" in parameter.model_fields_set  # null may be a choice
     return not isinstance(parameter, Fixed) and parameter.default is not None
@@ -63,9 +64,7 @@ def describe_misfit(parameter: Parameter, value: Scalar) -> str:
 def describe_values(parameter: Parameter) -> str:
     """Return which values a parameter may have, for messages."""
     if isinstance(parameter, Fixed | Choices):
-        values = [_spell(value) for value in parameter.grid_values()]
-        more = f" and {len(values) - MAX_ALLOWED:,} more" if len(values) > MAX_ALLOWED else ""
-        return ", ".join(values[:MAX_ALLOWED]) + more
+        return list_names([_spell(value) for value in parameter.grid_values()])
     return describe_range(parameter)
 
 

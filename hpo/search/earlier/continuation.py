@@ -90,11 +90,10 @@ class ContinuationPlan:
 
     def first_points(self) -> list[Params]:
         """Return the configurations that are trained before all others: points of the grid, or those before any draw."""
-        first, continued = self.space.points_to_evaluate, [each.params for each in self.chosen]
         if not self.space.is_grid:
-            return [*first, *continued]
+            return [*self.space.points_to_evaluate, *(each.params for each in self.chosen)]
         points = {self.space.config_key(point): point for point in self.space.planned_points()}
-        keys = [self.space.config_key(point) for point in (*first, *continued)]
+        keys = [*self.space.named_keys, *(each.key for each in self.chosen)]
         return [*(points.pop(key) for key in keys if key in points), *points.values()]
 
     @property
@@ -200,8 +199,7 @@ def open_continued(
 
 def _options_of(space: Space) -> dict[str, Any]:
     options = {**space.continuation.model_dump(mode="json"), "is_grid": space.is_grid}
-    named = sorted(space.config_key(point) for point in space.points_to_evaluate)
-    return options | ({"points_to_evaluate": named} if named else {})
+    return options | ({"points_to_evaluate": sorted(space.named_keys)} if space.named_keys else {})
 
 
 def _decide(
@@ -223,7 +221,7 @@ def _decide(
         best.setdefault(candidate.key, candidate)
     options = space.continuation
     ranked = rank_candidates(list(best.values()), space.directions)
-    named = {space.config_key(point) for point in space.points_to_evaluate}
+    named = set(space.named_keys)
     wanted = [each for each in ranked if each.key in named]
     wanted += [each for each in ranked[: options.count(is_grid=space.is_grid)] if each.key not in named]
     chosen = [
@@ -246,7 +244,7 @@ def _follow(space: Space, decision: Decision) -> ContinuationPlan:
         chosen = [each for each in chosen if each.key in planned]
     elif not space.is_grid and space.budget.trials is not None:
         # They count in the budget, and start before all others but the points that are named.
-        others = {space.config_key(point) for point in space.points_to_evaluate} - {each.key for each in chosen}
+        others = set(space.named_keys) - {each.key for each in chosen}
         chosen = chosen[: max(0, space.budget.trials - len(others))]
     is_empty = decision.seen is None and not decision.chosen and not left
     return ContinuationPlan(space, chosen, left, None if is_empty else decision)

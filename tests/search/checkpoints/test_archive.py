@@ -16,7 +16,7 @@ import torch
 from hpo.search.checkpoints.archive import read_archive, write_archive
 from hpo.search.checkpoints.files import Checkpoint, load_checkpoint, save_checkpoint
 from hpo.search.checkpoints.states import check_plain, has_tensors
-from tests.factories import trial_spec
+from tests.factories import Attack, trial_spec
 
 PLAIN: dict[Any, Any] = {
     "numbers": [0, -1, 2**100, 0.1 + 0.2, float("inf"), 1 + 2j, True, None],
@@ -70,16 +70,8 @@ def test_tensors_are_found_wherever_they_are_and_written_by_torch(tmp_path: Path
     assert has_tensors(read_archive(written))
 
 
-class _Attack:
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (self.mark,))
-
-
 def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
-    attack = pickle.dumps({"state": _Attack(tmp_path / "ran")}, 2)
+    attack = pickle.dumps({"state": Attack(tmp_path / "ran")}, 2)
     written = write(tmp_path / "written.pt", {})
     with zipfile.ZipFile(written, "w") as archive:
         archive.writestr("archive/data.pkl", attack)

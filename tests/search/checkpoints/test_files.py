@@ -22,6 +22,7 @@ from hpo.search.checkpoints.files import (
     save_checkpoint,
     trim_checkpoints,
 )
+from tests.factories import Attack
 
 
 def checkpoint_of(epoch: int, **more: Any) -> Checkpoint:
@@ -297,20 +298,10 @@ def test_a_folder_that_cannot_be_made_is_an_os_error(tmp_path: Path) -> None:
 # --- loading runs no code -----------------------------------------------------------------------------------------
 
 
-class _Attack:
-    """Pickled, it is a call."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (self.mark,))
-
-
 def test_a_checkpoint_that_carries_code_is_refused_and_the_code_not_run(folder: Path, tmp_path: Path) -> None:
     mark = tmp_path / "the code ran"
     newest = folder / "epoch-000003.pt"
-    torch.save({"epoch": 3, "history": {}, "state": {"payload": _Attack(mark)}}, newest)
+    torch.save({"epoch": 3, "history": {}, "state": {"payload": Attack(mark)}}, newest)
     assert epoch_in(folder) == 2
     assert not mark.exists()
     # Only to show that the file was a working attack.
