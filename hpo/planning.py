@@ -13,8 +13,9 @@ from hpo.measuring import keep_mps_if_shared, measure, note_mps_failure, start_p
 from hpo.notes import note_points, note_sources
 from hpo.paths import DEFAULT_STORAGE, RunsDir, is_new_database
 from hpo.remaining import find_spent_budget, trials_left
-from hpo.search.environment import check_trainable, note_horizon
+from hpo.search.environment import note_horizon
 from hpo.search.listener import NullListener, ProgressListener
+from hpo.search.trainable_check import TrainableCheck, check_values
 from hpo.space.model import Space
 
 if TYPE_CHECKING:
@@ -87,10 +88,14 @@ def plan_search(
 
     listener = listener or NullListener()
     data = space.trainable_data(Path(data_dir).resolve())
-    check_trainable(space)
+    check_values(space)
     if (note := note_horizon(space)) is not None:
         listener.note(note)
-    with start_mps(is_wanted=may_share_gpu(space)) as mps, start_probes(space, data, Path(runs_dir)) as probes:
+    with (
+        TrainableCheck(space) as check,
+        start_mps(is_wanted=may_share_gpu(space)) as mps,
+        start_probes(space, data, Path(runs_dir)) as probes,
+    ):
         note_mps_failure(mps, listener)
         stored = _look_up(space, storage, password, locate(runs_dir, checkpoints), listener)
         continuation, states, left = stored.continuation, stored.states, stored.trials_left
@@ -105,6 +110,7 @@ def plan_search(
             estimate = measure(space, slots, left, probes, images, nodes, listener, begun)
         slots = slots if estimate is None else estimate.slots
         keep_mps_if_shared(mps, slots, listener)
+        check.wait()
     return PlannedSearch(
         space, slots, estimate, states, left, stored.device_seconds, stored.spent, continuation.outlooks
     )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hpo.announcement import Announcer
 from hpo.bucket import Bucket, locate
@@ -24,9 +24,10 @@ from hpo.notes import note_changes, note_points, note_sources, warnings_noted
 from hpo.paths import DEFAULT_STORAGE, RunsDir, is_new_database
 from hpo.remaining import find_spent_budget, trials_left
 from hpo.search.cluster.ray_address import read_address
-from hpo.search.environment import check_trainable, describe_environment, note_horizon
+from hpo.search.environment import describe_environment, note_horizon
 from hpo.search.listener import CombinedListener, NullListener, ProgressListener
 from hpo.search.stop import EXIT_CODES, Stop
+from hpo.search.trainable_check import TrainableCheck, check_values
 from hpo.space.model import Space
 from hpo.space.recipient import Recipient, require_recipient
 
@@ -181,13 +182,14 @@ def _run_search(
     from hpo.search.slots import may_share_gpu
 
     runs, data = _find_files(space, settings, listener), space.trainable_data(settings.data_dir.resolve())
-    check_trainable(space)
+    check_values(space)
     if (note := note_horizon(space)) is not None:
         listener.note(note)
     is_mps_wanted = settings.ray_address is None and may_share_gpu(space)
     code = None if settings.ray_address is None else _pack_code(space, settings.storage, runs, data)
     with (
-        start_mps(is_wanted=is_mps_wanted) as mps,  # first: Ray's workers and the probes inherit its environment
+        TrainableCheck(space) as check,
+        start_mps(is_wanted=is_mps_wanted) as mps,  # before Ray's workers and the probes: they inherit its environment
         RayCluster(settings.ray_address, code) as cluster,
         start_probes(space, data, runs.root) as probes,
         warnings_noted(listener),
@@ -231,9 +233,7 @@ def _run_search(
                 continuation,
                 database,
                 found,
-                cluster,
-                probes,
-                mps,
+                _Processes(check, mps, cluster, probes),
                 settings,
                 data=data,
                 runs_dir=runs,
@@ -289,13 +289,20 @@ def _upload_left(space: Space, study: Study, runs: RunsDir, listener: ProgressLi
             listener.note(note)
 
 
+class _Processes(NamedTuple):
+    """What runs next to this process."""
+
+    check: TrainableCheck
+    mps: Mps
+    cluster: RayCluster
+    probes: Probes | None
+
+
 def _search(
     continuation: ContinuationPlan,
     database: Database,
     found: Sequence[Found],
-    cluster: RayCluster,
-    probes: Probes | None,
-    mps: Mps,
+    processes: _Processes,
     settings: _Settings,
     *,
     data: Mapping[str, Any],
@@ -310,7 +317,9 @@ def _search(
     from hpo.search.tune import run_trials
     from hpo.studies.other_databases import note_database
 
+    check, mps, cluster, probes = processes
     estimate, images = None, None
+    check.wait()
     provenance = {"command": settings.command} | describe_environment()
     if probes is not None:
         provenance["data_sha256"], images = probes.describe_data()

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from tests.factories import HpoHere
     from tests.s3 import S3Server
 
+MEMORY_BYTES = 8 * 2**30  # free ones, of the folder in memory, for the databases of all workers
+
 _numbers = itertools.count()
 
 
@@ -66,11 +68,23 @@ def postgres() -> Iterator[Postgres]:
     """A running PostgreSQL 18. A test that stops it must start it again."""
     from benchmarks.postgres import Postgres
 
-    folder = Path(tempfile.mkdtemp(prefix="hpo-test-pg-"))
+    # In memory where there is enough of it: hundreds of databases have 300 files each.
+    memory = Path("/dev/shm")
+    has_room = memory.is_dir() and shutil.disk_usage(memory).free > MEMORY_BYTES
+    folder = Path(tempfile.mkdtemp(prefix="hpo-test-pg-", dir=memory if has_room else None))
     server = Postgres(folder)
     yield server
     server.stop(immediate=True)  # what it has not written is deleted
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def template(postgres: Postgres) -> str:
+    """The name of a database without studies, on the server. Copying it is faster than creating the tables in each test."""
+    from storage.database import open_database
+
+    open_database(postgres.create_database("template")).close()
+    return "template"
 
 
 @pytest.fixture(scope="session")
@@ -94,11 +108,12 @@ def bucket_url(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=[pytest.mark.postgres, pytest.mark.slow])])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of a database that has no tables yet, on each backend in turn."""
+    """The URL of a database on each backend in turn. It has no tables yet, unless the test takes `database`, too."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path}/hpo.db"
     server: Postgres = request.getfixturevalue("postgres")
-    return server.create_database(f"test_{next(_numbers)}")
+    source = request.getfixturevalue("template") if "database" in request.fixturenames else "template1"
+    return server.create_database(f"test_{next(_numbers)}", f"TEMPLATE {source} STRATEGY file_copy")
 
 
 @pytest.fixture(scope="session")

@@ -14,11 +14,11 @@ import psutil
 from hpo.paths import RunsDir
 from hpo.search.coordinator import TrialCoordinator
 from hpo.search.earlier.continuation import open_continued, plan_continuation
-from hpo.search.environment import check_trainable
 from hpo.search.listener import NullListener
 from hpo.search.messages import TrialReport, TrialSpec
 from hpo.search.runs import build_run, open_run
 from hpo.search.slots import Slots
+from hpo.search.trainable_check import check_values
 from hpo.search.worker import end_trial, run_trial
 from hpo.space.model import Space, load_space
 from storage.database import Database
@@ -205,7 +205,7 @@ def search_without_ray(
     space: Space, database: Database, folder: Path, *, at_a_time: int = 1, bucket_url: str = ""
 ) -> tuple[Study, RecordingListener]:
     """Run a search to its end in this process: one epoch of each running trial in turn."""
-    check_trainable(space)
+    check_values(space)
     listener, runs_dir = RecordingListener(), RunsDir(folder, bucket_url=bucket_url)
     before = find_revision(database, space.name, space.fingerprint)
     continuation = plan_continuation(space, before, database, runs_dir)

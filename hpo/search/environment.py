@@ -1,64 +1,16 @@
-"""The environment of a search: whether it can run the trainable, and its versions, for the record."""
+"""The environment of a search, for the record, and what to note about its schedules."""
 
 from __future__ import annotations
 
 import platform
 import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
-from hpo.errors import TrainableError
 from hpo.paths import PACKAGE_DIR
-from hpo.search.population import explored_names
 from hpo.space.model import Space
-from hpo.trainable import load_trainable
 
 PACKAGES = ("torch", "torchvision", "optuna", "sqlalchemy", "ray", "numpy")  # whose versions are recorded
-
-
-def check_trainable(space: Space) -> None:
-    """Check, before anything slow starts, that the trainable can be imported and accepts the values of the space.
-
-    Raises:
-        TrainableError: it cannot be imported, or cannot take a value of the space; one line per mistake.
-        SpaceError: a population has no hyperparameters that can change.
-    """
-    if space.population is not None:
-        explored_names(space)
-    if space.command is not None:
-        from hpo.search.script import check_program
-
-        with space.locating_errors("command"):
-            check_program(space.command)
-        return
-    if not space.is_default_trainable:
-        with space.locating_errors("trainable"), _path_restored():
-            load_trainable(space.trainable)
-        return
-    from hpo.train.params import read_params  # does not import torch; only workers do
-
-    mistakes: dict[str, None] = {}
-    for name, value in space.examples():
-        try:
-            with space.locating_errors("derived" if name in space.derived else "parameters", name):
-                read_params({name: value})
-        except TrainableError as error:
-            mistakes[str(error)] = None
-    if mistakes:
-        raise TrainableError("\n".join(mistakes))
-
-
-@contextmanager
-def _path_restored() -> Iterator[None]:
-    """Take what was added to Python's path off again: this process does not run the trainable."""
-    before = list(sys.path)
-    try:
-        yield
-    finally:
-        sys.path[:] = before
 
 
 def note_horizon(space: Space) -> str | None:

@@ -5,10 +5,7 @@ They train at the same time, as trials that run side by side would: they compete
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -20,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from hpo.errors import DataError, SettingError, TrainableError
-from hpo.paths import PACKAGE_DIR
 from hpo.search.slots import Slots
+from hpo.search.subprocesses import PythonProcess, start_python
 from hpo.space.parameters import Params
 
 PROBE_SECONDS = 1.5
@@ -70,7 +67,7 @@ class Probes:
             prefix=SCRATCH_PREFIX, dir=runs_dir if os.access(runs_dir, os.W_OK) else None, ignore_cleanup_errors=True
         )
         self._setup = (dict(data), Path(self._scratch.name))
-        self._processes: list[tuple[subprocess.Popen[bytes], Connection]] = []
+        self._processes: list[PythonProcess] = []
         self._started = time.perf_counter()
         self._start_processes(1)
         self.start_seconds = 0.0  # of one process: imports and data
@@ -127,27 +124,16 @@ class Probes:
 
     def close(self) -> None:
         """End the processes."""
-        for process, pipe in self._processes:
-            pipe.close()
-            process.kill()
-            process.wait()
+        for process in self._processes:
+            process.close()
         self._processes.clear()
         self._scratch.cleanup()
 
     def _start_processes(self, count: int) -> None:
         while len(self._processes) < count:
-            ours, theirs = multiprocessing.Pipe()
-            # multiprocessing would import the caller's main module again, which may be a script that starts a search.
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-c", f"from hpo.search.probes import serve; serve({theirs.fileno()})"],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join([str(PACKAGE_DIR.parent), *sys.path])},
-                start_new_session=True,  # Ctrl-C is for this process, which ends the others
-            )
-            theirs.close()
-            self._processes.append((process, ours))
-            self._send(ours, self._setup)
+            child = start_python(serve)
+            self._processes.append(child)
+            self._send(child.pipe, self._setup)
 
     def _send(self, pipe: Connection, request: Any) -> None:
         with _deaths_reported():

@@ -28,6 +28,10 @@ from hpo.trainable import EpochReport
 
 def train(params, *, data, seed, max_epochs, device, checkpoint=None):
     here = Path(__file__).parent
+    if "meet" in params:
+        Path(params["meet"], str(os.getpid())).touch()
+        while len(list(Path(params["meet"]).iterdir())) < 2:
+            time.sleep(0.1)
     words = Path("words.txt").read_text()  # in the working folder
     files = sorted(str(path.relative_to(here)) for path in here.rglob("*") if "__pycache__" not in path.parts)
     seen = {"here": str(here), "home": os.environ["HOME"], "files": files, "words": words}
@@ -102,7 +106,12 @@ def values(folder: Path) -> list[float]:
 
 def test_two_drivers_with_different_code_train_on_nodes_that_have_neither(cluster: RayNodes, tmp_path: Path) -> None:
     folders = [write_project(tmp_path / name, factor=factor) for name, factor in (("one", 1), ("ten", 10))]
-    drivers = [Driver(folder, 0, write_search(folder, "search"), **cluster.variables) for folder in folders]
+    (tmp_path / "workers").mkdir()  # none trains before there are two, so both nodes have one
+    parameters = {"x": [1, 2], "seconds": 0.2, "meet": str(tmp_path / "workers")}
+    drivers = [
+        Driver(folder, 0, write_search(folder, "search", parameters=parameters), **cluster.variables)
+        for folder in folders
+    ]
     for driver in drivers:
         assert driver.wait() == 0, driver.output
     assert [values(folder) for folder in folders] == [[1, 2], [10, 20]]

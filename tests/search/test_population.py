@@ -15,11 +15,12 @@ from hpo.paths import RunsDir
 from hpo.search.checkpoints.files import Checkpoint, list_checkpoints, load_checkpoint, read_checkpoint, save_checkpoint
 from hpo.search.coordinator import TrialCoordinator
 from hpo.search.earlier.comparison import Comparison, RefusalError
-from hpo.search.environment import check_trainable, note_horizon
+from hpo.search.environment import note_horizon
 from hpo.search.messages import Ending, TrialSpec
 from hpo.search.population import explore_params, explored_names, owner_of, trial_key
 from hpo.search.replay import read_trial
 from hpo.search.slots import Slots
+from hpo.search.trainable_check import check_values
 from hpo.search.worker import end_trial, run_trial
 from hpo.space.model import Space, load_space
 from storage.copying import copy_study
@@ -302,12 +303,12 @@ def test_the_built_in_training_changes_what_a_checkpoint_allows(tmp_path: Path) 
     assert explored_names(built_in(tmp_path, everything, explore=["flip"])) == ["flip"]
     space = built_in(tmp_path, everything, explore=["lr", "stem"])
     with pytest.raises(SpaceError) as raised:
-        check_trainable(space)
+        check_values(space)
     assert str(raised.value) == (
         f"{tmp_path}/built.yaml:1:49: stem cannot change while hpo.train:train trains; what can: flip, lr"
     )
     with pytest.raises(SpaceError, match=r"built.yaml:1:2: pbt changes hyperparameters .* none but stem: add a range"):
-        check_trainable(built_in(tmp_path, {"stem": ["cifar", "imagenet"], "lr": 0.1}))
+        check_values(built_in(tmp_path, {"stem": ["cifar", "imagenet"], "lr": 0.1}))
 
 
 def test_another_trainable_changes_its_ranges(tmp_path: Path) -> None:
@@ -316,7 +317,7 @@ def test_another_trainable_changes_its_ranges(tmp_path: Path) -> None:
     scheduler = {"name": "pbt", "interval": 2, "explore": ["stem"]}
     assert explored_names(population_space(tmp_path, parameters=parameters, scheduler=scheduler)) == ["stem"]
     with pytest.raises(SpaceError, match="there is none that is a range"):
-        check_trainable(population_space(tmp_path, parameters={"rate": [1, 2]}))
+        check_values(population_space(tmp_path, parameters={"rate": [1, 2]}))
 
 
 def test_explored_hyperparameters_meet_the_constraints(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from hpo.errors import DataError, SettingError, TrainableError
 from hpo.search import probes as probes_module
 from hpo.search.probes import Probes, Speed
 from hpo.search.slots import Slots
+from hpo.search.subprocesses import PythonProcess
 from tests.factories import ROOT, wait_until
 
 pytestmark = pytest.mark.slow
@@ -157,7 +158,7 @@ def fake_probes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pro
     for number in range(TOGETHER.count):
         ours, theirs = multiprocessing.Pipe()
         threading.Thread(target=serve, args=(theirs, number), daemon=True).start()
-        probes._processes.append((None, ours))  # type: ignore[arg-type]
+        probes._processes.append(PythonProcess(None, ours))  # type: ignore[arg-type]
     yield probes
     for _, pipe in probes._processes:
         pipe.close()
@@ -190,6 +191,6 @@ def test_a_process_that_does_not_answer_is_an_error_that_says_what_to_do(
 ) -> None:
     monkeypatch.setattr(probes_module, "ANSWER_SECONDS", {"cpu": 0.1})
     ours, silent = multiprocessing.Pipe()
-    fake_probes._processes[1] = (None, ours)  # type: ignore[assignment]
+    fake_probes._processes[1] = PythonProcess(None, ours)  # type: ignore[arg-type]
     with silent, pytest.raises(SettingError, match=r"has not answered for 0.1 s. See what uses the CPU or the GPU"):
         fake_probes.measure({}, TOGETHER)

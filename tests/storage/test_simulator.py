@@ -22,9 +22,9 @@ from tests.storage.simulator import Backend, open_backend, run_seed
 pytestmark = pytest.mark.slow
 
 SEEDS = {  # {pruner, None for the one that the seed draws: {storage: number of seeds}}
-    None: {"sqlite": 100, "postgresql": 10},
-    "pbt": {"sqlite": 30, "postgresql": 3},
-    "promote": {"sqlite": 30, "postgresql": 3},
+    None: {"sqlite": 40, "postgresql": 4},
+    "pbt": {"sqlite": 15, "postgresql": 2},
+    "promote": {"sqlite": 15, "postgresql": 2},
 }
 SEEDS_OF_MUTANTS = 50  # each must be found within them
 
