@@ -10,6 +10,8 @@ import inspect
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -91,9 +93,7 @@ def load_trainable(name: str, folder: Path | str | None = None) -> Callable[...,
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module exists, but one that it imports does not
-        raise TrainableError(
-            f"trainable: no module {module_name!r} in the current folder or among the installed packages"
-        ) from None
+        raise _no_module(module_name) from None
     function = getattr(module, function_name, None)
     if function is None:
         names = [n for n in dir(module) if inspect.isgeneratorfunction(getattr(module, n, None))]
@@ -108,6 +108,25 @@ def load_trainable(name: str, folder: Path | str | None = None) -> Callable[...,
         )
     trainable: Callable[..., Generator[Any, None, None]] = function
     return trainable
+
+
+def require_module(name: str) -> None:
+    """Check that the module of a trainable, or the package that has it, exists. Nothing is imported.
+
+    Args:
+        name: `module:function`.
+
+    Raises:
+        TrainableError: it is neither in the current folder nor among the packages that Python finds.
+    """
+    module = name.partition(":")[0]
+    package = module.partition(".")[0]
+    if package not in sys.modules and not (find_spec(package) or PathFinder.find_spec(package, [str(Path.cwd())])):
+        raise _no_module(module)
+
+
+def _no_module(name: str) -> TrainableError:
+    return TrainableError(f"trainable: no module {name!r} in the current folder or among the installed packages")
 
 
 def is_error(metric: str) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hpo.errors import TrainableError
-from hpo.trainable import DEFAULT_TRAINABLE, is_timing, load_trainable
+from hpo.trainable import DEFAULT_TRAINABLE, is_timing, load_trainable, require_module
 
 MODULE = """
 from hpo.trainable import EpochReport
@@ -78,6 +78,19 @@ def test_a_failing_import_inside_the_module_is_not_hidden(tmp_path: Path, module
     (tmp_path / f"{module}.py").write_text("import a_package_that_is_not_installed\n")
     with pytest.raises(ModuleNotFoundError, match="a_package_that_is_not_installed"):
         load_trainable(f"{module}:train")
+
+
+def test_a_module_is_found_without_importing_it(tmp_path: Path, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here/package_here").mkdir()
+    (tmp_path / "here/package_here/__init__.py").write_text("raise RuntimeError('imported')")
+    for name in (module, "package_here.part", "importlib.util", "benchmarks.toy"):
+        require_module(f"{name}:train")
+    assert module not in sys.modules
+    for name in ("no_such_module", "no_such_module.part"):
+        with pytest.raises(TrainableError, match=f"no module '{name}' in the current folder or among"):
+            require_module(f"{name}:train")
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,15 @@ from hpo.search.population import explored_names
 from hpo.search.subprocesses import start_python
 from hpo.search.trainable_import import serve
 from hpo.space.model import Space
+from hpo.trainable import require_module
 
 
 def check_values(space: Space) -> None:
     """Check, before anything slow starts, what needs no `TrainableCheck`.
 
     Raises:
-        TrainableError: the built-in training cannot take a value of the space, or there is no such command; one line per
-            mistake.
+        TrainableError: the built-in training cannot take a value of the space, or there is no such command or module; one
+            line per mistake.
         SpaceError: a population has no hyperparameters that can change.
     """
     if space.population is not None:
@@ -26,6 +27,9 @@ def check_values(space: Space) -> None:
             check_program(space.command)
     elif space.is_default_trainable:
         _check_built_in(space)
+    else:
+        with space.locating_errors("trainable"):
+            require_module(space.trainable)
 
 
 def _check_built_in(space: Space) -> None:
