@@ -226,7 +226,7 @@ def run(
 def plan(space: str, overrides: Sequence[str], storage: str, checkpoints: str | None, data_dir: Path) -> int:
     """Show the trials, time and memory that a search needs.
 
-    Some training steps are measured on this machine. The trainable is imported, so that its parameters can be checked.
+    Some training steps are measured on this machine. A trainable of yours is imported, to check it.
     The database is only read: not even tables of an older version are migrated.
 
     \b

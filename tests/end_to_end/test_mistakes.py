@@ -17,9 +17,10 @@ from tests.factories import ROOT, HpoHere
         (["gird"], "there is no search space 'gird' in search_spaces/: did you mean grid?"),
         (["grid", "--set", "max_epoch=1"], "max_epoch: unknown key, did you mean max_epochs?"),
         (["grid", "--set", "max_epochs=two"], "max_epochs: input should be a valid integer, got 'two'"),
-        (
+        pytest.param(
             ["quick", "--set", "trainable=hpo.train:trian"],
             "--set trainable=hpo.train:trian: trainable: hpo.train has no",
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -36,6 +36,7 @@ def test_a_value_that_the_trainable_cannot_take_is_an_error(override: str, messa
         check(shipped_space("quick", override))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -126,6 +126,7 @@ def test_a_token_file_that_cannot_be_read_is_named(
         check_address(address)
 
 
+@pytest.mark.slow
 def test_a_mode_without_a_token_is_one_message(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Ray's own client says it: a page of its log, whose last line is a line of its stack."""
     monkeypatch.setenv("HOME", str(tmp_path))
