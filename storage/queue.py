@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -28,8 +29,9 @@ SILENT_SHARE = 1 / 3  # of a lease: how long a run on another machine must be si
 SCAN_SECONDS = 1.0  # between scans for trials that other runs left
 POINTS_AT_A_TIME = 128  # of a grid, from which a claim takes the first one that no other run has taken meanwhile
 MAX_DUPLICATE_DRAWS = 20  # in one claim; then the space counts as exhausted
-MAX_REJECTED_DRAWS = 500  # in one claim; then the space counts as exhausted
+MAX_REJECTED_DRAWS = 20_000  # in one claim; then the space counts as exhausted
 RANDOM_AFTER_DRAWS = 10  # duplicate or rejected draws in one claim, after which the sampler is left out
+DRAWS_PER_LOOK = 100  # random ones, between two looks at what other runs have used of the budget
 
 ConfigKey = Callable[[Mapping[str, Any]], str]
 # Draws the params that a trial lacks. Returns the constraint that they break; empty if they break none.
@@ -295,12 +297,14 @@ class TrialQueue:
         self._compared_keys = len(self._known_keys)
 
     def _claim_drawn(self, token: int) -> ClaimedTrial | None:
-        duplicates = rejected = 0
-        while duplicates < MAX_DUPLICATE_DRAWS and rejected < MAX_REJECTED_DRAWS:
-            number = self._retry(self._next_number)
+        duplicates, broken = 0, Counter[str]()
+        while duplicates < MAX_DUPLICATE_DRAWS and (rejected := broken.total()) < MAX_REJECTED_DRAWS:
+            draws = duplicates + rejected
+            if draws <= RANDOM_AFTER_DRAWS or draws % DRAWS_PER_LOOK == 0:
+                number = self._retry(self._next_number)
             if number is None:
                 return None
-            if duplicates + rejected == RANDOM_AFTER_DRAWS:
+            if draws == RANDOM_AFTER_DRAWS:
                 # A sampler does not learn from trials that never ran: it may draw the same point forever.
                 if self._has_list():
                     return self._claim_untried(token, number)
@@ -310,7 +314,7 @@ class TrialQueue:
                 runs_other_code=True,
             )
             if constraint:
-                rejected += 1
+                broken[constraint] += 1
                 if self._history is not None:
                     self._history.refuse(draft)
                 continue
@@ -320,11 +324,11 @@ class TrialQueue:
             if claim == Refusal.SPENT:
                 return None
             duplicates += 1
-        self.exhausted = (
-            f"{duplicates} draws in a row were duplicates of earlier trials"
-            if duplicates == MAX_DUPLICATE_DRAWS
-            else f"{rejected} draws in a row broke a constraint"
-        )
+        if duplicates == MAX_DUPLICATE_DRAWS:
+            self.exhausted = f"{duplicates} draws in a row were duplicates of earlier trials"
+        else:
+            (constraint, _), *_ = broken.most_common(1)
+            self.exhausted = f"{rejected:,} draws in a row broke a constraint, most often {constraint}"
         return None
 
     def _has_list(self) -> bool:
@@ -359,7 +363,10 @@ class TrialQueue:
     def _draw_once(self, number: int, partial: FrozenTrial | None = None) -> tuple[str, FrozenTrial]:
         """Draw a configuration in memory; return the constraint that it breaks, and a trial with its params."""
         assert self._draw is not None
-        if self._history is not None:
+        # One that draws at random, instead of a sampler that learns, needs no history.
+        if self._history is not None and not isinstance(
+            self._study.optuna_study.sampler, optuna.samplers.RandomSampler
+        ):
             with name_strange_content(self._database.url):
                 self._history.refresh()
         trial, draft = optuna_internals.draft_trial(self._study.optuna_study, number, partial)

@@ -475,10 +475,44 @@ def test_a_space_that_rejects_every_draw_ends_the_search(study: Study, monkeypat
     with sampled_run(study, reject) as run:
         assert run.claim() is None
         assert run.finished
-        assert run.exhausted == "7 draws in a row broke a constraint"
+        assert run.exhausted == "7 draws in a row broke a constraint, most often never"
         assert run.claim() is None
         assert drawn == 7, "an exhausted space is not drawn from again"
     assert study.trials() == []
+
+
+@pytest.mark.parametrize("sampler", [optuna.samplers.RandomSampler, optuna.samplers.TPESampler])
+def test_a_constraint_that_few_draws_meet_does_not_end_the_search(
+    study: Study, sampler: type[optuna.samplers.BaseSampler]
+) -> None:
+    study.optuna_study.sampler = sampler(seed=0)
+
+    def draw(trial: optuna.Trial) -> str:
+        return "" if trial.suggest_float("m", 0, 1) < 0.002 else "m < 0.002"
+
+    with sampled_run(study, draw, max_trials=20) as run:
+        for _ in range(20):
+            run.complete(claim_one(run), 1.0)
+        assert not run.exhausted
+
+
+def test_a_run_that_draws_for_long_sees_that_others_have_used_the_budget(study: Study) -> None:
+    drawn = 0
+
+    def reject(_: optuna.Trial) -> str:
+        nonlocal drawn
+        drawn += 1
+        if drawn == 50:
+            claim_one(other)
+        return "never"
+
+    with (
+        sampled_run(study, lambda _: "", max_trials=1) as other,
+        sampled_run(study, reject, max_trials=1) as run,
+    ):
+        assert run.claim() is None
+        assert not run.exhausted
+    assert drawn == queue.DRAWS_PER_LOOK
 
 
 def test_a_trial_enqueued_through_optuna_is_claimed(study: Study) -> None:
