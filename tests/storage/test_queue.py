@@ -481,11 +481,11 @@ def test_a_space_that_rejects_every_draw_ends_the_search(study: Study, monkeypat
     assert study.trials() == []
 
 
-@pytest.mark.parametrize("sampler", [optuna.samplers.RandomSampler, optuna.samplers.TPESampler])
+@pytest.mark.parametrize("sampler", [optuna.samplers.RandomSampler(seed=0), optuna.samplers.TPESampler(seed=0)])
 def test_a_constraint_that_few_draws_meet_does_not_end_the_search(
-    study: Study, sampler: type[optuna.samplers.BaseSampler]
+    study: Study, sampler: optuna.samplers.BaseSampler
 ) -> None:
-    study.optuna_study.sampler = sampler(seed=0)
+    study.optuna_study.sampler = sampler
 
     def draw(trial: optuna.Trial) -> str:
         return "" if trial.suggest_float("m", 0, 1) < 0.002 else "m < 0.002"
@@ -503,11 +503,11 @@ def test_a_run_that_draws_for_long_sees_that_others_have_used_the_budget(study: 
         nonlocal drawn
         drawn += 1
         if drawn == 50:
-            claim_one(other)
+            claim_one(first)
         return "never"
 
     with (
-        sampled_run(study, lambda _: "", max_trials=1) as other,
+        sampled_run(study, lambda _: "", max_trials=1) as first,
         sampled_run(study, reject, max_trials=1) as run,
     ):
         assert run.claim() is None
