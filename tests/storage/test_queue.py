@@ -490,8 +490,8 @@ def test_a_constraint_that_few_draws_meet_does_not_end_the_search(
     def draw(trial: optuna.Trial) -> str:
         return "" if trial.suggest_float("m", 0, 1) < 0.002 else "m < 0.002"
 
-    with sampled_run(study, draw, max_trials=20) as run:
-        for _ in range(20):
+    with sampled_run(study, draw, max_trials=6) as run:
+        for _ in range(6):
             run.complete(claim_one(run), 1.0)
         assert not run.exhausted
 
