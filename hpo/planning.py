@@ -16,6 +16,7 @@ from hpo.remaining import find_spent_budget, trials_left
 from hpo.search.environment import note_horizon
 from hpo.search.listener import NullListener, ProgressListener
 from hpo.search.trainable_check import TrainableCheck, check_values
+from hpo.search.trainable_import import refuse_while_importing
 from hpo.space.model import Space
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ def plan_search(
 
     listener = listener or NullListener()
     data = space.trainable_data(Path(data_dir).resolve())
+    refuse_while_importing()
     check_values(space)
     if (note := note_horizon(space)) is not None:
         listener.note(note)
@@ -96,6 +98,7 @@ def plan_search(
         start_mps(is_wanted=may_share_gpu(space)) as mps,
         start_probes(space, data, Path(runs_dir)) as probes,
     ):
+        check.start()
         note_mps_failure(mps, listener)
         stored = _look_up(space, storage, password, locate(runs_dir, checkpoints), listener)
         continuation, states, left = stored.continuation, stored.states, stored.trials_left

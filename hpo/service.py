@@ -28,6 +28,7 @@ from hpo.search.environment import describe_environment, note_horizon
 from hpo.search.listener import CombinedListener, NullListener, ProgressListener
 from hpo.search.stop import EXIT_CODES, Stop
 from hpo.search.trainable_check import TrainableCheck, check_values
+from hpo.search.trainable_import import refuse_while_importing
 from hpo.space.model import Space
 from hpo.space.recipient import Recipient, require_recipient
 
@@ -146,6 +147,7 @@ def run_search(
         DataError: the data set is not there and cannot be downloaded.
         StorageError: the database cannot be used; trials in flight are resumable.
     """
+    refuse_while_importing()
     require_recipient(on_finish, "on_finish")
     listener = listener or NullListener()
     with Announcer(on_finish or space.on_finish, space, storage, listener) as announcer:
@@ -199,7 +201,7 @@ def _run_search(
         listener.preparing("starting Ray")
         # A new database has no finished trials, so Ray is needed. An existing one may have nothing left to run.
         if is_new_database(settings.storage):
-            cluster.start()
+            _start(check, cluster)
         from hpo.report.reading import read_results
         from hpo.search.checkpoints.retention import Retention
         from hpo.search.earlier.continuation import open_continued, plan_continuation
@@ -228,7 +230,7 @@ def _run_search(
             listener.preparing("reading earlier studies")
             # First: a wrong name must not leave an empty study.
             found = find_trials(space, study, database, settings.password, continuation.parents)
-            cluster.start()
+            _start(check, cluster)
             study, stopped = _search(
                 continuation,
                 database,
@@ -287,6 +289,14 @@ def _upload_left(space: Space, study: Study, runs: RunsDir, listener: ProgressLi
         folder, bucket = runs.checkpoints(study.unique_name), BucketStudy(runs.bucket_study(study.unique_name))
         for note in upload_left(folder, bucket, interval=interval, wait_seconds=seconds):
             listener.note(note)
+
+
+def _start(check: TrainableCheck, cluster: RayCluster) -> None:
+    """Start to import the trainable, and Ray, unless that was done before."""
+    check.start()
+    cluster.import_ray()
+    check.look()  # a mistake that is known by now is said without starting Ray
+    cluster.start()
 
 
 class _Processes(NamedTuple):

@@ -97,9 +97,8 @@ def load_trainable(name: str, folder: Path | str | None = None) -> Callable[...,
     function = getattr(module, function_name, None)
     if function is None:
         names = [n for n in dir(module) if inspect.isgeneratorfunction(getattr(module, n, None))]
-        raise TrainableError(
-            f"trainable: {module_name} has no function {function_name!r}, {nearest(function_name, names)}"
-        )
+        hint = nearest(function_name, names) if names else "and no other generator function"
+        raise TrainableError(f"trainable: {module_name} has no function {function_name!r}, {hint}")
     required = {"data", "seed", "max_epochs", "device", "checkpoint"}
     if not inspect.isgeneratorfunction(function) or not required <= set(inspect.signature(function).parameters):
         raise TrainableError(

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 from hpo.paths import PACKAGE_DIR
+
+# The path is no variable of the environment: what the process starts, such as another Python, would get it, too.
+_CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import {name}; {name}(int(sys.argv[2]))"
 
 
 class PythonProcess(NamedTuple):
@@ -20,29 +27,36 @@ class PythonProcess(NamedTuple):
     pipe: Connection
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, and those that it has started."""
         self.pipe.close()
-        self.process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
 def start_python(function: Callable[[int], None]) -> PythonProcess:
     """Start a process that calls a function with the file descriptor of a pipe to this process.
 
-    It finds the modules that this process finds. Ctrl-C is for this process only, which must end the other one.
+    It finds modules in the folders in which this process finds them. Ctrl-C is for this process only, which must end the
+    other one.
 
     Args:
-        function: of a module.
+        function: at the top level of a module.
     """
     ours, theirs = multiprocessing.Pipe()
-    name = function.__name__
-    # multiprocessing would import the caller's main module again, which may be a script that starts a search.
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-c", f"from {function.__module__} import {name}; {name}({theirs.fileno()})"],
-        pass_fds=[theirs.fileno()],
-        stdin=subprocess.DEVNULL,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(PACKAGE_DIR.parent), *sys.path])},
-        start_new_session=True,
-    )
+    # Not one of the standard streams, if this process has closed them: what the function prints would go there.
+    number = fcntl.fcntl(theirs.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
     theirs.close()
+    code = _CODE.format(module=function.__module__, name=function.__name__)
+    path = json.dumps([*map(str, sys.path), str(PACKAGE_DIR.parent)])
+    try:
+        # multiprocessing would import the caller's main module again, which may be a script that starts a search.
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", code, path, str(number)],
+            pass_fds=[number],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    finally:
+        os.close(number)
     return PythonProcess(process, ours)

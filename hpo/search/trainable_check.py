@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import signal
+from contextlib import suppress
+
 from hpo.errors import TrainableError
 from hpo.search.population import explored_names
-from hpo.search.subprocesses import start_python
+from hpo.search.subprocesses import PythonProcess, start_python
 from hpo.search.trainable_import import serve
 from hpo.space.model import Space
 from hpo.trainable import require_module
+
+POLL_SECONDS = 0.1
 
 
 def check_values(space: Space) -> None:
@@ -49,9 +54,9 @@ def _check_built_in(space: Space) -> None:
 class TrainableCheck:
     """Checks that a trainable of the user can be imported.
 
-    It is imported in another process, while this one goes on: it may import torch, which takes over a second, and as long
-    again when a process ends. A context manager: leaving the context ends that process. The built-in training and commands
-    need no such check.
+    It is imported in another process, while this one goes on. The module may import torch, which would take over a second
+    here, and another one when this process ends. A context manager: leaving the context ends the other process. The built-in
+    training and commands need no such check.
 
     Args:
         space: the search.
@@ -59,38 +64,55 @@ class TrainableCheck:
 
     def __init__(self, space: Space) -> None:
         self._space = space
-        is_own = space.command is None and not space.is_default_trainable
-        self._child = start_python(serve) if is_own else None
-        if self._child is not None:
-            self._child.pipe.send(space.trainable)
+        self._is_needed = space.command is None and not space.is_default_trainable
+        self._child: PythonProcess | None = None
 
     def __enter__(self) -> TrainableCheck:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        self._close()
 
-    def close(self) -> None:
-        """End the process."""
-        if self._child is not None:
-            self._child.close()
-            self._child = None
+    def start(self) -> None:
+        """Start to import the trainable, unless that was done before."""
+        if self._is_needed:
+            self._is_needed = False
+            self._child = start_python(serve)
+            with suppress(OSError):  # it has ended: `wait` says so
+                self._child.pipe.send(self._space.trainable)
+
+    def look(self) -> None:
+        """Raise what is known already. See `wait`."""
+        if self._child is not None and self._child.pipe.poll():
+            self.wait()
 
     def wait(self) -> None:
-        """Wait until the trainable is imported.
+        """Wait until the trainable is imported. `start` was called before.
 
         Raises:
             TrainableError: it cannot be imported, or is not a `hpo.trainable.Trainable`.
         """
         if self._child is None:
             return
-        try:
-            mistake = self._child.pipe.recv()
-        except (EOFError, ConnectionError):
-            code = self._child.process.wait()
-            how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-            mistake = f"trainable: the process that imported {self._space.trainable} was ended {how}"
-        self.close()  # now: it would be a zombie until the search ends
+        mistake = self._receive(self._child)
+        self._close()  # now: it would be a zombie until the search ends
         if mistake:
             with self._space.locating_errors("trainable"):
                 raise TrainableError(mistake)
+
+    def _receive(self, child: PythonProcess) -> str:
+        """Return what is wrong, or how the process has ended instead of saying so."""
+        # A process that the module has forked may keep the pipe open.
+        while not child.pipe.poll(POLL_SECONDS) and child.process.poll() is None:
+            pass
+        with suppress(EOFError, OSError):
+            if child.pipe.poll():
+                return str(child.pipe.recv())
+        code = child.process.wait()
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return f"trainable: the process that imported {self._space.trainable} {how}"
+
+    def _close(self) -> None:
+        if self._child is not None:
+            self._child.close()
+            self._child = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -12,12 +13,14 @@ import pytest
 from hpo.errors import TrainableError
 from hpo.search.trainable_check import TrainableCheck, check_values
 from hpo.space.model import Space, load_space
-from tests.factories import shipped_space, wait_until
+from tests.end_to_end.processes import python
+from tests.factories import HpoHere, shipped_space, wait_until
 
 
 def check(space: Space) -> None:
     check_values(space)
     with TrainableCheck(space) as started:
+        started.start()
         started.wait()
 
 
@@ -114,8 +117,44 @@ Traceback (most recent call last):
     raise SystemExit('no license')
 SystemExit: no license""",
         ),
-        ("import os\nos._exit(3)", "the process that imported mine:train was ended with exit code 3"),
-        ("import os\nos.kill(os.getpid(), 11)", "the process that imported mine:train was ended by signal 11"),
+        ("import os\nos._exit(3)", "the process that imported mine:train ended with exit code 3"),
+        # The forked process keeps the pipe open.
+        (
+            "import os, time\nif os.fork() == 0:\n    time.sleep(600)\nos._exit(3)",
+            "the process that imported mine:train ended with exit code 3",
+        ),
+        ("import os\nos.kill(os.getpid(), 11)", "the process that imported mine:train was ended by SIGSEGV"),
+        (
+            """import importlib
+try:
+    importlib.import_module("helper")
+except ImportError as error:
+    raise ValueError("no helper") from error
+""",
+            """mine cannot be imported:
+Traceback (most recent call last):
+  File "FOLDER/mine.py", line 3, in <module>
+    importlib.import_module("helper")
+  File "FOLDER/helper.py", line 2, in <module>
+    import a_package_that_is_not_installed
+ModuleNotFoundError: No module named 'a_package_that_is_not_installed'
+
+The above exception was the direct cause of the following exception:
+""",
+        ),
+        (
+            "input()",
+            'mine cannot be imported:\nTraceback (most recent call last):\n  File "FOLDER/mine.py", line 1, in ',
+        ),
+        ("x = 1", "mine has no function 'train', and no other generator function"),
+        (
+            "from hpo import load_space, run_search\nrun_search(load_space('space.yaml'))",
+            "the module starts a search when it is imported: do that below `if __name__ == '__main__':`",
+        ),
+        (
+            "from hpo import load_space, plan_search\nplan_search(load_space('space.yaml'))",
+            "the module starts a search when it is imported: do that below `if __name__ == '__main__':`",
+        ),
         ("def train(params):\n    yield\n", "mine:train must be a generator function (params, *, data"),
     ],
 )
@@ -131,20 +170,103 @@ def test_what_is_wrong_with_a_trainable_is_said_with_the_lines_of_the_user(
 
 
 @pytest.mark.slow
-def test_the_trainable_is_imported_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_message_is_shortened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    path = list(sys.path)
-    check(own_space(tmp_path, f"import os\nopen('pid', 'w').write(str(os.getpid()))\n{GOOD}"))
-    assert int((tmp_path / "pid").read_text()) != os.getpid()
+    with pytest.raises(TrainableError) as caught:
+        check(own_space(tmp_path, "raise ValueError('x' * 100_000)"))
+    assert 9_000 < len(str(caught.value)) < 11_000
+
+
+@pytest.mark.slow
+def test_the_trainable_is_imported_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That one finds the modules that this one finds, and is gone when the answer is there."""
+    monkeypatch.chdir(tmp_path)
+    for name, content in (("co:lon", "here = 1"), ("other", "there = 1")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{content[:5].strip()}_module.py").write_text(content)
+    (tmp_path / "json.py").write_text("raise RuntimeError('replaced')")
+    path: list[Any] = [*sys.path, str(tmp_path / "co:lon"), tmp_path / "other"]
+    monkeypatch.setattr(sys, "path", path)
+    code = "import os, here_module, there_module\nopen('pid', 'w').write(str(os.getpid()))\n"
+    before = psutil.Process().children()
+    space = own_space(tmp_path, code + GOOD)
+    with TrainableCheck(space) as started:
+        started.start()
+        started.wait()
+        assert psutil.Process().children() == before
+        assert int((tmp_path / "pid").read_text()) != os.getpid()
     assert "mine" not in sys.modules
     assert sys.path == path
 
 
 @pytest.mark.slow
-def test_a_check_that_nobody_waits_for_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_module_starts_and_makes_is_gone_after_the_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The environment is that of the driver: another Python would not start with the path of this one."""
     monkeypatch.chdir(tmp_path)
-    space = own_space(tmp_path, f"import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)\n{GOOD}")
-    pid = tmp_path / "pid"
-    with TrainableCheck(space):
-        wait_until(lambda: pid.exists() and pid.read_text() != "")
-    assert not psutil.pid_exists(int(pid.read_text()))
+    code = """
+import os, subprocess, tempfile
+folder = tempfile.TemporaryDirectory(dir=".", prefix="scratch-")
+sleeping = subprocess.Popen(["sleep", "600"])
+open("pid", "w").write(str(sleeping.pid))
+print("imported with", os.environ.get("PYTHONPATH"))
+"""
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    check(own_space(tmp_path, code + GOOD))
+    assert capfd.readouterr().out == "imported with None\n"
+    assert not list(tmp_path.glob("scratch-*"))
+    wait_until(lambda: not psutil.pid_exists(int((tmp_path / "pid").read_text())))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ending", ["leave", "kill"])
+def test_a_check_that_nobody_waits_for_ends(tmp_path: Path, ending: str) -> None:
+    own_space(tmp_path, f"import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(600)\n{GOOD}")
+    program = """
+import os, pathlib, signal, time
+from hpo import load_space
+from hpo.search.trainable_check import TrainableCheck
+with TrainableCheck(load_space("space.yaml")) as started:
+    started.start()
+    while not (pathlib.Path("pid").exists() and pathlib.Path("pid").read_text()):
+        time.sleep(0.05)
+    started.look()
+    if ENDING == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+    ended = python(tmp_path, "-c", program.replace("ENDING", repr(ending)))
+    assert ended.returncode == (0 if ending == "leave" else -9), ended.stderr
+    wait_until(lambda: not psutil.pid_exists(int((tmp_path / "pid").read_text())))
+
+
+@pytest.mark.slow
+def test_a_driver_without_standard_streams_is_answered(tmp_path: Path) -> None:
+    own_space(tmp_path, f"print('imported')\n{GOOD}")
+    program = """
+import os
+for number in range(3):
+    os.close(number)
+from hpo import load_space
+from hpo.search.trainable_check import TrainableCheck
+with TrainableCheck(load_space("space.yaml")) as started:
+    started.start()
+    started.wait()
+open("answered", "w").close()
+"""
+    python(tmp_path, "-c", program)
+    assert (tmp_path / "answered").exists()
+
+
+@pytest.mark.slow
+def test_a_search_with_a_broken_trainable_stores_nothing(tmp_path: Path, hpo_here: HpoHere) -> None:
+    own_space(tmp_path, "import a_package_that_is_not_installed")
+    for verb in ("run", "plan"):
+        ended = hpo_here(tmp_path, verb, "space.yaml")
+        assert ended.returncode == 2
+        assert ended.stderr.startswith("hpo: space.yaml:1:1: trainable: mine cannot be imported:\n")
+        assert "importlib" not in ended.stderr
+    # It is known before Ray starts, and before the database is created.
+    assert not (tmp_path / "runs/hpo.db").exists()
+    missing = hpo_here(tmp_path, "run", "space.yaml", "--set", "trainable=no_such_module:train")
+    assert "trainable: no module 'no_such_module' in the current folder" in missing.stderr

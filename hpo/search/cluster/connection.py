@@ -109,11 +109,15 @@ class RayCluster:
             return
         raise KeyboardInterrupt
 
+    @staticmethod
+    def import_ray() -> None:
+        """Import ray. `start` does so, too, which takes half a second."""
+        import ray  # noqa: F401
+
     def start(self) -> None:
         """Start Ray, unless it was started before, and return as soon as Ray's processes are starting."""
         if self._thread.ident is None:
-            import ray  # noqa: F401 # imported before the thread starts: other imports would compete with it
-
+            self.import_ray()  # before the thread starts: other imports would compete with it
             self._thread.start()
 
     def stop(self) -> None:
