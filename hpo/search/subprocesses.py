@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from hpo.paths import PACKAGE_DIR
 
-# The path is no variable of the environment: what the process starts, such as another Python, would get it, too.
+# Python's path is an argument, not a variable: another Python that the process starts must not get it.
 _CODE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import {name}; {name}(int(sys.argv[2]))"
 
 
@@ -29,7 +29,8 @@ class PythonProcess(NamedTuple):
     def close(self) -> None:
         """End the process, and those that it has started."""
         self.pipe.close()
-        with suppress(ProcessLookupError):
+        self.process.kill()
+        with suppress(ProcessLookupError, PermissionError):  # no other is left; macOS says the latter
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 

@@ -12,7 +12,7 @@ from hpo.search.trainable_import import serve
 from hpo.space.model import Space
 from hpo.trainable import require_module
 
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.1  # between looks whether the process still runs
 
 
 def check_values(space: Space) -> None:
