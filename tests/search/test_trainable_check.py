@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from hpo.errors import TrainableError
 from hpo.search.trainable_check import TrainableCheck, check_values
 from hpo.space.model import Space, load_space
-from tests.end_to_end.processes import python
+from tests.end_to_end.processes import python, rows
 from tests.factories import HpoHere, shipped_space, wait_until
 
 
@@ -259,6 +260,23 @@ open("answered", "w").close()
 
 
 @pytest.mark.slow
+def test_a_mistake_that_is_known_is_said_without_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    go = tmp_path / "go"
+    code = f"import os, time\nwhile not os.path.exists('go'):\n    time.sleep(0.05)\nraise ValueError\n{GOOD}"
+    with TrainableCheck(own_space(tmp_path, code)) as started:
+        started.start()
+        started.look()
+        go.touch()
+        with pytest.raises(TrainableError, match="cannot be imported"):
+            for _ in range(1200):
+                started.look()
+                time.sleep(0.05)
+        started.look()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
 def test_a_search_with_a_broken_trainable_stores_nothing(tmp_path: Path, hpo_here: HpoHere) -> None:
     own_space(tmp_path, "import a_package_that_is_not_installed")
     for verb in ("run", "plan"):
@@ -266,7 +284,6 @@ def test_a_search_with_a_broken_trainable_stores_nothing(tmp_path: Path, hpo_her
         assert ended.returncode == 2
         assert ended.stderr.startswith("hpo: space.yaml:1:1: trainable: mine cannot be imported:\n")
         assert "importlib" not in ended.stderr
-    # It is known before Ray starts, and before the database is created.
-    assert not (tmp_path / "runs/hpo.db").exists()
+        assert rows(tmp_path / "runs/hpo.db", "SELECT count(*) FROM studies") in ([(0,)], [])
     missing = hpo_here(tmp_path, "run", "space.yaml", "--set", "trainable=no_such_module:train")
     assert "trainable: no module 'no_such_module' in the current folder" in missing.stderr
