@@ -268,10 +268,14 @@ def test_a_mistake_that_is_known_is_said_without_waiting(tmp_path: Path, monkeyp
         started.start()
         started.look()
         go.touch()
-        with pytest.raises(TrainableError, match="cannot be imported"):
+
+        def keep_looking() -> None:
             for _ in range(1200):
                 started.look()
                 time.sleep(0.05)
+
+        with pytest.raises(TrainableError, match="cannot be imported"):
+            keep_looking()
         started.look()
 
 
