@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -86,6 +87,11 @@ def own_space(folder: Path, code: str) -> Space:
     return load_space(str(folder / "space.yaml"))
 
 
+def without_marks(text: str) -> str:
+    """Leave out the marks below a line of code: newer versions of Python have more of them."""
+    return re.sub(r"(?m)^[ ~^]+\n", "", text)
+
+
 GOOD = "def train(params, *, data, seed, max_epochs, device, checkpoint=None):\n    yield\n"
 
 
@@ -167,7 +173,7 @@ def test_what_is_wrong_with_a_trainable_is_said_with_the_lines_of_the_user(
     with pytest.raises(TrainableError) as caught:
         check(own_space(tmp_path, code))
     expected = f"{tmp_path}/space.yaml:1:1: trainable: {message.replace('FOLDER', str(tmp_path))}"
-    assert str(caught.value).startswith(expected)
+    assert without_marks(str(caught.value)).startswith(without_marks(expected))
 
 
 @pytest.mark.slow
