@@ -54,9 +54,9 @@ def _check_built_in(space: Space) -> None:
 class TrainableCheck:
     """Checks that a trainable of the user can be imported.
 
-    It is imported in another process, while this one goes on. The module may import torch, which would take over a second
-    here, and another one when this process ends. A context manager: leaving the context ends the other process. The built-in
-    training and commands need no such check.
+    Another process imports it, and this one does not wait: a module that imports torch takes over a second, and another
+    second at exit. A context manager: leaving the context ends the other process. The built-in training and commands need no
+    such check.
 
     Args:
         space: the search.

@@ -72,7 +72,7 @@ def _find_mistake(name: str) -> str:
 def _clean_up() -> None:
     """Do what the module has asked for at exit, such as deleting temporary folders, and write what it has printed."""
     exit_functions: Any = atexit
-    exit_functions._run_exitfuncs()  # noqa: SLF001 # an exit with everything that belongs to one takes a second with torch
+    exit_functions._run_exitfuncs()  # noqa: SLF001 # a normal exit takes a second with torch
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError, OSError):  # the module has closed or replaced it
             stream.flush()

@@ -188,9 +188,9 @@ def test_a_message_is_shortened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_the_trainable_is_imported_in_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """That one finds the modules that this one finds, and is gone when the answer is there."""
     monkeypatch.chdir(tmp_path)
-    for name, content in (("co:lon", "here = 1"), ("other", "there = 1")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / f"{content[:5].strip()}_module.py").write_text(content)
+    for folder, module in (("co:lon", "here_module"), ("other", "there_module")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{module}.py").touch()
     (tmp_path / "json.py").write_text("raise RuntimeError('replaced')")
     path: list[Any] = [*sys.path, str(tmp_path / "co:lon"), tmp_path / "other"]
     monkeypatch.setattr(sys, "path", path)

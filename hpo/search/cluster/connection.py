@@ -111,7 +111,7 @@ class RayCluster:
 
     @staticmethod
     def import_ray() -> None:
-        """Import ray. `start` does so, too, which takes half a second."""
+        """Import ray, which takes half a second. `start` does so if nothing has before."""
         import ray  # noqa: F401
 
     def start(self) -> None:
