@@ -1,4 +1,7 @@
-"""Successive halving that promotes: a trial that is not among the best at a rung waits there, and may train on later.
+"""Successive halving in which trials wait at a rung, and may train on later.
+
+`PromotingHalving` lets every trial wait that is not among the best. `StoppingHalving` ends it, but where one trial trains at
+a time, the first ones at the lowest rung wait until there are enough of them to compare.
 
 The trials that wait are WAITING, as interrupted ones are. A row in `hpo_rungs` says at which rung each of them waits. It is
 written in the transaction that stores the epoch, and deleted by the claim that lets the trial train on. So a trial waits
@@ -54,28 +57,15 @@ class PromotingHalving(SuccessiveHalving):
         """See `Pruner.decide`. A decision that is repeated may be another one, because others have reported meanwhile."""
         for _ in self.reach(connection, question):
             pass
+        if not self._may_wait(connection, question):
+            return Decision.CONTINUE
         study_id, trial_id, rung = question.study_id, question.trial_id, question.epoch
-        bracket = self.bracket(question.number)
-        if rung < question.first_epoch or rung not in self.rungs_until(bracket, rung):
-            return Decision.CONTINUE
-        # It trained on from a later rung, or from this one, and its checkpoint was gone: it does not wait here again.
-        claimed = sa.select(tables.trials.c.claimed_epoch).where(tables.trials.c.trial == trial_id)
-        if rung <= (connection.scalar(claimed) or 0):
-            return Decision.CONTINUE
-        pool = self.pool(bracket)
+        pool = self.pool(self.bracket(question.number))
         places = self._count(connection, study_id, pool, rung) // self.reduction_factor
         if trial_id in connection.scalars(self._best(study_id, pool, rung).limit(places)).all():
             forget(connection, [trial_id])
             return Decision.CONTINUE
-        row = {
-            "trial": trial_id,
-            "epoch": rung,
-            "pool": pool + WAITING_POOL,
-            "study": study_id,
-            "value": question.value,
-        }
-        optuna_tables.upsert(connection, rungs, ("trial", "epoch", "pool"), [row])
-        return Decision.WAIT
+        return self._hold(connection, question)
 
     def prepare(self, connection: sa.Connection, study_id: int) -> None:
         """See `Pruner.prepare`. What waits at a rung of other options, such as another grace period, waits where it is.
@@ -172,6 +162,27 @@ class PromotingHalving(SuccessiveHalving):
             forget(connection, some)
         return ended
 
+    def _may_wait(self, connection: sa.Connection, question: Question) -> bool:
+        """Return whether a trial is at a rung at which it has not waited before."""
+        trial_id, rung = question.trial_id, question.epoch
+        if rung < question.first_epoch or rung not in self.rungs_until(self.bracket(question.number), rung):
+            return False
+        # It may have trained on from a later rung, or from this one, and its checkpoint was gone.
+        claimed = sa.select(tables.trials.c.claimed_epoch).where(tables.trials.c.trial == trial_id)
+        return rung > (connection.scalar(claimed) or 0)
+
+    def _hold(self, connection: sa.Connection, question: Question) -> Decision:
+        """Note that a trial waits."""
+        row = {
+            "trial": question.trial_id,
+            "epoch": question.epoch,
+            "pool": self.pool(self.bracket(question.number)) + WAITING_POOL,
+            "study": question.study_id,
+            "value": question.value,
+        }
+        optuna_tables.upsert(connection, rungs, ("trial", "epoch", "pool"), [row])
+        return Decision.WAIT
+
     def _competes(self, study_id: int, pool: str, rung: int, barred: Collection[int]) -> sa.ColumnElement[bool]:
         """Return the condition for the rows of a rung. A trial that failed takes no place: it will not train on."""
         trial = optuna_tables.trials
@@ -199,6 +210,33 @@ class PromotingHalving(SuccessiveHalving):
 
     def _waits(self, study_id: int) -> sa.ColumnElement[bool]:
         return sa.and_(rungs.c.study == study_id, rungs.c.pool.in_(self._waiting_pools()))
+
+
+@dataclass(frozen=True)
+class StoppingHalving(PromotingHalving):
+    """Successive halving that ends trials, once there are enough to compare. A `storage.pruners.Pruner`.
+
+    It decides as `SuccessiveHalving`, with one exception. While fewer than `reduction_factor` trials have reached the lowest
+    rung of a bracket, the best of them would train to its end: it has nothing to compare with. If no other trial of the
+    study trains meanwhile, that is a whole training before the search has seen a third configuration. So it waits, and
+    trains on, as in `PromotingHalving`, when it is among the best of enough trials, or when no others come.
+    """
+
+    def decide(self, connection: sa.Connection, question: Question) -> Decision:
+        """See `Pruner.decide`. A decision that is repeated may be another one, because others have reported meanwhile."""
+        decision = SuccessiveHalving.decide(self, connection, question)
+        study_id, bracket = question.study_id, self.bracket(question.number)
+        is_lowest = question.epoch == self.min_epochs * self.reduction_factor**bracket
+        if decision is not Decision.CONTINUE or not is_lowest or not self._may_wait(connection, question):
+            return decision
+        if self._count(connection, study_id, self.pool(bracket), question.epoch) >= self.reduction_factor:
+            return decision
+        trial = optuna_tables.trials
+        others = sa.select(trial.c.trial_id).where(
+            trial.c.study_id == study_id, trial.c.state == TrialState.RUNNING, trial.c.trial_id != question.trial_id
+        )
+        trains_alone = connection.scalar(others.limit(1)) is None
+        return self._hold(connection, question) if trains_alone else decision
 
 
 def forget(connection: sa.Connection, trial_ids: Sequence[int]) -> None:

@@ -339,7 +339,12 @@ class TrialCoordinator:
         if self._is_over():
             return Ending.SAVE
         if decision is Decision.WAIT:
-            trial.wait_reason = f"waits after epoch {epoch}: others are better so far"
+            why = (
+                "others are better so far"
+                if self._space.scheduler.promotes_trials
+                else "there is little to compare with"
+            )
+            trial.wait_reason = f"waits after epoch {epoch}: {why}"
             return Ending.SAVE_ONLY
         if not report.is_recalled and self._must_wait(epoch):
             trial.wait_reason = f"waits after epoch {epoch} until others have caught up"

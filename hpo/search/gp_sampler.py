@@ -1,8 +1,10 @@
-"""The sampler `gp`: Optuna's, which also learns from trials that a scheduler has stopped.
+"""The sampler `gp`: Optuna's, which also learns from trials that have not been trained to their last epoch.
 
 Optuna's Gaussian process sees completed trials only. Where most trials are stopped early, that is a few, and none of the bad
-ones. Here, a stopped trial counts as if it had completed, with an extrapolated value: its last one, and what the completed
-trials have gained from that epoch to their last one, by the median.
+ones. At the start of a search, it is none at all. Here, each trial that has trained an epoch counts as if it had completed,
+with an extrapolated value: its last one, and what the completed trials have gained from that epoch to their last one, by the
+median. Until one has completed, the trials that have got furthest stand in for it. It does not matter whether a trial was
+stopped, waits, or still trains.
 
 Optuna's also learns constraints, from the values of trials that broke them. Here no such trial is trained, and whether a
 configuration breaks a constraint is known without one. So the largest value of the acquisition function is looked for among
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 # Whether a configuration, {name: value}, meets the constraints.
 IsAllowed = Callable[[Mapping[str, Any]], bool]
 
+# Of a trial that counts once it has an epoch. An interrupted one waits, as one does that waits at a rung.
+_PARTIAL = (TrialState.RUNNING, TrialState.WAITING, TrialState.PRUNED)
 _MAX_TRIED_VALUES = 16  # of an integer: Optuna, too, tries every one of so few
 _PENALTY = 1e9  # of a point that must not be drawn: the logarithm of an expected improvement is never so low
 _DIGITS = 9  # of normalized values that are compared
@@ -65,10 +69,11 @@ class ExtrapolatingGPSampler(GPSampler):
         self._tried: list[FrozenTrial] = []  # their configurations are not drawn again
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """Return the parameters that all completed and stopped trials have."""
+        """Return the parameters that all completed and extrapolated trials have."""
         if self._search_space is None:
             self._search_space = IntersectionSearchSpace(include_pruned=True)
-        found = self._search_space.calculate(study)
+        view: Any = _ExtrapolatedStudy(study)
+        found = self._search_space.calculate(view)
         return {name: distribution for name, distribution in found.items() if not distribution.single()}
 
     def sample_relative(
@@ -193,7 +198,7 @@ class _AllowedOnly:
 
 
 class _ExtrapolatedStudy:
-    """A study whose stopped trials have completed. Everything else is that of the study behind it."""
+    """A study whose trials have completed once they have an epoch. Everything else is that of the study behind it."""
 
     def __init__(self, study: Study) -> None:
         self._study = study
@@ -201,45 +206,54 @@ class _ExtrapolatedStudy:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._study, name)
 
-    def _get_trials(self, *, states: Collection[TrialState], **options: Any) -> list[FrozenTrial]:
-        wanted = {*states, TrialState.PRUNED} if TrialState.COMPLETE in states else states
-        trials = self._study._get_trials(states=tuple(wanted), **options)  # noqa: SLF001 # as GPSampler does
-        return extrapolate(trials) if TrialState.COMPLETE in states else trials
+    def _get_trials(self, *, states: Collection[TrialState] | None = None, **options: Any) -> list[FrozenTrial]:
+        trials = self._study._get_trials(states=None, **options)  # noqa: SLF001 # as GPSampler does
+        if len(self._study.directions) == 1:  # of several objectives, storage has the epochs of the first one only
+            trials = extrapolate(trials)
+        return [trial for trial in trials if states is None or trial.state in states]
 
 
 def extrapolate(trials: Sequence[FrozenTrial], most: int = MAX_GP_TRIALS) -> list[FrozenTrial]:
-    """Return trials in which stopped ones have completed, with an extrapolated value.
+    """Return trials in which those with an epoch have completed, with an extrapolated value.
 
     Args:
-        trials: in any state, of one objective if any was stopped. They are not changed.
-        most: how many completed and stopped ones are returned at most: first those that completed, then those that were
-            stopped last. Trials in other states are all returned.
+        trials: in any state, of one objective. They are not changed.
+        most: how many that count as completed are returned at most: first those that have, the latest ones, then those that
+            got furthest.
 
     Returns:
-        The trials, by number, without stopped ones of whose last epoch no completed trial has a value.
+        The trials, by number. One whose value is not known, or that is one too many, is left out if it has ended.
     """
     completed = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    stopped = [trial for trial in trials if trial.state == TrialState.PRUNED and trial.last_step is not None]
-    others = [trial for trial in trials if not trial.state.is_finished()]
+    partial = [trial for trial in trials if trial.state in _PARTIAL and trial.last_step is not None]
+    furthest = max((trial.last_step or 0 for trial in partial), default=0)
+    curves = [(trial.values[0], trial.intermediate_values) for trial in completed] or [
+        (values[furthest], values) for values in (trial.intermediate_values for trial in partial) if furthest in values
+    ]
     gains: dict[int, float | None] = {}
-    found = []
-    for trial in sorted(stopped, key=lambda each: (-(each.last_step or 0), each.number)):
+    found = sorted(completed, key=lambda trial: trial.number)[-most:]
+    for trial in sorted(partial, key=lambda each: (-(each.last_step or 0), each.number)):
+        if len(found) == most:
+            break
         epoch = trial.last_step or 0
         if epoch not in gains:
-            gains[epoch] = _median_gain(completed, epoch)
+            gains[epoch] = _median_gain(curves, epoch)
         gain, value = gains[epoch], trial.intermediate_values[epoch]
         if gain is not None and math.isfinite(value):
             found.append(copy.copy(trial))
             found[-1].state, found[-1].values = TrialState.COMPLETE, [value + gain]
-    latest = sorted(completed, key=lambda trial: trial.number)[-most:]
-    return sorted([*latest, *found[: most - len(latest)], *others], key=lambda trial: trial.number)
+    counted = {trial.number for trial in found}
+    others = [trial for trial in trials if not trial.state.is_finished() and trial.number not in counted]
+    return sorted([*found, *others], key=lambda trial: trial.number)
 
 
-def _median_gain(completed: Sequence[FrozenTrial], epoch: int) -> float | None:
-    """Return by how much the value changes from an epoch to the end; None if no trial says so."""
-    gains = [trial.values[0] - trial.intermediate_values[epoch] for trial in completed if _has_both(trial, epoch)]
-    return statistics.median(gains) if gains else None
+def _median_gain(curves: Sequence[tuple[float, Mapping[int, float]]], epoch: int) -> float | None:
+    """Return by how much the value changes from an epoch to the end; None if no trial says so.
 
-
-def _has_both(trial: FrozenTrial, epoch: int) -> bool:
-    return math.isfinite(trial.values[0]) and math.isfinite(trial.intermediate_values.get(epoch, math.nan))
+    Args:
+        curves: of some trials, the final value and {epoch: value}.
+        epoch: the epoch.
+    """
+    gains = [final - values.get(epoch, math.nan) for final, values in curves]
+    known = [gain for gain in gains if math.isfinite(gain)]
+    return statistics.median(known) if known else None

@@ -110,12 +110,14 @@ def build_pruner(space: Space, study: Study) -> Pruner | None:
         space: the search.
         study: its study.
     """
-    from storage.promotion import PromotingHalving
+    from storage.promotion import PromotingHalving, StoppingHalving
     from storage.pruners import Median, SuccessiveHalving
 
     scheduler, maximize = space.scheduler, space.direction == "maximize"
     min_epochs = scheduler.min_epochs(space.max_epochs)
-    halving = PromotingHalving if scheduler.promotes_trials else SuccessiveHalving
+    halving: type[SuccessiveHalving] = SuccessiveHalving
+    if space.may_wait:
+        halving = PromotingHalving if scheduler.promotes_trials else StoppingHalving
     match scheduler.name:
         case "asha":
             return halving(maximize, study.name, min_epochs, scheduler.reduction_factor)

@@ -71,7 +71,7 @@ def choose_sampler(
         return SamplerChoice(RandomSampler(name="random", seed=auto.seed), reason)
     if objectives > 1:
         return SamplerChoice(TPESampler(name="tpe", seed=auto.seed), f"there are {objectives} objectives")
-    against_gp = _reason_against_gp(parameters, budget, scheduler)
+    against_gp = _reason_against_gp(parameters, budget)
     if not against_gp:
         many = "" if budget.trials is None else f", and at most {MAX_GP_TRIALS} trials"
         reason = f"no parameter depends on another{many}"
@@ -84,7 +84,7 @@ def _say_grid(points: int, budget: Budget) -> str:
     return count if budget.trials is None else f"{count}, within the budget of {budget.trials:,} trials"
 
 
-def _reason_against_gp(parameters: Mapping[str, Parameter], budget: Budget, scheduler: Scheduler) -> str:
+def _reason_against_gp(parameters: Mapping[str, Parameter], budget: Budget) -> str:
     """Return why a Gaussian process does not suit a search; empty if it does."""
     conditional = [name for name, parameter in parameters.items() if parameter.when]
     if conditional:
@@ -92,8 +92,6 @@ def _reason_against_gp(parameters: Mapping[str, Parameter], budget: Budget, sche
     large = find_too_large(parameters)
     if large is not None:
         return f"{large} has over {MAX_GP_VALUES:,} values, which gp would keep in memory"
-    if scheduler.promotes_trials:
-        return f"trials of {scheduler.name} wait, and gp learns from those only that have ended"
     if budget.trials is not None and budget.trials > MAX_GP_TRIALS:
         return f"{budget.trials:,} trials, and gp is for at most {MAX_GP_TRIALS}"
     return ""

@@ -249,6 +249,11 @@ class Space(StrictModel):
         return self.command is None or uses_checkpoint_dir(self.command)
 
     @property
+    def may_wait(self) -> bool:
+        """Whether the scheduler may let trials wait, and train on from their checkpoints later."""
+        return self.scheduler.halves and self.saves_checkpoints
+
+    @property
     def has_conditions(self) -> bool:
         """Whether some parameters exist only for certain values of others (`when`)."""
         return any(parameter.when for parameter in self.parameters.values())

@@ -172,6 +172,7 @@ NamedSampler = Annotated[Sampler, BeforeValidator(_expand_name, json_schema_inpu
 # --- the scheduler ------------------------------------------------------------------------------------------------
 
 _SchedulerName = Literal["none", "asha", "hyperband", "median", "pbt"]
+_HALVING = {"asha", "hyperband"}
 _OF_HALVING = {"grace_period", "reduction_factor", "mode"}
 _OF_PBT = {"population", "interval", "quantile", "resample", "factor", "explore"}
 MAX_POPULATION = 1000
@@ -187,8 +188,9 @@ class Scheduler(StrictModel):
     reduction_factor: Annotated[int, Field(ge=2)] = 3
     """asha and hyperband: 1 of `reduction_factor` trials continues, with `reduction_factor` times the epochs."""
     mode: Literal["stop", "promote"] = "stop"
-    """asha and hyperband: what happens to the other trials. stop: they end. promote: they wait, and train on from their
-    checkpoint when they are among the best of all that came after them."""
+    """asha and hyperband: what happens to the other trials. stop: they end, but where one trial trains at a time, the first
+    ones wait until there are `reduction_factor` to compare. promote: they wait, and train on from their checkpoint when they
+    are among the best of all that came after them."""
     population: Annotated[int, Field(ge=2, le=MAX_POPULATION)] = 8
     """pbt: how many members the population has."""
     interval: PositiveInt = 5
@@ -218,6 +220,11 @@ class Scheduler(StrictModel):
         return self.name != "none"
 
     @property
+    def halves(self) -> bool:
+        """Whether the scheduler is a form of successive halving."""
+        return self.name in _HALVING
+
+    @property
     def promotes_trials(self) -> bool:
         """Whether trials wait that are not among the best, instead of ending."""
         return self.mode == "promote"
@@ -231,8 +238,7 @@ class Scheduler(StrictModel):
     def unused_options(self) -> set[str]:
         """The options that have no effect."""
         by_name = {
-            "asha": _OF_HALVING,
-            "hyperband": _OF_HALVING,
+            **dict.fromkeys(_HALVING, _OF_HALVING),
             "median": {"grace_period"},
             "none": _OF_HALVING,
             "pbt": _OF_PBT,

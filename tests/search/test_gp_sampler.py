@@ -1,4 +1,4 @@
-"""The sampler `gp`: what it learns from trials that were stopped early, and that it is Optuna's without them."""
+"""The sampler `gp`: what it learns from trials without their last epoch, and that it is Optuna's without them."""
 
 from __future__ import annotations
 
@@ -48,21 +48,45 @@ def test_a_stopped_trial_gains_what_completed_ones_have_gained_from_its_epoch_on
     )
 
 
-def test_a_stopped_trial_that_nothing_compares_with_is_left_out() -> None:
+@pytest.mark.parametrize("state", [TrialState.PRUNED, TrialState.WAITING, TrialState.RUNNING])
+def test_a_trial_that_was_stopped_waits_or_trains_counts(state: TrialState) -> None:
+    partial = trial(3, state, {1: 0.05})
+    assert values_of(extrapolate([*COMPLETED, partial])) == pytest.approx({0: 0.5, 1: 0.8, 2: 0.5, 3: 0.05 + 0.4})
+    assert partial.state == state, "what the storage keeps in memory is not changed"
+
+
+def test_until_a_trial_has_completed_those_that_got_furthest_stand_in_for_it() -> None:
+    partial = [
+        trial(0, TrialState.PRUNED, {1: 0.1}),
+        trial(1, TrialState.RUNNING, {1: 0.2, 3: 0.6}),
+        trial(2, TrialState.WAITING, {1: 0.3, 3: 0.5}),
+        trial(3, TrialState.RUNNING, {1: 0.4, 2: 0.5}),
+        trial(4, TrialState.RUNNING, {}),
+    ]
+    found = extrapolate(partial)
+    assert values_of(found) == pytest.approx({0: 0.1 + 0.3, 1: 0.6, 2: 0.5}), "none of the furthest has epoch 2"
+    assert [each.number for each in found] == [0, 1, 2, 3, 4], "the others still train"
+
+
+def test_a_trial_that_nothing_compares_with_is_left_out_or_still_trains() -> None:
     stopped = [
         trial(3, TrialState.PRUNED, {2: 0.5}),
         trial(4, TrialState.PRUNED, {1: math.nan}),
         trial(5, TrialState.PRUNED, {}),
     ]
-    assert values_of(extrapolate([*COMPLETED, *stopped])) == {0: 0.5, 1: 0.8, 2: 0.5}
-    assert extrapolate(stopped) == []
+    running = [trial(6, TrialState.RUNNING, {2: 0.5}), trial(7, TrialState.RUNNING, {1: math.inf})]
+    found = extrapolate([*COMPLETED, *stopped, *running])
+    assert values_of(found) == {0: 0.5, 1: 0.8, 2: 0.5}
+    assert [each.number for each in found] == [0, 1, 2, 6, 7]
+    assert extrapolate([trial(0, TrialState.PRUNED, {}), trial(1, TrialState.FAIL, {1: 0.5})]) == []
 
 
-def test_of_many_trials_the_completed_ones_and_the_last_stopped_ones_count() -> None:
+def test_of_many_trials_the_completed_ones_and_those_that_got_furthest_count() -> None:
     stopped = [trial(3 + i, TrialState.PRUNED, {1: 0.1} if i % 2 else {1: 0.1, 3: 0.2}) for i in range(8)]
     running = trial(11, TrialState.RUNNING, {1: 0.1})
     found = extrapolate([*COMPLETED, *stopped, running], most=6)
     assert [each.number for each in found] == [0, 1, 2, 3, 5, 7, 11]
+    assert found[-1].state == TrialState.RUNNING
     assert [each.number for each in extrapolate([*COMPLETED, *stopped], most=2)] == [1, 2]
     assert [each.number for each in extrapolate([*COMPLETED, running], most=2)] == [1, 2, 11]
 
@@ -96,6 +120,26 @@ def test_it_learns_from_stopped_trials_that_optunas_sampler_ignores() -> None:
     stopped = [trial(2 + i, TrialState.PRUNED, {1: -((x - 0.7) ** 2)}, x) for i, x in enumerate([0.2, 0.4, 0.6, 0.8])]
     assert abs(draw(ExtrapolatingGPSampler, [*completed, *stopped]) - 0.7) < 0.05
     assert abs(draw(GPSampler, [*completed, *stopped]) - 0.7) > 0.05, "with two completed trials, it draws at random"
+
+
+def test_it_learns_before_a_trial_has_completed() -> None:
+    partial = [
+        trial(i, [TrialState.RUNNING, TrialState.PRUNED][i % 2], {1: -((x - 0.7) ** 2)}, x)
+        for i, x in enumerate([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    ]
+    assert abs(draw(ExtrapolatingGPSampler, partial) - 0.7) < 0.05
+
+
+def test_of_several_objectives_it_extrapolates_nothing() -> None:
+    """Storage has the epochs of the first one only."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        sampler = ExtrapolatingGPSampler(seed=0, n_startup_trials=2, warn_independent_sampling=False)
+    study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
+    options: dict[str, Any] = {"distributions": SPACE, "intermediate_values": {1: 0.5}}
+    study.add_trials(create_trial(values=[x, x], params={"x": x}, **options) for x in (0.2, 0.8))
+    study.add_trial(create_trial(state=TrialState.RUNNING, params={"x": 0.5}, **options))
+    assert 0.0 <= study.ask().suggest_float("x", 0.0, 1.0) <= 1.0
 
 
 def test_an_integer_of_many_values_is_not_searched_value_by_value(

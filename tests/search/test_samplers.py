@@ -35,7 +35,7 @@ from storage.database import Database, open_database
 from storage.errors import StorageError
 from storage.history import MIN_LIMIT
 from storage.optuna_internals import trial_id
-from storage.promotion import PromotingHalving
+from storage.promotion import PromotingHalving, StoppingHalving
 from storage.pruners import Decision, Median, SuccessiveHalving
 from storage.studies import find_study, open_study
 from storage.study import Study
@@ -464,15 +464,18 @@ def test_pruners_use_the_options_of_the_scheduler(tmp_path: Path, database: Data
         return build_pruner(toy_space(tmp_path, scheduler=scheduler, max_epochs=27), study)
 
     asha = pruner_of({"name": "asha", "grace_period": 2, "reduction_factor": 4})
-    assert asha == SuccessiveHalving(True, "toy", 2, 4)
+    assert asha == StoppingHalving(True, "toy", 2, 4)
     hyperband = pruner_of({"name": "hyperband", "grace_period": 1, "reduction_factor": 3})
-    assert hyperband == SuccessiveHalving(True, "toy", 1, 3, brackets=4)
+    assert hyperband == StoppingHalving(True, "toy", 1, 3, brackets=4)
     promoting = pruner_of({"name": "asha", "grace_period": 2, "reduction_factor": 4, "mode": "promote"})
     assert promoting == PromotingHalving(True, "toy", 2, 4)
     brackets = pruner_of({"name": "hyperband", "grace_period": 1, "mode": "promote"})
     assert brackets == PromotingHalving(True, "toy", 1, 3, brackets=4)
     assert pruner_of({"name": "median", "grace_period": 5}) == Median(True, 5)
     assert pruner_of({"name": "none"}) is None
+    script: dict[str, Any] = {"command": "python train.py {x}", "scheduler": {"name": "asha", "grace_period": 2}}
+    without_checkpoints = build_pruner(toy_space(tmp_path, trainable=None, **script), study)
+    assert without_checkpoints == SuccessiveHalving(True, "toy", 2, 3), "its trials cannot train on, so none waits"
 
 
 @pytest.mark.parametrize(
@@ -485,7 +488,7 @@ def test_by_default_trials_are_compared_twice(
     scheduler = {"name": "asha", "reduction_factor": reduction_factor}
     space = toy_space(tmp_path, scheduler=scheduler, max_epochs=max_epochs)
     pruner = build_pruner(space, open_study(database, **space.study_options))
-    assert pruner == SuccessiveHalving(True, "toy", expected, reduction_factor)
+    assert pruner == StoppingHalving(True, "toy", expected, reduction_factor)
     assert Space.from_settings(space.study_options["settings"]).scheduler == space.scheduler
 
 

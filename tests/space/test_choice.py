@@ -92,8 +92,8 @@ def space_of(parameters: dict[str, Any], **changes: Any) -> Space:
         (
             {"lr": LR},
             {"budget": {"trials": 9}, "scheduler": {"name": "asha", "mode": "promote"}, "max_epochs": 9},
-            "tpe",
-            "trials of asha wait, and gp learns from those only that have ended",
+            "gp",
+            "no parameter depends on another, and at most 250",
         ),
         (
             {"kind": ["a", "b"], "lr": LR | {"when": {"kind": "a"}}},

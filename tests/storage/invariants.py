@@ -54,6 +54,7 @@ class Invariants:
         self._orphaned: set[tuple[int, int]] = set()  # (trial, run) of RUNNING trials whose run has ended
         self._rungs: set[tuple[int, int]] = set()
         self._pruned: set[int] | None = set()  # at the last look; None if the database was replaced since
+        self._running: set[int] = set()  # trials that were RUNNING at the last check
         self._at_rungs: dict[int, int] = {}  # {trial_id: epoch} of those that waited at a rung at the last look
         self._knows_crashes = True
 
@@ -219,7 +220,7 @@ class Invariants:
         )
         training = self.trained[value]  # type: ignore[index]
         # A trial that waited at a rung is ended by a run that need not have trained it.
-        if not self._simulation.plan.is_deterministic and not (self._promotes and state == "PRUNED"):
+        if not self._simulation.plan.is_deterministic and not (self._lets_wait and state == "PRUNED"):
             assert training.claim.token == token, f"trial {trial_id} has the value of an attempt that does not own it"
         expected = {epoch: each for epoch, each in training.history.items() if epoch <= last}
         assert curve == expected, f"trial {trial_id} has the epochs {curve}, its last attempt trained {expected}"
@@ -275,34 +276,33 @@ class Invariants:
             "WHERE v.intermediate_value IS NULL OR v.intermediate_value <> r.value"
         )
         assert not differing, f"(trial, epoch, value at the rung, stored value) differ: {differing}"
-        if self._promotes:
-            self._check_promotions(trials)
-        if self._simulation.plan.pruner != "asha":
-            return
         rows = self._sql("SELECT trial, epoch, value FROM hpo_rungs WHERE pool = 'asha'")
-        by_epoch: dict[int, list[float]] = defaultdict(list)
-        for _, epoch, value in rows:
-            by_epoch[epoch].append(value)
         new = [row for row in rows if (row[0], row[2]) not in self._rungs]
         self._rungs |= {(row[0], row[2]) for row in rows}
         # A restored copy may lack decisions of living runs: the epochs are stored again, the rungs when a run starts.
-        if len(new) != 1 or self.replacements:
-            return
-        trial_id, epoch, value = new[0]
-        ahead = sum(other > value for other in by_epoch[epoch])
-        if ahead >= max(1, len(by_epoch[epoch]) // 2):
-            assert trials[trial_id][2] == "PRUNED", (
-                f"trial {trial_id} lost at epoch {epoch} and is {trials[trial_id][2]}"
-            )
+        decided = new[0] if len(new) == 1 and not self.replacements else None
+        if self._lets_wait:
+            self._check_those_that_wait(trials, rows, decided)
+        if decided is not None and self._simulation.plan.pruner in {"asha", "stop"}:
+            trial_id, epoch, value = decided
+            at_epoch = [row[2] for row in rows if row[1] == epoch]
+            if sum(other > value for other in at_epoch) >= max(1, len(at_epoch) // 2):
+                state = trials[trial_id][2]
+                assert state == "PRUNED", f"trial {trial_id} lost at epoch {epoch} and is {state}"
 
     @property
     def _promotes(self) -> bool:
         return self._simulation.plan.pruner == "promote"
 
-    def _check_promotions(self, trials: dict[int, tuple[Any, ...]]) -> None:
-        """Of those that reached a rung, only the best train on; the others wait, and end when nothing else is left."""
+    @property
+    def _lets_wait(self) -> bool:
+        return self._promotes or self._simulation.plan.pruner == "stop"
+
+    def _check_those_that_wait(
+        self, trials: dict[int, tuple[Any, ...]], rows: list[tuple[Any, ...]], decided: tuple[Any, ...] | None
+    ) -> None:
+        """Those wait that have to. Of them, only the best train on; the others end when nothing else is left."""
         at_rungs = dict(self._sql("SELECT trial, epoch FROM hpo_rungs WHERE pool = 'asha/waiting'"))
-        rows = self._sql("SELECT trial, epoch, value FROM hpo_rungs WHERE pool = 'asha'")
         states = {trial_id: row[2] for trial_id, row in trials.items()}
         ranked: dict[int, list[int]] = defaultdict(list)  # {rung: trials that have not failed, the best first}
         for trial_id, epoch, _ in sorted(rows, key=lambda row: (-row[2], row[0])):
@@ -316,17 +316,22 @@ class Invariants:
             is_last = is_complete and not running - {trial_id}
             return trial_id in others[: max(len(others) // 2, int(is_last))]
 
-        new = [row for row in rows if (row[0], row[2]) not in self._rungs]
-        self._rungs |= {(row[0], row[2]) for row in rows}
-        for trial_id, epoch, _ in new if len(new) == 1 and not self.replacements else ():
+        if decided is not None and states[decided[0]] == "RUNNING":
+            trial_id, epoch, _ = decided
             others = ranked[epoch]
-            if states[trial_id] == "FAIL":
-                continue
             (claimed,) = self._sql(f"SELECT claimed_epoch FROM hpo_trials WHERE trial = {trial_id}")[0]
-            waits = trial_id not in others[: len(others) // 2] and epoch > claimed
-            assert states[trial_id] != "RUNNING" or waits == (at_rungs.get(trial_id) == epoch), (
-                f"trial {trial_id} reached epoch {epoch} as {others.index(trial_id) + 1}. of {len(others)}, and "
-                f"{'waits' if trial_id in at_rungs else 'trains on'}"
+            if self._promotes:
+                must_wait = may_wait = trial_id not in others[: len(others) // 2]
+            else:
+                may_wait = epoch == 1 and len(others) < 2 and not running - {trial_id}
+                # One that trained next to it may have ended in the same transaction.
+                must_wait = may_wait and not self._running - {trial_id}
+            waits = at_rungs.get(trial_id) == epoch
+            assert waits or not must_wait or epoch <= claimed, (
+                f"trial {trial_id} trains on after epoch {epoch}: {others}"
+            )
+            assert not waits or (may_wait and epoch > claimed), (
+                f"trial {trial_id} waits after epoch {epoch}: {others}; {running} train"
             )
         for trial_id, epoch in self._at_rungs.items():
             state = states.get(trial_id)
@@ -345,8 +350,9 @@ class Invariants:
         pruned = {each for each, state in states.items() if state == "PRUNED"}
         ended = pruned - (pruned if self._pruned is None else self._pruned)
         self._pruned = pruned
-        assert ended <= self._at_rungs.keys(), f"trials {ended - self._at_rungs.keys()} ended, and did not wait"
-        self._at_rungs = at_rungs
+        if self._promotes:
+            assert ended <= self._at_rungs.keys(), f"trials {ended - self._at_rungs.keys()} ended, and did not wait"
+        self._at_rungs, self._running = at_rungs, running
 
     # --- at certain moments
 

@@ -48,7 +48,7 @@ from storage.database import Database, open_database
 from storage.errors import StorageError
 from storage.ownership import LostTrialError
 from storage.population import Child, Member, PopulationBased
-from storage.promotion import PromotingHalving
+from storage.promotion import PromotingHalving, StoppingHalving
 from storage.pruners import Decision, Median, Pruner, SuccessiveHalving
 from storage.records import CONTINUED_FROM
 from storage.retry import failed_trials, retry_trials
@@ -78,6 +78,8 @@ FAULTS = (
     "exit",
     "retry",
 )
+# Pruners that no seed draws: population-based training, and the modes of asha in which trials wait.
+SPECIAL = ("pbt", "promote", "stop")
 MAX_RUNS = 4  # of one process, one after another
 
 
@@ -88,7 +90,7 @@ class Plan:
     Attributes:
         is_grid: whether the configurations are known before.
         trials: the number of configurations, and the budget.
-        pruner: asha, median or none; pbt or promote where they are simulated.
+        pruner: asha, median or none; one of SPECIAL where it is simulated.
         is_deterministic: whether training an epoch again gives the same value.
         keeps_checkpoints: whether a trial resumes after its last epoch; otherwise from the first.
         drivers: how many drivers start.
@@ -241,6 +243,8 @@ class Driver:
             pruner = Median(True, 1, startup_trials=1)
         elif plan.pruner == "promote":
             pruner = PromotingHalving(True, "s", 1, 2)
+        elif plan.pruner == "stop":
+            pruner = StoppingHalving(True, "s", 1, 2)
         elif plan.is_population:
             pruner = PopulationBased(True, 1, 0.5, 0, _breed)
         run = Run(
@@ -450,7 +454,7 @@ class Simulation:
         seed: decides everything.
         backend: the databases of the drivers, reused from seed to seed.
         kinds: of the faults.
-        pruner: replaces the one that the seed draws; pbt and promote are drawn by none.
+        pruner: replaces the one that the seed draws; those of SPECIAL are drawn by none.
     """
 
     def __init__(
@@ -1021,9 +1025,7 @@ def main() -> None:
     parser.add_argument("--storage", choices=["sqlite", "postgresql"], default="sqlite")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=FAULTS)
-    parser.add_argument(
-        "--pruner", choices=["pbt", "promote"], help="population-based training or promotion, in each seed"
-    )
+    parser.add_argument("--pruner", choices=SPECIAL, help="this one in each seed")
     options = parser.parse_args()
     kinds, pruner = tuple(options.faults), options.pruner
     if options.seed is not None:

@@ -13,14 +13,16 @@ from optuna.trial import TrialState
 from storage.database import Database
 from storage.history import MIN_LIMIT, History
 from storage.ownership import ClaimedTrial
-from storage.promotion import PromotingHalving
+from storage.promotion import PromotingHalving, StoppingHalving
 from storage.pruners import Decision, SuccessiveHalving
 from storage.retry import retry_trials
 from storage.run import Run
+from storage.studies import open_study
 from storage.study import Study
 from tests.storage.builders import claim_one, grid_run, kill, open_s, sql
 
 ASHA = PromotingHalving(maximize=True, study_name="s", min_epochs=1, reduction_factor=3)
+STOPPING = StoppingHalving(maximize=True, study_name="s", min_epochs=1, reduction_factor=3)
 MANY = 30
 DISTRIBUTIONS = {"x": CategoricalDistribution(list(range(MANY)))}
 
@@ -366,3 +368,75 @@ def test_an_enqueued_trial_starts_before_the_best_one_is_forced_on(study: Study,
     study.optuna_study.enqueue_trial({"x": 7})
     claim = claim_one(run)
     assert (claim.params, claim.epoch) == ({"x": 7}, 0)
+
+
+# --- successive halving that stops
+
+
+@pytest.fixture
+def stopping(study: Study) -> Iterator[Run]:
+    with grid_run(study, pruner=STOPPING) as opened:
+        yield opened
+
+
+def test_one_at_a_time_the_best_of_the_first_trials_trains_on(stopping: Run, study: Study) -> None:
+    """Not the very first one, which has nothing to compare with, for a whole training."""
+    order = search(stopping, study, 5, {0: 0.3, 1: 0.8, 2: 0.5, 3: 0.9, 4: 0.6})
+    assert order == [(0, 0), (1, 0), (2, 0), (1, 1), (3, 0), (4, 0)]
+    assert states(study) == {
+        0: ("PRUNED", 1),  # it waited until no other trial came
+        1: ("COMPLETE", 9),
+        2: ("PRUNED", 1),
+        3: ("COMPLETE", 9),
+        4: ("PRUNED", 1),
+    }
+    assert stopping.take_stopped() == {0: 1}
+
+
+def test_one_at_a_time_the_third_trial_trains_on_if_it_is_the_best(stopping: Run, study: Study) -> None:
+    assert search(stopping, study, 4, {0: 0.3, 1: 0.2, 2: 0.5, 3: 0.1}) == [(0, 0), (1, 0), (2, 0), (3, 0)]
+    assert states(study) == {0: ("PRUNED", 1), 1: ("PRUNED", 1), 2: ("COMPLETE", 9), 3: ("PRUNED", 1)}
+
+
+def test_next_to_another_trial_the_first_one_does_not_wait(stopping: Run) -> None:
+    plan(stopping, 3)
+    first, second = claim_one(stopping), claim_one(stopping)
+    assert stopping.decide(first, 1, {"m": 0.1}, 0.1) is Decision.CONTINUE
+    stopping.release(second)
+    assert stopping.decide(first, 2, {"m": 0.1}, 0.1) is Decision.CONTINUE
+    assert stopping.decide(first, 3, {"m": 0.1}, 0.1) is Decision.CONTINUE, "only at the lowest rung"
+
+
+def test_a_trial_of_another_study_is_no_other_trial(database: Database, stopping: Run) -> None:
+    plan(stopping, 3)
+    with grid_run(
+        open_study(database, "other", direction="maximize", fingerprint="f", settings={"metric": "m"})
+    ) as elsewhere:
+        plan(elsewhere, 1)
+        claim_one(elsewhere)
+        assert train(stopping, claim_one(stopping), 0.1) is Decision.WAIT
+
+
+def test_a_single_trial_trains_to_its_end(stopping: Run, study: Study) -> None:
+    assert search(stopping, study, 1, {0: 0.3}) == [(0, 0), (0, 1)]
+    assert states(study) == {0: ("COMPLETE", 9)}
+
+
+def test_a_trial_that_waited_is_not_ended_for_an_epoch_that_it_trains_again(stopping: Run) -> None:
+    plan(stopping, 3)
+    for value in (0.5, 0.4, 0.3):
+        train(stopping, claim_one(stopping), value)
+    claim = claim_one(stopping)
+    assert (claim.number, claim.epoch) == (0, 1)
+    assert stopping.decide(claim, 1, {"m": 0.45}, 0.45) is Decision.CONTINUE
+
+
+def test_the_first_of_each_bracket_wait(study: Study) -> None:
+    pruner = StoppingHalving.hyperband(maximize=True, study_name="s", min_epochs=1, max_epochs=9, reduction_factor=3)
+    with grid_run(study, pruner=pruner) as run:
+        search(run, study, MANY, {number: number / 100 for number in range(MANY)})
+    ended = states(study)
+    first = [next(number for number in ended if pruner.bracket(number) == bracket) for bracket in range(3)]
+    # The lowest rung of the last bracket is the last epoch.
+    assert [ended[number] for number in first] == [("PRUNED", 1), ("PRUNED", 3), ("COMPLETE", 9)]
+    assert ended[MANY - 1] == ("COMPLETE", 9)

@@ -11,11 +11,12 @@ from typing import Any
 import psutil
 import pytest
 import sqlalchemy as sa
+from optuna.trial import TrialState
 
 from storage import claims, lease, optuna_tables, ownership, population, queue, records, reporting, retry, tables, usage
 from storage.population import PopulationBased
-from storage.promotion import PromotingHalving
-from storage.pruners import Decision
+from storage.promotion import PromotingHalving, StoppingHalving
+from storage.pruners import Decision, SuccessiveHalving
 from storage.writer import Writer
 from tests.storage.simulator import Backend, open_backend, run_seed
 
@@ -25,6 +26,7 @@ SEEDS = {  # {pruner, None for the one that the seed draws: {storage: number of 
     None: {"sqlite": 40, "postgresql": 4},
     "pbt": {"sqlite": 15, "postgresql": 2},
     "promote": {"sqlite": 15, "postgresql": 2},
+    "stop": {"sqlite": 15, "postgresql": 2},
 }
 SEEDS_OF_MUTANTS = 50  # each must be found within them
 
@@ -319,6 +321,31 @@ def the_best_do_not_train_on_at_the_end(patch: pytest.MonkeyPatch) -> None:
     )
 
 
+def the_first_always_waits(patch: pytest.MonkeyPatch) -> None:
+    """Also next to others that train."""
+    decide = StoppingHalving.decide
+
+    def decide_alone(self: StoppingHalving, connection: Any, question: Any) -> Decision:
+        trial = optuna_tables.trials
+        others = connection.scalars(
+            sa.select(trial.c.trial_id).where(
+                trial.c.state == TrialState.RUNNING, trial.c.trial_id != question.trial_id
+            )
+        ).all()
+        states = trial.update().where(trial.c.trial_id.in_(others))
+        connection.execute(states.values(state=TrialState.WAITING))
+        decision = decide(self, connection, question)
+        connection.execute(states.values(state=TrialState.RUNNING))
+        return decision
+
+    patch.setattr(StoppingHalving, "decide", decide_alone)
+
+
+def the_first_never_waits(patch: pytest.MonkeyPatch) -> None:
+    """Successive halving as it is published."""
+    patch.setattr(StoppingHalving, "decide", SuccessiveHalving.decide)
+
+
 def who_waits_is_known_to_the_driver_only(patch: pytest.MonkeyPatch) -> None:
     """The decision that a trial waits is not stored with its epoch: a driver that dies takes it along."""
     upsert = optuna_tables.upsert
@@ -331,19 +358,22 @@ def who_waits_is_known_to_the_driver_only(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "mutant",
+    ("mutant", "pruner"),
     [
-        all_that_wait_train_on,
-        those_that_wait_end_too_early,
-        the_best_do_not_train_on_at_the_end,
-        who_waits_is_known_to_the_driver_only,
+        (all_that_wait_train_on, "promote"),
+        (those_that_wait_end_too_early, "promote"),
+        (the_best_do_not_train_on_at_the_end, "promote"),
+        (who_waits_is_known_to_the_driver_only, "promote"),
+        (the_first_always_waits, "stop"),
+        (the_first_never_waits, "stop"),
+        (who_waits_is_known_to_the_driver_only, "stop"),
     ],
 )
-def test_a_broken_promotion_is_found(
-    sqlite: Backend, monkeypatch: pytest.MonkeyPatch, mutant: Callable[[pytest.MonkeyPatch], None]
+def test_a_broken_rule_of_who_waits_is_found(
+    sqlite: Backend, monkeypatch: pytest.MonkeyPatch, mutant: Callable[[pytest.MonkeyPatch], None], pruner: str
 ) -> None:
     mutant(monkeypatch)
-    assert any(run_seed(sqlite, seed, ("kill",), pruner="promote")[0] for seed in range(SEEDS_OF_MUTANTS))
+    assert any(run_seed(sqlite, seed, ("kill",), pruner=pruner)[0] for seed in range(SEEDS_OF_MUTANTS))
 
 
 @pytest.mark.parametrize(
