@@ -140,7 +140,9 @@ class TrialQueue:
         claim = None
         if self._takes_turns and new:
             claim = self._claim_new(token)
-        if claim is None and (time.monotonic() >= self._next_scan or not new):
+        # Where trials wait at rungs, each one that has got there may let another one train on.
+        looks_first = self._promotion is not None or time.monotonic() >= self._next_scan or not new
+        if claim is None and looks_first:
             claim = self._claim_existing(token)
         claim = claim or (self._claim_new(token) if new else None)
         while claim is None and new:

@@ -46,8 +46,9 @@ def train(run: Run, claim: ClaimedTrial, value: float, *, epochs: int = 9) -> De
     """Train until a rung holds the trial; complete it after its last epoch."""
     for epoch in range(claim.epoch + 1, epochs):
         decision = run.decide(claim, epoch, {"m": value}, value)
-        if decision is not Decision.CONTINUE:
+        if decision is Decision.WAIT:
             run.release(claim)
+        if decision is not Decision.CONTINUE:
             return decision
     run.report(claim, epochs, {"m": value}, value)
     run.complete(claim, value)
