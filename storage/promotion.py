@@ -225,18 +225,23 @@ class StoppingHalving(PromotingHalving):
     def decide(self, connection: sa.Connection, question: Question) -> Decision:
         """See `Pruner.decide`. A decision that is repeated may be another one, because others have reported meanwhile."""
         decision = SuccessiveHalving.decide(self, connection, question)
-        study_id, bracket = question.study_id, self.bracket(question.number)
-        is_lowest = question.epoch == self.min_epochs * self.reduction_factor**bracket
-        if decision is not Decision.CONTINUE or not is_lowest or not self._may_wait(connection, question):
+        bracket = self.bracket(question.number)
+        if question.epoch != self.min_epochs * self.reduction_factor**bracket:
             return decision
-        if self._count(connection, study_id, self.pool(bracket), question.epoch) >= self.reduction_factor:
-            return decision
-        trial = optuna_tables.trials
-        others = sa.select(trial.c.trial_id).where(
-            trial.c.study_id == study_id, trial.c.state == TrialState.RUNNING, trial.c.trial_id != question.trial_id
-        )
-        trains_alone = connection.scalar(others.limit(1)) is None
-        return self._hold(connection, question) if trains_alone else decision
+        if decision is Decision.CONTINUE and self._may_wait(connection, question):
+            count = self._count(connection, question.study_id, self.pool(bracket), question.epoch)
+            if count < self.reduction_factor and _trains_alone(connection, question):
+                return self._hold(connection, question)
+        forget(connection, [question.trial_id])
+        return decision
+
+
+def _trains_alone(connection: sa.Connection, question: Question) -> bool:
+    """Return whether no other trial of the study is RUNNING."""
+    trial = optuna_tables.trials
+    is_other = sa.and_(trial.c.study_id == question.study_id, trial.c.trial_id != question.trial_id)
+    others = sa.select(trial.c.trial_id).where(is_other, trial.c.state == TrialState.RUNNING)
+    return connection.scalar(others.limit(1)) is None
 
 
 def forget(connection: sa.Connection, trial_ids: Sequence[int]) -> None:

@@ -128,7 +128,8 @@ class TrialQueue:
         """Claim a trial; return None if there is none now.
 
         Args:
-            new: whether a trial may be created. Otherwise only those that wait are claimed.
+            new: whether a trial may be created. Otherwise only those that wait are claimed; those that wait at a rung as at
+                the end of a search.
             device: what the trial holds while a worker runs it.
 
         Raises:
@@ -145,6 +146,8 @@ class TrialQueue:
         if claim is None and looks_first:
             claim = self._claim_existing(token)
         claim = claim or (self._claim_new(token) if new else None)
+        if claim is None and not new and self._some_wait:
+            claim = self._claim_existing(token, is_last=True)
         while claim is None and new:
             # Last, so that `finished` is true: another run may have claimed the last trial meanwhile.
             claim = self._claim_existing(token)

@@ -307,8 +307,8 @@ class Run:
         is_decided = claim.values.get(epoch) == value and not again
         update = self._update(claim, epoch, metrics, value)
         self._writer.put(replace(update, decides=not is_decided, first_epoch=first_epoch))
-        if is_decided:
-            return Decision.CONTINUE
+        if is_decided:  # its worker may have died before it had saved the epoch after which it waits
+            return self._writer.decision(claim)
         self._writer.flush()
         self._writer.check(claim)
         decision = self._writer.decision(claim)

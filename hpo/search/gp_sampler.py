@@ -50,8 +50,8 @@ _DIGITS = 9  # of normalized values that are compared
 class ExtrapolatingGPSampler(GPSampler):
     """Optuna's GPSampler, with the changes above.
 
-    It draws the same points where no trial was stopped early, there are no constraints, and some range is continuous but no
-    number has many values with steps between them.
+    It draws the same points where all trials with an epoch have completed, there are no constraints, and some range is
+    continuous but no number has many values with steps between them.
 
     Args:
         is_allowed: says which configurations meet the constraints; None if there are none. It gets the parameters with more
@@ -225,7 +225,7 @@ def extrapolate(trials: Sequence[FrozenTrial], most: int = MAX_GP_TRIALS) -> lis
         The trials, by number. One whose value is not known, or that is one too many, is left out if it has ended.
     """
     completed = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    partial = [trial for trial in trials if trial.state in _PARTIAL and trial.last_step is not None]
+    partial = [trial for trial in trials if trial.state in _PARTIAL and math.isfinite(_last_value(trial))]
     furthest = max((trial.last_step or 0 for trial in partial), default=0)
     curves = [(trial.values[0], trial.intermediate_values) for trial in completed] or [
         (values[furthest], values) for values in (trial.intermediate_values for trial in partial) if furthest in values
@@ -238,13 +238,18 @@ def extrapolate(trials: Sequence[FrozenTrial], most: int = MAX_GP_TRIALS) -> lis
         epoch = trial.last_step or 0
         if epoch not in gains:
             gains[epoch] = _median_gain(curves, epoch)
-        gain, value = gains[epoch], trial.intermediate_values[epoch]
-        if gain is not None and math.isfinite(value):
+        gain = gains[epoch]
+        if gain is not None:
             found.append(copy.copy(trial))
-            found[-1].state, found[-1].values = TrialState.COMPLETE, [value + gain]
+            found[-1].state, found[-1].values = TrialState.COMPLETE, [_last_value(trial) + gain]
     counted = {trial.number for trial in found}
     others = [trial for trial in trials if not trial.state.is_finished() and trial.number not in counted]
     return sorted([*found, *others], key=lambda trial: trial.number)
+
+
+def _last_value(trial: FrozenTrial) -> float:
+    """Return the value of a trial's last epoch; NaN if it has none."""
+    return math.nan if trial.last_step is None else trial.intermediate_values[trial.last_step]
 
 
 def _median_gain(curves: Sequence[tuple[float, Mapping[int, float]]], epoch: int) -> float | None:

@@ -37,8 +37,8 @@ class TrialSpec:
         interval: after each multiple of this many epochs, other trials may start from this one's checkpoint. It is on the
             disk before the epoch is reported. 0 if none does.
         replicates: how many trainings the trial is, with seeds that count up; see `train_replicates`.
-        may_wait: whether the driver may end the trial after any epoch, and resume it later. A script is stopped until that
-            is decided: it must not train, and save, epochs that have not been read.
+        last_wait: the last epoch after which the driver may end the trial, and resume it later; 0 for none. A script is
+            stopped until that is decided: it must not train, and save, epochs that have not been read.
         claimed_milliseconds: when the trial was claimed, by the database's clock.
         bucket: the URL of the trial in a bucket, where its checkpoints are, too; empty without one.
         parent_bucket: that of the trial that this one continues.
@@ -65,7 +65,7 @@ class TrialSpec:
     parent_epoch: int = 0
     interval: int = 0
     replicates: int = 1
-    may_wait: bool = False
+    last_wait: int = 0
     claimed_milliseconds: int = 0
     bucket: str = ""
     parent_bucket: str = ""

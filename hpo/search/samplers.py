@@ -116,7 +116,7 @@ def build_pruner(space: Space, study: Study) -> Pruner | None:
     scheduler, maximize = space.scheduler, space.direction == "maximize"
     min_epochs = scheduler.min_epochs(space.max_epochs)
     halving: type[SuccessiveHalving] = SuccessiveHalving
-    if space.may_wait:
+    if space.last_wait:
         halving = PromotingHalving if scheduler.promotes_trials else StoppingHalving
     match scheduler.name:
         case "asha":

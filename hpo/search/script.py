@@ -65,7 +65,7 @@ def run_script(
     threads: int,
     needs_epoch: bool,
     patterns: Mapping[str, str] | None = None,
-    takes_turns: bool = False,
+    last_turn: int = 0,
     folder: Path | None = None,
 ) -> Generator[ScriptEpoch, None, None]:
     """Start a script and yield a ScriptEpoch for each line of JSON that has numbers.
@@ -79,8 +79,8 @@ def run_script(
         threads: the script's OMP_NUM_THREADS.
         needs_epoch: whether each line must have an `epoch`. Otherwise lines without one are counted from 1.
         patterns: read the metrics instead of JSON, see `OutputReader`, also from stderr, where Python's logging writes.
-        takes_turns: whether the script is stopped (SIGSTOP) while the generator waits to be asked for the next epoch, so
-            that others can use the device, and that it does not run ahead of them.
+        last_turn: up to this epoch, the script is stopped (SIGSTOP) while the generator waits to be asked for the next one,
+            so that others can use the device, and that it does not run ahead of them.
 
     Raises:
         ScriptError: the script failed, ended before the last epoch, or reported epochs that do not increase.
@@ -110,7 +110,7 @@ def run_script(
             if epoch >= max_epochs:
                 last_epoch = ScriptEpoch(epoch, metrics)
             else:
-                if not takes_turns:
+                if epoch > last_turn:
                     yield ScriptEpoch(epoch, metrics)
                     continue
                 _signal_group(script, signal.SIGSTOP)

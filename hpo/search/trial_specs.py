@@ -78,7 +78,7 @@ class SpecBuilder:
             parent_epoch=parent.epoch if parent and scheduler.replaces_trials else 0,
             interval=scheduler.interval if scheduler.replaces_trials else 0,
             replicates=space.replicates,
-            may_wait=space.may_wait,
+            last_wait=space.last_wait,
             claimed_milliseconds=claim.claimed_milliseconds,
             bucket=self._bucket(self._unique_name, claim.number),
             parent_bucket=self._bucket(parent.files, parent.number) if parent else "",

@@ -330,7 +330,7 @@ def _start_training(spec: TrialSpec, seed: int, state: Mapping[str, Any] | None)
         threads=spec.threads,
         needs_epoch=needs_epoch,
         patterns=spec.patterns,
-        takes_turns=spec.replicates > 1 or spec.may_wait,
+        last_turn=spec.max_epochs if spec.replicates > 1 else spec.last_wait,
         folder=Path(spec.code_folder),
     )
 

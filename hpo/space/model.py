@@ -249,9 +249,12 @@ class Space(StrictModel):
         return self.command is None or uses_checkpoint_dir(self.command)
 
     @property
-    def may_wait(self) -> bool:
-        """Whether the scheduler may let trials wait, and train on from their checkpoints later."""
-        return self.scheduler.halves and self.saves_checkpoints
+    def last_wait(self) -> int:
+        """The last epoch after which a scheduler may let a trial wait, to train on from its checkpoint later; 0 for none."""
+        if not (self.scheduler.halves and self.saves_checkpoints):
+            return 0
+        waits_once = self.scheduler.name == "asha" and not self.scheduler.promotes_trials
+        return self.scheduler.min_epochs(self.max_epochs) if waits_once else self.max_epochs
 
     @property
     def has_conditions(self) -> bool:

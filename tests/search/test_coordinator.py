@@ -317,6 +317,34 @@ def test_after_the_patience_is_spent_trials_that_wait_are_still_run(study: Study
     assert trial_states(study) == ["COMPLETE", "COMPLETE", "FAIL"], "the fourth is never created"
 
 
+def waited(listener: RecordingListener) -> list[Any]:
+    return [event for event in listener.events if event[0] == "WAITING"]
+
+
+def test_after_the_patience_is_spent_the_best_of_those_that_wait_at_a_rung_trains_on(
+    study: Study, tmp_path: Path
+) -> None:
+    """No other trial comes, for which it would wait."""
+    changes: dict[str, Any] = {"scheduler": "asha", "max_epochs": 9, "budget": {"patience": 1}}
+    space, listener = toy_space(tmp_path, parameters={"x": [1, 2, 3, 4]}, **changes), RecordingListener()
+    with run_of(study, space) as run:
+        coordinator = coordinator_of(space, run, tmp_path, listener)
+        coordinator._is_patience_spent = lambda: len(waited(listener)) >= 2  # type: ignore[method-assign]
+        for tune_id, value in (("a", 0.5), ("b", 0.7)):
+            assert coordinator.next_trial(tune_id) is not None
+            assert coordinator.on_report(tune_id, TrialReport(1, {"value": value})) is Ending.SAVE_ONLY
+            coordinator.on_saved(tune_id, "")
+        assert waited(listener)[-1][-1] == "waits after epoch 1: there is little to compare with"
+        spec = coordinator.next_trial("c")
+        assert spec is not None
+        assert (spec.params, spec.stored_epoch) == ({"x": 2}, 1)
+        run.fail(coordinator._running["c"].claim, "no")
+        coordinator._end("c", "FAIL", "")
+        spec = coordinator.next_trial("d")
+        assert spec is not None
+        assert spec.params == {"x": 1}
+
+
 def test_a_search_whose_first_trials_all_fail_stops_before_it_burns_the_rest(study: Study, tmp_path: Path) -> None:
     space = toy_space(tmp_path, parameters={"x": list(range(9))})
     with run_of(study, space) as run:

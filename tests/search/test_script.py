@@ -410,10 +410,28 @@ def test_a_script_that_may_wait_trains_no_epoch_that_nobody_reads(tmp_path: Path
         "        break\n"
     )
     command = f"{sys.executable} {tmp_path}/train.py {{checkpoint_dir}}"
-    spec = trial_spec(tmp_path, command=command, params={}, data={"data_dir": "data"}, may_wait=True)
+    spec = trial_spec(tmp_path, command=command, params={}, data={"data_dir": "data"}, last_wait=1)
     reports = run_trial(spec)
     assert next(reports).epoch == 1
     assert end_trial(reports, Ending.SAVE_ONLY, spec) == ""
     assert (tmp_path / "trial/script/state").read_text() == "1"
     resumed = take_reports(replace(spec, stored_epoch=1), 4)
     assert [(each.epoch, each.is_recalled) for each in resumed] == [(1, True), (2, False), (3, False), (4, False)]
+
+
+def test_a_script_that_cannot_wait_any_more_is_not_stopped(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(
+        "import json, pathlib, sys\n"
+        "for epoch in range(1, 5):\n"
+        "    (pathlib.Path(sys.argv[1]) / 'state').write_text(str(epoch))\n"
+        "    print(json.dumps({'epoch': epoch, 'value': epoch}), flush=True)\n"
+    )
+    command = f"{sys.executable} {tmp_path}/train.py {{checkpoint_dir}}"
+    spec = trial_spec(tmp_path, command=command, params={}, data={"data_dir": "data"}, last_wait=2)
+    reports, state = run_trial(spec), tmp_path / "trial/script/state"
+    for epoch in (1, 2):
+        assert next(reports).epoch == epoch
+        assert state.read_text() != "4"
+    assert next(reports).epoch == 3
+    wait_until(lambda: state.read_text() == "4")
+    reports.close()

@@ -185,6 +185,25 @@ def test_a_script_has_checkpoints_if_it_uses_the_folder_for_them(load: Load, com
     assert load(VALID + "command: " + (command if command == "null" else repr(command))).saves_checkpoints == saves
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "last"),
+    [
+        ("none", 0),
+        ("{name: median, grace_period: 2}", 0),
+        ("{name: asha, grace_period: 2}", 2),
+        ("{name: asha, grace_period: 2, mode: promote}", 9),
+        ("{name: hyperband, grace_period: 2}", 9),
+    ],
+)
+def test_until_when_a_trial_may_wait_depends_on_the_scheduler(load: Load, scheduler: str, last: int) -> None:
+    changes = ["max_epochs=9", f"scheduler={scheduler}"]
+    assert load(VALID, *changes).last_wait == last
+    if "promote" not in scheduler:
+        assert load(VALID + "command: train.py {lr}\n", *changes).last_wait == 0, (
+            "it has no checkpoint to train on from"
+        )
+
+
 # --- earlier studies ----------------------------------------------------------------------------------------------------
 
 

@@ -303,6 +303,11 @@ class Invariants:
     ) -> None:
         """Those wait that have to. Of them, only the best train on; the others end when nothing else is left."""
         at_rungs = dict(self._sql("SELECT trial, epoch FROM hpo_rungs WHERE pool = 'asha/waiting'"))
+        trained_on = self._sql(
+            "SELECT r.trial, r.epoch FROM hpo_rungs r JOIN trial_intermediate_values v ON v.trial_id = r.trial "
+            "WHERE r.pool = 'asha/waiting' AND v.step > r.epoch"
+        )
+        assert not trained_on or self.replacements, f"(trial, epoch) {trained_on} wait, and have trained on"
         states = {trial_id: row[2] for trial_id, row in trials.items()}
         ranked: dict[int, list[int]] = defaultdict(list)  # {rung: trials that have not failed, the best first}
         for trial_id, epoch, _ in sorted(rows, key=lambda row: (-row[2], row[0])):

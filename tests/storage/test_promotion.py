@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
+from sqlalchemy.exc import DBAPIError
 
+from storage import reporting
 from storage.database import Database
 from storage.history import MIN_LIMIT, History
 from storage.ownership import ClaimedTrial
@@ -423,13 +426,66 @@ def test_a_single_trial_trains_to_its_end(stopping: Run, study: Study) -> None:
     assert states(study) == {0: ("COMPLETE", 9)}
 
 
-def test_a_trial_that_waited_is_not_ended_for_an_epoch_that_it_trains_again(stopping: Run) -> None:
-    plan(stopping, 3)
-    for value in (0.5, 0.4, 0.3):
-        train(stopping, claim_one(stopping), value)
+def test_a_trial_without_its_checkpoint_does_not_wait_again(stopping: Run) -> None:
+    """It trains the epochs before once more, with other values."""
+    plan(stopping, 1)
+    train(stopping, claim_one(stopping), 0.5)
     claim = claim_one(stopping)
     assert (claim.number, claim.epoch) == (0, 1)
-    assert stopping.decide(claim, 1, {"m": 0.45}, 0.45) is Decision.CONTINUE
+    assert stopping.decide(claim, 1, {"m": 0.4}, 0.4) is Decision.CONTINUE
+    assert stopping.decide(claim, 2, {"m": 0.4}, 0.4) is Decision.CONTINUE
+
+
+def test_a_trial_that_failed_is_nothing_to_compare_with(stopping: Run) -> None:
+    plan(stopping, 1)
+    train(stopping, claim_one(stopping), 0.1)
+    stopping.fail(claim_one(stopping), "no")
+    plan(stopping, 9)
+    assert train(stopping, claim_one(stopping), 0.2) is Decision.WAIT
+    assert train(stopping, claim_one(stopping), 0.3) is Decision.WAIT, "the second of two, and the failed one"
+
+
+@pytest.mark.parametrize("pruner", [ASHA, STOPPING])
+def test_a_worker_that_dies_before_it_has_saved_does_not_lose_the_decision(study: Study, pruner: Any) -> None:
+    with grid_run(study, pruner=pruner) as run:
+        plan(run, 2)
+        claim = claim_one(run)
+        assert run.decide(claim, 1, {"m": 0.5}, 0.5) is Decision.WAIT
+        run.record_crash(claim)
+        assert run.decide(claim, 1, {"m": 0.5}, 0.5) is Decision.WAIT, "trained again by another worker"
+
+
+def test_a_repeated_decision_that_a_trial_trains_on_replaces_the_first_one(
+    study: Study, stopping: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer of the transaction that lets it wait is lost. Before it is repeated, another run claims a trial."""
+    plan(stopping, 3)
+    claim, write = claim_one(stopping), reporting.write
+    with grid_run(study, pruner=STOPPING) as other:
+        plan(other, 3)
+
+        def lose_the_answer(*args: Any, **options: Any) -> Any:
+            write(*args, **options)
+            monkeypatch.setattr(reporting, "write", write)
+            assert claim_one(other).number == 1
+            # Transient on both storages.
+            raise DBAPIError("COMMIT", {}, sqlite3.OperationalError("database is locked"))
+
+        monkeypatch.setattr(reporting, "write", lose_the_answer)
+        assert stopping.decide(claim, 1, {"m": 0.5}, 0.5) is Decision.CONTINUE
+    assert sql(study.database, "SELECT trial FROM hpo_rungs WHERE pool LIKE '%waiting'") == []
+
+
+def test_without_new_trials_the_best_that_waits_trains_on(stopping: Run, study: Study) -> None:
+    plan(stopping, 9)
+    for value in (0.1, 0.2):
+        assert train(stopping, claim_one(stopping), value) is Decision.WAIT
+    claim = stopping.claim(new=False)
+    assert claim is not None
+    assert (claim.number, claim.epoch) == (1, 1)
+    train(stopping, claim, 0.2)
+    assert stopping.claim(new=False) is None
+    assert states(study) == {0: ("PRUNED", 1), 1: ("COMPLETE", 9)}
 
 
 def test_the_first_of_each_bracket_wait(study: Study) -> None:
