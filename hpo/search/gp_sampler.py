@@ -225,31 +225,33 @@ def extrapolate(trials: Sequence[FrozenTrial], most: int = MAX_GP_TRIALS) -> lis
         The trials, by number. One whose value is not known, or that is one too many, is left out if it has ended.
     """
     completed = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    partial = [trial for trial in trials if trial.state in _PARTIAL and math.isfinite(_last_value(trial))]
-    furthest = max((trial.last_step or 0 for trial in partial), default=0)
+    partial = [  # (last epoch, trial)
+        (epoch, trial)
+        for trial in trials
+        if trial.state in _PARTIAL
+        and (epoch := trial.last_step) is not None
+        and math.isfinite(trial.intermediate_values[epoch])
+    ]
+    furthest = max((epoch for epoch, _ in partial), default=0)
     curves = [(trial.values[0], trial.intermediate_values) for trial in completed] or [
-        (values[furthest], values) for values in (trial.intermediate_values for trial in partial) if furthest in values
+        (trial.intermediate_values[furthest], trial.intermediate_values)
+        for epoch, trial in partial
+        if epoch == furthest
     ]
     gains: dict[int, float | None] = {}
     found = sorted(completed, key=lambda trial: trial.number)[-most:]
-    for trial in sorted(partial, key=lambda each: (-(each.last_step or 0), each.number)):
+    for epoch, trial in sorted(partial, key=lambda each: (-each[0], each[1].number)):
         if len(found) == most:
             break
-        epoch = trial.last_step or 0
         if epoch not in gains:
             gains[epoch] = _median_gain(curves, epoch)
         gain = gains[epoch]
         if gain is not None:
             found.append(copy.copy(trial))
-            found[-1].state, found[-1].values = TrialState.COMPLETE, [_last_value(trial) + gain]
+            found[-1].state, found[-1].values = TrialState.COMPLETE, [trial.intermediate_values[epoch] + gain]
     counted = {trial.number for trial in found}
     others = [trial for trial in trials if not trial.state.is_finished() and trial.number not in counted]
     return sorted([*found, *others], key=lambda trial: trial.number)
-
-
-def _last_value(trial: FrozenTrial) -> float:
-    """Return the value of a trial's last epoch; NaN if it has none."""
-    return math.nan if trial.last_step is None else trial.intermediate_values[trial.last_step]
 
 
 def _median_gain(curves: Sequence[tuple[float, Mapping[int, float]]], epoch: int) -> float | None:

@@ -18,7 +18,7 @@ import pytest
 
 from hpo.errors import TrainableError
 from hpo.search import script
-from hpo.search.messages import Ending, TrialReport
+from hpo.search.messages import Ending, TrialReport, TrialSpec
 from hpo.search.script import ScriptEpoch, ScriptError, check_program, run_script
 from hpo.search.worker import end_trial, run_trial
 from hpo.space.model import load_space
@@ -394,9 +394,17 @@ def test_a_script_that_cannot_be_started_is_a_failed_trial(tmp_path: Path) -> No
     assert "no-such-program" in reports[0].failure
 
 
+def spec_that_may_wait(folder: Path, source: str, last_wait: int) -> TrialSpec:
+    """Return a trial of this script, which gets the folder of its checkpoints."""
+    (folder / "train.py").write_text(source)
+    command = f"{sys.executable} {folder}/train.py {{checkpoint_dir}}"
+    return trial_spec(folder, command=command, params={}, data={"data_dir": "data"}, last_wait=last_wait)
+
+
 def test_a_script_that_may_wait_trains_no_epoch_that_nobody_reads(tmp_path: Path) -> None:
     """It handles SIGTERM as many do: it finishes its epoch, and saves."""
-    (tmp_path / "train.py").write_text(
+    spec = spec_that_may_wait(
+        tmp_path,
         "import json, pathlib, signal, sys, time\n"
         "folder, stops = pathlib.Path(sys.argv[1]), []\n"
         "signal.signal(signal.SIGTERM, lambda *_: stops.append(1))\n"
@@ -407,10 +415,9 @@ def test_a_script_that_may_wait_trains_no_epoch_that_nobody_reads(tmp_path: Path
         "    state.write_text(str(epoch))\n"
         "    print(json.dumps({'epoch': epoch, 'value': epoch}), flush=True)\n"
         "    if stops:\n"
-        "        break\n"
+        "        break\n",
+        last_wait=1,
     )
-    command = f"{sys.executable} {tmp_path}/train.py {{checkpoint_dir}}"
-    spec = trial_spec(tmp_path, command=command, params={}, data={"data_dir": "data"}, last_wait=1)
     reports = run_trial(spec)
     assert next(reports).epoch == 1
     assert end_trial(reports, Ending.SAVE_ONLY, spec) == ""
@@ -420,18 +427,20 @@ def test_a_script_that_may_wait_trains_no_epoch_that_nobody_reads(tmp_path: Path
 
 
 def test_a_script_that_cannot_wait_any_more_is_not_stopped(tmp_path: Path) -> None:
-    (tmp_path / "train.py").write_text(
-        "import json, pathlib, sys\n"
+    spec = spec_that_may_wait(
+        tmp_path,
+        "import json, pathlib, sys, time\n"
         "for epoch in range(1, 5):\n"
+        "    time.sleep(0.5)\n"  # or it has ended before it can be stopped
         "    (pathlib.Path(sys.argv[1]) / 'state').write_text(str(epoch))\n"
-        "    print(json.dumps({'epoch': epoch, 'value': epoch}), flush=True)\n"
+        "    print(json.dumps({'epoch': epoch, 'value': epoch}), flush=True)\n",
+        last_wait=2,
     )
-    command = f"{sys.executable} {tmp_path}/train.py {{checkpoint_dir}}"
-    spec = trial_spec(tmp_path, command=command, params={}, data={"data_dir": "data"}, last_wait=2)
     reports, state = run_trial(spec), tmp_path / "trial/script/state"
     for epoch in (1, 2):
         assert next(reports).epoch == epoch
-        assert state.read_text() != "4"
+        time.sleep(0.7)
+        assert state.read_text() == str(epoch), "it is stopped"
     assert next(reports).epoch == 3
     wait_until(lambda: state.read_text() == "4")
     reports.close()

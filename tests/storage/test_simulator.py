@@ -11,9 +11,21 @@ from typing import Any
 import psutil
 import pytest
 import sqlalchemy as sa
-from optuna.trial import TrialState
 
-from storage import claims, lease, optuna_tables, ownership, population, queue, records, reporting, retry, tables, usage
+from storage import (
+    claims,
+    lease,
+    optuna_tables,
+    ownership,
+    population,
+    promotion,
+    queue,
+    records,
+    reporting,
+    retry,
+    tables,
+    usage,
+)
 from storage.population import PopulationBased
 from storage.promotion import PromotingHalving, StoppingHalving
 from storage.pruners import Decision, SuccessiveHalving
@@ -302,10 +314,10 @@ def those_that_wait_end_too_early(patch: pytest.MonkeyPatch) -> None:
 
     def claim_and_end(database: Any, run: Any, token: int, **options: Any) -> claims.Scan:
         scan = claim(database, run, token, **options)
-        promotion = options["promotion"]
+        pruner = options["promotion"]
         if scan.claim is None and options["is_last"] and scan.some_wait:
             with database.transaction() as connection:
-                end(promotion, connection, run, list(promotion.read_waiting(connection, run.study_id)))
+                end(pruner, connection, run, list(pruner.read_waiting(connection, run.study_id)))
         return scan
 
     patch.setattr(claims, "claim_existing", claim_and_end)
@@ -323,22 +335,7 @@ def the_best_do_not_train_on_at_the_end(patch: pytest.MonkeyPatch) -> None:
 
 def the_first_always_waits(patch: pytest.MonkeyPatch) -> None:
     """Also next to others that train."""
-    decide = StoppingHalving.decide
-
-    def decide_alone(self: StoppingHalving, connection: Any, question: Any) -> Decision:
-        trial = optuna_tables.trials
-        others = connection.scalars(
-            sa.select(trial.c.trial_id).where(
-                trial.c.state == TrialState.RUNNING, trial.c.trial_id != question.trial_id
-            )
-        ).all()
-        states = trial.update().where(trial.c.trial_id.in_(others))
-        connection.execute(states.values(state=TrialState.WAITING))
-        decision = decide(self, connection, question)
-        connection.execute(states.values(state=TrialState.RUNNING))
-        return decision
-
-    patch.setattr(StoppingHalving, "decide", decide_alone)
+    patch.setattr(promotion, "_trains_alone", lambda *_: True)
 
 
 def the_first_never_waits(patch: pytest.MonkeyPatch) -> None:
