@@ -2,7 +2,8 @@
 
 `uv run pytest` runs test files in parallel (pytest-xdist, `--dist loadfile`): all tests of a file run in one worker, one
 after another, so a fixture of a module is built once. Each worker has its own folders, its own ports and, if one of its
-tests needs it, its own PostgreSQL server, which a test may stop and start.
+tests needs it, its own PostgreSQL server, which a test may stop and start. `--exhaustive` adds the tests with this
+marker, and `--every 4` leaves three of four tests out.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import TYPE_CHECKING
 
 # Before anything imports torch or numpy: the workers share the cores, and the order of every sum is fixed.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Hundreds of processes import hpo; images of Docker set this variable, and then each of them compiles it again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
 
@@ -32,13 +35,31 @@ if TYPE_CHECKING:
     from tests.factories import HpoHere
     from tests.s3 import S3Server
 
+sys.dont_write_bytecode = False  # this process has read the variable already
+
 MEMORY_BYTES = 8 * 2**30  # free ones, of the folder in memory, for the databases of all workers
 
 _numbers = itertools.count()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the files with the longest tests first, so that the workers end at about the same time."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exhaustive", action="store_true", help="run the tests with the marker `exhaustive`, too")
+    parser.addoption("--every", type=int, default=1, metavar="N", help="run each Nth test of each file only")
+
+
+@pytest.hookimpl(trylast=True)  # what `-m` and `-k` leave out does not count
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what the options exclude, and put the files with the longest tests first: the workers end together."""
+    numbers: defaultdict[Path, Iterator[int]] = defaultdict(itertools.count)
+    chosen: list[pytest.Item] = []
+    left_out: list[pytest.Item] = []
+    for item in items:
+        is_chosen = config.getoption("exhaustive") or not _is_exhaustive(item)
+        is_chosen = is_chosen and next(numbers[item.path]) % config.getoption("every") == 0
+        (chosen if is_chosen else left_out).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = chosen
+
     seconds: defaultdict[Path, float] = defaultdict(float)
     for item in items:
         seconds[item.path] += _guess_seconds(item)
@@ -54,6 +75,11 @@ def pytest_collection_finish() -> None:
 def pytest_sessionfinish() -> None:
     """Let the process end as usual: torch's extensions would report frozen objects as leaks."""
     gc.unfreeze()
+
+
+def _is_exhaustive(item: pytest.Item) -> bool:
+    backends = [marker.kwargs.get("on") for marker in item.iter_markers("exhaustive")]
+    return None in backends or ("postgresql" in backends and item.get_closest_marker("postgres") is not None)
 
 
 def _guess_seconds(item: pytest.Item) -> float:

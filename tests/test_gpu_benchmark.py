@@ -47,6 +47,7 @@ def test_it_needs_torch_only() -> None:
 # --- correctness ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_comparisons_run_and_find_a_difference() -> None:
     rows = [*gpu.check_graph("cpu", PARAMS, SMALL), *gpu.check_resume("cpu", PARAMS, SMALL)]
     assert [(is_right, text) for _, is_right, text in rows] == [(True, "equal; eager twice: equal")] * 2 + [
@@ -194,6 +195,7 @@ def packing(folder: Path) -> list[tuple[str, bool, str]]:
     return list(gpu_speed.check_packing("cpu", [4], data, together=2, epochs=1, turns=1))
 
 
+@pytest.mark.exhaustive
 def test_packing_is_measured_in_turn_together_and_under_mps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
     def running(*, is_wanted: bool) -> Iterator[Any]:
@@ -250,6 +252,7 @@ class InProcess:
         pass
 
 
+@pytest.mark.exhaustive
 def test_trials_are_timed_with_each_way_to_save_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_speed, "Contestant", InProcess)
     rows = list(gpu_speed.check_checkpoints("cpu", [4], SMALL, epochs=2, turns=1))

@@ -148,6 +148,7 @@ def test_ray_takes_the_options_of_symmetric_run(submitted: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.postgres
 @pytest.mark.ray(starts=2)
 def test_two_tasks_of_an_array_share_a_search(submitted: Path, postgres: Postgres) -> None:

@@ -45,6 +45,7 @@ def with_budget(seconds: float) -> tuple[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.ray(starts=4)
 def test_a_budget_of_device_time_survives_kill_9_and_is_shared_by_two_drivers(
     tmp_path: Path, start_driver: Callable[..., Driver]

@@ -11,6 +11,7 @@ from benchmarks.postgres import Postgres
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.ray(starts=2)
 @pytest.mark.postgres
 def test_a_short_chaos_leaves_the_study_whole(tmp_path: Path, postgres: Postgres) -> None:

@@ -17,7 +17,7 @@ from tests.end_to_end.processes import Driver, hpo, write_space
 from tests.end_to_end.ray_nodes import HEAD, RayNodes
 from tests.factories import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray(starts=4)]
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.ray(starts=4)]
 
 # Says where it runs, and which files came with it.
 TRAINABLE = """

@@ -376,6 +376,7 @@ class Nodes:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.postgres
 @pytest.mark.ray
 def test_a_search_trains_on_the_workers_of_a_ray_cluster(compose: Compose, server: Postgres, tmp_path: Path) -> None:

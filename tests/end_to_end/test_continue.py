@@ -20,6 +20,7 @@ OF_LONG = (
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.ray(starts=3)
 def test_finished_trials_go_on_from_their_checkpoints_also_after_kill_9(
     tmp_path: Path, start_driver: Callable[..., Driver]

@@ -22,7 +22,7 @@ from tests.end_to_end.processes import (
     write_space,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray(starts=2)]
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.ray(starts=2)]
 
 
 def test_a_copy_of_a_running_search_goes_on_where_the_search_was(

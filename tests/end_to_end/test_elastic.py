@@ -19,7 +19,7 @@ from tests.end_to_end.processes import (
 from tests.end_to_end.ray_nodes import RayNodes
 from tests.factories import wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.ray]
 
 
 def test_trials_follow_the_nodes_of_a_cluster(tmp_path: Path) -> None:

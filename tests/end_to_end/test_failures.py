@@ -86,6 +86,7 @@ def __getattr__(name):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.ray
 def test_a_worker_that_dies_when_it_is_reused_loses_no_trial(tmp_path: Path) -> None:
     (tmp_path / "fragile.py").write_text(FRAGILE)
@@ -130,6 +131,7 @@ def train(params, *, data, seed, max_epochs, device, checkpoint=None):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.ray
 def test_a_process_that_lost_its_gpu_or_a_graph_runs_no_other_trial(tmp_path: Path) -> None:
     (tmp_path / "spoiled.py").write_text(SPOILED)
@@ -154,6 +156,7 @@ def test_a_process_that_lost_its_gpu_or_a_graph_runs_no_other_trial(tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.ray
 def test_a_signal_to_all_processes_ends_a_search_in_seconds_and_nothing_is_lost(tmp_path: Path) -> None:
     """Ray dies of it. Its C++ code would end the process after a minute, with an exit code that queues do not retry."""

@@ -27,6 +27,7 @@ SPACE = {
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.ray(starts=2)
 def test_a_search_with_two_objectives_from_the_file_to_the_export(tmp_path: Path, hpo_here: HpoHere) -> None:
     storage, runs = f"sqlite:///{tmp_path}/hpo.db", tmp_path / "runs"

@@ -19,6 +19,7 @@ REPLACED = "SELECT 1 FROM trial_user_attributes WHERE \"key\" = 'replaced_by'"
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.ray(starts=3)
 def test_a_killed_population_goes_on_and_children_start_from_their_parents_states(
     tmp_path: Path, start_driver: Callable[..., Driver]

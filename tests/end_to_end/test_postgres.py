@@ -13,7 +13,7 @@ from benchmarks.postgres import Postgres
 from benchmarks.toy import hold_epochs
 from tests.end_to_end.processes import Driver, chains, check_chains, count_epochs, rows
 
-pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.postgres]
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.ray, pytest.mark.postgres]
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ WAITING = "SELECT trial FROM hpo_rungs WHERE pool = 'asha/waiting'"
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.ray(starts=2)
 def test_promoted_trials_have_the_values_of_trials_that_were_never_interrupted(
     tmp_path: Path, start_driver: Callable[..., Driver]

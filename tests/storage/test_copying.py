@@ -249,6 +249,7 @@ def test_an_error_names_the_database_that_failed(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive(on="postgresql")
 @pytest.mark.parametrize(
     ("url", "target"),
     [("sqlite", "sqlite"), pytest.param("postgresql", "postgresql", marks=POSTGRES)],

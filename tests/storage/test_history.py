@@ -148,6 +148,7 @@ def all_trials(study: Study, *states: TrialState) -> list[FrozenTrial]:
     return study.database.optuna_storage.get_all_trials(study.study_id, states=states or None)
 
 
+@pytest.mark.exhaustive(on="postgresql")
 @pytest.mark.parametrize(
     ("options", "draw_trial"),
     [
@@ -312,6 +313,7 @@ def test_a_trial_that_ends_while_it_is_read_is_shown_once(study: Study, monkeypa
         history.refresh()
 
 
+@pytest.mark.exhaustive(on="postgresql")
 def test_the_sample_is_spread_evenly_and_mostly_stays_when_the_study_grows(study: Study) -> None:
     trials = completed(2000)
     insert(study, trials[:1900])
@@ -330,6 +332,7 @@ def test_the_sample_is_spread_evenly_and_mostly_stays_when_the_study_grows(study
     assert len(after - before) < 0.15 * MIN_LIMIT
 
 
+@pytest.mark.exhaustive(on="postgresql")
 def test_all_groups_of_parameters_are_known(study: Study) -> None:
     trials = mixed(700)
     insert(study, trials)
@@ -337,10 +340,10 @@ def test_all_groups_of_parameters_are_known(study: Study) -> None:
     left_out = [each.number for each in all_trials(study, *FINISHED) if each.number not in shown and "n" in each.params]
     first, *others = left_out[50:60]
     stored = {"param_name": "rare", "param_value": 0.5, "distribution_json": distribution_to_json(SPACE["x"])}
+    trial_ids = [optuna_internals.trial_id(trial) for trial in all_trials(study)]
     with study.database.engine.begin() as connection:
         for number in (*others, first):  # the first one by number is stored last
-            trial_id = optuna_internals.trial_id(all_trials(study)[number])
-            connection.execute(optuna_tables.trial_params.insert(), stored | {"trial_id": trial_id})
+            connection.execute(optuna_tables.trial_params.insert(), stored | {"trial_id": trial_ids[number]})
     whole = _GroupDecomposedSearchSpace(include_pruned=True).calculate(study.optuna_study).search_spaces
     history = refreshed(study)
     assert set(numbers(history)) & set(left_out) == {first}
@@ -365,6 +368,7 @@ def _draw_in_process(url: str, count: int) -> tuple[list[int], list[float]]:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive(on="postgresql")
 def test_a_resumed_run_sees_and_draws_what_an_uninterrupted_one_does(url: str) -> None:
     with open_database(url) as database:
         study = open_s(database)
@@ -418,6 +422,7 @@ def test_refused_draws_are_shown_as_infeasible(study: Study) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive(on="postgresql")
 def test_tpe_learns_from_what_was_refused(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = []
     for learns in (True, False):

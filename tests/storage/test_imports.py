@@ -211,6 +211,7 @@ def test_all_are_taken_over_or_none(study: Study, database: Database, monkeypatc
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive(on="postgresql")
 def test_a_kill_at_any_statement_leaves_none_or_all(url: str) -> None:
     """Of the trials, and of what the study says of their sources."""
     trials, sources = [learned(0), reused(1), reused(2)], [TakenOver("old", learned=1, reused=2)]

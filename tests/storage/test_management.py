@@ -179,6 +179,7 @@ def test_a_running_study_is_refused(database: Database, change: Callable[[Study]
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive(on="postgresql")
 @pytest.mark.parametrize("verb", ["delete", "rename"])
 def test_a_kill_at_any_statement_leaves_the_study_or_its_change(database: Database, verb: str) -> None:
     full_study(database)

@@ -12,6 +12,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import TrialState
 from sqlalchemy.exc import DBAPIError
 
+from storage import history as history_module
 from storage import reporting
 from storage.database import Database
 from storage.history import MIN_LIMIT, History
@@ -113,6 +114,7 @@ def test_a_trial_that_was_overtaken_is_promoted_later(run: Run, study: Study) ->
     assert claim_one(run).number == 1, "two of six"
 
 
+@pytest.mark.exhaustive(on="postgresql")
 def test_trials_at_the_highest_rung_are_promoted_first(run: Run, study: Study) -> None:
     values = {number: number / 100 for number in range(MANY)}
     order = search(run, study, MANY, values)
@@ -222,6 +224,7 @@ def test_a_reduced_budget_lets_those_wait_that_have_not_trained_on(database: Dat
     assert ended.count("COMPLETE") == 1
 
 
+@pytest.mark.exhaustive(on="postgresql")
 def test_brackets_of_hyperband_promote_apart(study: Study) -> None:
     pruner = PromotingHalving.hyperband(maximize=True, study_name="s", min_epochs=1, max_epochs=9, reduction_factor=3)
     assert isinstance(pruner, PromotingHalving)
@@ -259,8 +262,12 @@ def test_tpe_sees_trials_that_wait_as_pruned(study: Study, run: Run) -> None:
     assert history.trials()[1].intermediate_values == {3: 0.8}, "at its new rung"
 
 
-def test_a_history_shows_no_more_trials_that_wait_than_its_limit(study: Study, run: Run) -> None:
-    limit = MIN_LIMIT
+def test_a_history_shows_no_more_trials_that_wait_than_its_limit(
+    study: Study, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = 30
+    monkeypatch.setattr(history_module, "MIN_LIMIT", limit)  # with the real one, 270 trials would have to train
+    monkeypatch.setattr(history_module, "BEST_TRIALS", limit // 10)
     count = limit + 20
     points = [{"x": x} for x in range(count)]
     run.enqueue(points, {"x": CategoricalDistribution(list(range(count)))})
@@ -488,6 +495,7 @@ def test_without_new_trials_the_best_that_waits_trains_on(stopping: Run, study: 
     assert states(study) == {0: ("PRUNED", 1), 1: ("COMPLETE", 9)}
 
 
+@pytest.mark.exhaustive(on="postgresql")
 def test_the_first_of_each_bracket_wait(study: Study) -> None:
     pruner = StoppingHalving.hyperband(maximize=True, study_name="s", min_epochs=1, max_epochs=9, reduction_factor=3)
     with grid_run(study, pruner=pruner) as run:

@@ -145,6 +145,7 @@ def rungs(database: Database) -> list[tuple[Any, ...]]:
     return sql(database, "SELECT pool, epoch, trial, value FROM hpo_rungs ORDER BY 1, 2, 3")
 
 
+@pytest.mark.exhaustive(on="postgresql")
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(("url", "kind"), CASES, indirect=["url"])
 def test_decisions_are_those_of_optuna(database: Database, kind: str, direction: Direction) -> None:
@@ -175,6 +176,7 @@ def test_brackets_are_those_of_optuna(kind: str, name: str) -> None:
 # --- a study that changes its pruner
 
 
+@pytest.mark.exhaustive(on="postgresql")
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize(("url", "kind"), CASES, indirect=["url"])
 def test_prepare_restores_what_decisions_have_stored(database: Database, kind: str, direction: Direction) -> None:
@@ -193,6 +195,7 @@ def test_prepare_restores_what_decisions_have_stored(database: Database, kind: s
         assert rungs(database) == stored
 
 
+@pytest.mark.exhaustive(on="postgresql")
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("before", ["none", "asha/1/2", "hyperband/1/3"])
 def test_median_decides_like_optuna_after_another_pruner(database: Database, before: str, direction: Direction) -> None:

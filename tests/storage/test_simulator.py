@@ -293,6 +293,7 @@ def successors_follow_later(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PopulationBased, "decide", decide_and_undo)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("mutant", [replaced_members_count, lines_are_decided_twice, successors_follow_later])
 def test_a_broken_population_is_found(
     sqlite: Backend, monkeypatch: pytest.MonkeyPatch, mutant: Callable[[pytest.MonkeyPatch], None]
@@ -354,6 +355,7 @@ def who_waits_is_known_to_the_driver_only(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(optuna_tables, "upsert", upsert_others)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("mutant", "pruner"),
     [
@@ -373,6 +375,7 @@ def test_a_broken_rule_of_who_waits_is_found(
     assert any(run_seed(sqlite, seed, ("kill",), pruner=pruner)[0] for seed in range(SEEDS_OF_MUTANTS))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("mutant", "faults", "first"),
     [

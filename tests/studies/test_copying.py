@@ -166,6 +166,7 @@ def test_where_there_are_no_hard_links_files_are_copied(tmp_path: Path, monkeypa
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive(on="postgresql")
 def test_a_kill_at_any_change_leaves_none_or_all_and_the_same_call_goes_on(
     source: Database, target: Database, runs: RunsDir, tmp_path: Path
 ) -> None:
