@@ -6,9 +6,8 @@ run works on it: trials that were RUNNING are WAITING in the copy, and its runs 
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -98,7 +97,7 @@ def copy_study(
 
     def copy() -> None:
         where.url = source.database.url
-        with _snapshot(source.database) as reading:
+        with source.database.snapshot() as reading:
             copying = _Copying(source, reading, where, target.url)
             copying.check_source()
             on_snapshot()
@@ -149,17 +148,6 @@ class _Where:
     """The database that is used now: a message about an error names it."""
 
     url: str
-
-
-@contextlib.contextmanager
-def _snapshot(database: Database) -> Iterator[sa.Connection]:
-    """Yield a connection whose statements all see the database at the same moment."""
-    with database.engine.connect() as connection:
-        if connection.dialect.name == "sqlite":
-            connection.exec_driver_sql("BEGIN")  # Python's driver begins a transaction only before it writes
-        else:
-            connection = connection.execution_options(isolation_level="REPEATABLE READ")
-        yield connection
 
 
 class _Copying:

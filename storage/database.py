@@ -21,7 +21,7 @@ from optuna.storages import RDBStorage
 from sqlalchemy.exc import DBAPIError
 
 from storage import migrations, sqlite_file
-from storage.engines import configure, engine_options, limit_idle_transactions, pool_options, transaction
+from storage.engines import configure, engine_options, limit_idle_transactions, pool_options, snapshot, transaction
 from storage.errors import (
     READ_ONLY,
     MissingDatabaseError,
@@ -89,6 +89,13 @@ class Database:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def snapshot(self) -> AbstractContextManager[sa.Connection]:
+        """Begin a transaction that only reads, whose statements all see the database at the same moment.
+
+        Otherwise, each statement also sees what others have stored since the one before it.
+        """
+        return snapshot(self.engine)
 
     def transaction(self) -> AbstractContextManager[sa.Connection]:
         """Begin a transaction that reads and writes.

@@ -147,6 +147,17 @@ def _replace_if_outdated(connection: sqlite3.Connection, _record: object, _proxy
 
 
 @contextlib.contextmanager
+def snapshot(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """Begin a transaction that only reads, see `Database.snapshot`."""
+    with engine.connect() as connection:
+        if engine.dialect.name == "sqlite":
+            connection.exec_driver_sql("BEGIN")  # Python's driver begins a transaction only before it writes
+        else:
+            connection = connection.execution_options(isolation_level="REPEATABLE READ")
+        yield connection
+
+
+@contextlib.contextmanager
 def transaction(engine: sa.Engine) -> Iterator[sa.Connection]:
     """Begin a transaction, see `Database.transaction`. It may contain DDL."""
     with engine.begin() as connection:

@@ -66,7 +66,7 @@ def count_since_best(study: Study, directions: Sequence[Direction]) -> SinceBest
     is_open = trial.c.state.in_(optuna_tables.UNFINISHED)
 
     def read() -> SinceBest:
-        with study.database.engine.connect() as connection:
+        with study.database.snapshot() as connection:  # else, one that becomes the best meanwhile counts as no better
             several = len(directions) > 1
             number = _last_of_front(connection, completed, directions) if several else connection.scalar(best)
             if number is None:
@@ -157,7 +157,7 @@ def superfluous_trials(
         query = query.where(optuna_tables.trials.c.number.in_(among))
 
     def read() -> list[EndedTrial]:
-        with study.database.engine.connect() as connection:
+        with study.database.snapshot() as connection:  # else, a trial that completes meanwhile is not among the best
             best = _read_best(connection, study, count, directions) if directions is not None and several else set()
             rows = connection.execute(query)
             return [

@@ -18,7 +18,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Before anything imports torch or numpy: the workers share the cores, and the order of every sum is fixed.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -87,6 +87,19 @@ def _guess_seconds(item: pytest.Item) -> float:
     if ray is not None:
         return 30.0 * int(ray.kwargs.get("starts", 1))
     return 3.0 if item.get_closest_marker("slow") else 0.1
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_statements() -> Iterator[None]:
+    """Let all engines share the statements that they have compiled: nearly every test opens a database of its own."""
+    from sqlalchemy.engine import Engine
+    from sqlalchemy.util import LRUCache
+
+    caches: defaultdict[type, LRUCache[Any, Any]] = defaultdict(lambda: LRUCache(1000))
+    shared = property(lambda engine: caches[type(engine.dialect)], lambda _engine, _cache: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "_compiled_cache", shared, raising=False)
+        yield
 
 
 @pytest.fixture(scope="session")

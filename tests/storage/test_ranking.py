@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from optuna.trial import TrialState, create_trial
 
 from storage import optuna_tables, ranking, tables
-from storage.database import Database
+from storage.database import Database, open_database
 from storage.imports import ImportedTrial, Origin, import_trials
 from storage.pareto import Direction
-from storage.ranking import EndedTrial, count_since_best, superfluous_trials
+from storage.ranking import EndedTrial, SinceBest, count_since_best, superfluous_trials
 from storage.records import CONTINUED_FROM, attempt_of
 from storage.retry import retry_trials
 from storage.studies import deleted_studies
@@ -217,3 +220,51 @@ def test_patience_does_not_believe_the_clocks_of_drivers(database: Database, stu
         assert not run.is_patience_spent(3, MAXIMIZE)
         run.complete(claim_one(run), 1.0)
         assert not run.is_patience_spent(2, MAXIMIZE), "a better value"
+
+
+# --- trials of other drivers that end between two statements
+
+
+@contextlib.contextmanager
+def completed_meanwhile(url: str, database: Database, number: int, values: Sequence[float]) -> Iterator[None]:
+    """Let another driver complete a RUNNING trial after the first SELECT of the block."""
+    with open_database(url) as other, grid_run(open_s(other)) as run:
+        run.enqueue(POINTS, GRID)
+        claim = claim_one(run)
+        assert claim.number == number
+        ended: list[int] = []
+
+        def complete(_1: Any, _2: Any, statement: str, *_: Any) -> None:
+            if statement.lstrip().startswith("SELECT") and not ended:
+                ended.append(number)
+                run.complete(claim, values[0], other_values=tuple(values[1:]))
+                run.flush()
+
+        sa.event.listen(database.engine, "after_cursor_execute", complete)
+        yield
+        sa.event.remove(database.engine, "after_cursor_execute", complete)
+        assert ended
+
+
+@pytest.mark.parametrize("directions", [MAXIMIZE, BOTH])
+def test_the_best_trial_is_not_superfluous_when_it_completes_meanwhile(
+    url: str, database: Database, study: Study, directions: list[Direction]
+) -> None:
+    best = [1.0, 0.0][: len(directions)]
+    with completed_meanwhile(url, database, 0, best):
+        assert superfluous_trials(study, 1, directions) == []
+    assert superfluous_trials(study, 1, directions) == []
+
+
+@pytest.mark.parametrize("directions", [MAXIMIZE, BOTH])
+def test_patience_is_not_used_up_by_a_better_trial_that_completes_meanwhile(
+    url: str, database: Database, study: Study, directions: list[Direction]
+) -> None:
+    first, better = ([value, -value][: len(directions)] for value in (0.5, 1.0))
+    with grid_run(study) as run:
+        run.enqueue(POINTS, GRID)
+        run.complete(claim_one(run), first[0], other_values=tuple(first[1:]))
+        run.flush()
+        with completed_meanwhile(url, database, 1, better):
+            assert count_since_best(study, directions).ended == 0
+        assert count_since_best(study, directions) == SinceBest(1, 0)
