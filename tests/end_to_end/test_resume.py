@@ -138,6 +138,7 @@ def test_a_study_survives_signals_kill_9_and_two_drivers(tmp_path: Path, start_d
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.ray(starts=3)
 def test_ctrl_c_saves_epochs_that_no_checkpoint_was_due_for(
     tmp_path: Path, start_driver: Callable[..., Driver]

@@ -326,6 +326,7 @@ def test_whatever_the_database_says_of_earlier_studies_is_text(database: Databas
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.browser
 def test_a_large_study_is_reported_fast_in_a_page_that_opens(
     database: Database, browser: Browser, tmp_path: Path

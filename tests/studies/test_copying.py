@@ -197,6 +197,7 @@ def test_a_kill_at_any_change_leaves_none_or_all_and_the_same_call_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("target", ["sqlite"], indirect=True)  # the files are the same with each
 def test_a_kill_of_a_copy_that_starts_anew_leaves_what_clean_deletes(
     source: Database, target: Database, runs: RunsDir

@@ -191,7 +191,7 @@ def run_worker(spec: Any, epochs: int) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("replicates", [1, 2])
+@pytest.mark.parametrize("replicates", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_a_trainable_without_torch_is_checkpointed_and_resumed_without_it(tmp_path: Path, replicates: int) -> None:
     spec = trial_spec(tmp_path, replicates=replicates)
     straight = run_worker(trial_spec(tmp_path / "straight", replicates=replicates), 4)
@@ -238,7 +238,7 @@ def train(params, *, data, seed, max_epochs, device, checkpoint=None):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 def test_torch_has_the_threads_of_the_trial_although_the_trainable_imports_it_late(
     tmp_path: Path, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
