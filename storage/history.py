@@ -140,8 +140,7 @@ class History:
 
         After the first call, this reads the unfinished trials and those that ended since.
         """
-        with self._study.database.engine.connect() as connection:
-            # First: a trial that is claimed meanwhile is seen twice, never missed.
+        with self._study.database.snapshot() as connection:  # else, a trial that begins to wait meanwhile is missed
             at_rungs = {} if self._promotion is None else self._promotion.read_waiting(connection, self._study.study_id)
             unfinished = self._read_changes(connection)
             self._read_at_rungs(connection, {key: each for key, each in at_rungs.items() if key not in self._seen})
@@ -163,7 +162,6 @@ class History:
         table, study_id = trial_table, self._study.study_id
         of_study = table.c.study_id == study_id
         directions = self._study.optuna_study.directions
-        # Other runs write between these statements. In this order, a trial that ends meanwhile is seen twice, never missed.
         total = connection.scalar(sa.select(sa.func.count()).where(of_study, table.c.state.in_(_ENDED))) or 0
         is_open = of_study if self._promotion is None else sa.and_(of_study, ~self._promotion.waits(study_id))
         unfinished = _read_unfinished(connection, is_open)

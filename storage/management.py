@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Mapping
 
 import sqlalchemy as sa
 from sqlalchemy.exc import IntegrityError
@@ -32,6 +34,10 @@ _OF_STUDY = (
 
 class StudyRunningError(StorageError):
     """Runs work on the study."""
+
+
+class StudyChangedError(StorageError):
+    """The study has other trials than when it was looked at."""
 
 
 def rename_study(study: Study, name: str) -> None:
@@ -68,14 +74,16 @@ def rename_study(study: Study, name: str) -> None:
     retry_while_down(study.database, write)
 
 
-def delete_study(study: Study) -> None:
+def delete_study(study: Study, counts: Mapping[str, int] | None = None) -> None:
     """Delete a study with all of its trials: all rows, or none. Idempotent. Its `hpo:id` is kept in `hpo_deleted_studies`.
 
     Args:
         study: the study.
+        counts: {state: number of trials} that the study must still have, see `Study.counts`; None if it may have any.
 
     Raises:
         StudyRunningError: runs work on the study.
+        StudyChangedError: it has other trials.
         StorageError: the study was renamed, or the database cannot be used (after retries).
     """
 
@@ -86,6 +94,11 @@ def delete_study(study: Study) -> None:
                     return
                 raise gone(study)
             _refuse_if_running(study)
+            if counts is not None and (now := study.counts()) != Counter(counts):
+                raise StudyChangedError(
+                    f"{study.database.url}: nothing is deleted: the study {study.name!r} has other trials now "
+                    f"({_describe(now)}) than when its deletion was confirmed ({_describe(counts)})"
+                )
             trial = optuna_tables.trials
             ids = sa.select(trial.c.trial_id).where(trial.c.study_id == study.study_id)
             for table in _OF_TRIAL:
@@ -94,6 +107,10 @@ def delete_study(study: Study) -> None:
                 connection.execute(table.delete().where(table.c.study_id == study.study_id))
 
     retry_while_down(study.database, write)
+
+
+def _describe(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "none"
 
 
 def _refuse_if_running(study: Study) -> None:

@@ -398,12 +398,16 @@ def count_retried(database: Database, study_id: int | None = None) -> dict[int, 
         return {row.study_id: row.trials for row in connection.execute(query.group_by(trial.c.study_id))}
 
 
-def read_runs(database: Database, study_id: int) -> list[Any]:
-    """Return the rows of a study's runs, oldest first, each with `now`, the database's time in seconds since 1970."""
+def read_runs(database: Database, study_id: int | None = None) -> list[Any]:
+    """Return the rows of the runs of a study, or of all studies, oldest first.
+
+    Each has `now`, too: the database's time in seconds since 1970.
+    """
     if runs.name in database.missing_tables:
         return []
     columns = [column for column in runs.c if column is not runs.c.takeover_after]  # which old tables lack
-    query = sa.select(*columns, database.now_seconds().label("now")).where(runs.c.study == study_id)
-    query = query.order_by(runs.c.started)
+    query = sa.select(*columns, database.now_seconds().label("now")).order_by(runs.c.started)
+    if study_id is not None:
+        query = query.where(runs.c.study == study_id)
     with database.engine.connect() as connection:
         return list(connection.execute(query))

@@ -54,12 +54,17 @@ class Summary:
 
 def summarize(database: Database) -> list[Summary]:
     """Return a summary of each study, oldest first, without reading the trials."""
+    # Before the trials: a search that ends meanwhile counts as running, which it was, and never as one with trials left.
+    runs = retry_while_down(database, lambda: records.read_runs(database))
+    running = {run.study for run in runs if is_run_alive(run)}
     counts: dict[int, dict[str, int]] = {}
     last: dict[int, float] = {}
     for row in retry_while_down(database, lambda: records.count_trials(database, without=NEVER_RUN)):
         counts.setdefault(row.study, {})[row.state] = row.trials
         if row.last is not None:  # Optuna stores UTC without a time zone
             last[row.study] = max(last.get(row.study, 0.0), row.last.replace(tzinfo=UTC).timestamp())
+    for run in runs:
+        last[run.study] = max(last.get(run.study, 0.0), run.last_heard)
     ended = retry_while_down(database, lambda: records.count_ended_keys(database))
     retried = retry_while_down(database, lambda: records.count_retried(database))
     used = retry_while_down(database, lambda: read_device_seconds(database))
@@ -70,7 +75,13 @@ def summarize(database: Database) -> list[Summary]:
         key = study_id(study)
         with contextlib.suppress(KeyError, ValueError):  # the study was deleted; another one may have its id
             summary = _summary(
-                database, study, counts.get(key, {}), ended.get(key, 0), retried.get(key, 0), last.get(key)
+                database,
+                study,
+                counts.get(key, {}),
+                last.get(key),
+                ended=ended.get(key, 0),
+                retried=retried.get(key, 0),
+                is_running=key in running,
             )
             seconds = used.get(key, 0.0)
             cost = _cost(settings_of(study.user_attrs), seconds)
@@ -79,7 +90,14 @@ def summarize(database: Database) -> list[Summary]:
 
 
 def _summary(
-    database: Database, study: Any, counts: dict[str, int], ended: int, retried: int, last: float | None
+    database: Database,
+    study: Any,
+    counts: dict[str, int],
+    last_activity: float | None,
+    *,
+    ended: int,
+    retried: int,
+    is_running: bool,
 ) -> Summary:
     best = None
     if len(study.directions) == 1 and "COMPLETE" in counts:
@@ -95,16 +113,14 @@ def _summary(
     if len(study.directions) > 1:
         directions = [direction_of(each) for each in study.directions]
         front = retry_while_down(database, lambda: records.count_front(database, study_id(study), directions))
-    runs = retry_while_down(database, lambda: records.read_runs(database, study_id(study)))
     settings = settings_of(study.user_attrs)
-    heard = [run.last_heard for run in runs]
     return Summary(
         study.study_name,
-        state_of(study.user_attrs, counts, runs, ended=ended, retried=retried),
+        state_of(study.user_attrs, counts, is_running=is_running, ended=ended, retried=retried),
         {state: count for state, count in counts.items() if count},
         ", ".join(metric_names(settings)),
         best,
-        max([*heard, *([] if last is None else [last])], default=None),
+        last_activity,
         unique_name_of(study.study_name, study.user_attrs),
         front=front,
     )
@@ -118,9 +134,7 @@ def _cost(settings: Mapping[str, Any], device_seconds: float) -> float | None:
     return price * device_seconds / 3600 if isinstance(price, int | float) else None
 
 
-def state_of(
-    attrs: Mapping[str, Any], counts: Mapping[str, int], runs: Iterable[Any], *, ended: int, retried: int
-) -> str:
+def state_of(attrs: Mapping[str, Any], counts: Mapping[str, int], *, is_running: bool, ended: int, retried: int) -> str:
     """Return `running` while a run is alive, else `finished` or `resumable`; empty for a study of another program.
 
     A grid of which as many trials have ended as it has points counts as finished. They may be others than its points, which
@@ -129,13 +143,13 @@ def state_of(
     Args:
         attrs: the study's user attributes, see `Study.attrs`.
         counts: {state: number of trials}.
-        runs: rows of `records.read_runs`.
+        is_running: whether a run is alive. Ask before the trials are read: those of one that ends later are all counted.
         ended: see `Study.count_ended_keys`. Runs compare the same number with the budget.
         retried: see `Study.count_retried`.
     """
     if not isinstance(attrs.get("hpo:settings"), dict):
         return ""
-    if any(map(is_run_alive, runs)):
+    if is_running:
         return "running"
     if "hpo:total" in attrs:
         wanted = attrs["hpo:total"]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+import sqlalchemy as sa
 
 from hpo.paths import RunsDir
 from hpo.search.coordinator import TrialCoordinator
@@ -161,6 +163,22 @@ class RecordingListener(NullListener):
 
     def note(self, text: str) -> None:
         self.events.append(("note", text))
+
+
+@contextmanager
+def after_statement(database: Database, part: str, act: Callable[[], object]) -> Iterator[None]:
+    """Let something happen right after the first statement of the block that contains a text, as if others did it."""
+    happened: list[str] = []
+
+    def listen(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        if part in statement and not happened:
+            happened.append(statement)
+            act()
+
+    sa.event.listen(database.engine, "after_cursor_execute", listen)
+    yield
+    sa.event.remove(database.engine, "after_cursor_execute", listen)
+    assert happened, f"no statement contains {part}"
 
 
 def run_of(study: Study, space: Space) -> Run:

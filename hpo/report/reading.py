@@ -13,6 +13,7 @@ from hpo.report.results import Results
 from hpo.report.trials import TrialResult
 from hpo.search.earlier.continuation import lacks_points
 from hpo.space.model import Space
+from storage.lease import is_run_alive
 from storage.optuna_internals import trial_id
 from storage.records import RETRIED
 from storage.study import without_garbage_collection
@@ -36,13 +37,15 @@ def read_results(study: Study, *, epochs: bool = True) -> Results:
     Raises:
         StorageError: the database cannot be reached.
     """
+    # Before the trials: a search that ends meanwhile counts as running, never as finished without its last trial.
+    attrs, runs = study.attrs, study.runs()
+    is_running = any(map(is_run_alive, runs))
     with without_garbage_collection():
         trials = study.trained_trials()
         metrics: dict[int, Metrics | None] = dict.fromkeys(trial.number for trial in trials)
         if epochs:
             metrics |= study.metrics(trials)
         provenances, used = study.provenances(trials), study.device_seconds_by_trial()
-    attrs, runs = study.attrs, study.runs()
     space = _stored_space(attrs)
     objectives = _objectives(study, space)
     return Results(
@@ -63,7 +66,7 @@ def read_results(study: Study, *, epochs: bool = True) -> Results:
         runs,
         space,
         study.reference,
-        _state_of(study, attrs, trials, runs),
+        _state_of(study, attrs, trials, is_running=is_running),
     )
 
 
@@ -78,10 +81,10 @@ def read_epochs(results: Results, numbers: Container[int]) -> Results:
     return replace(results, trials=[replace(trial, epochs=found.get(trial.trial_id, {})) for trial in results.trials])
 
 
-def _state_of(study: Study, attrs: Mapping[str, Any], trials: Sequence[FrozenTrial], runs: Sequence[Any]) -> str:
+def _state_of(study: Study, attrs: Mapping[str, Any], trials: Sequence[FrozenTrial], *, is_running: bool) -> str:
     counts = Counter(trial.state.name for trial in trials)
     retried = sum(trial.state.name in {"WAITING", "RUNNING"} and RETRIED in trial.user_attrs for trial in trials)
-    state = state_of(attrs, counts, runs, ended=study.count_ended_keys(), retried=retried)
+    state = state_of(attrs, counts, is_running=is_running, ended=study.count_ended_keys(), retried=retried)
     return "resumable" if state == "finished" and lacks_points(study, RunsDir()) else state
 
 

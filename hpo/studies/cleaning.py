@@ -30,7 +30,7 @@ from hpo.studies.bucket_files import BucketFiles, not_needed, of_deleted
 from hpo.studies.deleting import artifacts_of, not_continued
 from hpo.studies.folders import count_bytes, delete_path, entries, errors_noted, statuses
 from hpo.studies.other_databases import OtherDatabases
-from hpo.studies.staging import is_abandoned, leftovers
+from hpo.studies.staging import held_leftovers, is_abandoned, is_incomplete, leftovers
 
 if TYPE_CHECKING:
     from storage.database import Database
@@ -105,7 +105,6 @@ def find_garbage(database: Database, runs_dir: RunsDir) -> Cleaning:
     from storage.database import identify
     from storage.parents import continued_trials
     from storage.studies import all_studies, deleted_studies
-    from storage.summaries import summarize
 
     problems: list[str] = []
     # First the folders, then the studies: a study that is created meanwhile has no folder here.
@@ -119,7 +118,7 @@ def find_garbage(database: Database, runs_dir: RunsDir) -> Cleaning:
                 abandoned.add(folder)
     studies = {study.unique_name: study for study in all_studies(database) if study.is_ours}
     deleted = deleted_studies(database) - {study_id_of(name) for name in studies}
-    running = {summary.unique_name: summary.name for summary in summarize(database) if summary.state == "running"}
+    running = _running_studies(database)
 
     children = continued_trials(database)
     others = OtherDatabases(database, runs_dir.root)
@@ -176,6 +175,8 @@ def find_garbage(database: Database, runs_dir: RunsDir) -> Cleaning:
                 found.append(Garbage(files.what, files.url, (), files.size, names))
         except OSError as error:
             problems.append(f"cannot read {runs_dir.bucket_url}: {describe(error)}")
+    running |= _running_studies(database)  # a search that has started meanwhile writes files that look abandoned
+    found = [each for each in found if Path(each.folder).name not in running]
     return Cleaning(found, unknown, shared, continued, sorted(running.values()), problems)
 
 
@@ -186,9 +187,15 @@ def delete_garbage(found: Cleaning) -> Cleaning:
         The same, with further `problems`. The bytes of what could not be deleted are 0.
     """
     done, problems = [], list(found.problems)
+    copies_left: set[str] = set()
     for each in found.garbage:
-        errors = [problem for path in each.paths if (problem := delete_path(path))]
-        if each.objects:
+        name = Path(each.folder).name
+        if each.paths and each.what == KILLED_COPY:
+            errors = _delete_copy(Path(each.folder), each.paths)
+            copies_left |= {name} if errors else set()
+        else:
+            errors = [problem for path in each.paths if (problem := delete_path(path))]
+        if each.objects and name not in copies_left:
             try:
                 Bucket(str(each.folder)).delete_with_folder(each.objects)
             except OSError as error:
@@ -196,6 +203,21 @@ def delete_garbage(found: Cleaning) -> Cleaning:
         problems += errors
         done.append(replace(each, disk_bytes=0) if errors else each)
     return replace(found, garbage=done, problems=problems)
+
+
+def _delete_copy(folder: Path, paths: Collection[Path]) -> list[str]:
+    """Delete what a killed copy has left, unless a process has continued the copy since. Return what went wrong."""
+    with held_leftovers(folder) as left:
+        if not left or (folder in paths and not is_incomplete(folder, left)):
+            return [f"kept: {folder}, a copy that has been continued meanwhile"]
+        return [problem for path in paths if (problem := delete_path(path))]
+
+
+def _running_studies(database: Database) -> dict[str, str]:
+    """Return {unique name: name} of the studies that are running."""
+    from storage.summaries import summarize
+
+    return {summary.unique_name: summary.name for summary in summarize(database) if summary.state == "running"}
 
 
 # --- what is garbage --------------------------------------------------------------------------------------------------

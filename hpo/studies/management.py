@@ -290,7 +290,8 @@ def delete_study(
 
     Raises:
         SettingError: there is no such study, hpo did not create it, or the bucket cannot be read.
-        StorageError: a run works on the study, or the database cannot be used.
+        StorageError: a run works on the study, it has other trials than those that were confirmed, or the database cannot
+            be used.
     """
     from hpo.studies.deleting import files_of, find_deleted, forget_name, note_name
     from hpo.studies.folders import count_bytes
@@ -322,8 +323,8 @@ def delete_study(
         if not left:
             note_name(folder, opened.name)
             try:
-                management.delete_study(opened)
-            except management.StudyRunningError:
+                management.delete_study(opened, found.counts)
+            except (management.StudyRunningError, management.StudyChangedError):
                 forget_name(folder)
                 raise
             left = [files_of(database, folder, opened.name, runs)]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -49,12 +49,17 @@ def stage(order: CopyOrder, runs_dir: RunsDir, may_continue: Callable[[str], boo
         SettingError: another process makes the same copy.
         OSError: the folder cannot be created.
     """
-    identity = next(filter(may_continue, _find(order, runs_dir)), None) or secrets.token_hex(6)
+    found = next(filter(may_continue, _find(order, runs_dir)), None)
+    identity = found or secrets.token_hex(6)
     folder = runs_dir.checkpoints(f"{order.name}-{identity}")
     folder.mkdir(parents=True, exist_ok=True)
     lock = _lock_of(folder)
     try:
         with lock:
+            if found and (_read(folder) != order or not may_continue(found)):
+                raise SettingError(
+                    f"another process has just ended the copy {order.name!r} in {folder}, or deleted its files: try again"
+                )
             # The lock is older than this file: without it, `hpo clean` could take the folder for abandoned.
             write_atomically(folder / COPYING_FILE, json.dumps(asdict(order)).encode())
             yield identity
@@ -73,20 +78,36 @@ def is_abandoned(folder: Path, database: str) -> bool:
         folder: of a study, or of a copy.
         database: see `CopyOrder`. Whether a copy to another database is complete is not known here.
     """
-    order, left = _read(folder), leftovers(folder)
-    if order is None:  # killed before it had copied anything
+    order = _read(folder)
+    return is_incomplete(folder, leftovers(folder)) and (order is None or order.database == database)
+
+
+def is_incomplete(folder: Path, left: Collection[Path]) -> bool:
+    """Return whether a folder with these `leftovers` is of a copy that has not ended, instead of a study."""
+    if _read(folder) is None:  # it has not copied anything yet
         return bool(left) and set(folder.iterdir()) <= set(left)
-    return bool(left) and order.database == database
+    return bool(left)
 
 
 def leftovers(folder: Path) -> list[Path]:
     """Return the files that a copy leaves in its folder if it is killed; none while a process makes it."""
+    with held_leftovers(folder) as found:
+        return found
+
+
+@contextmanager
+def held_leftovers(folder: Path) -> Iterator[list[Path]]:
+    """Yield the `leftovers` of a folder. Inside the `with` block, no process continues the copy."""
     lock = _lock_of(folder)
     path = Path(lock.lock_file)
-    found = [*folder.glob(f".{COPYING_FILE}.*.tmp"), *(each for each in (folder / COPYING_FILE, path) if each.exists())]
-    with suppress(Timeout, OSError), lock if path.exists() else nullcontext():
-        return found
-    return []
+    with ExitStack() as held:
+        try:
+            held.enter_context(lock if path.exists() else nullcontext())
+        except (Timeout, OSError):
+            yield []
+            return
+        files = (folder / COPYING_FILE, path)
+        yield [*folder.glob(f".{COPYING_FILE}.*.tmp"), *(each for each in files if each.exists())]
 
 
 def _find(order: CopyOrder, runs_dir: RunsDir) -> Iterator[str]:

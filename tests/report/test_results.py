@@ -20,11 +20,12 @@ from hpo.report.results import Results
 from hpo.report.tables import trial_table
 from hpo.report.terminal import Terminal
 from storage import records, tables
-from storage.database import Database
+from storage.database import Database, open_database
 from storage.imports import ImportedTrial, Origin, import_trials
 from storage.records import DUPLICATE
 from storage.studies import open_study
 from storage.study import Study
+from tests.factories import after_statement, run_of
 from tests.report.studies import add_trial, finish_grid, grid_space, optuna_study, read
 
 
@@ -133,6 +134,22 @@ def test_draws_that_were_never_run_are_left_out(database: Database) -> None:
     study = finish_grid(database)
     study.optuna_study.add_trial(create_trial(state=TrialState.FAIL, user_attrs={"fail_reason": DUPLICATE}))
     assert read_results(study).counts == {"COMPLETE": 3}
+
+
+def test_a_search_that_ends_while_it_is_read_is_not_finished_without_its_last_trial(database: Database) -> None:
+    space = grid_space()
+    with open_database(database.url) as other:
+        run = run_of(open_study(other, **space.study_options), space).__enter__()
+        run.enqueue(list(space.grid_points())[:1], space.distributions())
+        claim = run.claim()
+        assert claim is not None
+
+        def end() -> None:
+            run.complete(claim, 0.5)
+            run.__exit__(None, None, None)
+
+        with after_statement(database, "hpo_metrics", end):
+            assert read_results(open_study(database, **space.study_options)).state == "running"
 
 
 def test_the_epochs_of_some_trials_can_be_read_alone(database: Database) -> None:

@@ -28,8 +28,11 @@ from storage import history as history_module
 from storage import optuna_internals, optuna_tables
 from storage.database import Database, open_database
 from storage.history import MIN_LIMIT, History
+from storage.promotion import PromotingHalving
+from storage.pruners import Decision
 from storage.studies import find_study, open_study
 from storage.study import Study
+from tests.factories import after_statement
 from tests.storage.builders import claim_one, open_s, sampled_run
 
 COMPLETE, PRUNED, FAIL = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
@@ -308,9 +311,25 @@ def test_a_trial_that_ends_while_it_is_read_is_shown_once(study: Study, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(history_module, "_read_unfinished", read_unfinished)
         history.refresh()
-    for _ in range(2):
-        assert [(trial.number, trial.state) for trial in history.trials()] == [(i, COMPLETE) for i in range(4)]
+    for last in (RUNNING, COMPLETE, COMPLETE):
+        states = [(trial.number, trial.state) for trial in history.trials()]
+        assert states == [*((number, COMPLETE) for number in range(3)), (3, last)]
         history.refresh()
+
+
+def test_a_trial_that_begins_to_wait_while_it_is_read_is_shown(url: str, database: Database, study: Study) -> None:
+    pruner = PromotingHalving(maximize=True, study_name="s", min_epochs=1, reduction_factor=3)
+    with open_database(url) as other, sampled_run(open_s(other), pruner=pruner) as run:
+        claim = claim_one(run)
+
+        def wait() -> None:
+            assert run.decide(claim, 1, {"m": 0.5}, 0.5) is Decision.WAIT
+            run.release(claim)
+
+        history = History(study, MIN_LIMIT, pruner)
+        with after_statement(database, "SELECT", wait):
+            history.refresh()
+        assert numbers(history) == [0]
 
 
 @pytest.mark.exhaustive(on="postgresql")

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import pytest
-import sqlalchemy as sa
 from optuna.trial import TrialState, create_trial
 
 from storage import optuna_tables, ranking, tables
@@ -21,6 +19,7 @@ from storage.retry import retry_trials
 from storage.studies import deleted_studies
 from storage.study import Study, study_names
 from storage.summaries import summarize
+from tests.factories import after_statement
 from tests.storage.builders import GRID, POINTS, claim_one, config_key, grid_run, open_s, prune, sampled_run, sql
 
 MAXIMIZE: list[Direction] = ["maximize"]
@@ -232,18 +231,13 @@ def completed_meanwhile(url: str, database: Database, number: int, values: Seque
         run.enqueue(POINTS, GRID)
         claim = claim_one(run)
         assert claim.number == number
-        ended: list[int] = []
 
-        def complete(_1: Any, _2: Any, statement: str, *_: Any) -> None:
-            if statement.lstrip().startswith("SELECT") and not ended:
-                ended.append(number)
-                run.complete(claim, values[0], other_values=tuple(values[1:]))
-                run.flush()
+        def complete() -> None:
+            run.complete(claim, values[0], other_values=tuple(values[1:]))
+            run.flush()
 
-        sa.event.listen(database.engine, "after_cursor_execute", complete)
-        yield
-        sa.event.remove(database.engine, "after_cursor_execute", complete)
-        assert ended
+        with after_statement(database, "SELECT", complete):
+            yield
 
 
 @pytest.mark.parametrize("directions", [MAXIMIZE, BOTH])

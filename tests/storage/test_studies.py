@@ -15,10 +15,12 @@ import sqlalchemy as sa
 from storage import records, studies
 from storage.database import Database, open_database
 from storage.errors import StorageError
+from storage.lease import is_run_alive
 from storage.retry import retry_trials
 from storage.studies import find_study, open_study
 from storage.study import Study
 from storage.summaries import Summary, state_of, summarize
+from tests.factories import after_statement
 from tests.storage.builders import GRID, POINTS, claim_one, claim_point, grid_run, kill, open_s, sampled_run
 
 
@@ -195,7 +197,7 @@ def test_a_sampled_study_is_finished_when_its_budget_is_spent(database: Database
             run.complete(claim_one(run), value)
             run.flush()
             ended = len(study.ended_keys())
-            states.append(state_of(study.attrs, summary(database).counts, [], ended=ended, retried=0))
+            states.append(state_of(study.attrs, summary(database).counts, is_running=False, ended=ended, retried=0))
     assert states == ["resumable", "finished"]
     assert summary(database).best == 0.25
 
@@ -204,6 +206,20 @@ def test_a_study_whose_points_are_all_left_as_they_are_is_finished(database: Dat
     """The budget of its search is 0 trials: other studies have their results."""
     open_s(database, total_trials=0)
     assert [each.state for each in summarize(database)] == ["finished"]
+
+
+@pytest.mark.parametrize("table", ["hpo_trials", "hpo_rungs"])
+def test_a_search_that_ends_while_it_is_listed_has_no_trials_left(url: str, database: Database, table: str) -> None:
+    with open_database(url) as other, sampled_run(open_s(other, total_trials=1)) as run:
+        claim = claim_one(run)
+
+        def end() -> None:
+            run.complete(claim, 0.5)
+            run.__exit__(None, None, None)
+
+        with after_statement(database, table, end):
+            assert summary(database).state == "running"
+        assert summary(database).state == "finished"
 
 
 @pytest.mark.parametrize(("total", "state"), [(1, "finished"), (2, "resumable"), (None, "finished")])
@@ -224,7 +240,7 @@ def test_the_state_and_the_settings_are_those_of_the_latest_opening(
 def test_the_state_of_a_study_that_version_1_opened_last_is_read(database: Database) -> None:
     states = []
     for attrs in ({"hpo:points": 2}, {"hpo:points": 1}, {"hpo:settings": {"budget": {"trials": 2}}}):
-        states.append(state_of({"hpo:settings": {}} | attrs, {"COMPLETE": 1}, [], ended=1, retried=0))
+        states.append(state_of({"hpo:settings": {}} | attrs, {"COMPLETE": 1}, is_running=False, ended=1, retried=0))
     assert states == ["resumable", "finished", "resumable"]
 
 
@@ -233,7 +249,10 @@ def test_a_lease_that_ends_too_late_does_not_hold(heard: float, state: str) -> N
     """The database's clock was set back by an hour after a driver on another machine had died."""
     row = {"run": 1, "host": "another machine", "pid": 1, "process_started": 0.0, "started": heard - 50.0}
     run = SimpleNamespace(**row, last_heard=heard, lease_until=heard + 60.0, ended=None, now=100.0)
-    assert state_of({"hpo:settings": {}, "hpo:total": 2}, {"RUNNING": 1}, [run], ended=0, retried=0) == state
+    assert (
+        state_of({"hpo:settings": {}, "hpo:total": 2}, {"RUNNING": 1}, is_running=is_run_alive(run), ended=0, retried=0)
+        == state
+    )
 
 
 def test_a_duplicate_is_not_counted_as_a_failure(study: Study, database: Database) -> None:

@@ -30,6 +30,7 @@ from hpo.studies import cleaning
 from hpo.studies.cleaning import Garbage, delete_garbage, find_garbage
 from hpo.studies.folders import count_bytes
 from hpo.studies.other_databases import note_database
+from storage import parents
 from storage.database import Database, identify, open_database
 from storage.errors import StorageError
 from storage.studies import find_study, open_study
@@ -242,6 +243,26 @@ def test_what_a_running_study_has_is_kept(database: Database, runs: RunsDir, tmp
         found = find_garbage(database, runs)
         assert (found.garbage, found.running) == ([], ["one"])
     assert found_paths(database, runs) == {folder_of(runs, study) / "0/epoch-000001.damaged"}
+
+
+def test_what_a_search_writes_that_starts_while_files_are_listed_is_kept(
+    database: Database, runs: RunsDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = study_of(database, "one")
+    run = run_of(study, toy_space(tmp_path))
+    draft = folder_of(runs, study) / f"0/.epoch-000004.pt.{2**30}-aa7c7444.tmp"  # of a process on another machine
+
+    def start(*_: object) -> dict[str, dict[int, str]]:
+        run.__enter__()
+        draft.touch()
+        return {}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parents, "continued_trials", start)  # what is read after the searches that run
+        found = find_garbage(database, runs)
+    assert (found.garbage, found.running) == ([], ["one"])
+    run.__exit__(None, None, None)
+    assert found_paths(database, runs) == {draft}
 
 
 # --- checkpoints of studies that exist ----------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from storage.database import Database, open_database
 from storage.management import delete_study, rename_study
 from storage.studies import find_study
 from storage.study import Study, study_names
-from tests.factories import search_without_ray, toy_space
+from tests.factories import after_statement, search_without_ray, toy_space
 from tests.storage.studies import content, kill_at
 
 
@@ -292,3 +292,36 @@ def test_a_full_disk_is_one_message_and_the_same_call_goes_on(
     assert study_names(source) == ["toy"]
     copy_with_files(study, source, "new", runs)
     assert files_of(runs, found(source, "new")) == files_of(runs, study)
+
+
+def resume_copy(database: Database, runs: RunsDir) -> None:
+    with open_database(url_of(database)) as other:
+        copy_with_files(found(other, "toy"), other, "new", runs)
+
+
+def test_a_copy_that_another_process_ends_meanwhile_keeps_its_files(source: Database, runs: RunsDir) -> None:
+    study = found(source, "toy")
+    kill_at(9, [url_of(source)], lambda opened: copy_with_files(found(opened, "toy"), opened, "new", runs))
+
+    def copy_and_train() -> None:
+        resume_copy(source, runs)
+        (runs.trial(found(source, "new").unique_name, 0) / "epoch-000009.pt").touch()
+
+    again = pytest.raises(SettingError, match="has just ended the copy 'new'")
+    with after_statement(source, "hpo_deleted_studies", copy_and_train), again:
+        copy_with_files(study, source, "new", runs)
+    assert (runs.trial(found(source, "new").unique_name, 0) / "epoch-000009.pt").exists()
+    with pytest.raises(NameTakenError):
+        copy_with_files(study, source, "new", runs)
+
+
+def test_clean_keeps_a_copy_that_ends_before_it_deletes(source: Database, runs: RunsDir) -> None:
+    kill_at(9, [url_of(source)], lambda opened: copy_with_files(found(opened, "toy"), opened, "new", runs))
+    cleaning = find_garbage(source, runs)
+    resume_copy(source, runs)
+    copied = found(source, "new")
+    before = files_of(runs, copied)
+    done = delete_garbage(cleaning)
+    assert done.problems == [f"kept: {runs.checkpoints(copied.unique_name)}, a copy that has been continued meanwhile"]
+    assert done.disk_bytes == 0
+    assert files_of(runs, copied) == before != {}

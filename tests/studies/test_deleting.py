@@ -8,6 +8,7 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.distributions import CategoricalDistribution
 
 from benchmarks.toy import expected_value
 from hpo.api import DeletedStudy, delete_study, rename_study
@@ -24,7 +25,7 @@ from storage.errors import StorageError
 from storage.retry import retry_trials
 from storage.studies import find_study, open_study
 from storage.study import Study, study_names
-from tests.factories import HpoHere, search_without_ray, toy_space
+from tests.factories import HpoHere, run_of, search_without_ray, toy_space
 
 
 def found(database: Database, name: str) -> Study:
@@ -239,3 +240,27 @@ def test_a_copy_has_what_its_unfinished_trials_continue(
         assert again.trials()[failed].value == expected_value({"x": 2}, 0, 5)
         cleaning = find_garbage(target, runs)
         assert {path.name for each in cleaning.garbage for path in each.paths} == expected
+
+
+def test_trials_that_nobody_was_asked_about_are_not_deleted(database: Database, runs: RunsDir) -> None:
+    space = toy_space(runs.root)
+    study, _ = search_without_ray(space, database, runs.root)
+    folder = runs.checkpoints(study.unique_name)
+    before = sorted(folder.rglob("*"))
+
+    def search_and_confirm(asked: DeletedStudy) -> bool:
+        assert asked.counts == {"COMPLETE": 2}
+        with run_of(study, space) as run:
+            run.enqueue([{"x": 3}], {"x": CategoricalDistribution([1, 2, 3])})
+            claim = run.claim()
+            assert claim is not None
+            run.complete(claim, 0.5)
+        return True
+
+    message = r"other trials now \(3 COMPLETE\) than when its deletion was confirmed \(2 COMPLETE\)"
+    with pytest.raises(StorageError, match=message):
+        delete_study("toy", confirm=search_and_confirm, storage=f"sqlite:///{database.file}", runs_dir=runs.root)
+    assert study.counts() == {"COMPLETE": 3}
+    assert sorted(folder.rglob("*")) == before
+    assert delete_study("toy", confirm=lambda _: True, storage=f"sqlite:///{database.file}", runs_dir=runs.root)
+    assert study_names(database) == []
