@@ -111,7 +111,6 @@ class History:
 
     def _forget(self) -> None:
         self._last_id = -1  # of the trials seen so far
-        self._seen: set[int] = set()  # ids of those that the last look has found
         self._unfinished: set[int] = set()  # ids of those seen unfinished
         self._ended = 0  # number of those seen finished
         self._best: list[_Ended] = []
@@ -143,7 +142,7 @@ class History:
         with self._study.database.snapshot() as connection:  # else, a trial that begins to wait meanwhile is missed
             at_rungs = {} if self._promotion is None else self._promotion.read_waiting(connection, self._study.study_id)
             unfinished = self._read_changes(connection)
-            self._read_at_rungs(connection, {key: each for key, each in at_rungs.items() if key not in self._seen})
+            self._read_at_rungs(connection, at_rungs)
             chosen = self._choose()
             missing = [trial for trial_id, trial in chosen.items() if self._frozen.get(trial_id, (None,))[0] != trial]
             params = _read_params(connection, trial_table.c.trial_id.in_([each.trial_id for each in missing]))
@@ -177,11 +176,9 @@ class History:
             self._forget()
             ended = _read_ended(connection, of_study, directions)
         self._add(ended, directions)
-        ended_ids = {trial.trial_id for trial in ended}
-        self._seen = unfinished.keys() | ended_ids
-        self._unfinished = unfinished.keys() - ended_ids
-        self._last_id = max([self._last_id, *self._seen])
-        return [unfinished[trial_id] for trial_id in self._unfinished]
+        self._unfinished = set(unfinished)
+        self._last_id = max([self._last_id, *unfinished, *(trial.trial_id for trial in ended)])
+        return list(unfinished.values())
 
     def _add(self, ended: list[_Ended], directions: Sequence[StudyDirection]) -> None:
         self._ended += len(ended)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping
 
 import sqlalchemy as sa
@@ -13,7 +12,7 @@ from storage import optuna_tables, records, tables
 from storage.copying import gone, has_study, name_taken, renamed
 from storage.errors import StorageError, retry_while_down
 from storage.lease import is_run_alive
-from storage.study import FILES, Study
+from storage.study import FILES, Study, describe_counts
 
 _OF_TRIAL = (
     optuna_tables.trial_params,
@@ -94,10 +93,10 @@ def delete_study(study: Study, counts: Mapping[str, int] | None = None) -> None:
                     return
                 raise gone(study)
             _refuse_if_running(study)
-            if counts is not None and (now := study.counts()) != Counter(counts):
+            if counts is not None and (now := study.counts()) != counts:
                 raise StudyChangedError(
                     f"{study.database.url}: nothing is deleted: the study {study.name!r} has other trials now "
-                    f"({_describe(now)}) than when its deletion was confirmed ({_describe(counts)})"
+                    f"({describe_counts(now)}) than when its deletion was confirmed ({describe_counts(counts)})"
                 )
             trial = optuna_tables.trials
             ids = sa.select(trial.c.trial_id).where(trial.c.study_id == study.study_id)
@@ -107,10 +106,6 @@ def delete_study(study: Study, counts: Mapping[str, int] | None = None) -> None:
                 connection.execute(table.delete().where(table.c.study_id == study.study_id))
 
     retry_while_down(study.database, write)
-
-
-def _describe(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {state}" for state, count in sorted(counts.items())) or "none"
 
 
 def _refuse_if_running(study: Study) -> None:

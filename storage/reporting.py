@@ -116,7 +116,8 @@ def write(
                 _give_back(connection, batch[0].claim.trial_id)
                 lost.add(token)
                 del batches[token]
-        kept = [update for batch in batches.values() for update in _drop_abandoned(connection, batch)]
+        kept_ids = {id(update) for batch in batches.values() for update in _drop_abandoned(connection, batch)}
+        kept = [update for update in updates if id(update) in kept_ids]  # the trial that ended last is stored last
         epochs = [update for update in kept if update.epoch and update.value is not None]
         records.write_metrics(connection, [(each.claim.trial_id, each.epoch, each.metrics) for each in epochs])
         optuna_tables.write_values(

@@ -284,6 +284,11 @@ def study_names(database: Database) -> list[str]:
     return [summary.study_name for summary in summaries]
 
 
+def describe_counts(counts: Mapping[str, int]) -> str:
+    """Return what a message says of {state: number of trials}, such as `3 COMPLETE, 1 FAIL`; empty without trials."""
+    return ", ".join(f"{count:,} {state}" for state, count in sorted(counts.items()))
+
+
 def settings_of(attrs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the attribute `hpo:settings`; empty if there is none, or if another program has made something else of it."""
     value = attrs.get("hpo:settings")

@@ -91,7 +91,7 @@ def _guess_seconds(item: pytest.Item) -> float:
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_statements() -> Iterator[None]:
-    """Let all engines share the statements that they have compiled: nearly every test opens a database of its own."""
+    """Let all engines share the statements that they have compiled: nearly every test opens its own database."""
     from sqlalchemy.engine import Engine
     from sqlalchemy.util import LRUCache
 

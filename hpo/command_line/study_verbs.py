@@ -169,5 +169,6 @@ def delete(study: str, yes: bool, storage: str, checkpoints: str | None) -> int:
 
 
 def _describe(counts: dict[str, int]) -> str:
-    states = ", ".join(f"{count:,} {state}" for state, count in sorted(counts.items()))
-    return f"trials: {states}" if states else "no trials"
+    from storage.study import describe_counts
+
+    return f"trials: {describe_counts(counts)}" if counts else "no trials"

@@ -118,7 +118,7 @@ def find_garbage(database: Database, runs_dir: RunsDir) -> Cleaning:
                 abandoned.add(folder)
     studies = {study.unique_name: study for study in all_studies(database) if study.is_ours}
     deleted = deleted_studies(database) - {study_id_of(name) for name in studies}
-    running = _running_studies(database)
+    running = _running(studies, database)
 
     children = continued_trials(database)
     others = OtherDatabases(database, runs_dir.root)
@@ -175,8 +175,10 @@ def find_garbage(database: Database, runs_dir: RunsDir) -> Cleaning:
                 found.append(Garbage(files.what, files.url, (), files.size, names))
         except OSError as error:
             problems.append(f"cannot read {runs_dir.bucket_url}: {describe(error)}")
-    running |= _running_studies(database)  # a search that has started meanwhile writes files that look abandoned
-    found = [each for each in found if Path(each.folder).name not in running]
+    # A search that has started meanwhile writes files that look abandoned.
+    started = {name: reference for name, reference in _running(studies, database).items() if name not in running}
+    found = [each for each in found if Path(each.folder).name not in started]
+    running |= started
     return Cleaning(found, unknown, shared, continued, sorted(running.values()), problems)
 
 
@@ -213,11 +215,13 @@ def _delete_copy(folder: Path, paths: Collection[Path]) -> list[str]:
         return [problem for path in paths if (problem := delete_path(path))]
 
 
-def _running_studies(database: Database) -> dict[str, str]:
-    """Return {unique name: name} of the studies that are running."""
-    from storage.summaries import summarize
+def _running(studies: Mapping[str, Study], database: Database) -> dict[str, str]:
+    """Return {unique name: what names it} of the studies on which a run works."""
+    from storage.lease import is_run_alive
+    from storage.records import read_runs
 
-    return {summary.unique_name: summary.name for summary in summarize(database) if summary.state == "running"}
+    alive = {run.study for run in read_runs(database) if is_run_alive(run)}
+    return {name: study.reference for name, study in studies.items() if study.study_id in alive}
 
 
 # --- what is garbage --------------------------------------------------------------------------------------------------

@@ -57,6 +57,7 @@ def stage(order: CopyOrder, runs_dir: RunsDir, may_continue: Callable[[str], boo
     try:
         with lock:
             if found and (_read(folder) != order or not may_continue(found)):
+                Path(lock.lock_file).unlink()
                 raise SettingError(
                     f"another process has just ended the copy {order.name!r} in {folder}, or deleted its files: try again"
                 )

@@ -112,6 +112,19 @@ def test_complete_can_be_repeated(study: Study) -> None:
     assert trial_states(study) == ["COMPLETE"]
 
 
+def test_trials_that_end_in_one_batch_are_stored_in_the_order_in_which_they_ended(
+    study: Study, database: Database
+) -> None:
+    with grid_run(study) as run:
+        run.enqueue(POINTS[:2], GRID)
+        first, second = claim_one(run), claim_one(run)
+        with run._writer.paused():  # all of it is one batch
+            run.report(second, 1, {"m": 0.5}, 0.5)
+            run.complete(first, 0.5)
+            run.complete(second, 0.5)
+    assert sql(database, "SELECT number FROM trials ORDER BY datetime_complete") == [(0,), (1,)]
+
+
 def test_crashes_are_counted_across_runs(study: Study) -> None:
     with grid_run(study) as run:
         claim = claim_point(run)

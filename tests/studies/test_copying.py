@@ -311,6 +311,7 @@ def test_a_copy_that_another_process_ends_meanwhile_keeps_its_files(source: Data
     with after_statement(source, "hpo_deleted_studies", copy_and_train), again:
         copy_with_files(study, source, "new", runs)
     assert (runs.trial(found(source, "new").unique_name, 0) / "epoch-000009.pt").exists()
+    assert find_garbage(source, runs).garbage == [], "not even a lock is left"
     with pytest.raises(NameTakenError):
         copy_with_files(study, source, "new", runs)
 
