@@ -87,7 +87,7 @@ def copy_study(
         name: of the copy. It becomes a first revision.
         identity: `hpo:id` of the copy, new and random. It tells a copy whose answer was lost from another study.
         on_snapshot: called as soon as the rows to copy are fixed, before anything is written. It may be called again.
-        translate: returns a system attribute of the copy. What it does besides must be idempotent.
+        translate: returns a system attribute of the copy. Its side effects must be idempotent.
 
     Raises:
         NameTakenError: the target has a study, or a revision of one, with this name.

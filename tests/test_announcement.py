@@ -1,4 +1,4 @@
-"""What `on_finish` is told, once, and by which driver. tests/test_delivery.py has how, and test_resume.py a real search."""
+"""What `on_finish` receives, once, and from which driver. test_delivery.py has how, and test_resume.py a real search."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ INTERRUPTED, TIME_SPENT = Stop(StopCause.INTERRUPTED), Stop(StopCause.TIME_SPENT
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """What recipients are told."""
+    """What recipients receive."""
     endings: list[dict[str, Any]] = []
 
     def deliver(_: object, ending: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""How `on_finish` is told: a command, and a server that answers, refuses, redirects or hangs."""
+"""How `on_finish` is notified: a command, and a server that answers, refuses, redirects or hangs."""
 
 from __future__ import annotations
 

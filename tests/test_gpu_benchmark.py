@@ -237,7 +237,7 @@ def test_without_mps_a_row_says_why(
 
 
 class InProcess:
-    """A `Contestant` without a process of its own."""
+    """A `Contestant` without its own process."""
 
     def __init__(self, loop: Callable[..., Iterator[float]], *arguments: Any) -> None:
         self._speeds = loop(*arguments)

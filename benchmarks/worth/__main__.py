@@ -31,7 +31,7 @@ from benchmarks.worth.jobs import Job, open_tables, random_params, run_job, sile
 from benchmarks.worth.simulation import Trajectory
 from benchmarks.worth.tables import TaskTables
 
-BEST_OF = 2_000  # random configurations for the best value known, beside all searches
+BEST_OF = 2_000  # random configurations for the best value known, in addition to all searches
 
 
 def main() -> None:

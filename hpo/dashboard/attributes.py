@@ -27,7 +27,7 @@ MIME_TYPES = {".png": "image/png", ".txt": "text/plain"}
 # System attributes of a trial that breaks a constraint: plots draw it in grey, and leave it out of the best value.
 DRAWN_IN_GREY = {"constraints": [1.0]}
 
-# What hpo publishes besides logs (`hpo.paths.LOG_FILE`), see `derived_name`:
+# What hpo publishes in addition to logs (`hpo.paths.LOG_FILE`), see `derived_name`:
 CHECKPOINT = "checkpoint"  # of the best trial; the name of its file changes
 CURVES = "curves.png"
 

@@ -1,7 +1,7 @@
 """Hyperparameters that change while a member of a population trains: explore, as in population-based training.
 
 Source: Jaderberg et al., Population Based Training of Neural Networks, 2017. A number is multiplied or divided by a factor,
-or drawn anew; a choice is kept, or drawn anew.
+or drawn again; a choice is kept, or drawn again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def explore(
         params: the other one.
         names: the parameters that may change. Another one stays as it is, unless it becomes active or inactive, because a
             parameter on which it depends has changed: then it is drawn, or left out.
-        resample: the probability that a parameter is drawn anew.
+        resample: the probability that a parameter is drawn again.
         factor: by what numbers are multiplied or divided, above 1.
         rng: the source of randomness.
     """

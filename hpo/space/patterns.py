@@ -95,7 +95,7 @@ def _search(name: str, pattern: regex.Pattern[str], line: str) -> float | None:
         raise PatternError(
             f"report.{name} took over {SECONDS_PER_LINE:g} s on a line of {len(line)} characters: simplify it"
         ) from None
-    if match is None or (len(line) > MAX_LINE and match.end(1) == MAX_LINE):  # the number may go on
+    if match is None or (len(line) > MAX_LINE and match.end(1) == MAX_LINE):  # the number may continue
         return None
     return _as_number(name, match[1])
 

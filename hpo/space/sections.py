@@ -198,7 +198,7 @@ class Scheduler(StrictModel):
     quantile: Annotated[float, Field(gt=0, le=0.5)] = 0.25
     """pbt: the share of the members that are replaced, and the share of those that replace them."""
     resample: Probability = 0.25
-    """pbt: the probability that a hyperparameter is drawn anew where a member is replaced. Otherwise a number is multiplied
+    """pbt: the probability that a hyperparameter is drawn again where a member is replaced. Otherwise a number is multiplied
     or divided by `factor`, and a choice is kept."""
     factor: Annotated[float, Field(gt=1, allow_inf_nan=False)] = 1.2
     """pbt: by what a number is multiplied or divided."""

@@ -1,4 +1,4 @@
-"""A copy of a study has the notes and artifacts of the study, under keys and ids of its own."""
+"""A copy of a study has the notes and artifacts of the study, under its own keys and ids."""
 
 from __future__ import annotations
 

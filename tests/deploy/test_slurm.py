@@ -175,4 +175,4 @@ def test_two_tasks_of_an_array_share_a_search(submitted: Path, postgres: Postgre
     assert [task.returncode for task in tasks] == [0, 0], printed
     assert rows(url, "SELECT state::text, count(*) FROM trials GROUP BY state") == [("COMPLETE", 4)]
     assert rows(url, "SELECT count(*), count(DISTINCT run) FROM hpo_trials") == [(4, 2)]
-    assert json.loads(told.read_text())["state"] == "finished", "told once"
+    assert json.loads(told.read_text())["state"] == "finished", "announced once"

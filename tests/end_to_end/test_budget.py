@@ -84,7 +84,7 @@ def test_a_budget_of_device_time_survives_kill_9_and_is_shared_by_two_drivers(
     assert spent.stderr == ""
     assert len(log.read_text().splitlines()) == computed
 
-    # A larger budget goes on.
+    # With a larger budget, the search continues.
     assert start_driver(path, *with_budget(3600.0)).wait() == 0
     check_chains(database)
     trained = Counter(line.split()[0] for line in log.read_text().splitlines())  # with the epochs that the kill lost

@@ -1,4 +1,4 @@
-"""A running search is copied to another database; the copy goes on under its new name, where the search was."""
+"""A running search is copied to another database; the copy continues under its new name, where the search was."""
 
 from __future__ import annotations
 

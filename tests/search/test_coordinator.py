@@ -111,7 +111,7 @@ def test_a_search_says_which_epochs_are_trained_again(
 
 
 def test_what_may_run_again_is_awaited_while_a_trial_runs(study: Study, tmp_path: Path) -> None:
-    """Tune does not ask again once it was told that the search is done."""
+    """Tune does not ask again after it has heard that the search is done."""
     space, listener = toy_space(tmp_path, parameters={"x": [1, 2]}), RecordingListener()
     with run_of(study, space) as run:
         coordinator = coordinator_of(space, run, tmp_path, listener)
@@ -212,7 +212,7 @@ def test_the_end_of_a_budget_of_device_time_releases_trials(
     more = toy_space(tmp_path, budget={"gpu_hours": 2})
     with run_of(study, more) as run:
         coordinator = coordinator_of(more, run, tmp_path, listener)
-        assert coordinator.next_trial("c") is not None, "a larger budget goes on"
+        assert coordinator.next_trial("c") is not None, "with a larger budget, the search continues"
         coordinator.release_all()
 
 

@@ -180,7 +180,7 @@ def draws_of(
     is_allowed: Callable[[Mapping[str, Any]], bool] = lambda _: True,
     count: int = 8,
 ) -> list[dict[str, Any]]:
-    """Return what the sampler draws after 8 allowed trials at random. None of its own has a result."""
+    """Return what the sampler draws after 8 allowed trials at random. None that it draws itself has a result."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         gp = ExtrapolatingGPSampler(seed=0, n_startup_trials=8, is_allowed=is_allowed)

@@ -244,7 +244,7 @@ def test_epochs_are_timed_over_all_trainings(tmp_path: Path) -> None:
 
 
 class InlineExecutor:
-    """Writes a checkpoint before training goes on, so that a test knows what is on the disk."""
+    """Writes a checkpoint before training continues, so that a test knows what is on the disk."""
 
     def __init__(self, **_: Any) -> None: ...
 

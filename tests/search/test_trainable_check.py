@@ -76,7 +76,7 @@ def test_all_mistakes_in_parameters_are_reported_at_once(tmp_path: Path) -> None
         assert message in line
 
 
-# --- a trainable of the user, in a process of its own -----------------------------------------------------------------
+# --- a trainable of the user, in its own process ----------------------------------------------------------------------
 
 
 def own_space(folder: Path, code: str) -> Space:

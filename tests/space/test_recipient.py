@@ -1,4 +1,4 @@
-"""Who may be told how a search has ended, and what messages show of it."""
+"""Who is notified of how a search has ended, and what messages show of it."""
 
 from __future__ import annotations
 

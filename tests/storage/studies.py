@@ -109,7 +109,7 @@ def _plain(
 
 
 def kill_at(step: int, urls: Sequence[str], operation: Callable[..., object]) -> bool:
-    """Run an operation in a process of its own, and kill it before it changes something for the nth time.
+    """Run an operation in a new process, and kill it before it changes something for the nth time.
 
     Args:
         step: counts statements that write, commits, and changes of files.

@@ -1,4 +1,4 @@
-"""A copy of a study has all of it or does not exist, whatever is killed, on and between all databases."""
+"""A copy of a study has all of it or does not exist, even if a process is killed, on and between all databases."""
 
 from __future__ import annotations
 

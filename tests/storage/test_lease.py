@@ -125,7 +125,7 @@ def test_a_run_that_starts_after_an_outage_gives_the_others_time_to_renew(
 def test_the_trial_of_a_run_that_has_ended_is_taken_at_once(study: Study) -> None:
     own, other = start_lease(study), start_lease(study)
     start_trial(study, other)
-    assert claim_by(study, own).claim is None, "it is a run of this process that goes on"
+    assert claim_by(study, own).claim is None, "it is a run of this process that continues"
     other.end()
     assert claim_by(study, own).claim is not None
     stop(own)

@@ -245,7 +245,7 @@ def test_halving_does_not_judge_what_a_parent_has_trained(study: Study, database
             run.report(bad, epoch, {"m": 0.25}, 0.25)
         assert run.decide(bad, 3, {"m": 0.25}, 0.25, first_epoch=3) is Decision.CONTINUE
         assert [row[1:] for row in rungs(database) if row[2] == 2] == [(1, 2, 0.25), (2, 2, 0.25)]
-        assert run.decide(bad, 4, {"m": 0.25}, 0.25, first_epoch=3) is Decision.END, "the first rung of its own"
+        assert run.decide(bad, 4, {"m": 0.25}, 0.25, first_epoch=3) is Decision.END, "its own first rung"
         assert run.decide(worse, 1, {"m": 0.125}, 0.125) is Decision.END
 
 

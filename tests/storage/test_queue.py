@@ -319,7 +319,7 @@ def test_a_reduced_grid_counts_for_trials_that_wait(study: Study) -> None:
 
 
 def test_a_trial_outside_of_the_grid_runs_if_a_user_wants_it(study: Study) -> None:
-    """It was enqueued through Optuna, with or without params of its own, or retried."""
+    """It was enqueued through Optuna, with or without its own params, or retried."""
     study.optuna_study.enqueue_trial(POINTS[0])
     study.optuna_study.add_trial(
         optuna.create_trial(state=TrialState.WAITING, params=POINTS[1], distributions=dict(GRID))

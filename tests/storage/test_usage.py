@@ -1,4 +1,4 @@
-"""Device time is stored for each claim: exactly, once, and whatever becomes of the trial."""
+"""Device time is stored for each claim: exactly, once, and even if the trial is lost."""
 
 from __future__ import annotations
 

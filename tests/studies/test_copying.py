@@ -170,7 +170,7 @@ def test_where_there_are_no_hard_links_files_are_copied(tmp_path: Path, monkeypa
 def test_a_kill_at_any_change_leaves_none_or_all_and_the_same_call_goes_on(
     source: Database, target: Database, runs: RunsDir, tmp_path: Path
 ) -> None:
-    """Each kill continues what the one before has left, or starts anew."""
+    """Each kill continues what the one before has left, or starts again."""
     study, urls = found(source, "toy"), [url_of(source), url_of(target)]
 
     def copy(opened: Database, other: Database) -> None:

@@ -33,7 +33,7 @@ OPTIMIZERS: list[dict[str, Any]] = [
     {"optimizer": "adam", "lr": 1e-3},
     {"optimizer": "sgd", "lr": 0.01, "momentum": 0.9, "precision": "bf16"},
 ]
-RECIPE: dict[str, Any] = {  # everything that a step reads from buffers, or does besides
+RECIPE: dict[str, Any] = {  # everything else that a step reads from buffers, or does
     "flip": True, "translate": 2, "erase": 0.5, "ema": 0.9, "tta": True, "label_smoothing": 0.1, "no_decay_norm": True,
     "schedule": "one_cycle", "weight_decay": 0.1, "width": 0.25,
 }  # fmt: skip

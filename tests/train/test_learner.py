@@ -82,7 +82,7 @@ TINY = 1e-12  # a learning rate with which weights stay as they are
     ],
 )
 def test_a_restored_learner_uses_its_own_hyperparameters(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Not those with which the state was made: a member of a population goes on with others."""
+    """Not those with which the state was made: a member of a population continues with others."""
     learner = learner_of(6, 3, **before)
     learner.train_epoch(seed=1)
     restored = learner_of(8, 2, **after)  # with another batch size, too

@@ -35,7 +35,7 @@ class Decision:
     """What is done with the trials of shorter revisions. The study stores it.
 
     Attributes:
-        options: by which it was made: with others, it is made anew.
+        options: by which it was made: with others, it is made again.
         chosen: see `ContinuationPlan`; also those beyond the budget.
         left: see `ContinuationPlan`.
         seen: what the study had stored when it was made.

@@ -1,4 +1,4 @@
-"""With a larger max_epochs, a search goes on from the checkpoints of its earlier revisions. Toy trials, without Ray."""
+"""With a larger max_epochs, a search continues from the checkpoints of its earlier revisions. Toy trials, without Ray."""
 
 from __future__ import annotations
 
@@ -332,7 +332,7 @@ def test_a_trial_that_was_killed_goes_on_from_its_own_checkpoint(database: Datab
     with open_run(continuation, study, {}) as run:  # created and owned, and nothing else
         assert run.claim() is not None
     study, _ = search_without_ray(long_space(tmp_path, "none"), database, tmp_path)
-    assert len(parents(study)) == 1, "storage knows the parent, whatever the file says now"
+    assert len(parents(study)) == 1, "storage knows the parent, even if the file says something else now"
     check_values(study)
     assert trial_states(earlier) == ["COMPLETE"] * 3
 

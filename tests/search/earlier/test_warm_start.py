@@ -639,7 +639,7 @@ def test_studies_of_the_same_name_in_several_databases_are_not_mixed_up(database
         optuna.delete_study(study_name="grid", storage=other.optuna_storage)
     assert [(each.storage, each.reused) for each in take_over(space, study)] == [(urls[0], 2), (urls[1], 1)]
     with pytest.raises(SettingError, match="there is no study 'grid'"):
-        take_over(larger(), study)  # that of its own database was never taken over
+        take_over(larger(), study)  # that of the copy's database was never taken over
 
 
 @pytest.mark.parametrize(("named", "taken"), [("grid", "grid@2"), ("grid@1", "grid@1"), ("grid@2", "grid@2")])
