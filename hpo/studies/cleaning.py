@@ -217,10 +217,11 @@ def _delete_copy(folder: Path, paths: Collection[Path]) -> list[str]:
 
 def _running(studies: Mapping[str, Study], database: Database) -> dict[str, str]:
     """Return {unique name: what names it} of the studies on which a run works."""
+    from storage.errors import retry_while_down
     from storage.lease import is_run_alive
     from storage.records import read_runs
 
-    alive = {run.study for run in read_runs(database) if is_run_alive(run)}
+    alive = {run.study for run in retry_while_down(database, lambda: read_runs(database)) if is_run_alive(run)}
     return {name: study.reference for name, study in studies.items() if study.study_id in alive}
 
 
