@@ -184,9 +184,10 @@ def is_to_be_announced(results: Results, stopped: Stop | None) -> bool:
     """
     if stopped is not None and stopped.cause in _OF_ONE_DRIVER:
         return True
-    if stopped is None:
+    if stopped is None or stopped.cause is StopCause.NO_IMPROVEMENT:  # no trial was running
         ended = [trial.completed for trial in results.trials if trial.completed is not None]
-        end = f"finished: {len(ended)} {max(ended).isoformat() if ended else ''}"
+        name = "finished" if stopped is None else stopped.cause.name
+        end = f"{name}: {len(ended)} {max(ended).isoformat() if ended else ''}"
     else:  # the same budget ends a search once; trials in flight may end after it
         budget = None if results.space is None else results.space.budget.model_dump(mode="json")
         end = f"{stopped.cause.name}: {json.dumps(budget)}"

@@ -212,7 +212,7 @@ def retry_trials(
         password: the PostgreSQL password, used if the URL has none.
 
     Returns:
-        The numbers of the trials, ascending; empty if none has failed.
+        The numbers of the trials that wait now, ascending; empty if none has failed.
 
     Raises:
         SettingError: the study does not exist, or one of the trials has not failed.
@@ -227,9 +227,7 @@ def retry_trials(
             if number not in failed:
                 listed = ", ".join(map(str, failed)) or "none"
                 raise SettingError(f"trial {number} of study {opened.name} has not failed; failed trials: {listed}")
-        chosen = sorted(set(numbers) or failed)
-        retry.retry_trials(opened, chosen, resume=resume)
-    return chosen
+        return retry.retry_trials(opened, set(numbers) or failed, resume=resume)
 
 
 def replay_trial(

@@ -155,10 +155,24 @@ def read_study_system_attr(connection: sa.Connection, study_id: int, key: str) -
     return None if value is None else json.loads(value)
 
 
+def lock_study_system_attrs(connection: sa.Connection, study_id: int) -> dict[str, Any]:
+    """Return all system attributes of a study. No other transaction changes these, but one may add another."""
+    attr = study_system_attributes
+    query = sa.select(attr.c.key, attr.c.value_json).where(attr.c.study_id == study_id).with_for_update()
+    return {key: json.loads(value) for key, value in connection.execute(query)}
+
+
 def write_study_system_attrs(connection: sa.Connection, study_id: int, attrs: Mapping[str, Any]) -> None:
     """Set system attributes of a study."""
     rows = [{"study_id": study_id, "key": key, "value_json": json.dumps(value)} for key, value in attrs.items()]
     upsert(connection, study_system_attributes, ("study_id", "key"), rows)
+
+
+def insert_study_system_attrs(connection: sa.Connection, study_id: int, attrs: Mapping[str, Any]) -> None:
+    """Insert system attributes of a study. Those that exist raise IntegrityError."""
+    rows = [{"study_id": study_id, "key": key, "value_json": json.dumps(value)} for key, value in attrs.items()]
+    if rows:
+        connection.execute(study_system_attributes.insert(), rows)
 
 
 # --- trials -----------------------------------------------------------------------------------------------------------

@@ -1,13 +1,14 @@
 """Trials that continue others: they start from the checkpoint of a trial of an earlier study that had fewer epochs.
 
 The user attribute `continued_from` names the parent. It is stored in the transaction that creates the trial, and has all
-that is needed to find the parent's files, also when its study was renamed.
+that is needed to find the parent's files, also when its study was renamed. Before that, the study's decision has it, see
+`storage.continuations`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ import sqlalchemy as sa
 from optuna.trial import TrialState
 
 from storage import optuna_tables
+from storage.continuations import CONTINUATION
 from storage.database import Database, look_at
 from storage.errors import RETRY_SECONDS, retry_while_down
-from storage.records import CONTINUED_FROM
+from storage.lease import is_run_alive
+from storage.records import CONTINUED_FROM, read_runs
 from storage.study import Study
 
 _MAY_START = (*optuna_tables.UNFINISHED, TrialState.FAIL)
@@ -78,8 +81,9 @@ class Parent:
 def continued_trials(database: Database, timeout_seconds: float = RETRY_SECONDS) -> dict[str, dict[int, str]]:
     """Return {`hpo:id` of a study: {number of a trial: name of a study}}: which trials are needed, and by whom.
 
-    They are continued by a trial that is unfinished, or that failed: `hpo retry` starts from the parent again. Their own
-    study may be in another database, or deleted.
+    They are continued by a trial that is unfinished, or that failed: `hpo retry` starts from the parent again. Or a search
+    that is running has chosen them, and has not created its trial yet. Their own study may be in another database, or
+    deleted.
 
     Args:
         database: of the trials that continue others.
@@ -91,8 +95,11 @@ def continued_trials(database: Database, timeout_seconds: float = RETRY_SECONDS)
 
     def read() -> dict[str, dict[int, str]]:
         found: dict[str, dict[int, str]] = {}
+        running = {run.study for run in read_runs(database) if is_run_alive(run)}
         with database.engine.connect() as connection:
-            for name, _, parent in _children(connection):
+            # First those without a trial: it may be created meanwhile.
+            chosen = list(_chosen(connection, running)) if running else []
+            for name, _, parent in (*chosen, *_children(connection)):
                 found.setdefault(parent.identity, {})[parent.number] = name
         return found
 
@@ -127,9 +134,43 @@ def needed_ids(path: Path) -> set[str]:
         if not sa.inspect(connection).has_table(optuna_tables.study_user_attributes.name):
             return set()
         own = {value for value in optuna_tables.read_study_attr(connection, "hpo:id").values() if value is not None}
-        return own | {parent.identity for _, _, parent in _children(connection)}
+        return own | {parent.identity for _, _, parent in (*_chosen(connection), *_children(connection))}
 
     return look_at(path, read)
+
+
+def _chosen(connection: sa.Connection, study_ids: Collection[int] | None = None) -> Iterator[tuple[str, None, Parent]]:
+    """Yield the name of the study and the parent of each trial that a search has not created yet.
+
+    Args:
+        connection: of the database.
+        study_ids: the studies to look at; None for all.
+    """
+    attr, study = optuna_tables.study_user_attributes, optuna_tables.studies
+    query = (
+        sa.select(study.c.study_id, study.c.study_name, attr.c.value_json)
+        .join(study, study.c.study_id == attr.c.study_id)
+        .where(attr.c.key == CONTINUATION)
+    )
+    if study_ids is not None:
+        query = query.where(study.c.study_id.in_(study_ids))
+    for study_id, name, value in connection.execute(query):
+        decision = json.loads(value)
+        chosen = decision.get("chosen") if isinstance(decision, Mapping) else None
+        begun = _begun(connection, study_id)
+        for each in chosen if isinstance(chosen, list) else ():
+            parent = Parent.read(each.get("parent")) if isinstance(each, Mapping) else None
+            if parent is not None and each.get("horizon") is not True and (parent.identity, parent.number) not in begun:
+                yield name, None, parent
+
+
+def _begun(connection: sa.Connection, study_id: int) -> set[tuple[str, int]]:
+    """Return (`hpo:id` of its study, number) of each trial that a trial of this study continues, or has continued."""
+    trial, attr = optuna_tables.trials, optuna_tables.trial_user_attributes
+    query = sa.select(attr.c.value_json).join(trial, trial.c.trial_id == attr.c.trial_id)
+    stored = connection.scalars(query.where(attr.c.key == CONTINUED_FROM, trial.c.study_id == study_id))
+    parents = map(Parent.read, map(json.loads, stored))
+    return {(parent.identity, parent.number) for parent in parents if parent is not None}
 
 
 def _children(connection: sa.Connection) -> Iterator[tuple[str, int, Parent]]:

@@ -60,6 +60,7 @@ class TrialQueue:
     Attributes:
         finished: set by `claim`: no run has or will get another trial.
         exhausted: set by `claim`: why no more trials are drawn although the budget allows it; empty while they are.
+        others_are_running: set by a `claim` that finds no trial: whether other living runs work on trials.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class TrialQueue:
     ) -> None:
         self.finished = False
         self.exhausted = ""
+        self.others_are_running = False
         self._study = study
         self._database = study.database
         self._run = lease.key
@@ -100,7 +102,6 @@ class TrialQueue:
         self._known_keys: set[str] = set()
         self._is_settled = is_settled
         self._tokens: set[int] = set()  # of the claims that this run works on
-        self._others_are_running = False
         self._some_wait = False
         self._keys = 0  # how many the study had at the last scan
         self._compared_keys: int | None = None  # how many it had when the points were compared with them
@@ -157,7 +158,7 @@ class TrialQueue:
                 continue
             if claim is None and self._some_wait:
                 claim = self._claim_existing(token, is_last=True)
-            self.finished = claim is None and not self._others_are_running and not self._some_wait
+            self.finished = claim is None and not self.others_are_running and not self._some_wait
             break
         if claim is not None:
             self._tokens.add(token)
@@ -199,7 +200,7 @@ class TrialQueue:
         )
         for number, reason in scan.failed.items():
             logger.warning("trial %d failed: %s", number, reason)
-        self._others_are_running = scan.others_are_running
+        self.others_are_running = scan.others_are_running
         self._some_wait = scan.some_wait
         self._stopped |= scan.stopped
         self._keys = scan.keys

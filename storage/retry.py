@@ -25,7 +25,7 @@ def failed_trials(study: Study) -> list[int]:
     return [failure.number for failure in _find_failures(study)]
 
 
-def retry_trials(study: Study, numbers: Collection[int], *, resume: bool = False) -> None:
+def retry_trials(study: Study, numbers: Collection[int], *, resume: bool = False) -> list[int]:
     """Set failed trials to WAITING, and forget their failures. Trials in another state are left as they are.
 
     One transaction: all of the trials, or none. A failure is identified by its token and attempt, so repeating it after a
@@ -37,16 +37,21 @@ def retry_trials(study: Study, numbers: Collection[int], *, resume: bool = False
         resume: whether they resume after the last epoch in storage. Otherwise their epochs are deleted, and
             they get a new attempt.
 
+    Returns:
+        The numbers of the trials that wait now, ascending.
+
     Raises:
         StorageError: the study was deleted, or the database cannot be used (after retries).
     """
     chosen = {failure for failure in _find_failures(study) if failure.number in numbers}
+    retried: set[int] = set()  # also by an attempt whose answer was lost
 
     def write() -> None:
         with study.database.transaction() as connection:
             ownership.lock_study(connection, study.database, study.key)
             failures = _still_failed(connection, study, chosen)
             ids = [failure.trial_id for failure in failures]
+            retried.update(failure.number for failure in failures)
             for start in range(0, len(ids), IDS_AT_ONCE):
                 some = ids[start : start + IDS_AT_ONCE]
                 optuna_tables.wait(connection, some)
@@ -62,6 +67,7 @@ def retry_trials(study: Study, numbers: Collection[int], *, resume: bool = False
                 optuna_tables.write_attrs(connection, [(failure.trial_id, attempt)])
 
     retry_while_down(study.database, write)
+    return sorted(retried)
 
 
 @dataclass(frozen=True)

@@ -209,6 +209,11 @@ class Run:
         """Why `claim` draws no more trials although the budget allows it; empty while it does."""
         return self._queue.exhausted
 
+    @property
+    def others_are_running(self) -> bool:
+        """Whether other living runs worked on trials when the last `claim` found none."""
+        return self._queue.others_are_running
+
     def take_stopped(self) -> dict[int, int]:
         """Return {number: epoch} of trials that waited at a rung, and that claims of this run have ended; each once.
 

@@ -14,6 +14,7 @@ from typing import Any, TypeGuard, TypeVar
 
 import optuna
 from optuna.trial import FrozenTrial
+from sqlalchemy.exc import IntegrityError
 
 from storage import optuna_tables, records, usage
 from storage.database import Database
@@ -223,6 +224,31 @@ class Study:
                 optuna_tables.write_study_system_attrs(connection, self.study_id, attrs)
 
         retry_while_down(self.database, write)
+
+    def change_system_attrs(self, find_changes: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
+        """Set what a function returns for all system attributes. Nothing that others set between the two is overwritten.
+
+        Args:
+            find_changes: gets {name: value}, and returns those that change. It may be called more than once.
+
+        Raises:
+            StorageError: the study was deleted, or the database cannot be used (after retries).
+        """
+
+        def write() -> bool:
+            with contextlib.suppress(IntegrityError), self.database.transaction() as connection:
+                lock_study(connection, self.database, self.key)
+                found = optuna_tables.lock_study_system_attrs(connection, self.study_id)
+                changes = find_changes(found)
+                known = {name: value for name, value in changes.items() if name in found}
+                optuna_tables.write_study_system_attrs(connection, self.study_id, known)
+                added = {name: value for name, value in changes.items() if name not in found}
+                optuna_tables.insert_study_system_attrs(connection, self.study_id, added)
+                return True
+            return False  # another program has added one of them meanwhile
+
+        while not retry_while_down(self.database, write):
+            pass
 
     def is_first(self, key: str, value: str) -> bool:
         """Set a system attribute. Return whether it was another one: of several callers with a value, one is the first.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.trial import create_trial
 
 from hpo import delivery
 from hpo.announcement import Announcer, describe_end
@@ -127,6 +128,19 @@ def test_of_several_drivers_one_announces_that_a_budget_is_spent_and_each_that_i
     announce(database, TIME_SPENT, budget={"time": 90})
     causes = [ending["cause"] for ending in told]
     assert causes == [str(TIME_SPENT), "interrupted", "interrupted", str(TIME_SPENT)]
+
+
+def test_an_end_without_a_better_value_is_announced_once_until_another_trial_has_ended(
+    database: Database, told: list[dict[str, Any]]
+) -> None:
+    stopped = Stop(StopCause.NO_IMPROVEMENT)
+    for _ in range(2):
+        announce(database, stopped)
+    assert [ending["best"]["trial"] for ending in told] == [0]
+    finish_grid(database).optuna_study.add_trial(create_trial(value=2.0))
+    for _ in range(2):
+        announce(database, stopped)
+    assert [ending["best"]["trial"] for ending in told] == [0, 3]
 
 
 def test_a_search_that_cannot_be_announced_once_is_announced_by_each(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,11 +79,19 @@ class DashboardAttributes:
 
     Attributes:
         attrs: all system attributes, including the changes.
-        changes: what is not in the database yet.
+        changes: those that differ from what the database had.
     """
 
     attrs: dict[str, Any]
     changes: dict[str, Any] = field(default_factory=dict)
+    _operations: list[Callable[[DashboardAttributes], None]] = field(default_factory=list)
+
+    def changes_to(self, attrs: dict[str, Any]) -> dict[str, Any]:
+        """Return the changes to the system attributes that the study has by now: a user may have edited some meanwhile."""
+        now = DashboardAttributes(attrs)
+        for operation in self._operations:
+            operation(now)
+        return now.changes
 
     def save_plot(self, name: str, figure: Figure) -> None:
         """Add a plot to the study, or replace the one of this name.
@@ -91,17 +100,22 @@ class DashboardAttributes:
             name: a valid HTML id.
             figure: the plot.
         """
-        self._set_text(f"dashboard:plot_data:{name}:", figure.to_json())
+        text = figure.to_json()
+        self._apply(lambda each: _set_text(each, f"dashboard:plot_data:{name}:", text))
 
     def has_note(self, trial_id: int) -> bool:
         """Return whether a trial has a note, even one whose text the user has deleted."""
         return f"dashboard:{trial_id}:note_ver" in self.attrs
 
-    def save_note(self, trial_id: int, markdown: str) -> None:
-        """Write the note of a trial."""
-        version = f"dashboard:{trial_id}:note_ver"
-        self._set(version, self.attrs.get(version, 0) + 1)
-        self._set_text(f"dashboard:{trial_id}:note_str:", markdown)
+    def add_note(self, trial_id: int, markdown: str) -> None:
+        """Write the note of a trial, unless it has one."""
+
+        def add(each: DashboardAttributes) -> None:
+            if not each.has_note(trial_id):
+                _set(each, f"dashboard:{trial_id}:note_ver", 1)
+                _set_text(each, f"dashboard:{trial_id}:note_str:", markdown)
+
+        self._apply(add)
 
     def lists(self, artifact: Artifact) -> bool:
         """Return whether the dashboard lists an artifact."""
@@ -112,21 +126,32 @@ class DashboardAttributes:
         return bool(self.attrs.get(artifact.key) == DELETED)
 
     def add(self, artifact: Artifact) -> None:
-        """List an artifact. Its file must exist already."""
-        self._set(artifact.key, artifact.metadata)
+        """List an artifact, unless the user has deleted it. Its file must exist already."""
+
+        def add(each: DashboardAttributes) -> None:
+            if not each.is_deleted(artifact):
+                _set(each, artifact.key, artifact.metadata)
+
+        self._apply(add)
 
     def delete(self, artifact: Artifact) -> None:
         """Stop listing an artifact."""
-        self._set(artifact.key, DELETED)
+        self._apply(lambda each: _set(each, artifact.key, DELETED))
 
-    def _set(self, key: str, value: Any) -> None:
-        if self.attrs.get(key) != value:
-            self.attrs[key] = self.changes[key] = value
+    def _apply(self, operation: Callable[[DashboardAttributes], None]) -> None:
+        operation(self)
+        self._operations.append(operation)
 
-    def _set_text(self, prefix: str, text: str) -> None:
-        """Store a text in numbered parts. Parts of an earlier, longer text are emptied."""
-        parts = [text[start : start + MAX_ATTR_CHARS] for start in range(0, len(text), MAX_ATTR_CHARS)]
-        stored = sum(key.startswith(prefix) for key in self.attrs)
-        parts += [""] * (stored - len(parts))
-        for i, part in enumerate(parts):
-            self._set(f"{prefix}{i}", part)
+
+def _set(attributes: DashboardAttributes, key: str, value: Any) -> None:
+    if attributes.attrs.get(key) != value:
+        attributes.attrs[key] = attributes.changes[key] = value
+
+
+def _set_text(attributes: DashboardAttributes, prefix: str, text: str) -> None:
+    """Store a text in numbered parts. Parts of an earlier, longer text are emptied."""
+    parts = [text[start : start + MAX_ATTR_CHARS] for start in range(0, len(text), MAX_ATTR_CHARS)]
+    stored = sum(key.startswith(prefix) for key in attributes.attrs)
+    parts += [""] * (stored - len(parts))
+    for i, part in enumerate(parts):
+        _set(attributes, f"{prefix}{i}", part)

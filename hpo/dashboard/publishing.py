@@ -71,7 +71,7 @@ def _publish(study: Study, runs_dir: RunsDir) -> None:
     _publish_curves(results, ranked, attributes, runs_dir)
     _publish_notes_and_logs(results, ranked, attributes, runs_dir)
     _publish_best_checkpoint(results, ranked, attributes, runs_dir)
-    study.set_system_attrs(attributes.changes)
+    study.change_system_attrs(attributes.changes_to)  # drawing takes seconds, in which a user may have written a note
 
 
 def _publish_curves(
@@ -106,7 +106,7 @@ def _publish_notes_and_logs(
     for trial in noted.trials:
         if trial.number not in selected:
             continue
-        attributes.save_note(trial.trial_id, describe_trial(noted, trial, space))
+        attributes.add_note(trial.trial_id, describe_trial(noted, trial, space))
         if trial.state == "FAIL":
             log = _failure_log(trial, runs_dir.trial(study.unique_name, trial.number))
             artifact = _artifact(study, attributes, LOG_FILE, trial.trial_id)
@@ -125,11 +125,13 @@ def _publish_best_checkpoint(
             artifact = _artifact(study, attributes, newest.name, best.trial_id, role=CHECKPOINT)
             _publish_file(artifact, attributes, runs_dir, partial(link_or_copy, newest))
         if space is not None and space.saves_checkpoints and is_deleted(folder):
-            logger.warning(
-                "the dashboard of %s has no checkpoint of the best trial: checkpoints.keep is %s",
-                study.name,
-                space.checkpoints.keep,
-            )
+            now_best = read_results(study, epochs=False).best
+            if now_best is not None and now_best.number == best.number:  # else a better one has completed meanwhile
+                logger.warning(
+                    "the dashboard of %s has no checkpoint of the best trial: checkpoints.keep is %s",
+                    study.name,
+                    space.checkpoints.keep,
+                )
     for trial in ranked:
         former = _artifact(study, attributes, "", trial.trial_id, role=CHECKPOINT)
         if trial is not best and attributes.lists(former):

@@ -41,7 +41,6 @@ from hpo.search.checkpoints.retention import is_deleted, trials_with_checkpoints
 from hpo.search.population import owner_of
 from hpo.search.replicates import STATES
 from hpo.space.model import Space
-from hpo.space.sections import Checkpoints
 from hpo.train.data import Dataset, load
 from hpo.train.ema import averaged_weights
 from hpo.train.evaluation import CPU_BATCH
@@ -99,16 +98,12 @@ def export_model(
         SettingError: there is no such trial, its checkpoint is not on this machine, or the folder contains other files.
         DataError: the data set is missing.
     """
-    trial = _choose_trial(study, number)
-    space = _space_of(study, runs_dir, trial, password)
+    if output is not None:
+        _check_replaceable(output.absolute())
+    trial, space, checkpoint = _choose_checkpoint(study, number, runs_dir, password)
     output = (output or runs_dir.export(study.name, trial.number)).absolute()
     _check_replaceable(output)
     provenance = study.provenance(trial.number)
-    folder = runs_dir.trial(study.unique_name, trial.number)
-    key = owner_of(space, trial.params, trial.user_attrs)
-    url = runs_dir.bucket_trial(study.unique_name, trial.number)
-    bucket = BucketTrial(url, key) if url else None
-    checkpoint = _load_checkpoint(folder, trial, key, space.checkpoints, provenance, bucket)
     params = read_params({**trial.params, **trial.user_attrs.get("derived", {})})
     state, own_metrics = _first_training(checkpoint) if space.replicates > 1 else (checkpoint.state, None)
     weights = state["model"]
@@ -160,6 +155,21 @@ def _first_training(checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, f
 
 
 # --- the trial --------------------------------------------------------------------------------------------------------
+
+
+def _choose_checkpoint(
+    study: Study, number: int | None, runs_dir: RunsDir, password: str | None
+) -> tuple[FrozenTrial, Space, Checkpoint]:
+    """Return a trial, its search space and its newest checkpoint; see `export_model`."""
+    while True:
+        trial = _choose_trial(study, number)
+        space = _space_of(study, runs_dir, trial, password)
+        try:
+            return trial, space, _load_checkpoint(study, trial, space, runs_dir)
+        except SettingError:
+            # A trial that has become the best meanwhile: its search may keep the checkpoint of that one only.
+            if number is not None or _best_trial(study).number == trial.number:
+                raise
 
 
 def _choose_trial(study: Study, number: int | None) -> FrozenTrial:
@@ -227,22 +237,19 @@ def _space_of(study: Study, runs_dir: RunsDir, trial: FrozenTrial, password: str
     return space
 
 
-def _load_checkpoint(
-    folder: Path,
-    trial: FrozenTrial,
-    key: str,
-    kept: Checkpoints,
-    provenance: Mapping[str, Any],
-    bucket: BucketTrial | None,
-) -> Checkpoint:
+def _load_checkpoint(study: Study, trial: FrozenTrial, space: Space, runs_dir: RunsDir) -> Checkpoint:
+    folder = runs_dir.trial(study.unique_name, trial.number)
+    key = owner_of(space, trial.params, trial.user_attrs)
+    url = runs_dir.bucket_trial(study.unique_name, trial.number)
+    kept = space.checkpoints
     if not belongs_to(folder, key):
         raise SettingError(
             f"the files in {folder} are of another configuration than trial {trial.number}, as after restoring an older "
             "copy of the database. Use the database that they belong to"
         )
     try:
-        if bucket is not None:
-            fetch_newest(folder, bucket, newest_of(folder, key))
+        if url:
+            fetch_newest(folder, BucketTrial(url, key), newest_of(folder, key))
         checkpoint = load_checkpoint(folder, key)
     except (OSError, MemoryError, RuntimeError) as error:
         raise SettingError(f"cannot read the checkpoint of trial {trial.number} in {folder}: {error}") from None
@@ -254,10 +261,11 @@ def _load_checkpoint(
             f"from then on. Trials with a checkpoint: {left}"
         )
     if checkpoint is None:
+        machine = study.provenance(trial.number).get("machine", "another machine")
         raise SettingError(
-            f"there is no checkpoint of trial {trial.number} in {folder}. It was trained on "
-            f"{provenance.get('machine', 'another machine')}: export it there, in the folder that the search was started "
-            "in, or copy that folder here. If its checkpoints are elsewhere, name that with --checkpoints or HPO_CHECKPOINTS"
+            f"there is no checkpoint of trial {trial.number} in {folder}. It was trained on {machine}: export it there, in "
+            "the folder that the search was started in, or copy that folder here. If its checkpoints are elsewhere, name "
+            "that with --checkpoints or HPO_CHECKPOINTS"
         )
     return checkpoint
 

@@ -147,7 +147,9 @@ class TrialCoordinator:
                 self._listener.note(f"no new trials: {self._run.exhausted}")
             if claim is None:
                 self._next_attempt = time.monotonic() + POLL_SECONDS
-                if is_spent and not self._running:  # a trial that still runs may end with a better value
+                # A trial that still runs may end with a better value, as one of another run may have done since.
+                is_last = not self._running and not self._run.others_are_running
+                if is_spent and is_last and self._is_patience_spent():
                     patience = self._space.budget.patience
                     found = "a better value" if self._space.objectives is None else "a trial for the Pareto front"
                     trials = "1 trial has" if patience == 1 else f"{patience} trials in a row have"

@@ -20,7 +20,7 @@ def test_optuna_dashboard_reads_a_note(text: str) -> None:
 
     attributes = DashboardAttributes({})
     assert not attributes.has_note(3)
-    attributes.save_note(3, text)
+    attributes.add_note(3, text)
     assert get_note_from_system_attrs(attributes.attrs, 3) == {"version": 1, "body": text}
     assert attributes.has_note(3)
     assert not attributes.has_note(33)
@@ -65,7 +65,7 @@ def test_only_attributes_that_differ_are_changes() -> None:
     attributes = DashboardAttributes(stored)
     attributes.add(artifact)
     assert attributes.changes == {}
-    attributes.save_note(1, "note")
+    attributes.add_note(1, "note")
     assert attributes.changes == {"dashboard:1:note_ver": 1, "dashboard:1:note_str:0": "note"}
 
 

@@ -31,11 +31,11 @@ def copied(study: Study, runs_dir: RunsDir, monkeypatch: pytest.MonkeyPatch) -> 
     best = trial_id(study.trials()[2])
     (runs_dir.artifacts / UPLOADED).write_bytes(b"uploaded")
     attributes = DashboardAttributes(study.system_attrs())
-    attributes.save_note(best, "by the user")
     attributes.add(Artifact(UPLOADED, "mine.txt", best))
     log = listed_artifacts(study)[LOG_FILE]
     attributes.delete(Artifact(log[1], LOG_FILE, trial_id(study.trials()[4])))
-    study.set_system_attrs(attributes.changes)
+    note = {f"dashboard:{best}:note_ver": 2, f"dashboard:{best}:note_str:0": "by the user"}
+    study.set_system_attrs(attributes.changes | note)
     assert copy_with_files(study, study.database, "copied", runs_dir) == 0
     found = find_study(study.database, "copied")
     assert found is not None

@@ -135,6 +135,17 @@ def test_edits_and_deletions_of_the_user_are_kept(study: Study, runs_dir: RunsDi
     assert {key: attrs[key] for key in removed | edited} == removed | edited
 
 
+def test_a_note_that_the_user_writes_while_plots_are_drawn_is_kept(
+    study: Study, runs_dir: RunsDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = {"dashboard:1:note_ver": 1, "dashboard:1:note_str:0": "by the user"}
+    monkeypatch.setattr(publishing, "_publish_curves", lambda *_: study.set_system_attrs(written))
+    publish(study, runs_dir)
+    attrs = study.system_attrs()
+    assert {key: value for key, value in attrs.items() if key.startswith("dashboard:1:note")} == written
+    assert noted_trial_ids(study) == {1, 2, 3, 4, 5}
+
+
 @pytest.mark.slow
 @pytest.mark.postgres
 def test_publishing_works_on_postgresql(postgres: Postgres, runs_dir: RunsDir) -> None:
@@ -224,7 +235,7 @@ def test_the_checkpoint_of_a_better_trial_replaces_the_former_best(study: Study,
 
 @pytest.mark.usefixtures("no_curves")
 def test_a_best_checkpoint_that_was_not_kept_is_a_warning(
-    study: Study, runs_dir: RunsDir, caplog: pytest.LogCaptureFixture
+    study: Study, runs_dir: RunsDir, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study.optuna_study.set_user_attr("hpo:settings", study.settings | {"checkpoints": {"keep": "none"}})
     folder = runs_dir.trial(study.unique_name, 2)
@@ -234,7 +245,12 @@ def test_a_best_checkpoint_that_was_not_kept_is_a_warning(
         assert caplog.messages == [], "it was trained on another machine"
         claim_folder(folder, Space.from_settings(study.settings).config_key(study.optuna_study.best_params))
         publish(study, runs_dir, always=True)
-    assert caplog.messages == ["the dashboard of search has no checkpoint of the best trial: checkpoints.keep is none"]
+        expected = "the dashboard of search has no checkpoint of the best trial: checkpoints.keep is none"
+        assert caplog.messages == [expected]
+        better = optuna.trial.create_trial(value=0.99)
+        monkeypatch.setattr(publishing, "_publish_curves", lambda *_: study.optuna_study.add_trial(better))
+        publish(study, runs_dir, always=True)
+    assert caplog.messages == [expected], "another trial has become the best meanwhile"
 
 
 @pytest.mark.usefixtures("no_curves")

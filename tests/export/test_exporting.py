@@ -16,9 +16,10 @@ from typing import Any
 
 import optuna
 import pytest
+import sqlalchemy as sa
 import torch
 from click.testing import CliRunner
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -29,14 +30,14 @@ from hpo.export.program import Classifier
 from hpo.paths import RunsDir
 from hpo.run import cli
 from hpo.search.checkpoints.bucket import BucketStudy, upload_left
-from hpo.search.checkpoints.files import claim_folder, load_checkpoint
+from hpo.search.checkpoints.files import Checkpoint, claim_folder, load_checkpoint
 from hpo.search.worker import run_trial
 from hpo.space.model import Space
 from hpo.train.data import load
 from hpo.train.network import build_model
 from storage.database import open_database
 from storage.imports import ImportedTrial, Origin, import_trials
-from storage.optuna_internals import DraftStorage, study_id
+from storage.optuna_internals import DraftStorage, study_id, trial_id
 from storage.optuna_tables import write_attrs
 from storage.run import Run
 from storage.studies import find_study, open_study
@@ -383,6 +384,29 @@ def test_a_checkpoint_that_was_not_kept_is_an_error_that_says_so(study: Study, t
         "trial 1 has no checkpoint any more: this search keeps those of the best 3 trials (checkpoints.keep is best 3). "
         "With `checkpoints: {keep: all}` in the search space, trials keep theirs from then on. Trials with a checkpoint: 0"
     )
+
+
+@pytest.mark.slow
+def test_a_trial_that_becomes_the_best_while_the_former_loses_its_checkpoint_is_exported(
+    study: Study, tmp_path: Path, without_program: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def set_value(trial: FrozenTrial, value: float) -> None:
+        with study.database.engine.begin() as connection:
+            connection.execute(sa.text(f"UPDATE trial_values SET value = {value} WHERE trial_id = {trial_id(trial)}"))
+
+    first, second, *_ = study.trials()
+    set_value(first, -1.0)
+    claim_folder(RunsDir(tmp_path).trial(study.unique_name, 1), grid_space(tmp_path).config_key(second.params))
+    with pytest.raises(SettingError, match="trial 1 has no checkpoint any more"):
+        export(study, tmp_path)
+    load_checkpoint = exporting._load_checkpoint
+
+    def load(*arguments: Any) -> Checkpoint:
+        set_value(first, 1.0)
+        return load_checkpoint(*arguments)
+
+    monkeypatch.setattr(exporting, "_load_checkpoint", load)
+    assert json.loads((export(study, tmp_path).folder / "export.json").read_text())["trial"] == 0
 
 
 @pytest.mark.slow

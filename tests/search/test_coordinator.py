@@ -33,6 +33,7 @@ from storage import run as run_module
 from storage import usage
 from storage.database import Database
 from storage.errors import StorageError
+from storage.ownership import ClaimedTrial
 from storage.pruners import Decision
 from storage.retry import retry_trials
 from storage.run import Run
@@ -293,6 +294,57 @@ def test_a_search_without_a_better_value_ends_when_its_last_trial_has_ended(stud
         assert coordinator.next_trial("f") is None
         assert coordinator.is_done
     assert str(coordinator.stopped) == "budget.patience is spent: 2 trials in a row have not found a better value"
+
+
+def test_after_the_patience_is_spent_trials_of_other_drivers_are_awaited(study: Study, tmp_path: Path) -> None:
+    space = toy_space(tmp_path, parameters={"x": [1, 2, 3, 4]}, budget={"patience": 1}, max_epochs=1)
+    with run_of(study, space) as run, run_of(study, space) as other:
+        coordinator = coordinator_of(space, run, tmp_path, RecordingListener())
+        other.enqueue(space.grid_points(), space.distributions())
+        claims = [other.claim() for _ in range(3)]
+        for claim, value in zip(claims, (0.5, 0.25), strict=False):
+            assert claim is not None
+            other.complete(claim, value)
+        other.flush()
+        for _ in range(2):
+            coordinator._next_attempt = 0.0
+            assert coordinator.next_trial("a") is None
+            assert coordinator.stopped is None, "the third trial may have a better value"
+        assert claims[2] is not None
+        other.complete(claims[2], 0.75)
+        other.flush()
+        coordinator._next_attempt = 0.0
+        spec = coordinator.next_trial("a")
+        assert spec is not None, "it had a better value"
+        assert spec.params == {"x": 4}
+
+
+def test_a_better_value_of_another_driver_between_two_statements_does_not_end_a_search(
+    study: Study, tmp_path: Path
+) -> None:
+    space = toy_space(tmp_path, parameters={"x": [1, 2, 3, 4]}, budget={"patience": 1}, max_epochs=1)
+    with run_of(study, space) as run, run_of(study, space) as other:
+        coordinator = coordinator_of(space, run, tmp_path, RecordingListener())
+        other.enqueue(space.grid_points(), space.distributions())
+        claims = [other.claim() for _ in range(3)]
+        for claim, value in zip(claims, (0.5, 0.25), strict=False):
+            assert claim is not None
+            other.complete(claim, value)
+        other.flush()
+        claim_trial = run.claim
+
+        def complete_then_claim(**arguments: Any) -> ClaimedTrial | None:
+            assert claims[2] is not None
+            other.complete(claims[2], 0.75)
+            other.flush()
+            return claim_trial(**arguments)
+
+        run.claim = complete_then_claim  # type: ignore[method-assign]
+        assert coordinator.next_trial("a") is None
+        assert coordinator.stopped is None
+        run.claim = claim_trial  # type: ignore[method-assign]
+        coordinator._next_attempt = 0.0
+        assert coordinator.next_trial("a") is not None
 
 
 def test_after_the_patience_is_spent_trials_that_wait_are_still_run(study: Study, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import optuna
 import pytest
 from optuna.distributions import FloatDistribution, IntDistribution
 
+from storage.continuations import CONTINUATION, settle_continuation
 from storage.database import Database
 from storage.parents import Parent, continued_trials, unfinished_children
 from storage.records import CONTINUED_FROM
@@ -90,6 +91,28 @@ def test_a_parent_is_needed_until_the_trial_that_continues_it_has_ended(study: S
         run.complete(claim_one(run), 0.5)
         run.flush()
         assert continued_trials(database) == {PARENT.identity: {4: "s@2"}}
+
+
+def test_a_parent_that_a_search_has_chosen_is_needed_while_it_runs(study: Study, database: Database) -> None:
+    chosen = [{"parent": replace(PARENT, number=number).attribute, "horizon": number == 5} for number in (3, 4, 5)]
+    settle_continuation(study, None, {"options": {}, "chosen": [*chosen, {}, None], "left": chosen})
+    assert continued_trials(database) == {}
+    with grid_run(study) as run:
+        assert continued_trials(database) == {PARENT.identity: {3: "s", 4: "s"}}
+        run.enqueue(POINTS[:1], GRID, attrs_of(POINTS[0]))
+        run.complete(claim_one(run), 0.5)
+        run.flush()
+        assert continued_trials(database) == {PARENT.identity: {4: "s"}}, "the other one has its trial"
+    assert continued_trials(database) == {}
+
+
+@pytest.mark.parametrize("stored", [None, [], "all", {"chosen": None}, {"chosen": [1]}])
+def test_a_decision_that_another_program_has_changed_needs_nothing(
+    study: Study, database: Database, stored: Any
+) -> None:
+    study.optuna_study.set_user_attr(CONTINUATION, stored)
+    with grid_run(study):
+        assert continued_trials(database) == {}
 
 
 def test_a_parent_is_needed_by_a_trial_that_failed(study: Study, database: Database) -> None:

@@ -572,6 +572,24 @@ def test_after_it_has_waited_for_a_trial_a_transaction_sees_what_was_stored_mean
     assert [(each.epoch, each.last_value) for each in seen] == [(2, 0.75)]
 
 
+def test_an_attribute_that_another_program_adds_while_changes_are_found_is_not_overwritten(
+    study: Study, database: Database
+) -> None:
+    if database.engine.dialect.name == "sqlite":
+        pytest.skip("SQLite has one writer at a time")
+    study.set_system_attrs({"old": 1})
+
+    def find(found: dict[str, Any]) -> dict[str, Any]:
+        if "note" in found:
+            return {"old": 2}
+        database.optuna_storage.set_study_system_attr(study.study_id, "note", "theirs")
+        return {"old": 3, "note": "ours"}
+
+    study.change_system_attrs(find)
+    found = study.system_attrs()
+    assert (found["note"], found["old"]) == ("theirs", 2)
+
+
 # --- epochs that are trained again
 
 

@@ -89,6 +89,24 @@ def test_the_run_that_failed_it_may_claim_it_again(study: Study) -> None:
     assert states(study) == ["COMPLETE"] * 4
 
 
+def test_a_trial_that_another_program_retries_meanwhile_is_not_named(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with grid_run(study) as run:
+        fail_two_of_three(run)
+    find_failures = retry._find_failures
+
+    def find_then_retry(study: Study) -> list[Failure]:
+        found = find_failures(study)
+        monkeypatch.undo()
+        assert retry_trials(study, [1]) == [1]
+        return found
+
+    monkeypatch.setattr(retry, "_find_failures", find_then_retry)
+    assert retry_trials(study, [1, 2]) == [2]
+    assert retry_trials(study, [1, 2]) == []
+
+
 def test_each_retry_is_a_new_attempt(study: Study) -> None:
     with grid_run(study) as run:
         fail_two_of_three(run)

@@ -14,7 +14,7 @@ from benchmarks.toy import expected_value
 from hpo.api import DeletedStudy, delete_study, rename_study
 from hpo.paths import DELETED_FILE, RunsDir
 from hpo.search.checkpoints.files import list_checkpoints
-from hpo.search.earlier.continuation import plan_continuation
+from hpo.search.earlier.continuation import open_continued, plan_continuation
 from hpo.search.runs import open_run
 from hpo.space.model import Space
 from hpo.studies import deleting
@@ -175,6 +175,20 @@ def test_a_study_is_deleted_without_the_trials_that_others_continue(
     assert delete("toy@2").has_rows, "what is kept does not keep the next one from being deleted"
     assert delete_garbage(find_garbage(database, runs)).problems == []
     assert not family.folder.exists()
+
+
+def test_a_study_is_deleted_without_the_trials_that_a_running_search_will_continue(
+    database: Database, runs: RunsDir, delete: Deletions
+) -> None:
+    parent, _ = search_without_ray(space_of(runs.root, 3), database, runs.root)
+    child, continuation = open_continued(
+        database, plan_continuation(space_of(runs.root, 5), None, database, runs), runs
+    )
+    with open_run(continuation, child, {}) as run:
+        assert len(delete("toy@1").problems) == 2
+        assert run.claim() is not None
+    folder = runs.checkpoints(parent.unique_name)
+    assert [len(list_checkpoints(folder / str(number))) for number in (0, 1)] == [1, 1]
 
 
 def test_clean_keeps_the_trials_of_a_deleted_study_that_others_continue(
