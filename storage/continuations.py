@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
-
-import sqlalchemy as sa
 
 from storage import optuna_tables
 from storage.errors import retry_while_down
@@ -27,14 +24,11 @@ def settle_continuation(study: Study, seen: Any, decision: Mapping[str, Any]) ->
     Raises:
         StorageError: the study was deleted, or the database cannot be used (after retries).
     """
-    attr = optuna_tables.study_user_attributes
-    query = sa.select(attr.c.value_json).where(attr.c.study_id == study.study_id, attr.c.key == CONTINUATION)
 
     def write() -> Any:
         with study.database.transaction() as connection:
             lock_study(connection, study.database, study.key)
-            value = connection.scalar(query)
-            stored = None if value is None else json.loads(value)
+            stored = optuna_tables.read_study_user_attr(connection, study.study_id, CONTINUATION)
             if stored != seen:
                 return stored
             optuna_tables.write_study_attrs(connection, study.study_id, {CONTINUATION: dict(decision)})

@@ -58,6 +58,10 @@ class Origin:
         return None
 
 
+class OvertakenError(Exception):
+    """Another process has stored what it has read of earlier studies."""
+
+
 @dataclass(frozen=True)
 class TakenOver:
     """What a study has taken over from an earlier one.
@@ -213,6 +217,7 @@ def import_trials(
     *,
     points: Collection[str] = (),
     sources: Sequence[TakenOver] = (),
+    seen: Any = None,
 ) -> dict[str, int]:
     """Add trials of earlier studies to a study: all of them, or none. Idempotent: those that the study has are left out.
 
@@ -221,23 +226,27 @@ def import_trials(
         imported: the trials, in this order.
         points: see `set_points`.
         sources: stored as the study's attribute `hpo:sources`, for reports.
+        seen: that attribute when the sources were read; None if there was none.
 
     Returns:
         {role: number of trials that were added}; see `tables.LEARNED`.
 
     Raises:
+        OvertakenError: another process has stored other sources since then: it may have read them later.
         StorageError: the study was deleted, or the database cannot be used (after retries).
     """
 
     def write() -> dict[str, int]:
         with study.database.transaction() as connection:
             lock_study(connection, study.database, study.key)
+            described = [source.attribute for source in sources]
+            stored = optuna_tables.read_study_user_attr(connection, study.study_id, SOURCES)
+            if described and stored not in (seen, described):
+                raise OvertakenError
             added = _insert(connection, study.study_id, imported)
             _set_roles(connection, study.study_id, points)
-            if sources:
-                optuna_tables.write_study_attrs(
-                    connection, study.study_id, {SOURCES: [source.attribute for source in sources]}
-                )
+            if described:
+                optuna_tables.write_study_attrs(connection, study.study_id, {SOURCES: described})
             return added
 
     return retry_while_down(study.database, write)

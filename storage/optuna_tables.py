@@ -148,9 +148,17 @@ def insert_study_attrs(connection: sa.Connection, study_id: int, attrs: Mapping[
     connection.execute(study_user_attributes.insert(), rows)
 
 
+def read_study_user_attr(connection: sa.Connection, study_id: int, key: str) -> Any:
+    """Return a user attribute of a study; None if it has none."""
+    return _read_study_attr(connection, study_user_attributes, study_id, key)
+
+
 def read_study_system_attr(connection: sa.Connection, study_id: int, key: str) -> Any:
     """Return a system attribute of a study; None if it has none."""
-    attr = study_system_attributes
+    return _read_study_attr(connection, study_system_attributes, study_id, key)
+
+
+def _read_study_attr(connection: sa.Connection, attr: sa.Table, study_id: int, key: str) -> Any:
     value = connection.scalar(sa.select(attr.c.value_json).where(attr.c.study_id == study_id, attr.c.key == key))
     return None if value is None else json.loads(value)
 

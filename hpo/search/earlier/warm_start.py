@@ -19,7 +19,16 @@ from hpo.space.model import Space
 from hpo.space.sections import Source
 from hpo.space.translation import TranslationError
 from storage.errors import MissingDatabaseError, StorageError
-from storage.imports import ImportedTrial, Origin, TakenOver, import_trials, read_known, read_sources
+from storage.imports import (
+    SOURCES,
+    ImportedTrial,
+    Origin,
+    OvertakenError,
+    TakenOver,
+    import_trials,
+    read_known,
+    read_sources,
+)
 from storage.pareto import rank_best
 from storage.studies import renamed_from
 
@@ -38,12 +47,14 @@ class Found(TakenOver):
         trials: the trials, by number; empty if the study has taken over all of them before.
         problem: why the earlier study was not read; empty if it was. Then this is what was taken over before.
         known_to: `hpo:id` of the study that has what `trials` leaves out; None if it did not exist.
+        stored: the sources that this study had stored then.
         is_named: whether the search space names it; other revisions of the study are read without being named.
     """
 
     trials: Sequence[ImportedTrial] = ()
     problem: str = ""
     known_to: str | None = field(default=None, compare=False)
+    stored: Any = field(default=None, compare=False)
     is_named: bool = field(default=False, compare=False)
 
     @property
@@ -115,18 +126,26 @@ def take_over_trials(
         continued: see `find_trials`.
 
     Returns:
-        What was found; anew if it was found for another study, which was deleted meanwhile.
+        What was found; anew if it was found for another study, which was deleted meanwhile, or if another driver has taken
+        over trials since.
 
     Raises:
         SettingError: see `find_trials`.
         StorageError: the study was deleted, or a database cannot be used.
     """
-    if any(each.known_to not in {None, study.identity} for each in found):
-        found = find_trials(space, study, study.database, password, continued)
-    if found:
+    is_current = all(each.known_to in {None, study.identity} for each in found)
+    while True:
+        if not is_current:
+            found = find_trials(space, study, study.database, password, continued)
+        if not found:
+            return found
         trials = [trial for each in found for trial in each.trials]
-        import_trials(study, trials, points=space.point_keys(), sources=found)
-    return found
+        try:
+            import_trials(study, trials, points=space.point_keys(), sources=found, seen=found[0].stored)
+        except OvertakenError:
+            is_current = False
+        else:
+            return found
 
 
 class _Finder:
@@ -145,7 +164,9 @@ class _Finder:
         self._database = database
         self._password = password
         self._continued = continued
-        self._before = _known_sources(study)
+        attrs = {} if study is None else study.attrs
+        self._stored = attrs.get(SOURCES)
+        self._before = _known_sources(attrs)
         self._known = read_known(study)
         self._identities = {None if study is None else study.identity}  # of studies that are not read any more
         self._named: set[tuple[Origin, datetime | None]] = set()  # trials of the sources so far, and when they ended
@@ -169,7 +190,7 @@ class _Finder:
                 reference = revision.name if "@" in revision.name else f"{revision.name}@1"
                 found.append(dataclasses.replace(self._from_study(revision, own, ""), study=reference))
         identity = None if self._study is None else self._study.identity
-        return [dataclasses.replace(each, known_to=identity) for each in found]
+        return [dataclasses.replace(each, known_to=identity, stored=self._stored) for each in found]
 
     def _from_source(self, source: Source) -> list[Found]:
         """Return what is taken over from a source; nothing if another one has named the same study."""
@@ -300,10 +321,9 @@ def _open(
             opened.close()
 
 
-def _known_sources(study: Study | None) -> list[Found]:
+def _known_sources(attrs: Mapping[str, Any]) -> list[Found]:
     """Return what a study has taken over before. What another program has changed is left out."""
-    stored = [] if study is None else read_sources(study.attrs)
-    return [found for each in stored if (found := Found.read(each)).attribute == each]
+    return [found for each in read_sources(attrs) if (found := Found.read(each)).attribute == each]
 
 
 def _known_source(before: Sequence[Found], source: Source, where: str) -> Found | None:

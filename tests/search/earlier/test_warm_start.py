@@ -22,6 +22,7 @@ from hpo.space.model import Space, load_space
 from storage.copying import copy_study
 from storage.database import Database, open_database
 from storage.errors import StorageError
+from storage.imports import read_sources
 from storage.management import rename_study
 from storage.optuna_tables import write_attrs, write_values
 from storage.ownership import ClaimedTrial
@@ -328,6 +329,21 @@ def test_a_new_revision_takes_over_the_one_before(database: Database) -> None:
     first, _ = revise(database)
     assert first.name == "grid"
     assert len(first.trials()) == 3, "what others took from it is not taken back"
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_what_another_driver_has_found_later_stays(database: Database, exists: bool) -> None:
+    earlier = grid_space()
+    finish_study(database, earlier, [{"batch_size": 64, "lr": 0.01}], provenance={}, device={}, epochs_of=epochs_of)
+    space = larger()
+    known = open_study(database, **space.study_options) if exists else None
+    found = find_trials(space, known, database)
+    study = open_study(database, **space.study_options)
+    finish_grid(database)
+    take_over(space, study)
+    assert [each.reused for each in take_over_trials(space, study, found)] == [3]
+    assert [each["reused"] for each in read_sources(study.attrs)] == [3]
+    assert len(study.trials()) == 3
 
 
 def test_what_has_changed_in_an_earlier_study_is_taken_over(
