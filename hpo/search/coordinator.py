@@ -106,6 +106,7 @@ class TrialCoordinator:
         self._deadlines: dict[StopCause, float] = {}
         self._next_attempt = 0.0
         self._is_exhaustion_noted = False
+        self._is_wait_noted = False
         self._are_gpus_noted = False
         self.stopped: Stop | None = None
         self.error: Exception | None = None
@@ -147,13 +148,8 @@ class TrialCoordinator:
                 self._listener.note(f"no new trials: {self._run.exhausted}")
             if claim is None:
                 self._next_attempt = time.monotonic() + POLL_SECONDS
-                # A trial that still runs may end with a better value, as one of another run may have done since.
-                is_last = not self._running and not self._run.others_are_running
-                if is_spent and is_last and self._is_patience_spent():
-                    patience = self._space.budget.patience
-                    found = "a better value" if self._space.objectives is None else "a trial for the Pareto front"
-                    trials = "1 trial has" if patience == 1 else f"{patience} trials in a row have"
-                    self.stop(StopCause.NO_IMPROVEMENT, f"{trials} not found {found}")
+                if is_spent and not self._running:  # a trial that still runs may end with a better value
+                    self._stop_without_improvement()
                 return None
             trial = self._running[tune_id] = _Running(claim, self._specs.parent_of(claim), claim.epoch)
             for each in self._running.values():
@@ -165,6 +161,20 @@ class TrialCoordinator:
                 self._run.record(claim, {"derived": derived})
             return self._specs.build(claim, trial.parent, derived, slots)
         return None
+
+    def _stop_without_improvement(self) -> None:
+        """Stop the search, unless a trial of another run may end with a better value, or has done so since."""
+        patience = self._space.budget.patience
+        found = "a better value" if self._space.objectives is None else "a trial for the Pareto front"
+        if self._run.others_are_running:
+            if not self._is_wait_noted:
+                self._is_wait_noted = True
+                self._listener.note(
+                    f"budget.patience is spent: trials of other drivers still run, and may find {found}"
+                )
+        elif self._is_patience_spent():
+            trials = "1 trial has" if patience == 1 else f"{patience} trials in a row have"
+            self.stop(StopCause.NO_IMPROVEMENT, f"{trials} not found {found}")
 
     def bundle(self, tune_id: str) -> dict[str, float]:
         """Return what a trial gets, see `Places.bundle`."""

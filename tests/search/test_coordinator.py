@@ -299,7 +299,8 @@ def test_a_search_without_a_better_value_ends_when_its_last_trial_has_ended(stud
 def test_after_the_patience_is_spent_trials_of_other_drivers_are_awaited(study: Study, tmp_path: Path) -> None:
     space = toy_space(tmp_path, parameters={"x": [1, 2, 3, 4]}, budget={"patience": 1}, max_epochs=1)
     with run_of(study, space) as run, run_of(study, space) as other:
-        coordinator = coordinator_of(space, run, tmp_path, RecordingListener())
+        listener = RecordingListener()
+        coordinator = coordinator_of(space, run, tmp_path, listener)
         other.enqueue(space.grid_points(), space.distributions())
         claims = [other.claim() for _ in range(3)]
         for claim, value in zip(claims, (0.5, 0.25), strict=False):
@@ -310,6 +311,8 @@ def test_after_the_patience_is_spent_trials_of_other_drivers_are_awaited(study: 
             coordinator._next_attempt = 0.0
             assert coordinator.next_trial("a") is None
             assert coordinator.stopped is None, "the third trial may have a better value"
+        note = "budget.patience is spent: trials of other drivers still run, and may find a better value"
+        assert listener.events == [("note", note)]
         assert claims[2] is not None
         other.complete(claims[2], 0.75)
         other.flush()
