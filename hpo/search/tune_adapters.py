@@ -20,6 +20,7 @@ from ray.tune.search import Searcher
 from hpo.search.cluster.versions import describe_versions
 from hpo.search.coordinator import TrialCoordinator
 
+IDLE_SECONDS = 5.0  # how long a worker without a trial keeps its cores: a new one takes seconds to start
 NODE_DIED = "its node has died"  # in Ray's report of an actor, also of one that was starting
 
 
@@ -38,7 +39,7 @@ class StudySearcher(Searcher):
         self._scheduler.follow_cluster()
         spec = self._coordinator.next_trial(trial_id)
         if spec is None:
-            self._scheduler.leave_drained()
+            self._scheduler.free_idle_workers()
             return Searcher.FINISHED if self._coordinator.is_done else None
         config = {"spec": vars(spec), "bundle": self._coordinator.bundle(trial_id)}
         return config if self._scheduler.checks is None else config | {"versions": describe_versions()}
@@ -71,10 +72,12 @@ class StudyScheduler(FIFOScheduler):
         self._controller: Any = None  # Tune's, once it has a trial
         self._is_pending = False
         self._followed_at = -math.inf
+        self._idle_since = math.inf  # by the monotonic clock: since then, Tune has a worker without a trial
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         """Set how often Tune may restart a trial: crashes in earlier runs count too."""
         self._controller = tune_controller
+        self._idle_since = math.inf
         if trial.num_failures == 0:
             trial.max_failures = self._coordinator.retries_left(trial.trial_id)
         if self.checks is not None and self.checks.refused:
@@ -161,17 +164,29 @@ class StudyScheduler(FIFOScheduler):
         if self._membership.drained():
             # Workers that wait for a trial hold their node. Tune has no public function that ends them.
             tune_controller._cleanup_cached_actors(force_all=True)  # noqa: SLF001
+        pending = [trial for trial in pending if trial.status == trial.PENDING]
         self._is_pending = bool(pending)
         self.follow_cluster()
         # Not by the base class: it looks at all trials, also those that have ended, at each step.
-        return next((trial for trial in pending if trial.status == trial.PENDING), None)
+        return next(iter(pending), None)
 
-    def leave_drained(self) -> None:
-        """End the workers that wait for a trial if a node is drained. While Tune has no trial, it only asks for one."""
-        if self._controller is None or self._controller.get_live_trials() or not self._membership.drained():
+    def free_idle_workers(self) -> None:
+        """End the workers that wait for a trial, if a node is drained, or if none has come for `IDLE_SECONDS`.
+
+        Another driver may need their cores, and this one may wait until its trial has ended.
+        """
+        controller = self._controller
+        if controller is None:
             return
-        self._controller._cleanup_cached_actors(force_all=True)  # noqa: SLF001 # see `choose_trial_to_run`
-        self._controller._actor_manager.next(timeout=0)  # noqa: SLF001 # frees the cores of one that has ended
+        live = controller.get_live_trials()
+        if any(trial.status == trial.PENDING for trial in live):  # Tune keeps a worker for it
+            return
+        is_kept = controller._actor_cache.num_cached_objects > 0  # noqa: SLF001 # Tune has no public functions for it
+        self._idle_since = min(self._idle_since, time.monotonic()) if is_kept else math.inf
+        if self._membership.drained() or time.monotonic() - self._idle_since >= IDLE_SECONDS:
+            controller._cleanup_cached_actors(force_all=True)  # noqa: SLF001
+        if not live:  # Tune only asks for a trial then, and would not free the cores of a worker that has ended
+            controller._actor_manager.next(timeout=0)  # noqa: SLF001
 
     def follow_cluster(self) -> None:
         """Tell the user how many trials can run, and the cluster how many more could, from time to time."""

@@ -13,7 +13,7 @@ from hpo.search.cluster.versions import Problem, describe_versions
 from hpo.search.coordinator import TrialCoordinator
 from hpo.search.messages import Ending, TrialReport, TrialSpec
 from hpo.search.stop import Stop, StopCause
-from tests.factories import trial_spec
+from tests.factories import Clock, trial_spec
 
 if TYPE_CHECKING:
     from ray.tune.utils.object_cache import _ObjectCache
@@ -71,6 +71,7 @@ class FakeController:
         self.evictions = 0
         self._staged_trials: list[FakeTrial] = []  # they wait for a worker
         self._actor_manager = Mock()
+        self._actor_cache: Any = Mock(num_cached_objects=1)
 
     def get_live_trials(self) -> tuple[FakeTrial, ...]:
         return self._trials
@@ -83,10 +84,11 @@ class FakeController:
         from ray.tune.utils.object_cache import _ObjectCache
 
         self._staged_trials += trials
-        self._actor_cache = _ObjectCache()
+        cache: _ObjectCache = _ObjectCache()
+        self._actor_cache = cache
         for trial in trials:
-            self._actor_cache.increase_max(trial.placement_group_factory)
-        return self._actor_cache
+            cache.increase_max(trial.placement_group_factory)
+        return cache
 
     def _unstage_trial_with_resources(self, trial: FakeTrial) -> None:
         from ray.tune.execution.tune_controller import TuneController
@@ -285,10 +287,40 @@ def test_idle_workers_leave_a_drained_node_while_tune_has_no_trial(
     assert (controller.evictions, controller._actor_manager.next.call_count) == (1, 1)
     membership.drained.return_value = set()
     searcher.suggest("c")
-    controller._trials = (FakeTrial(),)
+    controller._trials = (FakeTrial(status="PENDING"),)
     membership.drained.return_value = {"leaves"}
     searcher.suggest("d")
     assert controller.evictions == 1, "choose_trial_to_run does it while there is one"
+
+
+def test_a_worker_that_gets_no_trial_ends_after_some_seconds(
+    tune: ModuleType, coordinator: Mock, membership: Mock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(tune, "time", clock)
+    scheduler, controller = tune.StudyScheduler(coordinator, membership), FakeController()
+    searcher = tune.StudySearcher(coordinator, scheduler)
+    coordinator.next_trial.return_value, coordinator.is_done = None, False
+    scheduler.on_trial_add(controller, FakeTrial())
+
+    def evictions_after(seconds: float) -> int:
+        clock.now += seconds
+        searcher.suggest("b")
+        return controller.evictions
+
+    assert [evictions_after(seconds) for seconds in (100.0, 4.0, 2.0)] == [0, 0, 1]
+    controller._actor_cache.num_cached_objects = 0
+    assert [evictions_after(seconds) for seconds in (0.0, 100.0)] == [1, 1]
+    controller._actor_cache.num_cached_objects = 1
+    assert [evictions_after(seconds) for seconds in (0.0, 4.0)] == [1, 1], "it has just become idle"
+    scheduler.on_trial_add(controller, FakeTrial())
+    assert [evictions_after(seconds) for seconds in (0.0, 4.0)] == [1, 1], "a trial has come"
+    controller._trials = (FakeTrial(status="PENDING"),)
+    assert evictions_after(100.0) == 1, "it will run that trial"
+    controller._trials = (FakeTrial(),)
+    calls = controller._actor_manager.next.call_count
+    assert evictions_after(100.0) == 2, "another one still runs"
+    assert controller._actor_manager.next.call_count == calls, "Tune does it itself then"
 
 
 def test_a_node_that_dies_while_a_worker_starts_is_no_failure_either(
