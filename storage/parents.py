@@ -8,7 +8,7 @@ that is needed to find the parent's files, also when its study was renamed. Befo
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,8 @@ from storage import optuna_tables
 from storage.continuations import CONTINUATION
 from storage.database import Database, look_at
 from storage.errors import RETRY_SECONDS, retry_while_down
-from storage.lease import is_run_alive
-from storage.records import CONTINUED_FROM, read_runs
-from storage.study import Study
+from storage.records import CONTINUED_FROM, count_budgeted
+from storage.study import TOTAL, Study
 
 _MAY_START = (*optuna_tables.UNFINISHED, TrialState.FAIL)
 
@@ -81,8 +80,8 @@ class Parent:
 def continued_trials(database: Database, timeout_seconds: float = RETRY_SECONDS) -> dict[str, dict[int, str]]:
     """Return {`hpo:id` of a study: {number of a trial: name of a study}}: which trials are needed, and by whom.
 
-    They are continued by a trial that is unfinished, or that failed: `hpo retry` starts from the parent again. Or a search
-    that is running has chosen them, and has not created its trial yet. Their own study may be in another database, or
+    They are continued by a trial that is unfinished, or that failed: `hpo retry` starts from the parent again. Or an
+    unfinished search has chosen them, and has not created the trial yet. Their own study may be in another database, or
     deleted.
 
     Args:
@@ -95,11 +94,9 @@ def continued_trials(database: Database, timeout_seconds: float = RETRY_SECONDS)
 
     def read() -> dict[str, dict[int, str]]:
         found: dict[str, dict[int, str]] = {}
-        running = {run.study for run in read_runs(database) if is_run_alive(run)}
         with database.engine.connect() as connection:
             # First those without a trial: it may be created meanwhile.
-            chosen = list(_chosen(connection, running)) if running else []
-            for name, _, parent in (*chosen, *_children(connection)):
+            for name, _, parent in (*_chosen(connection), *_children(connection)):
                 found.setdefault(parent.identity, {})[parent.number] = name
         return found
 
@@ -139,22 +136,18 @@ def needed_ids(path: Path) -> set[str]:
     return look_at(path, read)
 
 
-def _chosen(connection: sa.Connection, study_ids: Collection[int] | None = None) -> Iterator[tuple[str, None, Parent]]:
-    """Yield the name of the study and the parent of each trial that a search has not created yet.
-
-    Args:
-        connection: of the database.
-        study_ids: the studies to look at; None for all.
-    """
+def _chosen(connection: sa.Connection) -> Iterator[tuple[str, None, Parent]]:
+    """Yield the name of the study and the parent of each trial that an unfinished search has not created yet."""
     attr, study = optuna_tables.study_user_attributes, optuna_tables.studies
     query = (
         sa.select(study.c.study_id, study.c.study_name, attr.c.value_json)
         .join(study, study.c.study_id == attr.c.study_id)
         .where(attr.c.key == CONTINUATION)
     )
-    if study_ids is not None:
-        query = query.where(study.c.study_id.in_(study_ids))
-    for study_id, name, value in connection.execute(query):
+    for study_id, name, value in connection.execute(query).all():
+        total = optuna_tables.read_study_user_attr(connection, study_id, TOTAL)
+        if isinstance(total, int) and count_budgeted(connection, study_id) >= total:
+            continue  # those that it has chosen beyond its budget are not begun
         decision = json.loads(value)
         chosen = decision.get("chosen") if isinstance(decision, Mapping) else None
         begun = _begun(connection, study_id)

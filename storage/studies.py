@@ -16,7 +16,7 @@ from storage.errors import StorageError, retry_while_down
 from storage.ownership import StudyDeletedError
 from storage.pareto import Direction
 from storage.revisions import FIRST, is_revision, number_of, references, revisions_of
-from storage.study import Study, identity_of, is_identity, load_study, metric_names, study_names
+from storage.study import TOTAL, Study, identity_of, is_identity, load_study, metric_names, study_names
 
 
 def deleted_studies(database: Database) -> set[str]:
@@ -131,7 +131,7 @@ def open_study(
         raise StorageError(f"a study cannot be named {name!r}: what follows @ is the number of a revision")
 
     # The budget, for example, may have changed since the study was last opened.
-    attrs = {"hpo:settings": dict(settings), "hpo:total": total_trials}
+    attrs = {"hpo:settings": dict(settings), TOTAL: total_trials}
 
     def open_or_create() -> Study | None:
         # First: a study that appears after it makes the insertion fail.

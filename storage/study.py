@@ -27,6 +27,7 @@ from storage.revisions import references
 
 T = TypeVar("T")
 BRACKETS = "hpo:brackets"  # user attribute of a copy: from which name Hyperband derives the brackets of its trials
+TOTAL = "hpo:total"  # user attribute: how many trials the study will have; None where only time ends the search
 FILES = "hpo:files"  # user attribute of a study that was renamed: the name under which its files are stored
 _MAX_IDS = 1000  # in one query: databases bound the number
 _IDENTITY = re.compile(r"[0-9a-f]{12}")  # `hpo:id`; file names contain it

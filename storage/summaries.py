@@ -17,7 +17,7 @@ from storage.optuna_internals import study_id
 from storage.pareto import direction_of
 from storage.records import NEVER_RUN
 from storage.revisions import references
-from storage.study import metric_names, settings_of, unique_name_of
+from storage.study import TOTAL, metric_names, settings_of, unique_name_of
 from storage.usage import read_device_seconds
 
 
@@ -151,8 +151,8 @@ def state_of(attrs: Mapping[str, Any], counts: Mapping[str, int], *, is_running:
         return ""
     if is_running:
         return "running"
-    if "hpo:total" in attrs:
-        wanted = attrs["hpo:total"]
+    if TOTAL in attrs:
+        wanted = attrs[TOTAL]
     else:  # opened by version 1 of our tables only, which stored the number of a grid's points
         budget = settings_of(attrs).get("budget")
         wanted = attrs.get("hpo:points", budget.get("trials") if isinstance(budget, dict) else None)

@@ -13,7 +13,7 @@ from storage.continuations import CONTINUATION, settle_continuation
 from storage.database import Database
 from storage.parents import Parent, continued_trials, unfinished_children
 from storage.records import CONTINUED_FROM
-from storage.study import Study
+from storage.study import TOTAL, Study
 from tests.storage.builders import GRID, POINTS, claim_one, config_key, grid_run, kill, open_s, sampled_run
 
 RANGES = {"x": FloatDistribution(0, 1), "n": IntDistribution(1, 3)}
@@ -93,17 +93,16 @@ def test_a_parent_is_needed_until_the_trial_that_continues_it_has_ended(study: S
         assert continued_trials(database) == {PARENT.identity: {4: "s@2"}}
 
 
-def test_a_parent_that_a_search_has_chosen_is_needed_while_it_runs(study: Study, database: Database) -> None:
+def test_a_parent_that_a_search_has_chosen_is_needed_until_it_has_its_trials(study: Study, database: Database) -> None:
     chosen = [{"parent": replace(PARENT, number=number).attribute, "horizon": number == 5} for number in (3, 4, 5)]
     settle_continuation(study, None, {"options": {}, "chosen": [*chosen, {}, None], "left": chosen})
-    assert continued_trials(database) == {}
+    assert continued_trials(database) == {PARENT.identity: {3: "s", 4: "s"}}
     with grid_run(study) as run:
-        assert continued_trials(database) == {PARENT.identity: {3: "s", 4: "s"}}
         run.enqueue(POINTS[:1], GRID, attrs_of(POINTS[0]))
         run.complete(claim_one(run), 0.5)
-        run.flush()
-        assert continued_trials(database) == {PARENT.identity: {4: "s"}}, "the other one has its trial"
-    assert continued_trials(database) == {}
+    assert continued_trials(database) == {PARENT.identity: {4: "s"}}, "the other one has its trial"
+    study.optuna_study.set_user_attr(TOTAL, 1)
+    assert continued_trials(database) == {}, "it is finished"
 
 
 @pytest.mark.parametrize("stored", [None, [], "all", {"chosen": None}, {"chosen": [1]}])
@@ -111,8 +110,7 @@ def test_a_decision_that_another_program_has_changed_needs_nothing(
     study: Study, database: Database, stored: Any
 ) -> None:
     study.optuna_study.set_user_attr(CONTINUATION, stored)
-    with grid_run(study):
-        assert continued_trials(database) == {}
+    assert continued_trials(database) == {}
 
 
 def test_a_parent_is_needed_by_a_trial_that_failed(study: Study, database: Database) -> None:

@@ -177,18 +177,22 @@ def test_a_study_is_deleted_without_the_trials_that_others_continue(
     assert not family.folder.exists()
 
 
-def test_a_study_is_deleted_without_the_trials_that_a_running_search_will_continue(
+def test_a_study_is_deleted_without_the_trials_that_a_search_has_chosen_to_continue(
     database: Database, runs: RunsDir, delete: Deletions
 ) -> None:
     parent, _ = search_without_ray(space_of(runs.root, 3), database, runs.root)
     child, continuation = open_continued(
         database, plan_continuation(space_of(runs.root, 5), None, database, runs), runs
     )
-    with open_run(continuation, child, {}) as run:
-        assert len(delete("toy@1").problems) == 2
-        assert run.claim() is not None
+    assert len(delete("toy@1").problems) == 2
     folder = runs.checkpoints(parent.unique_name)
     assert [len(list_checkpoints(folder / str(number))) for number in (0, 1)] == [1, 1]
+    with open_run(continuation, child, {}) as run:
+        for claim in (run.claim(), run.claim()):
+            assert claim is not None
+            run.complete(claim, 0.5)
+    delete_garbage(find_garbage(database, runs))
+    assert not folder.exists()
 
 
 def test_clean_keeps_the_trials_of_a_deleted_study_that_others_continue(
