@@ -123,7 +123,10 @@ def _publish_best_checkpoint(
     if space is None or belongs_to(folder, owner_of(space, best.params, best.attrs)):
         for newest in list_checkpoints(folder)[:1]:
             artifact = _artifact(study, attributes, newest.name, best.trial_id, role=CHECKPOINT)
-            _publish_file(artifact, attributes, runs_dir, partial(link_or_copy, newest))
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # a better trial has completed: the next update has its checkpoint
+                _publish_file(artifact, attributes, runs_dir, partial(link_or_copy, newest))
         if space is not None and space.saves_checkpoints and is_deleted(folder):
             now_best = read_results(study, epochs=False).best
             if now_best is not None and now_best.number == best.number:  # else a better one has completed meanwhile

@@ -175,9 +175,13 @@ def find_garbage(database: Database, runs_dir: RunsDir) -> Cleaning:
                 found.append(Garbage(files.what, files.url, (), files.size, names))
         except OSError as error:
             problems.append(f"cannot read {runs_dir.bucket_url}: {describe(error)}")
-    # A search that has started meanwhile writes files that look abandoned.
+    # A search that has started meanwhile writes files that look abandoned, and may need those of other studies.
     started = {name: reference for name, reference in _running(studies, database).items() if name not in running}
-    found = [each for each in found if Path(each.folder).name not in started]
+    now = continued_trials(database)
+    overtaken = {each for each, numbers in now.items() if numbers.keys() - children.get(each, {}).keys()}
+    found = [
+        each for each in found if (name := Path(each.folder).name) not in started and study_id_of(name) not in overtaken
+    ]
     running |= started
     return Cleaning(found, unknown, shared, continued, sorted(running.values()), problems)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +30,7 @@ from hpo.paths import (
 )
 from hpo.search.adoption import parent_folder
 from hpo.search.checkpoints.files import belongs_to, list_checkpoints
+from hpo.search.checkpoints.retention import trials_with_checkpoints
 from hpo.studies.bucket_files import copy_objects, delete_objects
 from hpo.studies.other_databases import note_database
 from hpo.studies.staging import CopyOrder, stage
@@ -37,6 +38,13 @@ from hpo.studies.staging import CopyOrder, stage
 if TYPE_CHECKING:
     from storage.database import Database
     from storage.study import Study
+
+
+MAX_SNAPSHOTS = 5  # of a study whose search deletes checkpoints faster than they are copied
+
+
+class _CheckpointGoneError(Exception):
+    """A trial has lost its checkpoints before they were copied: in these rows it may be the best, or unfinished."""
 
 
 def copy_with_files(study: Study, target: Database, name: str, runs_dir: RunsDir) -> int:
@@ -72,21 +80,33 @@ def copy_with_files(study: Study, target: Database, name: str, runs_dir: RunsDir
             note_database(folder, target)
             shown = DashboardCopy(runs_dir.artifacts, study.unique_name, unique_name)
 
-            def copy_again() -> None:  # a running search has written and deleted checkpoints meanwhile
+            def copy_again(
+                known: Collection[int],
+            ) -> None:  # a running search has written and deleted checkpoints meanwhile
                 copy_files(source, folder)
                 copy_objects(runs_dir, study.unique_name, unique_name)
                 if is_other:
                     copy_parents(study, runs_dir, folder)
+                if not set(known) <= set(trials_with_checkpoints(folder)):
+                    raise _CheckpointGoneError
 
-            try:
+            def copy_rows(known: Collection[int]) -> None:
                 copy_study(
                     study,
                     target,
                     name,
                     identity,
-                    on_snapshot=copy_again,
+                    on_snapshot=lambda: copy_again(known),
                     translate=shown.translate,
                 )
+
+            try:
+                for _ in range(MAX_SNAPSHOTS):
+                    with suppress(_CheckpointGoneError):
+                        copy_rows(trials_with_checkpoints(source))
+                        break
+                else:
+                    copy_rows(())
             except NameTakenError:
                 shutil.rmtree(folder, ignore_errors=True)  # no command continues it
                 delete_objects(runs_dir, unique_name)

@@ -305,6 +305,7 @@ def delete_study(
         left, known = find_deleted(database, study, runs), studies.find_study(database, study)
         if known is not None:  # what must stay is no reason to keep this one
             left = [each for each in left if each.paths]
+        killed = {each.name for each in left}
         if left:  # its deletion was killed
             named = references([*study_names(database), *(each.name for each in left)])
             names, disk_bytes = ", ".join(named[each.name] for each in left), sum(each.disk_bytes for each in left)
@@ -328,6 +329,8 @@ def delete_study(
                 forget_name(folder)
                 raise
             left = [files_of(database, folder, opened.name, runs)]
+        else:  # a trial may continue another one of them by now
+            left = [each for each in find_deleted(database, study, runs) if each.name in killed]
         return replace(found, problems=[problem for each in left for problem in each.delete()])
 
 

@@ -17,7 +17,7 @@ from hpo.dashboard.publishing import PUBLISHED, publish
 from hpo.paths import RunsDir
 from hpo.report import curves, plotly_figures
 from hpo.report.reading import read_results
-from hpo.search.checkpoints.files import claim_folder
+from hpo.search.checkpoints.files import claim_folder, list_checkpoints
 from hpo.space.model import Space
 from storage.database import Database, open_database
 from storage.optuna_internals import trial_id
@@ -251,6 +251,22 @@ def test_a_best_checkpoint_that_was_not_kept_is_a_warning(
         monkeypatch.setattr(publishing, "_publish_curves", lambda *_: study.optuna_study.add_trial(better))
         publish(study, runs_dir, always=True)
     assert caplog.messages == [expected], "another trial has become the best meanwhile"
+
+
+@pytest.mark.usefixtures("no_curves")
+def test_a_best_checkpoint_that_is_deleted_before_it_is_linked_does_not_prevent_notes(
+    study: Study, runs_dir: RunsDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def list_then_delete(folder: Path) -> list[Path]:
+        checkpoints = list_checkpoints(folder)
+        for path in checkpoints:
+            path.unlink()
+        return checkpoints
+
+    monkeypatch.setattr(publishing, "list_checkpoints", list_then_delete)
+    publish(study, runs_dir)
+    assert set(listed_artifacts(study)) == {"log.txt"}
+    assert noted_trial_ids(study) == {1, 2, 3, 4, 5}
 
 
 @pytest.mark.usefixtures("no_curves")

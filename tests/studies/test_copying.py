@@ -299,6 +299,30 @@ def resume_copy(database: Database, runs: RunsDir) -> None:
         copy_with_files(found(other, "toy"), other, "new", runs)
 
 
+@pytest.mark.parametrize("times", [1, 99])
+def test_a_checkpoint_that_is_deleted_before_it_is_copied_is_one_of_older_rows(
+    source: Database, runs: RunsDir, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    """In these rows, its trial may be the best one: they are read again. A search may do that each time."""
+    study = found(source, "toy")
+    late = runs.trial(study.unique_name, 7)
+    copy, copied = copying.copy_files, itertools.count()
+
+    def copy_while_a_trial_ends(source: Path, target: Path) -> None:
+        number = next(copied)
+        if 0 < number <= times:  # in the snapshot
+            delete_files(checkpoint_files(late))
+        copy(source, target)
+        if number < times:
+            late.mkdir(exist_ok=True)
+            (late / "epoch-000003.pt").write_bytes(b"its last one")
+
+    monkeypatch.setattr(copying, "copy_files", copy_while_a_trial_ends)
+    copy_with_files(study, source, "copied", runs)
+    assert next(copied) == 1 + min(times + 1, copying.MAX_SNAPSHOTS + 1)
+    assert found(source, "copied").counts() == study.counts()
+
+
 def test_a_copy_that_another_process_ends_meanwhile_keeps_its_files(source: Database, runs: RunsDir) -> None:
     study = found(source, "toy")
     kill_at(9, [url_of(source)], lambda opened: copy_with_files(found(opened, "toy"), opened, "new", runs))

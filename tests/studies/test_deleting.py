@@ -9,6 +9,7 @@ from typing import Any
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution
+from optuna.trial import TrialState, create_trial
 
 from benchmarks.toy import expected_value
 from hpo.api import DeletedStudy, delete_study, rename_study
@@ -17,11 +18,12 @@ from hpo.search.checkpoints.files import list_checkpoints
 from hpo.search.earlier.continuation import open_continued, plan_continuation
 from hpo.search.runs import open_run
 from hpo.space.model import Space
-from hpo.studies import deleting
-from hpo.studies.cleaning import delete_garbage, find_garbage
+from hpo.studies import cleaning, deleting
+from hpo.studies.cleaning import Garbage, delete_garbage, find_garbage
 from hpo.studies.copying import copy_with_files
 from storage.database import Database, open_database
 from storage.errors import StorageError
+from storage.records import CONTINUED_FROM
 from storage.retry import retry_trials
 from storage.studies import find_study, open_study
 from storage.study import Study, study_names
@@ -193,6 +195,40 @@ def test_a_study_is_deleted_without_the_trials_that_a_search_has_chosen_to_conti
             run.complete(claim, 0.5)
     delete_garbage(find_garbage(database, runs))
     assert not folder.exists()
+
+
+def test_clean_keeps_what_a_search_has_chosen_to_continue_while_it_looked(
+    database: Database, runs: RunsDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent, _ = search_without_ray(space_of(runs.root, 3), database, runs.root)
+    settings = parent.settings | {"checkpoints": {"keep": "best 1"}}
+    parent.optuna_study.set_user_attr("hpo:settings", settings)  # the other one is garbage
+    measure = cleaning._measured
+
+    def choose_then_measure(garbage: list[Garbage]) -> list[Garbage]:
+        open_continued(database, plan_continuation(space_of(runs.root, 5), None, database, runs), runs)
+        return measure(garbage)
+
+    monkeypatch.setattr(cleaning, "_measured", choose_then_measure)
+    assert find_garbage(database, runs).garbage == []
+
+
+def test_what_a_trial_continues_while_the_user_is_asked_is_not_deleted(
+    database: Database, runs: RunsDir, delete: Deletions, family: Family
+) -> None:
+    delete.kill("toy@1")
+    ended = next(trial for trial in family.child.trials() if trial.state is TrialState.COMPLETE)
+
+    def continue_again(_: DeletedStudy) -> bool:
+        attrs = {CONTINUED_FROM: ended.user_attrs[CONTINUED_FROM]}
+        family.child.optuna_study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=attrs))
+        return True
+
+    url = f"sqlite:///{database.file}"
+    deleted = delete_study("toy@1", confirm=continue_again, storage=url, runs_dir=runs.root)
+    assert deleted is not None
+    assert len(deleted.problems) == 2
+    assert family.checkpoints == {0: 1, 1: 1}
 
 
 def test_clean_keeps_the_trials_of_a_deleted_study_that_others_continue(
