@@ -138,14 +138,12 @@ def _lock_study() -> sa.Select[int]:
 
 def write_study_attrs(connection: sa.Connection, study_id: int, attrs: Mapping[str, Any]) -> None:
     """Set user attributes of a study."""
-    rows = [{"study_id": study_id, "key": key, "value_json": json.dumps(value)} for key, value in attrs.items()]
-    upsert(connection, study_user_attributes, ("study_id", "key"), rows)
+    upsert(connection, study_user_attributes, ("study_id", "key"), _attr_rows(study_id, attrs))
 
 
 def insert_study_attrs(connection: sa.Connection, study_id: int, attrs: Mapping[str, Any]) -> None:
     """Insert user attributes of a study. Those that exist raise IntegrityError."""
-    rows = [{"study_id": study_id, "key": key, "value_json": json.dumps(value)} for key, value in attrs.items()]
-    connection.execute(study_user_attributes.insert(), rows)
+    connection.execute(study_user_attributes.insert(), _attr_rows(study_id, attrs))
 
 
 def read_study_user_attr(connection: sa.Connection, study_id: int, key: str) -> Any:
@@ -172,15 +170,17 @@ def lock_study_system_attrs(connection: sa.Connection, study_id: int) -> dict[st
 
 def write_study_system_attrs(connection: sa.Connection, study_id: int, attrs: Mapping[str, Any]) -> None:
     """Set system attributes of a study."""
-    rows = [{"study_id": study_id, "key": key, "value_json": json.dumps(value)} for key, value in attrs.items()]
-    upsert(connection, study_system_attributes, ("study_id", "key"), rows)
+    upsert(connection, study_system_attributes, ("study_id", "key"), _attr_rows(study_id, attrs))
 
 
 def insert_study_system_attrs(connection: sa.Connection, study_id: int, attrs: Mapping[str, Any]) -> None:
     """Insert system attributes of a study. Those that exist raise IntegrityError."""
-    rows = [{"study_id": study_id, "key": key, "value_json": json.dumps(value)} for key, value in attrs.items()]
-    if rows:
-        connection.execute(study_system_attributes.insert(), rows)
+    if attrs:
+        connection.execute(study_system_attributes.insert(), _attr_rows(study_id, attrs))
+
+
+def _attr_rows(study_id: int, attrs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [{"study_id": study_id, "key": key, "value_json": json.dumps(value)} for key, value in attrs.items()]
 
 
 # --- trials -----------------------------------------------------------------------------------------------------------

@@ -123,9 +123,7 @@ def _publish_best_checkpoint(
     if space is None or belongs_to(folder, owner_of(space, best.params, best.attrs)):
         for newest in list_checkpoints(folder)[:1]:
             artifact = _artifact(study, attributes, newest.name, best.trial_id, role=CHECKPOINT)
-            with contextlib.suppress(
-                FileNotFoundError
-            ):  # a better trial has completed: the next update has its checkpoint
+            with contextlib.suppress(FileNotFoundError):  # a better one has completed: the next update publishes that
                 _publish_file(artifact, attributes, runs_dir, partial(link_or_copy, newest))
         if space is not None and space.saves_checkpoints and is_deleted(folder):
             now_best = read_results(study, epochs=False).best

@@ -80,9 +80,8 @@ def copy_with_files(study: Study, target: Database, name: str, runs_dir: RunsDir
             note_database(folder, target)
             shown = DashboardCopy(runs_dir.artifacts, study.unique_name, unique_name)
 
-            def copy_again(
-                known: Collection[int],
-            ) -> None:  # a running search has written and deleted checkpoints meanwhile
+            def copy_again(known: Collection[int]) -> None:
+                # A running search has written and deleted checkpoints meanwhile.
                 copy_files(source, folder)
                 copy_objects(runs_dir, study.unique_name, unique_name)
                 if is_other:
