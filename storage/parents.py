@@ -149,9 +149,9 @@ def _chosen(connection: sa.Connection) -> Iterator[tuple[str, None, Parent]]:
         if isinstance(total, int) and count_budgeted(connection, study_id) >= total:
             continue  # those that it has chosen beyond its budget are not begun
         decision = json.loads(value)
-        chosen = decision.get("chosen") if isinstance(decision, Mapping) else None
+        parts = (decision.get("chosen"), decision.get("former")) if isinstance(decision, Mapping) else ()
         begun = _begun(connection, study_id)
-        for each in chosen if isinstance(chosen, list) else ():
+        for each in (each for part in parts if isinstance(part, list) for each in part):
             parent = Parent.read(each.get("parent")) if isinstance(each, Mapping) else None
             if parent is not None and each.get("horizon") is not True and (parent.identity, parent.number) not in begun:
                 yield name, None, parent

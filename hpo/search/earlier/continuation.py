@@ -38,19 +38,21 @@ class Decision:
         options: by which it was made: with others, it is made again.
         chosen: see `ContinuationPlan`; also those beyond the budget.
         left: see `ContinuationPlan`.
+        former: those that were chosen by other options, which another driver may still follow.
         seen: what the study had stored when it was made.
     """
 
     options: Mapping[str, Any]
     chosen: Sequence[Candidate]
     left: Sequence[Candidate]
+    former: Sequence[Candidate] = ()
     seen: Any = None
 
     @property
     def stored(self) -> dict[str, Any]:
         """What the study stores."""
-        chosen, left = ([each.stored for each in found] for found in (self.chosen, self.left))
-        return {"options": dict(self.options), "chosen": chosen, "left": left}
+        chosen, left, former = ([each.stored for each in found] for found in (self.chosen, self.left, self.former))
+        return {"options": dict(self.options), "chosen": chosen, "left": left} | ({"former": former} if former else {})
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,8 @@ def _decide(
     ]
     keys = {each.key for each in chosen}
     left = [each for each in ranked if each.key not in keys]
-    return Decision(_options_of(space), chosen, left if space.is_grid else _with(left, Outlook.HORIZON))
+    former = [] if before is None else [each for each in (*before.former, *before.chosen) if each.key not in keys]
+    return Decision(_options_of(space), chosen, left if space.is_grid else _with(left, Outlook.HORIZON), former)
 
 
 def _follow(space: Space, decision: Decision) -> ContinuationPlan:
@@ -280,15 +283,15 @@ def _read_decision(space: Space, stored: Any, runs_dir: RunsDir) -> Decision | N
         return None
     found: dict[str, list[Candidate]] = {}
     index = CheckpointIndex(space, runs_dir)
-    for name in ("chosen", "left"):
-        entries = stored.get(name)
+    for name in ("chosen", "left", "former"):
+        entries = stored.get(name, [] if name == "former" else None)
         candidates = (
             [restore_candidate(space, each, index) for each in entries] if isinstance(entries, list) else [None]
         )
         found[name] = [each for each in candidates if each is not None]
         if len(found[name]) < len(candidates):
             return None
-    return Decision(stored["options"], found["chosen"], found["left"], stored)
+    return Decision(stored["options"], found["chosen"], found["left"], found["former"], stored)
 
 
 def _with(candidates: Iterable[Candidate], outlook: Outlook) -> list[Candidate]:

@@ -28,14 +28,15 @@ from hpo.search.checkpoints.files import (
 )
 from hpo.search.checkpoints.retention import Retention, trials_with_checkpoints
 from hpo.search.earlier.candidates import Outlook
-from hpo.search.earlier.continuation import ContinuationPlan, plan_continuation
+from hpo.search.earlier.continuation import ContinuationPlan, open_continued, plan_continuation
 from hpo.search.earlier.warm_start import find_trials, take_over_trials
 from hpo.search.messages import TrialSpec
 from hpo.search.runs import open_run
 from hpo.space.model import Space, load_space
 from hpo.trainable import is_timing
+from storage.continuations import CONTINUATION
 from storage.database import Database
-from storage.parents import Parent
+from storage.parents import Parent, continued_trials
 from storage.records import CONTINUED_FROM
 from storage.retry import retry_trials
 from storage.studies import open_study
@@ -135,6 +136,19 @@ def test_best_n_takes_only_those_and_trains_new_points(database: Database, tmp_p
     again, listener = search_without_ray(space, database, tmp_path)
     assert listener.events == [("note", notes(listener)[0])], "nothing is left to do"
     assert len(again.trials()) == 2
+
+
+def test_what_another_driver_has_chosen_by_other_options_is_still_needed(database: Database, tmp_path: Path) -> None:
+    earlier, _ = search_without_ray(short_space(tmp_path), database, tmp_path)
+    needed = dict.fromkeys(range(3), "toy@2")
+    study: Study | None = None
+    for options in ("all", "best 1", "best 1", "all"):
+        space = long_space(tmp_path, options, parameters={"x": [*XS, 4]})
+        plan = plan_continuation(space, study, database, RunsDir(tmp_path))
+        study, _ = open_continued(database, plan, RunsDir(tmp_path))
+        assert continued_trials(database) == {earlier.identity: needed}, options
+    assert study is not None
+    assert "former" not in study.attrs[CONTINUATION]
 
 
 def test_a_result_that_was_reused_is_continued_from_the_study_that_trained_it(
