@@ -27,7 +27,7 @@ class StoredCmaEsSampler(CmaEsSampler):
     """Optuna's CmaEsSampler, which draws the same points, but stores and restores its optimizer as JSON.
 
     A state that is not as this class writes it is not used, and neither is the pickle of an earlier version: the optimizer
-    then starts anew, and learns one generation of the stored results with each trial.
+    then starts over, and learns one generation of the stored results with each trial.
     """
 
     _stored: str | None = None

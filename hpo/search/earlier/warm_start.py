@@ -126,8 +126,8 @@ def take_over_trials(
         continued: see `find_trials`.
 
     Returns:
-        What was found; anew if it was found for another study, which was deleted meanwhile, or if another driver has taken
-        over trials since.
+        What was found; read again if it was found for another study, which was deleted meanwhile, or if another driver
+        has taken over trials since.
 
     Raises:
         SettingError: see `find_trials`.
