@@ -181,8 +181,9 @@ class StudyScheduler(FIFOScheduler):
         live = controller.get_live_trials()
         if any(trial.status == trial.PENDING for trial in live):  # Tune keeps a worker for it
             return
-        is_kept = controller._actor_cache.num_cached_objects > 0  # noqa: SLF001 # Tune has no public functions for it
-        self._idle_since = min(self._idle_since, time.monotonic()) if is_kept else math.inf
+        kept = controller._actor_cache.num_cached_objects  # noqa: SLF001 # Tune has no public functions for it
+        is_idle = kept and not self._saving  # else it may be the one that saves a trial
+        self._idle_since = min(self._idle_since, time.monotonic()) if is_idle else math.inf
         if self._membership.drained() or time.monotonic() - self._idle_since >= IDLE_SECONDS:
             controller._cleanup_cached_actors(force_all=True)  # noqa: SLF001
         if not live:  # Tune only asks for a trial then, and would not free the cores of a worker that has ended
