@@ -20,7 +20,7 @@ from optuna.trial import TrialState
 from storage import optuna_tables, reporting
 from storage.database import Database
 from storage.errors import RETRY_SECONDS, StorageError, UnavailableError, retry_while_down
-from storage.lease import LEASE_SECONDS, MAX_FAILURES, Lease
+from storage.lease import LEASE_SECONDS, MAX_FAILURES, Lease, is_run_alive
 from storage.ownership import ClaimedTrial
 from storage.pareto import Direction
 from storage.population import are_others_behind
@@ -213,6 +213,10 @@ class Run:
     def others_are_running(self) -> bool:
         """Whether other living runs worked on trials when the last `claim` found none."""
         return self._queue.others_are_running
+
+    def has_others(self) -> bool:
+        """Return whether other living runs work on the study, with or without a trial."""
+        return any(run.run != self.run_id and is_run_alive(run) for run in self.study.runs())
 
     def take_stopped(self) -> dict[int, int]:
         """Return {number: epoch} of trials that waited at a rung, and that claims of this run have ended; each once.

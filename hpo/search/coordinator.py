@@ -107,6 +107,7 @@ class TrialCoordinator:
         self._next_attempt = 0.0
         self._is_exhaustion_noted = False
         self._is_wait_noted = False
+        self._is_second_look = False  # at a patience that is spent, although no trial runs
         self._are_gpus_noted = False
         self.stopped: Stop | None = None
         self.error: Exception | None = None
@@ -151,6 +152,7 @@ class TrialCoordinator:
                 if is_spent and not self._running:  # a trial that still runs may end with a better value
                     self._stop_without_improvement()
                 return None
+            self._is_second_look = False
             trial = self._running[tune_id] = _Running(claim, self._specs.parent_of(claim), claim.epoch)
             for each in self._running.values():
                 each.together = max(each.together, len(self._running))
@@ -172,7 +174,11 @@ class TrialCoordinator:
                 self._listener.note(
                     f"budget.patience is spent: trials of other drivers still run, and may find {found}"
                 )
-        elif self._is_patience_spent():
+        elif not self._is_patience_spent():
+            return
+        elif self._run.has_others() and not self._is_second_look:
+            self._is_second_look = True  # one may be drawing a trial since before the patience was spent
+        else:
             trials = "1 trial has" if patience == 1 else f"{patience} trials in a row have"
             self.stop(StopCause.NO_IMPROVEMENT, f"{trials} not found {found}")
 

@@ -322,6 +322,32 @@ def test_after_the_patience_is_spent_trials_of_other_drivers_are_awaited(study: 
         assert spec.params == {"x": 4}
 
 
+def test_a_trial_that_another_driver_is_drawing_when_the_patience_is_spent_is_awaited(
+    study: Study, tmp_path: Path
+) -> None:
+    space = toy_space(tmp_path, parameters={"x": [1, 2, 3, 4]}, budget={"patience": 1}, max_epochs=1)
+    with run_of(study, space) as run, run_of(study, space) as other:
+        coordinator = coordinator_of(space, run, tmp_path, RecordingListener())
+        other.enqueue(space.grid_points(), space.distributions())
+        for value in (0.5, 0.25):
+            claim = other.claim()
+            assert claim is not None
+            other.complete(claim, value)
+        other.flush()
+        assert coordinator.next_trial("a") is None
+        assert coordinator.stopped is None
+        claim = other.claim()  # it began to draw before
+        assert claim is not None
+        for is_over in (False, True):
+            coordinator._next_attempt = 0.0
+            assert coordinator.next_trial("a") is None
+            assert (coordinator.stopped is not None) == is_over
+            if claim is not None:
+                other.complete(claim, 0.25)
+                other.flush()
+                claim = None
+
+
 def test_a_better_value_of_another_driver_between_two_statements_does_not_end_a_search(
     study: Study, tmp_path: Path
 ) -> None:
