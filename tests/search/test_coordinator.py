@@ -296,28 +296,42 @@ def test_a_search_without_a_better_value_ends_when_its_last_trial_has_ended(stud
     assert str(coordinator.stopped) == "budget.patience is spent: 2 trials in a row have not found a better value"
 
 
+def end_points(run: Run, space: Space, values: tuple[float, ...]) -> ClaimedTrial:
+    """Complete the first points of a grid with these values; return the next one, which runs."""
+    run.enqueue(space.grid_points(), space.distributions())
+    for value in values:
+        claim = run.claim()
+        assert claim is not None
+        run.complete(claim, value)
+    run.flush()
+    claim = run.claim()
+    assert claim is not None
+    return claim
+
+
+def ask(coordinator: TrialCoordinator) -> TrialSpec | None:
+    """Ask for a trial, without waiting after the last time."""
+    coordinator._next_attempt = 0.0
+    return coordinator.next_trial("a")
+
+
+def patient_space(folder: Path) -> Space:
+    return toy_space(folder, parameters={"x": [1, 2, 3, 4]}, budget={"patience": 1}, max_epochs=1)
+
+
 def test_after_the_patience_is_spent_trials_of_other_drivers_are_awaited(study: Study, tmp_path: Path) -> None:
-    space = toy_space(tmp_path, parameters={"x": [1, 2, 3, 4]}, budget={"patience": 1}, max_epochs=1)
+    space, listener = patient_space(tmp_path), RecordingListener()
     with run_of(study, space) as run, run_of(study, space) as other:
-        listener = RecordingListener()
         coordinator = coordinator_of(space, run, tmp_path, listener)
-        other.enqueue(space.grid_points(), space.distributions())
-        claims = [other.claim() for _ in range(3)]
-        for claim, value in zip(claims, (0.5, 0.25), strict=False):
-            assert claim is not None
-            other.complete(claim, value)
-        other.flush()
+        claim = end_points(other, space, (0.5, 0.25))
         for _ in range(2):
-            coordinator._next_attempt = 0.0
-            assert coordinator.next_trial("a") is None
+            assert ask(coordinator) is None
             assert coordinator.stopped is None, "the third trial may have a better value"
         note = "budget.patience is spent: trials of other drivers still run, and may find a better value"
         assert listener.events == [("note", note)]
-        assert claims[2] is not None
-        other.complete(claims[2], 0.75)
+        other.complete(claim, 0.75)
         other.flush()
-        coordinator._next_attempt = 0.0
-        spec = coordinator.next_trial("a")
+        spec = ask(coordinator)
         assert spec is not None, "it had a better value"
         assert spec.params == {"x": 4}
 
@@ -325,55 +339,42 @@ def test_after_the_patience_is_spent_trials_of_other_drivers_are_awaited(study: 
 def test_a_trial_that_another_driver_is_drawing_when_the_patience_is_spent_is_awaited(
     study: Study, tmp_path: Path
 ) -> None:
-    space = toy_space(tmp_path, parameters={"x": [1, 2, 3, 4]}, budget={"patience": 1}, max_epochs=1)
+    space = patient_space(tmp_path)
     with run_of(study, space) as run, run_of(study, space) as other:
         coordinator = coordinator_of(space, run, tmp_path, RecordingListener())
-        other.enqueue(space.grid_points(), space.distributions())
-        for value in (0.5, 0.25):
-            claim = other.claim()
-            assert claim is not None
-            other.complete(claim, value)
+        other.complete(end_points(other, space, (0.5,)), 0.25)
         other.flush()
-        assert coordinator.next_trial("a") is None
+        assert ask(coordinator) is None
         assert coordinator.stopped is None
         claim = other.claim()  # it began to draw before
         assert claim is not None
-        for is_over in (False, True):
-            coordinator._next_attempt = 0.0
-            assert coordinator.next_trial("a") is None
-            assert (coordinator.stopped is not None) == is_over
-            if claim is not None:
-                other.complete(claim, 0.25)
-                other.flush()
-                claim = None
+        assert ask(coordinator) is None
+        assert coordinator.stopped is None
+        other.complete(claim, 0.25)
+        other.flush()
+        assert ask(coordinator) is None
+        assert coordinator.stopped is not None
 
 
 def test_a_better_value_of_another_driver_between_two_statements_does_not_end_a_search(
     study: Study, tmp_path: Path
 ) -> None:
-    space = toy_space(tmp_path, parameters={"x": [1, 2, 3, 4]}, budget={"patience": 1}, max_epochs=1)
+    space = patient_space(tmp_path)
     with run_of(study, space) as run, run_of(study, space) as other:
         coordinator = coordinator_of(space, run, tmp_path, RecordingListener())
-        other.enqueue(space.grid_points(), space.distributions())
-        claims = [other.claim() for _ in range(3)]
-        for claim, value in zip(claims, (0.5, 0.25), strict=False):
-            assert claim is not None
-            other.complete(claim, value)
-        other.flush()
+        better = end_points(other, space, (0.5, 0.25))
         claim_trial = run.claim
 
         def complete_then_claim(**arguments: Any) -> ClaimedTrial | None:
-            assert claims[2] is not None
-            other.complete(claims[2], 0.75)
+            other.complete(better, 0.75)
             other.flush()
             return claim_trial(**arguments)
 
         run.claim = complete_then_claim  # type: ignore[method-assign]
-        assert coordinator.next_trial("a") is None
+        assert ask(coordinator) is None
         assert coordinator.stopped is None
         run.claim = claim_trial  # type: ignore[method-assign]
-        coordinator._next_attempt = 0.0
-        assert coordinator.next_trial("a") is not None
+        assert ask(coordinator) is not None
 
 
 def test_after_the_patience_is_spent_trials_that_wait_are_still_run(study: Study, tmp_path: Path) -> None:
