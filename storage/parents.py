@@ -95,8 +95,7 @@ def continued_trials(database: Database, timeout_seconds: float = RETRY_SECONDS)
     def read() -> dict[str, dict[int, str]]:
         found: dict[str, dict[int, str]] = {}
         with database.engine.connect() as connection:
-            # First those without a trial: it may be created meanwhile.
-            for name, _, parent in (*_chosen(connection), *_children(connection)):
+            for name, parent in _needed(connection):
                 found.setdefault(parent.identity, {})[parent.number] = name
         return found
 
@@ -131,12 +130,19 @@ def needed_ids(path: Path) -> set[str]:
         if not sa.inspect(connection).has_table(optuna_tables.study_user_attributes.name):
             return set()
         own = {value for value in optuna_tables.read_study_attr(connection, "hpo:id").values() if value is not None}
-        return own | {parent.identity for _, _, parent in (*_chosen(connection), *_children(connection))}
+        return own | {parent.identity for _, parent in _needed(connection)}
 
     return look_at(path, read)
 
 
-def _chosen(connection: sa.Connection) -> Iterator[tuple[str, None, Parent]]:
+def _needed(connection: sa.Connection) -> Iterator[tuple[str, Parent]]:
+    """Yield each parent from which a trial may still start, with the name of that trial's study."""
+    yield from _chosen(connection)  # first: the trial may be created meanwhile
+    for name, _, parent in _children(connection):
+        yield name, parent
+
+
+def _chosen(connection: sa.Connection) -> Iterator[tuple[str, Parent]]:
     """Yield the name of the study and the parent of each trial that an unfinished search has not created yet."""
     attr, study = optuna_tables.study_user_attributes, optuna_tables.studies
     query = (
@@ -154,7 +160,7 @@ def _chosen(connection: sa.Connection) -> Iterator[tuple[str, None, Parent]]:
         for each in (each for part in parts if isinstance(part, list) for each in part):
             parent = Parent.read(each.get("parent")) if isinstance(each, Mapping) else None
             if parent is not None and each.get("horizon") is not True and (parent.identity, parent.number) not in begun:
-                yield name, None, parent
+                yield name, parent
 
 
 def _begun(connection: sa.Connection, study_id: int) -> set[tuple[str, int]]:

@@ -176,7 +176,7 @@ class TrialCoordinator:
                 )
         elif not self._is_patience_spent():
             return
-        elif self._run.has_others() and not self._is_second_look:
+        elif not self._is_second_look and self._run.has_others():
             self._is_second_look = True  # one may be drawing a trial since before the patience was spent
         else:
             trials = "1 trial has" if patience == 1 else f"{patience} trials in a row have"

@@ -72,32 +72,25 @@ def copy_with_files(study: Study, target: Database, name: str, runs_dir: RunsDir
         with stage(order, runs_dir, lambda known: may_have(target, name, known)) as identity:
             unique_name = f"{name}-{identity}"
             folder = runs_dir.checkpoints(unique_name)
-            copy_files(source, folder)
-            copy_objects(runs_dir, study.unique_name, unique_name)
             is_other = identify(target) != identify(study.database)
-            if is_other:
-                copy_parents(study, runs_dir, folder)
-            note_database(folder, target)
-            shown = DashboardCopy(runs_dir.artifacts, study.unique_name, unique_name)
 
-            def copy_again(known: Collection[int]) -> None:
-                # A running search has written and deleted checkpoints meanwhile.
+            def copy_all_files() -> None:
                 copy_files(source, folder)
                 copy_objects(runs_dir, study.unique_name, unique_name)
                 if is_other:
                     copy_parents(study, runs_dir, folder)
-                if not set(known) <= set(trials_with_checkpoints(folder)):
-                    raise _CheckpointGoneError
+
+            copy_all_files()
+            note_database(folder, target)
+            shown = DashboardCopy(runs_dir.artifacts, study.unique_name, unique_name)
 
             def copy_rows(known: Collection[int]) -> None:
-                copy_study(
-                    study,
-                    target,
-                    name,
-                    identity,
-                    on_snapshot=lambda: copy_again(known),
-                    translate=shown.translate,
-                )
+                def copy_again() -> None:  # a running search has written and deleted checkpoints meanwhile
+                    copy_all_files()
+                    if not set(known) <= set(trials_with_checkpoints(folder)):
+                        raise _CheckpointGoneError
+
+                copy_study(study, target, name, identity, on_snapshot=copy_again, translate=shown.translate)
 
             try:
                 for _ in range(MAX_SNAPSHOTS):
